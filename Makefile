@@ -1,0 +1,46 @@
+# make demo       makes data and a small model, trains it, shows what it learned (5 minutes on 2 cores, after the install)
+# make test       every test that needs no GPU and takes less than a minute
+# make test-long  the slow ones as well
+# make gpu-test   the tests that need a CUDA device
+# make lint       ruff and mypy
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Distributed tests start up to four processes: one thread each, and no more than two test files at a time.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+.PHONY: demo test test-long gpu-test lint clean
+
+# pip is given constraints.txt, so torch is the version named there and never just the newest.
+$(STAMP): setup.py constraints.txt
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	touch $@
+
+.venv: $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python tools/demo.py
+
+test: $(STAMP)
+	$(PYTEST) -m "not slow and not gpu"
+
+test-long: $(STAMP)
+	$(PYTEST) -m "not gpu"
+
+gpu-test: $(STAMP)
+	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
+	then $(BIN)/python -m pytest -m gpu; \
+	else echo "gpu-test: skipped, this machine has no CUDA device"; fi
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy megadpo
+
+clean:
+	rm -rf .venv build demo_run *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

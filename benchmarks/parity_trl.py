@@ -1,0 +1,212 @@
+"""Five DPO steps by TRL's DPOTrainer and by megadpo, side by side; exit code 1 where a step's loss differs by more than 1e-4.
+
+    python benchmarks/parity_trl.py --trl-python TRL_VENV/bin/python             # small model, first 80 pairs of --data
+    python benchmarks/parity_trl.py --case hh-tiny --stored                       # against tests/parity/stored.json, no TRL
+    python benchmarks/parity_trl.py --case hh-tiny --trl-python ... --store       # write those figures anew
+
+Both sides start from the same files: a small Llama with random weights and a tokenizer trained on the data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))  # run as a script, the path starts in benchmarks/
+
+from benchmarks import make_llama, sides  # noqa: E402
+from benchmarks.trl_worker import Spec  # noqa: E402
+
+STORED = REPOSITORY / "tests" / "parity" / "stored.json"
+STEPS, GLOBAL_BATCH_PAIRS = 5, 16
+TOLERANCES = {
+    # Largest difference allowed, relative to the larger of the two; the loss is what the comparison is about
+    "loss": 1e-4,
+    "grad_norm": 1e-3,
+    "logps/chosen": 1e-4,
+    "logps/rejected": 1e-4,
+}
+LAYOUTS = {
+    "one": sides.Layout(),
+    "one-repeated": sides.Layout(share_prompt=False),
+    "one-unpacked": sides.Layout(packing=False),
+    "tp2": sides.Layout(tensor_parallel=2),
+    "tp2pp2": sides.Layout(tensor_parallel=2, pipeline_parallel=2),
+    "tp2pp2sp": sides.Layout(tensor_parallel=2, pipeline_parallel=2, sequence_parallel=True),
+}
+LONGEST_TOKENS = 2048
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model and data. `made`: pairs made by `make_llama.made_pairs` instead of those of --data."""
+
+    size: str
+    made: bool
+    add_bos: bool
+    micro_batch_pairs: int
+
+
+CASES = {
+    "hh-small": Case(size="small", made=False, add_bos=False, micro_batch_pairs=4),
+    "hh-tiny": Case(size="tiny", made=False, add_bos=False, micro_batch_pairs=4),
+    "made-tiny": Case(size="tiny", made=True, add_bos=True, micro_batch_pairs=8),
+}
+
+
+def prepare(case: Case, data: Path, folder: Path) -> Spec:
+    """Writes model and tokenizer (and made data) into `folder`; returns what both sides shall run.
+
+    The rate is high enough to move the loss by a tenth in five steps, and the norm low enough that every step clips.
+    """
+    if case.made:
+        data = folder / "pairs.jsonl"
+        rows = make_llama.made_pairs(STEPS * GLOBAL_BATCH_PAIRS)
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    model = folder / "model"
+    make_llama.make(make_llama.read_pairs(data), model, make_llama.SIZES[case.size], add_bos=case.add_bos)
+    return Spec(
+        data=str(data),
+        model=str(model),
+        output_dir="",
+        steps=STEPS,
+        global_batch_pairs=GLOBAL_BATCH_PAIRS,
+        micro_batch_pairs=case.micro_batch_pairs,
+        learning_rate=5e-4,
+        weight_decay=0.1,
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+    )
+
+
+def fingerprints(spec: Spec) -> dict[str, str]:
+    """What must be the same for stored figures to hold: the bits of the data and of the weights."""
+    return {
+        "data_sha256": sides.sha256(Path(spec.data)),
+        "weights_sha256": sides.sha256(Path(spec.model) / "model.safetensors"),
+        "token_sha256": token_digest(spec),
+    }
+
+
+def token_digest(spec: Spec) -> str:
+    """sha256 over the pairs' ids as TRL's rules make them, computed without TRL; trl_worker.py prints what TRL has."""
+    import hashlib
+
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(Path(spec.model) / "tokenizer.json"))
+    rows = []
+    for pair in make_llama.read_pairs(Path(spec.data), spec.steps * spec.global_batch_pairs):
+        prompt = tokenizer.encode(pair["prompt"]).ids
+        both = [tokenizer.encode(pair["prompt"] + pair[answer] + make_llama.EOS).ids for answer in ("chosen", "rejected")]
+        if any(ids[: len(prompt)] != prompt for ids in both):
+            raise ValueError("a prompt's ids are not a prefix of prompt + answer: TRL and megadpo differ there")
+        rows.append([prompt, *(ids[len(prompt) :] for ids in both)])
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def compare(theirs: list[dict[str, float]], ours: list[dict[str, float]]) -> tuple[list[str], bool]:
+    """A table of both sides by step and name, and whether every tolerance holds."""
+    lines = [f"{'step':>4}  {'':16}{'TRL':>16}{'megadpo':>16}{'relative':>12}{'allowed':>10}"]
+    good = len(theirs) == len(ours)
+    if not good:
+        lines.append(f"TRL made {len(theirs)} steps, megadpo {len(ours)}")
+    for number, (their, our) in enumerate(zip(theirs, ours, strict=False), start=1):
+        for name, allowed in TOLERANCES.items():
+            a, b = their[name], our[name]
+            relative = abs(a - b) / max(abs(a), abs(b))
+            fits = relative <= allowed  # False for nan
+            good &= fits
+            mark = "" if fits else "  BEYOND"
+            lines.append(f"{number:>4}  {name:16}{a:>16.9f}{b:>16.9f}{relative:>12.1e}{allowed:>10.0e}{mark}")
+    return lines, good
+
+
+def check_stored(case_name: str, spec: Spec) -> list[dict[str, float]]:
+    """The stored steps of TRL for this case. Raises ValueError where they were made from other bits."""
+    stored = json.loads(STORED.read_text(encoding="utf-8"))["cases"][case_name]
+    now = fingerprints(spec)
+    changed = [f"{key}: stored {stored[key]}, here {value}" for key, value in now.items() if stored[key] != value]
+    if changed:
+        raise ValueError("the stored figures are of other data, weights or tokens:\n  " + "\n  ".join(changed))
+    steps: list[dict[str, float]] = stored["steps"]
+    return steps
+
+
+def store(case_name: str, spec: Spec, side: sides.Side) -> None:
+    """Puts TRL's figures for this case into the file, with what it takes to make them again."""
+    content = json.loads(STORED.read_text(encoding="utf-8")) if STORED.exists() else {"cases": {}}
+    kept = [*TOLERANCES, "logged_loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"]
+    content["cases"][case_name] = {
+        "command": f"python benchmarks/parity_trl.py --case {case_name} --trl-python TRL_VENV/bin/python --store",
+        "versions": side.details["versions"],
+        **fingerprints(spec),
+        "dpo_config": side.details["dpo_config"],
+        "steps": [{name: step[name] for name in kept} for step in side.steps],
+    }
+    STORED.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(f"{STORED}: {case_name} written")
+
+
+def their_side(arguments: argparse.Namespace, spec: Spec) -> list[dict[str, float]]:
+    """TRL's steps, stored or run now."""
+    if arguments.stored:
+        return check_stored(arguments.case, spec)
+    side = sides.run_trl(spec, arguments.trl_python)
+    versions = side.details["versions"]
+    print(f"TRL {versions['trl']}, transformers {versions['transformers']}, torch {versions['torch']}")
+    if side.details["token_sha256"] != token_digest(spec):
+        raise ValueError("TRL made other token ids than its rules say (docs/compare_with_trl.md)")
+    if arguments.store:
+        store(arguments.case, spec, side)
+    return side.steps
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", choices=sorted(CASES), default="hh-small")
+    parser.add_argument("--data", type=Path, default=sides.default_data(), help="JSONL of pairs (default: %(default)s)")
+    parser.add_argument("--layouts", default="one,tp2pp2", help=f"comma-separated, of {', '.join(LAYOUTS)}")
+    parser.add_argument("--trl-python", default=sys.executable, help="interpreter that has TRL (default: this one)")
+    parser.add_argument("--stored", action="store_true", help=f"compare with {STORED.name} instead of running TRL")
+    parser.add_argument("--store", action="store_true", help=f"write TRL's figures to {STORED.name}")
+    parser.add_argument("--out", type=Path, help="also write both sides' steps to this JSON file")
+    options = parser.parse_args(arguments)
+    options.layouts = [name for name in options.layouts.split(",") if name]
+    unknown = set(options.layouts) - set(LAYOUTS)
+    if unknown or (options.stored and options.store):
+        parser.error(f"no such layout: {', '.join(sorted(unknown))}" if unknown else "--stored and --store exclude each other")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    case = CASES[options.case]
+    if not case.made and not options.data.exists():
+        print(f"no such file: {options.data}; name one with --data or MEGADPO_DATA", file=sys.stderr)
+        return 2
+    good, written = True, {}
+    with tempfile.TemporaryDirectory(prefix="megadpo-parity-") as name:
+        spec = prepare(case, options.data, Path(name))
+        written["TRL"] = theirs = their_side(options, spec)
+        for layout_name in options.layouts:
+            layout = LAYOUTS[layout_name]
+            side = sides.run_ours(spec, layout, longest_tokens=LONGEST_TOKENS)
+            written[layout_name] = side.steps
+            lines, fits = compare(theirs, side.steps)
+            print(f"\n{options.case}, {layout}:", *lines, sep="\n")
+            good &= fits
+    if options.out:
+        options.out.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    print("\nevery figure within its tolerance" if good else "\nBEYOND its tolerance: see above")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""Reading checkpoints: weights to start from, or a whole run to go on with."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.module import MegatronModule
+
+from megadpo.checkpoint.folder import CheckpointInfo
+from megadpo.checkpoint.save import layout_name, optimizer_format
+from megadpo.config.problems import ConfigError, Problem
+from megadpo.optimizer.state import METADATA, load_sharded_state, sharded_state
+from megadpo.parallel import ParallelContext
+
+
+def load_weights(model: MegatronModule, checkpoint: Path) -> None:
+    """Fill `model` (unwrapped) from a checkpoint folder, whatever layout wrote it; its optimizer state is not read.
+
+    Collectives: those of dist_checkpointing.load. Raises ConfigError for a folder whose tensors are not this model's.
+    """
+    state = _load({"weights": model.sharded_state_dict(metadata=METADATA)}, checkpoint)
+    model.load_state_dict(state["weights"])
+
+
+def load_training_state(
+    info: CheckpointInfo,
+    parallel: ParallelContext,
+    *,
+    model: MegatronModule,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+) -> None:
+    """Restore weights, optimizer, schedule and random-number states of the run that wrote `info`.
+
+    In the same layout the following losses are the same bits; in another, random-number states start from the seed
+    anew. Collectives: those of dist_checkpointing.load. Raises ConfigError where the optimizer state is of another
+    kind or absent.
+    """
+    _check_optimizer(info, optimizer)
+    weights = model.sharded_state_dict(metadata=METADATA)
+    wanted = {
+        "weights": weights,
+        "optimizer": sharded_state(optimizer, weights, is_loading=True),
+        "scheduler": scheduler.state_dict(),
+    }
+    state = _load(wanted, info.path)
+    model.load_state_dict(state["weights"])
+    load_sharded_state(optimizer, state["optimizer"])
+    scheduler.num_steps = 0
+    scheduler.step(increment=info.position.step)
+    if info.layout == layout_name(parallel):
+        _restore_rng(torch.load(info.path / "rng" / f"rank_{parallel.rank}.pt", weights_only=False))
+
+
+def _load(wanted: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(wanted, str(checkpoint / "model"), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
+    except (dist_checkpointing.core.CheckpointingException, KeyError, ValueError, RuntimeError) as error:
+        expected = "a Megatron checkpoint of this architecture and dtype"
+        raise ConfigError(
+            [Problem("policy.model_name", str(checkpoint), f"{expected} ({error})", "name the folder it was made from")]
+        ) from error
+
+
+def _check_optimizer(info: CheckpointInfo, optimizer: MegatronOptimizer) -> None:
+    where, here = "checkpointing.checkpoint_dir", optimizer_format(optimizer)
+    if not info.has_optimizer:
+        fix = "start in another checkpoint_dir with policy.model_name set to this folder"
+        raise ConfigError([Problem(where, str(info.path), "a checkpoint with optimizer state to resume from", fix)])
+    if info.optimizer_format != here:
+        fix = "resume with the same optimizer and use_distributed_optimizer, or start anew in another checkpoint_dir"
+        raise ConfigError([Problem(where, f"{info.path} of {info.optimizer_format}", f"state of {here}", fix)])
+
+
+def _restore_rng(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["cuda"])
+    get_cuda_rng_tracker().set_states(state["tracker"])

@@ -1,0 +1,130 @@
+"""Writing a checkpoint: aside, then renamed, so that a folder called step_<N> is whole or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.module import MegatronModule
+
+from megadpo.checkpoint.folder import FORMAT, partial_folder
+from megadpo.checkpoint.position import TrainingPosition
+from megadpo.config.load import save_resolved
+from megadpo.config.schema import Config
+from megadpo.optimizer.state import METADATA, sharded_state
+from megadpo.parallel import ParallelContext
+
+
+def save_checkpoint(
+    folder: Path,
+    position: TrainingPosition,
+    parallel: ParallelContext,
+    *,
+    model: MegatronModule,
+    optimizer: MegatronOptimizer | None,
+    scheduler: OptimizerParamScheduler,
+    hf_files: Path,
+    cfg: Config,
+) -> Path:
+    """Write <folder>/step_<N> and return it. All ranks call it together.
+
+    model: the unwrapped module (the DDP wrapper would prefix every key). optimizer None: weights only.
+    hf_files: folder whose files, weights apart, go into hf/. Collectives: those of dist_checkpointing.save, and
+    barriers over the world. Raises what the file system raises (a full disk, a folder that can't be written); the
+    partial folder then stays behind, complete checkpoints are untouched, and the next save starts it anew.
+    """
+    final = folder / f"step_{position.step}"
+    partial = partial_folder(final)
+    if parallel.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "model").mkdir(parents=True)
+        (partial / "rng").mkdir()
+    dist.barrier()
+
+    weights = model.sharded_state_dict(metadata=METADATA)
+    state: dict[str, Any] = {"weights": weights, "scheduler": scheduler.state_dict()}
+    if optimizer is not None:
+        state["optimizer"] = sharded_state(optimizer, weights, is_loading=False)
+    dist_checkpointing.save(state, str(partial / "model"))
+    torch.save(_rng_state(), partial / "rng" / f"rank_{parallel.rank}.pt")
+    dist.barrier()
+
+    if parallel.rank == 0:
+        copy_hf_files(hf_files, partial / "hf")
+        save_resolved(cfg, partial / "config.yaml")
+        record = {
+            "format": FORMAT,
+            "dtype": str(model.config.params_dtype).removeprefix("torch."),
+            "world_size": parallel.world_size,
+            "layout": layout_name(parallel),
+            "has_optimizer": optimizer is not None,
+            "optimizer_format": optimizer_format(optimizer),
+            "position": position.to_json(),
+        }
+        _write_durably(partial / "megadpo.json", json.dumps(record, indent=1))
+        if final.exists():  # the same step again, after a resume from an older checkpoint
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        _sync_folder(folder)
+    dist.barrier()
+    return final
+
+
+def layout_name(parallel: ParallelContext) -> str:
+    """What must be equal for a resume to be the same bits."""
+    sequence = " sp" if parallel.layout.sequence_parallel else ""
+    return f"tp{parallel.tp_size} pp{parallel.pp_size} dp{parallel.dp_size}{sequence}"
+
+
+def optimizer_format(optimizer: MegatronOptimizer | None) -> str:
+    """Class names of what keeps the state: they write tensors under different names."""
+    if optimizer is None:
+        return ""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return "+".join(f"{type(p).__name__}({type(p.optimizer).__name__})" for p in parts)
+
+
+def copy_hf_files(source: Path, target: Path) -> None:
+    """Every file of a Hugging Face folder that is not weights, byte for byte."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir()):
+        weights = path.suffix in {".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack"}
+        if path.is_file() and not weights and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, target / path.name)
+
+
+def _rng_state() -> dict[str, Any]:
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(),
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """A rename is on disk only when its folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

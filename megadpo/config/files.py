@@ -1,0 +1,174 @@
+"""YAML files with `defaults:`, command-line overrides and `${...}`, to one plain mapping (OmegaConf, as NeMo RL)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megadpo.config.problems import ConfigError, Problem
+
+_DEEPEST = 64
+_REPLACE = "_override_"
+
+
+def read_tree(path: str | Path, overrides: Sequence[str], problems: list[Problem]) -> dict[str, Any]:
+    """Read `path`, merge it over its `defaults:`, apply the overrides, resolve every interpolation.
+
+    Raises ConfigError where there is nothing to go on with (no file, no YAML, a cycle); everything else is added to
+    `problems`.
+    """
+    tree = _read_with_defaults(Path(path), ())
+    for override in overrides:
+        _apply(tree, override, problems)
+    _register_resolvers()
+    try:
+        config = OmegaConf.create(tree)
+    except OmegaConfBaseException as error:
+        where = str(error.full_key or path)
+        fix = "correct the ${...}; write \\${ for a literal one"
+        raise ConfigError(Problem(where, _first_line(error), "a valid interpolation", fix)) from error
+    resolved: dict[str, Any] = _resolve(config, "", problems, 0)
+    return resolved
+
+
+def _read_with_defaults(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
+    """One file merged over its defaults. `below`: the files on the way here, to find a cycle."""
+    here = path.resolve()
+    if here in below:
+        chain = " -> ".join(str(one) for one in (*below[below.index(here) :], here))
+        raise ConfigError(Problem(f"{below[-1]}: defaults", chain, "no cycle", "remove one of these defaults"))
+    tree = _read_yaml(path, below)
+    parents = tree.pop("defaults", [])
+    parents = [parents] if isinstance(parents, str) else parents
+    if not isinstance(parents, list) or not all(isinstance(one, str) for one in parents):
+        expected = "a path or a list of paths, relative to this file"
+        raise ConfigError(Problem(f"{path}: defaults", parents, expected, "write defaults: base.yaml"))
+    merged: dict[str, Any] = {}
+    for parent in parents:
+        merged = _merge(merged, _read_with_defaults(path.parent / os.path.expanduser(parent), (*below, here)))
+    return _merge(merged, tree)
+
+
+def _read_yaml(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
+    where = f"{below[-1]}: defaults" if below else "config"
+    try:
+        # OmegaConf's loader refuses duplicate keys and reads 5e-6 as a number.
+        loaded = OmegaConf.load(path)
+    except OSError as error:
+        problem = Problem(where, str(path), f"a readable YAML file ({error.strerror})", "check the path")
+        raise ConfigError(problem) from error
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"{path}:{mark.line + 1}" if mark is not None else str(path)
+        what = getattr(error, "problem", None) or _first_line(error)
+        raise ConfigError(Problem(line, what, "valid YAML", "correct the line")) from error
+    tree = OmegaConf.to_container(loaded, resolve=False)
+    if not isinstance(tree, dict):
+        raise ConfigError(Problem(str(path), type(tree).__name__, "a mapping of sections", "write section: ... lines"))
+    return {str(key): value for key, value in tree.items()}
+
+
+def _merge(base: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
+    """`child` over `base`: sections merge, all else is replaced; `_override_: true` in a section replaces it whole."""
+    merged = dict(base)
+    for key, value in child.items():
+        if isinstance(value, dict):
+            replace = value.get(_REPLACE) is True
+            value = {name: one for name, one in value.items() if name != _REPLACE}
+            under = merged.get(key)
+            merged[key] = _merge(under if isinstance(under, dict) and not replace else {}, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _apply(tree: dict[str, Any], override: str, problems: list[Problem]) -> None:
+    """Apply `a.b=c`; Hydra's `+a.b=c` and `++a.b=c` mean the same, since the schema knows the keys; `~a.b` removes."""
+    form = "key=value, as policy.precision=float32"
+    name, equals, text = override.partition("=")
+    remove = name.startswith("~")
+    name = name.lstrip("+~").strip()
+    path = name.split(".")
+    if not all(path) or (not equals and not remove):
+        problems.append(Problem("command line", override, form, "write it so"))
+        return
+    if remove:
+        if not _removed(tree, path):
+            problems.append(Problem("command line", override, "a key that the file sets", "remove this argument"))
+        return
+    holder = tree
+    for depth, part in enumerate(path[:-1]):
+        if holder.get(part) is None:
+            holder[part] = {}
+        if not isinstance(holder[part], dict):
+            at = ".".join(path[: depth + 1])
+            problems.append(Problem("command line", override, f"{at} to be a section", f"it is {holder[part]!r}"))
+            return
+        holder = holder[part]
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        problems.append(Problem("command line", override, f"a YAML value ({_first_line(error)})", "quote the value"))
+        return
+    assert isinstance(value, dict)
+    holder[path[-1]] = value["value"]
+
+
+def _removed(tree: dict[str, Any], path: list[str]) -> bool:
+    """Delete the key at `path`; False where there is none."""
+    holder: Any = tree
+    for part in path[:-1]:
+        holder = holder.get(part)
+        if not isinstance(holder, dict):
+            return False
+    if path[-1] not in holder:
+        return False
+    del holder[path[-1]]
+    return True
+
+
+def _resolve(node: Any, path: str, problems: list[Problem], depth: int) -> Any:
+    """A plain copy of an OmegaConf node with every `${...}` filled in; what cannot be is reported and left out."""
+    if depth > _DEEPEST:
+        raise ConfigError(Problem(path, "${...}", "an interpolation that ends", "it contains itself: correct it"))
+    keys: list[Any] = list(node.keys()) if isinstance(node, DictConfig) else list(range(len(node)))
+    plain: dict[Any, Any] = {}
+    for key in keys:
+        where = f"{path}[{key}]" if isinstance(node, ListConfig) else f"{path}.{key}" if path else str(key)
+        if OmegaConf.is_missing(node, key):
+            problems.append(Problem(where, "???", "a value", f"set {where}"))
+            continue
+        try:
+            value = node[key]
+        except (OmegaConfBaseException, RecursionError) as error:
+            expected = f"an interpolation that resolves ({_first_line(error)})"
+            raw = OmegaConf.to_container(node, resolve=False)
+            assert isinstance(raw, (dict, list))
+            problems.append(Problem(where, raw[key], expected, "correct the ${...}"))
+            continue
+        plain[str(key)] = _resolve(value, where, problems, depth + 1) if OmegaConf.is_config(value) else value
+    return list(plain.values()) if isinstance(node, ListConfig) else plain
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _register_resolvers() -> None:
+    """NeMo RL's arithmetic, as in ${mul:${policy.max_total_sequence_length},2}."""
+    resolvers = {
+        "add": lambda a, b: a + b,
+        "sub": lambda a, b: a - b,
+        "mul": lambda a, b: a * b,
+        "div": lambda a, b: a / b,
+        "max": lambda a, b: max(a, b),
+    }
+    for name, function in resolvers.items():
+        if not OmegaConf.has_resolver(name):
+            OmegaConf.register_resolver(name, function)

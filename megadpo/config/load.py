@@ -1,0 +1,114 @@
+"""The config's way in and out: load_config, build_config, as_dict, save_resolved."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml  # type: ignore[import-untyped]
+
+from megadpo.config.derive import derive
+from megadpo.config.files import read_tree
+from megadpo.config.foreign import KNOWN_PATHS, strip_foreign
+from megadpo.config.nemo_data import SECTION_PATHS, translate_data
+from megadpo.config.problems import ConfigError, Problem
+from megadpo.config.reader import Reader, dotted_paths
+from megadpo.config.rules import broken_rules, covered
+from megadpo.config.schema import Config
+
+Purpose = Literal["train", "evaluate"]
+"""What the config is for: train needs data.train_data_path, evaluate needs data.val_data_paths."""
+
+_SCHEMA_PATHS = frozenset(dotted_paths(Config))
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, purpose: Purpose = "train") -> Config:
+    """Read a YAML file with `defaults:`, `${...}` and `a.b=c` overrides into a checked Config.
+
+    Order: defaults, file, overrides, interpolation, NeMo RL's spellings, derived values, types, rules.
+    Raises ConfigError with every problem found.
+    """
+    problems: list[Problem] = []
+    tree = read_tree(path, overrides, problems)
+    return _build(tree, problems, purpose)
+
+
+def build_config(tree: Mapping[str, Any], *, purpose: Purpose = "train") -> Config:
+    """A checked Config from a plain mapping without interpolations. Raises ConfigError with every problem found."""
+    return _build(copy.deepcopy(dict(tree)), [], purpose)
+
+
+def as_dict(cfg: Config) -> dict[str, Any]:
+    """The resolved config as plain dicts, lists and scalars: what YAML and loggers take. `notes` is not part of it."""
+    return {name: value for name, value in _plain(cfg).items() if name != "notes"}
+
+
+def save_resolved(cfg: Config, path: str | Path) -> None:
+    """Write the resolved config as YAML, complete or not at all; load_config reads it back as an equal Config."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(_escaped(as_dict(cfg)), sort_keys=False, allow_unicode=True)
+    aside = target.with_name(target.name + ".tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, target)
+
+
+def _build(tree: dict[str, Any], problems: list[Problem], purpose: Purpose) -> Config:
+    unreadable = {problem.where for problem in problems}
+    refusals, notes = strip_foreign(tree, _SCHEMA_PATHS)
+    problems += refusals
+    data = tree.get("data")
+    if isinstance(data, dict):
+        unreadable |= translate_data(data, problems, notes)
+    derived = derive(tree, problems)
+    reader = Reader(_SCHEMA_PATHS | KNOWN_PATHS | SECTION_PATHS)
+    cfg = reader.section(Config, tree, "")
+    if "policy.model_name" in unreadable | reader.bad:
+        # The tokenizer's name follows the model's: it is not missing on its own.
+        unreadable |= {"policy.tokenizer", "policy.tokenizer.name"}
+    # One mistake, one problem: what failed before (its ${...}, say) is not called missing as well, and a value that
+    # follows from a wrong one is not called wrong as well.
+    problems += [
+        one
+        for one in reader.problems
+        if one.where not in derived and (one.where not in unreadable or one.value is not None)
+    ]
+    bad = frozenset(reader.bad) | unreadable | {problem.where for problem in problems}
+    problems += broken_rules(cfg, bad)
+    problems += [one for one in _missing_data(cfg, purpose) if not covered(one.where, bad)]
+    if problems:
+        raise ConfigError(problems)
+    return dataclasses.replace(cfg, notes=tuple(notes))
+
+
+def _missing_data(cfg: Config, purpose: Purpose) -> list[Problem]:
+    if purpose == "train" and not cfg.data.train_data_path.strip():
+        fix = "set data.train_data_path in the file or on the command line"
+        return [Problem("data.train_data_path", None, "the path of a JSONL file; it is required", fix)]
+    if purpose == "evaluate" and not cfg.data.val_data_paths:
+        fix = "set data.val_data_paths: {name: file.jsonl}"
+        return [Problem("data.val_data_paths", None, "one or more named JSONL files to evaluate on", fix)]
+    return []
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): _plain(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return value
+
+
+def _escaped(value: Any) -> Any:
+    """Resolved text may hold `${`, which must not be resolved once more when it is read back."""
+    if isinstance(value, dict):
+        return {name: _escaped(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_escaped(one) for one in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value

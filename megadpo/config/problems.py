@@ -1,0 +1,52 @@
+"""What a user is told when a config or a data file is refused: every problem at once, each with its fix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+EXIT_REFUSED = 2
+"""Exit code of a run whose config or data was refused (0 is success, anything else a crash)."""
+
+_LONGEST_VALUE = 200
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One refusal."""
+
+    where: str
+    """Dotted config field, or file:line."""
+    value: object
+    """What was found there."""
+    expected: str
+    """What would have been accepted."""
+    fix: str
+    """What to do about it."""
+
+    def __str__(self) -> str:
+        shown = " ".join(repr(self.value).split())
+        if len(shown) > _LONGEST_VALUE:
+            shown = shown[:_LONGEST_VALUE] + "..."
+        return f"{self.where}: got {shown}; expected {self.expected}; fix: {self.fix}"
+
+
+class UserError(Exception):
+    """Something the user can put right. Carries every problem found, not only the first."""
+
+    def __init__(self, problems: Problem | Iterable[Problem]) -> None:
+        self.problems: list[Problem] = [problems] if isinstance(problems, Problem) else list(problems)
+        if not self.problems:
+            raise AssertionError("a UserError needs at least one Problem")
+        super().__init__(self.problems)
+
+    def __str__(self) -> str:
+        return "\n".join(str(problem) for problem in self.problems)
+
+
+class ConfigError(UserError):
+    """The config, the layout or the model folder is refused."""
+
+
+class DataError(UserError):
+    """A data file is refused."""

@@ -1,0 +1,233 @@
+"""Turns a plain mapping into a dataclass by its annotations, collecting every problem on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+from megadpo.config.problems import Problem
+from megadpo.config.types import NotEmpty, Range
+
+Section = TypeVar("Section")
+
+# What people who come from elsewhere write, by its last name.
+_ELSEWHERE = {
+    "beta": "dpo.reference_policy_kl_penalty",
+    "learning_rate": "policy.megatron_cfg.optimizer.lr",
+    "num_train_epochs": "dpo.max_num_epochs",
+    "max_steps": "dpo.max_num_steps",
+    "max_length": "policy.max_total_sequence_length",
+    "per_device_train_batch_size": "policy.train_micro_batch_size",
+    "warmup_steps": "policy.megatron_cfg.scheduler.lr_warmup_iters",
+    "output_dir": "checkpointing.checkpoint_dir",
+}
+
+
+@dataclasses.dataclass
+class Reader:
+    """One reading: remembers what was wrong and where."""
+
+    known_paths: frozenset[str]
+    """Every key there is, for the nearest known name of an unknown one."""
+    problems: list[Problem] = dataclasses.field(default_factory=list)
+    bad: set[str] = dataclasses.field(default_factory=set)
+    """Paths whose value could not be read; the result holds the default there."""
+
+    def section(self, cls: type[Section], raw: object, path: str) -> Section:
+        """Read dataclass `cls` from mapping `raw`. What is missing or wrong gets its default, or a blank."""
+        if not isinstance(raw, Mapping):
+            fix = "write its keys below it, or leave the section out"
+            self._problem(path, raw, "a section (keys with values)", fix)
+            raw = {}
+        hints = _hints(cls)  # type: ignore[arg-type]
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+            where = f"{path}.{field.name}" if path else field.name
+            if field.name not in hints:
+                continue
+            if field.name in raw:
+                failures = len(self.problems)
+                value = self.value(hints[field.name], raw[field.name], where)
+                if len(self.problems) == failures or dataclasses.is_dataclass(value):
+                    values[field.name] = value
+                    continue
+            elif _has_default(field):
+                continue
+            else:
+                fix = f"set {where} in the file or on the command line"
+                self._problem(where, None, f"{describe(hints[field.name])}; it is required", fix)
+            if not _has_default(field):
+                values[field.name] = self._blank(hints[field.name], where)
+        for name in raw:
+            if name not in hints:
+                self._unknown(f"{path}.{name}" if path else str(name), raw[name], list(hints))
+        return cls(**values)
+
+    def value(self, annotation: Any, raw: object, where: str) -> Any:
+        """Read one value by its annotation; on a problem the result is meaningless and `bad` holds `where`."""
+        options, bounds = _unwrap(annotation)
+        if type(None) in options:
+            if raw is None:
+                return None
+            options = [option for option in options if option is not type(None)]
+        option = options[0]
+        origin = get_origin(option)
+        if dataclasses.is_dataclass(option):
+            return self.section(option, raw, where)  # type: ignore[arg-type]
+        if origin is Literal:
+            allowed = get_args(option)
+            if any(type(raw) is type(one) and raw == one for one in allowed):
+                return raw
+            near = difflib.get_close_matches(str(raw), [str(one) for one in allowed], n=1, cutoff=0.4)
+            fix = f"did you mean {near[0]}?" if near else f"set it to {_literal(allowed[0])}"
+            return self._problem(where, raw, describe(annotation), fix)
+        if origin is dict:
+            return self._mapping(get_args(option)[1], raw, where, annotation)
+        if origin is tuple:
+            if not isinstance(raw, (list, tuple)):
+                return self._problem(where, raw, describe(annotation), "write it as [a, b]")
+            return tuple(self.value(get_args(option)[0], one, f"{where}[{i}]") for i, one in enumerate(raw))
+        if option is Any:
+            return raw
+        return self._scalar(option, bounds, raw, where, annotation)
+
+    def _mapping(self, inner: Any, raw: object, where: str, annotation: Any) -> Any:
+        if not isinstance(raw, Mapping):
+            return self._problem(where, raw, describe(annotation), "write it as {name: value}")
+        return {str(name): self.value(inner, one, f"{where}.{name}") for name, one in raw.items()}
+
+    def _scalar(self, kind: Any, bounds: list[Any], raw: Any, where: str, annotation: Any) -> Any:
+        expected = describe(annotation)
+        value: Any = raw
+        if kind is float and isinstance(raw, str):
+            # YAML 1.1 reads 5e-6 (no dot) as text.
+            try:
+                value = float(raw)
+            except ValueError:
+                return self._problem(where, raw, expected, "write a number, for example 5.0e-6")
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            try:
+                value = float(value)
+            except OverflowError:
+                return self._problem(where, raw, expected, "write a finite number")
+        if type(value) is not kind:
+            return self._problem(where, raw, expected, _type_fix(kind, raw))
+        if kind is float and not math.isfinite(value):
+            return self._problem(where, raw, expected, "write a finite number")
+        for bound in bounds:
+            if isinstance(bound, Range) and not bound.holds(value):
+                return self._problem(where, raw, expected, f"choose a value {bound}")
+            if isinstance(bound, NotEmpty) and not value.strip():
+                return self._problem(where, raw, expected, "fill it in")
+        return value
+
+    def _blank(self, annotation: Any, where: str) -> Any:
+        """Stands for a value that could not be read, so that reading goes on."""
+        option = _unwrap(annotation)[0][0]
+        if dataclasses.is_dataclass(option):
+            return Reader(self.known_paths).section(option, {}, where)  # type: ignore[arg-type]
+        return option() if option in (str, int, float, bool) else None
+
+    def _unknown(self, where: str, value: object, siblings: list[str]) -> None:
+        fix = "remove it"
+        nearest = nearest_name(where, siblings, self.known_paths)
+        if nearest:
+            fix = f"did you mean {nearest}? Otherwise remove it"
+        elif siblings and len(siblings) <= 12:
+            fix = f"remove it; known here: {', '.join(siblings)}"
+        self._problem(where, value, "a known key; this one is not", fix)
+
+    def _problem(self, where: str, value: object, expected: str, fix: str) -> None:
+        self.problems.append(Problem(where, value, expected, fix))
+        self.bad.add(where)
+
+
+def nearest_name(where: str, siblings: list[str], known_paths: frozenset[str]) -> str | None:
+    """The dotted name that the writer of unknown key `where` most likely meant, or None."""
+    section, _, name = where.rpartition(".")
+    if name in _ELSEWHERE:
+        return _ELSEWHERE[name]
+    near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.7)
+    if near:
+        return f"{section}.{near[0]}" if section else near[0]
+    leaves: dict[str, str] = {path.rpartition(".")[2]: path for path in sorted(known_paths, reverse=True)}
+    near = difflib.get_close_matches(name, list(leaves), n=1, cutoff=0.8)
+    return leaves[near[0]] if near else None
+
+
+def dotted_paths(cls: type, prefix: str = "") -> Iterator[str]:
+    """Every key of dataclass `cls`, sections included, as dotted paths."""
+    for name, annotation in _hints(cls).items():
+        yield f"{prefix}{name}"
+        option = _unwrap(annotation)[0][0]
+        if dataclasses.is_dataclass(option):
+            yield from dotted_paths(option, f"{prefix}{name}.")  # type: ignore[arg-type]
+
+
+def describe(annotation: Any) -> str:
+    """A type in a user's words."""
+    options, bounds = _unwrap(annotation)
+    words = [_describe_one(option, bounds) for option in options if option is not type(None)]
+    return " or ".join(words + (["null"] if type(None) in options else []))
+
+
+def _describe_one(option: Any, bounds: list[Any]) -> str:
+    ranges = "".join(f" {bound}" for bound in bounds if isinstance(bound, Range))
+    origin = get_origin(option)
+    if origin is Literal:
+        shown = ", ".join(_literal(one) for one in get_args(option))
+        return shown if len(get_args(option)) == 1 else f"one of {shown}"
+    if origin is dict:
+        return "a mapping of names to " + describe(get_args(option)[1])
+    if origin is tuple:
+        return "a list of " + describe(get_args(option)[0])
+    if dataclasses.is_dataclass(option):
+        return "a section"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return words.get(option, "any value") + ranges
+
+
+def _literal(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _type_fix(kind: type, raw: object) -> str:
+    if kind is bool:
+        return "write true or false, without quotes"
+    if kind is str:
+        return "put it in quotes" if isinstance(raw, (int, float)) else "write text"
+    if kind is int and isinstance(raw, float) and raw.is_integer():
+        return f"write {int(raw)}"
+    return "write a number, without quotes"
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    # compare=False marks what the loader adds and no file may set.
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.compare}
+
+
+def _unwrap(annotation: Any) -> tuple[list[Any], list[Any]]:
+    """(alternatives, bounds) of an annotation: Annotated and unions taken apart."""
+    bounds: list[Any] = []
+    if get_origin(annotation) is Annotated:
+        annotation, *bounds = get_args(annotation)
+    if get_origin(annotation) in (Union, types.UnionType):
+        options: list[Any] = []
+        for one in get_args(annotation):
+            inner, more = _unwrap(one)
+            options += inner
+            bounds += more
+        return sorted(options, key=lambda option: option is type(None)), bounds
+    return [annotation], bounds
+
+
+def _has_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING

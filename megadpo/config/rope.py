@@ -1,0 +1,118 @@
+"""Rotary-embedding settings of a Hugging Face config.json, in one spelling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Report = Callable[[str, object, str, str], None]
+"""report(key, value, expected, fix): notes one problem in config.json."""
+
+_KEYS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
+    # rope type: (keys that must be there, keys that may be there)
+    "default": (frozenset(), frozenset()),
+    "linear": (frozenset({"factor"}), frozenset()),
+    "dynamic": (frozenset({"factor"}), frozenset({"original_max_position_embeddings"})),
+    "llama3": (
+        frozenset({"factor", "low_freq_factor", "high_freq_factor"}),
+        frozenset({"original_max_position_embeddings"}),
+    ),
+    "yarn": (
+        frozenset({"factor"}),
+        frozenset(
+            {
+                "original_max_position_embeddings",
+                "attention_factor",
+                "beta_fast",
+                "beta_slow",
+                "mscale",
+                "mscale_all_dim",
+                "truncate",
+            }
+        ),
+    ),
+}
+_EVERYWHERE = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+_NOT_POSITIVE = frozenset({"truncate"})
+
+
+def read_rope(
+    raw: Mapping[str, Any], max_position_embeddings: int, report: Report
+) -> tuple[float, dict[str, Any] | None]:
+    """Return (rope_theta, rope_scaling) from transformers 4's or transformers 5's spelling.
+
+    rope_scaling is None for plain RoPE, else a dict with `rope_type` linear, llama3 or yarn and every number its
+    formula needs (transformers/modeling_rope_utils.py), defaults filled in. `dynamic` is None too: it differs from
+    plain RoPE only beyond max_position_embeddings, where a run is refused anyway.
+    """
+    spelling = "rope_parameters" if raw.get("rope_parameters") is not None else "rope_scaling"
+    given = raw.get(spelling) or {}
+    if not isinstance(given, Mapping):
+        report(spelling, given, "a JSON object or null", "restore the model's own config.json")
+        return 10000.0, None
+    theta = given.get("rope_theta", raw.get("rope_theta"))
+    theta = 10000.0 if theta is None else theta
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or theta <= 0:
+        report("rope_theta", theta, "a positive number", "restore the model's own config.json")
+        theta = 10000.0
+    rotary = given.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    if rotary not in (None, 1, 1.0):
+        report("partial_rotary_factor", rotary, "1.0", "only models that rotate whole heads are supported")
+    rope_type = given.get("rope_type", given.get("type", "default"))
+    if rope_type not in _KEYS:
+        known = ", ".join(sorted(_KEYS))
+        report(f"{spelling}.rope_type", rope_type, f"one of {known}", "choose a model with one of these RoPE types")
+        return float(theta), None
+    required, optional = _KEYS[rope_type]
+    values = {key: value for key, value in given.items() if key not in _EVERYWHERE and value is not None}
+    sound = True
+    for key in sorted(required - values.keys()):
+        report(f"{spelling}.{key}", None, f"a number, for rope_type {rope_type}", "restore the model's own config.json")
+        sound = False
+    for key, value in values.items():
+        if key not in required | optional:
+            # Refused rather than dropped: a key that changes the frequencies must not be lost.
+            report(f"{spelling}.{key}", value, f"no such key for rope_type {rope_type}", "this RoPE is not supported")
+            sound = False
+        elif key not in _NOT_POSITIVE and (isinstance(value, bool) or not _positive(value)):
+            report(f"{spelling}.{key}", value, "a positive number", "restore the model's own config.json")
+            sound = False
+    if not sound or rope_type in ("default", "dynamic"):
+        return float(theta), None
+    return float(theta), _with_defaults(rope_type, values, max_position_embeddings)
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and value > 0
+
+
+def _with_defaults(rope_type: str, values: Mapping[str, Any], max_position_embeddings: int) -> dict[str, Any]:
+    """The numbers that `rope_type`'s formula needs, defaults as in transformers."""
+    scaling: dict[str, Any] = {"rope_type": rope_type, "factor": float(values["factor"])}
+    if rope_type == "linear":
+        return scaling
+    scaling["original_max_position_embeddings"] = int(
+        values.get("original_max_position_embeddings", max_position_embeddings)
+    )
+    if rope_type == "llama3":
+        scaling["low_freq_factor"] = float(values["low_freq_factor"])
+        scaling["high_freq_factor"] = float(values["high_freq_factor"])
+        return scaling
+    scaling["beta_fast"] = float(values.get("beta_fast", 32))
+    scaling["beta_slow"] = float(values.get("beta_slow", 1))
+    scaling["truncate"] = bool(values.get("truncate", True))
+    scaling["attention_factor"] = float(values.get("attention_factor", _yarn_attention_factor(values)))
+    return scaling
+
+
+def _yarn_attention_factor(values: Mapping[str, Any]) -> float:
+    """What yarn multiplies cos and sin by (arXiv:2309.00071, section 3.4; the mscale form is DeepSeek's)."""
+
+    def mscale(weight: float) -> float:
+        factor = float(values["factor"])
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if values.get("mscale") and values.get("mscale_all_dim"):
+        return mscale(values["mscale"]) / mscale(values["mscale_all_dim"])
+    return mscale(1.0)

@@ -1,0 +1,114 @@
+"""The whole config: one dataclass per YAML section, attribute access as in YAML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megadpo.config.schema_dpo import DpoConfig
+from megadpo.config.schema_policy import PolicyConfig
+from megadpo.config.types import CountOrZero, PositiveInt, Text
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """`data`."""
+
+    train_data_path: str = ""
+    """JSONL file of training pairs. Empty only where nothing is trained."""
+    val_data_paths: dict[str, Text] | None = None
+    """Validation sets, {name: JSONL file}. A single path is taken as {default: path}. null: no validation."""
+    dataset_name: Literal["BinaryPreferenceDataset"] = "BinaryPreferenceDataset"
+    """NeMo RL's name of the format: one object a line with a prompt, a chosen and a rejected answer."""
+    prompt_key: Text = "prompt"
+    chosen_key: Text = "chosen"
+    rejected_key: Text = "rejected"
+    max_input_seq_length: PositiveInt = 1024
+    """Most tokens in prompt + one answer. Left out or null: policy.max_total_sequence_length, and at most that."""
+    shuffle: bool = True
+    """A new order each epoch, decided by dpo.seed and the epoch. false: file order."""
+    num_workers: CountOrZero = 1
+    """Processes that tokenise; 0 and 1: in the training process itself."""
+    on_too_long: Literal["refuse", "drop", "truncate"] = "refuse"
+    """A pair longer than the limit: refuse the file, drop the pair and count it, or cut the answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointingConfig:
+    """`checkpointing`."""
+
+    enabled: bool = True
+    checkpoint_dir: Text = "results/dpo"
+    """Holds step_<N>/ folders. A run started again here resumes from the newest complete one."""
+    metric_name: str | None = None
+    """What makes a checkpoint good: `validation-<name>_loss`, NeMo RL's `val:validation-<name>_loss`, `train:loss`.
+    null: the newest are the best."""
+    higher_is_better: bool = False
+    keep_top_k: PositiveInt | None = None
+    """Best checkpoints to keep, the newest always among the kept. null: all."""
+    save_period: PositiveInt = 50
+    """Save every this many steps, and at the end."""
+    checkpoint_must_save_by: str | None = None
+    """DD:HH:MM:SS after the start: save, then stop. null: no limit."""
+    save_optimizer: bool = True
+    """false: weights only; a resumed run starts its optimizer anew."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """`logger.wandb`."""
+
+    project: Text | None = None
+    name: Text | None = None
+    entity: Text | None = None
+    mode: Literal["online", "offline"] | None = None
+    """null: what the environment variable WANDB_MODE says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorboardConfig:
+    """`logger.tensorboard`."""
+
+    log_dir: Text | None = None
+    """Folder of the event files, relative to logger.log_dir. null: tensorboard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggerConfig:
+    """`logger`. metrics.jsonl and the resolved config are always written to log_dir."""
+
+    log_dir: Text = "logs"
+    wandb_enabled: bool = False
+    tensorboard_enabled: bool = False
+    mlflow_enabled: bool = False
+    """Only false."""
+    swanlab_enabled: bool = False
+    """Only false."""
+    monitor_gpus: bool = False
+    """Only false."""
+    num_val_samples_to_print: CountOrZero = 0
+    """Only 0."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: TensorboardConfig = field(default_factory=TensorboardConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """`cluster`. torchrun decides the world; these, where set, must agree with it."""
+
+    gpus_per_node: PositiveInt | None = None
+    num_nodes: PositiveInt | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A run."""
+
+    policy: PolicyConfig
+    dpo: DpoConfig = field(default_factory=DpoConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """Not a YAML key: what the loader accepted although it has no effect here, one line each, for rank 0 to print."""

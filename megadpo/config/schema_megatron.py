@@ -1,0 +1,112 @@
+"""The `policy.megatron_cfg:` section: layout, recomputation, optimizer, schedule, gradient reduction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megadpo.config.types import CountOrZero, FloatOrZero, PositiveFloat, PositiveInt, Precision, Proportion
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """`policy.megatron_cfg.optimizer`. Main parameters and moments are float32, whatever the precision."""
+
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """adam: AdamW, weight decay apart from the gradient, as in megatron-core."""
+    lr: PositiveFloat = 5e-6
+    """Highest learning rate."""
+    min_lr: FloatOrZero = 0.0
+    """Where a linear or cosine decay ends."""
+    weight_decay: FloatOrZero = 0.1
+    """With scheduler.weight_decay_incr_style linear or cosine, its start and end decide instead."""
+    bf16: bool = True
+    """Must say what policy.precision says. Left out or null: taken from there."""
+    fp16: bool = False
+    """Only false: float16 training is not offered."""
+    params_dtype: Literal["float32"] = "float32"
+    """Dtype of the main parameters."""
+    adam_beta1: Proportion = 0.9
+    adam_beta2: Proportion = 0.98
+    adam_eps: PositiveFloat = 1e-8
+    sgd_momentum: Proportion = 0.9
+    use_distributed_optimizer: bool = True
+    """Shard main parameters and moments over the data-parallel ranks."""
+    clip_grad: FloatOrZero = 1.0
+    """Must say what policy.max_grad_norm says. Left out or null: taken from there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """`policy.megatron_cfg.scheduler`. Iterations are optimizer steps."""
+
+    start_weight_decay: FloatOrZero = 0.1
+    """Left out or null: optimizer.weight_decay."""
+    end_weight_decay: FloatOrZero = 0.1
+    """Left out or null: optimizer.weight_decay."""
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
+    """How weight decay goes from start to end; constant needs them equal."""
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    lr_decay_iters: PositiveInt | None = None
+    """Step at which the rate has come down to min_lr, warm-up included. null: the run's last step."""
+    lr_warmup_iters: CountOrZero = 0
+    """Steps in which the rate rises linearly to lr."""
+    lr_warmup_init: FloatOrZero = 0.0
+    """Rate at which the warm-up starts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributedDataParallelConfig:
+    """`policy.megatron_cfg.distributed_data_parallel_config`."""
+
+    grad_reduce_in_fp32: bool = True
+    """Accumulate and reduce gradients in float32. NeMo RL's file says false for bfloat16 runs."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward pass runs; needs the distributed optimizer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MegatronConfig:
+    """`policy.megatron_cfg`."""
+
+    enabled: bool = True
+    """Only true: there is no other back end."""
+    tensor_model_parallel_size: PositiveInt = 1
+    pipeline_model_parallel_size: PositiveInt = 1
+    context_parallel_size: PositiveInt = 1
+    """Only 1."""
+    expert_model_parallel_size: PositiveInt = 1
+    """Only 1: the supported models have no experts."""
+    expert_tensor_parallel_size: PositiveInt = 1
+    """Only 1: the supported models have no experts."""
+    sequence_parallel: bool = False
+    """Shard the tokens over the tensor-parallel ranks outside attention and MLP."""
+    num_layers_in_first_pipeline_stage: PositiveInt | None = None
+    """null: an even split."""
+    num_layers_in_last_pipeline_stage: PositiveInt | None = None
+    """null: an even split."""
+    pipeline_dtype: Precision = "bfloat16"
+    """Must say what policy.precision says. Left out or null: taken from there."""
+
+    activation_checkpointing: bool = False
+    """The switch of recomputation; the four recompute_ fields say how."""
+    recompute_granularity: Literal["full", "selective"] = "full"
+    """full: whole layers. selective: recompute_modules only."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """With full: keep the input of every recompute_num_layers layers, or recompute the first ones of a stage."""
+    recompute_num_layers: PositiveInt = 1
+    recompute_modules: tuple[Literal["core_attn", "layernorm", "mlp"], ...] = ("core_attn",)
+    """With selective: megatron-core's names."""
+
+    apply_rope_fusion: bool = True
+    """Fused rotary kernel where Transformer Engine has one; elsewhere the plain one, with the same result."""
+    bias_activation_fusion: bool = True
+    """Fused SwiGLU where megatron-core has it; elsewhere the plain one, with the same result."""
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    distributed_data_parallel_config: DistributedDataParallelConfig = field(
+        default_factory=DistributedDataParallelConfig
+    )

@@ -1,0 +1,62 @@
+"""The `policy:` section: model, tokenizer, batch sizes, packing. Sizes count PAIRS."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from megadpo.config.schema_megatron import MegatronConfig
+from megadpo.config.types import FloatOrZero, PositiveInt, Precision, Text
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """`policy.tokenizer`."""
+
+    name: Text
+    """Hugging Face folder or hub name. Left out or null: policy.model_name."""
+    chat_template: str | None = None
+    """Jinja text that replaces the tokenizer's own template."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Given to the template, e.g. {enable_thinking: false}."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequencePackingConfig:
+    """`policy.sequence_packing`: micro-batches are packs of pairs under a token budget."""
+
+    enabled: bool = True
+    """false: micro-batches of exactly train_micro_batch_size pairs, however long."""
+    share_prompt: bool = True
+    """Compute a pair's prompt once for both answers. false: prompt and answer as two sequences. Same loss."""
+    train_mb_tokens: PositiveInt = 2048
+    """Most tokens in a pack. Left out or null: 2 x max_total_sequence_length, the longest pair there can be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """`policy`."""
+
+    model_name: Text
+    """Hugging Face folder or hub name, or Megatron checkpoint folder."""
+    tokenizer: TokenizerConfig
+    train_global_batch_size: PositiveInt = 128
+    """Pairs per optimizer step, over all data-parallel ranks."""
+    train_micro_batch_size: PositiveInt = 2
+    """Pairs per micro-batch when sequence packing is off; with packing train_mb_tokens decides."""
+    max_total_sequence_length: PositiveInt = 1024
+    """Most tokens in prompt + one answer; what happens to longer pairs: data.on_too_long."""
+    precision: Precision = "bfloat16"
+    """Dtype of weights and activations; main parameters and optimizer state are float32."""
+    max_grad_norm: FloatOrZero = 1.0
+    """Gradients are scaled down to this norm; 0 or null: no clipping."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one."""
+    attention_kernel: Literal["auto", "sdpa", "varlen", "transformer_engine"] = "auto"
+    """sdpa: everywhere. varlen: torch's flash attention on CUDA. transformer_engine: CUDA with TE installed."""
+    sequence_packing: SequencePackingConfig = field(default_factory=SequencePackingConfig)
+    make_sequence_length_divisible_by: PositiveInt = 1
+    """A pack is padded to a multiple of this. Left out or null: 1, with sequence_parallel the tensor-parallel size."""
+    logprob_chunk_size: PositiveInt = 1024
+    """Answer tokens projected onto the vocabulary at a time. Left out or null: 1024."""
+    megatron_cfg: MegatronConfig = field(default_factory=MegatronConfig)

@@ -1,0 +1,1 @@
+"""Preference data: files -> pairs -> token ids -> packed micro-batches."""

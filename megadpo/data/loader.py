@@ -1,0 +1,182 @@
+"""Global batches of packed pairs, for one data-parallel rank.
+
+Order of an epoch: a function of (seed, epoch) alone, so that neither the number of ranks nor where a run was
+interrupted changes which pairs share a global batch. Every rank knows all lengths, plans the whole global batch alike
+and packs only its own micro-batches: no communication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megadpo.config.problems import DataError, Problem
+from megadpo.data.dataset import PairDataset, TokenizedPairs
+from megadpo.data.pack import PackedBatch, pack_pairs
+from megadpo.data.plan import plan_global_batch
+from megadpo.data.prefetch import Prefetcher
+from megadpo.data.reader import MOST_PROBLEMS
+
+__all__ = ["GlobalBatch", "GlobalBatchLoader", "PairDataset"]
+
+PREFETCH_BATCHES = 2
+"""Global batches packed ahead of need."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlobalBatch:
+    """One rank's part of a global batch, and what all ranks know of the whole."""
+
+    micro_batches: list[PackedBatch]
+    """This rank's, on the CPU; as many on every rank."""
+    num_pairs: int
+    """Pairs of the whole global batch, over all ranks: what the loss is a mean over."""
+    num_tokens: int
+    """Packed tokens of the whole global batch without padding; a shared prompt counts once."""
+    pair_indices: list[int]
+    """Rows of the data file, of the whole global batch, in the order of the epoch."""
+    epoch: int
+    batch: int
+    """Number of the batch in its epoch. (epoch, batch + 1) is where a resumed run goes on."""
+
+
+class GlobalBatchLoader:
+    """The global batches of a data set, epoch by epoch."""
+
+    def __init__(
+        self,
+        dataset: TokenizedPairs,
+        *,
+        global_batch_size: int,
+        shuffle: bool,
+        seed: int,
+        dp_rank: int,
+        dp_size: int,
+        share_prompt: bool,
+        pad_token_id: int,
+        pad_to_multiple: int = 1,
+        budget_tokens: int | None = None,
+        pairs_per_micro_batch: int | None = None,
+        drop_last: bool,
+        limit_batches: int | None = None,
+        num_workers: int = 1,
+    ) -> None:
+        """Sizes count pairs. Exactly one of `budget_tokens` (sequence packing) and `pairs_per_micro_batch` is given.
+
+        budget_tokens: most tokens of a micro-batch, padding included.
+        drop_last: leave out the last, incomplete global batch of an epoch (training); else it comes as it is.
+        limit_batches: at most this many batches of an epoch (dpo.val_batches); None or 0 or less: all.
+        num_workers: 0 packs in the caller; any other number packs ahead in one background thread, which is enough:
+            packing takes a thousandth of a step.
+        Raises DataError for pairs longer than budget_tokens, and for a data set that drop_last leaves nothing of.
+        """
+        if not 0 <= dp_rank < dp_size:
+            raise ValueError(f"dp_rank {dp_rank} of dp_size {dp_size}")
+        if global_batch_size < 1:
+            raise ValueError(f"global_batch_size must be at least 1, got {global_batch_size}")
+        if (budget_tokens is None) == (pairs_per_micro_batch is None):
+            raise ValueError("give either budget_tokens or pairs_per_micro_batch")
+        self.dataset = dataset
+        self.global_batch_size = global_batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.dp_rank = dp_rank
+        self.dp_size = dp_size
+        self.share_prompt = share_prompt
+        self.pad_token_id = pad_token_id
+        self.pad_to_multiple = pad_to_multiple
+        self.pairs_per_micro_batch = pairs_per_micro_batch
+        self.drop_last = drop_last
+        self.num_workers = num_workers
+        self._lengths = dataset.packed_tokens(share_prompt=share_prompt)
+        # Padding a pack may not take it over the budget
+        self._budget = None if budget_tokens is None else budget_tokens // pad_to_multiple * pad_to_multiple
+        self._refuse_longer_than_budget()
+        whole, rest = divmod(len(dataset), global_batch_size)
+        batches = whole if drop_last or not rest else whole + 1
+        if batches == 0:
+            raise DataError(_too_few_pairs(dataset, global_batch_size))
+        self.batches_per_epoch = batches if limit_batches is None or limit_batches < 1 else min(batches, limit_batches)
+        self.dropped_pairs_per_epoch = rest if drop_last else 0
+        """Pairs that drop_last leaves out of each epoch: other ones in each, where shuffled."""
+
+    def order(self, epoch: int) -> npt.NDArray[np.int64]:
+        """int64 [pairs]: positions of the data set in the order of the epoch."""
+        if not self.shuffle:
+            return np.arange(len(self.dataset), dtype=np.int64)
+        generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, epoch])))
+        return generator.permutation(len(self.dataset))
+
+    def batches(self, epoch: int, start_batch: int = 0) -> Iterator[GlobalBatch]:
+        """The batches of an epoch from number `start_batch` on. Leaving the iterator early ends its thread."""
+        if not 0 <= start_batch <= self.batches_per_epoch:
+            raise ValueError(f"start_batch {start_batch} of an epoch of {self.batches_per_epoch} batches")
+        made = self._make(epoch, start_batch)
+        if self.num_workers == 0:
+            yield from made
+        else:
+            with Prefetcher(made, PREFETCH_BATCHES) as ahead:
+                yield from ahead
+
+    def _make(self, epoch: int, start_batch: int) -> Iterator[GlobalBatch]:
+        order = self.order(epoch)
+        for batch in range(start_batch, self.batches_per_epoch):
+            positions = order[batch * self.global_batch_size : (batch + 1) * self.global_batch_size]
+            lengths = self._lengths[positions]
+            plan = plan_global_batch(
+                lengths,
+                num_ranks=self.dp_size,
+                budget_tokens=self._budget,
+                pairs_per_micro_batch=self.pairs_per_micro_batch,
+            )
+            yield GlobalBatch(
+                micro_batches=[self._pack(positions[numbers]) for numbers in plan[self.dp_rank]],
+                num_pairs=len(positions),
+                num_tokens=int(lengths.sum()),
+                pair_indices=self.dataset.arrays.rows[positions].tolist(),
+                epoch=epoch,
+                batch=batch,
+            )
+
+    def _pack(self, positions: npt.NDArray[np.int64]) -> PackedBatch:
+        return pack_pairs(
+            [self.dataset[int(position)] for position in positions],
+            share_prompt=self.share_prompt,
+            pad_to_multiple=self.pad_to_multiple,
+            pad_token_id=self.pad_token_id,
+        )
+
+    def _refuse_longer_than_budget(self) -> None:
+        if self._budget is None:
+            return
+        too_long = np.flatnonzero(self._lengths > self._budget)
+        if len(too_long) == 0:
+            return
+        longest = int(self._lengths.max())
+        needed = -(-longest // self.pad_to_multiple) * self.pad_to_multiple
+        advice = f"raise it to {needed} or more (the longest of {len(too_long)} such pairs)"
+        if not self.share_prompt:
+            advice += ", or set policy.sequence_packing.share_prompt"
+        raise DataError(
+            [
+                Problem(
+                    where=self.dataset.source_of(int(self.dataset.arrays.rows[position])),
+                    value=f"a pair of {self._lengths[position]} packed tokens",
+                    expected=f"at most policy.sequence_packing.train_mb_tokens, here {self._budget}",
+                    fix=advice,
+                )
+                for position in too_long[:MOST_PROBLEMS]
+            ]
+        )
+
+
+def _too_few_pairs(dataset: TokenizedPairs, global_batch_size: int) -> Problem:
+    return Problem(
+        where=dataset.report.path,
+        value=f"{len(dataset)} pairs",
+        expected=f"at least one global batch of {global_batch_size}",
+        fix=f"lower policy.train_global_batch_size to {len(dataset)} or less, or add pairs",
+    )

@@ -1,0 +1,73 @@
+"""The two forms of a preference pair: text as a file holds it, and token ids as the model sees it.
+
+No torch here. Formats (formats.py) make `PreferencePair`s, tokenization.py makes `TokenizedPair`s, pack.py makes
+micro-batches of those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+TokenIds: TypeAlias = npt.NDArray[np.int32]
+"""Token ids of one text, int32 [n]."""
+
+Message: TypeAlias = Mapping[str, Any]
+"""One chat message: `role` and `content` are strings; further keys reach the chat template untouched."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferencePair:
+    """Two answers to one prompt, before tokenisation. Each field is a text or a tuple of messages."""
+
+    prompt: str | tuple[Message, ...]
+    chosen: str | tuple[Message, ...]
+    rejected: str | tuple[Message, ...]
+    row: int
+    """Row of the file, from 0, blank lines not counted."""
+    line: int
+    """Line of the file, from 1."""
+    path: str
+
+    @property
+    def source(self) -> str:
+        """`file:line`, as error messages name it."""
+        return f"{self.path}:{self.line}"
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedPair:
+    """A pair as token ids, each int32 [n]. `prompt_ids + chosen_ids` is one sequence of the model, and
+    `prompt_ids + rejected_ids` the other; the answers hold their end-of-sequence token."""
+
+    index: int
+    """Row of the file, from 0: what logs and evaluation files call the pair."""
+    prompt_ids: TokenIds
+    chosen_ids: TokenIds
+    rejected_ids: TokenIds
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def chosen_tokens(self) -> int:
+        return len(self.chosen_ids)
+
+    @property
+    def rejected_tokens(self) -> int:
+        return len(self.rejected_ids)
+
+    @property
+    def longest_sequence_tokens(self) -> int:
+        """Length of the longer of prompt+chosen and prompt+rejected: what `max_total_sequence_length` bounds."""
+        return self.prompt_tokens + max(self.chosen_tokens, self.rejected_tokens)
+
+    def packed_tokens(self, *, share_prompt: bool) -> int:
+        """Tokens that the pair takes in a pack: the prompt counts once if shared, else twice."""
+        prompts = 1 if share_prompt else 2
+        return prompts * self.prompt_tokens + self.chosen_tokens + self.rejected_tokens

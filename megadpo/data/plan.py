@@ -1,0 +1,214 @@
+"""Which pairs of a global batch share a micro-batch, and on which data-parallel rank.
+
+Every rank computes the same plan from the lengths alone, so nothing is communicated. Lengths come in as numbers of
+tokens, positions in the global batch go out.
+
+With a token budget, three ways to deal pairs to ranks x m packs are known, each from the longest pair down:
+  global  best fit over the packs of all ranks, which are then dealt out to the ranks, fullest first
+  even    the pair goes to the rank with the fewest tokens, there to the emptiest pack (LPT: packs of equal size)
+  tight   the pair goes to the rank with the fewest tokens, there to the fullest pack that still takes it
+`global` says how many packs are enough; then fewer micro-batches per rank are tried as long as one of the three
+succeeds. Within one m the first that is balanced is taken. If none is, pairs are moved and swapped between the ranks;
+and if that doesn't suffice either, balance is worth one more micro-batch per rank.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from megadpo.data.rebalance import BALANCE, Packs, rebalance
+
+Plan = list[list[list[int]]]
+"""[rank][micro-batch][pair] -> position in the global batch."""
+
+
+def plan_global_batch(
+    lengths: Sequence[int] | np.ndarray,
+    *,
+    num_ranks: int,
+    budget_tokens: int | None = None,
+    pairs_per_micro_batch: int | None = None,
+) -> Plan:
+    """Deals the positions 0 .. len(lengths) - 1 to ranks and micro-batches, each exactly once.
+
+    Exactly one of `budget_tokens` (packs of at most that many tokens) and `pairs_per_micro_batch` (that many pairs in
+    a micro-batch, in order, whatever their lengths) is given. All ranks get the same number of micro-batches; one may
+    be empty where there are too few pairs. Deterministic. Raises ValueError for a pair longer than the budget.
+    """
+    if num_ranks < 1:
+        raise ValueError(f"num_ranks must be at least 1, got {num_ranks}")
+    if (budget_tokens is None) == (pairs_per_micro_batch is None):
+        raise ValueError("give either budget_tokens or pairs_per_micro_batch")
+    if pairs_per_micro_batch is not None:
+        return _by_count(len(lengths), num_ranks, pairs_per_micro_batch)
+    assert budget_tokens is not None
+    return _by_tokens([int(length) for length in lengths], num_ranks, budget_tokens)
+
+
+def _by_count(num_pairs: int, num_ranks: int, pairs_per_micro_batch: int) -> Plan:
+    """Contiguous ranges of positions; ranks differ by at most one pair."""
+    if pairs_per_micro_batch < 1:
+        raise ValueError(f"pairs_per_micro_batch must be at least 1, got {pairs_per_micro_batch}")
+    bounds = [num_pairs * rank // num_ranks for rank in range(num_ranks + 1)]
+    most = max(end - start for start, end in pairwise(bounds))
+    micro_batches = max(1, -(-most // pairs_per_micro_batch))
+    return [
+        [
+            list(range(min(first, end), min(first + pairs_per_micro_batch, end)))
+            for first in range(start, start + micro_batches * pairs_per_micro_batch, pairs_per_micro_batch)
+        ]
+        for start, end in pairwise(bounds)
+    ]
+
+
+def _by_tokens(lengths: list[int], num_ranks: int, budget: int) -> Plan:
+    longest = max(lengths, default=0)
+    if longest > budget:
+        raise ValueError(f"a pair of {longest} tokens does not fit into budget_tokens {budget}")
+    job = _Job(lengths, num_ranks, budget)
+    per_rank = max(1, -(-len(job.best_fit) // num_ranks))
+    best = _best_packs(job, per_rank)
+    assert best is not None, "best fit has just packed them"
+    at_least = max(1, -(-sum(lengths) // (num_ranks * budget)))
+    while per_rank > at_least:
+        fewer = _best_packs(job, per_rank - 1)
+        if fewer is None:
+            break
+        best, per_rank = fewer, per_rank - 1
+    if best.imbalance() > BALANCE:
+        more = _best_packs(job, per_rank + 1)
+        if more is not None and more.imbalance() <= BALANCE:
+            best = more
+    return _in_order(best)
+
+
+class _Job:
+    """The pairs of a global batch, longest first, and best fit decreasing with as many packs as it takes: at most
+    11/9 of the fewest possible (Johnson 1974)."""
+
+    def __init__(self, lengths: list[int], num_ranks: int, budget: int) -> None:
+        self.lengths = lengths
+        self.num_ranks = num_ranks
+        self.budget = budget
+        self.order = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
+        self.best_fit: list[list[int]] = []
+        rooms = _Rooms()
+        for position in self.order:
+            number = rooms.take(lengths[position])
+            if number is None:
+                number = len(self.best_fit)
+                self.best_fit.append([])
+                rooms.put(budget - lengths[position], number)
+            self.best_fit[number].append(position)
+
+    def empty_packs(self, per_rank: int) -> Packs:
+        return Packs.empty(self.lengths, self.num_ranks, per_rank, self.budget)
+
+
+class _Rooms:
+    """Packs by the tokens they have room for. Sizes are few (at most the budget), so a sorted list of them is fast
+    however many packs there are."""
+
+    def __init__(self) -> None:
+        self._sizes: list[int] = []
+        self._packs: dict[int, list[int]] = {}
+
+    def put(self, room: int, pack: int) -> None:
+        if room not in self._packs:
+            insort(self._sizes, room)
+            self._packs[room] = []
+        self._packs[room].append(pack)
+
+    def take(self, length: int) -> int | None:
+        """Takes `length` from the pack with the least room that has as much; None if none has."""
+        at = bisect_left(self._sizes, length)
+        if at == len(self._sizes):
+            return None
+        room = self._sizes[at]
+        pack = self._packs[room].pop()
+        if not self._packs[room]:
+            del self._packs[room], self._sizes[at]
+        self.put(room - length, pack)
+        return pack
+
+
+def _best_packs(job: _Job, per_rank: int) -> Packs | None:
+    """The pairs on num_ranks x per_rank packs, as well balanced as the three ways allow; None if none fits them."""
+    found: list[Packs] = []
+    for way in (_pack_even, _pack_tight, _pack_global):
+        packs = way(job, per_rank)
+        if packs is None:
+            continue
+        if packs.imbalance() <= BALANCE:
+            return packs
+        found.append(packs)
+    for packs in found:
+        rebalance(packs)
+    return min(found, key=Packs.imbalance, default=None)
+
+
+def _pack_even(job: _Job, per_rank: int) -> Packs | None:
+    packs = job.empty_packs(per_rank)
+    ranks = [(0, rank) for rank in range(job.num_ranks)]
+    emptiest = [[(0, number) for number in range(per_rank)] for _ in ranks]
+    for position in job.order:
+        length = job.lengths[position]
+        rank_tokens, rank = ranks[0]
+        pack_tokens, number = emptiest[rank][0]
+        if pack_tokens + length > job.budget:
+            return None
+        packs.add(rank, number, position)
+        heapq.heapreplace(ranks, (rank_tokens + length, rank))
+        heapq.heapreplace(emptiest[rank], (pack_tokens + length, number))
+    return packs
+
+
+def _pack_tight(job: _Job, per_rank: int) -> Packs | None:
+    packs = job.empty_packs(per_rank)
+    ranks = [(0, rank) for rank in range(job.num_ranks)]  # kept sorted
+    rooms = [_Rooms() for _ in ranks]
+    for rank_rooms in rooms:
+        for number in reversed(range(per_rank)):
+            rank_rooms.put(job.budget, number)
+    for position in job.order:
+        length = job.lengths[position]
+        for place, (rank_tokens, rank) in enumerate(ranks):
+            pack = rooms[rank].take(length)
+            if pack is not None:
+                packs.add(rank, pack, position)
+                del ranks[place]
+                insort(ranks, (rank_tokens + length, rank))
+                break
+        else:
+            return None
+    return packs
+
+
+def _pack_global(job: _Job, per_rank: int) -> Packs | None:
+    if len(job.best_fit) > job.num_ranks * per_rank:
+        return None
+    packs = job.empty_packs(per_rank)
+    tokens = [sum(job.lengths[position] for position in pack) for pack in job.best_fit]
+    ranks = [(0, 0, rank) for rank in range(job.num_ranks)]  # tokens, packs dealt so far, rank
+    for number in sorted(range(len(tokens)), key=lambda number: (-tokens[number], number)):
+        rank_tokens, dealt, rank = heapq.heappop(ranks)
+        for position in job.best_fit[number]:
+            packs.add(rank, dealt, position)
+        if dealt + 1 < per_rank:
+            heapq.heappush(ranks, (rank_tokens + tokens[number], dealt + 1, rank))
+    return packs
+
+
+def _in_order(packs: Packs) -> Plan:
+    """Largest pack first, so that what is too much for the memory shows at once; pairs of a pack in batch order."""
+    plan = []
+    for rank_pairs, rank_tokens in zip(packs.pairs, packs.tokens, strict=True):
+        first = [min(pairs, default=-1) for pairs in rank_pairs]
+        numbers = sorted(range(len(rank_pairs)), key=lambda number: (-rank_tokens[number], first[number]))
+        plan.append([sorted(rank_pairs[number]) for number in numbers])
+    return plan

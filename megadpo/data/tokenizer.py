@@ -1,0 +1,97 @@
+"""The tokenizer as this system needs it: loaded, with an EOS, and with a settled chat template.
+
+transformers is imported when a tokenizer is loaded, not before.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megadpo.config.problems import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+OWN_TEMPLATE = "default"
+"""`policy.tokenizer.chat_template: default`: the tokenizer's own template, or plain text if it has none."""
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face folder or hub name. Raises ConfigError if there is none or it has no EOS."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except Exception as error:  # transformers raises anything here: OSError, ValueError, KeyError, bare Exception
+        raise ConfigError(
+            Problem(
+                where="policy.tokenizer.name",
+                value=name_or_path,
+                expected=f"a folder or hub name with a tokenizer (transformers says: {_first_line(error)})",
+                fix="name a folder that holds tokenizer.json or tokenizer_config.json; "
+                "without a network a hub name must be in the cache already",
+            )
+        ) from error
+    require_eos(tokenizer)
+    return tokenizer
+
+
+def require_eos(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of the end-of-sequence token, which ends every plain-text answer. Raises ConfigError without one."""
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            Problem(
+                where="policy.tokenizer.name",
+                value=f"{tokenizer.name_or_path or type(tokenizer).__name__}, whose eos_token is not set",
+                expected="a tokenizer with an end-of-sequence token, which ends each answer",
+                fix='set "eos_token" in its tokenizer_config.json to a token of its vocabulary',
+            )
+        )
+    return int(tokenizer.eos_token_id)
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills up a pack: the tokenizer's own, else EOS. Nothing is ever learned from it, or read off it."""
+    return require_eos(tokenizer) if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+
+
+def resolve_chat_template(tokenizer: PreTrainedTokenizerBase, setting: str | None) -> str | None:
+    """The jinja text that `policy.tokenizer.chat_template` means, or None for plain text.
+
+    `setting`, as in NeMo RL: "default" is the tokenizer's own template (None if it has none); None is no template;
+    a name ending in .jinja is a file with one; anything else is the template itself. Raises ConfigError.
+    """
+    if setting is None:
+        return None
+    if setting == OWN_TEMPLATE:
+        own = tokenizer.chat_template
+        if own is None or isinstance(own, str):
+            return own
+        if OWN_TEMPLATE in own:  # several named templates, as transformers keeps them
+            return str(own[OWN_TEMPLATE])
+        raise ConfigError(
+            _template_problem(f"the tokenizer's templates {sorted(own)}", "one of them to be named default")
+        )
+    if setting.endswith(".jinja"):
+        try:
+            return Path(setting).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(_template_problem(setting, f"a template file ({_first_line(error)})")) from error
+    if "{" not in setting:
+        raise ConfigError(_template_problem(setting, "'default', null, a .jinja file or the jinja text itself"))
+    return setting
+
+
+def _template_problem(value: str, expected: str) -> Problem:
+    return Problem(
+        where="policy.tokenizer.chat_template",
+        value=value,
+        expected=expected,
+        fix="say default for the tokenizer's own template, null for plain text, or give a template",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

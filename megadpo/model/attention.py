@@ -1,0 +1,47 @@
+"""Attention of a packed batch inside megatron-core's SelfAttention: rotation by position, then a kernel over segments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from megadpo.model.kernels import AttentionKernel
+from megadpo.model.rope import rotate
+
+
+@dataclass
+class PackContext(PackedSeqParams):
+    """What every layer needs of a pack; travels where megatron-core passes its `packed_seq_params`."""
+
+    cos: torch.Tensor | None = None  # [T, 1, D/2]
+    sin: torch.Tensor | None = None
+    kernel: AttentionKernel | None = None
+    plan: Any = None
+
+
+class PackedAttention(torch.nn.Module):
+    """megatron-core's `core_attention` for packs. RoPE is applied here, from per-token positions computed once a
+    micro-batch: megatron-core's own packed form recomputes cos and sin, and waits for the host, in every layer."""
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()  # megatron-core passes its config and group; everything needed comes with the pack
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackContext | None = None,
+    ) -> torch.Tensor:
+        """query [T, H, D], key and value [T, G, D], heads local to the tensor-parallel rank -> [T, H * D]."""
+        pack = packed_seq_params
+        assert isinstance(pack, PackContext) and pack.kernel is not None, "the model was called without a PackContext"
+        assert attention_mask is None and attention_bias is None, "segments are the mask"
+        query, key = rotate(query, pack.cos, pack.sin), rotate(key, pack.cos, pack.sin)  # type: ignore[arg-type]
+        return pack.kernel.attend(query, key, value, pack.plan).reshape(query.shape[0], -1)

@@ -1,0 +1,84 @@
+"""The model of a run: megatron-core's GPTModel from a pack of pairs to log-probabilities of answers."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megadpo.config.architecture import Architecture
+from megadpo.data.pack import PackedBatch
+from megadpo.model.attention import PackContext
+from megadpo.model.head import sum_per_answer, vocab_parallel_logps
+from megadpo.model.kernels import AttentionKernel
+from megadpo.model.rope import RotaryTable
+from megadpo.model.spec import block_spec
+from megadpo.parallel import ParallelContext
+
+
+class PairModel(GPTModel):
+    """One pipeline stage. The last one ends in log-probabilities, not logits."""
+
+    def __init__(
+        self,
+        arch: Architecture,
+        config: TransformerConfig,
+        parallel: ParallelContext,
+        kernel: AttentionKernel,
+        logprob_chunk_tokens: int,
+    ) -> None:
+        super().__init__(
+            config=config,
+            transformer_layer_spec=block_spec(config, parallel.pp_rank),
+            vocab_size=arch.vocab_size,
+            max_sequence_length=arch.max_position_embeddings,
+            pre_process=parallel.is_first_stage,
+            post_process=parallel.is_last_stage,
+            share_embeddings_and_output_weights=arch.tie_word_embeddings,
+            position_embedding_type="none",  # PackedAttention rotates by the pack's own positions
+        )
+        self.rotary = RotaryTable(arch, parallel.device)
+        self.kernel = kernel
+        self.logprob_chunk_tokens = logprob_chunk_tokens
+
+    def forward(self, batch: PackedBatch) -> torch.Tensor:  # type: ignore[override]
+        """T tokens -> hidden states [T, 1, h] for the next stage ([T/tp, 1, h] under sequence parallelism), or, on
+        the last stage, logps [2P] float32: row 2p the chosen answer of pair p, row 2p + 1 its rejected one.
+
+        Collectives: megatron-core's over the tensor-parallel group, and one all-gather of [2, A] on the last stage.
+        """
+        dtype = self.config.params_dtype
+        cos, sin = self.rotary(batch.positions, dtype)
+        context = PackContext(
+            qkv_format="thd",
+            cos=cos,
+            sin=sin,
+            kernel=self.kernel,
+            plan=self.kernel.plan(batch.segments, batch.tokens.device, dtype),
+        )
+        hidden = self.embedding(batch.tokens[None], None) if self.pre_process else None
+        hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=context)
+        return self._answer_logps(hidden, batch) if self.post_process else hidden
+
+    def _answer_logps(self, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        """Keep the predicting positions, then project: nothing of size tokens x vocabulary."""
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            whole = gather_from_sequence_parallel_region(hidden, group=group)
+        else:
+            whole = copy_to_tensor_model_parallel_region(hidden, group=group)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        weight = self.output_layer.weight if weight is None else weight
+        token_logps = vocab_parallel_logps(
+            whole[:, 0].index_select(0, batch.predict_index),
+            weight,
+            batch.targets,
+            vocab_start=group.rank() * weight.shape[0],
+            group=group,
+            chunk_tokens=self.logprob_chunk_tokens,
+        )
+        return sum_per_answer(token_logps, batch.answer_tokens)

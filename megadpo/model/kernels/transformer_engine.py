@@ -1,0 +1,41 @@
+"""Transformer Engine's fused attention in its packed (thd) form. Importing this needs Transformer Engine."""
+
+from __future__ import annotations
+
+import torch
+import transformer_engine.pytorch as te
+
+from megadpo.data.pack import Segment
+from megadpo.model.kernels.ragged import RaggedPlan, gather_keys, ragged_plan
+
+
+class TransformerEngineKernel:
+    """`padding_causal_bottom_right` covers plain packing and shared prompts alike (cuDNN 9.7 or newer, sm_90)."""
+
+    name = "transformer_engine"
+
+    def __init__(self) -> None:
+        self._modules: dict[tuple[int, int, int], torch.nn.Module] = {}
+
+    def plan(self, segments: tuple[Segment, ...], device: torch.device, dtype: torch.dtype) -> RaggedPlan:
+        return ragged_plan(segments, device)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: RaggedPlan) -> torch.Tensor:
+        heads, groups, dim = q.shape[1], k.shape[1], q.shape[2]
+        mask = "padding_causal" if plan.key_index is None else "padding_causal_bottom_right"
+        if (heads, groups, dim) not in self._modules:
+            self._modules[heads, groups, dim] = te.DotProductAttention(
+                heads, dim, num_gqa_groups=groups, attention_dropout=0.0, qkv_format="thd", attn_mask_type=mask
+            ).to(q.device)
+        out = self._modules[heads, groups, dim](
+            q,
+            gather_keys(k, plan),
+            gather_keys(v, plan),
+            qkv_format="thd",
+            cu_seqlens_q=plan.cu_seqlens_q,
+            cu_seqlens_kv=plan.cu_seqlens_k,
+            max_seqlen_q=plan.max_seqlen_q,
+            max_seqlen_kv=plan.max_seqlen_k,
+            attn_mask_type=mask,
+        )
+        return out.view(q.shape)

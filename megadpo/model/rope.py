@@ -1,0 +1,99 @@
+"""Rotary position embedding: the frequencies each Hugging Face family asks for, and their application.
+
+Frequencies are computed in float32 as transformers does, so that logps agree to float32 rounding.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from megadpo.config.architecture import Architecture
+
+
+def inverse_frequencies(arch: Architecture) -> tuple[torch.Tensor, float]:
+    """theta_i of the rotation by position x theta_i, [D/2] float32 on the CPU, and the factor on cos and sin.
+
+    RoFormer (arXiv 2104.09864) eq. 15 for plain RoPE; position interpolation (arXiv 2306.15595) for 'linear';
+    Llama 3.1's frequency-dependent interpolation for 'llama3'; YaRN (arXiv 2309.00071) eq. 17-23 for 'yarn'.
+    ValueError for another type; the config check has refused those before.
+    """
+    exponent = torch.arange(0, arch.head_dim, 2, dtype=torch.int64).float() / arch.head_dim
+    plain = 1.0 / (arch.rope_theta**exponent)
+    scaling = arch.rope_scaling
+    if scaling is None:
+        return plain, 1.0
+    kind = scaling["rope_type"]
+    if kind == "linear":
+        return plain / scaling["factor"], 1.0
+    if kind == "llama3":
+        return _llama3(plain, scaling), 1.0
+    if kind == "yarn":
+        return _yarn(plain, arch)
+    raise ValueError(f"rope_type {kind!r} is not one of linear, llama3, yarn")
+
+
+def _llama3(plain: torch.Tensor, scaling: dict) -> torch.Tensor:
+    """Wavelengths beyond the original context are stretched by `factor`, short ones kept, the rest blended."""
+    old_length = scaling["original_max_position_embeddings"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    wavelength = 2 * math.pi / plain
+    stretched = plain / scaling["factor"]
+    blend = (old_length / wavelength - low) / (high - low)
+    blended = (1 - blend) * stretched + blend * plain
+    result = torch.where(wavelength > old_length / low, stretched, plain)
+    medium = ~(wavelength < old_length / high) & ~(wavelength > old_length / low)
+    return torch.where(medium, blended, result)
+
+
+def _yarn(plain: torch.Tensor, arch: Architecture) -> tuple[torch.Tensor, float]:
+    """NTK-by-parts interpolation (YaRN eq. 19-20), and the attention temperature as a factor on cos and sin (eq. 22)."""
+    scaling = arch.rope_scaling
+    assert scaling is not None
+    factor, dim = scaling["factor"], arch.head_dim
+    old_length = scaling.get("original_max_position_embeddings") or arch.max_position_embeddings
+
+    def temperature(mscale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+    attention_factor = scaling.get("attention_factor")
+    if attention_factor is None:
+        mscale, mscale_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        attention_factor = temperature(mscale) / temperature(mscale_all) if mscale and mscale_all else temperature(1.0)
+
+    def dimension_of(rotations: float) -> float:
+        """The dimension that makes `rotations` full turns over the original context."""
+        return dim * math.log(old_length / (rotations * 2 * math.pi)) / (2 * math.log(arch.rope_theta))
+
+    low = dimension_of(scaling.get("beta_fast") or 32)
+    high = dimension_of(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001  # a step, not a division by zero
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    return plain / factor * ramp + plain * (1 - ramp), attention_factor
+
+
+class RotaryTable(torch.nn.Module):
+    """cos and sin at given positions. Holds no parameter and nothing in the state dict."""
+
+    def __init__(self, arch: Architecture, device: torch.device) -> None:
+        super().__init__()
+        inverse, self.factor = inverse_frequencies(arch)
+        self.register_buffer("inverse", inverse.to(device), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """positions [T] int64 -> cos, sin [T, 1, D/2] in `dtype`, the angles in float32 whatever the dtype."""
+        angles = positions.to(torch.float32)[:, None] * self.inverse.float()[None, :]
+        cos, sin = angles.cos() * self.factor, angles.sin() * self.factor
+        return cos[:, None, :].to(dtype), sin[:, None, :].to(dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [T, H, D] turned by its position: the halves (x1, x2) become (x1 cos - x2 sin, x2 cos + x1 sin)."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)

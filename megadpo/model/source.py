@@ -1,0 +1,45 @@
+"""What `policy.model_name` may name: a Hugging Face folder, a hub name, or a Megatron checkpoint folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megadpo.config.problems import ConfigError, Problem
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model's files are."""
+
+    hf_files: Path
+    """config.json and tokenizer files; the weights too where `megatron` is None."""
+    megatron: Path | None
+    """Checkpoint folder (holding model/ and hf/) with the weights, or None."""
+
+
+def resolve_source(name: str, field: str) -> ModelSource:
+    """Find the folder that `name` means. A hub name is downloaded, or found in the hub's local cache.
+
+    Raises ConfigError naming `field` where there is no such folder or model.
+    """
+    folder = Path(name)
+    if (folder / "megadpo.json").is_file() and (folder / "hf").is_dir():
+        return ModelSource(hf_files=folder / "hf", megatron=folder)
+    if folder.is_dir():
+        return ModelSource(hf_files=folder, megatron=None)
+    expected = "a Hugging Face folder or hub name, or a Megatron checkpoint folder"
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ConfigError([Problem(field, name, f"{expected}; there is no such folder", "correct the path")])
+    return ModelSource(hf_files=_from_hub(name, field, expected), megatron=None)
+
+
+def _from_hub(name: str, field: str, expected: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]))
+    except Exception as error:  # the hub client raises a dozen kinds; each means: not to be had
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        fix = "correct the name, log in with `hf auth login`, or download the model and name its folder"
+        raise ConfigError([Problem(field, name, f"{expected}; the hub says: {reason}", fix)]) from error

@@ -1,0 +1,78 @@
+"""The run's config and a Hugging Face architecture, said in megatron-core's words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn import functional as F
+
+from megadpo.config.architecture import Architecture
+from megadpo.config.schema_policy import PolicyConfig
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def transformer_config(arch: Architecture, policy: PolicyConfig, *, recompute: bool = True) -> TransformerConfig:
+    """The TransformerConfig of `arch` under `policy`; `recompute=False` for a model that never sees a backward."""
+    megatron = policy.megatron_cfg
+    dtype = DTYPES[policy.precision]
+    pipeline = megatron.pipeline_model_parallel_size
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        num_attention_heads=arch.num_heads,
+        num_query_groups=arch.num_kv_heads,
+        kv_channels=arch.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.rms_norm_eps,
+        qk_layernorm=arch.qk_norm,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=megatron.tensor_model_parallel_size,
+        sequence_parallel=megatron.sequence_parallel,
+        pipeline_model_parallel_size=pipeline,
+        pipeline_dtype=dtype if pipeline > 1 else None,
+        num_layers_in_first_pipeline_stage=megatron.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=megatron.num_layers_in_last_pipeline_stage,
+        variable_seq_lengths=pipeline > 1,  # packs differ in length
+        moe_token_dispatcher_type="alltoall",  # variable_seq_lengths insists on it, for dense models too
+        perform_initialization=False,  # every weight comes from a file
+        gradient_accumulation_fusion=_has_fused_weight_gradient(),
+        bias_activation_fusion=megatron.bias_activation_fusion,
+        masked_softmax_fusion=False,  # attention is ours
+        # The loss is a sum over pairs already divided by the global batch: megatron-core must not divide again by
+        # micro-batches or data-parallel ranks. See train/step.py.
+        calculate_per_token_loss=True,
+        **(_recompute(policy) if recompute else {}),
+    )
+
+
+def _has_fused_weight_gradient() -> bool:
+    """apex's kernel; without it ColumnParallelLinear raises when the fusion is asked for."""
+    try:
+        import fused_weight_gradient_mlp_cuda  # noqa: F401
+    except ImportError:
+        return False
+    return torch.cuda.is_available()
+
+
+def _recompute(policy: PolicyConfig) -> dict[str, Any]:
+    megatron = policy.megatron_cfg
+    if not megatron.activation_checkpointing:
+        return {}
+    if megatron.recompute_granularity == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(megatron.recompute_modules)}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": megatron.recompute_method,
+        "recompute_num_layers": megatron.recompute_num_layers,
+    }

@@ -1,0 +1,25 @@
+"""Weights between Hugging Face folders, megatron-core models and megatron-core checkpoints."""
+
+from megadpo.model.weights.convert import (
+    HF_FOLDER,
+    INFO_FILE,
+    MODEL_FOLDER,
+    copy_hf_files,
+    export_hf,
+    import_hf,
+    is_megatron_folder,
+    write_info,
+)
+from megadpo.model.weights.load import load_hf_weights
+
+__all__ = [
+    "HF_FOLDER",
+    "INFO_FILE",
+    "MODEL_FOLDER",
+    "copy_hf_files",
+    "export_hf",
+    "import_hf",
+    "is_megatron_folder",
+    "load_hf_weights",
+    "write_info",
+]

@@ -1,0 +1,167 @@
+"""Whole folders: Hugging Face -> Megatron checkpoint -> Hugging Face, streaming, in one process and without a model.
+
+A Megatron checkpoint folder holds `model/` (dist_checkpointing), `hf/` (the Hugging Face folder's other files,
+verbatim) and `megadpo.json`. Both directions write beside the target and rename, so that it is complete or absent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+from megadpo.config.architecture import read_architecture
+from megadpo.config.problems import ConfigError, Problem
+from megadpo.model.weights.dist_folder import DistFolder, PlannedTensor, write_dist_folder
+from megadpo.model.weights.hf_folder import HfWeights
+from megadpo.model.weights.hf_writer import MAX_FILE_BYTES, TensorSpec, write_hf_weights
+from megadpo.model.weights.tables import Entry, WeightTable, weight_table
+
+MODEL_FOLDER, HF_FOLDER, INFO_FILE = "model", "hf", "megadpo.json"
+FORMAT = 1
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data")
+
+
+def is_megatron_folder(folder: str | Path) -> bool:
+    """Whether the folder is a Megatron checkpoint of this project (as opposed to a Hugging Face folder)."""
+    return (Path(folder) / INFO_FILE).is_file()
+
+
+def write_info(folder: str | Path, dtype: torch.dtype, step: int) -> None:
+    """Write megadpo.json, which makes `folder` a Megatron checkpoint folder. step: optimizer steps so far."""
+    info = {"format": FORMAT, "dtype": dtype_name(dtype), "step": step}
+    (Path(folder) / INFO_FILE).write_text(json.dumps(info) + "\n", encoding="utf-8")
+
+
+def copy_hf_files(source: str | Path, target: str | Path) -> None:
+    """Copy everything of a Hugging Face folder except weights (and hidden files) to `target`, byte for byte."""
+    source, target = Path(source), Path(target)
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        name = path.name.removesuffix(".index.json")
+        if path.is_file() and not hidden and not name.endswith(WEIGHT_SUFFIXES):
+            (target / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / relative)
+
+
+def import_hf(hf: str | Path, megatron: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write the Hugging Face folder `hf` as a Megatron checkpoint folder `megatron`, in `dtype` or the files' own.
+
+    Memory: one Megatron tensor and the mapped Hugging Face tensors in it. Collectives: none, and no world is needed.
+    Raises ConfigError with every problem of the folder, or where `megatron` exists and isn't empty.
+    """
+    table = weight_table(read_architecture(hf))
+    weights = HfWeights.open(hf)
+    problems = weights.problems(table) + _target_problems(megatron)
+    if problems:
+        raise ConfigError(problems)
+    with _written_aside(megatron) as folder:
+        write_dist_folder(folder / MODEL_FOLDER, _planned_tensors(weights, table, dtype), _empty_objects(table))
+        copy_hf_files(hf, folder / HF_FOLDER)
+        write_info(folder, dtype or weights.dtype(table.entries[0].hf), step=0)
+
+
+def export_hf(megatron: str | Path, hf: str | Path, max_file_bytes: int = MAX_FILE_BYTES) -> None:
+    """Write the Megatron checkpoint folder `megatron` as a Hugging Face folder `hf`, every tensor bit for bit.
+
+    Weights go to model.safetensors, or to files of at most `max_file_bytes` and an index; tied embeddings are written
+    once. Memory: one Megatron tensor and one saved shard of it. Collectives: none, and no world is needed.
+    Raises ConfigError where `megatron` is no complete checkpoint, or `hf` exists and isn't empty.
+    """
+    megatron = Path(megatron)
+    problems = _target_problems(hf)
+    if not is_megatron_folder(megatron):
+        fix = "give a folder that tools/hf_to_megatron.py or a training run has finished writing"
+        problems.append(Problem(str(megatron), f"no {INFO_FILE}", "a Megatron checkpoint folder", fix))
+    if problems:
+        raise ConfigError(problems)
+    table = weight_table(read_architecture(megatron / HF_FOLDER))
+    stored = DistFolder(megatron / MODEL_FOLDER)
+    regions = stored.find(table.entries)
+    specs = [
+        TensorSpec(name, shape, region.dtype)
+        for entry, region in zip(table.entries, regions, strict=True)
+        for name, shape in zip(entry.hf, entry.shapes, strict=True)
+    ]
+    with _written_aside(hf) as folder:
+        tensors = (entry.to_hf(stored.read(region)) for entry, region in zip(table.entries, regions, strict=True))
+        write_hf_weights(folder, specs, tensors, max_file_bytes)
+        copy_hf_files(megatron / HF_FOLDER, folder)
+        _correct_dtype(folder / "config.json", specs)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As in config.json: bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _planned_tensors(weights: HfWeights, table: WeightTable, dtype: torch.dtype | None) -> Iterator[PlannedTensor]:
+    """The layers stacked into one tensor per parameter, megatron-core's default; a file for each layer and each end."""
+    names: dict[str, list[str]] = {}
+    for entry in table.entries:
+        names.setdefault(entry.checkpoint_key, []).extend(entry.hf)
+    end_files = itertools.count(table.num_layers)
+    for entry in table.entries:
+        key, shape = entry.checkpoint_key, entry.full_shape
+        stored_dtype = dtype or weights.dtype(names[key])
+        read = functools.partial(_read, weights, entry, stored_dtype)
+        zeros = (0,) * len(shape)
+        if entry.layer is None:
+            yield PlannedTensor(key, shape, zeros, shape, stored_dtype, next(end_files), read)
+        else:
+            size, offset = (table.num_layers, *shape), (entry.layer, *zeros)
+            yield PlannedTensor(key, size, offset, (1, *shape), stored_dtype, entry.layer, read)
+
+
+def _empty_objects(table: WeightTable) -> Iterator[str]:
+    for entry in table.entries:
+        if entry.extra_state_key is not None and entry.layer is not None:
+            yield ShardedObject(entry.extra_state_key, None, (table.num_layers,), (entry.layer,)).unique_key
+
+
+def _read(weights: HfWeights, entry: Entry, dtype: torch.dtype) -> torch.Tensor:
+    tensor = torch.empty(entry.full_shape, dtype=dtype)
+    with weights.slices(entry.hf) as sources:
+        entry.fill(tensor, sources)
+    return tensor
+
+
+def _correct_dtype(config: Path, specs: list[TensorSpec]) -> None:
+    """Say the weights' dtype in config.json where it says another; leave the file alone where it doesn't."""
+    raw: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
+    written = {dtype_name(spec.dtype) for spec in specs}
+    wrong = [key for key in ("dtype", "torch_dtype") if raw.get(key) not in (None, *written)]
+    if wrong:
+        raw.update({key: dtype_name(specs[0].dtype) for key in wrong})
+        config.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+
+
+def _target_problems(folder: str | Path) -> list[Problem]:
+    folder = Path(folder)
+    if folder.is_dir() and not any(folder.iterdir()) or not folder.exists():
+        return []
+    return [Problem(str(folder), "something there already", "a folder that is empty or not there", "name another")]
+
+
+@contextlib.contextmanager
+def _written_aside(target: str | Path) -> Iterator[Path]:
+    """A new folder beside `target` that takes its name when the block ends well, and is removed when it doesn't."""
+    target = Path(target).absolute()
+    aside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        os.replace(aside, target)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise

@@ -1,0 +1,221 @@
+"""The weights in a folder of megatron-core's dist_checkpointing (torch_dist), tensor by tensor, in one process.
+
+The format is torch.distributed.checkpoint's with GPTModel.sharded_state_dict()'s keys. Tensors are read and written
+here one at a time and without a model: megatron-core's own load and save want all of them in memory, and a world.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+import pickle
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import planner as dcp_planner
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from megadpo.config.problems import ConfigError, Problem
+from megadpo.model.weights.layouts import Shape
+from megadpo.model.weights.tables import Entry, stacked
+
+METADATA_FILE = ".metadata"
+COMMON_FILE = "common.pt"
+_FIX = "use a folder that tools/hf_to_megatron.py or a training run has finished writing"
+
+
+@dataclass(frozen=True)
+class Region:
+    """The part of a stored tensor that is one Megatron parameter."""
+
+    key: str
+    layer: int | None
+    """Its place in the first dimension, where the stored tensor is that of all layers."""
+    shape: Shape
+    """Of the parameter, without the dimension of the layers."""
+    dtype: torch.dtype
+
+
+class DistFolder:
+    """Reads single tensors of a dist_checkpointing folder, whatever layout saved them."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Reads the metadata only. Raises ConfigError where the folder is none, or not finished."""
+        self.folder = Path(folder)
+        self._reader = dcp.FileSystemReader(self.folder)
+        try:
+            metadata = self._reader.read_metadata()
+        except (OSError, pickle.UnpicklingError, EOFError) as error:
+            expected = f"a checkpoint of megatron-core, with a file {METADATA_FILE}"
+            raise ConfigError(Problem(str(self.folder), str(error), expected, _FIX)) from error
+        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        self._tensors: Mapping[str, TensorStorageMetadata] = {
+            key: stored
+            for key, stored in metadata.state_dict_metadata.items()
+            if isinstance(stored, TensorStorageMetadata)
+        }
+
+    def find(self, entries: Iterable[Entry]) -> list[Region]:
+        """Where each entry lies. Raises ConfigError naming every tensor that is missing or of another shape."""
+        regions: list[Region] = []
+        problems: list[Problem] = []
+        for entry in entries:
+            region = self._find(entry)
+            if region is None:
+                problems.append(Problem(str(self.folder), "no such tensor", " or ".join(entry.names), _FIX))
+            elif region.shape != entry.full_shape:
+                expected = f"shape {entry.full_shape}, by hf/config.json"
+                problems.append(Problem(f"{self.folder}: {region.key}", region.shape, expected, _FIX))
+            else:
+                regions.append(region)
+        if problems:
+            raise ConfigError(problems)
+        return regions
+
+    def _find(self, entry: Entry) -> Region | None:
+        """megatron-core stacks the layers into one tensor, or (`non_homogeneous_layers`) keys them one by one."""
+        for name in entry.names:
+            stored = self._tensors.get(name)
+            if stored is not None:
+                return Region(name, None, tuple(stored.size), stored.properties.dtype)
+            if entry.layer is not None:
+                key = stacked(name, entry.layer)
+                stored = self._tensors.get(key)
+                if stored is not None and entry.layer < stored.size[0]:
+                    return Region(key, entry.layer, tuple(stored.size[1:]), stored.properties.dtype)
+        return None
+
+    def read(self, region: Region) -> torch.Tensor:
+        """The whole parameter, in memory of its own. Memory: that, and one saved shard of it.
+
+        Raises ConfigError where a file is missing, cut short or broken.
+        """
+        where = f"{self.folder}: {region.key}"
+        target = torch.empty(region.shape, dtype=region.dtype)
+        shape, offset = region.shape, (0,) * len(region.shape)
+        if region.layer is not None:
+            shape, offset = (1, *shape), (region.layer, *offset)
+        chunk = ChunkStorageMetadata(torch.Size(offset), torch.Size(shape))
+        items = create_read_items_for_chunk_list(region.key, self._tensors[region.key], [chunk])
+        found = sum(math.prod(item.lengths) for item in items)
+        if found != target.numel():
+            raise ConfigError(Problem(where, f"{found} numbers", f"{target.numel()} numbers", _FIX))
+        try:
+            self._reader.read_data(dcp_planner.LoadPlan(items), _OneTensor(target.view(shape))).wait()
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ConfigError(Problem(where, str(error), "readable .distcp files", _FIX)) from error
+        return target
+
+
+class _OneTensor(DefaultLoadPlanner):
+    """Sends what is read into one tensor."""
+
+    def __init__(self, target: torch.Tensor) -> None:
+        super().__init__()
+        self._target = target
+
+    def resolve_tensor(self, read_item: dcp_planner.ReadItem) -> torch.Tensor:
+        start, lengths = read_item.dest_offsets, read_item.lengths
+        return self._target[tuple(slice(a, a + n) for a, n in zip(start, lengths, strict=True))]
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A chunk to be written. All in the shapes of the checkpoint, the dimension of the layers included."""
+
+    key: str
+    size: Shape
+    """Of the whole tensor."""
+    offset: tuple[int, ...]
+    chunk: Shape
+    dtype: torch.dtype
+    file: int
+    """Chunks with the same number share a file, and memory while it is written."""
+    read: Callable[[], torch.Tensor]
+    """Gives the chunk (in any shape of as many elements) when its turn has come."""
+
+
+def write_dist_folder(folder: str | Path, tensors: Iterable[PlannedTensor], empty_objects: Iterable[str]) -> None:
+    """Write a checkpoint that `megatron.core.dist_checkpointing.load` reads in any layout. Collectives: none.
+
+    empty_objects: unique keys of the ShardedObjects that a model asks for and that hold None.
+    Memory: the tensors of one file. Raises what reading and writing raise.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    planner = _StreamingPlanner(list(tensors), list(empty_objects))
+    try:
+        dcp.save({}, storage_writer=_FilePerNumber(folder, planner.file_of), planner=planner, no_dist=True)
+    except CheckpointException as error:  # a BaseException around the cause, which is what a caller can understand
+        raise error.failures[0][0] from None
+    torch.save({}, folder / COMMON_FILE)
+    save_config(CheckpointingConfig("torch_dist"), str(folder))
+
+
+class _StreamingPlanner(DefaultSavePlanner):
+    """Plans tensors that don't exist yet, and reads each when the writer asks for it."""
+
+    def __init__(self, tensors: list[PlannedTensor], empty_objects: list[str]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._tensors = {MetadataIndex(t.key, t.offset): t for t in tensors}
+        self._objects = [MetadataIndex(key) for key in empty_objects]
+
+    def create_local_plan(self) -> dcp_planner.SavePlan:
+        items = [_write_item(index, tensor) for index, tensor in self._tensors.items()]
+        items += [dcp_planner.WriteItem(index, dcp_planner.WriteItemType.BYTE_IO) for index in self._objects]
+        self.plan = dcp_planner.SavePlan(items)
+        return self.plan
+
+    def resolve_data(self, write_item: dcp_planner.WriteItem) -> torch.Tensor | io.BytesIO:
+        if write_item.type == dcp_planner.WriteItemType.BYTE_IO:
+            content = io.BytesIO()
+            torch.save([None], content)  # megatron-core saves lists: one object for each shard in the process
+            return content
+        planned = self._tensors[write_item.index]
+        return planned.read().view(planned.chunk)
+
+    def file_of(self, item: dcp_planner.WriteItem) -> int:
+        return self._tensors[item.index].file if item.index in self._tensors else 0
+
+
+class _FilePerNumber(dcp.FileSystemWriter):
+    """torch's writer holds every tensor of a file until the file is closed, and makes one file of a process's plan."""
+
+    def __init__(self, folder: Path, file_of: Callable[[dcp_planner.WriteItem], int]) -> None:
+        super().__init__(folder)
+        self._file_of = file_of
+
+    def write_data(self, plan: dcp_planner.SavePlan, planner: dcp_planner.SavePlanner) -> Future[list[WriteResult]]:
+        results: list[WriteResult] = []
+        for number in sorted({self._file_of(item) for item in plan.items}):
+            items = [item for item in plan.items if self._file_of(item) == number]
+            prefix = dataclasses.replace(plan.storage_data, prefix=f"__{number}_")
+            part = dataclasses.replace(plan, items=items, storage_data=prefix)
+            results += super().write_data(part, planner).wait()
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+
+def _write_item(index: MetadataIndex, tensor: PlannedTensor) -> dcp_planner.WriteItem:
+    data = dcp_planner.TensorWriteData(
+        chunk=ChunkStorageMetadata(torch.Size(tensor.offset), torch.Size(tensor.chunk)),
+        properties=TensorProperties(dtype=tensor.dtype),
+        size=torch.Size(tensor.size),
+    )
+    return dcp_planner.WriteItem(index=index, type=dcp_planner.WriteItemType.SHARD, tensor_data=data)

@@ -1,0 +1,147 @@
+"""The weights of a Hugging Face folder: which file holds which tensor, and reading parts of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megadpo.config.problems import ConfigError, Problem
+from megadpo.model.weights.layouts import Shape, Sliceable
+from megadpo.model.weights.tables import WeightTable
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+HARMLESS_ENDINGS = ("rotary_emb.inv_freq", "attn.masked_bias")
+"""Buffers that old versions of transformers wrote beside the weights; computed, never learnt."""
+
+_ASK_AGAIN = "download or copy the folder again"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What a file's header says of one tensor."""
+
+    file: Path
+    shape: Shape
+    dtype: str
+    """safetensors' name of it, such as BF16."""
+
+
+@dataclass(frozen=True)
+class HfWeights:
+    """The safetensors files of a folder, by their headers; no tensor is read before it is asked for."""
+
+    folder: Path
+    tensors: Mapping[str, StoredTensor] = field(repr=False)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> HfWeights:
+        """Read every file's header. Raises ConfigError naming every file that is missing, broken or cut short."""
+        folder = Path(folder)
+        tensors: dict[str, StoredTensor] = {}
+        problems: list[Problem] = []
+        indexed = _indexed_names(folder)
+        for file, names in indexed.items():
+            found, problem = _read_header(folder / file)
+            problems += [problem] if problem else []
+            tensors.update(found if names is None else {name: found[name] for name in names if name in found})
+            if names is not None and not problem:
+                problems += [_missing(folder / file, name) for name in names if name not in found]
+        if problems:
+            raise ConfigError(problems)
+        return cls(folder, tensors)
+
+    def problems(self, table: WeightTable) -> list[Problem]:
+        """Every difference between these tensors and what `table` wants: missing, of another shape, unused."""
+        wanted = table.hf_shapes
+        problems = [_missing(self.folder, name) for name in wanted if name not in self.tensors]
+        for name, tensor in self.tensors.items():
+            where = f"{tensor.file}: {name}"
+            if name in wanted and tensor.shape != wanted[name]:
+                fix = "config.json and the weights come from different models: take both from the same one"
+                problems.append(Problem(where, tensor.shape, f"shape {wanted[name]}, by config.json", fix))
+            elif name in wanted and tensor.dtype not in DTYPES:
+                fix = "use the unquantised model"
+                problems.append(Problem(where, tensor.dtype, f"a dtype among {', '.join(DTYPES)}", fix))
+            elif name not in wanted and not self._is_harmless(name, table):
+                fix = "use a model whose weights are those of its config.json (no adapters, no quantisation)"
+                problems.append(Problem(where, "a tensor that nothing uses", "only the weights of the model", fix))
+        return problems
+
+    def _is_harmless(self, name: str, table: WeightTable) -> bool:
+        # A tied model saved with its head as well: transformers ignores that copy, and so do we.
+        tied_copy = name == "lm_head.weight" and "output_layer.weight" not in {e.row.megatron for e in table.entries}
+        return tied_copy or name.endswith(HARMLESS_ENDINGS)
+
+    def dtype(self, names: Sequence[str]) -> torch.dtype:
+        """The dtype that holds all of these tensors exactly (theirs, in every ordinary folder)."""
+        dtype = DTYPES[self.tensors[names[0]].dtype]
+        for name in names[1:]:
+            dtype = torch.promote_types(dtype, DTYPES[self.tensors[name].dtype])
+        return dtype
+
+    @contextlib.contextmanager
+    def slices(self, names: Sequence[str]) -> Iterator[list[Sliceable]]:
+        """Slices of these tensors, valid inside the block.
+
+        The files are mapped anew for each call: mapped pages that were touched count as this process's memory until
+        the mapping ends, so that a handle kept open would in the end hold the whole file.
+        """
+        with contextlib.ExitStack() as stack:
+            files = {self.tensors[name].file for name in names}
+            handles: dict[Path, Any] = {f: stack.enter_context(safe_open(f, "pt", device="cpu")) for f in files}
+            yield [handles[self.tensors[name].file].get_slice(name) for name in names]
+
+
+def _indexed_names(folder: Path) -> dict[str, list[str] | None]:
+    """File name -> the tensors that the index says are in it; None: all that it has. Order of choice: transformers'."""
+    if (folder / SINGLE_FILE).exists():
+        return {SINGLE_FILE: None}
+    if (folder / INDEX_FILE).exists():
+        try:
+            weight_map = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
+            files: dict[str, list[str] | None] = {file: [] for file in sorted(set(weight_map.values()))}
+            for name, file in weight_map.items():
+                names = files[file]
+                assert names is not None
+                names.append(name)
+            return files
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            expected = 'JSON with a "weight_map" from tensor to file'
+            raise ConfigError(Problem(str(folder / INDEX_FILE), error, expected, _ASK_AGAIN)) from error
+    if not folder.is_dir():
+        fix = "give a folder in Hugging Face format"
+        raise ConfigError(Problem("policy.model_name", str(folder), "an existing folder", fix))
+    others = sorted(
+        p.name for p in folder.iterdir() if p.name.startswith("pytorch_model") or p.suffix == ".safetensors"
+    )
+    fix = _ASK_AGAIN
+    if any(name.startswith("pytorch_model") for name in others):
+        fix = "convert it: AutoModelForCausalLM.from_pretrained(OLD, dtype='auto').save_pretrained(NEW)"
+    raise ConfigError(Problem(str(folder), others or "no weight files", f"{SINGLE_FILE} or {INDEX_FILE}", fix))
+
+
+def _read_header(file: Path) -> tuple[dict[str, StoredTensor], Problem | None]:
+    if not file.exists():
+        return {}, Problem(str(file), "no such file", f"the file that {INDEX_FILE} names", _ASK_AGAIN)
+    try:
+        with safe_open(file, "pt", device="cpu") as handle:
+            found = {}
+            names = handle.keys()  # not iterable itself
+            for name in names:
+                part = handle.get_slice(name)
+                found[name] = StoredTensor(file, tuple(part.get_shape()), part.get_dtype())
+            return found, None
+    except (SafetensorError, OSError) as error:
+        return {}, Problem(str(file), str(error), "a whole safetensors file", _ASK_AGAIN)
+
+
+def _missing(where: Path, name: str) -> Problem:
+    return Problem(str(where), "no such tensor", name, _ASK_AGAIN + ", or check that config.json belongs to it")

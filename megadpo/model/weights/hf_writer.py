@@ -1,0 +1,104 @@
+"""Writing a Hugging Face folder's weights, tensor by tensor.
+
+safetensors' own save wants all tensors of a file in memory at once; a file may be 5 GB.
+Format: https://huggingface.co/docs/safetensors (8 bytes of header length, JSON header, the tensors one after another).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from megadpo.model.weights.hf_folder import DTYPES, INDEX_FILE, SINGLE_FILE
+from megadpo.model.weights.layouts import Shape, num_bytes
+
+MAX_FILE_BYTES = 5 * 10**9
+"""transformers' default shard size up to version 4; its 5 GB are 10^9 bytes each."""
+_HEADER_ALIGNMENT_BYTES = 8
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor that will be written."""
+
+    name: str
+    shape: Shape
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return num_bytes(self.shape, self.dtype)
+
+
+def write_hf_weights(
+    folder: Path,
+    specs: Iterable[TensorSpec],
+    tensors: Iterable[Mapping[str, torch.Tensor]],
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Write `specs` to model.safetensors, or to files of at most `max_file_bytes` and their index.
+
+    tensors: the same tensors in groups, in any order that lists a file's tensors one after another where possible;
+    only one group is in memory at a time.
+    """
+    files = _plan_files(list(specs), max_file_bytes)
+    weight_map = {spec.name: file for file, members in files.items() for spec in members}
+    if len(files) > 1:
+        total = sum(spec.num_bytes for members in files.values() for spec in members)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    offsets: dict[str, int] = {}
+    for file, members in files.items():
+        with (folder / file).open("wb") as stream:
+            _write_header(stream, members, offsets)
+    planned = {spec.name: spec for members in files.values() for spec in members}
+    for group in tensors:
+        for name, tensor in group.items():
+            spec = planned.pop(name)
+            if (tuple(tensor.shape), tensor.dtype) != (spec.shape, spec.dtype):
+                raise ValueError(f"{name}: planned {spec}, got {tuple(tensor.shape)} {tensor.dtype}")
+            with (folder / weight_map[name]).open("r+b") as stream:
+                stream.seek(offsets[name])
+                # The tensor's own memory: numpy has no bfloat16, so the bytes are looked at as such.
+                stream.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    if planned:
+        raise ValueError(f"planned but never written: {', '.join(planned)}")
+
+
+def _plan_files(specs: list[TensorSpec], max_file_bytes: int) -> dict[str, list[TensorSpec]]:
+    """File name -> its tensors, filled in order; a tensor larger than the limit has a file of its own."""
+    groups: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in specs:
+        if groups[-1] and size + spec.num_bytes > max_file_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(spec)
+        size += spec.num_bytes
+    if len(groups) == 1:
+        return {SINGLE_FILE: groups[0]}
+    return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
+
+
+def _write_header(stream: BinaryIO, members: list[TensorSpec], offsets: dict[str, int]) -> None:
+    """Write the header, note where each tensor's bytes begin in the file, and give the file its full length."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    starts, position = {}, 0
+    # Wide dtypes first, as safetensors' own save does: every tensor begins at a multiple of its item size.
+    for spec in sorted(members, key=lambda spec: -spec.dtype.itemsize):
+        starts[spec.name] = position
+        ends = [position, position + spec.num_bytes]
+        header[spec.name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": ends}
+        position = ends[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _HEADER_ALIGNMENT_BYTES)
+    stream.write(len(text).to_bytes(8, "little") + text)
+    begin = stream.tell()
+    offsets.update({name: begin + start for name, start in starts.items()})
+    stream.truncate(begin + position)

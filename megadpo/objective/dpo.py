@@ -1,0 +1,194 @@
+"""NeMo RL's DPO objective on log-probabilities of pairs, as sums and counts.
+
+    loss = preference_loss_weight x preference_loss + sft_loss_weight x sft_loss
+
+Both parts are means over the pairs of the GLOBAL batch. A micro-batch holds only some of those pairs, so this module
+returns sums: the caller divides by the global number of pairs, and any split over micro-batches and ranks gives the
+same loss and gradient.
+
+Shapes: P pairs of this micro-batch. Log-probabilities are in nats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megadpo.config.schema_dpo import DpoConfig
+from megadpo.objective.losses import LOSSES, PairScores
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What one micro-batch adds to the loss and the metrics of its global batch.
+
+    loss_sum: scalar, fp32 or fp64, with gradient: the sum of the pairs' losses, to be divided by the pairs of the
+        global batch.
+    count: the pairs in loss_sum, P.
+    metrics: name -> (sum, count), sums detached scalars on the inputs' device. Adding sums and counts over
+        micro-batches and data-parallel ranks and dividing once gives the exact mean.
+    """
+
+    loss_sum: Tensor
+    count: int
+    metrics: dict[str, tuple[Tensor, Tensor | float]]
+
+
+def dpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor | None,
+    reference_rejected_logps: Tensor | None,
+    chosen_tokens: Tensor,
+    rejected_tokens: Tensor,
+    cfg: DpoConfig,
+) -> LossOutput:
+    """The loss of P pairs and its metrics; no collectives, no host synchronisation.
+
+    All tensors are [P]. `*_logps` are sums of log-probabilities over the answer's tokens; `*_tokens` count those tokens
+    (at least 1; read only where a per-token mean is configured). Computed in the widest of the inputs' dtypes and at
+    least fp32. P = 0 gives zero sums that still carry (zero) gradient, so a rank without pairs can run backward.
+
+    The reference may be None only with `preference_loss_weight: 0` or a loss that reads none; the metrics that need it
+    are then absent. It is treated as a constant.
+
+    Metrics: loss, preference_loss, sft_loss, rewards/{chosen,rejected,margins,accuracies}, logps/{chosen,rejected}.
+    rewards are beta x r, r being the log-ratio as the loss sees it (the per-token mean under
+    `preference_average_log_probs`), so that preference_loss = -log sigmoid(margin) always; NeMo RL logs them without
+    beta. accuracies counts chosen reward > rejected reward, a tie as wrong (as NeMo RL and TRL do). logps are always
+    sums over the answer's tokens.
+
+    Raises ValueError for a shape other than [P], an unknown loss, or a missing reference that the loss needs.
+    """
+    _check_shapes(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        chosen_tokens,
+        rejected_tokens,
+    )
+    dtype = _compute_dtype(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    policy_chosen, policy_rejected = policy_chosen_logps.to(dtype), policy_rejected_logps.to(dtype)
+    chosen_tokens, rejected_tokens = chosen_tokens.to(dtype), rejected_tokens.to(dtype)
+    scores = _pair_scores(
+        policy_chosen,
+        policy_rejected,
+        None if reference_chosen_logps is None else reference_chosen_logps.detach().to(dtype),
+        None if reference_rejected_logps is None else reference_rejected_logps.detach().to(dtype),
+        chosen_tokens,
+        rejected_tokens,
+        average=cfg.preference_average_log_probs,
+    )
+
+    # A part with weight 0 stays out of the sum (and of the graph): 0 x inf would be nan.
+    # The empty sums keep the gradient path when P = 0 or when a part does not touch the rejected answers.
+    loss_sum = policy_chosen[:0].sum() + policy_rejected[:0].sum()
+    metrics: dict[str, Tensor] = {}
+
+    preference = _preference_losses(scores, cfg)
+    if preference is not None:
+        if cfg.preference_loss_weight != 0:
+            loss_sum = loss_sum + cfg.preference_loss_weight * preference.sum()
+        metrics["preference_loss"] = preference.sum()
+
+    sft = _sft_losses(policy_chosen, chosen_tokens, cfg)
+    if cfg.sft_loss_weight != 0:
+        loss_sum = loss_sum + cfg.sft_loss_weight * sft.sum()
+    metrics["sft_loss"] = sft.sum()
+
+    metrics.update(_reward_sums(scores, cfg.reference_policy_kl_penalty))
+    metrics["logps/chosen"] = policy_chosen.sum()
+    metrics["logps/rejected"] = policy_rejected.sum()
+
+    num_pairs = policy_chosen.shape[0]
+    sums = {"loss": loss_sum, **metrics}
+    return LossOutput(
+        loss_sum=loss_sum,
+        count=num_pairs,
+        metrics={name: (value.detach(), float(num_pairs)) for name, value in sums.items()},
+    )
+
+
+def _preference_losses(scores: PairScores, cfg: DpoConfig) -> Tensor | None:
+    """[P] losses of `cfg.loss_type`, or None where they can't be had (no reference) and aren't asked for (weight 0)."""
+    if cfg.loss_type not in LOSSES:
+        raise ValueError(f"dpo.loss_type: got {cfg.loss_type!r}; expected one of {sorted(LOSSES)}")
+    loss = LOSSES[cfg.loss_type]
+    if loss.needs_reference and scores.reference_chosen_logps is None:
+        if cfg.preference_loss_weight != 0:
+            raise ValueError(
+                f"dpo.loss_type {cfg.loss_type!r} needs the reference's log-probabilities; without a reference "
+                "dpo.preference_loss_weight must be 0"
+            )
+        return None
+    return loss.per_pair(scores, cfg)
+
+
+def _sft_losses(policy_chosen_logps: Tensor, chosen_tokens: Tensor, cfg: DpoConfig) -> Tensor:
+    """[P] -log pi(chosen): the sum over its tokens, or their mean."""
+    return -policy_chosen_logps / chosen_tokens if cfg.sft_average_log_probs else -policy_chosen_logps
+
+
+def _reward_sums(scores: PairScores, beta: float) -> dict[str, Tensor]:
+    """Sums over the pairs of the DPO paper's implicit rewards, beta x log-ratio; empty without a reference."""
+    if scores.reference_chosen_logps is None:
+        return {}
+    chosen_rewards = beta * scores.chosen_logratios.detach()
+    rejected_rewards = beta * scores.rejected_logratios.detach()
+    return {
+        "rewards/chosen": chosen_rewards.sum(),
+        "rewards/rejected": rejected_rewards.sum(),
+        "rewards/margins": (chosen_rewards - rejected_rewards).sum(),
+        "rewards/accuracies": (chosen_rewards > rejected_rewards).to(chosen_rewards.dtype).sum(),
+    }
+
+
+def _pair_scores(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    reference_chosen: Tensor | None,
+    reference_rejected: Tensor | None,
+    chosen_tokens: Tensor,
+    rejected_tokens: Tensor,
+    *,
+    average: bool,
+) -> PairScores:
+    """The log-probabilities as the preference loss sees them: sums, or (average) means over the answer's tokens."""
+    if not average:
+        return PairScores(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
+    return PairScores(
+        policy_chosen / chosen_tokens,
+        policy_rejected / rejected_tokens,
+        None if reference_chosen is None else reference_chosen / chosen_tokens,
+        None if reference_rejected is None else reference_rejected / rejected_tokens,
+    )
+
+
+def _compute_dtype(*logps: Tensor | None) -> torch.dtype:
+    """The widest dtype among the log-probabilities, at least fp32."""
+    dtype = torch.float32
+    for tensor in logps:
+        if tensor is not None:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def _check_shapes(policy_chosen_logps: Tensor, *others: Tensor | None) -> None:
+    """[P, 1] against [P] would broadcast into [P, P] and train on nonsense; so every shape is compared."""
+    reference_chosen, reference_rejected = others[1], others[2]
+    if (reference_chosen is None) != (reference_rejected is None):
+        raise ValueError("the reference's log-probabilities must be given for both answers or for none")
+    shapes = [tuple(t.shape) for t in (policy_chosen_logps, *others) if t is not None]
+    if policy_chosen_logps.dim() != 1 or len(set(shapes)) != 1:
+        raise ValueError(f"every tensor must be [P], one entry per pair; got shapes {shapes}")
+
+
+def metric_names(*, has_reference: bool) -> list[str]:
+    """Every name in `LossOutput.metrics`, for a rank that computes no loss but takes part in the reduction."""
+    names = ["loss", "sft_loss", "logps/chosen", "logps/rejected"]
+    if has_reference:
+        names += ["preference_loss", *(f"rewards/{part}" for part in ("chosen", "rejected", "margins", "accuracies"))]
+    return sorted(names)

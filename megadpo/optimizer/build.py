@@ -1,0 +1,83 @@
+"""From the config to megatron-core's DistributedDataParallel, optimizer and learning-rate schedule."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import MegatronModule
+
+from megadpo.config.schema_policy import PolicyConfig
+
+
+def wrap_for_training(model: MegatronModule, policy: PolicyConfig) -> DistributedDataParallel:
+    """The model with one contiguous gradient buffer, summed over data-parallel ranks when gradients are finalised.
+
+    Summed, not averaged: `calculate_per_token_loss` in the TransformerConfig sets DDP's scaling to 1, and the loss is
+    already divided by the pairs of the global batch.
+    """
+    ddp, optimizer = policy.megatron_cfg.distributed_data_parallel_config, policy.megatron_cfg.optimizer
+    return DistributedDataParallel(
+        model.config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=ddp.grad_reduce_in_fp32,
+            overlap_grad_reduce=ddp.overlap_grad_reduce,
+            overlap_param_gather=ddp.overlap_param_gather,
+            use_distributed_optimizer=optimizer.use_distributed_optimizer,
+        ),
+        model,
+    )
+
+
+def build_optimizer(model: DistributedDataParallel, policy: PolicyConfig) -> MegatronOptimizer:
+    """AdamW (or SGD) with float32 main parameters; biases and norms get no weight decay (megatron-core's default).
+
+    Collectives: an all-gather of parameter-group keys over the world.
+    """
+    optimizer = policy.megatron_cfg.optimizer
+    return get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer=optimizer.optimizer,
+            lr=optimizer.lr,
+            min_lr=optimizer.min_lr,
+            weight_decay=optimizer.weight_decay,
+            adam_beta1=optimizer.adam_beta1,
+            adam_beta2=optimizer.adam_beta2,
+            adam_eps=optimizer.adam_eps,
+            sgd_momentum=optimizer.sgd_momentum,
+            bf16=policy.precision == "bfloat16",
+            params_dtype=torch.bfloat16 if policy.precision == "bfloat16" else torch.float32,
+            use_distributed_optimizer=optimizer.use_distributed_optimizer,
+            overlap_param_gather=policy.megatron_cfg.distributed_data_parallel_config.overlap_param_gather,
+            clip_grad=policy.max_grad_norm,
+        ),
+        [model],
+        use_gloo_process_groups=torch.cuda.is_available(),  # on a CPU the groups are gloo already
+    )
+
+
+def build_scheduler(optimizer: MegatronOptimizer, policy: PolicyConfig, total_steps: int) -> OptimizerParamScheduler:
+    """Warm-up, then constant, linear or cosine decay, counted in optimizer steps; sets the first step's rate."""
+    schedule, lr, min_lr = (
+        policy.megatron_cfg.scheduler,
+        policy.megatron_cfg.optimizer.lr,
+        policy.megatron_cfg.optimizer.min_lr,
+    )
+    decay_steps = schedule.lr_decay_iters or total_steps
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=schedule.lr_warmup_init,
+        max_lr=lr,
+        min_lr=min_lr,
+        lr_warmup_steps=schedule.lr_warmup_iters,
+        # megatron-core asserts that decay ends after warm-up; a constant rate never looks at the number.
+        lr_decay_steps=max(decay_steps, schedule.lr_warmup_iters + 1),
+        lr_decay_style=schedule.lr_decay_style,
+        start_wd=schedule.start_weight_decay,
+        end_wd=schedule.end_weight_decay,
+        wd_incr_steps=decay_steps,
+        wd_incr_style=schedule.weight_decay_incr_style,
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,  # a resumed run follows its config; load_state only restores the count
+    )

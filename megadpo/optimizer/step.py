@@ -1,0 +1,30 @@
+"""One optimizer step that leaves the weights alone when the gradients are not finite."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+
+@torch.no_grad()
+def guarded_step(optimizer: MegatronOptimizer) -> tuple[float, bool]:
+    """Clip and update; returns the gradient norm before clipping, and whether the weights were updated.
+
+    megatron-core's own `step` looks for infinities only with a float16 loss scaler, and otherwise writes NaN into the
+    weights; this is the same sequence with a look at the norm in between. Collectives: the norm's all-reduce over the
+    model-parallel (with the distributed optimizer: also data-parallel) ranks, and the parameters' all-gather.
+    """
+    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(grad_norm):
+        return grad_norm, False
+    for part in parts:
+        parameters = part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
+    optimizer.step_with_ready_grads()
+    return grad_norm, True

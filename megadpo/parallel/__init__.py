@@ -1,0 +1,6 @@
+"""Process groups, the device, and megatron-core on a CPU. The only room that knows megatron-core's parallel_state."""
+
+from megadpo.parallel.device import setup_device
+from megadpo.parallel.groups import Layout, ParallelContext, destroy, initialize
+
+__all__ = ["Layout", "ParallelContext", "destroy", "initialize", "setup_device"]

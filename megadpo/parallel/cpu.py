@@ -1,0 +1,129 @@
+"""megatron-core on a machine without CUDA: the one place that redirects its CUDA calls to the CPU.
+
+Active only after an explicit `enable_cpu()`, and refused where CUDA is. Nothing is patched at import. Each redirect
+names the megatron-core 0.16.1 call site that needs it, so a later megatron-core can be checked line by line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "rand", "randn", "tensor", "zeros", "zeros_like")
+_enabled = False
+
+
+class _NoStream:
+    """Stands for a CUDA stream or event: on a CPU everything has already happened when it is asked."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+
+def enable_cpu() -> None:
+    """Redirect megatron-core's CUDA calls to the CPU for the rest of this process; a second call does nothing.
+
+    Raises RuntimeError where CUDA is available: there, megatron-core must run as it is.
+    """
+    global _enabled
+    if torch.cuda.is_available():
+        raise RuntimeError("enable_cpu() is for machines without CUDA; this one has it")
+    if _enabled:
+        return
+    _redirect_devices()
+    _redirect_type_names()
+    _redirect_streams()
+    _redirect_rng()
+    # fusions/fused_bias_swiglu.py and others compile with torch.compile at first use: without a GPU that costs a
+    # C++ compiler and minutes, for functions that eager mode computes as well.
+    torch.compiler.set_stance("force_eager")
+    _patch_megatron_modules()
+    _enabled = True
+
+
+def is_cpu_enabled() -> bool:
+    """Whether `enable_cpu` has run in this process."""
+    return _enabled
+
+
+def _to_cpu(device: Any) -> Any:
+    return torch.device("cpu") if str(device).startswith("cuda") else device
+
+
+def _redirect_devices() -> None:
+    """`device="cuda"` (schedules.py, clip_grads.py, optimizer.py, grad_scaler.py, state_dict_saver.py),
+    `torch.cuda.current_device()` as a device (layers.py, mappings.py, p2p_communication.py, param_and_grad_buffer.py),
+    `.cuda()` (tensor_parallel/data.py, grad_scaler.py)."""
+
+    def redirected(factory: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(factory)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if "device" in kwargs:
+                kwargs["device"] = _to_cpu(kwargs["device"])
+            return factory(*args, **kwargs)
+
+        return call
+
+    for name in _FACTORIES:
+        setattr(torch, name, redirected(getattr(torch, name)))
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    torch.cuda.device_count = lambda: 1  # async_utils.py: rank % device_count()
+    torch.cuda.set_device = lambda device: None
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[assignment]
+    torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[assignment]
+
+
+def _redirect_type_names() -> None:
+    """`param.type() == 'torch.cuda.FloatTensor'`: clip_grads.py:167, optimizer.py:671-700, distrib_optimizer.py:361-582."""
+    original = torch.Tensor.type
+
+    def type_name(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is not None:
+            return original(self, dtype, *args, **kwargs)
+        return original(self).replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.type = type_name  # type: ignore[assignment,method-assign]
+
+
+def _redirect_streams() -> None:
+    """Streams, events, synchronisation: distributed_data_parallel.py:230, param_and_grad_buffer.py:417-529,
+    p2p_communication.py:242, filesystem_async.py:230, fully_parallel.py:272; memory and nvtx: utils.py:2186."""
+    nothing: Callable[..., None] = lambda *_, **__: None
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        setattr(torch.cuda, name, nothing)
+    for name in ("current_stream", "default_stream", "Stream", "Event"):
+        setattr(torch.cuda, name, _NoStream)
+    torch.cuda.stream = lambda *_, **__: contextlib.nullcontext()  # type: ignore[assignment]
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
+        setattr(torch.cuda, name, lambda *_, **__: 0)
+    torch.cuda.nvtx.range_push = nothing  # type: ignore[assignment]
+    torch.cuda.nvtx.range_pop = nothing  # type: ignore[assignment]
+    torch.Tensor.record_stream = nothing  # type: ignore[assignment,method-assign]
+
+
+def _redirect_rng() -> None:
+    """CUDA generator state stands for the CPU's: tensor_parallel/random.py (tracker, activation recomputation)."""
+    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
+    for module in (torch.cuda, torch.cuda.random):
+        module.get_rng_state = lambda *_, **__: torch.get_rng_state()  # type: ignore[assignment]
+        module.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)  # type: ignore[assignment]
+
+
+def _patch_megatron_modules() -> None:
+    """What megatron-core took by name at import, and so has to be replaced in its own modules."""
+    from megatron.core.tensor_parallel import random as mcore_random
+    from megatron.core.transformer.moe import moe_utils
+
+    # random.py:41-110 reaches for torch.cuda.default_generators and torch._C._cuda_setRNGState.
+    mcore_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    mcore_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    # moe_utils.py uses the name unconditionally although the import that defines it needs Transformer Engine.
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None

@@ -1,0 +1,31 @@
+"""Which device a rank works on."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from megadpo.config.problems import ConfigError, Problem
+from megadpo.parallel.cpu import enable_cpu
+
+
+def setup_device(requested: str) -> torch.device:
+    """The device for `policy.device` ('auto', 'cpu' or 'cuda'), made current; redirects megatron-core on a CPU.
+
+    Raises ConfigError where 'cuda' is asked for and absent, or 'cpu' where CUDA is present (megatron-core then uses
+    CUDA tensors of its own; hide the GPUs from the process instead).
+    """
+    has_cuda = torch.cuda.is_available()
+    if requested == "cuda" and not has_cuda:
+        raise ConfigError([Problem("policy.device", "cuda", "a machine with CUDA", "use policy.device=auto or cpu")])
+    if requested == "cpu" and has_cuda:
+        raise ConfigError(
+            [Problem("policy.device", "cpu", "no visible CUDA device", "start with CUDA_VISIBLE_DEVICES='' for a CPU run")]
+        )
+    if not has_cuda:
+        enable_cpu()
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device

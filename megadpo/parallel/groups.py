@@ -1,0 +1,113 @@
+"""Process groups: the layout of a run, and the only importer of megatron-core's parallel_state.
+
+World ranks are ordered tp - cp - ep - dp - pp (megatron-core's default), so tensor-parallel ranks are neighbours.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the parallel dimensions; the data-parallel size is what remains of the world."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    sequence_parallel: bool = False
+
+    def data(self, world_size: int) -> int:
+        """Data-parallel size in a world of `world_size` ranks; ValueError where it does not divide."""
+        model_ranks = self.tensor * self.pipeline
+        if world_size % model_ranks:
+            raise ValueError(f"world size {world_size} is not a multiple of tensor x pipeline = {model_ranks}")
+        return world_size // model_ranks
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """This rank's place in the layout, and the groups it talks in."""
+
+    layout: Layout
+    device: torch.device
+    rank: int
+    world_size: int
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+    dp_size: int
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+
+    @property
+    def tp_size(self) -> int:
+        return self.layout.tensor
+
+    @property
+    def pp_size(self) -> int:
+        return self.layout.pipeline
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    def broadcast_from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Give every pipeline stage the last stage's `tensor` (same shape everywhere). One broadcast over pp."""
+        if self.pp_size > 1:
+            dist.broadcast(tensor, src=dist.get_global_rank(self.pp_group, self.pp_size - 1), group=self.pp_group)
+        return tensor
+
+
+def initialize(layout: Layout, device: torch.device, timeout_s: float = 1800.0) -> ParallelContext:
+    """Join the world that torchrun describes in the environment (or a world of one) and make every group.
+
+    Collectives: those of group creation, on all ranks. The caller has checked the layout against the world size.
+    """
+    if not dist.is_initialized():
+        if "RANK" not in os.environ:
+            os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
+        if os.environ["WORLD_SIZE"] == "1" and "MASTER_ADDR" not in os.environ:
+            store: dist.Store | None = dist.HashStore()
+        else:
+            store = None
+        dist.init_process_group(
+            backend="nccl" if device.type == "cuda" else "gloo",
+            timeout=datetime.timedelta(seconds=timeout_s),
+            **({"store": store, "rank": 0, "world_size": 1} if store is not None else {}),
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        create_gloo_process_groups=device.type == "cuda",  # on a CPU the groups are gloo already
+    )
+    return ParallelContext(
+        layout=layout,
+        device=device,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+    )
+
+
+def destroy() -> None:
+    """Leave every group and the world; a second call does nothing."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""Training: the step, the loop, validation, and what is seen of them."""

@@ -1,0 +1,124 @@
+"""The command behind launch/train.py: arguments, checks, and how a run ends."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+
+from megadpo.config.architecture import read_architecture
+from megadpo.config.check import check_layout
+from megadpo.config.load import as_dict, load_config, save_resolved
+from megadpo.config.metric import parse_duration_s
+from megadpo.config.problems import EXIT_REFUSED, ConfigError, UserError
+from megadpo.config.schema import Config
+
+OTHERS_WAIT_S = 20.0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Check or train; returns the exit code. A refusal is printed by each node's first rank only."""
+    options = parse(arguments)
+    quiet_libraries()
+    try:
+        world_size = options.world_size or (None if options.check else int(os.environ.get("WORLD_SIZE", "1")))
+        cfg = checked_config(options.config, options.overrides, world_size)
+        return check_data(cfg) if options.check else run_training(cfg)
+    except UserError as error:
+        return refuse(error)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """CONFIG.yaml, --check, --world-size and key=value overrides, in any order."""
+    parser = argparse.ArgumentParser(prog="launch/train.py", description="Train a model by DPO on preference pairs.")
+    parser.add_argument("config", help="YAML file; see configs/")
+    parser.add_argument("overrides", nargs="*", help="key=value, e.g. dpo.max_num_steps=10")
+    parser.add_argument("--check", action="store_true", help="only check config, model folder, layout and data")
+    parser.add_argument("--world-size", type=int, default=None, help="with --check: the number of ranks to check for")
+    options = parser.parse_intermixed_args(arguments)
+    if options.world_size is not None and not options.check:
+        parser.error("--world-size goes with --check; a run takes its size from torchrun")
+    return options
+
+
+def checked_config(path: str, overrides: Sequence[str], world_size: int | None) -> Config:
+    """The config, held against the model's config.json and the world. Raises ConfigError with every problem."""
+    from megadpo.model.source import resolve_source
+
+    cfg = load_config(path, overrides)
+    source = resolve_source(cfg.policy.model_name, "policy.model_name")
+    problems = check_layout(cfg, read_architecture(source.hf_files), world_size)
+    if problems:
+        raise ConfigError(problems)
+    return cfg
+
+
+def check_data(cfg: Config) -> int:
+    """The rest of --check: weight files complete by their headers, data files read and tokenised."""
+    from megadpo.model.source import resolve_source
+    from megadpo.model.weights.hf_folder import HfWeights
+    from megadpo.model.weights.tables import weight_table
+    from megadpo.train.setup import load_data
+
+    source = resolve_source(cfg.policy.model_name, "policy.model_name")
+    arch = read_architecture(source.hf_files)
+    if source.megatron is None:
+        problems = HfWeights.open(source.hf_files).problems(weight_table(arch))
+        if problems:
+            raise ConfigError(problems)
+    data = load_data(cfg, arch, source, dp_rank=0, dp_size=1)
+    for line in [*cfg.notes, *data.reports]:
+        print(line)
+    print(f"{cfg.dpo.total_steps(data.train_loader.batches_per_epoch)} steps; no problem found")
+    return 0
+
+
+def run_training(cfg: Config) -> int:
+    """Set up, train, tear down. Every rank."""
+    from megadpo.parallel import destroy, initialize, setup_device
+    from megadpo.train.loggers import MetricsLogger
+    from megadpo.train.loop import train
+    from megadpo.train.progress import ProgressLine, print_banner
+    from megadpo.train.report import summarise
+    from megadpo.train.setup import layout_of, prepare
+    from megadpo.train.stop import StopWatcher
+
+    parallel = initialize(layout_of(cfg), setup_device(cfg.policy.device))
+    run = prepare(cfg, parallel)
+    first = parallel.rank == 0
+    must_save_by = cfg.checkpointing.checkpoint_must_save_by
+    stop = StopWatcher(parallel, None if must_save_by is None else parse_duration_s(must_save_by))
+    stop.install()
+    summary = summarise(run)
+    with (
+        MetricsLogger(cfg.logger, enabled=first, resumed_step=run.position.step, run_config=as_dict(cfg)) as logger,
+        ProgressLine(run.total_steps, start_step=run.position.step, enabled=first) as progress,
+    ):
+        if first:
+            save_resolved(cfg, os.path.join(cfg.logger.log_dir, "config.yaml"))
+            print_banner(summary)
+        exit_code = train(run, logger, progress, stop)
+    destroy()
+    return exit_code
+
+
+def refuse(error: UserError) -> int:
+    """Print every problem on stderr, once a node; the other ranks wait so that torchrun doesn't stop the one that
+    prints. Returns EXIT_REFUSED."""
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        print(f"refused, {len(error.problems)} problem(s):", file=sys.stderr)
+        for problem in error.problems:
+            print(f"  {problem}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(OTHERS_WAIT_S)
+    return EXIT_REFUSED
+
+
+def quiet_libraries() -> None:
+    """megatron-core warns at import of every optional package it can't find; none of them matters here."""
+    warnings.filterwarnings("ignore", module="megatron")
+    logging.getLogger("megatron").setLevel(logging.ERROR)

@@ -1,0 +1,125 @@
+"""The training loop. A run is: resume, then step, validate, save, report, until the last step or a reason to stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+from megadpo.checkpoint import TrainingPosition, prune_checkpoints, save_checkpoint
+from megadpo.data.loader import GlobalBatch
+from megadpo.train.loggers import MetricsLogger
+from megadpo.train.progress import ProgressLine
+from megadpo.train.setup import Run, position_after
+from megadpo.train.step import StepOutcome
+from megadpo.train.stop import StopWatcher
+
+
+def train(run: Run, logger: MetricsLogger, progress: ProgressLine, stop: StopWatcher) -> int:
+    """Train to the end of the run; returns the exit code: 0, or why it stopped early with a checkpoint written.
+
+    All ranks call it together. Raises NonFiniteLoss where the config says so; complete checkpoints stay.
+    """
+    dpo, saving = run.cfg.dpo, run.cfg.checkpointing
+    steps_per_epoch = run.data.train_loader.batches_per_epoch
+    position = run.position
+    if position.step == 0 and dpo.val_at_start:
+        position = validate(run, position, logger, progress, also_log={})
+    saved_step = position.step
+
+    while position.step < run.total_steps:
+        batches = run.data.train_loader.batches(position.epoch, position.batch)
+        started = time.perf_counter()
+        for batch in batches:
+            outcome = run.trainer.step(batch)
+            record = step_record(batch, outcome, position, time.perf_counter() - started)
+            position = position_after(position, batches_per_epoch=steps_per_epoch, skipped=not outcome.updated)
+            position = dataclasses.replace(position, metrics=position.metrics | record)
+            progress.step(position.step, record)
+
+            exit_code = stop.agreed()
+            last = position.step == run.total_steps
+            save = saving.enabled and (last or exit_code is not None or position.step % saving.save_period == 0)
+            if validation_due(run, position.step, last=last, save=save):
+                position = validate(run, position, logger, progress, also_log=record)
+            else:
+                logger.log(position.step, record)
+            if save:
+                save_and_prune(run, position)
+                saved_step = position.step
+            if exit_code is not None and not last:
+                progress.message(f"stopped after step {position.step}, newest checkpoint: step {saved_step}")
+                return exit_code
+            if last or position.batch == 0:
+                break  # the run, or the epoch, is done
+            started = time.perf_counter()
+    return 0
+
+
+def step_record(
+    batch: GlobalBatch, outcome: StepOutcome, before: TrainingPosition, seconds: float
+) -> dict[str, float]:
+    """What one step logs, under its full names. `seconds`: data wait, reference pass, update; nothing else."""
+    return {
+        "epoch": before.epoch,
+        **{f"train/{name}": value for name, value in outcome.metrics.items()},
+        "train/grad_norm": outcome.grad_norm,
+        "train/lr": outcome.lr,
+        "train/num_pairs": batch.num_pairs,
+        "train/num_tokens": batch.num_tokens,
+        "train/skipped_steps": before.skipped_steps + (not outcome.updated),
+        "timing/train/step_time_s": seconds,
+        "timing/train/tokens_per_s": batch.num_tokens / seconds,
+        "timing/train/pairs_per_s": batch.num_pairs / seconds,
+    }
+
+
+def validation_due(run: Run, step: int, *, last: bool, save: bool) -> bool:
+    """By the period, at the end, and before a checkpoint that is ranked by a validation metric."""
+    dpo = run.cfg.dpo
+    if not run.data.validation:
+        return False
+    ranked_by_validation = (run.ranking_metric or "").startswith("validation")
+    by_period = dpo.val_period > 0 and step % dpo.val_period == 0
+    return by_period or (last and dpo.val_at_end) or (save and ranked_by_validation)
+
+
+def validate(
+    run: Run, position: TrainingPosition, logger: MetricsLogger, progress: ProgressLine, *, also_log: dict[str, float]
+) -> TrainingPosition:
+    """Evaluate every validation set, log one line for the step together with `also_log`, remember the metrics."""
+    started = time.perf_counter()
+    record: dict[str, float] = {}
+    for name in run.data.validation:
+        set_started = time.perf_counter()
+        metrics = run.trainer.evaluate(run.validation_batches(name))
+        record |= {f"validation-{name}/{metric}": value for metric, value in metrics.items()}
+        progress.validation(position.step, name, metrics, time.perf_counter() - set_started)
+    if record:
+        record["timing/validation/total_validation_time"] = time.perf_counter() - started
+    if record or also_log:
+        logger.log(position.step, also_log | record)
+    return dataclasses.replace(position, metrics=position.metrics | record)
+
+
+def save_and_prune(run: Run, position: TrainingPosition) -> None:
+    """Save this position, then delete what `keep_top_k` no longer keeps."""
+    saving = run.cfg.checkpointing
+    folder = Path(saving.checkpoint_dir)
+    save_checkpoint(
+        folder,
+        position,
+        run.parallel,
+        model=run.trainer.policy.module,
+        optimizer=run.trainer.optimizer if saving.save_optimizer else None,
+        scheduler=run.trainer.scheduler,
+        hf_files=run.source.hf_files,
+        cfg=run.cfg,
+    )
+    if run.parallel.rank == 0:
+        prune_checkpoints(
+            folder,
+            keep_top_k=saving.keep_top_k,
+            metric=run.ranking_metric,
+            higher_is_better=saving.higher_is_better,
+        )

@@ -1,0 +1,260 @@
+"""What a person sees while a run goes on: a banner, a line per step, a line per validation set. Rank 0 only.
+
+Where stdout is a terminal the step's line is a live bar that stays at the bottom; where it is a file or a pipe every
+step prints one line of fixed width:
+
+  step 12/80  loss   0.6931  acc 0.500  margin  -0.0123  grad  12.3450  tok/s     12,346  pairs/s   12.34  left 0:04:36
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+WINDOW_STEPS = 20
+"""Steps whose mean duration gives the time left."""
+
+Metrics = Mapping[str, float | int | None]
+
+
+class ProgressLine:
+    """Shows each step as it ends. Does nothing on ranks that are not told to show (`enabled=False`).
+
+    total_steps: of the whole run, those before a resume included.
+    start_step: the step that this process goes on from, the last one already done; 0 for a new run.
+    console: where to show it; default: stdout, live if that is a terminal.
+
+    Use as a context manager, or call `close`, so that the terminal gets its cursor back.
+    """
+
+    def __init__(
+        self, total_steps: int, *, start_step: int = 0, console: Console | None = None, enabled: bool = True
+    ) -> None:
+        self._total_steps = total_steps
+        self._time_left = TimeLeft(total_steps)
+        self._console = console or _stdout_console()
+        self._enabled = enabled
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        if enabled and self._console.is_terminal and not self._console.is_dumb_terminal:
+            self._bar = Progress(
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}", markup=False),
+                BarColumn(bar_width=20),
+                TextColumn("{task.fields[line]}", markup=False),
+                console=self._console,
+                auto_refresh=False,  # drawn when something changes, without a thread that wakes ten times a second
+            )
+            self._task = self._bar.add_task("steps", total=total_steps, completed=start_step, line="")
+            self._bar.start()
+
+    def step(self, step: int, metrics: Metrics) -> None:
+        """Show a finished step.
+
+        metrics: what metrics.jsonl gets, by the same names: train/loss, train/rewards/accuracies,
+            train/rewards/margins, train/grad_norm, timing/train/{tokens_per_s,pairs_per_s,step_time_s}. One that is
+            missing or None (no rewards without a reference) is shown as "-"; others are not looked at.
+        """
+        if not self._enabled:
+            return
+        self._time_left.add(metrics.get("timing/train/step_time_s"))
+        fields = _quality(metrics, "train/")
+        fields += [
+            f"grad {_number(metrics.get('train/grad_norm'), 8)}",
+            f"tok/s {_rate(metrics.get('timing/train/tokens_per_s'), '10,.0f')}",
+            f"pairs/s {_rate(metrics.get('timing/train/pairs_per_s'), '7.2f')}",
+            f"left {_duration(self._time_left.after(step))}",
+        ]
+        line = "  ".join(fields)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=step, line=line, refresh=True)
+        else:
+            self.message(f"{self._step_of_total(step)}  {line}")
+
+    def validation(self, step: int, name: str, metrics: Metrics, seconds: float) -> None:
+        """Show the result of one validation set.
+
+        name: the set's name in `data.val_data_paths`; metrics: its means without a prefix (loss, rewards/accuracies,
+            rewards/margins); seconds: what it took.
+        """
+        fields = _quality(metrics, "")
+        self.message(f"{self._step_of_total(step)}  {'  '.join(fields)}  validation {name}  {seconds:.1f} s")
+
+    def message(self, text: str) -> None:
+        """Print a line, or several, of text: above the live bar, or as it is."""
+        if not self._enabled:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            # Not through rich: it would wrap at 80 columns where there is no terminal.
+            print(text, file=self._console.file, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it is and give the terminal back. A second call does nothing."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __enter__(self) -> ProgressLine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _step_of_total(self, step: int) -> str:
+        return f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}"
+
+
+class TimeLeft:
+    """Seconds to the last step, from the mean duration of the last `WINDOW_STEPS` steps.
+
+    The first step of a process also compiles, allocates and warms caches, so it counts only until there is another.
+    Validation and checkpoints are not in a step's duration and so not in the time left.
+    """
+
+    def __init__(self, total_steps: int) -> None:
+        self._total_steps = total_steps
+        self._durations_s: deque[float] = deque(maxlen=WINDOW_STEPS)
+        self._steps_seen = 0
+
+    def add(self, step_time_s: float | None) -> None:
+        """Count a finished step; None where its duration is not known."""
+        if step_time_s is None or not math.isfinite(step_time_s):
+            return
+        self._steps_seen += 1
+        if self._steps_seen == 2:
+            self._durations_s.clear()
+        self._durations_s.append(step_time_s)
+
+    def after(self, step: int) -> float | None:
+        """Seconds left when `step` is done; None before the first duration."""
+        if not self._durations_s:
+            return None
+        return max(self._total_steps - step, 0) * sum(self._durations_s) / len(self._durations_s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """What is about to run, for the banner at the start."""
+
+    model: str
+    """The policy's folder or hub name, with its family."""
+    num_parameters: int
+    """Of the policy, over all shards."""
+    layout: Mapping[str, int]
+    """Size of each dimension in the order to show it: {"TP": 2, "PP": 1, "DP": 4}; those of size 1 are left out."""
+    world_size: int
+    device: str
+    precision: str
+    attention_kernel: str
+    global_batch_pairs: int
+    micro_batch: str
+    """How a global batch is cut: "packs of at most 4,096 tokens, prompt once" or "2 pairs"."""
+    total_steps: int
+    start_step: int = 0
+    """The step resumed from; 0 for a new run."""
+    train_pairs: int
+    validation_pairs: Mapping[str, int] = field(default_factory=dict)
+    """Pairs that validation uses, by the set's name."""
+    loss: str
+    """"sigmoid, beta 0.05", with the weights where they differ from 1 and 0."""
+    reference: str
+    """"resident copy of the policy's start", a folder, or "none"."""
+    log_dir: str
+    checkpoint_dir: str | None = None
+    """None: no checkpoints."""
+    notes: tuple[str, ...] = ()
+    """Anything else worth saying before the first step, such as pairs dropped or keys without effect."""
+
+
+def print_banner(summary: RunSummary, file: TextIO | None = None) -> None:
+    """Print `format_banner` to the file (default: stdout)."""
+    print(format_banner(summary), file=file or sys.stdout, flush=True)
+
+
+def format_banner(summary: RunSummary) -> str:
+    """A table of what will run: plain text, one line per fact, no trailing newline."""
+    wide = [f"{name} {size}" for name, size in summary.layout.items() if size != 1]
+    ranks = f"{summary.world_size} rank" + ("s" if summary.world_size != 1 else "")
+    steps = f"{summary.total_steps:,}"
+    if summary.start_step:
+        steps += f", resuming after step {summary.start_step:,}"
+    data = [f"{summary.train_pairs:,} training pairs"]
+    data += [f"{pairs:,} in validation set {name}" for name, pairs in summary.validation_pairs.items()]
+    rows = [
+        ("model", summary.model),
+        ("parameters", _parameters(summary.num_parameters)),
+        ("layout", f"{' x '.join(wide)} ({ranks})" if wide else ranks),
+        ("device", f"{summary.device}, {summary.precision}"),
+        ("attention", summary.attention_kernel),
+        ("batch", f"{summary.global_batch_pairs:,} pairs, in {summary.micro_batch}"),
+        ("steps", steps),
+        ("data", ", ".join(data)),
+        ("loss", summary.loss),
+        ("reference", summary.reference),
+        ("logs", summary.log_dir),
+        ("checkpoints", summary.checkpoint_dir or "none"),
+        *(("note", note) for note in summary.notes),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(["megadpo", *(f"  {name:<{width}}  {value}" for name, value in rows)])
+
+
+def _stdout_console() -> Console:
+    # rich also takes FORCE_COLOR for a terminal, which many CI systems set: their logs would get a bar's escape codes.
+    return Console(file=sys.stdout, force_terminal=sys.stdout.isatty())
+
+
+def _quality(metrics: Metrics, prefix: str) -> list[str]:
+    accuracy = metrics.get(f"{prefix}rewards/accuracies")
+    return [
+        f"loss {_number(metrics.get(f'{prefix}loss'), 8)}",
+        f"acc {_missing(5) if accuracy is None else f'{accuracy:5.3f}'}",
+        f"margin {_number(metrics.get(f'{prefix}rewards/margins'), 8)}",
+    ]
+
+
+def _number(value: float | None, width: int) -> str:
+    """Right-aligned with as many of 4 decimals as fit; in scientific notation where none does."""
+    if value is None:
+        return _missing(width)
+    for decimals in (4, 3, 2, 1):
+        text = f"{value:.{decimals}f}"
+        if len(text) <= width:
+            return f"{text:>{width}}"
+    return f"{value:>{width}.1e}"
+
+
+def _rate(value: float | None, spec: str) -> str:
+    return _missing(len(format(0.0, spec))) if value is None else format(value, spec)
+
+
+def _missing(width: int) -> str:
+    return f"{'-':>{width}}"
+
+
+def _duration(seconds: float | None) -> str:
+    """h:mm:ss, with the days before it where there are any."""
+    if seconds is None:
+        return _missing(7)
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return f"{days}d {hours:02}:{minutes:02}:{rest:02}" if days else f"{hours}:{minutes:02}:{rest:02}"
+
+
+def _parameters(count: int) -> str:
+    """8,030,261,248 (8.03 B)."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count:,} ({count / size:.2f} {unit})"
+    return f"{count:,}"

@@ -1,0 +1,74 @@
+"""What a run is, in the words of the banner."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from megadpo.config.schema import Config
+from megadpo.model.build import count_parameters
+from megadpo.train.progress import RunSummary
+from megadpo.train.setup import Run
+
+
+def summarise(run: Run) -> RunSummary:
+    """Facts of the run for the banner. All ranks call it. Collectives: an all-reduce of the parameter count."""
+    cfg, parallel = run.cfg, run.parallel
+    return RunSummary(
+        model=cfg.policy.model_name,
+        num_parameters=all_parameters(run),
+        layout={"TP": parallel.tp_size, "PP": parallel.pp_size, "DP": parallel.dp_size},
+        world_size=parallel.world_size,
+        device=parallel.device.type,
+        precision=cfg.policy.precision,
+        attention_kernel=run.trainer.policy.module.kernel.name,
+        global_batch_pairs=cfg.policy.train_global_batch_size,
+        micro_batch=micro_batch_words(cfg),
+        total_steps=run.total_steps,
+        start_step=run.position.step,
+        train_pairs=len(run.data.train),
+        validation_pairs={
+            name: min(loader.batches_per_epoch * loader.global_batch_size, len(loader.dataset))
+            for name, loader in run.data.validation.items()
+        },
+        loss=loss_words(cfg),
+        reference=reference_words(cfg),
+        log_dir=cfg.logger.log_dir,
+        checkpoint_dir=cfg.checkpointing.checkpoint_dir if cfg.checkpointing.enabled else None,
+        notes=(*cfg.notes, *run.data.reports),
+    )
+
+
+def all_parameters(run: Run) -> int:
+    """Parameters of the whole model: replicated ones once, tied embeddings once."""
+    policy = run.trainer.policy.module
+    tp = run.parallel.tp_size
+    mine = sum(p.numel() for p in policy.parameters() if getattr(p, "tensor_model_parallel", False)) * tp
+    mine += count_parameters(policy) - mine // tp
+    if policy.share_embeddings_and_output_weights and policy.post_process and not policy.pre_process:
+        mine -= policy.output_layer.weight.numel() * tp  # the last stage's copy
+    counted = torch.tensor([mine], dtype=torch.int64, device=run.parallel.device)
+    dist.all_reduce(counted, group=run.parallel.pp_group)
+    return int(counted.item())
+
+
+def micro_batch_words(cfg: Config) -> str:
+    packing = cfg.policy.sequence_packing
+    if not packing.enabled:
+        return f"micro-batches of {cfg.policy.train_micro_batch_size} pairs"
+    prompts = "prompts computed once" if packing.share_prompt else "prompts repeated"
+    return f"packs of at most {packing.train_mb_tokens:,} tokens, {prompts}"
+
+
+def loss_words(cfg: Config) -> str:
+    dpo = cfg.dpo
+    words = f"{dpo.loss_type}, beta {dpo.reference_policy_kl_penalty:g}"
+    if (dpo.preference_loss_weight, dpo.sft_loss_weight) != (1, 0):
+        words += f", weights: preference {dpo.preference_loss_weight:g}, sft {dpo.sft_loss_weight:g}"
+    return words
+
+
+def reference_words(cfg: Config) -> str:
+    if cfg.dpo.reference.mode == "none":
+        return "none"
+    return cfg.dpo.reference.model_name or "resident copy of policy.model_name"

@@ -1,0 +1,245 @@
+"""From a checked config to everything a run needs, in the order that costs the user least time when something is wrong:
+data first (seconds), then weights (minutes)."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megadpo.checkpoint import CheckpointInfo, TrainingPosition, load_training_state, load_weights, newest_checkpoint
+from megadpo.config.architecture import Architecture, read_architecture
+from megadpo.config.metric import parse_metric_name
+from megadpo.config.problems import ConfigError, DataError, Problem
+from megadpo.config.schema import Config
+from megadpo.data.dataset import PairDataset
+from megadpo.data.loader import GlobalBatch, GlobalBatchLoader
+from megadpo.data.tokenizer import load_tokenizer, pad_token_id
+from megadpo.model.build import build_model
+from megadpo.model.gpt import PairModel
+from megadpo.model.source import ModelSource, resolve_source
+from megadpo.model.weights.load import load_hf_weights
+from megadpo.optimizer import build_optimizer, build_scheduler, wrap_for_training
+from megadpo.parallel import Layout, ParallelContext
+from megadpo.reference import ResidentReference
+from megadpo.train.step import Trainer
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The pairs of a run and the loaders over them."""
+
+    train: PairDataset
+    train_loader: GlobalBatchLoader
+    validation: Mapping[str, GlobalBatchLoader]
+    reports: list[str]
+    """One line a file: what was read, dropped, truncated."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything the loop works with."""
+
+    cfg: Config
+    parallel: ParallelContext
+    source: ModelSource
+    data: RunData
+    trainer: Trainer
+    position: TrainingPosition
+    """Where to go on: zeros for a new run."""
+    total_steps: int
+
+    @property
+    def ranking_metric(self) -> str | None:
+        """Logged name of the metric that `keep_top_k` ranks checkpoints by, or None."""
+        name = self.cfg.checkpointing.metric_name
+        return None if name is None else parse_metric_name(name, list(self.data.validation)).key
+
+    def validation_batches(self, name: str) -> Iterator[GlobalBatch]:
+        """The global batches of one validation set, in file order, at most `dpo.val_batches` of them."""
+        return self.data.validation[name].batches(epoch=0)
+
+
+def layout_of(cfg: Config) -> Layout:
+    """The layout that the config asks for."""
+    megatron = cfg.policy.megatron_cfg
+    return Layout(
+        tensor=megatron.tensor_model_parallel_size,
+        pipeline=megatron.pipeline_model_parallel_size,
+        sequence_parallel=megatron.sequence_parallel,
+    )
+
+
+def prepare(cfg: Config, parallel: ParallelContext) -> Run:
+    """Build the run on this rank. Raises UserError subclasses for everything a user can put right."""
+    seed_everything(cfg.dpo.seed, parallel)
+    source = resolve_source(cfg.policy.model_name, "policy.model_name")
+    arch = read_architecture(source.hf_files)
+    data = load_data(cfg, arch, source, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size)
+    total_steps = cfg.dpo.total_steps(data.train_loader.batches_per_epoch)
+    resume = find_resume(cfg, data)
+
+    policy = build_model(arch, cfg.policy, parallel, frozen=False)
+    if resume is None:
+        fill(policy, source, arch, parallel)
+    wrapped = wrap_for_training(policy, cfg.policy)
+    optimizer = build_optimizer(wrapped, cfg.policy)
+    scheduler = build_scheduler(optimizer, cfg.policy, total_steps)
+    trainer = Trainer(
+        cfg.dpo,
+        parallel,
+        policy=wrapped,
+        reference=build_reference(cfg, source, arch, parallel),
+        optimizer=optimizer,
+        scheduler=scheduler,
+    )
+    position = TrainingPosition(
+        step=0, epoch=0, batch=0, data_fingerprint=data.train.fingerprint, data_settings=data_settings(cfg)
+    )
+    if resume is not None:
+        load_training_state(resume, parallel, model=policy, optimizer=optimizer, scheduler=scheduler)
+        position = resume.position
+    return Run(cfg, parallel, source, data, trainer, position, total_steps)
+
+
+def seed_everything(seed: int, parallel: ParallelContext) -> None:
+    """One seed for Python, NumPy and torch; tensor-parallel regions differ by rank (megatron-core's tracker)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed + 100 * parallel.pp_rank)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def load_data(cfg: Config, arch: Architecture, source: ModelSource, *, dp_rank: int, dp_size: int) -> RunData:
+    """Read, tokenise and deal out every data file of the config. Raises DataError with every problem of every file."""
+    tokenizer = load_tokenizer(str(tokenizer_source(cfg, source)))
+    paths = {"": cfg.data.train_data_path, **(cfg.data.val_data_paths or {})}
+    datasets: dict[str, PairDataset] = {}
+    problems: list[Problem] = []
+    for name, path in paths.items():
+        try:
+            datasets[name] = PairDataset(cfg, tokenizer, path)
+        except DataError as error:
+            problems += error.problems
+            continue
+        largest = datasets[name].max_token_id
+        if largest >= arch.vocab_size:
+            expected = f"token ids below the model's vocabulary of {arch.vocab_size}"
+            problems.append(Problem(path, largest, expected, "use the tokenizer of this model (policy.tokenizer.name)"))
+    if problems:
+        raise DataError(problems)
+    train = datasets.pop("")
+    pad = pad_token_id(tokenizer)
+    train_loader = make_loader(train, cfg, dp_rank, dp_size, pad, training=True)
+    loaders = {name: make_loader(data, cfg, dp_rank, dp_size, pad, training=False) for name, data in datasets.items()}
+    reports = [str(data.report) for data in (train, *datasets.values())]
+    if train_loader.dropped_pairs_per_epoch:
+        reports.append(
+            f"{train.report.path}: {train_loader.dropped_pairs_per_epoch} pairs an epoch don't fill a last global batch "
+            f"of {cfg.policy.train_global_batch_size} and are left out"
+        )
+    return RunData(train, train_loader, loaders, reports)
+
+
+def tokenizer_source(cfg: Config, source: ModelSource) -> Path | str:
+    """The tokenizer's folder or hub name: by default the model's own, which a Megatron folder keeps in hf/."""
+    name = cfg.policy.tokenizer.name
+    return source.hf_files if name == cfg.policy.model_name else name
+
+
+def make_loader(
+    dataset: PairDataset, cfg: Config, dp_rank: int, dp_size: int, pad_token_id: int, *, training: bool
+) -> GlobalBatchLoader:
+    """Training: the config's order, whole global batches only. Validation: file order, every pair."""
+    packing = cfg.policy.sequence_packing
+    pairs = cfg.policy.train_micro_batch_size if training else cfg.dpo.val_micro_batch_size
+    return GlobalBatchLoader(
+        dataset,
+        global_batch_size=cfg.policy.train_global_batch_size if training else cfg.dpo.val_global_batch_size,
+        shuffle=cfg.data.shuffle and training,
+        seed=cfg.dpo.seed,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        # without packing a micro-batch is rows, each with its own prompt
+        share_prompt=packing.enabled and packing.share_prompt,
+        pad_token_id=pad_token_id,
+        pad_to_multiple=cfg.policy.make_sequence_length_divisible_by,
+        budget_tokens=packing.train_mb_tokens if packing.enabled else None,
+        pairs_per_micro_batch=None if packing.enabled else pairs,
+        drop_last=training,
+        limit_batches=None if training else cfg.dpo.val_batches,
+        num_workers=cfg.data.num_workers,
+    )
+
+
+def build_reference(
+    cfg: Config, policy_source: ModelSource, arch: Architecture, parallel: ParallelContext
+) -> ResidentReference | None:
+    """The frozen reference of `dpo.reference`, loaded; None where the mode is 'none'."""
+    if cfg.dpo.reference.mode == "none":
+        return None
+    source = policy_source
+    if cfg.dpo.reference.model_name is not None:
+        source = resolve_source(cfg.dpo.reference.model_name, "dpo.reference.model_name")
+        arch = read_architecture(source.hf_files)
+    model = build_model(arch, cfg.policy, parallel, frozen=True)
+    fill(model, source, arch, parallel)
+    return ResidentReference(model, parallel)
+
+
+def fill(model: PairModel, source: ModelSource, arch: Architecture, parallel: ParallelContext) -> None:
+    """Load the weights that `source` names into this rank's stage."""
+    if source.megatron is not None:
+        load_weights(model, source.megatron)
+    else:
+        load_hf_weights([model], arch, source.hf_files, tp_rank=parallel.tp_rank, tp_size=parallel.tp_size)
+
+
+def data_settings(cfg: Config) -> dict[str, object]:
+    """What, beside the pairs themselves, decides which pairs a step sees."""
+    return {
+        "dpo.seed": cfg.dpo.seed,
+        "data.shuffle": cfg.data.shuffle,
+        "policy.train_global_batch_size": cfg.policy.train_global_batch_size,
+    }
+
+
+def find_resume(cfg: Config, data: RunData) -> CheckpointInfo | None:
+    """The checkpoint to go on from, or None. Raises ConfigError where it saw other data, or saw it in another order."""
+    if not cfg.checkpointing.enabled:
+        return None
+    info = newest_checkpoint(Path(cfg.checkpointing.checkpoint_dir))
+    if info is None:
+        return None
+    fix = f"restore what {info.path} was trained with, or start anew in another checkpointing.checkpoint_dir"
+    problems = []
+    if info.position.data_fingerprint != data.train.fingerprint:
+        expected = f"the pairs and tokenisation that {info.path} was trained on"
+        problems.append(Problem("data.train_data_path", data.train.report.path, expected, fix))
+    now = data_settings(cfg)
+    for field, before in info.position.data_settings.items():
+        if now[field] != before:
+            problems.append(Problem(field, now[field], f"{before}, as in {info.path}", fix))
+    if problems:
+        raise ConfigError(problems)
+    return info
+
+
+def position_after(position: TrainingPosition, *, batches_per_epoch: int, skipped: bool) -> TrainingPosition:
+    """The position once one more step is done."""
+    batch = position.batch + 1
+    return dataclasses.replace(
+        position,
+        step=position.step + 1,
+        epoch=position.epoch + (batch == batches_per_epoch),
+        batch=batch % batches_per_epoch,
+        skipped_steps=position.skipped_steps + skipped,
+    )
+
+

@@ -1,0 +1,166 @@
+"""One optimizer step over a global batch: reference logps, forward and backward through the pipeline, update.
+
+Why the loss is exact in every layout: each micro-batch contributes sum over its pairs / pairs of the GLOBAL batch.
+megatron-core is told (calculate_per_token_loss) to divide by nothing, so gradients are plain sums over micro-batches
+and data-parallel ranks, which is the mean over the global batch however its pairs were dealt out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megadpo.config.schema_dpo import DpoConfig
+from megadpo.data.loader import GlobalBatch
+from megadpo.data.pack import PackedBatch
+from megadpo.objective import LossOutput, dpo_loss, metric_names
+from megadpo.optimizer import guarded_step
+from megadpo.parallel import ParallelContext
+from megadpo.reference import ResidentReference, answer_logps
+from megadpo.train.metrics import MetricSums
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or the gradient norm of a batch is NaN or infinite; the weights were left as they were."""
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a step gave, the same on every rank."""
+
+    metrics: dict[str, float]
+    """Means over the global batch, names as in megadpo.objective."""
+    grad_norm: float
+    """Before clipping."""
+    lr: float
+    """Rate that this step used."""
+    updated: bool
+    """False where the step was skipped for a loss that is not finite."""
+
+
+class Trainer:
+    """Policy, reference, optimizer and schedule of a run, and the step that ties them together."""
+
+    def __init__(
+        self,
+        cfg: DpoConfig,
+        parallel: ParallelContext,
+        *,
+        policy: DistributedDataParallel,
+        reference: ResidentReference | None,
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+    ) -> None:
+        self.cfg = cfg
+        self.parallel = parallel
+        self.policy = policy
+        self.reference = reference
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        config = policy.module.config
+        # None: the loss is divided already, so gradients are finalised without a count.
+        config.finalize_model_grads_func = lambda chunks, _num_tokens, **groups: finalize_model_grads(
+            chunks, None, **groups
+        )
+        if policy.ddp_config.overlap_grad_reduce:
+            config.no_sync_func = policy.no_sync
+
+    def step(self, batch: GlobalBatch) -> StepOutcome:
+        """Train on one global batch. Raises NonFiniteLoss where the config says stop; weights are then untouched.
+
+        Collectives: the models' and the pipeline's, gradient reduction over dp, one all-reduce of the metrics over dp
+        and one broadcast over pp. One wait for the device, at the end.
+        """
+        self.policy.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self.policy.train()
+        sums = self._forward_backward(batch)
+        metrics = sums.means()
+        lr = self.optimizer.param_groups[0]["lr"]
+        grad_norm, updated = math.nan, False
+        if math.isfinite(metrics["loss"]):
+            grad_norm, updated = guarded_step(self.optimizer)
+        if not updated and self.cfg.on_nonfinite_loss == "stop":
+            raise NonFiniteLoss(
+                f"loss {metrics['loss']}, gradient norm {grad_norm} on the pairs {batch.pair_indices} (rows of the "
+                "training file, from 0); the weights were not changed; look at these rows, lower the learning rate, "
+                "or set dpo.on_nonfinite_loss: skip"
+            )
+        self.scheduler.step(increment=1)
+        return StepOutcome(metrics, grad_norm, lr, updated)
+
+    def evaluate(self, batches: Iterable[GlobalBatch]) -> dict[str, float]:
+        """Metrics of the policy on whole global batches, as means over their pairs. Collectives as in `step`."""
+        sums = MetricSums(self.parallel.device)
+        for batch in batches:
+            reference = self._reference_logps(batch.micro_batches)
+            policy = answer_logps(self.policy.module, batch.micro_batches, self.parallel)
+            for logps, reference_logps, micro_batch in zip(policy, reference, batch.micro_batches, strict=False):
+                sums.add(pair_loss(logps, reference_logps, micro_batch, self.cfg).metrics)
+        return self._reduced(sums).means()
+
+    def _forward_backward(self, batch: GlobalBatch) -> MetricSums:
+        """Gradients of the batch into the gradient buffer, finalised; its metrics, reduced."""
+        reference = iter(self._reference_logps(batch.micro_batches))
+        sums = MetricSums(self.parallel.device)
+
+        def forward_step(iterator: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
+            micro_batch = next(iterator).to(self.parallel.device)
+
+            def loss_function(logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+                output = pair_loss(logps, next(reference), micro_batch, self.cfg)
+                sums.add(output.metrics)
+                return output.loss_sum / batch.num_pairs, torch.zeros((), dtype=torch.int, device=logps.device), None
+
+            return model(micro_batch), loss_function
+
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(batch.micro_batches),
+            model=self.policy,
+            num_microbatches=len(batch.micro_batches),
+            seq_length=1,  # packs differ in length: the pipeline sends each shape ahead (variable_seq_lengths)
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        return self._reduced(sums)
+
+    def _reference_logps(self, micro_batches: Sequence[PackedBatch]) -> list[torch.Tensor | None]:
+        if self.reference is None:
+            return [None] * len(micro_batches)
+        return list(self.reference.logps(micro_batches))
+
+    def _reduced(self, sums: MetricSums) -> MetricSums:
+        """Totals over data-parallel ranks, from the last pipeline stage to all."""
+
+        def share(packed: torch.Tensor) -> None:
+            dist.all_reduce(packed, group=self.parallel.dp_group)
+            self.parallel.broadcast_from_last_stage(packed)
+
+        sums.reduce(share, metric_names(has_reference=self.reference is not None))
+        return sums
+
+
+def pair_loss(
+    logps: torch.Tensor, reference_logps: torch.Tensor | None, micro_batch: PackedBatch, cfg: DpoConfig
+) -> LossOutput:
+    """The objective on one micro-batch's answer logps [2P]: even rows chosen, odd rows rejected."""
+    tokens = micro_batch.answer_tokens.to(logps.device)
+    return dpo_loss(
+        logps[0::2],
+        logps[1::2],
+        None if reference_logps is None else reference_logps[0::2],
+        None if reference_logps is None else reference_logps[1::2],
+        tokens[0::2],
+        tokens[1::2],
+        cfg,
+    )

@@ -1,0 +1,58 @@
+"""Packaging of megadpo. Ranges here, exact versions in constraints.txt: pip install -e '.[dev]' -c constraints.txt"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "([^"]+)"', (HERE / "megadpo/__init__.py").read_text(), re.MULTILINE)
+README = HERE / "README.md"
+assert VERSION is not None
+
+setup(
+    name="megadpo",
+    version=VERSION[1],
+    description="Direct Preference Optimization on tensor- and pipeline-parallel models, built on megatron-core",
+    long_description=README.read_text() if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megadpo", "megadpo.*"]),
+    install_requires=[
+        # The lower bound has an alpha because NVIDIA's containers carry alphas, such as 2.11.0a0+eb65b36914.nv26.02.
+        "torch>=2.11.0a0,<2.14",
+        "megatron-core>=0.16.1,<0.17",
+        "transformers>=5.17",
+        "tokenizers>=0.22",
+        "safetensors>=0.5",
+        "huggingface-hub>=1.0",
+        "jinja2>=3.1",  # chat templates
+        "numpy>=1.26",
+        "omegaconf>=2.3",
+        "pyyaml>=6.0",
+        "psutil>=5.9",  # without it megatron-core's checkpoint writer hangs for ever instead of failing
+        "rich>=13",
+        "tensorboard>=2.16",
+    ],
+    extras_require={
+        # Compiles against the torch that is there: pip install --no-build-isolation -e '.[gpu]' -c constraints.txt
+        "gpu": ["transformer-engine[core_cu13,pytorch]>=2.11,<3"],
+        "wandb": ["wandb>=0.19"],
+        # The peer in benchmarks and parity checks, used by nothing else.
+        "trl": ['trl>=1.16,<1.17; python_version >= "3.11"', "datasets>=4.7"],
+        "dev": [
+            "hypothesis>=6.100",
+            "matplotlib>=3.9",
+            "mypy>=1.15",
+            "pytest>=9",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "ruff>=0.12",
+            "types-PyYAML>=6.0",
+            "wandb>=0.19",
+        ],
+    },
+)

@@ -1,0 +1,141 @@
+"""Layouts against model shapes and world sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from megadpo.config import check_layout, data_parallel_size, layers_per_stage, stated_world_size
+from megadpo.config.architecture import parse_architecture
+
+LLAMA_8B = parse_architecture(
+    {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+    }
+)
+MEG = "policy__megatron_cfg__"
+TP = MEG + "tensor_model_parallel_size"
+PP = MEG + "pipeline_model_parallel_size"
+TP_FIELD, PP_FIELD = TP.replace("__", "."), PP.replace("__", ".")
+FIRST, LAST = MEG + "num_layers_in_first_pipeline_stage", MEG + "num_layers_in_last_pipeline_stage"
+
+POSSIBLE = [
+    ({}, {}, 1),
+    ({TP: 4, PP: 2}, {}, 8),
+    ({TP: 8, PP: 4}, {}, 64),
+    ({TP: 8}, {}, None),
+    ({PP: 3, FIRST: 10}, {}, 3),
+    ({PP: 2, FIRST: 15, LAST: 17}, {}, 2),
+    ({PP: 4, FIRST: 7, LAST: 5}, {}, 4),
+    ({TP: 2}, {"tie_word_embeddings": True}, 2),
+    ({"policy__max_total_sequence_length": 131072}, {}, 1),
+    ({"policy__max_total_sequence_length": 4096}, {"sliding_window": 4096}, 1),
+    ({"policy__train_global_batch_size": 3}, {}, 3),
+    ({"policy__train_global_batch_size": 8, "policy__sequence_packing__enabled": False}, {}, 4),
+    ({"cluster__gpus_per_node": 4, "cluster__num_nodes": 2}, {}, 8),
+]
+
+
+@pytest.mark.parametrize(("changes", "shape", "world"), POSSIBLE)
+def test_possible_layout(config, changes, shape, world):
+    assert check_layout(config(**changes), dataclasses.replace(LLAMA_8B, **shape), world) == []
+
+
+IMPOSSIBLE = [
+    # config changes, shape changes, world size, fields refused, words of the first problem
+    ({TP: 16}, {}, 16, [TP_FIELD], "8 key-value heads"),
+    (
+        {TP: 3},
+        {"num_heads": 12, "num_kv_heads": 4, "ffn_hidden_size": 12, "vocab_size": 12},
+        3,
+        [TP_FIELD],
+        "key-value",
+    ),
+    ({TP: 2}, {"vocab_size": 32001}, 2, [TP_FIELD], "32001 vocabulary entries"),
+    ({TP: 4}, {"ffn_hidden_size": 130}, 4, [TP_FIELD], "130 MLP channels"),
+    ({TP: 5}, {}, 5, [TP_FIELD] * 4, "32 attention heads"),
+    ({PP: 5}, {}, 5, [PP_FIELD], "32 layers"),
+    ({PP: 64}, {}, 64, [PP_FIELD], "32 layers"),
+    ({PP: 4, FIRST: 9}, {}, 4, [PP_FIELD], "num_layers_in_first_pipeline_stage (9)"),
+    ({PP: 2, FIRST: 10, LAST: 10}, {}, 2, [PP_FIELD], "num_layers_in_last_pipeline_stage (10)"),
+    ({PP: 3, FIRST: 16, LAST: 16}, {}, 3, [PP_FIELD], "32 layers"),
+    ({PP: 2, FIRST: 40}, {}, 2, [PP_FIELD], "32 layers"),
+    (
+        {"policy__max_total_sequence_length": 9000},
+        {"max_position_embeddings": 8192},
+        1,
+        ["policy.max_total_sequence_length"],
+        "8192",
+    ),
+    (
+        {"policy__max_total_sequence_length": 9000},
+        {"sliding_window": 4096},
+        1,
+        ["policy.max_total_sequence_length"],
+        "4096",
+    ),
+    ({TP: 2}, {}, 3, [TP_FIELD + " x pipeline_model_parallel_size"], "3 processes"),
+    ({TP: 4, PP: 2}, {}, 4, [TP_FIELD + " x pipeline_model_parallel_size"], "4 processes"),
+    ({"policy__train_global_batch_size": 3}, {}, 4, ["policy.train_global_batch_size"], "at least 4"),
+    (
+        {"policy__train_global_batch_size": 12, "policy__sequence_packing__enabled": False},
+        {},
+        4,
+        ["policy.train_global_batch_size"],
+        "multiple of 8",
+    ),
+    ({"cluster__gpus_per_node": 8, "cluster__num_nodes": 1}, {}, 2, ["cluster.num_nodes x gpus_per_node"], "2"),
+]
+
+
+@pytest.mark.parametrize(("changes", "shape", "world", "fields", "words"), IMPOSSIBLE)
+def test_impossible_layout(config, changes, shape, world, fields, words):
+    problems = check_layout(config(**changes), dataclasses.replace(LLAMA_8B, **shape), world)
+    assert [problem.where for problem in problems] == fields
+    assert words in problems[0].expected
+    assert all(problem.fix for problem in problems)
+
+
+def test_everything_at_once(config):
+    cfg = config(**{TP: 16, PP: 5, "policy__max_total_sequence_length": 10**6})
+    problems = check_layout(cfg, LLAMA_8B, 7)
+    assert len(problems) == 4
+    fix = next(problem.fix for problem in problems if problem.where == TP_FIELD)
+    assert fix == "set it to 1 or 2 or 4 or 8"
+
+
+def test_what_is_not_known_is_not_checked(config):
+    impossible = config(**{TP: 16, PP: 5})
+    assert check_layout(impossible, None, None) == []
+    assert len(check_layout(impossible, None, 7)) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "stages"),
+    [
+        ({}, [32]),
+        ({PP: 4}, [8, 8, 8, 8]),
+        ({PP: 3, FIRST: 10}, [10, 11, 11]),
+        ({PP: 3, LAST: 10}, [11, 11, 10]),
+        ({PP: 4, FIRST: 7, LAST: 5}, [7, 10, 10, 5]),
+        ({PP: 2, FIRST: 15, LAST: 17}, [15, 17]),
+        ({PP: 5}, None),
+    ],
+)
+def test_layers_per_stage(config, changes, stages):
+    assert layers_per_stage(config(**changes), 32) == stages
+
+
+def test_sizes_of_the_world(config):
+    cfg = config(**{TP: 2, PP: 2, "cluster__gpus_per_node": 8, "cluster__num_nodes": 3})
+    assert data_parallel_size(cfg, 24) == 6
+    assert stated_world_size(cfg) == 24
+    assert stated_world_size(config()) is None

@@ -1,0 +1,163 @@
+"""A NeMo RL DPO file runs unchanged, or is refused key by key; nothing of it is ignored in silence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megadpo.config import ConfigError, load_config
+from megadpo.config.foreign_no_effect import NO_EFFECT
+from megadpo.config.foreign_refused import REFUSED
+from megadpo.config.load import _SCHEMA_PATHS
+
+NEMO = Path(__file__).with_name("nemo_rl_dpo.yaml")
+MEG = "policy.megatron_cfg"
+FIXES = [
+    "policy.dtensor_cfg.enabled=false",
+    "policy.optimizer=null",
+    "policy.make_sequence_length_divisible_by=${policy.megatron_cfg.tensor_model_parallel_size}",
+    f"{MEG}.optimizer.use_precision_aware_optimizer=false",
+    "logger.monitor_gpus=false",
+    "data.train={dataset_name: BinaryPreferenceDataset, data_path: t.jsonl, split: train}",
+    "data.validation={dataset_name: BinaryPreferenceDataset, data_path: v.jsonl, prompt_key: question}",
+    "data.default={prompt_key: question, chosen_key: good, rejected_key: bad, system_prompt_file: null}",
+]
+
+
+def test_nemo_rls_own_file_is_refused_key_by_key():
+    with pytest.raises(ConfigError) as caught:
+        load_config(NEMO)
+    assert {problem.where for problem in caught.value.problems} == {
+        "policy.dtensor_cfg.enabled",
+        "policy.optimizer",
+        "policy.make_sequence_length_divisible_by",
+        f"{MEG}.optimizer.use_precision_aware_optimizer",
+        "logger.monitor_gpus",
+        "data.train.dataset_name",
+        "data.validation.dataset_name",
+    }
+
+
+def test_with_the_fixes_it_loads_and_every_idle_key_is_noted():
+    cfg = load_config(NEMO, FIXES)
+    assert cfg.data.train_data_path == "t.jsonl"
+    assert cfg.data.val_data_paths == {"default": "v.jsonl"}
+    assert (cfg.data.prompt_key, cfg.data.chosen_key, cfg.data.rejected_key) == ("question", "good", "bad")
+    assert cfg.policy.logprob_chunk_size == 256
+    assert cfg.policy.megatron_cfg.distributed_data_parallel_config.grad_reduce_in_fp32 is False
+    assert cfg.dpo.max_num_steps == 150
+    notes = "\n".join(cfg.notes)
+    for idle in ("moe_router_dtype", "dtensor_cfg.{", "policy.scheduler", "fp8_cfg.{", "gpu_monitoring.{", "split"):
+        assert idle in notes
+
+
+def leaves(tree, prefix=""):
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, dict) and value:
+            yield from leaves(value, path + ".")
+        else:
+            yield path
+
+
+def test_no_key_of_the_file_is_ignored_in_silence():
+    cfg = load_config(NEMO, FIXES)
+    accepted_at_off = {entry.path for entry in REFUSED}
+    moved = {f"{MEG}.fused_linear_logprobs_chunk_size"}
+    for path in leaves(yaml.safe_load(NEMO.read_text())):
+        section = path.rpartition(".")[0]
+        noted = any(
+            note.startswith((f"{path}:", f"{section}.{{")) or f"{section.rpartition('.')[0]}.{{" in note
+            for note in cfg.notes
+        )
+        dataset = path.startswith(("data.train.", "data.validation."))
+        refused = path in accepted_at_off or path.startswith("policy.optimizer.")
+        assert path in _SCHEMA_PATHS or noted or refused or dataset or path in moved, path
+
+
+@pytest.mark.parametrize("entry", REFUSED, ids=lambda entry: entry.path)
+def test_a_refused_key_is_refused_and_its_off_values_are_not(entry, refusals, config):
+    at = entry.path.replace(".", "__")
+    on = next(value for value in (True, 2, "something", {"a": 1}) if value not in entry.accepted)
+    found = refusals(**{at: on})
+    assert list(found) == [entry.path]
+    assert entry.reason in found[entry.path].expected and found[entry.path].fix == entry.fix
+    for off in entry.accepted:
+        assert config(**{at: off}) == config()
+        assert config(**{at: off}).notes == ()
+
+
+@pytest.mark.parametrize("path", [one for one in NO_EFFECT if not one.endswith(".*")])
+def test_a_key_without_effect_is_accepted_with_a_note(path, config):
+    cfg = config(**{path.replace(".", "__"): "anything"})
+    assert cfg == config()
+    (note,) = cfg.notes
+    assert note.startswith(path) and NO_EFFECT[path] in note
+
+
+@pytest.mark.parametrize("path", [one[:-2] for one in NO_EFFECT if one.endswith(".*")])
+def test_a_section_without_effect(path, config, refusals):
+    at = path.replace(".", "__")
+    (note,) = config(**{at: {"one": 1, "two": {"three": 3}}}).notes
+    assert note.startswith(f"{path}.{{one, two}}")
+    assert config(**{at: None}) == config(**{at: {}}) == config()
+    assert config(**{at: {}}).notes == ()
+    assert list(refusals(**{at: "on"})) == [path]
+
+
+def test_the_tables_do_not_contradict_each_other():
+    paths = [entry.path for entry in REFUSED]
+    assert len(set(paths)) == len(paths)
+    assert not set(paths) & set(NO_EFFECT)
+    assert not {path for path in NO_EFFECT if path in _SCHEMA_PATHS}
+
+
+def test_false_is_not_zero_for_a_refused_key(refusals):
+    assert list(refusals(policy__megatron_cfg__mtp_num_layers=False)) == [f"{MEG}.mtp_num_layers"]
+
+
+@pytest.mark.parametrize("name", ["fused_linear_logprobs_chunk_size", "linear_ce_fusion_chunk_size"])
+def test_other_names_of_the_head_chunk(name, config, refusals):
+    at = f"policy__megatron_cfg__{name}"
+    assert config(**{at: 128}).policy.logprob_chunk_size == 128
+    assert config(**{at: None}).policy.logprob_chunk_size == 1024
+    assert config(**{at: 128, "policy__logprob_chunk_size": 128}).policy.logprob_chunk_size == 128
+    assert list(refusals(**{at: 128, "policy__logprob_chunk_size": 64})) == [f"{MEG}.{name}"]
+
+
+DATA_REFUSED = [
+    ({"train": {"data_path": "a"}, "train_data_path": "b"}, "data.train.data_path"),
+    ({"train": {"dataset_name": "PreferenceDataset", "data_path": "a"}}, "data.train.dataset_name"),
+    ({"train": {}}, "data.train.data_path"),
+    ({"train": [{"data_path": "a"}]}, "data.train"),
+    ({"train": {"data_path": "a", "split": "test"}}, "data.train.split"),
+    ({"train": {"data_path": "a", "prompt_file": "p.txt"}}, "data.train.prompt_file"),
+    ({"train": {"data_path": "a", "promt_key": "p"}}, "data.train.promt_key"),
+    (
+        {"train": {"data_path": "a", "prompt_key": "p"}, "validation": {"data_path": "b", "prompt_key": "q"}},
+        "data.validation.prompt_key",
+    ),
+    ({"train_data_path": "a", "val_data_path": "b", "val_data_paths": {"c": "d"}}, "data.val_data_path"),
+    ({"train_data_path": "a", "dataset_name": "HelpSteer3"}, "data.dataset_name"),
+]
+
+
+@pytest.mark.parametrize(("data", "where"), DATA_REFUSED)
+def test_a_data_section_that_cannot_be_translated(data, where, refusals):
+    assert list(refusals({"policy": {"model_name": "m"}, "data": data})) == [where]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"train": {"data_path": "a"}, "validation": {"data_path": "v"}},
+        {"train_data_path": "a", "val_data_paths": "v"},
+        {"train_data_path": "a", "val_data_path": "v"},
+        {"train_data_path": "a", "val_data_paths": {"default": "v"}, "train": None, "default": None},
+    ],
+)
+def test_every_spelling_of_the_same_data(data, config):
+    want = config(data__train_data_path="a", data__val_data_paths={"default": "v"})
+    assert config(data=data) == want

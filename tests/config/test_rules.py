@@ -1,0 +1,151 @@
+"""What must hold between fields."""
+
+from __future__ import annotations
+
+import pytest
+
+MEG = "policy__megatron_cfg__"
+OPT = MEG + "optimizer__"
+SCHED = MEG + "scheduler__"
+DDP = MEG + "distributed_data_parallel_config__"
+SETS = {"default": "v.jsonl", "my_set": "w.jsonl"}
+
+BROKEN = [
+    # changes, where, words of `expected`
+    ({OPT + "bf16": False}, "policy.megatron_cfg.optimizer.bf16", "policy.precision"),
+    ({OPT + "bf16": True, "policy__precision": "float32"}, "policy.megatron_cfg.optimizer.bf16", "policy.precision"),
+    ({MEG + "pipeline_dtype": "float32"}, "policy.megatron_cfg.pipeline_dtype", "policy.precision"),
+    ({OPT + "clip_grad": 2.0}, "policy.megatron_cfg.optimizer.clip_grad", "policy.max_grad_norm"),
+    ({"dpo__preference_loss_weight": 0}, "dpo.preference_loss_weight", "positive"),
+    ({"dpo__reference__mode": "none"}, "dpo.reference.mode", "resident"),
+    (
+        {
+            "dpo__reference": {"mode": "none", "model_name": "x"},
+            "dpo__preference_loss_weight": 0,
+            "dpo__sft_loss_weight": 1,
+        },
+        "dpo.reference.model_name",
+        "null",
+    ),
+    ({MEG + "sequence_parallel": True}, "policy.megatron_cfg.sequence_parallel", "tensor_model_parallel_size 1"),
+    (
+        {
+            MEG + "sequence_parallel": True,
+            MEG + "tensor_model_parallel_size": 4,
+            "policy__make_sequence_length_divisible_by": 6,
+        },
+        "policy.make_sequence_length_divisible_by",
+        "multiple of tensor_model_parallel_size (4)",
+    ),
+    ({MEG + "num_layers_in_first_pipeline_stage": 3}, "policy.megatron_cfg.num_layers_in_first_pipeline_stage", "null"),
+    ({MEG + "num_layers_in_last_pipeline_stage": 3}, "policy.megatron_cfg.num_layers_in_last_pipeline_stage", "null"),
+    (
+        {DDP + "overlap_param_gather": True},
+        "policy.megatron_cfg.distributed_data_parallel_config.overlap_param_gather",
+        "overlap_grad_reduce",
+    ),
+    (
+        {
+            DDP + "overlap_param_gather": True,
+            DDP + "overlap_grad_reduce": True,
+            OPT + "use_distributed_optimizer": False,
+        },
+        "policy.megatron_cfg.distributed_data_parallel_config.overlap_param_gather",
+        "use_distributed_optimizer",
+    ),
+    ({OPT + "min_lr": 1e-3}, "policy.megatron_cfg.optimizer.min_lr", "at most"),
+    ({SCHED + "lr_warmup_init": 1e-3}, "policy.megatron_cfg.scheduler.lr_warmup_init", "at most"),
+    (
+        {SCHED + "lr_decay_style": "linear", SCHED + "lr_decay_iters": 5, SCHED + "lr_warmup_iters": 5},
+        "policy.megatron_cfg.scheduler.lr_warmup_iters",
+        "lr_decay_iters (5)",
+    ),
+    (
+        {SCHED + "lr_decay_style": "cosine", SCHED + "lr_warmup_iters": 9, "dpo__max_num_steps": 8},
+        "policy.megatron_cfg.scheduler.lr_warmup_iters",
+        "dpo.max_num_steps (8)",
+    ),
+    ({SCHED + "end_weight_decay": 0.2}, "policy.megatron_cfg.scheduler.end_weight_decay", "constant"),
+    ({SCHED + "start_weight_decay": 0.0}, "policy.megatron_cfg.scheduler.start_weight_decay", "constant"),
+    (
+        {SCHED + "weight_decay_incr_style": "linear", SCHED + "end_weight_decay": 0.05},
+        "policy.megatron_cfg.scheduler.end_weight_decay",
+        "at least start_weight_decay",
+    ),
+    ({"data__max_input_seq_length": 2000}, "data.max_input_seq_length", "at most"),
+    (
+        {"policy__sequence_packing__train_mb_tokens": 2047},
+        "policy.sequence_packing.train_mb_tokens",
+        "at least 2048",
+    ),
+    ({"policy__device": "cpu", "policy__attention_kernel": "varlen"}, "policy.attention_kernel", "sdpa"),
+    ({"data__chosen_key": "x", "data__rejected_key": "x"}, "data.rejected_key", "different"),
+    ({"data__val_data_paths": {"a/b": "v.jsonl"}}, "data.val_data_paths", "letters"),
+    (
+        {"checkpointing__metric_name": "validation-gone_loss", "data__val_data_paths": SETS},
+        "checkpointing.metric_name",
+        "my_set",
+    ),
+    ({"checkpointing__metric_name": "validation-default_loss"}, "checkpointing.metric_name", "null"),
+    (
+        {"checkpointing__metric_name": "validation-default_bleu", "data__val_data_paths": SETS},
+        "checkpointing.metric_name",
+        "rewards/accuracies",
+    ),
+    (
+        {"checkpointing__metric_name": "validation-default_loss", "data__val_data_paths": SETS, "dpo__val_period": 0},
+        "checkpointing.metric_name",
+        "val_period",
+    ),
+    (
+        {"checkpointing__metric_name": "validation-default_accuracy", "data__val_data_paths": SETS},
+        "checkpointing.higher_is_better",
+        "true",
+    ),
+    (
+        {"checkpointing__metric_name": "train:loss", "checkpointing__higher_is_better": True},
+        "checkpointing.higher_is_better",
+        "false",
+    ),
+    ({"checkpointing__checkpoint_must_save_by": "3h"}, "checkpointing.checkpoint_must_save_by", "DD:HH:MM:SS"),
+    ({"cluster__gpus_per_node": 8}, "cluster.num_nodes", "beside"),
+    ({"cluster__num_nodes": 8}, "cluster.gpus_per_node", "beside"),
+]
+
+
+@pytest.mark.parametrize(("changes", "where", "expected"), BROKEN)
+def test_broken_rule(refusals, changes, where, expected):
+    found = refusals(**changes)
+    assert list(found) == [where]
+    assert expected in found[where].expected
+    assert found[where].fix
+
+
+KEPT = [
+    {"dpo__preference_loss_weight": 0, "dpo__sft_loss_weight": 1, "dpo__reference__mode": "none"},
+    {MEG + "sequence_parallel": True, MEG + "tensor_model_parallel_size": 2},
+    {MEG + "pipeline_model_parallel_size": 2, MEG + "num_layers_in_first_pipeline_stage": 3},
+    {DDP + "overlap_param_gather": True, DDP + "overlap_grad_reduce": True},
+    {SCHED + "weight_decay_incr_style": "cosine", SCHED + "start_weight_decay": 0.0, SCHED + "end_weight_decay": 0.3},
+    {SCHED + "lr_warmup_iters": 50, "dpo__max_num_steps": 5},
+    {"policy__sequence_packing": {"enabled": False, "train_mb_tokens": 10}},
+    {"policy__sequence_packing__train_mb_tokens": 500, "data__max_input_seq_length": 250},
+    {"policy__device": "cuda", "policy__attention_kernel": "transformer_engine"},
+    {"checkpointing__metric_name": "val:validation-my_set_loss", "data__val_data_paths": SETS},
+    {"checkpointing__metric_name": "val_loss", "checkpointing__enabled": False},
+    {"checkpointing__metric_name": "train:accuracy", "checkpointing__higher_is_better": True},
+    {"checkpointing__checkpoint_must_save_by": "00:03:45:00"},
+    {"cluster__gpus_per_node": 8, "cluster__num_nodes": 2},
+    {"policy__precision": "float32"},
+    {OPT + "optimizer": "sgd"},
+]
+
+
+@pytest.mark.parametrize("changes", KEPT)
+def test_what_the_rules_allow(config, changes):
+    assert config(**changes).notes == ()
+
+
+def test_a_rule_does_not_judge_a_field_that_could_not_be_read(refusals):
+    assert list(refusals(policy__precision="half", policy__megatron_cfg__optimizer__bf16=False)) == ["policy.precision"]
+    assert list(refusals(data__max_input_seq_length="long")) == ["data.max_input_seq_length"]

@@ -1,0 +1,124 @@
+"""Attention over segments against the written-out softmax in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from megadpo.config.problems import ConfigError
+from megadpo.data.pack import Segment, pack_pairs
+from megadpo.data.pairs import TokenizedPair
+from megadpo.model.kernels import choose_kernel
+from megadpo.model.kernels.ragged import gather_keys, ragged_plan
+from megadpo.model.kernels.sdpa import SdpaKernel
+
+LENGTHS = [(5, 3, 4), (1, 1, 2), (9, 7, 1)]
+
+
+def random_pairs(lengths=LENGTHS, vocab=50, seed=0):
+    rng = np.random.default_rng(seed)
+    return [TokenizedPair(i, *(rng.integers(0, vocab, n).astype(np.int32) for n in ns)) for i, ns in enumerate(lengths)]
+
+
+def reference_attention(q, k, v, segments):
+    """softmax(q k^T / sqrt(D)) v, segment by segment, written out; q [T, H, D], k and v [T, G, D]."""
+    group = q.shape[1] // k.shape[1]
+    rows = []
+    for segment in segments:
+        index = torch.cat([torch.arange(a, b) for a, b in segment.keys])
+        for i in range(segment.query_start, segment.query_end):
+            seen = index[: len(index) - (segment.query_end - 1 - i)]
+            heads = []
+            for h in range(q.shape[1]):
+                scores = (k[seen, h // group] @ q[i, h]) / q.shape[2] ** 0.5
+                heads.append(scores.softmax(0) @ v[seen, h // group])
+            rows.append(torch.stack(heads))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+@pytest.mark.parametrize("heads,groups", [(2, 2), (4, 2), (4, 1)])
+def test_sdpa_equals_written_out_attention(share_prompt, heads, groups):
+    batch = pack_pairs(random_pairs(), share_prompt=share_prompt, pad_to_multiple=8, pad_token_id=0)
+    generator = torch.Generator().manual_seed(0)
+    tokens = batch.tokens.numel()
+    q = torch.randn(tokens, heads, 8, dtype=torch.float64, generator=generator, requires_grad=True)
+    k, v = (
+        torch.randn(tokens, groups, 8, dtype=torch.float64, generator=generator, requires_grad=True) for _ in range(2)
+    )
+    upstream = torch.randn(tokens, heads, 8, dtype=torch.float64, generator=generator)
+    kernel = SdpaKernel()
+    out = kernel.attend(q, k, v, kernel.plan(batch.segments, torch.device("cpu"), torch.float64))
+    want = reference_attention(q, k, v, batch.segments)
+    torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
+    for got, expected in zip(
+        torch.autograd.grad(out, (q, k, v), upstream), torch.autograd.grad(want, (q, k, v), upstream), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_ragged_plan_describes_the_same_attention():
+    """The fused kernels can't run here; what they are handed can: cumulative lengths and gathered keys, computed
+    densely, must give the same attention."""
+    batch = pack_pairs(random_pairs(), share_prompt=True, pad_to_multiple=8, pad_token_id=0)
+    generator = torch.Generator().manual_seed(1)
+    tokens = batch.tokens.numel()
+    q, k, v = (torch.randn(tokens, 2, 8, dtype=torch.float64, generator=generator) for _ in range(3))
+    plan = ragged_plan(batch.segments, torch.device("cpu"))
+    keys, values = gather_keys(k, plan), gather_keys(v, plan)
+    rows = []
+    for s in range(len(batch.segments)):
+        qs = q[plan.cu_seqlens_q[s] : plan.cu_seqlens_q[s + 1]]
+        ks, vs = (x[plan.cu_seqlens_k[s] : plan.cu_seqlens_k[s + 1]] for x in (keys, values))
+        scores = torch.einsum("nhd,mhd->hnm", qs, ks) / 8**0.5
+        seen = torch.ones(len(qs), len(ks), dtype=torch.bool).tril(len(ks) - len(qs))
+        rows.append(torch.einsum("hnm,mhd->nhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), vs))
+        assert len(qs) <= plan.max_seqlen_q and len(ks) <= plan.max_seqlen_k
+    torch.testing.assert_close(torch.cat(rows), reference_attention(q, k, v, batch.segments), rtol=1e-12, atol=1e-12)
+
+
+def test_plain_packing_gathers_nothing():
+    batch = pack_pairs(random_pairs(), share_prompt=False, pad_to_multiple=1, pad_token_id=0)
+    assert ragged_plan(batch.segments, torch.device("cpu")).key_index is None
+    assert ragged_plan((Segment(0, 2, ((0, 2),)), Segment(2, 3, ((0, 2), (2, 3)))), torch.device("cpu")).key_index is not None
+
+
+@pytest.mark.parametrize("name", ["varlen", "transformer_engine"])
+def test_a_cuda_kernel_is_refused_on_a_cpu(name):
+    with pytest.raises(ConfigError, match="policy.attention_kernel.*CUDA"):
+        choose_kernel(name, torch.device("cpu"), torch.bfloat16)
+
+
+def test_auto_is_sdpa_on_a_cpu():
+    assert choose_kernel("auto", torch.device("cpu"), torch.float32).name == "sdpa"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["varlen", "transformer_engine"])
+@pytest.mark.parametrize("share_prompt", [True, False])
+@pytest.mark.parametrize("heads,groups,dim", [(8, 8, 64), (16, 4, 128)])
+def test_fused_kernels_against_float64(name, share_prompt, heads, groups, dim):
+    if name == "transformer_engine":
+        pytest.importorskip("transformer_engine.pytorch")
+    lengths = [(500, 60, 75), (130, 40, 52), (333, 210, 17)]
+    batch = pack_pairs(random_pairs(lengths), share_prompt=share_prompt, pad_to_multiple=8, pad_token_id=0)
+    device = torch.device("cuda")
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (batch.tokens.numel(), groups, dim)
+    q = torch.randn(shape[0], heads, dim, device=device, dtype=torch.bfloat16, generator=generator, requires_grad=True)
+    k, v = (
+        torch.randn(shape, device=device, dtype=torch.bfloat16, generator=generator, requires_grad=True)
+        for _ in range(2)
+    )
+    upstream = torch.randn(q.shape, device=device, dtype=torch.bfloat16, generator=generator)
+    kernel = choose_kernel(name, device, torch.bfloat16)
+    out = kernel.attend(q, k, v, kernel.plan(batch.segments, device, torch.bfloat16))
+    got = (out, *torch.autograd.grad(out, (q, k, v), upstream))
+    wide = [x.detach().cpu().double().requires_grad_() for x in (q, k, v)]
+    sdpa = SdpaKernel()  # held to the written-out attention above
+    want_out = sdpa.attend(*wide, sdpa.plan(batch.segments, torch.device("cpu"), torch.float64))
+    want = (want_out, *torch.autograd.grad(want_out, wide, upstream.cpu().double()))
+    for a, b in zip(got, want, strict=True):
+        error = (a.detach().cpu().double() - b.detach()).norm() / b.detach().norm()
+        assert error < 1e-2  # bfloat16 rounds at 4e-3

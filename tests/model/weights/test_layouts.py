@@ -1,0 +1,60 @@
+"""The layouts by themselves, against reshapes written out here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megadpo.model.weights.layouts import Columns, GatedMLP, GroupedQKV, Replicated, Rows
+
+LAYOUTS = {
+    "replicated": (Replicated(), [(5,)]),
+    "rows": (Rows(), [(8, 3)]),
+    "columns": (Columns(), [(3, 8)]),
+    "gated": (GatedMLP(), [(8, 3), (8, 3)]),
+    "qkv": (GroupedQKV(), [(24, 3), (8, 3), (8, 3)]),
+    "qkv bias": (GroupedQKV(), [(24,), (8,), (8,)]),
+}
+
+
+def counting(shapes):
+    """Every number once, so that no two places can be mixed up."""
+    start = 0
+    for shape in shapes:
+        size = torch.Size(shape).numel()
+        yield torch.arange(start, start + size).view(shape)
+        start += size
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_shards_hold_every_number_once_and_go_back(name, tp_size):
+    layout, shapes = LAYOUTS[name]
+    sources = list(counting(shapes))
+    shards = [torch.full(layout.local_shape(shapes, tp_size), -1) for _ in range(tp_size)]
+    for rank, shard in enumerate(shards):
+        layout.fill(shard, sources, shapes, 4, rank, tp_size)
+    everything = shards[0] if layout.sharded_dim is None else torch.cat(shards)
+    assert everything.flatten().sort().values.equal(torch.arange(everything.numel()))
+    if tp_size == 1:
+        for got, want in zip(layout.to_hf(shards[0], shapes, 4), sources, strict=True):
+            assert got.equal(want)
+
+
+def test_qkv_goes_group_by_group():
+    shapes = [(6, 1), (3, 1), (3, 1)]  # 3 groups of 2 query rows
+    whole = torch.empty(12, 1, dtype=torch.int64)
+    GroupedQKV().fill(whole, list(counting(shapes)), shapes, 3)
+    assert whole.flatten().tolist() == [0, 1, 6, 9, 2, 3, 7, 10, 4, 5, 8, 11]
+
+
+def test_gate_and_up_blocks_of_each_rank():
+    shapes = [(4,), (4,)]
+    shard = torch.empty(4, dtype=torch.int64)
+    GatedMLP().fill(shard, list(counting(shapes)), shapes, 1, 1, 2)
+    assert shard.tolist() == [2, 3, 6, 7]
+
+
+def test_sizes_that_do_not_divide():
+    with pytest.raises(ValueError, match="9 rows cannot be cut into 2 equal blocks"):
+        Rows().local_shape([(9, 2)], 2)
