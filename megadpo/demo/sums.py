@@ -19,7 +19,7 @@ Sum = tuple[int, int]
 
 
 def question(a: int, b: int) -> str:
-    return f"What is {a} + {b}?\n"
+    return f"What is {a}+{b}?\n"
 
 
 def worked_answer(a: int, b: int, *, slip: bool = False) -> str:
@@ -28,8 +28,8 @@ def worked_answer(a: int, b: int, *, slip: bool = False) -> str:
     carry = int(units >= 10) ^ int(slip)
     tens = a // 10 + b // 10 + carry
     return (
-        f"{a % 10} + {b % 10} = {units}, carry {carry}. "
-        f"{a // 10} + {b // 10} + {carry} = {tens}. Answer: {10 * tens + units % 10}"
+        f"{a % 10}+{b % 10}={units}, carry {carry}. "
+        f"{a // 10}+{b // 10}+{carry}={tens}. Answer: {10 * tens + units % 10}"
     )
 
 

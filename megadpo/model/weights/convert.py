@@ -57,7 +57,7 @@ def copy_hf_files(source: str | Path, target: str | Path) -> None:
 def import_hf(hf: str | Path, megatron: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write the Hugging Face folder `hf` as a Megatron checkpoint folder `megatron`, in `dtype` or the files' own.
 
-    Memory: one Megatron tensor and the mapped Hugging Face tensors in it. Collectives: none, and no world is needed.
+    Memory: the tensors of one layer and the mapped Hugging Face tensors being copied. Collectives: none, and no world is needed.
     Raises ConfigError with every problem of the folder, or where `megatron` exists and isn't empty.
     """
     table = weight_table(read_architecture(hf))
@@ -75,7 +75,7 @@ def export_hf(megatron: str | Path, hf: str | Path, max_file_bytes: int = MAX_FI
     """Write the Megatron checkpoint folder `megatron` as a Hugging Face folder `hf`, every tensor bit for bit.
 
     Weights go to model.safetensors, or to files of at most `max_file_bytes` and an index; tied embeddings are written
-    once. Memory: one Megatron tensor and one saved shard of it. Collectives: none, and no world is needed.
+    once. Memory: one Megatron tensor, and one saved shard of it twice. Collectives: none, and no world is needed.
     Raises ConfigError where `megatron` is no complete checkpoint, or `hf` exists and isn't empty.
     """
     megatron = Path(megatron)

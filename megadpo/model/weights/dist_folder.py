@@ -101,7 +101,7 @@ class DistFolder:
         return None
 
     def read(self, region: Region) -> torch.Tensor:
-        """The whole parameter, in memory of its own. Memory: that, and one saved shard of it.
+        """The whole parameter, in memory of its own. Memory: that, and (in torch.load) one saved shard of it twice.
 
         Raises ConfigError where a file is missing, cut short or broken.
         """

@@ -67,6 +67,7 @@ def write_hf_weights(
                 stream.seek(offsets[name])
                 # The tensor's own memory: numpy has no bfloat16, so the bytes are looked at as such.
                 stream.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        del group, tensor  # before the next group is read
     if planned:
         raise ValueError(f"planned but never written: {', '.join(planned)}")
 

@@ -1,11 +1,13 @@
 """Runs in a process of its own: how much memory loading, importing or exporting takes, in bytes.
 
-`python -m tests.model.weights.memory_worker load|import|export SOURCE TARGET`
+`python -m tests.model.weights.memory_worker HF_FOLDER WORK_FOLDER` prints the peaks as JSON.
 """
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,6 +16,8 @@ from megadpo.config.architecture import read_architecture
 from megadpo.model.weights import export_hf, import_hf, load_hf_weights
 from megadpo.model.weights.tables import weight_table
 from tests.model.weights.stub import Stub
+
+TP_SIZE = 4
 
 
 def memory_bytes(field: str) -> int:
@@ -24,22 +28,22 @@ def memory_bytes(field: str) -> int:
     raise KeyError(field)
 
 
-def main(action: str, source: str, target: str) -> None:
-    tp_size = 4
-    model = torch.nn.Module()
-    if action == "load":
-        table = weight_table(read_architecture(source))
-        # ones, not empty: the shard's own memory is taken before the measurement.
-        model = Stub({entry.names[0]: torch.ones(entry.local_shape(tp_size)) for entry in table.entries})
+def peak_bytes(action: Callable[..., None], *arguments: object, **options: object) -> int:
+    """Of the call, over what the process held before it."""
     Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: the peak starts again from here
     before = memory_bytes("VmRSS")
-    if action == "load":
-        load_hf_weights([model], read_architecture(source), source, tp_rank=0, tp_size=tp_size)
-    elif action == "import":
-        import_hf(source, target)
-    else:
-        export_hf(source, target)
-    print(memory_bytes("VmHWM") - before)
+    action(*arguments, **options)
+    return memory_bytes("VmHWM") - before
+
+
+def main(hf: str, work: str) -> None:
+    arch = read_architecture(hf)
+    # ones, not empty: the shard's own memory is taken before the measurement.
+    model = Stub({e.names[0]: torch.ones(e.local_shape(TP_SIZE)) for e in weight_table(arch).entries})
+    peaks = {"load": peak_bytes(load_hf_weights, [model], arch, hf, tp_rank=0, tp_size=TP_SIZE)}
+    peaks["import"] = peak_bytes(import_hf, hf, f"{work}/megatron")
+    peaks["export"] = peak_bytes(export_hf, f"{work}/megatron", f"{work}/hf")
+    print(json.dumps(peaks))
 
 
 if __name__ == "__main__":

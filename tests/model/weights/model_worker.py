@@ -52,7 +52,7 @@ def global_state(model: torch.nn.Module) -> State:
 
 
 def load_in_every_layout(folders: dict[str, str], layouts: list[tuple[int, int]]) -> dict[Any, list[list[State]]]:
-    """(case, tp, pp) -> [pp rank][tp rank] -> parameters. One process plays each rank in turn: no rank needs another."""
+    """(case, tp, pp) -> [pp rank][tp rank] -> parameters. One process plays each rank in turn."""
     results: dict[Any, list[list[State]]] = {}
     for tp, pp in layouts:
         for rank in range(tp * pp):
