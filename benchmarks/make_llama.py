@@ -49,7 +49,9 @@ SIZES = {
 def read_pairs(path: Path, count: int | None = None) -> list[dict[str, str]]:
     """The first `count` (default: all) rows of a JSONL file with the strings `prompt`, `chosen` and `rejected`."""
     with path.open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for _, line in zip(range(sys.maxsize if count is None else count), lines, strict=False)]
+        rows = [
+            json.loads(line) for _, line in zip(range(sys.maxsize if count is None else count), lines, strict=False)
+        ]
     return [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
 
 
@@ -200,7 +202,9 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="JSONL of pairs; the tokenizer is trained on all of it")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="JSONL of pairs; the tokenizer is trained on all of it"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--size", choices=sorted(SIZES), default="small")
     parser.add_argument("--seed", type=int, default=1)

@@ -15,7 +15,6 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # run as a script, the path starts in benchmarks/
@@ -104,7 +103,9 @@ def token_digest(spec: Spec) -> str:
     rows = []
     for pair in make_llama.read_pairs(Path(spec.data), spec.steps * spec.global_batch_pairs):
         prompt = tokenizer.encode(pair["prompt"]).ids
-        both = [tokenizer.encode(pair["prompt"] + pair[answer] + make_llama.EOS).ids for answer in ("chosen", "rejected")]
+        both = [
+            tokenizer.encode(pair["prompt"] + pair[answer] + make_llama.EOS).ids for answer in ("chosen", "rejected")
+        ]
         if any(ids[: len(prompt)] != prompt for ids in both):
             raise ValueError("a prompt's ids are not a prefix of prompt + answer: TRL and megadpo differ there")
         rows.append([prompt, *(ids[len(prompt) :] for ids in both)])
@@ -181,7 +182,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.layouts = [name for name in options.layouts.split(",") if name]
     unknown = set(options.layouts) - set(LAYOUTS)
     if unknown or (options.stored and options.store):
-        parser.error(f"no such layout: {', '.join(sorted(unknown))}" if unknown else "--stored and --store exclude each other")
+        parser.error(
+            f"no such layout: {', '.join(sorted(unknown))}" if unknown else "--stored and --store exclude each other"
+        )
     return options
 
 

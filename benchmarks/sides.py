@@ -128,7 +128,12 @@ def environment(threads: int, extra: dict[str, str] | None = None) -> dict[str, 
     """This process's environment with `threads` for OpenMP, without what a torchrun around us may have set."""
     inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
-    ours = {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo", "TOKENIZERS_PARALLELISM": "false"}
+    ours = {
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": str(threads),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     return inherited | ours | {"HF_HUB_OFFLINE": "1"} | (extra or {})
 
 

@@ -22,6 +22,7 @@ from megadpo.checkpoint.folder import FORMAT, partial_folder
 from megadpo.checkpoint.position import TrainingPosition
 from megadpo.config.load import save_resolved
 from megadpo.config.schema import Config
+from megadpo.model.weights.convert import copy_hf_files
 from megadpo.optimizer.state import METADATA, sharded_state
 from megadpo.parallel import ParallelContext
 
@@ -93,15 +94,6 @@ def optimizer_format(optimizer: MegatronOptimizer | None) -> str:
         return ""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return "+".join(f"{type(p).__name__}({type(p.optimizer).__name__})" for p in parts)
-
-
-def copy_hf_files(source: Path, target: Path) -> None:
-    """Every file of a Hugging Face folder that is not weights, byte for byte."""
-    target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.iterdir()):
-        weights = path.suffix in {".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack"}
-        if path.is_file() and not weights and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, target / path.name)
 
 
 def _rng_state() -> dict[str, Any]:

@@ -83,6 +83,7 @@ class RotaryTable(torch.nn.Module):
     def __init__(self, arch: Architecture, device: torch.device) -> None:
         super().__init__()
         inverse, self.factor = inverse_frequencies(arch)
+        self.inverse: torch.Tensor
         self.register_buffer("inverse", inverse.to(device), persistent=False)
 
     @torch.no_grad()

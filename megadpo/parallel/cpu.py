@@ -95,7 +95,10 @@ def _redirect_type_names() -> None:
 def _redirect_streams() -> None:
     """Streams, events, synchronisation: distributed_data_parallel.py:230, param_and_grad_buffer.py:417-529,
     p2p_communication.py:242, filesystem_async.py:230, fully_parallel.py:272; memory and nvtx: utils.py:2186."""
-    nothing: Callable[..., None] = lambda *_, **__: None
+
+    def nothing(*_: Any, **__: Any) -> None:
+        return None
+
     for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
         setattr(torch.cuda, name, nothing)
     for name in ("current_stream", "default_stream", "Stream", "Event"):
@@ -112,8 +115,8 @@ def _redirect_rng() -> None:
     """CUDA generator state stands for the CPU's: tensor_parallel/random.py (tracker, activation recomputation)."""
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
     for module in (torch.cuda, torch.cuda.random):
-        module.get_rng_state = lambda *_, **__: torch.get_rng_state()  # type: ignore[assignment]
-        module.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)  # type: ignore[assignment]
+        setattr(module, "get_rng_state", lambda *_, **__: torch.get_rng_state())
+        setattr(module, "set_rng_state", lambda state, *_, **__: torch.set_rng_state(state))
 
 
 def _patch_megatron_modules() -> None:

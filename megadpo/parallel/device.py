@@ -21,7 +21,11 @@ def setup_device(requested: str) -> torch.device:
         raise ConfigError([Problem("policy.device", "cuda", "a machine with CUDA", "use policy.device=auto or cpu")])
     if requested == "cpu" and has_cuda:
         raise ConfigError(
-            [Problem("policy.device", "cpu", "no visible CUDA device", "start with CUDA_VISIBLE_DEVICES='' for a CPU run")]
+            [
+                Problem(
+                    "policy.device", "cpu", "no visible CUDA device", "start with CUDA_VISIBLE_DEVICES='' for a CPU run"
+                )
+            ]
         )
     if not has_cuda:
         enable_cpu()

@@ -56,9 +56,7 @@ def train(run: Run, logger: MetricsLogger, progress: ProgressLine, stop: StopWat
     return 0
 
 
-def step_record(
-    batch: GlobalBatch, outcome: StepOutcome, before: TrainingPosition, seconds: float
-) -> dict[str, float]:
+def step_record(batch: GlobalBatch, outcome: StepOutcome, before: TrainingPosition, seconds: float) -> dict[str, float]:
     """What one step logs, under its full names. `seconds`: data wait, reference pass, update; nothing else."""
     return {
         "epoch": before.epoch,

@@ -241,5 +241,3 @@ def position_after(position: TrainingPosition, *, batches_per_epoch: int, skippe
         batch=batch % batches_per_epoch,
         skipped_steps=position.skipped_steps + skipped,
     )
-
-

@@ -101,7 +101,7 @@ def test_a_resumed_epoch_goes_on_with_the_same_pairs_on_any_number_of_ranks(
     pairs: PairDataset, split: int, before: int, after: int, epoch: int
 ) -> None:
     whole = rows_of(list(loader(pairs).batches(epoch)))
-    first = [b for b in loader(pairs, dp_size=before).batches(epoch)][:split]
+    first = list(loader(pairs, dp_size=before).batches(epoch))[:split]
     position = (first[-1].epoch, first[-1].batch + 1) if first else (epoch, 0)
     rest = list(loader(pairs, dp_size=after, dp_rank=after - 1).batches(*position))
     assert rows_of(first) + rows_of(rest) == whole

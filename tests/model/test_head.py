@@ -45,7 +45,7 @@ def on_a_shard(chunk_tokens):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size,chunk_tokens", [(1, 1), (1, 7), (2, 7), (4, 100)])
+@pytest.mark.parametrize(("world_size", "chunk_tokens"), [(1, 1), (1, 7), (2, 7), (4, 100)])
 def test_logps_and_gradients_equal_log_softmax(world_size, chunk_tokens):
     results = run_distributed(on_a_shard, world_size, chunk_tokens)
     want_logps, want_hidden, want_weight = written_out()
@@ -81,9 +81,7 @@ def peak_of_big_head():
     weight = torch.randn(vocab, hidden_size, requires_grad=True)
     targets = torch.randint(0, vocab, (rows,))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    logps = vocab_parallel_logps(
-        hidden, weight, targets, vocab_start=0, group=dist.group.WORLD, chunk_tokens=chunk
-    )
+    logps = vocab_parallel_logps(hidden, weight, targets, vocab_start=0, group=dist.group.WORLD, chunk_tokens=chunk)
     logps.sum().backward()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 

@@ -38,7 +38,7 @@ def reference_attention(q, k, v, segments):
 
 
 @pytest.mark.parametrize("share_prompt", [True, False])
-@pytest.mark.parametrize("heads,groups", [(2, 2), (4, 2), (4, 1)])
+@pytest.mark.parametrize(("heads", "groups"), [(2, 2), (4, 2), (4, 1)])
 def test_sdpa_equals_written_out_attention(share_prompt, heads, groups):
     batch = pack_pairs(random_pairs(), share_prompt=share_prompt, pad_to_multiple=8, pad_token_id=0)
     generator = torch.Generator().manual_seed(0)
@@ -81,7 +81,10 @@ def test_ragged_plan_describes_the_same_attention():
 def test_plain_packing_gathers_nothing():
     batch = pack_pairs(random_pairs(), share_prompt=False, pad_to_multiple=1, pad_token_id=0)
     assert ragged_plan(batch.segments, torch.device("cpu")).key_index is None
-    assert ragged_plan((Segment(0, 2, ((0, 2),)), Segment(2, 3, ((0, 2), (2, 3)))), torch.device("cpu")).key_index is not None
+    assert (
+        ragged_plan((Segment(0, 2, ((0, 2),)), Segment(2, 3, ((0, 2), (2, 3)))), torch.device("cpu")).key_index
+        is not None
+    )
 
 
 @pytest.mark.parametrize("name", ["varlen", "transformer_engine"])
@@ -97,7 +100,7 @@ def test_auto_is_sdpa_on_a_cpu():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["varlen", "transformer_engine"])
 @pytest.mark.parametrize("share_prompt", [True, False])
-@pytest.mark.parametrize("heads,groups,dim", [(8, 8, 64), (16, 4, 128)])
+@pytest.mark.parametrize(("heads", "groups", "dim"), [(8, 8, 64), (16, 4, 128)])
 def test_fused_kernels_against_float64(name, share_prompt, heads, groups, dim):
     if name == "transformer_engine":
         pytest.importorskip("transformer_engine.pytorch")

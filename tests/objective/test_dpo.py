@@ -229,9 +229,9 @@ def test_no_pairs_gives_zero_sums_with_gradient(cfg: DpoConfig) -> None:
     output.loss_sum.backward()
     assert output.loss_sum.item() == 0 and output.count == 0
     assert pairs.policy_chosen.grad is not None and pairs.policy_rejected.grad is not None
-    assert {name: (float(total), float(count)) for name, (total, count) in output.metrics.items()} == {
-        name: (0.0, 0.0) for name in ALL_METRICS
-    }
+    assert {name: (float(total), float(count)) for name, (total, count) in output.metrics.items()} == dict.fromkeys(
+        ALL_METRICS, (0.0, 0.0)
+    )
 
 
 def test_every_answer_gets_a_gradient_even_when_the_loss_ignores_it() -> None:
@@ -261,9 +261,9 @@ def test_metric_names_are_those_of_the_output() -> None:
 
 
 def test_a_part_of_weight_zero_stays_out_of_the_sum() -> None:
-    """0 x inf is nan: a reference that scores a chosen answer -inf must not spoil pure SFT."""
+    """0 x inf is nan: a reference that scores a rejected answer -inf must not spoil pure SFT."""
     pairs = make_pairs(2)
-    pairs.reference_chosen[0] = -math.inf
+    pairs.reference_rejected[0] = -math.inf
     output = pairs.loss(DpoConfig(preference_loss_weight=0.0, sft_loss_weight=1.0))
     assert math.isfinite(output.loss_sum.item())
 

@@ -159,16 +159,20 @@ def small_files_only() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def log_until_it_fails(logger: MetricsLogger) -> None:
+def log_until_it_fails(logger: MetricsLogger, logged: list[int]) -> None:
     for step in range(1, 100):
         logger.log(step, {"train/loss": 0.5})
+        logged.append(step)
 
 
-def test_a_failing_disk_raises_and_what_was_written_stays_readable(tmp_path: Path, small_files_only: None) -> None:
+def test_a_failing_disk_raises_at_the_line_that_was_cut_short(tmp_path: Path, small_files_only: None) -> None:
+    logged: list[int] = []
     with pytest.raises(OSError, match="File too large"), MetricsLogger(LoggerConfig(log_dir=str(tmp_path))) as logger:
-        log_until_it_fails(logger)
-    lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines()
-    assert [json.loads(line)["step"] for line in lines[:-1]] == list(range(1, len(lines)))
+        log_until_it_fails(logger, logged)
+    *whole, cut_short = (tmp_path / "metrics.jsonl").read_bytes().splitlines()
+    assert [json.loads(line)["step"] for line in whole] == logged and logged
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(cut_short)
 
 
 def test_a_disk_that_fails_for_tensorboard_only_raises_too(
@@ -178,7 +182,7 @@ def test_a_disk_that_fails_for_tensorboard_only_raises_too(
     os.symlink(os.devnull, tmp_path / "metrics.jsonl")  # this file never fills up
     cfg = LoggerConfig(log_dir=str(tmp_path), tensorboard_enabled=True)
     with pytest.raises(OSError, match="File too large"), MetricsLogger(cfg) as logger:
-        log_until_it_fails(logger)
+        log_until_it_fails(logger, [])
 
 
 def test_an_error_while_closing_does_not_hide_what_ended_the_run(tmp_path: Path) -> None:
@@ -252,7 +256,8 @@ def test_tensorboard_hides_an_older_run_in_the_same_folder(tmp_path: Path) -> No
 def test_tensorboard_is_up_to_date_when_log_returns(tmp_path: Path) -> None:
     logger = MetricsLogger(LoggerConfig(log_dir=str(tmp_path), tensorboard_enabled=True))
     logger.log(1, {"train/loss": 0.5, "train/grad_norm": None})
-    assert tensorboard_scalars(tmp_path / "tensorboard", "train/loss") == [(1, 0.5)]
+    logger.log(2, {"train/loss": 0.25})  # TensorBoard writes the first value at once anyway
+    assert tensorboard_scalars(tmp_path / "tensorboard", "train/loss") == [(1, 0.5), (2, 0.25)]
     logger.close()
 
 

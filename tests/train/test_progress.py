@@ -166,7 +166,7 @@ def test_the_time_left_is_the_mean_of_the_last_20_steps() -> None:
     assert left.after(100) == 0
 
 
-def test_the_slow_start_step_counts_only_until_there_is_another() -> None:
+def test_the_slow_first_step_counts_only_until_there_is_another() -> None:
     left = TimeLeft(100)
     left.add(60.0)
     assert left.after(1) == 99 * 60

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,7 @@ class SdpaKernel:
             masks.append(None if n == m else torch.ones(n, m, dtype=torch.bool, device=device).tril(m - n))
         return SdpaPlan(
             query_lengths=[s.query_end - s.query_start for s in segments],
-            piece_lengths=[b - a for a, b in zip(borders, borders[1:], strict=False)],
+            piece_lengths=[b - a for a, b in itertools.pairwise(borders)],
             pieces=pieces,
             masks=masks,
         )

@@ -22,6 +22,8 @@ class VarlenKernel:
         group = q.shape[1] // k.shape[1]
         if group > 1:  # torch 2.11 has no enable_gqa here
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        return varlen_attn(
+        out = varlen_attn(
             q, k, v, plan.cu_seqlens_q, plan.cu_seqlens_k, plan.max_seqlen_q, plan.max_seqlen_k, window_size=(-1, 0)
         )
+        assert isinstance(out, torch.Tensor)  # a tuple only where the log-sum-exp is asked for
+        return out

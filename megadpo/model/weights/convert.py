@@ -148,7 +148,7 @@ def _correct_dtype(config: Path, specs: list[TensorSpec]) -> None:
 
 def _target_problems(folder: str | Path) -> list[Problem]:
     folder = Path(folder)
-    if folder.is_dir() and not any(folder.iterdir()) or not folder.exists():
+    if (folder.is_dir() and not any(folder.iterdir())) or not folder.exists():
         return []
     return [Problem(str(folder), "something there already", "a folder that is empty or not there", "name another")]
 
