@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -27,13 +27,7 @@ def read_tree(path: str | Path, overrides: Sequence[str], problems: list[Problem
     for override in overrides:
         _apply(tree, override, problems)
     _register_resolvers()
-    try:
-        config = OmegaConf.create(tree)
-    except OmegaConfBaseException as error:
-        where = str(error.full_key or path)
-        fix = "correct the ${...}; write \\${ for a literal one"
-        raise ConfigError(Problem(where, _first_line(error), "a valid interpolation", fix)) from error
-    resolved: dict[str, Any] = _resolve(config, "", problems, 0)
+    resolved: dict[str, Any] = _resolve(OmegaConf.create(tree), "", problems, 0)
     return resolved
 
 
@@ -136,7 +130,8 @@ def _removed(tree: dict[str, Any], path: list[str]) -> bool:
 def _resolve(node: Any, path: str, problems: list[Problem], depth: int) -> Any:
     """A plain copy of an OmegaConf node with every `${...}` filled in; what cannot be is reported and left out."""
     if depth > _DEEPEST:
-        raise ConfigError(Problem(path, "${...}", "an interpolation that ends", "it contains itself: correct it"))
+        start = ".".join(path.split(".")[:2])
+        raise ConfigError(Problem(start, "${...}", "an interpolation that ends", "it contains itself: correct it"))
     keys: list[Any] = list(node.keys()) if isinstance(node, DictConfig) else list(range(len(node)))
     plain: dict[Any, Any] = {}
     for key in keys:

@@ -27,6 +27,7 @@ NO_EFFECT: dict[str, str] = {
     f"{MEG}.converter_type": "the architecture is read from config.json",
     f"{MEG}.force_overwrite_initial_ckpt": "Hugging Face files are read directly, no converted copy is kept",
     f"{MEG}.force_reconvert_from_hf": "Hugging Face files are read directly, no converted copy is kept",
+    f"{MEG}.apply_rope_fusion": "the plain rotary kernel is used, with the same result",
     f"{MEG}.defer_fp32_logits": "logits exist only in chunks, never as one float32 tensor",
     f"{MEG}.use_fused_linear_logprobs": "logps are always computed in chunks from the hidden states",
     f"{MEG}.use_linear_ce_fusion_loss": "logps are always computed in chunks from the hidden states",

@@ -28,7 +28,7 @@ class DataConfig:
     shuffle: bool = True
     """A new order each epoch, decided by dpo.seed and the epoch. false: file order."""
     num_workers: CountOrZero = 1
-    """Processes that tokenise; 0 and 1: in the training process itself."""
+    """0: batches are packed when they are asked for. Any other number: ahead of time, in one background thread."""
     on_too_long: Literal["refuse", "drop", "truncate"] = "refuse"
     """A pair longer than the limit: refuse the file, drop the pair and count it, or cut the answers."""
 

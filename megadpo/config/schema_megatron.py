@@ -100,8 +100,6 @@ class MegatronConfig:
     recompute_modules: tuple[Literal["core_attn", "layernorm", "mlp"], ...] = ("core_attn",)
     """With selective: megatron-core's names."""
 
-    apply_rope_fusion: bool = True
-    """Fused rotary kernel where Transformer Engine has one; elsewhere the plain one, with the same result."""
     bias_activation_fusion: bool = True
     """Fused SwiGLU where megatron-core has it; elsewhere the plain one, with the same result."""
 

@@ -45,7 +45,7 @@ class PairModel(GPTModel):
         self.kernel = kernel
         self.logprob_chunk_tokens = logprob_chunk_tokens
 
-    def forward(self, batch: PackedBatch) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, batch: PackedBatch) -> torch.Tensor:
         """T tokens -> hidden states [T, 1, h] for the next stage ([T/tp, 1, h] under sequence parallelism), or, on
         the last stage, logps [2P] float32: row 2p the chosen answer of pair p, row 2p + 1 its rejected one.
 

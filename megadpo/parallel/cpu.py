@@ -76,8 +76,8 @@ def _redirect_devices() -> None:
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     torch.cuda.device_count = lambda: 1  # async_utils.py: rank % device_count()
     torch.cuda.set_device = lambda device: None
-    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[assignment]
-    torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[assignment]
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
 
 
 def _redirect_type_names() -> None:
@@ -106,9 +106,9 @@ def _redirect_streams() -> None:
     torch.cuda.stream = lambda *_, **__: contextlib.nullcontext()  # type: ignore[assignment]
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
         setattr(torch.cuda, name, lambda *_, **__: 0)
-    torch.cuda.nvtx.range_push = nothing  # type: ignore[assignment]
-    torch.cuda.nvtx.range_pop = nothing  # type: ignore[assignment]
-    torch.Tensor.record_stream = nothing  # type: ignore[assignment,method-assign]
+    torch.cuda.nvtx.range_push = nothing
+    torch.cuda.nvtx.range_pop = nothing
+    torch.Tensor.record_stream = nothing  # type: ignore[method-assign]
 
 
 def _redirect_rng() -> None:

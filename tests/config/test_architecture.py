@@ -116,15 +116,15 @@ def test_yarn_attention_factor():
 
     assert factor(attention_factor=1.5) == 1.5
     assert factor(mscale=2.0, mscale_all_dim=1.0) == (0.2 * math.log(4) + 1) / (0.1 * math.log(4) + 1)
-    assert factor(factor=1.0) == 1.0
+    assert factor(factor=0.5) == 1.0
 
 
 SLIDING = [
     ("MistralForCausalLM", {"sliding_window": 4096}, 4096),
     ("MistralForCausalLM", {"sliding_window": None}, None),
     ("MistralForCausalLM", {}, 4096),
-    ("Qwen2ForCausalLM", {"sliding_window": 99, "use_sliding_window": False}, None),
-    ("Qwen2ForCausalLM", {"sliding_window": 99}, None),
+    ("Qwen2ForCausalLM", {"sliding_window": 99, "use_sliding_window": False, "max_window_layers": 2}, None),
+    ("Qwen2ForCausalLM", {"sliding_window": 99, "max_window_layers": 2}, None),
     ("Qwen2ForCausalLM", {"sliding_window": 99, "use_sliding_window": True, "max_window_layers": 4}, None),
     ("Qwen2ForCausalLM", {"sliding_window": 99, "use_sliding_window": True, "max_window_layers": 3}, 99),
     ("Qwen3ForCausalLM", {"sliding_window": 99, "use_sliding_window": True, "layer_types": ["sliding_attention"]}, 99),
@@ -158,6 +158,7 @@ REFUSED = [
     ({"rope_scaling": {"type": "linear", "factor": 2, "twist": 1}}, ["rope_scaling.twist"]),
     ({"rope_scaling": "yarn"}, ["rope_scaling"]),
     ({"rope_theta": "big"}, ["rope_theta"]),
+    ({"rope_theta": -1.0}, ["rope_theta"]),
     ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
     ({"layer_types": ["linear_attention"]}, ["layer_types"]),
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megadpo.config import ConfigError, DataError, Problem, UserError, build_config
+from megadpo.config import EXIT_REFUSED, ConfigError, DataError, Problem, UserError, build_config
 
 
 def test_smallest_config_has_nemo_rls_defaults(config):
@@ -184,6 +184,16 @@ def test_given_values_are_not_overwritten(config):
 @pytest.mark.parametrize(("steps", "epochs", "wanted"), [(None, 3, 30), (7, 1, 7), (99, 2, 20)])
 def test_total_steps_is_the_smaller_of_steps_and_epochs(config, steps, epochs, wanted):
     assert config(dpo__max_num_steps=steps, dpo__max_num_epochs=epochs).dpo.total_steps(10) == wanted
+
+
+def test_the_mapping_given_is_left_alone():
+    tree = {"policy": {"model_name": "m", "logprob_batch_size": 1}, "data": {"train": {"data_path": "t"}}}
+    assert build_config(tree).data.train_data_path == "t"
+    assert tree == {"policy": {"model_name": "m", "logprob_batch_size": 1}, "data": {"train": {"data_path": "t"}}}
+
+
+def test_a_refusal_exits_with_2():
+    assert EXIT_REFUSED == 2
 
 
 def test_a_problem_is_one_line_and_an_error_carries_all():

@@ -87,8 +87,9 @@ def test_every_failed_interpolation_is_listed(write):
         "policy: {model_name: '${nope}', precision: '${policy.gone}'}\n"
         "dpo: {seed: '???', val_period: '${mul:x,y}'}\ndata: {train_data_path: '${data.train_data_path}'}\n",
     )
-    where = [problem.where for problem in problems_of(path)]
-    assert sorted(where) == [
+    found = {problem.where: problem for problem in problems_of(path)}
+    assert found["dpo.seed"].expected == "a value"
+    assert sorted(found) == [
         "data.train_data_path",
         "dpo.seed",
         "dpo.val_period",
@@ -97,9 +98,16 @@ def test_every_failed_interpolation_is_listed(write):
     ]
 
 
-@pytest.mark.parametrize("text", ["dpo: {seed: '${'}", "dpo: ${policy}\npolicy: {tokenizer: {x: '${dpo}'}}"])
-def test_interpolation_that_cannot_be_parsed_or_never_ends(write, text):
-    assert problems_of(write("c.yaml", text))
+def test_interpolation_that_cannot_be_parsed(write):
+    (problem,) = problems_of(write("c.yaml", SMALL + "dpo: {seed: '${'}\n"))
+    assert "c.yaml" in problem.where
+    (problem,) = problems_of(write("c.yaml", SMALL), "dpo.seed=${")
+    assert (problem.where, problem.value) == ("command line", "dpo.seed=${")
+
+
+def test_interpolation_that_never_ends(write):
+    (problem,) = problems_of(write("c.yaml", "dpo: {reference: '${policy}'}\npolicy: {tokenizer: '${dpo}'}\n"))
+    assert problem.where == "dpo.reference" and "itself" in problem.fix
 
 
 def test_defaults_merge_in_order_and_the_file_wins(write):

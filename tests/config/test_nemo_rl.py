@@ -123,6 +123,7 @@ def test_other_names_of_the_head_chunk(name, config, refusals):
     at = f"policy__megatron_cfg__{name}"
     assert config(**{at: 128}).policy.logprob_chunk_size == 128
     assert config(**{at: None}).policy.logprob_chunk_size == 1024
+    assert config(**{at: None, "policy__logprob_chunk_size": 64}).policy.logprob_chunk_size == 64
     assert config(**{at: 128, "policy__logprob_chunk_size": 128}).policy.logprob_chunk_size == 128
     assert list(refusals(**{at: 128, "policy__logprob_chunk_size": 64})) == [f"{MEG}.{name}"]
 

@@ -102,6 +102,7 @@ def test_the_fingerprint_follows_tokens_and_settings_but_not_the_files_name(tmp_
 
     assert fingerprint(first) == fingerprint(write_rows(tmp_path / "b.jsonl", rows)) and len(fingerprint(first)) == 64
     others = [
+        fingerprint(write_rows(tmp_path / "f.jsonl", [row(0, chosen=" 0 is rught"), *rows[1:]])),  # as many tokens
         fingerprint(write_rows(tmp_path / "c.jsonl", rows[::-1])),
         fingerprint(write_rows(tmp_path / "d.jsonl", rows[:3])),
         fingerprint(write_rows(tmp_path / "e.jsonl", [*rows[:3], row(3, chosen="else")])),
@@ -109,7 +110,7 @@ def test_the_fingerprint_follows_tokens_and_settings_but_not_the_files_name(tmp_
         fingerprint(first, on_too_long="drop"),
         fingerprint(first, chat_template=CHATML),
     ]
-    assert len({fingerprint(first), *others}) == 7
+    assert len({fingerprint(first), *others}) == 8
 
 
 def test_the_boundary_between_texts_is_part_of_the_fingerprint(tmp_path: Path) -> None:

@@ -142,9 +142,10 @@ def test_validation_may_be_limited(pairs: PairDataset, limit: int | None, batche
 
 
 def test_packs_stay_within_the_budget_with_their_padding(pairs: PairDataset) -> None:
-    batches = loader(pairs, budget_tokens=163, pad_to_multiple=16, global_batch_size=23).batches(0)
-    packs = [pack for batch in batches for pack in batch.micro_batches]
-    assert len(packs) > 1 and all(pack.tokens.numel() <= 160 and pack.tokens.numel() % 16 == 0 for pack in packs)
+    for budget in range(150, 190):
+        (batch,) = loader(pairs, budget_tokens=budget, pad_to_multiple=16, global_batch_size=23).batches(0)
+        lengths = [pack.tokens.numel() for pack in batch.micro_batches]
+        assert len(lengths) > 1 and all(length <= budget and length % 16 == 0 for length in lengths)
 
 
 def test_unpacked_micro_batches_hold_so_many_pairs_in_order(pairs: PairDataset) -> None:

@@ -113,7 +113,7 @@ def test_a_shared_pack_written_out() -> None:
     assert batch.answer_index.tolist() == [0, 0, 1, 2, 2, 3, 3, 3]
     assert batch.answer_tokens.tolist() == [2, 1, 2, 3]
     assert (batch.num_pairs, batch.num_tokens, batch.padding_tokens) == (2, 12, 4)
-    assert batch.segments[4].query_tokens == 2 and batch.segments[4].key_tokens == 3
+    assert batch.segments[5].query_tokens == 3 and batch.segments[5].key_tokens == 4
 
 
 def test_all_tensors_are_int64_even_with_no_pairs() -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megadpo.data.plan import Plan, plan_global_batch
+from megadpo.data.plan import Plan, _Job, _pack_even, _pack_global, _pack_tight, plan_global_batch
 from megadpo.data.rebalance import BALANCE, Packs, rebalance
 
 BUDGET = 100
@@ -61,6 +61,33 @@ def test_no_more_packs_than_best_fit_needs(lengths: list[int], num_ranks: int) -
     assert len(plan[0]) <= -(-len(rooms) // num_ranks) + 1
     if num_ranks == 1:
         assert len(plan[0]) <= len(rooms)
+
+
+@pytest.mark.parametrize("way", [_pack_even, _pack_tight, _pack_global])
+@given(st.lists(st.integers(1, BUDGET), min_size=1, max_size=20), ranks, st.integers(1, 8))
+def test_each_way_deals_all_pairs_within_the_budget_or_gives_up(  # type: ignore[no-untyped-def]
+    way, lengths: list[int], num_ranks: int, per_rank: int
+) -> None:
+    packs = way(_Job(lengths, num_ranks, BUDGET), per_rank)
+    if packs is not None:
+        assert sorted(positions(packs.pairs)) == list(range(len(lengths)))
+        assert [len(rank) for rank in packs.pairs] == [per_rank] * num_ranks
+        assert packs.tokens == [[sum(lengths[p] for p in pack) for pack in rank] for rank in packs.pairs]
+        assert max(max(tokens) for tokens in packs.tokens) <= BUDGET
+    else:
+        assert sum(lengths) > BUDGET * num_ranks * per_rank / 2, "half the room is enough for any of them"
+
+
+def test_the_three_ways_written_out() -> None:
+    job = _Job([30, 30, 20, 20, 10, 10], num_ranks=2, budget=60)
+    expected = {
+        _pack_even: [[30, 30], [30, 30]],
+        _pack_tight: [[60, 0], [60, 0]],
+        _pack_global: [[60, 0], [60, 0]],
+    }
+    for way, tokens in expected.items():
+        packs = way(job, 2)
+        assert packs is not None and packs.tokens == tokens
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])

@@ -56,6 +56,8 @@ def test_plain_text_written_out() -> None:
     assert done.prompt_ids.tolist() == [BOS, the, sum_]
     assert done.chosen_ids.tolist() == [is_, the, EOS]
     assert done.rejected_ids.tolist() == [is_, EOS], "EOS is there already"
+    (done,) = encode(tokenizer, text_pair(" the sum", " is the</s>", " is</s> the"))
+    assert done.chosen_ids.tolist() == [is_, the, EOS] and done.rejected_ids.tolist() == [is_, EOS, the, EOS]
 
 
 def test_an_answer_that_merges_with_the_prompt_is_tokenised_apart_and_counted() -> None:

@@ -179,10 +179,12 @@ def test_a_disk_that_fails_for_tensorboard_only_raises_too(
     tmp_path: Path, small_files_only: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda args: None)  # TensorBoard's own thread fails as well
+    logged: list[int] = []
     os.symlink(os.devnull, tmp_path / "metrics.jsonl")  # this file never fills up
     cfg = LoggerConfig(log_dir=str(tmp_path), tensorboard_enabled=True)
     with pytest.raises(OSError, match="File too large"), MetricsLogger(cfg) as logger:
-        log_until_it_fails(logger, [])
+        log_until_it_fails(logger, logged)
+    assert len(logged) < 20  # it raised while logging, not only on closing
 
 
 def test_an_error_while_closing_does_not_hide_what_ended_the_run(tmp_path: Path) -> None:
@@ -265,12 +267,16 @@ def test_tensorboard_is_up_to_date_when_log_returns(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def wandb_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def wandb_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    import wandb
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
-    return tmp_path / "logs"
+    wandb.teardown()  # the client reads the environment once a process
+    yield tmp_path / "logs"
+    wandb.teardown()
 
 
 def wandb_records(file: Path) -> list[Any]:

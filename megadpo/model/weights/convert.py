@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megadpo.config.architecture import read_architecture
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.model.weights.dist_folder import DistFolder, PlannedTensor, write_dist_folder
-from megadpo.model.weights.hf_folder import HfWeights
+from megadpo.model.weights.hf_folder import DTYPES, HfWeights
 from megadpo.model.weights.hf_writer import MAX_FILE_BYTES, TensorSpec, write_hf_weights
 from megadpo.model.weights.tables import Entry, WeightTable, weight_table
 
@@ -57,7 +56,8 @@ def copy_hf_files(source: str | Path, target: str | Path) -> None:
 def import_hf(hf: str | Path, megatron: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write the Hugging Face folder `hf` as a Megatron checkpoint folder `megatron`, in `dtype` or the files' own.
 
-    Memory: the tensors of one layer and the mapped Hugging Face tensors being copied. Collectives: none, and no world is needed.
+    Memory: the tensors of one layer and the mapped Hugging Face tensors being copied. Collectives: none, and no world
+    is needed.
     Raises ConfigError with every problem of the folder, or where `megatron` exists and isn't empty.
     """
     table = weight_table(read_architecture(hf))
@@ -105,6 +105,14 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype of this name; ValueError for one that safetensors files of models don't have."""
+    for dtype in DTYPES.values():
+        if dtype_name(dtype) == name:
+            return dtype
+    raise ValueError(f"{name!r} is not one of {', '.join(map(dtype_name, DTYPES.values()))}")
+
+
 def _planned_tensors(weights: HfWeights, table: WeightTable, dtype: torch.dtype | None) -> Iterator[PlannedTensor]:
     """The layers stacked into one tensor per parameter, megatron-core's default; a file for each layer and each end."""
     names: dict[str, list[str]] = {}
@@ -124,9 +132,10 @@ def _planned_tensors(weights: HfWeights, table: WeightTable, dtype: torch.dtype 
 
 
 def _empty_objects(table: WeightTable) -> Iterator[str]:
+    """Each linear layer's `_extra_state`, under ShardedObject.unique_key of megatron-core's mapping.py."""
     for entry in table.entries:
-        if entry.extra_state_key is not None and entry.layer is not None:
-            yield ShardedObject(entry.extra_state_key, None, (table.num_layers,), (entry.layer,)).unique_key
+        if entry.extra_state_key is not None:
+            yield f"{entry.extra_state_key}/shard_{entry.layer}_{table.num_layers}"
 
 
 def _read(weights: HfWeights, entry: Entry, dtype: torch.dtype) -> torch.Tensor:
@@ -158,7 +167,10 @@ def _written_aside(target: str | Path) -> Iterator[Path]:
     """A new folder beside `target` that takes its name when the block ends well, and is removed when it doesn't."""
     target = Path(target).absolute()
     aside = target.with_name(f".{target.name}.{os.getpid()}.part")
-    aside.mkdir(parents=True)
+    try:
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(Problem(str(target), str(error), "a place that can be written", "name another")) from error
     try:
         yield aside
         os.replace(aside, target)

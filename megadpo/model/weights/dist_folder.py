@@ -10,12 +10,12 @@ import dataclasses
 import io
 import math
 import pickle
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import planner as dcp_planner
 from torch.distributed.checkpoint.api import CheckpointException
@@ -153,14 +153,20 @@ class PlannedTensor:
 def write_dist_folder(folder: str | Path, tensors: Iterable[PlannedTensor], empty_objects: Iterable[str]) -> None:
     """Write a checkpoint that `megatron.core.dist_checkpointing.load` reads in any layout. Collectives: none.
 
-    empty_objects: unique keys of the ShardedObjects that a model asks for and that hold None.
+    empty_objects: keys (of one layer each) of the ShardedObjects that a model asks for and that hold None.
     Memory: the tensors of one file. Raises what reading and writing raise.
     """
+    # Here, because importing megatron-core takes seconds that reading does without.
+    from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+
     folder = Path(folder)
     folder.mkdir(parents=True)
     planner = _StreamingPlanner(list(tensors), list(empty_objects))
+    writer = _FilePerNumber(folder, planner.file_of)
     try:
-        dcp.save({}, storage_writer=_FilePerNumber(folder, planner.file_of), planner=planner, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist says so
+            dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
     except CheckpointException as error:  # a BaseException around the cause, which is what a caller can understand
         raise error.failures[0][0] from None
     torch.save({}, folder / COMMON_FILE)

@@ -194,6 +194,13 @@ def test_a_target_with_something_in_it_is_left_alone(folders, imported, tmp_path
     assert (tmp_path / "empty" / "config.json").exists()
 
 
+def test_a_target_that_cannot_be_written(folders, tmp_path):
+    (tmp_path / "file").write_text("")
+    (line,) = refusal(import_hf, folders["llama"], tmp_path / "file" / "megatron")
+    assert "a place that can be written" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_failed_write_leaves_nothing(folders, tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

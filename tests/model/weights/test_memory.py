@@ -67,4 +67,4 @@ def test_conversion_streams(peaks):
     # Import: the file's tensors (a layer, or the embedding), the mapped pages that are being copied, and what malloc
     # keeps of the last layer. Export: a tensor, and torch.load of a saved shard of it. The model is 415 MB.
     assert peaks["import"] < 3 * LARGEST_TENSOR_BYTES, peaks
-    assert peaks["export"] < 3 * LARGEST_TENSOR_BYTES + SLACK_BYTES, peaks
+    assert peaks["export"] < 3 * LARGEST_TENSOR_BYTES + 2 * SLACK_BYTES, peaks

@@ -1,0 +1,84 @@
+"""Whole runs for tests: a small model folder, pairs that are made up, and `launch/train.py`'s command in real processes."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.helpers.tiny_tokenizer import tiny_tokenizer
+from tests.model.weights.hf_models import make_hf_folder
+
+VOCAB = 320
+WORDS = "the sum of two and three is five at shore where sand what that one other said there it sea".split()
+
+
+def make_model(folder: Path, case: str = "llama", **changes: Any) -> Path:
+    """A random Hugging Face model of 4 layers with a tokenizer that fits it."""
+    make_hf_folder(folder, case, vocab_size=VOCAB, **changes)
+    for extra in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        (folder / extra).unlink()
+    tiny_tokenizer(vocab_size=VOCAB).save_pretrained(folder)
+    return folder
+
+
+def make_pairs(path: Path, count: int, seed: int = 0) -> Path:
+    """Pairs of very different lengths, so that packs are uneven."""
+    rng = random.Random(seed)
+
+    def text(longest: int) -> str:
+        return " ".join(rng.choice(WORDS) for _ in range(rng.randint(1, longest)))
+
+    rows = [
+        {"prompt": text(25) + "?", "chosen": f" {text(12)} yes{i}", "rejected": f" {text(12)} no{i}"} for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def make_config(folder: Path, model: Path, *, pairs: int = 40, **sections: dict[str, Any]) -> Path:
+    """config.yaml in `folder` with data and a small run; `sections` are merged in, one dict a section."""
+    tree: dict[str, Any] = {
+        "policy": {
+            "model_name": str(model),
+            "train_global_batch_size": 8,
+            "max_total_sequence_length": 100,
+            "precision": "float32",
+            "sequence_packing": {"train_mb_tokens": 200},
+            "megatron_cfg": {"optimizer": {"lr": 1e-3, "weight_decay": 0.01, "use_distributed_optimizer": False}},
+        },
+        "dpo": {"max_num_steps": 3, "val_at_start": False, "val_period": 0, "reference_policy_kl_penalty": 0.1},
+        "data": {
+            "train_data_path": str(make_pairs(folder / "train.jsonl", pairs)),
+            "val_data_paths": {"held_out": str(make_pairs(folder / "valid.jsonl", 11, seed=1))},
+        },
+        "checkpointing": {"enabled": False, "checkpoint_dir": str(folder / "checkpoints")},
+        "logger": {"log_dir": str(folder / "logs")},
+    }
+    for name, values in sections.items():
+        merge(tree[name], values)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def merge(into: dict[str, Any], values: dict[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def train(config: str, overrides: list[str]) -> int:
+    """Target for run_distributed(init_process_group=False): the command behind launch/train.py on one rank."""
+    from megadpo.train.command import main
+
+    return main([config, *overrides])
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,98 @@
+"""Truth 3: logps equal transformers' for the same weights, for every family, packed or not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers.distributed import run_distributed
+from tests.helpers.runs import make_model
+from tests.model.test_kernels import random_pairs
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "rope_theta": 10000.0,
+}
+CASES = {
+    "llama": {},
+    "llama_tied": {"rope_parameters": LLAMA3},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32,
+                                  "rope_theta": 10000.0}},
+}  # fmt: skip
+LENGTHS = [(40, 20, 7), (1, 1, 2), (3, 50, 30), (25, 9, 11)]
+
+
+def logps_of_packs(folders, tensor, pipeline):
+    """{case: {share_prompt: logps}} on the last stage, None elsewhere."""
+    from megadpo.config.architecture import read_architecture
+    from megadpo.config.schema_megatron import MegatronConfig
+    from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
+    from megadpo.data.pack import pack_pairs
+    from megadpo.model.build import build_model
+    from megadpo.model.weights.load import load_hf_weights
+    from megadpo.parallel import Layout, initialize, setup_device
+    from megadpo.reference import ResidentReference
+
+    parallel = initialize(Layout(tensor=tensor, pipeline=pipeline), setup_device("auto"))
+    results = {}
+    for case, folder in folders.items():
+        arch = read_architecture(folder)
+        sizes = MegatronConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+        policy = PolicyConfig(
+            model_name=folder, tokenizer=TokenizerConfig(name=folder), precision="float32", megatron_cfg=sizes
+        )
+        model = build_model(arch, policy, parallel, frozen=True)
+        load_hf_weights([model], arch, folder, tp_rank=parallel.tp_rank, tp_size=parallel.tp_size)
+        packs = [
+            pack_pairs(random_pairs(LENGTHS, 320), share_prompt=share, pad_to_multiple=8, pad_token_id=0)
+            for share in (True, False)
+        ]
+        results[case] = ResidentReference(model, parallel).logps(packs)
+    return results
+
+
+def transformers_logps(folder):
+    """[2P] float64 sums of log-probabilities over the answers, each sequence alone."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    sums = []
+    for pair in random_pairs(LENGTHS, 320):
+        for answer in (pair.chosen_ids, pair.rejected_ids):
+            ids = torch.from_numpy(np.concatenate([pair.prompt_ids, answer])).long()[None]
+            with torch.no_grad():
+                logps = model(ids).logits[0, :-1].double().log_softmax(-1)
+            sums.append(logps.gather(1, ids[0, 1:, None])[-len(answer) :].sum())
+    return torch.stack(sums)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+    for case, changes in CASES.items():
+        made[case] = str(make_model(tmp_path_factory.mktemp("models") / case, case, **changes))
+        if case == "mistral":  # saved in bfloat16, read in float32 by both sides
+            assert '"bfloat16"' in (tmp_path_factory.getbasetemp() / made[case] / "config.json").read_text()
+    return made
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (2, 2)])
+def test_logps_equal_transformers(folders, tensor, pipeline):
+    results = run_distributed(logps_of_packs, tensor * pipeline, folders, tensor, pipeline, init_process_group=False)
+    for case, folder in folders.items():
+        want = transformers_logps(folder)
+        seen = 0
+        for rank in results:
+            for got in rank[case]:
+                error = ((got.double() - want) / want).abs().max()
+                assert error < 1e-5, f"{case}: relative error {error:.1e}"
+                seen += 1
+        assert seen == 2 * tensor  # both packings on every tensor-parallel rank of the last stage

@@ -1,0 +1,36 @@
+"""Megatron checkpoint folder -> Hugging Face folder: python tools/megatron_to_hf.py --megatron DIR --hf DIR
+
+One process, no GPU, a tensor at a time; DIR of --megatron is step_<N> of a run, or what tools/hf_to_megatron.py made.
+The result opens with AutoModelForCausalLM.from_pretrained. Exit code 2: refused, with every problem on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megadpo.config.problems import UserError
+from megadpo.train.command import quiet_libraries, refuse
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description="Megatron checkpoint folder -> Hugging Face folder.")
+    parser.add_argument("--megatron", required=True, type=Path, help="folder with model/, hf/ and megadpo.json")
+    parser.add_argument("--hf", required=True, type=Path, help="folder to make; absent or empty")
+    options = parser.parse_args(arguments)
+    quiet_libraries()
+    from megadpo.model.weights import export_hf  # after quiet_libraries, and not for --help
+
+    try:
+        export_hf(options.megatron, options.hf)
+    except UserError as error:
+        return refuse(error)
+    print(f"wrote {options.hf}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
