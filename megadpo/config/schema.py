@@ -30,7 +30,8 @@ class DataConfig:
     num_workers: CountOrZero = 1
     """0: batches are packed when they are asked for. Any other number: ahead of time, in one background thread."""
     on_too_long: Literal["refuse", "drop", "truncate"] = "refuse"
-    """A pair longer than the limit: refuse the file, drop the pair and count it, or cut the answers."""
+    """A pair longer than the limit: refuse the file, drop the pair and count it, or cut it and count it: the prompt from the
+    left (BOS stays), and only then the answers from the right."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,8 @@ class TokenizerConfig:
 
     name: Text
     """Hugging Face folder or hub name. Left out or null: policy.model_name."""
-    chat_template: str | None = None
-    """Jinja text that replaces the tokenizer's own template."""
+    chat_template: str | None = "default"
+    """default: the tokenizer's own, where it has one. null: none, plain text. Else Jinja text or a .jinja file."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Given to the template, e.g. {enable_thinking: false}."""
 

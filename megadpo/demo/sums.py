@@ -59,9 +59,7 @@ def split_sums(*, held_out: int, seed: int) -> tuple[list[Sum], list[Sum]]:
 def write_warm_up(path: Path, sums: Iterable[Sum], *, seed: int) -> None:
     """Pairs for supervised training: chosen is what the pupil wrote. Rejected has no part in that loss."""
     rng = random.Random(seed)
-    rows = [
-        {"prompt": question(a, b), "chosen": pupils_answer(a, b, rng), "rejected": "I don't know."} for a, b in sums
-    ]
+    rows = [{"prompt": question(a, b), "chosen": pupils_answer(a, b, rng), "rejected": "?"} for a, b in sums]
     _write_jsonl(path, rows)
 
 

@@ -115,8 +115,8 @@ def _redirect_rng() -> None:
     """CUDA generator state stands for the CPU's: tensor_parallel/random.py (tracker, activation recomputation)."""
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
     for module in (torch.cuda, torch.cuda.random):
-        setattr(module, "get_rng_state", lambda *_, **__: torch.get_rng_state())
-        setattr(module, "set_rng_state", lambda state, *_, **__: torch.set_rng_state(state))
+        module.get_rng_state = lambda *_, **__: torch.get_rng_state()  # type: ignore[attr-defined]
+        module.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)  # type: ignore[attr-defined]
 
 
 def _patch_megatron_modules() -> None:

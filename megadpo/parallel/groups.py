@@ -62,6 +62,14 @@ class ParallelContext:
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
 
+    def total_from_last_stage(self, tensor: torch.Tensor) -> None:
+        """Sum `tensor` in place over the data-parallel ranks of the last stage, for every rank of the world.
+
+        One all-reduce over dp, one broadcast over pp; the other stages' values don't count.
+        """
+        dist.all_reduce(tensor, group=self.dp_group)
+        self.broadcast_from_last_stage(tensor)
+
     def broadcast_from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
         """Give every pipeline stage the last stage's `tensor` (same shape everywhere). One broadcast over pp."""
         if self.pp_size > 1:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from megadpo.config.architecture import read_architecture
 from megadpo.config.check import check_layout
-from megadpo.config.load import as_dict, load_config, save_resolved
+from megadpo.config.load import Purpose, as_dict, load_config, save_resolved
 from megadpo.config.metric import parse_duration_s
 from megadpo.config.problems import EXIT_REFUSED, ConfigError, UserError
 from megadpo.config.schema import Config
@@ -32,6 +32,33 @@ def main(arguments: Sequence[str]) -> int:
         return refuse(error)
 
 
+def evaluate_main(arguments: Sequence[str]) -> int:
+    """The command behind launch/evaluate.py; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="launch/evaluate.py", description="Evaluate a model on preference pairs.")
+    parser.add_argument("config", help="YAML file, as for launch/train.py; only data.val_data_paths is read")
+    parser.add_argument("overrides", nargs="*", help="key=value, e.g. policy.model_name=results/dpo/step_100")
+    options = parser.parse_intermixed_args(arguments)
+    quiet_libraries()
+    try:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        cfg = checked_config(options.config, options.overrides, world_size, purpose="evaluate")
+        return run_evaluating(cfg)
+    except UserError as error:
+        return refuse(error)
+
+
+def run_evaluating(cfg: Config) -> int:
+    """Set up, evaluate, tear down. Every rank."""
+    from megadpo.parallel import destroy, initialize, setup_device
+    from megadpo.train.evaluation import run_evaluation
+    from megadpo.train.setup import layout_of
+
+    parallel = initialize(layout_of(cfg), setup_device(cfg.policy.device))
+    exit_code = run_evaluation(cfg, parallel)
+    destroy()
+    return exit_code
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """CONFIG.yaml, --check, --world-size and key=value overrides, in any order."""
     parser = argparse.ArgumentParser(prog="launch/train.py", description="Train a model by DPO on preference pairs.")
@@ -45,11 +72,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def checked_config(path: str, overrides: Sequence[str], world_size: int | None) -> Config:
+def checked_config(path: str, overrides: Sequence[str], world_size: int | None, purpose: Purpose = "train") -> Config:
     """The config, held against the model's config.json and the world. Raises ConfigError with every problem."""
     from megadpo.model.source import resolve_source
 
-    cfg = load_config(path, overrides)
+    cfg = load_config(path, overrides, purpose=purpose)
     source = resolve_source(cfg.policy.model_name, "policy.model_name")
     problems = check_layout(cfg, read_architecture(source.hf_files), world_size)
     if problems:

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,6 +31,9 @@ from megadpo.optimizer import build_optimizer, build_scheduler, wrap_for_trainin
 from megadpo.parallel import Layout, ParallelContext
 from megadpo.reference import ResidentReference
 from megadpo.train.step import Trainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -120,20 +125,7 @@ def load_data(cfg: Config, arch: Architecture, source: ModelSource, *, dp_rank: 
     """Read, tokenise and deal out every data file of the config. Raises DataError with every problem of every file."""
     tokenizer = load_tokenizer(str(tokenizer_source(cfg, source)))
     paths = {"": cfg.data.train_data_path, **(cfg.data.val_data_paths or {})}
-    datasets: dict[str, PairDataset] = {}
-    problems: list[Problem] = []
-    for name, path in paths.items():
-        try:
-            datasets[name] = PairDataset(cfg, tokenizer, path)
-        except DataError as error:
-            problems += error.problems
-            continue
-        largest = datasets[name].max_token_id
-        if largest >= arch.vocab_size:
-            expected = f"token ids below the model's vocabulary of {arch.vocab_size}"
-            problems.append(Problem(path, largest, expected, "use the tokenizer of this model (policy.tokenizer.name)"))
-    if problems:
-        raise DataError(problems)
+    datasets = load_datasets(cfg, paths, tokenizer, arch.vocab_size)
     train = datasets.pop("")
     pad = pad_token_id(tokenizer)
     train_loader = make_loader(train, cfg, dp_rank, dp_size, pad, training=True)
@@ -145,6 +137,27 @@ def load_data(cfg: Config, arch: Architecture, source: ModelSource, *, dp_rank: 
             f"of {cfg.policy.train_global_batch_size} and are left out"
         )
     return RunData(train, train_loader, loaders, reports)
+
+
+def load_datasets(
+    cfg: Config, paths: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> dict[str, PairDataset]:
+    """Name -> pairs of each file. Raises DataError with every problem of every file."""
+    datasets: dict[str, PairDataset] = {}
+    problems: list[Problem] = []
+    for name, path in paths.items():
+        try:
+            datasets[name] = PairDataset(cfg, tokenizer, path)
+        except DataError as error:
+            problems += error.problems
+            continue
+        largest = datasets[name].max_token_id
+        if largest >= vocab_size:
+            expected = f"token ids below the model's vocabulary of {vocab_size}"
+            problems.append(Problem(path, largest, expected, "use the tokenizer of this model (policy.tokenizer.name)"))
+    if problems:
+        raise DataError(problems)
+    return datasets
 
 
 def tokenizer_source(cfg: Config, source: ModelSource) -> Path | str:
@@ -214,6 +227,7 @@ def find_resume(cfg: Config, data: RunData) -> CheckpointInfo | None:
     """The checkpoint to go on from, or None. Raises ConfigError where it saw other data, or saw it in another order."""
     if not cfg.checkpointing.enabled:
         return None
+    require_writable(Path(cfg.checkpointing.checkpoint_dir), "checkpointing.checkpoint_dir")
     info = newest_checkpoint(Path(cfg.checkpointing.checkpoint_dir))
     if info is None:
         return None
@@ -229,6 +243,17 @@ def find_resume(cfg: Config, data: RunData) -> CheckpointInfo | None:
     if problems:
         raise ConfigError(problems)
     return info
+
+
+def require_writable(folder: Path, field: str) -> None:
+    """Make `folder` and write a file there, so that hours of training don't end at the first save."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except OSError as error:
+        fix = "choose another folder, or make room and set its permissions"
+        raise ConfigError([Problem(field, str(folder), f"a folder that can be written ({error})", fix)]) from error
 
 
 def position_after(position: TrainingPosition, *, batches_per_epoch: int, skipped: bool) -> TrainingPosition:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -141,12 +140,7 @@ class Trainer:
 
     def _reduced(self, sums: MetricSums) -> MetricSums:
         """Totals over data-parallel ranks, from the last pipeline stage to all."""
-
-        def share(packed: torch.Tensor) -> None:
-            dist.all_reduce(packed, group=self.parallel.dp_group)
-            self.parallel.broadcast_from_last_stage(packed)
-
-        sums.reduce(share, metric_names(has_reference=self.reference is not None))
+        sums.reduce(self.parallel.total_from_last_stage, metric_names(has_reference=self.reference is not None))
         return sums
 
 

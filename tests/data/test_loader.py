@@ -252,11 +252,11 @@ def test_a_failure_in_the_background_reaches_the_caller(pairs: PairDataset, monk
         return pack_pairs(*args, **options)
 
     monkeypatch.setattr("megadpo.data.loader.pack_pairs", failing)
-    came = []
+    batches = loader(pairs, num_workers=1, budget_tokens=400).batches(0)
+    assert [next(batches).batch for _ in range(3)] == [0, 1, 2]
     with pytest.raises(MemoryError, match="planted"):
-        for batch in loader(pairs, num_workers=1, budget_tokens=400).batches(0):
-            came.append(batch.batch)
-    assert came == [0, 1, 2] and not prefetch_threads()
+        next(batches)
+    assert not prefetch_threads()
 
 
 def test_batches_know_their_place(pairs: PairDataset) -> None:

@@ -13,7 +13,8 @@ from tests.helpers.tiny_tokenizer import tiny_tokenizer
 from tests.model.weights.hf_models import make_hf_folder
 
 VOCAB = 320
-WORDS = "the sum of two and three is five at shore where sand what that one other said there it sea".split()
+SENTENCE = "the sum of two and three is five at shore where sand what that one other said there it sea"
+WORDS = SENTENCE.split()
 
 
 def make_model(folder: Path, case: str = "llama", **changes: Any) -> Path:
@@ -33,7 +34,8 @@ def make_pairs(path: Path, count: int, seed: int = 0) -> Path:
         return " ".join(rng.choice(WORDS) for _ in range(rng.randint(1, longest)))
 
     rows = [
-        {"prompt": text(25) + "?", "chosen": f" {text(12)} yes{i}", "rejected": f" {text(12)} no{i}"} for i in range(count)
+        {"prompt": text(25) + "?", "chosen": f" {text(12)} yes{i}", "rejected": f" {text(12)} no{i}"}
+        for i in range(count)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -106,9 +106,7 @@ def test_checkpoint_of_several_ranks_exports_to_hugging_face(model, tmp_path):
     first = read_metrics(again / "logs")[0]
     (again / "logs/metrics.jsonl").unlink()
     go(from_export, 2, [f"policy.model_name={tmp_path / 'checkpoints/step_2'}", TP2], 1)
-    assert read_metrics(again / "logs")[0]["train/logps/chosen"] == pytest.approx(
-        first["train/logps/chosen"], rel=1e-5
-    )
+    assert read_metrics(again / "logs")[0]["train/logps/chosen"] == pytest.approx(first["train/logps/chosen"], rel=1e-5)
 
 
 def test_keep_top_k_keeps_the_best_and_the_newest(tmp_path):

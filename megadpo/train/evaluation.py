@@ -1,0 +1,125 @@
+"""Evaluation of a model on preference pairs: metrics of each set, and every pair's logps in file order."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megadpo.config.architecture import read_architecture
+from megadpo.config.schema import Config
+from megadpo.data.tokenizer import load_tokenizer, pad_token_id
+from megadpo.model.build import build_model
+from megadpo.model.source import resolve_source
+from megadpo.objective import metric_names
+from megadpo.parallel import ParallelContext
+from megadpo.reference import ResidentReference
+from megadpo.train.metrics import MetricSums
+from megadpo.train.setup import build_reference, fill, load_datasets, make_loader, seed_everything, tokenizer_source
+from megadpo.train.step import pair_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class PairScore:
+    """One pair: its row of the file, and sums of log-probabilities in nats; None where there is no reference."""
+
+    index: int
+    policy_chosen_logps: float
+    policy_rejected_logps: float
+    reference_chosen_logps: float | None
+    reference_rejected_logps: float | None
+
+
+class Evaluator:
+    """The model of `policy.model_name`, and the one that `dpo.reference.model_name` names, if it names one."""
+
+    def __init__(self, cfg: Config, parallel: ParallelContext) -> None:
+        seed_everything(cfg.dpo.seed, parallel)
+        self.parallel = parallel
+        source = resolve_source(cfg.policy.model_name, "policy.model_name")
+        arch = read_architecture(source.hf_files)
+        tokenizer = load_tokenizer(str(tokenizer_source(cfg, source)))
+        datasets = load_datasets(cfg, cfg.data.val_data_paths or {}, tokenizer, arch.vocab_size)
+        pad, rank, size = pad_token_id(tokenizer), parallel.dp_rank, parallel.dp_size
+        whole = dataclasses.replace(cfg, dpo=dataclasses.replace(cfg.dpo, val_batches=0))  # evaluation means every pair
+        self.loaders = {name: make_loader(d, whole, rank, size, pad, training=False) for name, d in datasets.items()}
+        self.policy = ResidentReference(build_model(arch, cfg.policy, parallel, frozen=True), parallel)
+        fill(self.policy.model, source, arch, parallel)
+        named = cfg.dpo.reference.model_name is not None
+        self.reference = build_reference(cfg, source, arch, parallel) if named else None
+        # Without a reference there is no preference loss: its weight is 0 for the objective, whatever the config says.
+        self.dpo = cfg.dpo if named else dataclasses.replace(cfg.dpo, preference_loss_weight=0.0)
+
+    def evaluate(self, name: str) -> tuple[dict[str, float | None], list[PairScore]]:
+        """Metrics of one set, the same on every rank, and its pairs in file order (on every rank as well).
+
+        Collectives: the models' own; one all-reduce and one broadcast of the metrics; an all-gather of the scores.
+        """
+        sums = MetricSums(self.parallel.device)
+        mine: list[PairScore] = []
+        for batch in self.loaders[name].batches(epoch=0):
+            policy = self.policy.logps(batch.micro_batches)
+            reference = self.reference.logps(batch.micro_batches) if self.reference else [None] * len(policy)
+            for logps, reference_logps, micro_batch in zip(policy, reference, batch.micro_batches, strict=True):
+                sums.add(pair_loss(logps, reference_logps, micro_batch, self.dpo).metrics)
+                mine += _scores(micro_batch.pair_indices.tolist(), logps, reference_logps)
+        sums.reduce(self.parallel.total_from_last_stage, metric_names(has_reference=self.reference is not None))
+        gathered: list[Any] = [None] * self.parallel.world_size
+        dist.all_gather_object(gathered, mine if self.parallel.tp_rank == 0 else [])
+        scores = sorted((score for rank in gathered for score in rank), key=lambda score: score.index)
+        return metrics_of(sums.means(), scores, has_reference=self.reference is not None), scores
+
+
+def metrics_of(means: dict[str, float], scores: list[PairScore], *, has_reference: bool) -> dict[str, float | None]:
+    """`accuracy`: share of pairs whose chosen answer the policy itself finds likelier. With a reference also
+    rewards/*; without one those and preference_loss are left out, and `loss` is that of the SFT part alone."""
+    likelier = [s.policy_chosen_logps > s.policy_rejected_logps for s in scores]
+    margins = [s.policy_chosen_logps - s.policy_rejected_logps for s in scores]
+    extra = {"pairs": len(scores), "accuracy": _mean(likelier), "logps/margins": _mean(margins)}
+    if not has_reference:
+        means = {key: value for key, value in means.items() if key != "loss"}
+    return {**means, **extra}
+
+
+def write_scores(path: Path, scores: list[PairScore]) -> None:
+    """pairs-<name>.jsonl: one object a pair, in file order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(dataclasses.asdict(score)) + "\n" for score in scores))
+
+
+def run_evaluation(cfg: Config, parallel: ParallelContext) -> int:
+    """Evaluate every set of `data.val_data_paths`; rank 0 writes and prints. Returns the exit code."""
+    evaluator = Evaluator(cfg, parallel)
+    log_dir = Path(cfg.logger.log_dir)
+    record: dict[str, float | None] = {}
+    for name in evaluator.loaders:
+        started = time.perf_counter()
+        metrics, scores = evaluator.evaluate(name)
+        record |= {f"validation-{name}/{metric}": value for metric, value in metrics.items()}
+        if parallel.rank == 0:
+            write_scores(log_dir / f"pairs-{name}.jsonl", scores)
+            seconds = time.perf_counter() - started
+            shown = "  ".join(f"{metric} {value:.4f}" for metric, value in metrics.items() if value is not None)
+            print(f"{name}: {shown}  ({seconds:.1f} s)", flush=True)
+    if parallel.rank == 0:
+        finite = {key: value if value is not None and math.isfinite(value) else None for key, value in record.items()}
+        (log_dir / "evaluation.json").write_text(json.dumps(finite, indent=1) + "\n")
+    return 0
+
+
+def _scores(rows: list[int], logps: torch.Tensor, reference: torch.Tensor | None) -> Iterator[PairScore]:
+    values = logps.tolist()
+    reference_values = [None] * len(values) if reference is None else reference.tolist()
+    for i, row in enumerate(rows):
+        yield PairScore(row, values[2 * i], values[2 * i + 1], reference_values[2 * i], reference_values[2 * i + 1])
+
+
+def _mean(values: list[Any]) -> float:
+    return sum(values) / len(values) if values else math.nan

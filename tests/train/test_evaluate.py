@@ -1,0 +1,53 @@
+"""launch/evaluate.py: the numbers of training's own validation, in any layout, and each pair's logps in file order."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tests.helpers.distributed import run_distributed
+from tests.helpers.runs import make_config, make_model, read_metrics, train
+from tests.train.test_layouts import PP2, SP, TP2
+
+
+def evaluate(config, overrides):
+    from megadpo.train.command import evaluate_main
+
+    return evaluate_main([config, *overrides])
+
+
+def pairs(folder):
+    return [json.loads(line) for line in (folder / "logs/pairs-held_out.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.distributed
+def test_evaluation_equals_validation_and_file_order(tmp_path):
+    model = make_model(tmp_path / "model")
+    config = make_config(
+        tmp_path,
+        model,
+        dpo={"val_at_end": True, "val_batches": 0, "max_num_steps": 2},
+        checkpointing={"enabled": True},
+    )
+    assert run_distributed(train, 1, str(config), [], init_process_group=False) == [0]
+    trained = read_metrics(tmp_path / "logs")[-1]
+    checkpoint = tmp_path / "checkpoints/step_2"
+    named = [f"policy.model_name={checkpoint}", f"dpo.reference.model_name={model}"]
+    codes = run_distributed(evaluate, 4, str(config), [*named, TP2, SP, PP2], init_process_group=False)
+    assert codes == [0] * 4
+    metrics = json.loads((tmp_path / "logs/evaluation.json").read_text())
+    for name in ("loss", "preference_loss", "rewards/margins", "rewards/accuracies", "logps/chosen"):
+        assert metrics[f"validation-held_out/{name}"] == pytest.approx(
+            trained[f"validation-held_out/{name}"], rel=2e-5, abs=1e-6
+        )
+    four_ranks = pairs(tmp_path)
+    assert [row["index"] for row in four_ranks] == list(range(11))
+
+    assert run_distributed(evaluate, 2, str(config), named[:1], init_process_group=False) == [0, 0]
+    alone = pairs(tmp_path)
+    assert all(row["reference_chosen_logps"] is None for row in alone)
+    assert "validation-held_out/rewards/margins" not in json.loads((tmp_path / "logs/evaluation.json").read_text())
+    for a, b in zip(four_ranks, alone, strict=True):
+        torch.testing.assert_close(a["policy_chosen_logps"], b["policy_chosen_logps"], rtol=1e-5, atol=1e-4)
