@@ -75,9 +75,10 @@ def run(tree: Path, config: str, overrides: Sequence[str], nproc: int, logs: Pat
         # Before the installed package, which is the main checkout.
         "PYTHONPATH": os.pathsep.join([str(tree), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(nproc), str(tree / "launch/train.py"), config]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(nproc)] if nproc > 1 else []
     ours = ["checkpointing.enabled=false", f"logger.log_dir={logs}"]
-    subprocess.run([sys.executable, *torchrun, *overrides, *ours], check=True, env=environment)
+    command = [sys.executable, *torchrun, str(tree / "launch/train.py"), config, *overrides, *ours]
+    subprocess.run(command, check=True, env=environment)
 
 
 def first_difference(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]]) -> str | None:

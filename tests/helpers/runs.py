@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ def make_model(folder: Path, case: str = "llama", **changes: Any) -> Path:
     make_hf_folder(folder, case, vocab_size=VOCAB, **changes)
     for extra in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
         (folder / extra).unlink()
+    shutil.rmtree(folder / "additional_chat_templates")
     tiny_tokenizer(vocab_size=VOCAB).save_pretrained(folder)
     return folder
 

@@ -1,0 +1,28 @@
+"""For every test: one thread a process, no time limit inside hypothesis, GPU tests only where there is a GPU."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported anywhere: several processes share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import hypothesis
+import pytest
+
+# A shared machine is slow now and then; pytest's own timeout finds what hangs.
+hypothesis.settings.register_profile("megadpo", deadline=None)
+hypothesis.settings.load_profile("megadpo")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
