@@ -51,7 +51,7 @@ def make_model(folder: Path, corpus: Iterable[str], *, seed: int) -> int:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    pass
+    torch.manual_seed(seed)
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -57,9 +57,9 @@ def test_answer_logps_are_those_of_each_answer_alone(folder: Path):
 
 
 def test_score_of_a_model_that_has_learned_by_heart(folder: Path, tmp_path: Path):
-    """A model that was taught the right answers of two of four sums, and the slips of the others."""
+    """A model that was taught the right answers of three sums, and the slip of a fourth."""
     sums = [(17, 25), (38, 44), (55, 66), (10, 11)]
-    slips = [False, True, False, True]
+    slips = [False, True, False, False]
     tokenizer, model = AutoTokenizer.from_pretrained(folder), LlamaForCausalLM.from_pretrained(folder)
     texts = [(question(*pair), worked_answer(*pair, slip=slip)) for pair, slip in zip(sums, slips, strict=True)]
     rows = [[*tokenizer(p + a).input_ids, tokenizer.eos_token_id] for p, a in texts]
@@ -75,8 +75,8 @@ def test_score_of_a_model_that_has_learned_by_heart(folder: Path, tmp_path: Path
     tokenizer.save_pretrained(tmp_path)
 
     result = score(tmp_path, sums)
-    assert result.preference_accuracy == 0.5
-    assert result.right_answers == 0.5
+    assert result.preference_accuracy == 0.75
+    assert result.right_answers == 0.75
     assert [margin > 0 for margin in result.margins] == [not slip for slip in slips]
     assert result.mean_margin == pytest.approx(sum(result.margins) / 4, abs=1e-4)
     assert result.example == f"{question(17, 25).strip()} {worked_answer(17, 25)}"

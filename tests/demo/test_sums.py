@@ -55,7 +55,8 @@ def test_held_out_sums_are_in_neither_order_among_the_training_sums():
     assert not {frozenset(pair) for pair in held_out} & {frozenset(pair) for pair in training}
     assert {frozenset(pair) for pair in [*held_out, *training]} == {frozenset(pair) for pair in ALL_SUMS}
     assert split_sums(held_out=200, seed=1) == (training, held_out)
-    assert split_sums(held_out=200, seed=2) != (training, held_out)
+    other = split_sums(held_out=200, seed=2)[1]
+    assert len({frozenset(pair) for pair in held_out} & {frozenset(pair) for pair in other}) < 50
 
 
 def test_files(tmp_path: Path):
