@@ -18,8 +18,9 @@ from megadpo.model.weights.tables import WeightTable
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-HARMLESS_ENDINGS = ("rotary_emb.inv_freq", "attn.masked_bias")
-"""Buffers that old versions of transformers wrote beside the weights; computed, never learnt."""
+HARMLESS_ENDINGS = ("rotary_emb.inv_freq", "attn.masked_bias", "lm_head.weight")
+"""What transformers passes over too: buffers that its old versions saved beside the weights (computed, never learnt),
+and the head of a tied model, a copy of the embedding (an untied model's head is in its table)."""
 
 _ASK_AGAIN = "download or copy the folder again"
 
@@ -70,15 +71,10 @@ class HfWeights:
             elif name in wanted and tensor.dtype not in DTYPES:
                 fix = "use the unquantised model"
                 problems.append(Problem(where, tensor.dtype, f"a dtype among {', '.join(DTYPES)}", fix))
-            elif name not in wanted and not self._is_harmless(name, table):
+            elif name not in wanted and not name.endswith(HARMLESS_ENDINGS):
                 fix = "use a model whose weights are those of its config.json (no adapters, no quantisation)"
                 problems.append(Problem(where, "a tensor that nothing uses", "only the weights of the model", fix))
         return problems
-
-    def _is_harmless(self, name: str, table: WeightTable) -> bool:
-        # A tied model saved with its head as well: transformers ignores that copy, and so do we.
-        tied_copy = name == "lm_head.weight" and "output_layer.weight" not in {e.row.megatron for e in table.entries}
-        return tied_copy or name.endswith(HARMLESS_ENDINGS)
 
     def dtype(self, names: Sequence[str]) -> torch.dtype:
         """The dtype that holds all of these tensors exactly (theirs, in every ordinary folder)."""

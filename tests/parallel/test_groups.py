@@ -1,0 +1,37 @@
+"""Layouts and the groups they make."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megadpo.parallel import Layout, initialize, setup_device
+from tests.helpers.distributed import run_distributed
+
+
+def test_data_parallel_size_is_what_remains():
+    assert Layout(tensor=2, pipeline=2).data(8) == 2
+    with pytest.raises(ValueError, match="world size 6 is not a multiple"):
+        Layout(tensor=2, pipeline=2).data(6)
+
+
+def places_and_totals():
+    parallel = initialize(Layout(tensor=2, pipeline=2), setup_device("auto"))
+    total = torch.tensor([10.0 ** dist.get_rank()])
+    parallel.total_from_last_stage(total)
+    place = (parallel.tp_rank, parallel.pp_rank, parallel.dp_rank, parallel.is_first_stage, parallel.is_last_stage)
+    return place, total.item()
+
+
+@pytest.mark.distributed
+def test_tensor_parallel_ranks_are_neighbours_and_totals_come_from_the_last_stage():
+    results = run_distributed(places_and_totals, 4, init_process_group=False)
+    assert [place for place, _ in results] == [
+        (0, 0, 0, True, False),
+        (1, 0, 0, True, False),
+        (0, 1, 0, False, True),
+        (1, 1, 0, False, True),
+    ]
+    # pp group of rank 0 is {0, 2}, of rank 1 {1, 3}: each gets its last stage's number
+    assert [total for _, total in results] == [100.0, 1000.0, 100.0, 1000.0]
