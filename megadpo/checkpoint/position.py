@@ -19,7 +19,7 @@ class TrainingPosition:
     data_settings: dict[str, Any] = field(default_factory=dict)
     """What else decides which pairs a step sees: seed, shuffle, global batch size."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Newest validation and training metrics, by their logged names."""
+    """Of this very step, by their logged names; validation among them where it ran after this step."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -34,13 +34,14 @@ def train(run: Run, logger: MetricsLogger, progress: ProgressLine, stop: StopWat
             outcome = run.trainer.step(batch)
             record = step_record(batch, outcome, position, time.perf_counter() - started)
             position = position_after(position, batches_per_epoch=steps_per_epoch, skipped=not outcome.updated)
-            position = dataclasses.replace(position, metrics=position.metrics | record)
+            position = dataclasses.replace(position, metrics=record)
             progress.step(position.step, record)
 
             exit_code = stop.agreed()
             last = position.step == run.total_steps
             save = saving.enabled and (last or exit_code is not None or position.step % saving.save_period == 0)
-            if validation_due(run, position.step, last=last, save=save):
+            # a signal leaves 30 seconds: save at once, unranked
+            if exit_code is None and validation_due(run, position.step, last=last, save=save):
                 position = validate(run, position, logger, progress, also_log=record)
             else:
                 logger.log(position.step, record)
