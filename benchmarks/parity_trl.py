@@ -189,12 +189,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    case = CASES[options.case]
-    if not case.made and not options.data.exists():
-        print(f"no such file: {options.data}; name one with --data or MEGADPO_DATA", file=sys.stderr)
-        return 2
+def run_case(options: argparse.Namespace, case: Case) -> tuple[bool, dict[str, list[dict[str, float]]]]:
+    """Prints every layout's table; returns whether all figures fit, and everybody's steps."""
     good, written = True, {}
     with tempfile.TemporaryDirectory(prefix="megadpo-parity-") as name:
         spec = prepare(case, options.data, Path(name))
@@ -204,8 +200,22 @@ def main(arguments: list[str] | None = None) -> int:
             side = sides.run_ours(spec, layout, longest_tokens=LONGEST_TOKENS)
             written[layout_name] = side.steps
             lines, fits = compare(theirs, side.steps)
-            print(f"\n{options.case}, {layout}:", *lines, sep="\n")
+            print(f"\n{options.case}, {layout}:", *lines, sep="\n", flush=True)
             good &= fits
+    return good, written
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    case = CASES[options.case]
+    if not case.made and not options.data.exists():
+        print(f"no such file: {options.data}; name one with --data or MEGADPO_DATA", file=sys.stderr)
+        return 2
+    try:
+        good, written = run_case(options, case)
+    except (sides.RunFailed, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
     if options.out:
         options.out.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     print("\nevery figure within its tolerance" if good else "\nBEYOND its tolerance: see above")
@@ -213,4 +223,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sides.end_tidily_when_terminated()
     sys.exit(main())

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -238,6 +239,11 @@ def _our_step(record: dict[str, Any]) -> dict[str, float]:
         "tokens": record["train/num_tokens"],
         "step_time_s": record["timing/train/step_time_s"],
     }
+
+
+def end_tidily_when_terminated() -> None:
+    """SIGTERM, as `timeout` and CI send it, unwinds like Ctrl-C, so that the process of a side doesn't outlive us."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def default_data() -> Path:

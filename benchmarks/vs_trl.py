@@ -285,4 +285,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sides.end_tidily_when_terminated()
     sys.exit(main())

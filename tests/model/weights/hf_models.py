@@ -62,6 +62,8 @@ def make_hf_folder(folder: Path, case: str, *, max_shard_size: str = "5GB", **ch
     if case == "mistral":
         model = model.to(torch.bfloat16)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config, indent=3) + "\n\n")  # as no writer of ours would lay it out
     for name, content in SIDE_FILES.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
