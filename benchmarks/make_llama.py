@@ -120,6 +120,15 @@ def make_tokenizer(pairs: Iterable[dict[str, str]], folder: Path, vocab_size: in
     _write_json(folder / "tokenizer_config.json", description)
 
 
+def longest_sequence(folder: Path, pairs: Iterable[dict[str, str]]) -> int:
+    """Tokens of the longest prompt + answer + EOS under the tokenizer in `folder`."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    texts = [pair["prompt"] + pair[answer] + EOS for pair in pairs for answer in ("chosen", "rejected")]
+    return max(len(encoding.ids) for encoding in tokenizer.encode_batch(texts))
+
+
 def weight_shapes(size: LlamaSize) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of a Llama's tensors (linear weights are [out, in]), in a fixed order."""
     yield "model.embed_tokens.weight", (size.vocab_size, size.hidden_size)

@@ -32,7 +32,6 @@ from benchmarks.trl_worker import Spec  # noqa: E402
 
 GOAL_SPEED, GOAL_MEMORY = 4.0, 0.5
 LOSS_TOLERANCE = 1e-4
-LONGEST_TOKENS = 1024
 GIB = 2**30
 
 _SORTED = {"sort_within_global_batch": True}
@@ -102,12 +101,13 @@ Contender = tuple[str, Callable[[], sides.Side]]
 
 def contenders(options: argparse.Namespace, spec: Spec) -> list[Contender]:
     """Name and run of everything that takes part, in the order in which they take turns."""
+    longest_tokens = make_llama.longest_sequence(Path(spec.model), make_llama.read_pairs(Path(spec.data)))
 
     def theirs(setting: str) -> Callable[[], sides.Side]:
         return lambda: sides.run_trl(dataclasses.replace(spec, **TRL_SETTINGS[setting]), options.trl_python)
 
     def ours(layout: str) -> Callable[[], sides.Side]:
-        return lambda: sides.run_ours(spec, LAYOUTS[layout], longest_tokens=LONGEST_TOKENS, overrides=options.override)
+        return lambda: sides.run_ours(spec, LAYOUTS[layout], longest_tokens=longest_tokens, overrides=options.override)
 
     return [
         *((f"TRL {setting}", theirs(setting)) for setting in options.trl),
@@ -129,8 +129,10 @@ def run_rounds(
             try:
                 timing = Timing.of(start(), warmup_steps, load)
             except sides.RunFailed as error:
-                failures[name] = str(error).strip().splitlines()[-1][:200]
+                failures[name] = _reason(str(error))
                 print(f"round {number}  {name:24} failed: {failures[name]}", flush=True)
+                if name.startswith("megadpo"):
+                    print(error, file=sys.stderr)
                 continue
             timings[name].append(timing)
             print(
@@ -139,6 +141,11 @@ def run_rounds(
                 flush=True,
             )
     return {name: found for name, found in timings.items() if found}, failures
+
+
+def _reason(output: str) -> str:
+    """The last line of an output that has words in it."""
+    return next((line.strip() for line in reversed(output.splitlines()) if any(map(str.isalpha, line))), "")[:200]
 
 
 def different_losses(timings: dict[str, list[Timing]]) -> list[str]:
@@ -253,11 +260,14 @@ def main(arguments: list[str] | None = None) -> int:
     about = machine()
     print(f"{about['cpu']}, {options.threads} threads, fp32, {options.steps} steps of {options.global_batch} pairs")
     with tempfile.TemporaryDirectory(prefix="megadpo-vs-trl-") as folder:
-        model = Path(folder) / "model"
-        count = make_llama.make(make_llama.read_pairs(options.data), model, make_llama.SIZES[options.size])
+        model, data = Path(folder) / "model", Path(folder) / "pairs.jsonl"
+        rows = make_llama.read_pairs(options.data)
+        count = make_llama.make(rows, model, make_llama.SIZES[options.size])
         print(f"Llama of {count:,} parameters", flush=True)
+        used = rows[: steps * options.global_batch]
+        data.write_text("".join(json.dumps(row) + "\n" for row in used), encoding="utf-8")
         spec = Spec(
-            data=str(options.data.resolve()),
+            data=str(data),
             model=str(model),
             output_dir="",
             steps=steps,
