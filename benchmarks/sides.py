@@ -60,6 +60,8 @@ class Side:
     """VmHWM of each training process: the most memory it ever held at once."""
     launcher_peak_bytes: int
     """The same for torchrun's own process; 0 where there is none."""
+    others_share: float
+    """Part of the machine's CPU time that went to anything but this run, 0..1."""
     details: dict[str, Any]
 
 
@@ -74,6 +76,7 @@ class _Watch:
         self.peaks: dict[int, int] = {}
         self.arrivals_s: list[float] = []
         self._lines_of = lines_of
+        machine, own, started = _machine_cpu_s(), _own_cpu_s(), time.perf_counter()
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, env=env, cwd=REPOSITORY, start_new_session=True
@@ -89,6 +92,8 @@ class _Watch:
                 _end(process)
         self._note_lines()
         self.pid = process.pid
+        others_s = (_machine_cpu_s() - machine) - (_own_cpu_s() - own)
+        self.others_share = max(0.0, others_s / (time.perf_counter() - started) / (os.cpu_count() or 1))
         if process.returncode != 0:
             tail = log.read_text(encoding="utf-8", errors="replace")[-LOG_TAIL_CHARACTERS:]
             raise RunFailed(f"exit code {process.returncode} from {' '.join(command)}\n{tail}")
@@ -116,6 +121,17 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         for member in [*parent.children(recursive=True), parent]:
             member.kill()
         process.wait()
+
+
+def _machine_cpu_s() -> float:
+    """CPU seconds that all cores together have worked since boot, for anybody."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
+
+
+def _own_cpu_s() -> float:
+    """CPU seconds of this process and of its children that have ended, theirs included."""
+    return sum(os.times()[:4])
 
 
 def _peak_bytes(pid: int) -> int:
@@ -151,7 +167,7 @@ def run_trl(spec: Spec, python: str, env: dict[str, str] | None = None) -> Side:
     steps = [step | {"pairs": spec.global_batch_pairs} for step in result.pop("steps")]
     result["spec"]["output_dir"] = ""
     peak = max(result["peak_bytes"], watch.peaks[watch.pid])
-    return Side(steps, [peak], 0, result)
+    return Side(steps, [peak], 0, watch.others_share, result)
 
 
 def our_config(spec: Spec, layout: Layout, log_dir: Path, longest_tokens: int) -> dict[str, Any]:
@@ -227,7 +243,8 @@ def run_ours(
         step["arrival_s"] = step["step_time_s"] if before is None else now - before
     launcher = watch.peaks.pop(watch.pid) if layout.world_size > 1 else 0
     ranks = sorted(watch.peaks.values(), reverse=True)
-    return Side(steps, ranks, launcher, {"layout": str(layout), "command": command, "log": log[-LOG_TAIL_CHARACTERS:]})
+    details = {"layout": str(layout), "command": command, "log": log[-LOG_TAIL_CHARACTERS:]}
+    return Side(steps, ranks, launcher, watch.others_share, details)
 
 
 def _our_step(record: dict[str, Any]) -> dict[str, float]:

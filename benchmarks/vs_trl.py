@@ -32,6 +32,7 @@ from benchmarks.trl_worker import Spec  # noqa: E402
 
 GOAL_SPEED, GOAL_MEMORY = 4.0, 0.5
 LOSS_TOLERANCE = 1e-4
+QUIET_SHARE = 0.05
 GIB = 2**30
 
 _SORTED = {"sort_within_global_batch": True}
@@ -71,13 +72,13 @@ class Timing:
     pairs_per_s: float
     peak_bytes: int
     launcher_bytes: int
-    load_before: float
-    """The machine's load average over a minute when the run began; above about 1 the figures say little."""
+    others_share: float
+    """Part of the machine's CPU time that went to other work meanwhile; above QUIET_SHARE the speeds say nothing."""
     step_times_s: list[float]
     losses: list[float]
 
     @classmethod
-    def of(cls, side: sides.Side, warmup_steps: int, load_before: float) -> Timing:
+    def of(cls, side: sides.Side, warmup_steps: int) -> Timing:
         timed = side.steps[warmup_steps:]
         pairs = sum(step["pairs"] for step in timed)
         # Ours by its own clock or by when its log lines came out, whichever is slower
@@ -87,7 +88,7 @@ class Timing:
         step_times = [step["step_time_s"] for step in side.steps]
         losses = [step["loss"] for step in side.steps]
         memory = sum(side.rank_peak_bytes)
-        return cls(pairs / seconds, memory, side.launcher_peak_bytes, load_before, step_times, losses)
+        return cls(pairs / seconds, memory, side.launcher_peak_bytes, side.others_share, step_times, losses)
 
 
 def _precompute_share(side: sides.Side, pairs: float) -> float:
@@ -125,9 +126,8 @@ def run_rounds(
         for name, start in taking_part:
             if name in failures:
                 continue
-            load = os.getloadavg()[0]
             try:
-                timing = Timing.of(start(), warmup_steps, load)
+                timing = Timing.of(start(), warmup_steps)
             except sides.RunFailed as error:
                 failures[name] = _reason(str(error))
                 print(f"round {number}  {name:24} failed: {failures[name]}", flush=True)
@@ -137,7 +137,7 @@ def run_rounds(
             timings[name].append(timing)
             print(
                 f"round {number}  {name:24}{timing.pairs_per_s:8.2f} pairs/s {timing.peak_bytes / GIB:8.2f} GiB"
-                f"   load before {load:.1f}",
+                f"   others' share of the CPU {timing.others_share:.0%}",
                 flush=True,
             )
     return {name: found for name, found in timings.items() if found}, failures
@@ -283,11 +283,14 @@ def main(arguments: list[str] | None = None) -> int:
     for goal in reached:
         verdict = "met" if goal["met"] else "not met"
         print(f"{goal['what']}: {goal['ratio']:.2f} of {goal['against']}'s; goal {goal['goal']}: {verdict}")
+    busiest = max(run.others_share for runs in timings.values() for run in runs)
+    if busiest > QUIET_SHARE:
+        print(f"NOT A QUIET MACHINE: other work took up to {busiest:.0%} of the CPU; the speeds above say nothing")
     if different:
         print("NOT THE SAME WORK, the losses differ:", *different, sep="\n  ")
     if options.out:
         runs = {name: [dataclasses.asdict(run) for run in found] for name, found in timings.items()}
-        content = {"machine": about, "options": {k: str(v) for k, v in vars(options).items()}, "runs": runs}
+        content: dict[str, Any] = {"machine": about, "options": {k: str(v) for k, v in vars(options).items()}, "runs": runs}
         content |= {"failures": failures, "goals": reached, "different_losses": different}
         options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     failed_ours = any(name.startswith("megadpo") for name in failures)
