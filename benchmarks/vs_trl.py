@@ -290,7 +290,11 @@ def main(arguments: list[str] | None = None) -> int:
         print("NOT THE SAME WORK, the losses differ:", *different, sep="\n  ")
     if options.out:
         runs = {name: [dataclasses.asdict(run) for run in found] for name, found in timings.items()}
-        content: dict[str, Any] = {"machine": about, "options": {k: str(v) for k, v in vars(options).items()}, "runs": runs}
+        content: dict[str, Any] = {
+            "machine": about,
+            "options": {k: str(v) for k, v in vars(options).items()},
+            "runs": runs,
+        }
         content |= {"failures": failures, "goals": reached, "different_losses": different}
         options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     failed_ours = any(name.startswith("megadpo") for name in failures)
