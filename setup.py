@@ -28,6 +28,11 @@ setup(
         "transformers>=5.17",
         "tokenizers>=0.22",
         "safetensors>=0.5",
+        "datasets>=4.7",  # Parquet, Arrow, CSV and the hub
+        "zstandard>=0.22",  # .zst files
+        "filelock>=3.13",  # one process of a machine tokenises, the others wait
+        "httpx>=0.27",  # collect_rollouts.py's client
+        "tenacity>=9.0",  # and its retries
         "huggingface-hub>=1.0",
         "jinja2>=3.1",  # chat templates
         "numpy>=1.26",
@@ -42,7 +47,7 @@ setup(
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.11,<3"],
         "wandb": ["wandb>=0.19"],
         # The peer in benchmarks and parity checks, used by nothing else.
-        "trl": ['trl>=1.16,<1.17; python_version >= "3.11"', "datasets>=4.7"],
+        "trl": ['trl>=1.16,<1.17; python_version >= "3.11"'],
         "dev": [
             "hypothesis>=6.100",
             "matplotlib>=3.9",
