@@ -1,0 +1,112 @@
+"""What a build did, in numbers; show.py prints it, chart.py draws it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from megadpo.data.rollouts.group import Group
+from megadpo.data.rollouts.pairing import PairingOptions, RolloutPair, balance_lengths, select_pairs
+
+_GAPS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+MOST_BINS = 12
+
+
+@dataclass(frozen=True)
+class Histogram:
+    labels: list[str]
+    counts: list[int]
+
+
+@dataclass(frozen=True)
+class PairsAtGap:
+    min_gap: float
+    pairs: int
+    prompts: int
+    """Groups with at least one pair."""
+
+
+@dataclass
+class BuildReport:
+    """One build of pairs."""
+
+    rows: dict[str, int]
+    """Rows of each file."""
+    rewards: npt.NDArray[np.float64]
+    """Of the usable rollouts [R], in file order."""
+    grouping: str
+    """How rollouts were grouped."""
+    group_sizes: Counter[int]
+    """How many groups have how many rollouts."""
+    pairs: list[RolloutPair]
+    """What was written, in order."""
+    pairing: str
+    """Pairing and its options, as the user gave them."""
+    left_out: Counter[str]
+    """Rows, rollouts, groups and pairs by reason (reasons.py)."""
+    examples: dict[str, list[str]]
+    """First places of each reason."""
+    at_gaps: list[PairsAtGap]
+    """Pairs if --min-gap were another, all else the same; before --dedupe leaves out equal pairs of two groups."""
+    min_gap: float
+    notes: Counter[str] = field(default_factory=Counter)
+    split_tasks: list[str] = field(default_factory=list)
+
+    @property
+    def gaps(self) -> npt.NDArray[np.float64]:
+        """Reward gaps of the pairs [P]."""
+        return np.array([pair.gap for pair in self.pairs], dtype=np.float64)
+
+    @property
+    def length_bias(self) -> tuple[int, int, int]:
+        """Pairs whose chosen answer is longer, as long, shorter (characters)."""
+        sides = Counter(pair.longer for pair in self.pairs)
+        return sides[1], sides[0], sides[-1]
+
+    @property
+    def rollouts_in_pairs(self) -> int:
+        return len({rollout.where for pair in self.pairs for rollout in (pair.chosen, pair.rejected)})
+
+
+def histogram(values: npt.NDArray[np.float64]) -> Histogram:
+    """Each value by itself where there are few (as `sort | uniq -c`), else ten equal bins from least to greatest."""
+    distinct, counts = np.unique(values, return_counts=True)
+    if len(distinct) <= MOST_BINS:
+        return Histogram([f"{value:.6g}" for value in distinct], counts.tolist())
+    # Halved before they are subtracted: the range of two doubles may be none
+    low, high = float(values.min()) / 2, float(values.max()) / 2
+    counts, edges = np.histogram(values / 2, bins=10, range=(low, high))
+    return Histogram([f"{a * 2:.4g} .. {b * 2:.4g}" for a, b in zip(edges, edges[1:], strict=False)], counts.tolist())
+
+
+def pairs_at_gaps(groups: Sequence[Group], options: PairingOptions, *, balance: bool) -> list[PairsAtGap]:
+    """Pairs that other values of min_gap would give, the asked one among them, up to the widest gap there is."""
+    widest = max((_spread(group) for group in groups), default=0.0)
+    scale = 10.0 ** math.ceil(math.log10(widest)) if 1 < widest < math.inf else 1.0
+    gaps = sorted({options.min_gap, *(round(gap * scale, 12) for gap in _GAPS if gap * scale <= widest)})
+    # A greater min_gap takes away from a selection by gap; a random one it draws anew
+    if options.pairing != "random":
+        pairs = _select(groups, replace(options, min_gap=min(gaps)))
+    found = []
+    for gap in gaps:
+        if options.pairing == "random":
+            pairs = _select(groups, replace(options, min_gap=gap))
+        else:
+            pairs = [pair for pair in pairs if pair.gap >= gap]
+        kept = balance_lengths(pairs, options.seed)[0] if balance else pairs
+        found.append(PairsAtGap(gap, len(kept), len({pair.group for pair in kept})))
+    return found
+
+
+def _select(groups: Sequence[Group], options: PairingOptions) -> list[RolloutPair]:
+    return [pair for number, group in enumerate(groups) for pair in select_pairs(group.rollouts, options, number)]
+
+
+def _spread(group: Group) -> float:
+    rewards = [rollout.reward for rollout in group.rollouts]
+    return max(rewards) - min(rewards)
