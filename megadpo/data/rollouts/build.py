@@ -7,7 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -55,7 +55,7 @@ def build_pairs(
     is not written. Raises DataError with every problem for files that can't be read or grouped."""
     rejected = rejected_path(output)
     try:
-        with TextStore(output.parent) as store, _whole(rejected) as rejected_file, _whole(output) as output_file:
+        with TextStore(output.parent) as store, _whole(output) as output_file, _whole(rejected) as rejected_file:
             aside = Aside(rejected_file.text)
             read = read_rollouts(paths, store, aside, options.row, on_row)
             if options.group_by == "task" and options.num_repeats is None:
@@ -136,7 +136,7 @@ def _deduplicated(group: Group, aside: Aside) -> Group:
             kept.append(same[0])
             for rollout in same[1:]:
                 aside.other(rollout.where, "duplicate", equal_to=same[0].where)
-    return Group(group.name, kept)
+    return replace(group, rollouts=kept)
 
 
 def _selected(groups: Sequence[Group], aside: Aside, options: BuildOptions) -> list[RolloutPair]:
@@ -148,7 +148,7 @@ def _selected(groups: Sequence[Group], aside: Aside, options: BuildOptions) -> l
         if not selected and group.rollouts:  # --dedupe may have left none, and has said so of each
             aside.other(
                 group.name,
-                why_no_pair(group.rollouts, options.pairing),
+                _why_no_pair(group, options),
                 rollouts=[rollout.where for rollout in group.rollouts],
                 rewards=[rollout.reward for rollout in group.rollouts],
             )
@@ -164,6 +164,11 @@ def _selected(groups: Sequence[Group], aside: Aside, options: BuildOptions) -> l
         for pair in surplus:
             _leave_out_pair(pair, "length_balance", aside)
     return pairs
+
+
+def _why_no_pair(group: Group, options: BuildOptions) -> str:
+    reason = why_no_pair(group.rollouts, options.pairing)
+    return "inputs_differ" if reason == "one_rollout" and group.of_split_task else reason
 
 
 def _leave_out_pair(pair: RolloutPair, reason: str, aside: Aside) -> None:

@@ -21,8 +21,11 @@ _MOST_PROBLEMS = 20
 @dataclass(frozen=True)
 class Group:
     name: str
+    """file:line of its first rollout, and its task."""
     rollouts: list[Rollout]
     """In file order; of one prompt."""
+    of_split_task: bool = False
+    """Whether its task has rollouts with other inputs, which are groups of their own."""
 
 
 @dataclass(frozen=True)
@@ -38,23 +41,31 @@ class Grouping:
 def group_by_input(rollouts: Iterable[Rollout], how: str = "by input") -> Grouping:
     """One group a prompt, its tools and agent."""
     groups = _gathered(((rollout.agent, rollout.prompt), rollout) for rollout in rollouts)
-    return Grouping([Group(f"input of {group[0].where}", group) for group in groups], how, [])
+    return Grouping([Group(group[0].where, group) for group in groups], how, [])
 
 
 def group_by_task(rollouts: list[Rollout], how: str = "by _ng_task_index") -> Grouping:
     """One group a task (`_ng_task_index`) and prompt. Every rollout must have its task index."""
     groups = _gathered(((rollout.agent, rollout.task, rollout.prompt), rollout) for rollout in rollouts)
-    prompts: dict[Hashable, list[Rollout]] = {}
+    firsts_of_task: dict[Hashable, list[Rollout]] = {}
     for group in groups:
-        # Of one file: two files' tasks may have the same numbers
-        prompts.setdefault((group[0].path, group[0].agent, group[0].task), []).append(group[0])
+        firsts_of_task.setdefault(_task_of(group[0]), []).append(group[0])
     split = [
-        f"task {firsts[0].task!r} of {firsts[0].path}: {len(firsts)} different inputs "
+        f"{firsts[0].path}: task {firsts[0].task!r} has {len(firsts)} different inputs "
         f"(lines {', '.join(str(first.line) for first in firsts[:3])}{', ...' if len(firsts) > 3 else ''})"
-        for firsts in prompts.values()
+        for firsts in firsts_of_task.values()
         if len(firsts) > 1
     ]
-    return Grouping([Group(f"task {group[0].task!r} of {group[0].where}", group) for group in groups], how, split)
+    named = [
+        Group(f"{group[0].where} (task {group[0].task!r})", group, len(firsts_of_task[_task_of(group[0])]) > 1)
+        for group in groups
+    ]
+    return Grouping(named, how, split)
+
+
+def _task_of(rollout: Rollout) -> Hashable:
+    """A task of one file: two files' tasks may have the same numbers."""
+    return rollout.path, rollout.agent, rollout.task
 
 
 def group_automatically(rollouts: list[Rollout]) -> Grouping:
@@ -78,7 +89,7 @@ def group_consecutive(rollouts: Iterable[Rollout], rows: dict[str, int], num_rep
             expected, fix = "none", "mend these first, or use --group-by input"
             problems[_MOST_PROBLEMS:] = [Problem("--num-repeats", f"{more:,} more such problems", expected, fix)]
         raise DataError(problems)
-    named = [Group(f"{num_repeats} rows with {group[0].where}", group) for group in groups]
+    named = [Group(f"{group[0].where} ({num_repeats} rows)", group) for group in groups]
     short = "".join(
         f"; the last group of {path} has {count % num_repeats}" for path, count in rows.items() if count % num_repeats
     )

@@ -69,6 +69,10 @@ ROLLOUT_REASONS: dict[str, Reason] = {
 
 GROUP_REASONS: dict[str, Reason] = {
     "one_rollout": Reason("at least two rollouts of one prompt", "collect with num_repeats of 2 or more"),
+    "inputs_differ": Reason(
+        "another rollout of the task with the same input",
+        "seed the environment by task: one that starts anew for each rollout gives no pairs",
+    ),
     "equal_rewards": Reason(
         "rewards that differ", "raise temperature or num_repeats, or leave out prompts that are too easy or too hard"
     ),

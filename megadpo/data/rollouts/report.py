@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -78,10 +79,8 @@ def histogram(values: npt.NDArray[np.float64]) -> Histogram:
     distinct, counts = np.unique(values, return_counts=True)
     if len(distinct) <= MOST_BINS:
         return Histogram([f"{value:.6g}" for value in distinct], counts.tolist())
-    # Halved before they are subtracted: the range of two doubles may be none
-    low, high = float(values.min()) / 2, float(values.max()) / 2
-    counts, edges = np.histogram(values / 2, bins=10, range=(low, high))
-    return Histogram([f"{a * 2:.4g} .. {b * 2:.4g}" for a, b in zip(edges, edges[1:], strict=False)], counts.tolist())
+    counts, edges = np.histogram(values, bins=10)
+    return Histogram([f"{low:.4g} .. {high:.4g}" for low, high in pairwise(edges.tolist())], counts.tolist())
 
 
 def pairs_at_gaps(groups: Sequence[Group], options: PairingOptions, *, balance: bool) -> list[PairsAtGap]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -17,6 +18,8 @@ from megadpo.data.rollouts.reasons import Unusable
 
 Generation: TypeAlias = Literal["response.output", "output"]
 TaskIndex: TypeAlias = int | str
+
+_MOST_REWARD = sys.float_info.max / 2  # so that the gap of two rewards is finite too
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def _reward(row: Mapping[str, Any]) -> float:
         value = float(reward)
     except OverflowError:
         value = math.inf
-    if not math.isfinite(value):
+    if not abs(value) <= _MOST_REWARD:
         raise Unusable("reward_not_finite", f"reward {value}")
     return value
 
