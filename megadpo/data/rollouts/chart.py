@@ -15,6 +15,8 @@ from megadpo.data.rollouts.report import BuildReport, histogram
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_LINE_CHARS = 150
+
 
 def missing_matplotlib() -> Problem | None:
     """What to tell a user who asks for a picture where matplotlib is not installed."""
@@ -24,24 +26,34 @@ def missing_matplotlib() -> Problem | None:
 
 
 def write_png(report: BuildReport, path: Path) -> None:
-    """Four panels: rewards, gaps, lengths of chosen and rejected, pairs at other gaps."""
+    """Rewards, gaps, lengths of chosen and rejected, pairs at other gaps; below them what was counted and left out."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), constrained_layout=True)
+    lines = _lines(report)
+    figure = pyplot.figure(figsize=(11, 7.5 + 0.19 * len(lines)), constrained_layout=True)
+    parts = figure.subfigures(2, 1, squeeze=False, height_ratios=[7.5, 0.19 * len(lines)])
+    panels, words = parts[0, 0], parts[1, 0]
+    axes = panels.subplots(2, 2)
     _bars(axes[0, 0], report.rewards, f"rewards of {len(report.rewards):,} rollouts")
-    _bars(axes[0, 1], report.gaps, f"reward gap of {len(report.pairs):,} pairs")
+    _bars(axes[0, 1], report.gaps, f"reward gaps of {len(report.pairs):,} pairs")
     _lengths(axes[1, 0], report)
     gaps = axes[1, 1]
     gaps.bar([f"{at.min_gap:g}" for at in report.at_gaps], [at.pairs for at in report.at_gaps])
     gaps.set_title("pairs at other gaps")
     gaps.set_xlabel(f"--min-gap (asked: {report.min_gap:g})")
-    left_out = sum(report.left_out.values())
-    figure.suptitle(f"{report.pairing}; groups {report.grouping}; left out: {left_out:,} rows, groups or pairs")
+    words.text(0.02, 0.98, "\n".join(lines), va="top", fontsize=9, parse_math=False)
     figure.savefig(path, dpi=110, format="png")
     pyplot.close(figure)
+
+
+def _lines(report: BuildReport) -> list[str]:
+    lines = [f"{count:,} {text}" for count, text in report.counts()] + [f"note: {text}" for text in report.remarks()]
+    for reason, count in report.left_out.most_common():
+        lines.append(f"left out: {count:,} {reason.replace('_', ' ')} (first: {report.examples[reason][0]})")
+    return [line if len(line) <= _LINE_CHARS else f"{line[:_LINE_CHARS]}..." for line in lines]
 
 
 def _bars(axes: Axes, values: npt.NDArray[np.float64], title: str) -> None:

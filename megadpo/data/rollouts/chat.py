@@ -118,8 +118,6 @@ class _Reader:
     def _noted(self, call: ChatMessage) -> ChatMessage:
         if "id" in call:
             self._function_names[call["id"]] = call["function"]["name"]
-        if isinstance(call["function"]["arguments"], str):
-            self.conversation.notes.append("tool calls whose arguments are no JSON object (kept as text)")
         return call
 
 
@@ -142,16 +140,14 @@ def to_tools(tools: object) -> list[dict[str, Any]]:
 
 
 def _tool_call(function: Mapping[str, Any], call_id: object, where: str) -> ChatMessage:
-    arguments = function.get("arguments")
+    given = arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
-            parsed = json.loads(arguments)
+            arguments = json.loads(arguments) if arguments.strip() else {}
         except (ValueError, RecursionError):
-            parsed = None
-        # What the model broke stays as it wrote it: a rejected answer may be rejected for just that
-        arguments = parsed if isinstance(parsed, dict) else arguments
-    elif not isinstance(arguments, dict):
-        raise Unusable("unsupported_item", f"{where} with arguments of type {type(arguments).__name__}")
+            arguments = None
+    if not isinstance(arguments, dict):
+        raise Unusable("broken_arguments", f"{where} with the arguments {given!r:.100}")
     call: ChatMessage = {} if call_id is None else {"id": _string(call_id, where)}
     name = _string(function.get("name"), f"{where}.name")
     return call | {"type": "function", "function": {"name": name, "arguments": arguments}}

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from megadpo.config.problems import ConfigError, DataError, Problem
 from megadpo.data.rollouts.build import BuildOptions, build_pairs, rejected_path
@@ -27,7 +28,9 @@ def run(arguments: Sequence[str]) -> None:
     if problems:
         raise ConfigError(problems)
     build = _build_options(options)
-    report = build_pairs(options.rollouts, options.output, build)
+    with _progress() as progress:
+        task = progress.add_task("rows read", total=None)
+        report = build_pairs(options.rollouts, options.output, build, lambda: progress.advance(task))
     report.pairing = _said(options)
     show(report, Console(highlight=False, width=None if sys.stdout.isatty() else COLUMNS))
     if options.report:
@@ -44,6 +47,13 @@ def run(arguments: Sequence[str]) -> None:
             )
         )
     print(f"wrote {options.output}: {len(report.pairs):,} pairs; {rejected}: {left_out:,} left out")
+
+
+def _progress() -> Progress:
+    """Rows so far, on a terminal; nothing elsewhere."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.completed:,.0f} {task.description}"), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _parser() -> argparse.ArgumentParser:

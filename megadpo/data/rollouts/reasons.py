@@ -50,6 +50,9 @@ ROW_REASONS: dict[str, Reason] = {
     "unsupported_item": Reason(
         "messages, reasoning, function_call and function_call_output items", "leave such rollouts out: text is trained"
     ),
+    "broken_arguments": Reason(
+        "tool calls whose arguments are a JSON object", "leave such rollouts out: chat templates write no others"
+    ),
     "half_character": Reason("text that UTF-8 can hold", "write both halves of the surrogate pair"),
     "bad_task_index": Reason("an integer or a string as _ng_task_index", "mend it, or use --group-by input"),
     "no_task_index": Reason("_ng_task_index in every row", "use --group-by input, or --num-repeats N"),

@@ -16,6 +16,7 @@ from megadpo.data.rollouts.pairing import PairingOptions, RolloutPair, balance_l
 
 _GAPS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 MOST_BINS = 12
+MOST_TASKS = 3
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,40 @@ class BuildReport:
         sides = Counter(pair.longer for pair in self.pairs)
         return sides[1], sides[0], sides[-1]
 
-    @property
-    def rollouts_in_pairs(self) -> int:
-        return len({rollout.where for pair in self.pairs for rollout in (pair.chosen, pair.rejected)})
+    def counts(self) -> list[tuple[int, str]]:
+        """Each step's count, and what it counts."""
+        rows, usable, groups = sum(self.rows.values()), len(self.rewards), self.group_sizes.total()
+        files = f"{len(self.rows)} files" if len(self.rows) > 1 else "1 file"
+        paired = len({pair.group for pair in self.pairs})
+        used = len({rollout.where for pair in self.pairs for rollout in (pair.chosen, pair.rejected)})
+        return [
+            (rows, f"rows in {files}, {rows - usable:,} of them unusable"),
+            (usable, f"rollouts{_range(self.rewards)}"),
+            (groups, f"groups {self.grouping}{_sizes(self.group_sizes)}"),
+            (paired, f"groups with pairs, {groups - paired:,} without"),
+            (len(self.pairs), f"pairs ({self.pairing}), from {used:,} rollouts"),
+        ]
+
+    def remarks(self) -> list[str]:
+        """What else a user should know before training on the pairs."""
+        remarks = [f"{count:,} {text}" for text, count in self.notes.most_common()]
+        remarks += [f"{text}: a pair needs one prompt, so each is a group" for text in self.split_tasks[:MOST_TASKS]]
+        if len(self.split_tasks) > MOST_TASKS:
+            remarks.append(f"{len(self.split_tasks) - MOST_TASKS:,} more tasks have several inputs")
+        return remarks
+
+
+def _range(rewards: npt.NDArray[np.float64]) -> str:
+    if not len(rewards):
+        return ""
+    return f", reward {rewards.mean():.4g} on average, from {rewards.min():.6g} to {rewards.max():.6g}"
+
+
+def _sizes(group_sizes: Counter[int]) -> str:
+    sizes = sorted(group_sizes)
+    if len(sizes) > 1:
+        return f", of {sizes[0]:,} to {sizes[-1]:,} rollouts"
+    return f", of {sizes[0]:,} rollout{'s' if sizes[0] > 1 else ''}" if sizes else ""
 
 
 def histogram(values: npt.NDArray[np.float64]) -> Histogram:

@@ -80,9 +80,8 @@ def answer_chars(answer: list[ChatMessage]) -> int:
         if message["role"] == "assistant":
             total += len(message["content"]) + len(message.get("reasoning_content", ""))
             for call in message.get("tool_calls", ()):
-                arguments = call["function"]["arguments"]
-                text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-                total += len(call["function"]["name"]) + len(text)
+                function = call["function"]
+                total += len(function["name"]) + len(json.dumps(function["arguments"], ensure_ascii=False))
     return total
 
 

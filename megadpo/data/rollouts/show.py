@@ -25,9 +25,9 @@ def show(report: BuildReport, console: Console) -> None:
     _show_counts(report, console)
     _show_left_out(report, console)
     if len(report.rewards):
-        _show_histogram("rewards of all rollouts", "rollouts", report.rewards, console)
+        _show_histogram("rewards of the rollouts", report.rewards, console)
     if report.pairs:
-        _show_histogram("reward gap of the pairs", "pairs", report.gaps, console)
+        _show_histogram("reward gaps of the pairs", report.gaps, console)
         _show_lengths(report, console)
     if any(at.pairs for at in report.at_gaps):
         _show_gaps(report, console)
@@ -43,42 +43,14 @@ def write_html(report: BuildReport, path: Path) -> None:
 
 
 def _show_counts(report: BuildReport, console: Console) -> None:
-    rows, usable, groups = sum(report.rows.values()), len(report.rewards), report.group_sizes.total()
-    files = f"{len(report.rows)} files" if len(report.rows) > 1 else "1 file"
-    paired = len({pair.group for pair in report.pairs})
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(justify="right")
     table.add_column()
-    for count, text in (
-        (rows, f"rows in {files}, {rows - usable:,} of them unusable"),
-        (usable, f"rollouts, {escape(_rewards(report.rewards))}"),
-        (groups, f"groups {escape(report.grouping)}{escape(_sizes(report))}"),
-        (paired, f"groups with pairs, {groups - paired:,} without"),
-        (len(report.pairs), f"pairs ({escape(report.pairing)}), from {report.rollouts_in_pairs:,} rollouts"),
-    ):
-        table.add_row(f"[bold]{count:,}", text)
+    for count, text in report.counts():
+        table.add_row(f"[bold]{count:,}", escape(text))
     console.print(table)
-    for text, count in report.notes.most_common():
-        console.print(f"[yellow]note:[/] {count:,} {escape(text)}")
-    for text in report.split_tasks[:3]:
-        console.print(f"[yellow]note:[/] {escape(text)}: a pair needs one prompt, so each is a group")
-    if len(report.split_tasks) > 3:
-        console.print(f"[yellow]note:[/] and {len(report.split_tasks) - 3:,} more tasks of several inputs")
-
-
-def _rewards(rewards: npt.NDArray[np.float64]) -> str:
-    if not len(rewards):
-        return "no reward"
-    return f"reward {rewards.mean():.4g} on average, from {rewards.min():.6g} to {rewards.max():.6g}"
-
-
-def _sizes(report: BuildReport) -> str:
-    if not report.group_sizes:
-        return ""
-    sizes = sorted(report.group_sizes)
-    if len(sizes) > 1:
-        return f", of {sizes[0]:,} to {sizes[-1]:,} rollouts"
-    return f", of {sizes[0]:,} rollout{'s' if sizes[0] > 1 else ''}"
+    for text in report.remarks():
+        console.print(f"[yellow]note:[/] {escape(text)}")
 
 
 def _show_left_out(report: BuildReport, console: Console) -> None:
@@ -96,7 +68,7 @@ def _show_left_out(report: BuildReport, console: Console) -> None:
     console.print(table)
 
 
-def _show_histogram(title: str, unit: str, values: npt.NDArray[np.float64], console: Console) -> None:
+def _show_histogram(title: str, values: npt.NDArray[np.float64], console: Console) -> None:
     bins = histogram(values)
     most = max(bins.counts)
     table = Table(title=title, title_justify="left", box=None, show_header=False, pad_edge=False)
@@ -104,7 +76,7 @@ def _show_histogram(title: str, unit: str, values: npt.NDArray[np.float64], cons
     table.add_column(justify="right")
     table.add_column()
     for label, count in zip(bins.labels, bins.counts, strict=True):
-        table.add_row(label, f"{count:,} {unit}", "[cyan]" + "█" * round(_BAR_CHARS * count / most))
+        table.add_row(label, f"{count:,}", "[cyan]" + "█" * round(_BAR_CHARS * count / most))
     console.print(table)
 
 

@@ -60,12 +60,14 @@ class TextStore:
 
     def add_prompt(self, messages: list[ChatMessage], tools: list[dict[str, Any]]) -> int:
         """Number of the prompt. Raises Unusable for text that UTF-8 can't hold."""
-        value = {"prompt": messages} | ({"tools": tools} if tools else {})
-        return self._add(value, value, "input")
+        data = _encoded({"prompt": messages} | ({"tools": tools} if tools else {}), "input")
+        return self._add(b"input:", data, data)
 
     def add_answer(self, messages: list[ChatMessage]) -> int:
         """Number of the answer. Raises Unusable for text that UTF-8 can't hold."""
-        return self._add(messages, _without_ids(messages), "output")
+        data = _encoded(messages, "output")
+        bare = _without_ids(messages)
+        return self._add(b"output:", data, data if bare == messages else _encoded(bare, "output"))
 
     def get(self, number: int) -> Any:
         """The value again: {prompt, tools?} of a prompt, messages of an answer."""
@@ -73,14 +75,8 @@ class TextStore:
         self._file.seek(start)
         return json.loads(self._file.read(size))
 
-    def _add(self, value: object, identity: object, name: str) -> int:
-        try:
-            key = json.dumps(identity, ensure_ascii=False, sort_keys=True).encode()
-            data = json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            half = error.object[error.start : error.start + 1]
-            raise Unusable("half_character", f"{name} with the half character {half!a}") from error
-        digest = hashlib.blake2b(name.encode() + b":" + key, digest_size=16).digest()
+    def _add(self, kind: bytes, data: bytes, identity: bytes) -> int:
+        digest = hashlib.blake2b(kind + identity, digest_size=16).digest()
         number = self._numbers.setdefault(digest, len(self._places))
         if number == len(self._places):
             self._places.append((self._end, len(data)))
@@ -88,6 +84,14 @@ class TextStore:
             self._file.write(data)
             self._end += len(data)
         return number
+
+
+def _encoded(value: object, name: str) -> bytes:
+    try:
+        return json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start : error.start + 1]
+        raise Unusable("half_character", f"{name} with the half character {half!a}") from error
 
 
 def _without_ids(messages: list[ChatMessage]) -> list[ChatMessage]:

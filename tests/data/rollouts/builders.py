@@ -19,7 +19,7 @@ def reasoning(text: str) -> dict[str, Any]:
     return {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": text}]}
 
 
-def call(name: str, arguments: str, call_id: str = "call_1") -> dict[str, Any]:
+def call(name: str, arguments: object, call_id: str = "call_1") -> dict[str, Any]:
     return {"type": "function_call", "name": name, "arguments": arguments, "call_id": call_id, "status": "completed"}
 
 

@@ -90,11 +90,16 @@ def test_a_developer_message_is_a_system_message():
     ]
 
 
-@pytest.mark.parametrize("arguments", ['{"a": 1', "[1]", "null"])
-def test_arguments_that_are_no_object_stay_as_the_model_wrote_them(arguments: str):
-    conversation = to_messages([call("f", arguments)], "output")
-    assert conversation.messages[0]["tool_calls"][0]["function"]["arguments"] == arguments
-    assert "arguments are no JSON object" in conversation.notes[0]
+@pytest.mark.parametrize("arguments", ['{"a": 1', "[1]", "null", None, 5])
+def test_arguments_that_are_no_object_are_refused(arguments: object):
+    """Some chat templates would quote them again, others write them bare: training reads objects only."""
+    with pytest.raises(Unusable) as refused:
+        to_messages([call("f", arguments)], "output")
+    assert refused.value.reason == "broken_arguments"
+
+
+def test_no_arguments_are_an_empty_object():
+    assert to_messages([call("f", "")], "output").messages[0]["tool_calls"][0]["function"]["arguments"] == {}
 
 
 def test_encrypted_reasoning_is_noted():
@@ -112,7 +117,6 @@ def test_encrypted_reasoning_is_noted():
         ({"type": "message", "role": "critic", "content": "x"}, "role 'critic'"),
         ({"type": "message", "role": "user", "content": [{"type": "input_image"}]}, "content[0] of type 'input_image'"),
         ({"type": "message", "role": "user", "content": 3}, "content of type int"),
-        ({"type": "function_call", "name": "f", "arguments": None, "call_id": "c"}, "arguments of type NoneType"),
         ({"type": "function_call", "name": None, "arguments": "{}", "call_id": "c"}, "name of type NoneType"),
         ({"type": "function_call_output", "call_id": "c", "output": {"a": 1}}, "of type dict"),
         ({"role": "assistant", "content": "", "tool_calls": [{"id": "c"}]}, "tool_calls[0] without a function"),
