@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import zstandard
 
@@ -61,7 +61,40 @@ def _opened(path: Path) -> BinaryIO:
     if path.suffix == ".gz":
         return cast(BinaryIO, gzip.open(path, "rb"))
     if path.suffix == ".zst":
-        # One file may hold several frames: pzstd and appending writers make such
-        unpacked = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
-        return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, unpacked), 2**20))
+        return cast(BinaryIO, io.BufferedReader(_Chunks(_zstd_chunks(path)), 2**20))
     return path.open("rb")
+
+
+def _zstd_chunks(path: Path) -> Iterator[bytes]:
+    """The content of a file's frames. Raises EOFError for a last frame without its end, which zstandard's own reader
+    takes for whole."""
+    with path.open("rb") as file:
+        frame = None
+        while piece := file.read(2**17):
+            while piece:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                yield frame.decompress(piece)
+                piece, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+        if frame is not None:
+            raise EOFError("a Zstandard frame without its end")
+
+
+class _Chunks(io.RawIOBase):
+    """Chunks of bytes as a file, for io.BufferedReader to cut into lines."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+        self._rest = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return 0
+            self._rest = chunk
+        count = min(len(buffer), len(self._rest))
+        buffer[:count], self._rest = self._rest[:count], self._rest[count:]
+        return count

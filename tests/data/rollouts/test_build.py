@@ -157,6 +157,13 @@ def test_the_table_of_other_gaps_is_what_other_gaps_give(tmp_path: Path) -> None
                 assert (at.pairs, at.prompts) == (len(other.pairs), len({pair.group for pair in other.pairs}))
 
 
+def test_a_task_of_several_inputs_gives_no_pair_and_says_why(tmp_path: Path) -> None:
+    rows = [current(f"Your hand: {hand}", "hit", hand, _ng_task_index=0) for hand in (1, 2)]
+    pairs, aside, report = built(tmp_path, rows)
+    assert not pairs and [record["reason"] for record in aside] == ["inputs_differ"] * 2
+    assert "2 different inputs (lines 1, 2)" in report.remarks()[0]
+
+
 def test_grouping_by_task_sets_rows_without_an_index_aside(tmp_path: Path) -> None:
     rows = [current("q", "a", 1, _ng_task_index=0), current("q", "b", 0, _ng_task_index=0), current("q", "c", 0)]
     pairs, aside, _ = built(tmp_path, rows, BuildOptions(group_by="task"))

@@ -55,9 +55,10 @@ def test_turns_of_several_sides_stay_apart():
     ]
 
 
-def test_two_messages_of_one_turn_are_two_messages():
-    items = [message("one"), reasoning("more"), message("two")]
+def test_messages_of_one_turn_stay_apart():
+    items = [message("none"), message("one"), reasoning("more"), message("two")]
     assert to_messages(items, "output").messages == [
+        {"role": "assistant", "content": "none"},
         {"role": "assistant", "content": "one"},
         {"role": "assistant", "content": "two", "reasoning_content": "more"},
     ]

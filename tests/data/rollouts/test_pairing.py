@@ -106,7 +106,10 @@ def test_best_each_sets_the_best_against_every_other(group, options):
     rejected = [pair[1] for pair in taken]
     assert len(set(rejected)) == len(rejected)
     if options.match_lengths:
-        assert set(rejected) == {worse for chosen, worse in allowed if chosen.reward == best}
+        of_best = [pair for pair in allowed if pair[0].reward == best]
+        assert set(rejected) == {worse for _, worse in of_best}
+        for chosen, worse in taken:
+            assert difference(chosen, worse) == min(difference(*pair) for pair in of_best if pair[1] == worse)
     else:
         first = next(one for one in group if one.reward == best)
         assert taken == [pair for pair in allowed if pair[0] == first]

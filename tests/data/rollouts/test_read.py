@@ -103,8 +103,9 @@ def test_compressed_files_say_the_same(tmp_path: Path) -> None:
 def test_every_file_that_cannot_be_read_is_named_at_once(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_bytes(b"\n\n")
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"reward": 1}\n' * 1000)[:-20])
+    (tmp_path / "cut.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(b'{"reward": 1}\n' * 1000)[:-5])
     (tmp_path / "no.jsonl.zst").write_bytes(b"no archive")
-    names = ["empty.jsonl", "absent.jsonl", "cut.jsonl.gz", "no.jsonl.zst"]
+    names = ["empty.jsonl", "absent.jsonl", "cut.jsonl.gz", "cut.jsonl.zst", "no.jsonl.zst"]
     with pytest.raises(DataError) as refused:
         read(*(tmp_path / name for name in names))
     said = [problem.where.removeprefix(f"{tmp_path}/").split(":")[0] for problem in refused.value.problems]
