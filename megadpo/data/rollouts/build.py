@@ -136,7 +136,7 @@ def _deduplicated(group: Group, aside: Aside) -> Group:
             kept.append(same[0])
             for rollout in same[1:]:
                 aside.other(rollout.where, "duplicate", equal_to=same[0].where)
-    return replace(group, rollouts=kept)
+    return replace(group, rollouts=kept, deduplicated=len(group.rollouts) - len(kept))
 
 
 def _selected(groups: Sequence[Group], aside: Aside, options: BuildOptions) -> list[RolloutPair]:
@@ -168,6 +168,8 @@ def _selected(groups: Sequence[Group], aside: Aside, options: BuildOptions) -> l
 
 def _why_no_pair(group: Group, options: BuildOptions) -> str:
     reason = why_no_pair(group.rollouts, options.pairing)
+    if reason == "one_rollout" and group.deduplicated:
+        return "one_answer"
     return "inputs_differ" if reason == "one_rollout" and group.of_split_task else reason
 
 

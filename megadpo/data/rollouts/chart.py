@@ -60,7 +60,7 @@ def _bars(axes: Axes, values: npt.NDArray[np.float64], title: str) -> None:
     axes.set_title(title)
     if len(values):
         bins = histogram(values)
-        axes.barh(bins.labels, bins.counts)
+        axes.barh(range(len(bins.counts)), bins.counts, tick_label=bins.labels)  # two labels may read the same
 
 
 def _lengths(axes: Axes, report: BuildReport) -> None:

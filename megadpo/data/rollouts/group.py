@@ -26,6 +26,8 @@ class Group:
     """In file order; of one prompt."""
     of_split_task: bool = False
     """Whether its task has rollouts with other inputs, which are groups of their own."""
+    deduplicated: int = 0
+    """Rollouts that --dedupe took out of it."""
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,7 @@ ROLLOUT_REASONS: dict[str, Reason] = {
 
 GROUP_REASONS: dict[str, Reason] = {
     "one_rollout": Reason("at least two rollouts of one prompt", "collect with num_repeats of 2 or more"),
+    "one_answer": Reason("two different answers", "raise temperature: after --dedupe the group has one answer left"),
     "inputs_differ": Reason(
         "another rollout of the task with the same input",
         "seed the environment by task: one that starts anew for each rollout gives no pairs",

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from megadpo.data.rollouts.group import Group
 from megadpo.data.rollouts.pairing import PairingOptions, RolloutPair, balance_lengths, select_pairs
+from megadpo.data.rollouts.reasons import GROUP_REASONS
 
 _GAPS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 MOST_BINS = 12
@@ -75,12 +76,15 @@ class BuildReport:
         rows, usable, groups = sum(self.rows.values()), len(self.rewards), self.group_sizes.total()
         files = f"{len(self.rows)} files" if len(self.rows) > 1 else "1 file"
         paired = len({pair.group for pair in self.pairs})
+        # what --dedupe and --balance-lengths emptied is left out rollout by rollout and pair by pair
+        emptied = groups - paired - sum(self.left_out[reason] for reason in GROUP_REASONS)
+        by_parts = f" ({emptied:,} of them lost every rollout or pair)" if emptied else ""
         used = len({rollout.where for pair in self.pairs for rollout in (pair.chosen, pair.rejected)})
         return [
             (rows, f"rows in {files}, {rows - usable:,} of them unusable"),
             (usable, f"rollouts{_range(self.rewards)}"),
             (groups, f"groups {self.grouping}{_sizes(self.group_sizes)}"),
-            (paired, f"groups with pairs, {groups - paired:,} without"),
+            (paired, f"groups with pairs, {groups - paired:,} without{by_parts}"),
             (len(self.pairs), f"pairs ({self.pairing}), from {used:,} rollouts"),
         ]
 
@@ -107,10 +111,15 @@ def _sizes(group_sizes: Counter[int]) -> str:
 
 
 def histogram(values: npt.NDArray[np.float64]) -> Histogram:
-    """Each value by itself where there are few (as `sort | uniq -c`), else ten equal bins from least to greatest."""
-    distinct, counts = np.unique(values, return_counts=True)
-    if len(distinct) <= MOST_BINS:
-        return Histogram([f"{value:.6g}" for value in distinct], counts.tolist())
+    """Each value by itself where there are few (as `sort | uniq -c`; to six digits, so that 0.9 - 0.7 is 0.2), else ten
+    equal bins from least to greatest."""
+    by_label: Counter[str] = Counter()
+    for value, count in zip(*np.unique(values, return_counts=True), strict=True):
+        by_label[f"{value:.6g}"] += int(count)
+        if len(by_label) > MOST_BINS:
+            break
+    else:
+        return Histogram(list(by_label), list(by_label.values()))
     counts, edges = np.histogram(values, bins=10)
     return Histogram([f"{low:.4g} .. {high:.4g}" for low, high in pairwise(edges.tolist())], counts.tolist())
 
@@ -119,7 +128,8 @@ def pairs_at_gaps(groups: Sequence[Group], options: PairingOptions, *, balance: 
     """Pairs that other values of min_gap would give, the asked one among them, up to the widest gap there is."""
     widest = max((_spread(group) for group in groups), default=0.0)
     scale = 10.0 ** math.ceil(math.log10(widest)) if 1 < widest < math.inf else 1.0
-    gaps = sorted({options.min_gap, *(round(gap * scale, 12) for gap in _GAPS if gap * scale <= widest)})
+    others = {round(gap * by, 12) for gap in _GAPS for by in (1.0, scale)}
+    gaps = sorted({options.min_gap, *(gap for gap in others if gap <= widest)})
     # A greater min_gap takes away from a selection by gap; a random one it draws anew
     if options.pairing != "random":
         pairs = _select(groups, replace(options, min_gap=min(gaps)))

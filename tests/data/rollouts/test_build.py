@@ -126,6 +126,14 @@ def test_dedupe_takes_equal_answers_once_and_none_with_two_rewards(tmp_path: Pat
     pairs, aside, report = built(tmp_path, rows, BuildOptions(pairing=everything.pairing, dedupe=True))
     assert [(pair["chosen"][0]["content"], pair["rejected"][0]["content"]) for pair in pairs] == [("a", "b")]
     assert report.left_out == {"duplicate": 1, "contradictory_reward": 2, "duplicate_pair": 1} and len(aside) == 4
+    assert report.counts()[3] == (1, "groups with pairs, 1 without (1 of them lost every rollout or pair)")
+
+
+def test_a_group_that_dedupe_leaves_one_answer_says_so(tmp_path: Path) -> None:
+    rows = [current("q", "a", 1), current("q", "a", 1)]
+    _, aside, report = built(tmp_path, rows, BuildOptions(dedupe=True))
+    assert [record["reason"] for record in aside] == ["duplicate", "one_answer"]
+    assert report.counts()[3] == (0, "groups with pairs, 1 without")
 
 
 def test_balancing_leaves_out_pairs_and_says_so(tmp_path: Path) -> None:
@@ -151,7 +159,7 @@ def test_the_table_of_other_gaps_is_what_other_gaps_give(tmp_path: Path) -> None
                 return BuildOptions(pairing=chosen, balance_lengths=balance)
 
             _, _, report = built(tmp_path, rows, options(0.25))
-            assert [at.min_gap for at in report.at_gaps] == [0, 0.25, 0.5, 1]
+            assert [at.min_gap for at in report.at_gaps] == [0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.5, 1]
             for at in report.at_gaps:
                 _, _, other = built(tmp_path, rows, options(at.min_gap))
                 assert (at.pairs, at.prompts) == (len(other.pairs), len({pair.group for pair in other.pairs}))
