@@ -79,7 +79,10 @@ class _Reader:
         reasoning = item.get("reasoning_content")
         if reasoning and self.keep_reasoning:
             message["reasoning_content"] = message.get("reasoning_content", "") + _string(reasoning, where)
-        for number, call in enumerate(item.get("tool_calls") or []):
+        calls = item.get("tool_calls") or []
+        if not isinstance(calls, list):
+            raise Unusable("unsupported_item", f"{where}.tool_calls of type {type(calls).__name__}")
+        for number, call in enumerate(calls):
             inner = call.get("function") if isinstance(call, Mapping) else None
             if not isinstance(inner, Mapping):
                 raise Unusable("unsupported_item", f"{where}.tool_calls[{number}] without a function")

@@ -128,6 +128,8 @@ def _prompt(row: Mapping[str, Any], options: RowOptions) -> tuple[list[ChatMessa
     if instructions:
         items = [{"role": "system", "content": instructions}, *items]
     messages = to_messages(items, "input", keep_reasoning=options.keep_reasoning).messages
+    if not messages:
+        raise Unusable("no_input", "an input without messages")
     if messages[-1]["role"] == "assistant":
         raise Unusable("prompt_ends_in_assistant", "an input whose last message is the assistant's")
     return messages, to_tools(params.get("tools"))

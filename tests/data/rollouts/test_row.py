@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from typing import Any
 
 import pytest
 
@@ -62,6 +64,7 @@ REFUSED = [
     ("no_input", {"reward": 1, "output": "4"}),
     ("no_input", current([], "4", 1)),
     ("no_input", {**GOOD, "responses_create_params": [1]}),
+    ("no_input", current([{"type": "reasoning", "summary": []}], "4", 1)),
     ("no_output", {**GOOD, "response": {"id": "x"}}),
     ("no_output", {**GOOD, "response": {"output": 5}}),
     ("both_generations", {**GOOD, "output": "5"}),
@@ -111,3 +114,51 @@ def test_text_refuses_what_a_string_cannot_hold(row: dict):
 def test_text_without_reasoning():
     parsed = parse_row(current("hi", [reasoning("hm"), message("4")], 1), RowOptions(text=True, keep_reasoning=False))
     assert parsed.answer == [{"role": "assistant", "content": "4"}]
+
+
+FULL = current(
+    [message("hi", "user"), call("f", "{}"), call_output("1")],
+    [
+        reasoning("hm"),
+        call("f", '{"a": 1}'),
+        call_output([{"type": "input_text", "text": "1"}]),
+        {"role": "assistant", "content": "x", "reasoning_content": "y", "tool_calls": [{"id": "i", "function": {}}]},
+        message("4"),
+    ],
+    1.0,
+    params={"instructions": "be short", "tools": [{"type": "function", "name": "f", "parameters": {}}]},
+    _ng_task_index=0,
+    agent_ref={"name": "a"},
+)
+FULL["response"]["output"][3]["tool_calls"][0]["function"] = {"name": "f", "arguments": "{}"}
+
+
+def paths(value: Any, path: tuple = ()) -> list[tuple]:
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(found for key, one in inner for found in paths(one, (*path, key)))]
+
+
+@pytest.mark.parametrize(
+    "value", [None, True, 5, 0.5, "", "x", [], [5], [{}], {}, {"type": 5}, {"type": "x", "role": []}], ids=repr
+)
+def test_whatever_stands_anywhere_in_a_row_it_is_read_or_refused(value: object):
+    for path in paths(FULL)[1:]:
+        row: Any = copy.deepcopy(FULL)
+        target = row
+        for key in path[:-1]:
+            target = target[key]
+        target[path[-1]] = value
+        read_or_refused(row)
+        del target[path[-1]]
+        read_or_refused(row)
+
+
+def read_or_refused(row: dict[str, Any]) -> None:
+    try:
+        parsed = parse_row(row, PLAIN)
+    except Unusable:
+        return
+    json.dumps([parsed.prompt, parsed.tools, parsed.answer])
+    assert parsed.answer[0]["role"] == parsed.answer[-1]["role"] == "assistant"
+    assert all(isinstance(turn["content"], str) for turn in parsed.prompt + parsed.answer)
+    assert answer_chars(parsed.answer) > 0
