@@ -12,7 +12,7 @@ from megadpo.data.rollouts.reasons import REASONS
 MOST_EXAMPLES = 3
 """Places a report names for a reason; the file has all."""
 
-_MAX_LINE_CHARS = 2**20
+_MAX_LINE_BYTES = 2**20
 
 
 @dataclass
@@ -25,8 +25,8 @@ class Aside:
 
     def row(self, where: str, reason: str, value: str, line: bytes) -> None:
         """A row that can't be used, with its line (bytes that are no UTF-8 as \\xNN; the first MiB of a long one)."""
-        text = line.decode("utf-8", errors="backslashreplace")
-        self._write(where, reason, {"where": where, "value": value}, {"line": text[:_MAX_LINE_CHARS]})
+        text = line[:_MAX_LINE_BYTES].decode("utf-8", errors="backslashreplace")
+        self._write(where, reason, {"where": where, "value": value}, {"line": text})
 
     def other(self, where: str, reason: str, **facts: object) -> None:
         """A rollout, group or pair that is left out; `where` is what the report names."""

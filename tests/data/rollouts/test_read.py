@@ -88,6 +88,11 @@ def test_a_line_is_never_held_larger_than_the_limit(tmp_path: Path, monkeypatch:
     assert [one.line for one in done.rollouts] == [2] and aside[0]["reason"] == "line_too_long"
 
 
+def test_the_first_mebibyte_of_a_refused_line_is_kept(tmp_path: Path) -> None:
+    _, aside = read(write(tmp_path / "r.jsonl", [b"5" * 2**20 + b"6", current("q", "a", 1)]))
+    assert aside[0]["line"] == "5" * 2**20
+
+
 def test_compressed_files_say_the_same(tmp_path: Path) -> None:
     plain = write(tmp_path / "r.jsonl", [current("q", f"answer {n}", n) for n in range(50)])
     (tmp_path / "r.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
