@@ -46,7 +46,7 @@ def run(arguments: Sequence[str]) -> None:
                 f"see the reasons above and in {rejected}; {options.output} was {there}",
             )
         )
-    print(f"wrote {options.output}: {len(report.pairs):,} pairs; {rejected}: {left_out:,} left out")
+    print(f"wrote {options.output}: {len(report.pairs):,} pair{'s' * (len(report.pairs) > 1)}; {rejected}: {left_out:,} left out")
 
 
 def _progress() -> Progress:
