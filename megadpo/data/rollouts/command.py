@@ -46,7 +46,8 @@ def run(arguments: Sequence[str]) -> None:
                 f"see the reasons above and in {rejected}; {options.output} was {there}",
             )
         )
-    print(f"wrote {options.output}: {len(report.pairs):,} pair{'s' * (len(report.pairs) > 1)}; {rejected}: {left_out:,} left out")
+    pairs = f"{len(report.pairs):,} pair{'s' * (len(report.pairs) > 1)}"
+    print(f"wrote {options.output}: {pairs}; {rejected}: {left_out:,} left out")
 
 
 def _progress() -> Progress:
