@@ -73,6 +73,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def journaled(folder: Path) -> set[tuple[int, int]]:
     """(task, rollout) of what is whole in the journal."""
     path = folder / "rollouts.jsonl.journal"
-    lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    content = path.read_bytes() if path.exists() else b""
+    lines = [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
     rows = [json.loads(line) for line in lines]
     return {(row["_ng_task_index"], row["_ng_rollout_index"]) for row in rows if "reward" in row}
