@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description="Collect rollouts from an OpenAI-compatible server.", epilog="All options: docs/collecting.md"
     )
-    parser.add_argument("options", nargs="+", help="key=value or +key=value, e.g. +num_repeats=4")
+    parser.add_argument("options", nargs="*", help="key=value or +key=value, e.g. +num_repeats=4")
     try:
         return collect(parser.parse_args(arguments).options)
     except UserError as error:

@@ -81,14 +81,20 @@ class JsonClient:
     async def post(self, path: str, body: Any, read: Callable[[dict[str, Any]], Any] = lambda answer: answer) -> Any:
         """POST until there is an answer; what `read` makes of it. `read` may raise TryAgain, or ValueError for an answer
         that is of no use. Raises RolloutFailure when it is to be given up."""
-        return await self._retried("POST", path, body, read, self._max_attempts)
+        return await self._retried("POST", path, body, read, self._max_attempts, self._timeout_s)
 
-    async def get(self, path: str, max_attempts: int) -> Any:
+    async def get(self, path: str, *, max_attempts: int, timeout_s: float) -> Any:
         """GET, in the same way."""
-        return await self._retried("GET", path, None, lambda answer: answer, max_attempts)
+        return await self._retried("GET", path, None, lambda answer: answer, max_attempts, timeout_s)
 
     async def _retried(
-        self, method: str, path: str, body: Any, read: Callable[[dict[str, Any]], Any], max_attempts: int
+        self,
+        method: str,
+        path: str,
+        body: Any,
+        read: Callable[[dict[str, Any]], Any],
+        max_attempts: int,
+        timeout_s: float,
     ) -> Any:
         attempts = 0
         try:
@@ -101,7 +107,7 @@ class JsonClient:
             ):
                 attempts += 1
                 with attempt:
-                    return read(await self._send(method, path, body))
+                    return read(await self._send(method, path, body, timeout_s))
         except TryAgain as error:
             raise self._failure(error.reason, error.status, attempts) from error
         except ValueError as error:
@@ -111,12 +117,12 @@ class JsonClient:
             raise
         raise AssertionError("tenacity ends with a result or an exception")
 
-    async def _send(self, method: str, path: str, body: Any) -> dict[str, Any]:
+    async def _send(self, method: str, path: str, body: Any, timeout_s: float) -> dict[str, Any]:
         try:
             request = self._http.request(method, path, json=body)
-            response = await asyncio.wait_for(request, self._timeout_s)
+            response = await asyncio.wait_for(request, timeout_s)
         except (asyncio.TimeoutError, TimeoutError) as error:
-            raise TryAgain(f"no answer in {self._timeout_s:g} s") from error
+            raise TryAgain(f"no answer in {timeout_s:g} s") from error
         except httpx.RequestError as error:  # connections, and bodies cut short
             raise TryAgain(f"{type(error).__name__}: {error or 'connection lost'}") from error
         status = response.status_code

@@ -74,12 +74,13 @@ async def _run_until_signal(job: Job) -> int:
     task = asyncio.current_task()
     assert task is not None
     received: list[int] = []
+    loop = asyncio.get_running_loop()
 
     def stop(number: int) -> None:
         received.append(number)
+        loop.remove_signal_handler(number)  # a second one ends the process as usual
         task.cancel()
 
-    loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # not in the main thread
             loop.add_signal_handler(number, stop, number)
@@ -118,7 +119,7 @@ async def _run(job: Job) -> int:
         if journal.finished_rows is not None:
             return _finished_before(options, journal.finished_rows)
         if job.reward_function is not None:
-            score = by_function(job.reward_function)
+            score = by_function(job.reward_function, options.num_samples_in_parallel)
         else:
             assert options.resources_server_url is not None
             # No key: it is the model server's.
@@ -191,7 +192,7 @@ def _finish(options: CollectOptions, journal: Journal, progress: CollectProgress
     if not missing:
         journal.mark_finished()
         return 0
-    print(f"{missing:,} of {progress.total:,} rollouts are missing; reasons: {options.failures}")
+    print(f"missing: {missing:,} of {progress.total:,} rollouts; reasons: {options.failures}")
     early = " (stopped early: the rest was not asked)" if stopped else ""
     print(f"{progress.failed:,} failed{early}; the same command asks for what is missing, and for nothing twice")
     return INCOMPLETE

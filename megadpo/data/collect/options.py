@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -93,7 +93,8 @@ def parse_options(arguments: Sequence[str]) -> CollectOptions:
             problems.append(Problem(name, tree.pop(name), "a known key; this one is not", fix))
     reader = Reader(frozenset(dotted_paths(CollectOptions)))
     options = reader.section(CollectOptions, tree, "")
-    problems += reader.problems
+    here = [replace(one, fix=one.fix.replace(" in the file or on the command line", "=...")) for one in reader.problems]
+    problems += here
     problems += _broken_rules(options, reader.bad)
     if problems:
         raise ConfigError(problems)

@@ -14,6 +14,7 @@ from megadpo.data.collect.prompts import request_body
 
 _PATHS: dict[PolicyApi, str] = {"chat_completions": "chat/completions", "responses": "responses"}
 _MODEL_ATTEMPTS = 3
+_MODEL_TIMEOUT_S = 30.0
 
 
 class Policy:
@@ -42,7 +43,7 @@ async def model_to_ask(client: JsonClient, base_url: str, wanted: str | None) ->
     """`wanted`, or the only model that the server has. Raises ConfigError where the server can't be reached, has another
     model, or several. A server that does not list its models is believed to have the one that is wanted."""
     try:
-        listed = await client.get("models", _MODEL_ATTEMPTS)
+        listed = await client.get("models", max_attempts=_MODEL_ATTEMPTS, timeout_s=_MODEL_TIMEOUT_S)
         names = [str(one["id"]) for one in listed.get("data") or []]
     except (TypeError, KeyError, AttributeError):
         names = []

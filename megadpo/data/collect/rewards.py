@@ -6,10 +6,12 @@ import asyncio
 import copy
 import importlib
 import inspect
+import json
 import math
 import os
 import sys
 from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 from megadpo.config.problems import ConfigError, Problem
@@ -48,15 +50,19 @@ def load_reward_function(name: str) -> RewardFunction:
     return named
 
 
-def by_function(function: RewardFunction) -> Score:
-    """Rewards of a Python function. It gets a copy of the row, so it can't change what is written."""
+def by_function(function: RewardFunction, parallel: int) -> Score:
+    """Rewards of a Python function, up to `parallel` at once. It gets a copy of the row: it can't change what is
+    written."""
+    # Its own threads: asyncio's are few, and the journal's fsync would wait behind slow rewards.
+    threads = ThreadPoolExecutor(parallel, "reward")
 
     async def score(row: Body) -> Body:
         row = copy.deepcopy(row)
         try:
-            result = await (
-                function(row) if inspect.iscoroutinefunction(function) else asyncio.to_thread(function, row)
-            )
+            if inspect.iscoroutinefunction(function):
+                result = await function(row)
+            else:
+                result = await asyncio.get_running_loop().run_in_executor(threads, function, row)
             if inspect.isawaitable(result):
                 result = await result
         except Exception as error:
@@ -67,16 +73,21 @@ def by_function(function: RewardFunction) -> Score:
 
 
 def by_server(client: JsonClient) -> Score:
-    """Rewards of a NeMo Gym resources server: POST /verify with the row. What it answers joins the row."""
+    """Rewards of a NeMo Gym resources server: POST /verify with the row. What it answers joins the row. A sample that
+    it masks (`mask_sample`: its judge or sandbox failed, not the model) has no reward."""
 
     async def score(row: Body) -> Body:
-        return with_reward(await client.post("verify", row), "/verify")
+        result = await client.post("verify", row)
+        if result.get("mask_sample") is True:
+            raise RolloutFailure("reward", f"/verify masked the sample: {result.get('failure_reason')}")
+        return with_reward(result, "/verify")
 
     return score
 
 
 def with_reward(result: Mapping[str, Any], source: str) -> Body:
-    """The result with `reward` as a float. Raises RolloutFailure where that is missing or not finite."""
+    """The result with `reward` as a float. Raises RolloutFailure where that is missing or not finite, or where the rest
+    can't be written as JSON."""
     reward = result.get("reward")
     try:
         # NumPy's and torch's scalars have float(); text has it too, but is a mistake.
@@ -85,7 +96,12 @@ def with_reward(result: Mapping[str, Any], source: str) -> Body:
         number = math.nan
     if not math.isfinite(number):
         raise RolloutFailure("reward", f"{source} gave reward {str(reward)[:100]!r}; expected a finite number")
-    return {**result, "reward": number}
+    found = {**result, "reward": number}
+    try:
+        json.dumps(found, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RolloutFailure("reward", f"{source} gave fields that are no JSON: {error}") from error
+    return found
 
 
 def answer_text(row: Mapping[str, Any]) -> str:

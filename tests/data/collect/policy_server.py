@@ -42,6 +42,8 @@ class PolicyServer:
     paths: list[str] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     verified: list[dict[str, Any]] = field(default_factory=list)
+    masked: int = 0
+    """So many answers of /verify say that the sample counts for nothing."""
     in_flight: int = 0
     most_in_flight: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -115,7 +117,12 @@ class PolicyServer:
             return self._fail(request, fault)
         text = body["response"]["output"][-1]["content"][0]["text"]
         right = text.startswith(body["expected"])
-        return self.reply(request, 200, json.dumps({**body, "reward": float(right), "extracted": text}).encode())
+        result = {**body, "reward": float(right), "extracted": text}
+        with self.lock:
+            if self.masked:
+                self.masked -= 1
+                result |= {"reward": 0.0, "mask_sample": True, "failure_reason": "the judge was away"}
+        return self.reply(request, 200, json.dumps(result).encode())
 
     def _fail(self, request: BaseHTTPRequestHandler, fault: Fault) -> None:
         if fault.status is None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megadpo.config.problems import ConfigError, DataError
+from megadpo.data.collect.journal import Journal
 from tests.data.collect.policy_server import Fault, PolicyServer
 from tests.data.collect.runs import read, run, write_prompts
 
@@ -58,16 +59,25 @@ def test_every_fault_that_may_pass_is_tried_again(tmp_path):
         server.faults["prompt 1", 0] = [Fault(200, half_body=True)]
         server.faults["prompt 1", 1] = [Fault(200, body=b"<html>a proxy's page</html>")]
         server.faults["prompt 2", 2] = [Fault(429, headers={"Retry-After": "0"})]
-        server.faults["prompt 3", 2] = [Fault(500, delay_s=2.0)]
-        assert run(tmp_path, server, request_timeout_s=0.7) == 0
+        server.faults["prompt 3", 2] = [Fault(408), Fault(425)]
+        assert run(tmp_path, server) == 0
     assert keys(read(tmp_path / "rollouts.jsonl")) == AABBCC
-    assert server.asked["prompt 0", 0] == 4 and server.asked["prompt 0", 1] == 3 and server.asked["prompt 3", 2] == 2
+    assert server.asked["prompt 0", 0] == 4 and server.asked["prompt 0", 1] == 3 and server.asked["prompt 3", 2] == 3
     assert all(times == 1 for times in server.answered.values()) and len(server.answered) == 12
     assert sorted(one.name for one in tmp_path.iterdir()) == [
         "prompts.jsonl",
         "rollouts.jsonl",
         "rollouts.jsonl.journal",
     ]
+
+
+def test_a_request_without_an_answer_in_time_is_sent_again(tmp_path):
+    write_prompts(tmp_path / "prompts.jsonl", 1)
+    with PolicyServer() as server:
+        server.faults["prompt 0", 0] = [Fault(500, delay_s=2.5)]
+        began = time.monotonic()
+        assert run(tmp_path, server, num_repeats=1, request_timeout_s=1.0) == 0
+    assert server.asked["prompt 0", 0] >= 2 and time.monotonic() - began > 1.0
 
 
 def test_retry_after_is_waited_for(tmp_path):
@@ -90,7 +100,7 @@ def test_what_fails_for_good_is_written_aside_and_asked_again_alone(tmp_path, ca
         assert failed[1, 1]["failure"] == {"reason": "HTTP 400: too long", "status": 400, "attempts": 1}
         assert failed[2, 0]["failure"]["attempts"] == 3 and failed[2, 0]["_ng_failure_class"] == "request"
         assert keys(read(tmp_path / "rollouts.jsonl")) == [key for key in AABBCC if key not in failed]
-        assert "2 of 12 rollouts are missing" in capsys.readouterr().out
+        assert "missing: 2 of 12 rollouts" in capsys.readouterr().out
         before = server.asked.copy()
         assert run(tmp_path, server, max_attempts=3) == 0
     assert server.asked - before == {("prompt 1", 1): 1, ("prompt 2", 0): 1}
@@ -111,7 +121,7 @@ def test_no_more_requests_at_once_than_asked_for(tmp_path):
     write_prompts(tmp_path / "prompts.jsonl", 4)
     with PolicyServer(delay_s=0.03) as server:
         assert run(tmp_path, server, num_samples_in_parallel=3) == 0
-    assert server.most_in_flight == 3
+    assert 2 <= server.most_in_flight <= 3
 
 
 def test_a_failed_reward_keeps_the_answer(tmp_path):
@@ -138,6 +148,30 @@ def test_rewards_of_a_resources_server(tmp_path):
         len(server.verified) == 8 and {"responses_create_params", "response", "expected"} <= server.verified[0].keys()
     )
     assert all(times == 1 for times in server.asked.values())
+
+
+def test_a_masked_sample_has_no_reward_and_is_verified_again(tmp_path):
+    write_prompts(tmp_path / "prompts.jsonl", 1)
+    options = {"reward_function": None, "num_samples_in_parallel": 1}
+    with PolicyServer(masked=1) as server:
+        assert run(tmp_path, server, resources_server_url=server.url, **options) == 1
+        (failed,) = read(tmp_path / "rollouts_failures.jsonl")
+        assert "the judge was away" in failed["failure"]["reason"]
+        assert run(tmp_path, server, resources_server_url=server.url, **options) == 0
+    assert [row["reward"] for row in read(tmp_path / "rollouts.jsonl")] == [1.0] * 3
+    assert server.asked.total() == 3 and len(server.verified) == 4
+
+
+def test_stopped_between_the_output_and_the_end(tmp_path, monkeypatch):
+    write_prompts(tmp_path / "prompts.jsonl", 2)
+    with PolicyServer() as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(Journal, "mark_finished", lambda journal: None)
+            assert run(tmp_path, server) == 0
+        written = (tmp_path / "rollouts.jsonl").read_bytes()
+        (tmp_path / "rollouts.jsonl").write_text("half of it")
+        assert run(tmp_path, server) == 0
+    assert (tmp_path / "rollouts.jsonl").read_bytes() == written and server.asked.total() == 6
 
 
 def test_an_async_reward_function_with_further_fields(tmp_path):

@@ -170,3 +170,6 @@ def test_a_reward_is_a_finite_number():
     for bad in (None, "1", float("inf"), [1], {}):
         with pytest.raises(Exception, match="expected a finite number"):
             with_reward({"reward": bad}, "f")
+    for bad in ({1, 2}, float("nan"), object()):
+        with pytest.raises(Exception, match="no JSON"):
+            with_reward({"reward": 1.0, "field": bad}, "f")
