@@ -74,7 +74,7 @@ def test_every_fault_that_may_pass_is_tried_again(tmp_path):
 def test_a_request_without_an_answer_in_time_is_sent_again(tmp_path):
     write_prompts(tmp_path / "prompts.jsonl", 1)
     with PolicyServer() as server:
-        server.faults["prompt 0", 0] = [Fault(500, delay_s=2.5)]
+        server.faults["prompt 0", 0] = [Fault(400, delay_s=2.5)]
         began = time.monotonic()
         assert run(tmp_path, server, num_repeats=1, request_timeout_s=1.0) == 0
     assert server.asked["prompt 0", 0] >= 2 and time.monotonic() - began > 1.0

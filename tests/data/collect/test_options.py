@@ -124,7 +124,7 @@ def test_every_problem_of_the_file_at_once(tmp_path):
         b"{broken\n",
         b"[1]\n",
         b"\xff\xfe\n",
-        b'{"responses_create_params": {"input": NaN}}\n',
+        b'{"responses_create_params": {"input": "x"}, "expected": NaN}\n',
         b'{"responses_create_params": {"input": "\\ud800"}}\n',
         {"prompt": "x"},
         prompt("x", reward=1.0),
