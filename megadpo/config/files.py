@@ -25,7 +25,7 @@ def read_tree(path: str | Path, overrides: Sequence[str], problems: list[Problem
     """
     tree = _read_with_defaults(Path(path), ())
     for override in overrides:
-        _apply(tree, override, problems)
+        apply_override(tree, override, problems)
     _register_resolvers()
     resolved: dict[str, Any] = _resolve(OmegaConf.create(tree), "", problems, 0)
     return resolved
@@ -82,7 +82,7 @@ def _merge(base: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _apply(tree: dict[str, Any], override: str, problems: list[Problem]) -> None:
+def apply_override(tree: dict[str, Any], override: str, problems: list[Problem]) -> None:
     """Apply `a.b=c`; Hydra's `+a.b=c` and `++a.b=c` mean the same, since the schema knows the keys; `~a.b` removes."""
     form = "key=value, as policy.precision=float32"
     name, equals, text = override.partition("=")

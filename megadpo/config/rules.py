@@ -183,12 +183,12 @@ def _input_length(cfg: Config) -> Iterator[Problem]:
     "data.max_input_seq_length",
 )
 def _pack_budget(cfg: Config) -> Iterator[Problem]:
-    # A pair is never split, so the longest one must fit a pack: two answers of the longest sequence each.
+    # A pair is never split. Whether each one fits, both answers together, is checked when the data is read.
     packing = cfg.policy.sequence_packing
-    longest = 2 * min(cfg.data.max_input_seq_length, cfg.policy.max_total_sequence_length)
+    longest = min(cfg.data.max_input_seq_length, cfg.policy.max_total_sequence_length)
     if packing.enabled and packing.train_mb_tokens < longest:
         where = "policy.sequence_packing.train_mb_tokens"
-        expected = f"at least {longest}, twice data.max_input_seq_length, so that the longest pair fits"
+        expected = f"at least {longest}, as data.max_input_seq_length, and more for a pair's other answer"
         yield Problem(where, packing.train_mb_tokens, expected, "raise it, or lower data.max_input_seq_length")
 
 
@@ -196,7 +196,9 @@ def _pack_budget(cfg: Config) -> Iterator[Problem]:
 def _kernel(cfg: Config) -> Iterator[Problem]:
     kernel = cfg.policy.attention_kernel
     if cfg.policy.device == "cpu" and kernel in ("varlen", "transformer_engine"):
-        yield Problem("policy.attention_kernel", kernel, "auto or sdpa on policy.device cpu", "set it to auto")
+        yield Problem("policy.attention_kernel", kernel, "auto, cpu or sdpa on policy.device cpu", "set it to auto")
+    if cfg.policy.device == "cuda" and kernel == "cpu":
+        yield Problem("policy.attention_kernel", kernel, "another kernel on policy.device cuda", "set it to auto")
 
 
 @_rule("data.prompt_key", "data.chosen_key", "data.rejected_key")

@@ -101,7 +101,7 @@ class MegatronConfig:
     """With selective: megatron-core's names."""
 
     bias_activation_fusion: bool = True
-    """Fused SwiGLU where megatron-core has it; elsewhere the plain one, with the same result."""
+    """true: a SwiGLU that keeps its input only, megatron-core's compiled one on GPUs. false: operation by operation."""
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)

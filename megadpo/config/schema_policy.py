@@ -52,7 +52,7 @@ class PolicyConfig:
     """Gradients are scaled down to this norm; 0 or null: no clipping."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
-    attention_kernel: Literal["auto", "sdpa", "varlen", "transformer_engine"] = "auto"
+    attention_kernel: Literal["auto", "cpu", "sdpa", "varlen", "transformer_engine"] = "auto"
     """sdpa: everywhere. varlen: torch's flash attention on CUDA. transformer_engine: CUDA with TE installed."""
     sequence_packing: SequencePackingConfig = field(default_factory=SequencePackingConfig)
     make_sequence_length_divisible_by: PositiveInt = 1

@@ -25,7 +25,7 @@ def build_model(arch: Architecture, policy: PolicyConfig, parallel: ParallelCont
     Collectives: megatron-core's sum of tied embeddings over the embedding group at construction.
     """
     kernel = choose_kernel(policy.attention_kernel, parallel.device, DTYPES[policy.precision])
-    config = transformer_config(arch, policy, recompute=not frozen)
+    config = transformer_config(arch, policy, parallel.device, recompute=not frozen)
     model = PairModel(arch, config, parallel, kernel, policy.logprob_chunk_size)
     model.to(parallel.device)
     mark_sharded_parameters(model)

@@ -94,7 +94,32 @@ class RotaryTable(torch.nn.Module):
         return cos[:, None, :].to(dtype), sin[:, None, :].to(dtype)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [T, H, D] turned by its position: the halves (x1, x2) become (x1 cos - x2 sin, x2 cos + x1 sin)."""
+class _Rotate(torch.autograd.Function):
+    """The gradient of a turn is the turn back, so only cos and sin are kept."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, sin, -1), None, None
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: int) -> torch.Tensor:
+    turned = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+    y1, y2 = turned.chunk(2, dim=-1)
+    torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-direction)
+    torch.mul(x2, cos, out=y2).addcmul_(x1, sin, value=direction)
+    return turned
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [T, H, D] turned by its position: the halves (x1, x2) become (x1 cos - x2 sin, x2 cos + x1 sin).
+
+    cos and sin [T, 1, D/2] are constants: no gradient flows to them.
+    """
+    return _Rotate.apply(x, cos, sin)

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megadpo.model.activation import swiglu
 from megadpo.model.attention import PackedAttention
 from megadpo.model.norm import RMSNorm
 
@@ -42,7 +43,12 @@ def local_layer_spec(config: TransformerConfig) -> ModuleSpec:
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=ColumnParallelLinear,
+                    linear_fc2=RowParallelLinear,
+                    activation_func=swiglu,  # built where `use_te_activation_func` says so, see transformer_config.py
+                ),
             ),
             mlp_bda=get_bias_dropout_add,
             # Checkpoints carry the names of Transformer Engine's fused modules, so that either spec reads them.

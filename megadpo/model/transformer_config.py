@@ -14,7 +14,9 @@ from megadpo.config.schema_policy import PolicyConfig
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def transformer_config(arch: Architecture, policy: PolicyConfig, *, recompute: bool = True) -> TransformerConfig:
+def transformer_config(
+    arch: Architecture, policy: PolicyConfig, device: torch.device, *, recompute: bool = True
+) -> TransformerConfig:
     """The TransformerConfig of `arch` under `policy`; `recompute=False` for a model that never sees a backward."""
     megatron = policy.megatron_cfg
     dtype = DTYPES[policy.precision]
@@ -47,7 +49,9 @@ def transformer_config(arch: Architecture, policy: PolicyConfig, *, recompute: b
         moe_token_dispatcher_type="alltoall",  # variable_seq_lengths insists on it, for dense models too
         perform_initialization=False,  # every weight comes from a file
         gradient_accumulation_fusion=_has_fused_weight_gradient(),
-        bias_activation_fusion=megatron.bias_activation_fusion,
+        # megatron-core's fused SwiGLU is compiled for GPUs; on CPUs the spec brings its own (model/activation.py)
+        bias_activation_fusion=megatron.bias_activation_fusion and device.type == "cuda",
+        use_te_activation_func=megatron.bias_activation_fusion and device.type != "cuda",
         masked_softmax_fusion=False,  # attention is ours
         # The loss is a sum over pairs already divided by the global batch: megatron-core must not divide again by
         # micro-batches or data-parallel ranks. See train/step.py.

@@ -74,9 +74,9 @@ BROKEN = [
     ),
     ({"data__max_input_seq_length": 2000}, "data.max_input_seq_length", "at most"),
     (
-        {"policy__sequence_packing__train_mb_tokens": 2047},
+        {"policy__sequence_packing__train_mb_tokens": 1023},
         "policy.sequence_packing.train_mb_tokens",
-        "at least 2048",
+        "at least 1024",
     ),
     ({"policy__device": "cpu", "policy__attention_kernel": "varlen"}, "policy.attention_kernel", "sdpa"),
     ({"data__chosen_key": "x", "data__rejected_key": "x"}, "data.rejected_key", "different"),

@@ -10,6 +10,7 @@ from megadpo.config.problems import ConfigError
 from megadpo.data.pack import Segment, pack_pairs
 from megadpo.data.pairs import TokenizedPair
 from megadpo.model.kernels import choose_kernel
+from megadpo.model.kernels.cpu import CpuKernel
 from megadpo.model.kernels.ragged import gather_keys, ragged_plan
 from megadpo.model.kernels.sdpa import SdpaKernel
 
@@ -39,7 +40,8 @@ def reference_attention(q, k, v, segments):
 
 @pytest.mark.parametrize("share_prompt", [True, False])
 @pytest.mark.parametrize(("heads", "groups"), [(2, 2), (4, 2), (4, 1)])
-def test_sdpa_equals_written_out_attention(share_prompt, heads, groups):
+@pytest.mark.parametrize("kernel", [SdpaKernel(), CpuKernel()], ids=lambda kernel: kernel.name)
+def test_kernels_equal_written_out_attention(kernel, share_prompt, heads, groups):
     batch = pack_pairs(random_pairs(), share_prompt=share_prompt, pad_to_multiple=8, pad_token_id=0)
     generator = torch.Generator().manual_seed(0)
     tokens = batch.tokens.numel()
@@ -48,7 +50,6 @@ def test_sdpa_equals_written_out_attention(share_prompt, heads, groups):
         torch.randn(tokens, groups, 8, dtype=torch.float64, generator=generator, requires_grad=True) for _ in range(2)
     )
     upstream = torch.randn(tokens, heads, 8, dtype=torch.float64, generator=generator)
-    kernel = SdpaKernel()
     out = kernel.attend(q, k, v, kernel.plan(batch.segments, torch.device("cpu"), torch.float64))
     want = reference_attention(q, k, v, batch.segments)
     torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
@@ -93,8 +94,14 @@ def test_a_cuda_kernel_is_refused_on_a_cpu(name):
         choose_kernel(name, torch.device("cpu"), torch.bfloat16)
 
 
-def test_auto_is_sdpa_on_a_cpu():
-    assert choose_kernel("auto", torch.device("cpu"), torch.float32).name == "sdpa"
+def test_the_cpu_kernel_is_refused_elsewhere():
+    with pytest.raises(ConfigError, match="policy.attention_kernel.*a CPU"):
+        choose_kernel("cpu", torch.device("meta"), torch.float32)
+
+
+@pytest.mark.parametrize(("device", "dtype", "name"), [("cpu", torch.float32, "cpu"), ("cuda", torch.float32, "sdpa")])
+def test_auto_kernel(device, dtype, name):
+    assert choose_kernel("auto", torch.device(device), dtype).name == name
 
 
 @pytest.mark.gpu

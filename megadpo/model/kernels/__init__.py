@@ -12,7 +12,7 @@ import torch
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.data.pack import Segment
 
-KERNELS = ("sdpa", "varlen", "transformer_engine")
+KERNELS = ("cpu", "sdpa", "varlen", "transformer_engine")
 
 
 class AttentionKernel(Protocol):
@@ -28,20 +28,27 @@ class AttentionKernel(Protocol):
 
 
 def choose_kernel(requested: str, device: torch.device, dtype: torch.dtype) -> AttentionKernel:
-    """The kernel for `policy.attention_kernel`: 'auto' is sdpa on a CPU and in float32, else varlen.
+    """The kernel for `policy.attention_kernel`: 'auto' is cpu on a CPU, sdpa in float32 on a GPU, else varlen.
 
     Raises ConfigError where the kernel asked for cannot run on this device, dtype or installation.
     """
     name = requested
     if name == "auto":
-        name = "varlen" if device.type == "cuda" and dtype == torch.bfloat16 else "sdpa"
+        on_gpu = "varlen" if dtype == torch.bfloat16 else "sdpa"
+        name = on_gpu if device.type == "cuda" else "cpu"
     if name == "sdpa":
         from megadpo.model.kernels.sdpa import SdpaKernel
 
         return SdpaKernel()
     where = "policy.attention_kernel"
+    if name == "cpu":
+        if device.type != "cpu":
+            raise ConfigError([Problem(where, name, "a CPU for this kernel", "use 'auto' on a GPU")])
+        from megadpo.model.kernels.cpu import CpuKernel
+
+        return CpuKernel()
     if device.type != "cuda":
-        raise ConfigError([Problem(where, name, "a CUDA device for this kernel", "use 'sdpa' or 'auto' on a CPU")])
+        raise ConfigError([Problem(where, name, "a CUDA device for this kernel", "use 'auto' on a CPU")])
     if dtype != torch.bfloat16:
         raise ConfigError([Problem(where, name, "policy.precision bfloat16", "use 'sdpa' for float32")])
     if name == "varlen":

@@ -1,4 +1,4 @@
-"""torch's scaled_dot_product_attention, one call a segment: the fastest exact way on a CPU, and exact in float32 on GPUs."""
+"""torch's scaled_dot_product_attention, one call a segment: on any device and in any dtype, float32 on GPUs above all."""
 
 from __future__ import annotations
 
@@ -43,9 +43,7 @@ class SdpaKernel:
         )
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: SdpaPlan) -> torch.Tensor:
-        group = q.shape[1] // k.shape[1]
-        if group > 1:
-            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        grouped = q.shape[1] != k.shape[1]
         # split, not slicing: the backward of a slice writes a full-size tensor for every segment.
         queries = q.transpose(0, 1).split(plan.query_lengths, dim=1)
         keys = k.transpose(0, 1).split(plan.piece_lengths, dim=1)
@@ -55,7 +53,7 @@ class SdpaKernel:
             key = keys[pieces[0]] if len(pieces) == 1 else torch.cat([keys[i] for i in pieces], dim=1)
             value = values[pieces[0]] if len(pieces) == 1 else torch.cat([values[i] for i in pieces], dim=1)
             out = F.scaled_dot_product_attention(
-                query[None], key[None], value[None], attn_mask=mask, is_causal=mask is None
+                query[None], key[None], value[None], attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
             )
             outputs.append(out[0])
         return torch.cat(outputs, dim=1).transpose(0, 1)
