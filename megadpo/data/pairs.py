@@ -17,12 +17,19 @@ TokenIds: TypeAlias = npt.NDArray[np.int32]
 """Token ids of one text, int32 [n]."""
 
 Message: TypeAlias = Mapping[str, Any]
-"""One chat message: `role` and `content` are strings; further keys reach the chat template untouched."""
+"""One chat message: `role` and `content` are strings; further keys (`reasoning_content`, `tool_calls`, `name`, ...)
+reach the chat template as they are, except that arguments of tool calls are objects even where the file has JSON text."""
+
+LossMask: TypeAlias = npt.NDArray[np.bool_]
+"""Whether each token of an answer is in the loss, bool [n]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreferencePair:
-    """Two answers to one prompt, before tokenisation. Each field is a text or a tuple of messages."""
+    """Two answers to one prompt, before tokenisation. Each field is a text or a tuple of messages.
+
+    An answer of several messages ends in the assistant's; the others may be the user's, a tool's or the assistant's.
+    """
 
     prompt: str | tuple[Message, ...]
     chosen: str | tuple[Message, ...]
@@ -30,8 +37,13 @@ class PreferencePair:
     row: int
     """Row of the file, from 0, blank lines not counted."""
     line: int
-    """Line of the file, from 1."""
+    """Line of the file, from 1; of a Parquet or Arrow file, a folder or a hub dataset, the row from 1."""
     path: str
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    """Tools that the chat template is told of."""
+    is_transcript: bool = False
+    """The three texts are parts of Human/Assistant transcripts (formats_transcript.py). With a chat template their
+    turns become messages."""
 
     @property
     def source(self) -> str:
@@ -49,6 +61,9 @@ class TokenizedPair:
     prompt_ids: TokenIds
     chosen_ids: TokenIds
     rejected_ids: TokenIds
+    chosen_mask: LossMask | None = None
+    """None: every token of the answer is in the loss. Otherwise at least one is."""
+    rejected_mask: LossMask | None = None
 
     @property
     def prompt_tokens(self) -> int:
