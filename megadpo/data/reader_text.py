@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from megadpo.config.problems import Problem
 from megadpo.data.formats_messages import Place
@@ -23,6 +23,7 @@ MAX_LINE_BYTES = 64 * 2**20
 Rows = Iterator[tuple[Place, dict[str, object] | Problem]]
 """Each row with its place, or what is wrong with it."""
 
+_ZSTD_PIECE_BYTES = 2**14
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
 _CSV_NUMBERS = ("overall_preference",)
@@ -35,10 +36,45 @@ def open_bytes(path: Path) -> BinaryIO:
     if name.endswith(".gz"):
         return cast(BinaryIO, gzip.open(path, "rb"))
     if name.endswith(".zst"):
+        return cast(BinaryIO, io.BufferedReader(_ZstdFile(path)))
+    return path.open("rb")
+
+
+class _ZstdFile(io.RawIOBase):
+    """The content of Zstandard frames end to end. zstandard's own reader takes a frame that is cut off for whole."""
+
+    def __init__(self, path: Path) -> None:
         import zstandard  # a tenth of a second that other files need not wait for
 
-        return cast(BinaryIO, io.BufferedReader(zstandard.open(path, "rb", closefd=True)))
-    return path.open("rb")
+        self._file = path.open("rb")
+        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._frame = self._new_frame()
+        self._is_inside = False
+        self._content = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Raises EOFError for a frame without its end, zstandard.ZstdError for a damaged one."""
+        while not self._content:
+            piece = self._frame.unused_data if self._frame.eof else b""
+            piece = piece or self._file.read(_ZSTD_PIECE_BYTES)
+            if self._frame.eof:
+                self._frame, self._is_inside = self._new_frame(), False
+            if not piece:
+                if self._is_inside:
+                    raise EOFError("a Zstandard frame without its end")
+                return 0
+            self._content, self._is_inside = memoryview(self._frame.decompress(piece)), True
+        count = min(len(buffer), len(self._content))
+        buffer[:count] = self._content[:count]
+        self._content = self._content[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def jsonl_rows(path: Path) -> Rows:
