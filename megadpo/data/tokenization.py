@@ -56,6 +56,8 @@ class Tokenized:
     """Pairs in the order given, and how they came about."""
 
     pairs: list[TokenizedPair] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    """file:line of each."""
     tokenized_apart: int = 0
     """Pairs with an answer whose first characters merge with the prompt's last, or such a place inside an answer."""
     bad_pairs: list[Problem] = field(default_factory=list)
@@ -82,8 +84,9 @@ class PairTokenizer:
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.loss_on = loss_on
         self._check_kwargs()
-        special = sorted(map(re.escape, tokenizer.all_special_tokens), key=len, reverse=True)
-        self._only_special = re.compile("(?:" + "|".join([*special, r"\s"]) + ")*")
+        added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        special = sorted({*tokenizer.all_special_tokens, *added}, key=lambda token: (-len(token), token))
+        self._only_special = re.compile("(?:" + "|".join([*map(re.escape, special), r"\s"]) + ")*")
         # Some tokenizers end every text with EOS of their own accord; that is no end of the prompt
         self._suffix_tokens = 0 if self.chat_template is not None else _suffix_tokens(tokenizer)
 
@@ -199,6 +202,7 @@ class PairTokenizer:
                 problems.append(problem)
                 continue
             done.pairs.append(tokenized)
+            done.sources.append(text.pair.source)
             done.tokenized_apart += chosen_apart or rejected_apart
         return problems
 

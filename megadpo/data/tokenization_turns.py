@@ -88,9 +88,9 @@ def chat_pieces(
     whole = render(prompt + answer, False)
     if not whole.startswith(opened):
         raise RewrittenError("the prompt")
-    if len(answer) == 1:
-        return [Piece(whole[len(opened) :], True)]
     counted = _counted(answer, other, [str(message["role"]) for message in answer], loss_on)
+    if len(answer) == 1:
+        return [Piece(whole[len(opened) :], counted[0])]
     pieces: list[Piece] = []
     position = len(opened)
     for number, in_loss in enumerate(counted):
