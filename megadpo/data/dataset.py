@@ -16,9 +16,10 @@ import numpy.typing as npt
 from megadpo.config.problems import DataError, Problem
 from megadpo.data.formats import FieldKeys
 from megadpo.data.limit import OnTooLong, apply_limit
-from megadpo.data.pairs import TokenIds, TokenizedPair
-from megadpo.data.reader import read_pairs
+from megadpo.data.pairs import TokenIds, TokenizedPair, largest_id, with_mask, without_mask
+from megadpo.data.reader import OnBadRow, ReadCounts, read_pairs
 from megadpo.data.tokenization import PairTokenizer
+from megadpo.data.tokenization_turns import LossOn
 from megadpo.data.tokenizer import OWN_TEMPLATE
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ class DataSettings:
     chat_template: str | None = OWN_TEMPLATE
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     keys: FieldKeys = field(default_factory=FieldKeys)
+    dataset_name: str | None = None
+    loss_on: LossOn = "last_turn"
+    on_bad_row: OnBadRow = "refuse"
 
     @classmethod
     def from_config(cls, cfg: Config) -> DataSettings:
@@ -48,6 +52,9 @@ class DataSettings:
             chat_template=cfg.policy.tokenizer.chat_template,
             chat_template_kwargs=cfg.policy.tokenizer.chat_template_kwargs or {},
             keys=FieldKeys(cfg.data.prompt_key, cfg.data.chosen_key, cfg.data.rejected_key),
+            dataset_name=cfg.data.dataset_name,
+            loss_on=cfg.data.loss_on,
+            on_bad_row=cfg.data.on_bad_row,
         )
 
 
@@ -62,6 +69,11 @@ class DataReport:
     dropped_too_long: int
     truncated: int
     dropped_equal_after_truncation: int
+    dropped_unanswered_after_truncation: int
+    dropped_bad_rows: int
+    """Rows that no pair could be made of, with `data.on_bad_row: drop`."""
+    first_bad_row: str
+    """What was wrong with the first of them; empty if there was none."""
     prompt_tokens: int
     chosen_tokens: int
     rejected_tokens: int
@@ -80,6 +92,8 @@ class DataReport:
             (self.dropped_too_long, "dropped as too long"),
             (self.truncated, "cut to the limit"),
             (self.dropped_equal_after_truncation, "dropped because the cut made their answers equal"),
+            (self.dropped_unanswered_after_truncation, "dropped because the cut took an answer's turns in the loss"),
+            (self.dropped_bad_rows, f"rows left out that can't be used (the first: {self.first_bad_row})"),
             (self.tokenized_apart, "whose prompt and answer merge in a token, answers tokenised apart"),
         ):
             if count:
@@ -96,7 +110,8 @@ class TokenArrays:
     """N pairs as flat arrays."""
 
     tokens: TokenIds
-    """int32 [all tokens]: prompt, chosen, rejected of pair 0, then of pair 1, ..."""
+    """int32 [all tokens]: prompt, chosen, rejected of pair 0, then of pair 1, ...; with their loss masks, as
+    `pairs.with_mask` keeps them."""
     offsets: npt.NDArray[np.int64]
     """int64 [3N + 1]: text k is tokens[offsets[k] : offsets[k + 1]]."""
     rows: npt.NDArray[np.int64]
@@ -104,7 +119,10 @@ class TokenArrays:
 
     @classmethod
     def of(cls, pairs: Sequence[TokenizedPair]) -> TokenArrays:
-        texts = [ids for pair in pairs for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)]
+        texts = []
+        for pair in pairs:
+            chosen = with_mask(pair.chosen_ids, pair.chosen_mask)
+            texts += [pair.prompt_ids, chosen, with_mask(pair.rejected_ids, pair.rejected_mask)]
         offsets = np.zeros(len(texts) + 1, dtype=np.int64)
         np.cumsum([len(ids) for ids in texts], out=offsets[1:])
         tokens = np.concatenate(texts) if texts else np.empty(0, dtype=np.int32)
@@ -114,10 +132,11 @@ class TokenArrays:
         return len(self.rows)
 
     def pair(self, position: int) -> TokenizedPair:
-        """Pair at `position` in [0, N); its arrays are views."""
+        """Pair at `position` in [0, N); its arrays are views, but for an answer with a loss mask."""
         bounds = self.offsets[3 * position : 3 * position + 4]
         prompt, chosen, rejected = (self.tokens[start:end] for start, end in pairwise(bounds))
-        return TokenizedPair(int(self.rows[position]), prompt, chosen, rejected)
+        (chosen, chosen_mask), (rejected, rejected_mask) = without_mask(chosen), without_mask(rejected)
+        return TokenizedPair(int(self.rows[position]), prompt, chosen, rejected, chosen_mask, rejected_mask)
 
     def text_tokens(self) -> npt.NDArray[np.int64]:
         """int64 [N, 3]: tokens of prompt, chosen and rejected."""
@@ -158,7 +177,7 @@ class TokenizedPairs(Sequence[TokenizedPair]):
     @property
     def max_token_id(self) -> int:
         """The largest token id, to hold against the model's vocabulary."""
-        return int(self.arrays.tokens.max())
+        return largest_id(self.arrays.tokens)
 
     def packed_tokens(self, *, share_prompt: bool) -> npt.NDArray[np.int64]:
         """int64 [N]: tokens that each pair takes in a pack."""
@@ -185,35 +204,52 @@ class PairDataset(TokenizedPairs):
 
     def _load(self, path: str | Path, tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> None:
         encoder = PairTokenizer(
-            tokenizer, chat_template=settings.chat_template, chat_template_kwargs=settings.chat_template_kwargs
+            tokenizer,
+            chat_template=settings.chat_template,
+            chat_template_kwargs=settings.chat_template_kwargs,
+            loss_on=settings.loss_on,
         )
-        texts = read_pairs(path, settings.keys)
-        encoded = encoder.encode(texts)
+        counts = ReadCounts()
+        texts = read_pairs(
+            path,
+            settings.keys,
+            dataset_name=settings.dataset_name,
+            on_bad_row=settings.on_bad_row,
+            counts=counts,
+        )
+        encoded = encoder.encode(texts, on_bad_row=settings.on_bad_row)
+        bad = [*counts.bad_rows, *encoded.bad_pairs]
+        if not encoded.pairs:
+            raise DataError(bad)
         limited = apply_limit(
             encoded.pairs,
             max_tokens=settings.max_total_sequence_length,
             on_too_long=settings.on_too_long,
-            sources=[pair.source for pair in texts],
+            sources=encoded.sources,
             bos_token_id=tokenizer.bos_token_id,
         )
         if not limited.pairs:
-            raise DataError(_nothing_left(str(path), settings, len(texts)))
+            raise DataError(_nothing_left(str(path), settings, counts.rows))
         arrays = TokenArrays.of(limited.pairs)
         prompt_tokens, chosen_tokens, rejected_tokens = (int(total) for total in arrays.text_tokens().sum(axis=0))
         report = DataReport(
             path=str(path),
-            rows=len(texts),
+            rows=counts.rows,
             pairs=len(arrays),
             tokenized_apart=encoded.tokenized_apart,
             dropped_too_long=limited.dropped_too_long,
             truncated=limited.truncated,
             dropped_equal_after_truncation=limited.dropped_equal_after_truncation,
+            dropped_unanswered_after_truncation=limited.dropped_unanswered_after_truncation,
+            dropped_bad_rows=counts.dropped_bad_rows + encoded.dropped_bad_pairs,
+            first_bad_row=str(bad[0]) if bad else "",
             prompt_tokens=prompt_tokens,
             chosen_tokens=chosen_tokens,
             rejected_tokens=rejected_tokens,
             with_chat_template=encoder.chat_template is not None,
         )
-        lines = np.array([pair.line for pair in texts], dtype=np.int64)
+        lines = np.zeros(counts.rows, dtype=np.int64)
+        lines[[pair.row for pair in texts]] = [pair.line for pair in texts]
         settings_text = _settings_text(settings, encoder)
         TokenizedPairs.__init__(self, arrays, report, lines, settings_text)
 

@@ -27,6 +27,8 @@ class Limited:
     truncated: int = 0
     """Pairs kept that had to be cut."""
     dropped_equal_after_truncation: int = 0
+    dropped_unanswered_after_truncation: int = 0
+    """Pairs whose cut took every token in the loss from an answer of several turns."""
 
 
 def apply_limit(
@@ -40,8 +42,8 @@ def apply_limit(
     """Holds every pair to prompt + longer answer <= max_tokens.
 
     refuse: DataError that names the pairs by their `sources` (file:line). drop: without them. truncate: `truncate`;
-    a pair whose answers become equal by that is dropped and counted. Raises ValueError for a limit under
-    SHORTEST_LIMIT.
+    a pair whose answers become equal by that, or lose all that is in the loss, is dropped and counted. Raises
+    ValueError for a limit under SHORTEST_LIMIT.
     """
     if max_tokens < SHORTEST_LIMIT:
         raise ValueError(f"max_tokens must be at least {SHORTEST_LIMIT}, got {max_tokens}")
@@ -59,6 +61,8 @@ def apply_limit(
             cut = truncate(pair, max_tokens, bos_token_id)
             if np.array_equal(cut.chosen_ids, cut.rejected_ids):
                 limited.dropped_equal_after_truncation += 1
+            elif not all(mask is None or mask.any() for mask in (cut.chosen_mask, cut.rejected_mask)):
+                limited.dropped_unanswered_after_truncation += 1
             else:
                 limited.pairs.append(cut)
                 limited.truncated += 1
@@ -76,7 +80,8 @@ def truncate(pair: TokenizedPair, max_tokens: int, bos_token_id: int | None) -> 
     start = pair.prompt_tokens - prompt_tokens
     prompt = np.concatenate([pair.prompt_ids[:kept], pair.prompt_ids[start + kept :]])
     room = max_tokens - len(prompt)
-    return TokenizedPair(pair.index, prompt, pair.chosen_ids[:room], pair.rejected_ids[:room])
+    masks = [None if mask is None else mask[:room] for mask in (pair.chosen_mask, pair.rejected_mask)]
+    return TokenizedPair(pair.index, prompt, pair.chosen_ids[:room], pair.rejected_ids[:room], *masks)
 
 
 def _too_long_problems(

@@ -86,3 +86,19 @@ class TokenizedPair:
         """Tokens that the pair takes in a pack: the prompt counts once if shared, else twice."""
         prompts = 1 if share_prompt else 2
         return prompts * self.prompt_tokens + self.chosen_tokens + self.rejected_tokens
+
+
+def with_mask(ids: TokenIds, mask: LossMask | None) -> TokenIds:
+    """Ids and loss mask in one int32 array, as data is kept and hashed: a token outside the loss as its complement."""
+    return ids if mask is None else np.where(mask, ids, ~ids)
+
+
+def without_mask(stored: TokenIds) -> tuple[TokenIds, LossMask | None]:
+    """What `with_mask` was made of; a view of the ids where every token is in the loss."""
+    mask = stored >= 0
+    return (stored, None) if mask.all() else (np.where(mask, stored, ~stored), mask)
+
+
+def largest_id(stored: TokenIds) -> int:
+    """The largest token id of an array that `with_mask` made."""
+    return max(int(stored.max()), ~int(stored.min()))
