@@ -36,7 +36,7 @@ def chat(number: int) -> dict[str, object]:
 
 
 @pytest.mark.distributed
-def test_two_validation_sets_of_other_formats_and_kinds(tmp_path):
+def test_validation_sets_of_three_formats_and_two_kinds_of_file(tmp_path):
     model = make_model(tmp_path / "model", max_position_embeddings=256)
     ranked, transcripts = tmp_path / "ranked.jsonl", tmp_path / "transcripts.parquet"
     ranked.write_text("".join(json.dumps(chat(n)) + "\n" for n in range(9)))
@@ -56,7 +56,7 @@ def test_two_validation_sets_of_other_formats_and_kinds(tmp_path):
     assert [record["step"] for record in validated] == [0, 3]
     for record in validated:
         names = {key.split("/")[0] for key in record if key.startswith("validation-")}
-        assert names == {"validation-ranked", "validation-hh-rlhf"}
+        assert names == {"validation-held_out", "validation-ranked", "validation-hh-rlhf"}
         assert record["timing/validation/total_validation_time"] > 0
         assert all(math.isfinite(record[f"{name}/loss"]) for name in names)
     first = validated[0]
