@@ -13,7 +13,7 @@ from megadpo.config.problems import DataError, Problem
 from megadpo.data.formats import FORMATS, FieldKeys, RowFormat, find_format, recognise
 from megadpo.data.formats_messages import Place
 from megadpo.data.pairs import PreferencePair
-from megadpo.data.reader_tables import arrow_rows, dataset_rows, parquet_rows
+from megadpo.data.reader_tables import arrow_rows, dataset_digest, dataset_rows, file_digest, parquet_rows
 from megadpo.data.reader_text import Rows, csv_rows, json_rows, jsonl_rows
 
 MOST_PROBLEMS = 20
@@ -96,6 +96,15 @@ def iterate_pairs(
         raise DataError(counts.bad_rows)
 
 
+def source_digest(source: str | Path) -> str:
+    """64 hexadecimal digits that change with the rows of a source, and not with its place. Raises DataError."""
+    whole = _resolve(str(source))
+    try:
+        return dataset_digest(whole) if _is_dataset(whole) else file_digest(Path(whole.path))
+    except OSError as error:
+        raise DataError(_unreadable(whole, 0, error)) from error
+
+
 class _Reading:
     """The format of one source: named, or that of its first good row."""
 
@@ -125,10 +134,15 @@ def _resolve(text: str) -> DataSource:
     return DataSource(text) if Path(text).exists() else parse_source(text)
 
 
+def _is_dataset(source: DataSource) -> bool:
+    path = Path(source.path)
+    return path.is_dir() or (not path.exists() and source.is_hub_name)
+
+
 def _rows_of(source: DataSource) -> Rows:
     path = Path(source.path)
     suffix = file_suffix(source.path)
-    if path.is_dir() or (not path.exists() and source.is_hub_name):
+    if _is_dataset(source):
         return dataset_rows(source)
     if source.subset or source.split:
         got = f"the file {source.path} with a subset or split"

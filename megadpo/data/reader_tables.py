@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from megadpo.data.formats_messages import Place
 from megadpo.data.reader_text import Rows
 
 _BATCH_ROWS = 256
+_DIGEST_BYTES = 2**22
 _ARROW_FILE = b"ARROW1"
 
 
@@ -47,6 +49,28 @@ def dataset_rows(source: DataSource) -> Rows:
     yield from _numbered(str(source), batches)
 
 
+def dataset_digest(source: DataSource) -> str:
+    """64 hexadecimal digits that change with what `dataset_rows` gives. A folder counts with the content of its files,
+    a hub dataset with the fingerprint that `datasets` keeps of what it downloaded. Raises DataError and OSError."""
+    digest = hashlib.sha256(f"{source.subset}\n{source.split or 'train'}\n".encode())
+    folder = Path(source.path)
+    if not folder.is_dir():
+        digest.update(str(_load_dataset(source)._fingerprint).encode())
+        return digest.hexdigest()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + file_digest(path).encode())
+    return digest.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's content. Raises OSError."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_DIGEST_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
 def _numbered(path: str, batches: Iterator[Any]) -> Rows:
     """Rows with their places; pyarrow's record batches or tables of any size, of which few rows at a time are made
     Python objects."""
@@ -77,6 +101,10 @@ def _load_dataset(source: DataSource) -> Any:
             return datasets.load_from_disk(source.path)
         if (Path(source.path) / "dataset_dict.json").is_file():
             return datasets.load_from_disk(source.path)[split]
+        if Path(source.path).is_dir():
+            # For a folder with a README, `datasets` goes on with what it cached before a file of it changed
+            cache = Path(datasets.config.HF_DATASETS_CACHE) / f"megadpo-{dataset_digest(source)[:32]}"
+            return datasets.load_dataset(source.path, source.subset, split=split, cache_dir=str(cache))
         return datasets.load_dataset(source.path, source.subset, split=split)
     except Exception as error:
         raise DataError(_not_loaded(source, split, error)) from error

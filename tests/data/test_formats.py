@@ -243,6 +243,19 @@ def test_null_keys_of_a_message_and_parts_of_text_are_made_plain(tmp_path: Path)
     assert (pair.prompt, pair.chosen, pair.rejected, pair.tools) == ((ASK,), (GOOD,), (BAD,), None)
 
 
+def test_answers_as_the_sampling_guides_script_writes_them(tmp_path: Path) -> None:
+    """`'chosen': sorted_group[0]['output']`: items of the Responses API. Messages are read as they are, others are not
+    guessed at."""
+    item = {"id": "m", "type": "message", "role": "assistant", "status": "completed"}
+    part = {"type": "output_text", "text": "good", "annotations": []}
+    rows = {"prompt": [ASK], "chosen": [{**item, "content": [part]}], "rejected": [BAD], "reward_gap": 0.5}
+    (pair,) = read(tmp_path, rows)
+    assert pair.chosen[0]["content"] == "good"
+    thinking = {"id": "r", "type": "reasoning", "summary": []}
+    (said,) = refusals(tmp_path, {**rows, "chosen": [thinking, {**item, "content": [part]}]})
+    assert "message 0 of field 'chosen' without role" in said.replace("\\'", "'") and "tools/build_pairs.py" in said
+
+
 def test_a_row_of_another_format_than_the_first_is_refused_by_its_line(tmp_path: Path) -> None:
     strings, dpo = ROWS["strings"][0], ROWS["DPODataset"][0]
     said = refusals(tmp_path, strings, dpo, strings, ranked(0, 1))

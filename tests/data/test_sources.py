@@ -20,7 +20,7 @@ import zstandard
 from megadpo.config.problems import DataError
 from megadpo.data import reader_text
 from megadpo.data.pairs import PreferencePair
-from megadpo.data.reader import iterate_pairs, read_pairs
+from megadpo.data.reader import iterate_pairs, read_pairs, source_digest
 from tests.data.builders import row, write_rows
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
@@ -133,6 +133,14 @@ def test_a_folder_with_subsets_and_splits(tmp_path: Path) -> None:
     assert (pair.rejected, pair.source) == ("a train 2", f"{folder}:a@train[2:]:1")
 
 
+def test_a_folder_that_changed_is_read_anew(tmp_path: Path) -> None:
+    """`datasets` alone would give the old rows again."""
+    folder = hub_folder(tmp_path)
+    assert len(read_pairs(f"{folder}:a")) == 3
+    write_rows(folder / "a1.jsonl", [row(9, rejected="new")])
+    assert [pair.rejected for pair in read_pairs(f"{folder}:a")] == ["new"]
+
+
 def test_a_hub_name_goes_to_datasets_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, load_dataset = hub_folder(tmp_path), datasets.load_dataset
     asked = []
@@ -175,6 +183,23 @@ def test_a_folder_without_data_and_a_split_that_is_not_there(tmp_path: Path) -> 
     saved = tmp_path / "saved"
     datasets.DatasetDict({"train": datasets.Dataset.from_list(CHATS)}).save_to_disk(saved)
     assert "'valid'" in refusal(f"{saved}@valid")
+
+
+def test_a_digest_follows_the_rows_and_not_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        hub_folder(tmp_path / name)
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert source_digest(a / "a1.jsonl") == source_digest(b / "a1.jsonl") != source_digest(b / "a2.jsonl")
+    assert source_digest(f"{a}:a") == source_digest(f"{b}:a@train") != source_digest(f"{b}:a@test")
+    write_rows(b / "a1.jsonl", [row(7)])
+    assert source_digest(f"{a}:a") != source_digest(f"{b}:a")
+    with pytest.raises(DataError, match="No such file"):
+        source_digest(tmp_path / "none.jsonl")
+
+    load_dataset = datasets.load_dataset
+    monkeypatch.setattr("datasets.load_dataset", lambda _, subset, split: load_dataset(str(a), subset, split=split))
+    assert source_digest("org/name:a") == source_digest("org/name:a@train") != source_digest("org/name:a@test")
 
 
 # Bad files
