@@ -346,7 +346,7 @@ register(RowFormat("Tulu3Preference", lambda row, keys: False, _read_tulu))  # r
 register(
     RowFormat(
         "ImplicitPrompt",
-        lambda row, keys: keys.chosen in row and keys.rejected in row and keys.prompt not in row,
+        lambda row, keys: keys.chosen in row and keys.rejected in row,
         _read_implicit,
     )
 )

@@ -23,11 +23,11 @@ from megadpo.data.pairs import PreferencePair
 from megadpo.data.reader import iterate_pairs, read_pairs, source_digest
 from tests.data.builders import row, write_rows
 
-CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+CALLS = [{"type": "function", "function": {"name": "add", "arguments": {name: 1}}} for name in "ab"]
 CHATS: list[dict[str, Any]] = [
     {
         "prompt": [{"role": "system", "content": "be"}, {"role": "user", "content": f"ask {n}"}],
-        "chosen": [{"role": "assistant", "content": "good", **({"tool_calls": [CALL]} if n % 2 else {})}],
+        "chosen": [{"role": "assistant", "content": "good", **({"tool_calls": CALLS} if n % 2 else {})}],
         "rejected": [{"role": "assistant", "content": "bad", "reasoning_content": "hm"}],
     }
     for n in range(5)
@@ -54,10 +54,10 @@ def parquet(rows: list[dict[str, Any]]) -> bytes:
     return sink.getvalue()
 
 
-def arrow(rows: list[dict[str, Any]], *, file: bool) -> bytes:
+def arrow(rows: list[dict[str, Any]], *, file: bool, rows_a_batch: int | None = 2) -> bytes:
     sink, table = io.BytesIO(), pa.Table.from_pylist(rows)
     with (pa.ipc.new_file if file else pa.ipc.new_stream)(sink, table.schema) as writer:
-        writer.write_table(table, max_chunksize=2)
+        writer.write_table(table, max_chunksize=rows_a_batch)
     return sink.getvalue()
 
 
@@ -74,6 +74,7 @@ KINDS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
     "p.CSV.zst": lambda rows: zstandard.compress(b"\xef\xbb\xbf" + comma_separated(rows)),
     "p.parquet": parquet,
     "p.arrow": lambda rows: arrow(rows, file=True),
+    "one_batch.arrow": lambda rows: arrow(rows, file=True, rows_a_batch=None),
     "stream.arrow": lambda rows: arrow(rows, file=False),
 }
 
@@ -265,10 +266,21 @@ def test_a_line_of_100_mb_is_refused_unread_and_the_rest_is_judged(tmp_path: Pat
             file.write(b"x" * 2**20)
         file.write(b'"}\n' + jsonl([{"prompt": "no more"}]))
     said = refusal(path).splitlines()
-    assert said[0].startswith(f"{path}:2: got 'a line of more than 64 MiB'") and said[1].startswith(f"{path}:3: ")
+    assert said[0].startswith(f"{path}:2: got 'a line of more than 64 MiB'") and len(said) == 3
+    assert all(one.startswith(f"{path}:3: ") and "no field" in one for one in said[1:])
 
 
-@pytest.mark.parametrize("name", ["p.jsonl", "p.jsonl.gz", "p.jsonl.zst", "p.csv", "p.parquet", "p.arrow"])
+def test_a_file_that_is_cut_off_is_said_beside_its_bad_rows(tmp_path: Path) -> None:
+    said = broken("p.jsonl.gz", gzip.compress(jsonl([PLAIN[0], {"prompt": "x"}, *PLAIN]))[:-4], tmp_path).splitlines()
+    assert len(said) == 3 and "p.jsonl.gz:2: " in said[0] and "(after 7 rows)" in said[-1]
+
+
+def test_a_long_cell(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_bytes(comma_separated([row(0, chosen="x" * 200_000)]))
+    assert len(read_pairs(tmp_path / "p.csv")[0].chosen) == 200_000
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.jsonl.gz", "p.jsonl.zst", "p.csv", "p.parquet", "one_batch.arrow"])
 def test_memory_does_not_grow_with_the_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / name
     path.write_bytes(KINDS[name]([row(n, chosen=f"{n} " * 500) for n in range(6000)]))
