@@ -219,6 +219,11 @@ def test_datasets_by_name(data, train, val, name):
     assert (cfg.data.train_data_path, cfg.data.val_data_paths, cfg.data.dataset_name) == (train, val, name)
 
 
+def test_names_of_the_answers_are_read_in_the_formats_that_have_them(config):
+    for name in ("BinaryPreferenceDataset", "Tulu3Preference", "ImplicitPrompt", None):
+        assert config(data__dataset_name=name, data__chosen_key="good").data.chosen_key == "good"
+
+
 def test_the_guides_yaml_with_two_validation_sets():
     """The DPO guide's block for a custom preference dataset, its placeholders filled in."""
     text = """\

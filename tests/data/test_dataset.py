@@ -184,6 +184,18 @@ def test_loss_masks_come_back_and_are_part_of_the_fingerprint(tmp_path: Path) ->
     assert last.max_token_id == differing.max_token_id == max(max(map(max, as_lists(pair)[1:])) for pair in last)
 
 
+def test_the_largest_token_id_may_be_outside_the_loss(tmp_path: Path) -> None:
+    largest = len(tiny_tokenizer()) - 1
+    asked = {"role": "user", "content": tiny_tokenizer().decode([largest])}
+    turns = [TURNS[0], asked, TURNS[2]]
+    path = write_rows(tmp_path / "p.jsonl", [{"prompt": "so?", "chosen": turns, "rejected": "yes"}])
+    settings = DataSettings(max_total_sequence_length=256, chat_template=CHATML.replace("\n", ""))
+    pairs = PairDataset.with_settings(path, tiny_tokenizer(), settings)
+    place = pairs[0].chosen_ids.tolist().index(largest)
+    assert pairs[0].chosen_mask is not None and not pairs[0].chosen_mask[place]
+    assert pairs.max_token_id == largest
+
+
 def test_unusable_rows_are_left_out_and_counted(tmp_path: Path) -> None:
     rows = [row(0), {"prompt": "x"}, row(2, chosen="</s>"), row(3), row(4, chosen="x" * 999)]
     path = write_rows(tmp_path / "p.jsonl", rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,17 @@ def test_a_row_is_recognised_and_read(case: str, tmp_path: Path) -> None:
         (pair,) = read(tmp_path, row, **options)
         assert (pair.prompt, pair.chosen, pair.rejected) == texts
         assert pair.is_transcript == (isinstance(pair.prompt, str) and name == "ImplicitPrompt")
+
+
+def test_the_rows_that_the_page_shows_are_what_it_says() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    shown = dict(re.findall(r"^\| (\w+) \| `(.*?)`", page, flags=re.MULTILINE))
+    assert set(shown) == set(DATASET_NAMES)
+    for name, text in shown.items():
+        fields = dict.fromkeys(re.findall(r'[{ ]"(\w+)":', text))
+        found = find_format(fields, FieldKeys())
+        assert found is not None
+        assert found.name == name or {found.name, name} == {"ImplicitPrompt", "Tulu3Preference"}
 
 
 def test_tulu_takes_the_prompt_from_the_answers_whatever_its_field_says(tmp_path: Path) -> None:

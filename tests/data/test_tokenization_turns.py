@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megadpo.config.problems import DataError
 from megadpo.data.pairs import LossMask, Message, PreferencePair, TokenIds, TokenizedPair
 from megadpo.data.tokenization import PairTokenizer
-from tests.data.builders import text_pair
+from tests.data.builders import as_lists, text_pair
 from tests.helpers.tiny_tokenizer import CHATML, tiny_tokenizer
 
 TOOLS = (
@@ -139,7 +139,23 @@ def test_a_transcript_that_parts_at_the_humans_turn() -> None:
     done = encode(pair, None)
     assert in_loss(done.chosen_ids, done.chosen_mask) == [" d</s>"]
     chat = encode(pair)
+    messages = text_pair((user("a"), bot("b")), (user("c"), bot("d")), (user("e"), bot("f")))
+    assert as_lists(chat) == as_lists(encode(messages))
     assert in_loss(chat.rejected_ids, chat.rejected_mask) == ["f<|im_end|>\n"]
+
+
+def test_an_eos_that_is_added_by_id_is_in_the_loss() -> None:
+    encoder = PairTokenizer(tiny_tokenizer(), chat_template=None)
+    encoder.eos_token_id = 4  # as if "</s>" were ordinary text
+    (done,) = encoder.encode([LONG]).pairs
+    assert done.chosen_mask is not None and len(done.chosen_mask) == done.chosen_tokens
+    assert done.chosen_ids[-1] == 4 and done.chosen_mask[-1]
+
+
+def test_an_answer_may_do_no_more_than_call_a_tool() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {}}}
+    done = encode(text_pair((user("sum?"),), (bot("", tool_calls=[call]),), (bot("3"),)), TOOLS)
+    assert tiny_tokenizer().decode(done.chosen_ids) == "<call>add{}</call><|im_end|>\n"
 
 
 def test_a_transcript_becomes_messages_for_a_template() -> None:
