@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from megadpo.config.problems import DataError, Problem
@@ -63,6 +64,11 @@ def read_pairs(path: str | Path, keys: FieldKeys | None = None) -> list[Preferen
     if problems:
         raise DataError(problems)
     return pairs
+
+
+def iterate_pairs(path: str | Path, keys: FieldKeys | None = None) -> Iterator[PreferencePair]:
+    """As read_pairs, one at a time; the problems are raised at the end."""
+    yield from read_pairs(path, keys)
 
 
 def _row(line: bytes, place: Place) -> dict[str, object] | Problem:

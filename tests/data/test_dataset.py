@@ -130,7 +130,13 @@ def test_the_config_decides(tmp_path: Path) -> None:
             tokenizer=Section(chat_template=CHATML, chat_template_kwargs=None),
         ),
         data=Section(
-            max_input_seq_length=32, on_too_long="truncate", prompt_key="q", chosen_key="good", rejected_key="bad"
+            max_input_seq_length=32,
+            on_too_long="truncate",
+            prompt_key="q",
+            chosen_key="good",
+            rejected_key="bad",
+            cache_dir=str(tmp_path / "cache"),
+            num_tokenize_workers=None,
         ),
     )
     settings = DataSettings.from_config(cast(Config, cfg))
@@ -145,3 +151,4 @@ def test_the_config_decides(tmp_path: Path) -> None:
     pairs = PairDataset(cast(Config, cfg), tiny_tokenizer(), path)
     assert pairs[0].longest_sequence_tokens == 32 and pairs.report.with_chat_template
     assert pairs.fingerprint == PairDataset.with_settings(path, tiny_tokenizer(), settings).fingerprint
+    assert len(list((tmp_path / "cache").glob("*/header.json"))) == 1
