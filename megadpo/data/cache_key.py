@@ -61,7 +61,7 @@ def file_digest(path: str | Path) -> str:
                 where=str(path),
                 value=error.strerror or type(error).__name__,
                 expected="a data file that can be read",
-                fix="check data.train_data_path and data.val_data_paths: a path is taken from where the run was started",
+                fix="check data.train_data_path and data.val_data_paths: a path counts from where the run was started",
             )
         ) from error
     return digest.hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from megadpo.config.schema import Config
 
-__all__ = ["DataReport", "DataSettings", "PairDataset", "TokenArrays", "TokenizedPairs"]
+__all__ = ["DataReport", "DataSettings", "PairDataset", "TokenArrays", "TokenizedPairs", "load_datasets"]
 
 
 class TokenizedPairs(Sequence[TokenizedPair]):
@@ -91,6 +91,27 @@ class PairDataset(TokenizedPairs):
         dataset = cls.__new__(cls)
         TokenizedPairs.__init__(dataset, tokenized_file(path, tokenizer, settings, cache, num_workers=num_workers))
         return dataset
+
+
+def load_datasets(
+    cfg: Config, paths: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> dict[str, PairDataset]:
+    """Name -> pairs of each file. Raises DataError with every problem of every file."""
+    datasets: dict[str, PairDataset] = {}
+    problems: list[Problem] = []
+    for name, path in paths.items():
+        try:
+            datasets[name] = PairDataset(cfg, tokenizer, path)
+        except DataError as error:
+            problems += error.problems
+            continue
+        largest = datasets[name].max_token_id
+        if largest >= vocab_size:
+            expected = f"token ids below the model's vocabulary of {vocab_size}"
+            problems.append(Problem(path, largest, expected, "use the tokenizer of this model (policy.tokenizer.name)"))
+    if problems:
+        raise DataError(problems)
+    return datasets
 
 
 def tokenized_file(

@@ -1,4 +1,4 @@
-"""A data file -> token ids, a chunk of pairs at a time and in several processes, in memory that doesn't grow with it."""
+"""A data file -> token ids, a chunk of pairs at a time, in several processes, in memory that doesn't grow with it."""
 
 from __future__ import annotations
 

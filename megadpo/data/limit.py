@@ -100,8 +100,8 @@ class TooLong:
 def too_long_problems(found: TooLong, max_tokens: int) -> list[Problem]:
     """What to say about them; nothing if there are none."""
     fix = (
-        f"raise policy.max_total_sequence_length (the longest of {found.count} such pairs needs {found.longest_tokens}), "
-        "or set data.on_too_long to drop or truncate"
+        f"raise policy.max_total_sequence_length (the longest of {found.count} such pairs needs "
+        f"{found.longest_tokens}), or set data.on_too_long to drop or truncate"
     )
     return [
         Problem(
