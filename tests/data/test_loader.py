@@ -17,6 +17,8 @@ from megadpo.config.problems import DataError
 from megadpo.data.dataset import DataSettings, PairDataset
 from megadpo.data.loader import GlobalBatch, GlobalBatchLoader
 from megadpo.data.pack import PackedBatch, pack_pairs
+from megadpo.data.rebalance import BALANCE
+from megadpo.data.work import WorkModel
 from tests.data.builders import dataset, row, write_rows
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
@@ -161,6 +163,24 @@ def test_ranks_without_pairs_get_padding(pairs: PairDataset) -> None:
     ).batches(0)
     (pack,) = batch.micro_batches
     assert pack.num_pairs == 0 and pack.tokens.tolist() == [2] * 8 and batch.num_pairs == 2
+
+
+def test_the_work_model_decides_what_ranks_get(pairs: PairDataset) -> None:
+    """With answers that cost nearly everything, ranks share the answers evenly, and not the tokens."""
+    texts = pairs.arrays.text_tokens()
+
+    def imbalances(**options: Any) -> tuple[float, float]:
+        (whole,) = loader(pairs, global_batch_size=23, budget_tokens=2000, dp_size=2, **options).plans(0)
+        positions, plan = whole
+        places = [positions[[number for pack in rank for number in pack]] for rank in plan]
+        tokens = [int(texts[rank].sum()) for rank in places]
+        answers = [int(texts[rank][:, 1:].sum()) for rank in places]
+        return 1 - min(tokens) / max(tokens), 1 - min(answers) / max(answers)
+
+    by_tokens = imbalances()
+    by_answers = imbalances(work_model=WorkModel(per_token=1, per_answer_token=10**6, per_query_key=0))
+    assert by_tokens[0] <= BALANCE < by_answers[0]
+    assert by_answers[1] < 0.04 < by_tokens[1]
 
 
 def test_a_pair_over_the_budget_is_refused_at_its_line_with_the_need(tmp_path: Path) -> None:
