@@ -119,9 +119,10 @@ def test_the_key_changes_with_every_input(path: Path, tmp_path: Path, monkeypatc
 
 def test_using_a_tokenizer_does_not_change_its_key(path: Path) -> None:
     tokenizer = tiny_tokenizer()
-    fresh = cache_key(path, tokenizer, SETTINGS)
+    settings = DataSettings(max_total_sequence_length=200, chat_template=CHATML)
+    fresh = cache_key(path, tokenizer, settings)
     tokenizer(["a", "text of another length"], padding=True, truncation=True, max_length=3)
-    assert cache_key(path, tokenizer, SETTINGS) == fresh
+    assert cache_key(path, tokenizer, settings) == fresh
 
 
 def cut(file: Path) -> None:

@@ -14,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megadpo.config.problems import DataError
-from megadpo.data.dataset import DataSettings, PairDataset
+from megadpo.data.dataset import DataSettings, PairDataset, TokenizedPairs
 from megadpo.data.loader import GlobalBatch, GlobalBatchLoader
 from megadpo.data.pack import PackedBatch, pack_pairs
-from megadpo.data.rebalance import BALANCE
+from megadpo.data.pairs import TokenizedPair
+from megadpo.data.tokens import TokenArrays, TokenizedFile
 from megadpo.data.work import WorkModel
-from tests.data.builders import dataset, row, write_rows
+from tests.data.builders import dataset, ids, row, write_rows
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 
@@ -28,7 +29,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> PairDataset:
     return dataset(tmp_path_factory.mktemp("data"), 23)
 
 
-def loader(pairs: PairDataset, **changes: Any) -> GlobalBatchLoader:
+def loader(pairs: TokenizedPairs, **changes: Any) -> GlobalBatchLoader:
     defaults: dict[str, Any] = {
         "global_batch_size": 4,
         "shuffle": True,
@@ -166,21 +167,25 @@ def test_ranks_without_pairs_get_padding(pairs: PairDataset) -> None:
 
 
 def test_the_work_model_decides_what_ranks_get(pairs: PairDataset) -> None:
-    """With answers that cost nearly everything, ranks share the answers evenly, and not the tokens."""
-    texts = pairs.arrays.text_tokens()
+    """Long prompts and long answers in turn, as many tokens each: by tokens, one rank gets all the long answers."""
+    texts = [(96, 2, 2), (2, 49, 49)] * 8
+    arrays = TokenArrays.of(
+        [TokenizedPair(row, *(ids(*range(3, 3 + length)) for length in lengths)) for row, lengths in enumerate(texts)]
+    )
+    lines = np.arange(1, 17)
+    made = TokenizedPairs(
+        TokenizedFile(arrays=arrays, lines=lines, report=pairs.report, fingerprint="", max_token_id=99)
+    )
 
-    def imbalances(**options: Any) -> tuple[float, float]:
-        (whole,) = loader(pairs, global_batch_size=23, budget_tokens=2000, dp_size=2, **options).plans(0)
-        positions, plan = whole
-        places = [positions[[number for pack in rank for number in pack]] for rank in plan]
-        tokens = [int(texts[rank].sum()) for rank in places]
-        answers = [int(texts[rank][:, 1:].sum()) for rank in places]
-        return 1 - min(tokens) / max(tokens), 1 - min(answers) / max(answers)
+    def answers(**options: Any) -> list[int]:
+        options = {"global_batch_size": 16, "budget_tokens": 2000, "dp_size": 2, "shuffle": False, **options}
+        ((positions, plan),) = loader(made, **options).plans(0)
+        assert positions.tolist() == list(range(16))
+        return [sum(sum(texts[number][1:]) for pack in rank for number in pack) for rank in plan]
 
-    by_tokens = imbalances()
-    by_answers = imbalances(work_model=WorkModel(per_token=1, per_answer_token=10**6, per_query_key=0))
-    assert by_tokens[0] <= BALANCE < by_answers[0]
-    assert by_answers[1] < 0.04 < by_tokens[1]
+    answers_cost_all = WorkModel(per_token=1, per_answer_token=10**6, per_query_key=0)
+    assert answers() == [32, 784]
+    assert min(answers(work_model=answers_cost_all)) > 400
 
 
 def test_a_pair_over_the_budget_is_refused_at_its_line_with_the_need(tmp_path: Path) -> None:

@@ -263,9 +263,9 @@ def test_rebalance_moves_and_swaps() -> None:
 
 
 def test_rebalance_exchanges_two_pairs_where_one_does_not_help() -> None:
-    packs = packs_of([[[40, 38, 37]], [[35]]], budget=200)
+    packs = packs_of([[[57, 31, 52]], [[64, 17, 22]]], budget=200)
     rebalance(packs)
-    assert packs.rank_work == [75, 75]
+    assert packs.rank_work == [122, 121], "one at a time it is 126 and 117"
 
 
 def test_rebalance_holds_the_budget_of_both_packs() -> None:
