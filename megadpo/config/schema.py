@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
 from megadpo.config.schema_dpo import DpoConfig
 from megadpo.config.schema_policy import PolicyConfig
 from megadpo.config.types import CountOrZero, PositiveInt, Text
+
+
+def user_cache_dir() -> str:
+    """$XDG_CACHE_HOME/megadpo, or ~/.cache/megadpo with the ~ still in it."""
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "megadpo")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +60,12 @@ class DataConfig:
     on_too_long: Literal["refuse", "drop", "truncate"] = "refuse"
     """A pair longer than the limit: refuse the file, drop the pair and count it, or cut it and count it: the prompt from the
     left (BOS stays), and only then the answers from the right."""
+    cache_dir: Text | None = field(default_factory=user_cache_dir)
+    """Folder for token ids, made once and then mapped into memory; ~ is the home folder. Left out:
+    $XDG_CACHE_HOME/megadpo or ~/.cache/megadpo. null: every process tokenises for itself, into its own memory."""
+    num_tokenize_workers: PositiveInt | None = None
+    """Processes that tokenise what is not in the cache. null: one for each CPU core this process may use. Files of a few
+    thousand pairs are tokenised in one process anyway."""
 
 
 @dataclass(frozen=True, kw_only=True)

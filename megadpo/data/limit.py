@@ -50,7 +50,9 @@ def apply_limit(
     limited = Limited()
     too_long = [number for number, pair in enumerate(pairs) if pair.longest_sequence_tokens > max_tokens]
     if on_too_long == "refuse" and too_long:
-        raise DataError(_too_long_problems(pairs, too_long, sources, max_tokens))
+        found = TooLong()
+        found.add([(sources[number], pairs[number].longest_sequence_tokens) for number in too_long])
+        raise DataError(too_long_problems(found, max_tokens))
     over = set(too_long)
     for number, pair in enumerate(pairs):
         if number not in over:
@@ -84,20 +86,34 @@ def truncate(pair: TokenizedPair, max_tokens: int, bos_token_id: int | None) -> 
     return TokenizedPair(pair.index, prompt, pair.chosen_ids[:room], pair.rejected_ids[:room], *masks)
 
 
-def _too_long_problems(
-    pairs: Sequence[TokenizedPair], too_long: list[int], sources: Sequence[str], max_tokens: int
-) -> list[Problem]:
-    longest = max(pairs[number].longest_sequence_tokens for number in too_long)
+@dataclass
+class TooLong:
+    """Pairs over the limit: how many, the longest, and the first of them."""
+
+    count: int = 0
+    longest_tokens: int = 0
+    first: list[tuple[str, int]] = field(default_factory=list)
+    """file:line and tokens, of at most MOST_PROBLEMS."""
+
+    def add(self, pairs: Sequence[tuple[str, int]]) -> None:
+        """Further pairs, by file:line and tokens of prompt and longer answer."""
+        self.count += len(pairs)
+        self.longest_tokens = max([self.longest_tokens, *(tokens for _, tokens in pairs)])
+        self.first += pairs[: MOST_PROBLEMS - len(self.first)]
+
+
+def too_long_problems(found: TooLong, max_tokens: int) -> list[Problem]:
+    """What to say about them; nothing if there are none."""
     fix = (
-        f"raise policy.max_total_sequence_length (the longest of {len(too_long)} such pairs needs {longest}), "
-        "or set data.on_too_long to drop or truncate"
+        f"raise policy.max_total_sequence_length (the longest of {found.count} such pairs needs "
+        f"{found.longest_tokens}), or set data.on_too_long to drop or truncate"
     )
     return [
         Problem(
-            where=sources[number],
-            value=f"a pair of {pairs[number].longest_sequence_tokens} tokens (prompt and longer answer)",
+            where=source,
+            value=f"a pair of {tokens} tokens (prompt and longer answer)",
             expected=f"at most {max_tokens}",
             fix=fix,
         )
-        for number in too_long[:MOST_PROBLEMS]
+        for source, tokens in found.first
     ]

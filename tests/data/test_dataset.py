@@ -138,6 +138,8 @@ def test_the_config_decides(tmp_path: Path) -> None:
             dataset_name="BinaryPreferenceDataset",
             loss_on="differing_turns",
             on_bad_row="drop",
+            cache_dir=str(tmp_path / "cache"),
+            num_tokenize_workers=None,
         ),
     )
     settings = DataSettings.from_config(cast(Config, cfg))
@@ -155,6 +157,7 @@ def test_the_config_decides(tmp_path: Path) -> None:
     pairs = PairDataset(cast(Config, cfg), tiny_tokenizer(), path)
     assert pairs[0].longest_sequence_tokens == 32 and pairs.report.with_chat_template
     assert pairs.fingerprint == PairDataset.with_settings(path, tiny_tokenizer(), settings).fingerprint
+    assert len(list((tmp_path / "cache").glob("*/header.json"))) == 1
 
 
 TURNS = [
