@@ -209,6 +209,19 @@ def _columns(cfg: Config) -> Iterator[Problem]:
         yield Problem("data.rejected_key", ", ".join(keys), "three different keys", fix)
 
 
+@_rule("data.dataset_name", "data.prompt_key", "data.chosen_key", "data.rejected_key")
+def _unread_keys(cfg: Config) -> Iterator[Problem]:
+    name = cfg.data.dataset_name
+    if name is None or name == "BinaryPreferenceDataset":
+        return
+    answers_read = name in ("Tulu3Preference", "ImplicitPrompt")
+    for key, default in (("prompt_key", "prompt"), ("chosen_key", "chosen"), ("rejected_key", "rejected")):
+        value = getattr(cfg.data, key)
+        if value != default and not (answers_read and key != "prompt_key"):
+            fix = "remove it, or set data.dataset_name: BinaryPreferenceDataset"
+            yield Problem(f"data.{key}", value, f"{default}, since {name} has field names of its own", fix)
+
+
 @_rule("data.val_data_paths")
 def _validation_names(cfg: Config) -> Iterator[Problem]:
     for name in cfg.data.val_data_paths or {}:

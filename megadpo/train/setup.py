@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,14 +18,14 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megadpo.checkpoint import CheckpointInfo, TrainingPosition, load_training_state, load_weights, newest_checkpoint
 from megadpo.config.architecture import Architecture, read_architecture
 from megadpo.config.metric import parse_metric_name
-from megadpo.config.problems import ConfigError, DataError, Problem
+from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
-from megadpo.data.dataset import PairDataset
+from megadpo.data.dataset import PairDataset, load_datasets
 from megadpo.data.loader import GlobalBatch, GlobalBatchLoader
 from megadpo.data.tokenizer import load_tokenizer, pad_token_id
 from megadpo.model.build import build_model
 from megadpo.model.gpt import PairModel
-from megadpo.model.source import ModelSource, resolve_source
+from megadpo.model.source import ModelSource, resolve_source, tokenizer_source
 from megadpo.model.weights.load import load_hf_weights
 from megadpo.optimizer import build_optimizer, build_scheduler, wrap_for_training
 from megadpo.parallel import Layout, ParallelContext
@@ -33,7 +33,7 @@ from megadpo.reference import ResidentReference
 from megadpo.train.step import Trainer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,11 @@ def load_data(cfg: Config, arch: Architecture, source: ModelSource, *, dp_rank: 
     paths = {"": cfg.data.train_data_path, **(cfg.data.val_data_paths or {})}
     datasets = load_datasets(cfg, paths, tokenizer, arch.vocab_size)
     train = datasets.pop("")
-    pad = pad_token_id(tokenizer)
-    train_loader = make_loader(train, cfg, dp_rank, dp_size, pad, training=True)
-    loaders = {name: make_loader(data, cfg, dp_rank, dp_size, pad, training=False) for name, data in datasets.items()}
+    ranks: dict[str, Any] = {"dp_rank": dp_rank, "dp_size": dp_size, "pad_token_id": pad_token_id(tokenizer)}
+    train_loader = GlobalBatchLoader.from_config(train, cfg, arch, training=True, **ranks)
+    loaders = {
+        name: GlobalBatchLoader.from_config(data, cfg, arch, training=False, **ranks) for name, data in datasets.items()
+    }
     reports = [str(data.report) for data in (train, *datasets.values())]
     if train_loader.dropped_pairs_per_epoch:
         reports.append(
@@ -137,58 +139,6 @@ def load_data(cfg: Config, arch: Architecture, source: ModelSource, *, dp_rank: 
             f"of {cfg.policy.train_global_batch_size} and are left out"
         )
     return RunData(train, train_loader, loaders, reports)
-
-
-def load_datasets(
-    cfg: Config, paths: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, vocab_size: int
-) -> dict[str, PairDataset]:
-    """Name -> pairs of each file. Raises DataError with every problem of every file."""
-    datasets: dict[str, PairDataset] = {}
-    problems: list[Problem] = []
-    for name, path in paths.items():
-        try:
-            datasets[name] = PairDataset(cfg, tokenizer, path)
-        except DataError as error:
-            problems += error.problems
-            continue
-        largest = datasets[name].max_token_id
-        if largest >= vocab_size:
-            expected = f"token ids below the model's vocabulary of {vocab_size}"
-            problems.append(Problem(path, largest, expected, "use the tokenizer of this model (policy.tokenizer.name)"))
-    if problems:
-        raise DataError(problems)
-    return datasets
-
-
-def tokenizer_source(cfg: Config, source: ModelSource) -> Path | str:
-    """The tokenizer's folder or hub name: by default the model's own, which a Megatron folder keeps in hf/."""
-    name = cfg.policy.tokenizer.name
-    return source.hf_files if name == cfg.policy.model_name else name
-
-
-def make_loader(
-    dataset: PairDataset, cfg: Config, dp_rank: int, dp_size: int, pad_token_id: int, *, training: bool
-) -> GlobalBatchLoader:
-    """Training: the config's order, whole global batches only. Validation: file order, every pair."""
-    packing = cfg.policy.sequence_packing
-    pairs = cfg.policy.train_micro_batch_size if training else cfg.dpo.val_micro_batch_size
-    return GlobalBatchLoader(
-        dataset,
-        global_batch_size=cfg.policy.train_global_batch_size if training else cfg.dpo.val_global_batch_size,
-        shuffle=cfg.data.shuffle and training,
-        seed=cfg.dpo.seed,
-        dp_rank=dp_rank,
-        dp_size=dp_size,
-        # without packing a micro-batch is rows, each with its own prompt
-        share_prompt=packing.enabled and packing.share_prompt,
-        pad_token_id=pad_token_id,
-        pad_to_multiple=cfg.policy.make_sequence_length_divisible_by,
-        budget_tokens=packing.train_mb_tokens if packing.enabled else None,
-        pairs_per_micro_batch=None if packing.enabled else pairs,
-        drop_last=training,
-        limit_batches=None if training else cfg.dpo.val_batches,
-        num_workers=cfg.data.num_workers,
-    )
 
 
 def build_reference(
