@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
 from typing import Any
 
 import numpy as np
@@ -95,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the data room at scale.")
     parser.add_argument("--work-dir", type=Path, required=True, help="about 3 GB for a million pairs")
     parser.add_argument("--pairs", type=int, default=1_000_000)
-    parser.add_argument("--tokenize-pairs", type=int, default=40_000)
+    parser.add_argument("--tokenize-pairs", type=int, default=40_000, help="0: none")
     parser.add_argument("--ranks", type=int, default=2, help="processes that start together")
     parser.add_argument("--hh", type=Path, default=None, help="hh_train.jsonl")
     parser.add_argument("--start", type=int, default=None, help=argparse.SUPPRESS)
@@ -106,9 +107,12 @@ def main() -> None:
         return
     places.folder.mkdir(parents=True, exist_ok=True)
     make_model(places.model)
-    part, whole = (write_pairs(places.pairs(count), count) for count in (options.tokenize_pairs, options.pairs))
-    tokenize(places, part)
-    if part != whole:
+    whole = write_pairs(places.pairs(options.pairs), options.pairs)
+    if options.tokenize_pairs:
+        tokenize(places, write_pairs(places.pairs(options.tokenize_pairs), options.tokenize_pairs))
+    if options.tokenize_pairs == options.pairs:
+        PairDataset(places.config(whole), load_tokenizer(str(places.model)), whole)
+    else:
         timed(
             f"{options.pairs:,} pairs of random ids into the cache", lambda: write_cache(places, whole, options.pairs)
         )
@@ -217,16 +221,20 @@ def tokenize(places: Places, path: Path) -> None:
     tokenizer = load_tokenizer(str(places.model))
     settings = DataSettings.from_config(places.config(path))
     for workers in dict.fromkeys((1, usable_cores())):
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), cpu_s()
         cache = TokenCache(places.folder / f"build_{os.getpid()}_{workers}")
         pairs = PairDataset.with_settings(path, tokenizer, settings, cache=cache, num_workers=workers)
-        seconds = time.perf_counter() - started
-        rate = len(pairs) / seconds
+        seconds, cpu = time.perf_counter() - started, cpu_s() - cpu
         print(
-            f"tokenising {len(pairs):,} pairs with {workers} process(es): {seconds:.1f} s, {rate:,.0f} pairs/s",
+            f"tokenising {len(pairs):,} pairs with {workers} process(es): {seconds:.1f} s, {len(pairs) / seconds:,.0f} "
+            f"pairs/s; {cpu:.1f} s CPU, {len(pairs) / cpu:,.0f} pairs a CPU second",
             flush=True,
         )
-    PairDataset(places.config(path), tokenizer, path)
+
+
+def cpu_s() -> float:
+    """CPU seconds of this process and those of its children that have ended."""
+    return sum(use.ru_utime + use.ru_stime for use in map(getrusage, (RUSAGE_SELF, RUSAGE_CHILDREN)))
 
 
 def starts(places: Places, options: argparse.Namespace) -> None:
@@ -291,12 +299,11 @@ def packing(hh: Path | None, places: Places) -> None:
     texts = texts_tokens(100_000)
     lengths, work = texts.sum(axis=1), model.pair_work(texts, share_prompt=True)
     for ranks in (1, 8, 64):
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         plan = plan_global_batch(lengths, num_ranks=ranks, budget_tokens=BUDGET, work=work)
-        seconds = time.perf_counter() - started
-        print(
-            f"packing 100,000 pairs for {ranks} rank(s): {seconds:.2f} s, {described(plan, lengths, work)}", flush=True
-        )
+        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+        took = f"{seconds:.2f} s, {cpu:.2f} s CPU"
+        print(f"packing 100,000 pairs for {ranks} rank(s): {took}; {described(plan, lengths, work)}", flush=True)
     if hh is None:
         return
     settings = DataSettings(max_total_sequence_length=BUDGET)

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import socket
@@ -194,7 +195,10 @@ def _read(place: Path, key: str, path: str) -> TokenizedFile:
     header = _read_header(place / _HEADER)
     if header["key"] != key:
         raise _Damaged(f"{_HEADER} is that of {header['key']}")
-    arrays = {name: _map(place / f"{name}.bin", described) for name, described in header["arrays"].items()}
+    mapped = {name: _map(place / f"{name}.bin", described) for name, described in header["arrays"].items()}
+    arrays = {
+        name: np.frombuffer(mapped[name], dtype=described["dtype"]) for name, described in header["arrays"].items()
+    }
     lines = arrays.pop("lines")
     return TokenizedFile(
         arrays=TokenArrays(**arrays),
@@ -202,6 +206,7 @@ def _read(place: Path, key: str, path: str) -> TokenizedFile:
         report=DataReport(**{**header["report"], "path": path}),
         fingerprint=header["fingerprint"],
         max_token_id=header["max_token_id"],
+        release=lambda: mapped["tokens"].madvise(mmap.MADV_DONTNEED),
     )
 
 
@@ -217,20 +222,19 @@ def _read_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def _map(path: Path, described: dict[str, Any]) -> npt.NDArray[Any]:
-    """The array of a file, checked and mapped read-only."""
-    dtype, length = np.dtype(described["dtype"]), described["length"]
+def _map(path: Path, described: dict[str, Any]) -> mmap.mmap:
+    """The file of an array, checked and mapped read-only."""
+    expected = described["length"] * np.dtype(described["dtype"]).itemsize
     size = path.stat().st_size
-    if size != length * dtype.itemsize:
-        raise _Damaged(f"{path.name} has {size} bytes, not {length * dtype.itemsize}")
+    if size != expected or size == 0:
+        raise _Damaged(f"{path.name} has {size} bytes, not {expected}")
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:  # read, not mapped: so its pages count to no process
         while piece := file.read(_READ_BYTES):
             digest.update(piece)
-    if digest.hexdigest() != described["sha256"]:
-        raise _Damaged(f"{path.name} has other bytes than were written")
-    mapped = np.memmap(path, dtype=dtype, mode="r", shape=(length,))
-    return mapped.view(np.ndarray)  # slices of a memmap cost several times those of an array
+        if digest.hexdigest() != described["sha256"]:
+            raise _Damaged(f"{path.name} has other bytes than were written")
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _json_hash(value: object) -> str:

@@ -36,6 +36,8 @@ class TokenizedPairs(Sequence[TokenizedPair]):
         """sha256 over the tokens, their rows and the settings; the file's name and place don't matter."""
         self.max_token_id = file.max_token_id
         """The largest token id, to hold against the model's vocabulary."""
+        self.release = file.release
+        """Gives token ids that are mapped from the cache back to the kernel; they stay readable."""
 
     def __len__(self) -> int:
         return len(self.arrays)

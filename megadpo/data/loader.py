@@ -195,6 +195,8 @@ class GlobalBatchLoader:
                 epoch=epoch,
                 batch=batch,
             )
+            # A touched page maps 64 KiB and more around it, so a few hundred batches would map the whole file
+            self.dataset.release()
 
     def _pack(self, positions: npt.NDArray[np.int64]) -> PackedBatch:
         return pack_pairs(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -147,6 +147,8 @@ class TokenizedFile:
     report: DataReport
     fingerprint: str
     max_token_id: int
+    release: Callable[[], None] = field(default=lambda: None)
+    """Gives mapped token ids back to the kernel's cache: they stay readable, and count to this process no more."""
 
 
 class Fingerprint:

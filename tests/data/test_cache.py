@@ -66,12 +66,27 @@ def test_what_comes_out_of_the_cache_is_what_tokenising_gives(
 
 
 def test_the_arrays_are_mapped_and_can_not_be_written(path: Path, tmp_path: Path) -> None:
-    arrays = load(path, tmp_path / "cache").arrays
-    for array in (arrays.tokens, arrays.offsets, arrays.rows):
-        base: Any = array
-        while not isinstance(base, np.memmap):
-            base = base.base
-        assert not array.flags.writeable
+    pairs = load(path, tmp_path / "cache")
+    (cache,) = caches(tmp_path / "cache")
+    maps = Path("/proc/self/maps").read_text()
+    for name in ("tokens", "offsets", "rows"):
+        assert not getattr(pairs.arrays, name).flags.writeable
+        assert f"{cache / name}.bin" in maps
+
+
+def test_released_pages_are_mapped_no_more_and_stay_readable(path: Path, tmp_path: Path) -> None:
+    pairs = load(path, tmp_path / "cache")
+    (cache,) = caches(tmp_path / "cache")
+
+    def resident_kb() -> int:
+        mapping = Path("/proc/self/smaps").read_text().split(f"{cache / 'tokens.bin'}\n")[1]
+        return int(next(line for line in mapping.splitlines() if line.startswith("Rss:")).split()[1])
+
+    before = pairs.arrays.tokens.tolist()
+    assert resident_kb() > 0
+    pairs.release()
+    assert resident_kb() == 0
+    assert pairs.arrays.tokens.tolist() == before
 
 
 def test_a_moved_file_meets_its_cache_again_under_its_new_name(

@@ -230,6 +230,13 @@ def test_a_start_outside_the_epoch_is_refused(pairs: PairDataset) -> None:
             next(loader(pairs).batches(0, start_batch=start))
 
 
+def test_token_ids_are_released_after_every_batch(pairs: PairDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    released: list[int] = []
+    monkeypatch.setattr(pairs, "release", lambda: released.append(1))
+    batches = list(loader(pairs).batches(0))
+    assert len(released) == len(batches) == 5
+
+
 # In the background
 
 
