@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
 
 import zstandard
 
 from megadpo.config.problems import DataError, Problem
+from megadpo.data.reader_text import open_bytes
 
 MAX_LINE_BYTES = 64 * 2**20
 
@@ -34,7 +32,7 @@ def read_lines(path: Path, max_bytes: int = MAX_LINE_BYTES) -> Iterator[Line]:
     """Every line that is not blank. Raises DataError for a file that can't be opened or unpacked to its end."""
     number = 0
     try:
-        with _opened(path) as file:
+        with open_bytes(path) as file:
             while chunk := file.readline(max_bytes + 1):
                 number += 1
                 cut = len(chunk) > max_bytes and not chunk.endswith(b"\n")
@@ -55,46 +53,3 @@ def unreadable(path: Path, line: int, error: Exception) -> Problem:
         expected="a rollouts file that can be read to its end (.jsonl, .jsonl.gz or .jsonl.zst)",
         fix="check the path, or copy the file again",
     )
-
-
-def _opened(path: Path) -> BinaryIO:
-    if path.suffix == ".gz":
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    if path.suffix == ".zst":
-        return cast(BinaryIO, io.BufferedReader(_Chunks(_zstd_chunks(path)), 2**20))
-    return path.open("rb")
-
-
-def _zstd_chunks(path: Path) -> Iterator[bytes]:
-    """The content of a file's frames. Raises EOFError for a last frame without its end, which zstandard's own reader
-    takes for whole."""
-    with path.open("rb") as file:
-        frame = None
-        while piece := file.read(2**17):
-            while piece:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                yield frame.decompress(piece)
-                piece, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-        if frame is not None:
-            raise EOFError("a Zstandard frame without its end")
-
-
-class _Chunks(io.RawIOBase):
-    """Chunks of bytes as a file, for io.BufferedReader to cut into lines."""
-
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks = chunks
-        self._rest = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._rest:
-            chunk = next(self._chunks, None)
-            if chunk is None:
-                return 0
-            self._rest = chunk
-        count = min(len(buffer), len(self._rest))
-        buffer[:count], self._rest = self._rest[:count], self._rest[count:]
-        return count
