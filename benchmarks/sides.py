@@ -24,7 +24,7 @@ from benchmarks.trl_worker import Spec
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MEMORY_POLL_S = 0.5  # the kernel keeps the peak, so a rare look is enough
-LINE_POLL_S = 0.02
+LINE_POLL_S = 0.1  # a look costs CPU time, and TRL's side is not looked at
 LOG_TAIL_CHARACTERS = 4000
 
 
