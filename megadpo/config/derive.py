@@ -91,6 +91,7 @@ _DERIVED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "policy.logprob_chunk_size": lambda tree: None,
     "data.max_input_seq_length": _copy_of("policy.max_total_sequence_length"),
     f"{_MEG}.pipeline_dtype": _copy_of("policy.precision"),
+    f"{_MEG}.virtual_pipeline_model_parallel_size": lambda tree: None,
     f"{_MEG}.recompute_granularity": lambda tree: None,
     f"{_MEG}.recompute_modules": lambda tree: None,
     f"{_MEG}.recompute_method": lambda tree: None,

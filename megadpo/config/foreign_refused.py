@@ -73,12 +73,6 @@ REFUSED: tuple[Refused, ...] = (
     Refused(f"{MEG}.expert_model_parallel_size", (1,), "the supported models have no experts", "set it to 1"),
     Refused(f"{MEG}.expert_tensor_parallel_size", (1,), "the supported models have no experts", "set it to 1"),
     Refused(
-        f"{MEG}.virtual_pipeline_model_parallel_size",
-        (None, 1),
-        "virtual pipeline stages are not implemented",
-        "set it to null",
-    ),
-    Refused(
         f"{MEG}.attention_backend",
         (None, "auto"),
         "the kernel is chosen elsewhere",

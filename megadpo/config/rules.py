@@ -101,11 +101,18 @@ def _sequence_parallel(cfg: Config) -> Iterator[Problem]:
     f"{_MEG}.pipeline_model_parallel_size",
     f"{_MEG}.num_layers_in_first_pipeline_stage",
     f"{_MEG}.num_layers_in_last_pipeline_stage",
+    f"{_MEG}.virtual_pipeline_model_parallel_size",
 )
 def _pipeline_stages(cfg: Config) -> Iterator[Problem]:
     megatron = cfg.policy.megatron_cfg
     if megatron.pipeline_model_parallel_size > 1:
         return
+    if megatron.virtual_pipeline_model_parallel_size > 1:
+        where = f"{_MEG}.virtual_pipeline_model_parallel_size"
+        fix = f"set it to 1, or raise {_MEG}.pipeline_model_parallel_size"
+        yield Problem(
+            where, megatron.virtual_pipeline_model_parallel_size, "1 with pipeline_model_parallel_size 1", fix
+        )
     for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"):
         value = getattr(megatron, name)
         if value is not None:

@@ -87,6 +87,9 @@ class MegatronConfig:
     """null: an even split."""
     num_layers_in_last_pipeline_stage: PositiveInt | None = None
     """null: an even split."""
+    virtual_pipeline_model_parallel_size: PositiveInt = 1
+    """Model chunks on each pipeline stage, which take turns (megatron-core's interleaved schedule): a smaller bubble for
+    more sends. Left out or null: 1."""
     pipeline_dtype: Precision = "bfloat16"
     """Must say what policy.precision says. Left out or null: taken from there."""
 

@@ -60,6 +60,7 @@ class GlobalBatchLoader:
         pad_to_multiple: int = 1,
         budget_tokens: int | None = None,
         pairs_per_micro_batch: int | None = None,
+        micro_batch_multiple: int = 1,
         drop_last: bool,
         limit_batches: int | None = None,
         num_workers: int = 1,
@@ -67,6 +68,7 @@ class GlobalBatchLoader:
         """Sizes count pairs. Exactly one of `budget_tokens` (sequence packing) and `pairs_per_micro_batch` is given.
 
         budget_tokens: most tokens of a micro-batch, padding included.
+        micro_batch_multiple: every rank gets a multiple of this many micro-batches, empty ones among them if need be.
         drop_last: leave out the last, incomplete global batch of an epoch (training); else it comes as it is.
         limit_batches: at most this many batches of an epoch (dpo.val_batches); None or 0 or less: all.
         num_workers: 0 packs in the caller; any other number packs ahead in one background thread, which is enough:
@@ -89,6 +91,7 @@ class GlobalBatchLoader:
         self.pad_token_id = pad_token_id
         self.pad_to_multiple = pad_to_multiple
         self.pairs_per_micro_batch = pairs_per_micro_batch
+        self.micro_batch_multiple = micro_batch_multiple
         self.drop_last = drop_last
         self.num_workers = num_workers
         self._lengths = dataset.packed_tokens(share_prompt=share_prompt)
@@ -131,6 +134,7 @@ class GlobalBatchLoader:
                 num_ranks=self.dp_size,
                 budget_tokens=self._budget,
                 pairs_per_micro_batch=self.pairs_per_micro_batch,
+                micro_batch_multiple=self.micro_batch_multiple,
             )
             yield GlobalBatch(
                 micro_batches=[self._pack(positions[numbers]) for numbers in plan[self.dp_rank]],

@@ -21,7 +21,7 @@ from megadpo.parallel import ParallelContext
 
 
 class PairModel(GPTModel):
-    """One pipeline stage. The last one ends in log-probabilities, not logits."""
+    """One pipeline stage, or one of its chunks. The last one ends in log-probabilities, not logits."""
 
     def __init__(
         self,
@@ -30,16 +30,19 @@ class PairModel(GPTModel):
         parallel: ParallelContext,
         kernel: AttentionKernel,
         logprob_chunk_tokens: int,
+        chunk: int = 0,
     ) -> None:
+        vp_stage = chunk if parallel.chunks_per_stage > 1 else None
         super().__init__(
             config=config,
-            transformer_layer_spec=block_spec(config, parallel.pp_rank),
+            transformer_layer_spec=block_spec(config, parallel.pp_rank, vp_stage),
             vocab_size=arch.vocab_size,
             max_sequence_length=arch.max_position_embeddings,
-            pre_process=parallel.is_first_stage,
-            post_process=parallel.is_last_stage,
+            pre_process=parallel.is_first_chunk(chunk),
+            post_process=parallel.is_last_chunk(chunk),
             share_embeddings_and_output_weights=arch.tie_word_embeddings,
             position_embedding_type="none",  # PackedAttention rotates by the pack's own positions
+            vp_stage=vp_stage,
         )
         self.rotary = RotaryTable(arch, parallel.device)
         self.kernel = kernel

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
@@ -11,26 +13,27 @@ from megatron.core.transformer.module import MegatronModule
 from megadpo.config.schema_policy import PolicyConfig
 
 
-def wrap_for_training(model: MegatronModule, policy: PolicyConfig) -> DistributedDataParallel:
-    """The model with one contiguous gradient buffer, summed over data-parallel ranks when gradients are finalised.
+def wrap_for_training(chunks: Sequence[MegatronModule], policy: PolicyConfig) -> list[DistributedDataParallel]:
+    """The chunks with gradient buffers, which are summed over data-parallel ranks when gradients are finalised.
 
     Summed, not averaged: `calculate_per_token_loss` in the TransformerConfig sets DDP's scaling to 1, and the loss is
     already divided by the pairs of the global batch.
     """
     ddp, optimizer = policy.megatron_cfg.distributed_data_parallel_config, policy.megatron_cfg.optimizer
-    return DistributedDataParallel(
-        model.config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=ddp.grad_reduce_in_fp32,
-            overlap_grad_reduce=ddp.overlap_grad_reduce,
-            overlap_param_gather=ddp.overlap_param_gather,
-            use_distributed_optimizer=optimizer.use_distributed_optimizer,
-        ),
-        model,
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=ddp.grad_reduce_in_fp32,
+        overlap_grad_reduce=ddp.overlap_grad_reduce,
+        overlap_param_gather=ddp.overlap_param_gather,
+        use_distributed_optimizer=optimizer.use_distributed_optimizer,
     )
+    # Buckets exist to begin a reduction early; chunks after the first one finish early anyway.
+    return [
+        DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(chunks)
+    ]
 
 
-def build_optimizer(model: DistributedDataParallel, policy: PolicyConfig) -> MegatronOptimizer:
+def build_optimizer(chunks: Sequence[DistributedDataParallel], policy: PolicyConfig) -> MegatronOptimizer:
     """AdamW (or SGD) with float32 main parameters; biases and norms get no weight decay (megatron-core's default).
 
     Collectives: an all-gather of parameter-group keys over the world.
@@ -52,7 +55,7 @@ def build_optimizer(model: DistributedDataParallel, policy: PolicyConfig) -> Meg
             overlap_param_gather=policy.megatron_cfg.distributed_data_parallel_config.overlap_param_gather,
             clip_grad=policy.max_grad_norm,
         ),
-        [model],
+        list(chunks),
         use_gloo_process_groups=torch.cuda.is_available(),  # on a CPU the groups are gloo already
     )
 

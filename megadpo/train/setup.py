@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megadpo.checkpoint import CheckpointInfo, TrainingPosition, load_training_state, load_weights, newest_checkpoint
 from megadpo.config.architecture import Architecture, read_architecture
+from megadpo.config.check import micro_batch_multiple
 from megadpo.config.metric import parse_metric_name
 from megadpo.config.problems import ConfigError, DataError, Problem
 from megadpo.config.schema import Config
@@ -77,6 +78,7 @@ def layout_of(cfg: Config) -> Layout:
     return Layout(
         tensor=megatron.tensor_model_parallel_size,
         pipeline=megatron.pipeline_model_parallel_size,
+        virtual_pipeline=megatron.virtual_pipeline_model_parallel_size,
         sequence_parallel=megatron.sequence_parallel,
     )
 
@@ -187,6 +189,7 @@ def make_loader(
         pairs_per_micro_batch=None if packing.enabled else pairs,
         drop_last=training,
         limit_batches=None if training else cfg.dpo.val_batches,
+        micro_batch_multiple=micro_batch_multiple(cfg),
         num_workers=cfg.data.num_workers,
     )
 
@@ -206,12 +209,12 @@ def build_reference(
     return ResidentReference(model, parallel)
 
 
-def fill(model: PairModel, source: ModelSource, arch: Architecture, parallel: ParallelContext) -> None:
-    """Load the weights that `source` names into this rank's stage."""
+def fill(model: Sequence[PairModel], source: ModelSource, arch: Architecture, parallel: ParallelContext) -> None:
+    """Load the weights that `source` names into the chunks of this rank."""
     if source.megatron is not None:
         load_weights(model, source.megatron)
     else:
-        load_hf_weights([model], arch, source.hf_files, tp_rank=parallel.tp_rank, tp_size=parallel.tp_size)
+        load_hf_weights(model, arch, source.hf_files, tp_rank=parallel.tp_rank, tp_size=parallel.tp_size)
 
 
 def data_settings(cfg: Config) -> dict[str, object]:

@@ -11,6 +11,7 @@ from tests.helpers.runs import make_config, make_model, read_metrics, train
 
 MEG = "policy.megatron_cfg"
 TP2, PP2 = f"{MEG}.tensor_model_parallel_size=2", f"{MEG}.pipeline_model_parallel_size=2"
+VPP2 = f"{MEG}.virtual_pipeline_model_parallel_size=2"
 SP, DIST = f"{MEG}.sequence_parallel=true", f"{MEG}.optimizer.use_distributed_optimizer=true"
 UNSHARED, UNPACKED = "policy.sequence_packing.share_prompt=false", "policy.sequence_packing.enabled=false"
 RECOMPUTE = f"{MEG}.activation_checkpointing=true"
@@ -30,6 +31,8 @@ LAYOUTS = {
     "dp2_distributed_optimizer": (2, [DIST]),
     "dp2_overlap": (2, [DIST, f"{MEG}.distributed_data_parallel_config.overlap_grad_reduce=true"]),
     "dp2_unpacked": (2, [UNPACKED]),
+    "pp2_vpp2": (2, [PP2, VPP2]),
+    "pp2_vpp2_unpacked": (2, [PP2, VPP2, UNPACKED]),
     "tp2_pp2": (4, [TP2, PP2]),
     "tp2_sp_pp2_unshared": (4, [TP2, SP, PP2, UNSHARED]),
     "dp2_tp2_sp": (4, [TP2, SP, DIST]),
