@@ -89,6 +89,7 @@ _DERIVED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "policy.sequence_packing.train_mb_tokens": _longest_pair,
     "policy.make_sequence_length_divisible_by": _pad_multiple,
     "policy.logprob_chunk_size": lambda tree: None,
+    "policy.freeze": lambda tree: None,
     "data.max_input_seq_length": _copy_of("policy.max_total_sequence_length"),
     f"{_MEG}.pipeline_dtype": _copy_of("policy.precision"),
     f"{_MEG}.virtual_pipeline_model_parallel_size": lambda tree: None,

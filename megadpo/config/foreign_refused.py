@@ -105,18 +105,6 @@ REFUSED: tuple[Refused, ...] = (
         "set it to false and policy.precision: bfloat16",
     ),
     Refused(
-        f"{MEG}.optimizer.use_precision_aware_optimizer",
-        _OFF,
-        "it needs Transformer Engine's optimizer",
-        "set it to false: moments and main parameters stay float32",
-    ),
-    Refused(
-        f"{MEG}.optimizer.optimizer_cpu_offload",
-        _OFF,
-        "optimizer state is not offloaded",
-        "set it to false; use_distributed_optimizer: true shards it",
-    ),
-    Refused(
         f"{MEG}.distributed_data_parallel_config.use_custom_fsdp", _OFF, "FSDP is not implemented", "set it to false"
     ),
     Refused(

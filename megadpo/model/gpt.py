@@ -64,6 +64,9 @@ class PairModel(GPTModel):
             plan=self.kernel.plan(batch.segments, batch.tokens.device, dtype),
         )
         hidden = self.embedding(batch.tokens[None], None) if self.pre_process else None
+        if hidden is not None and self.training and self.config.recompute_granularity is not None:
+            # Recomputation asks its input, not its weights, whether a gradient is wanted; frozen embeddings want none.
+            hidden.requires_grad_()
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=context)
         return self._answer_logps(hidden, batch) if self.post_process else hidden
 
@@ -74,6 +77,9 @@ class PairModel(GPTModel):
             whole = gather_from_sequence_parallel_region(hidden, group=group)
         else:
             whole = copy_to_tensor_model_parallel_region(hidden, group=group)
+        for hook in self.output_layer._forward_pre_hooks.values():
+            # Its weight is used without calling it, and DDP waits for the weight's all-gather in a hook of the call.
+            hook(self.output_layer, ())
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         weight = self.output_layer.weight if weight is None else weight
         token_logps = vocab_parallel_logps(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,9 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
+from megadpo.config.problems import Problem
 from megadpo.config.schema_policy import PolicyConfig
+from megadpo.model.transformer_config import DTYPES
 
 
 def wrap_for_training(chunks: Sequence[MegatronModule], policy: PolicyConfig) -> list[DistributedDataParallel]:
@@ -33,6 +36,21 @@ def wrap_for_training(chunks: Sequence[MegatronModule], policy: PolicyConfig) ->
     ]
 
 
+def machine_problems(policy: PolicyConfig, device: torch.device) -> list[Problem]:
+    """What the optimizer of the config needs and this machine lacks; empty where nothing is missing."""
+    optimizer = policy.megatron_cfg.optimizer
+    where = "policy.megatron_cfg.optimizer.use_precision_aware_optimizer"
+    if not optimizer.use_precision_aware_optimizer:
+        return []
+    if device.type != "cuda":
+        return [Problem(where, True, "false on a machine without CUDA: its kernels are CUDA's", "set it to false")]
+    has_te = importlib.util.find_spec("transformer_engine") is not None
+    if not optimizer.optimizer_cpu_offload and not has_te:
+        expected = "false without Transformer Engine, whose FusedAdam it is"
+        return [Problem(where, True, expected, "install transformer_engine[pytorch], or set it to false")]
+    return []
+
+
 def build_optimizer(chunks: Sequence[DistributedDataParallel], policy: PolicyConfig) -> MegatronOptimizer:
     """AdamW (or SGD) with float32 main parameters; biases and norms get no weight decay (megatron-core's default).
 
@@ -52,6 +70,12 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], policy: PolicyCon
             bf16=policy.precision == "bfloat16",
             params_dtype=torch.bfloat16 if policy.precision == "bfloat16" else torch.float32,
             use_distributed_optimizer=optimizer.use_distributed_optimizer,
+            use_precision_aware_optimizer=optimizer.use_precision_aware_optimizer,
+            exp_avg_dtype=DTYPES[optimizer.exp_avg_dtype],
+            exp_avg_sq_dtype=DTYPES[optimizer.exp_avg_sq_dtype],
+            optimizer_cpu_offload=optimizer.optimizer_cpu_offload,
+            optimizer_offload_fraction=optimizer.optimizer_offload_fraction,
+            overlap_cpu_optimizer_d2h_h2d=optimizer.overlap_cpu_optimizer_d2h_h2d,
             overlap_param_gather=policy.megatron_cfg.distributed_data_parallel_config.overlap_param_gather,
             clip_grad=policy.max_grad_norm,
         ),

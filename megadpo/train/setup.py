@@ -25,6 +25,7 @@ from megadpo.data.dataset import PairDataset
 from megadpo.data.loader import GlobalBatch, GlobalBatchLoader
 from megadpo.data.tokenizer import load_tokenizer, pad_token_id
 from megadpo.model.build import build_model
+from megadpo.model.freeze import freeze
 from megadpo.model.gpt import PairModel
 from megadpo.model.source import ModelSource, resolve_source
 from megadpo.model.weights.load import load_hf_weights
@@ -93,6 +94,7 @@ def prepare(cfg: Config, parallel: ParallelContext) -> Run:
     resume = find_resume(cfg, data)
 
     policy = build_model(arch, cfg.policy, parallel, frozen=False)
+    freeze(policy, cfg.policy.freeze, arch)
     if resume is None:
         fill(policy, source, arch, parallel)
     wrapped = wrap_for_training(policy, cfg.policy)
@@ -218,11 +220,13 @@ def fill(model: Sequence[PairModel], source: ModelSource, arch: Architecture, pa
 
 
 def data_settings(cfg: Config) -> dict[str, object]:
-    """What, beside the pairs themselves, decides which pairs a step sees."""
+    """What, beside the pairs themselves, must stay as it was: it decides which pairs a step sees, and which weights the
+    optimizer holds."""
     return {
         "dpo.seed": cfg.dpo.seed,
         "data.shuffle": cfg.data.shuffle,
         "policy.train_global_batch_size": cfg.policy.train_global_batch_size,
+        "policy.freeze": list(cfg.policy.freeze),
     }
 
 

@@ -75,6 +75,14 @@ class Trainer:
         """The policy's chunks on this rank, without the wrappers that hold gradients."""
         return [chunk.module for chunk in self.policy]
 
+    def model_to_save(self) -> list[PairModel]:
+        """`model` with the last update in every weight. Collectives: where `overlap_param_gather` has put it off to the
+        next forward pass, the all-gather over dp."""
+        for chunk in self.policy:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+        return self.model
+
     def step(self, batch: GlobalBatch) -> StepOutcome:
         """Train on one global batch. Raises NonFiniteLoss where the config says stop; weights are then untouched.
 

@@ -3,6 +3,7 @@ trained weights."""
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +23,15 @@ VPP2, VPP3 = (f"{MEG}.virtual_pipeline_model_parallel_size={chunks}" for chunks 
 OVERLAP = f"{MEG}.distributed_data_parallel_config.overlap_grad_reduce=true"
 SP, DIST = f"{MEG}.sequence_parallel=true", f"{MEG}.optimizer.use_distributed_optimizer=true"
 UNSHARED, UNPACKED = "policy.sequence_packing.share_prompt=false", "policy.sequence_packing.enabled=false"
-RECOMPUTE = f"{MEG}.activation_checkpointing=true"
+RECOMPUTE, SELECTIVE = f"{MEG}.activation_checkpointing=true", f"{MEG}.recompute_granularity=selective"
+BLOCK = f"{MEG}.recompute_method=block"
+GATHER = f"{MEG}.distributed_data_parallel_config.overlap_param_gather=true"
 LAYOUTS = {
     "unshared": (1, [UNSHARED]),
     "unpacked": (1, [UNPACKED]),
     "recompute": (1, [RECOMPUTE]),
-    "recompute_attention": (1, [RECOMPUTE, f"{MEG}.recompute_granularity=selective"]),
+    "recompute_attention": (1, [RECOMPUTE, SELECTIVE]),
+    "recompute_modules": (1, [RECOMPUTE, SELECTIVE, f"{MEG}.recompute_modules=[core_attn,layernorm,mlp]"]),
     "distributed_optimizer": (1, [DIST]),
     "tp2": (2, [TP2]),
     "tp2_sp": (2, [TP2, SP]),
@@ -41,6 +45,7 @@ LAYOUTS = {
     "dp2_unpacked": (2, [UNPACKED]),
     "pp2_vpp2": (2, [PP2, VPP2]),
     "pp2_vpp2_unpacked": (2, [PP2, VPP2, UNPACKED]),
+    "pp2_vpp2_recompute_block": (2, [PP2, VPP2, RECOMPUTE, BLOCK]),
     "tp2_pp2": (4, [TP2, PP2]),
     "tp2_sp_pp2_unshared": (4, [TP2, SP, PP2, UNSHARED]),
     "dp2_tp2_sp": (4, [TP2, SP, DIST]),
@@ -140,6 +145,22 @@ def test_virtual_pipeline_with_tied_embeddings(name, six_layers, tmp_path):
     model, one = six_layers
     world_size, overrides = SIX_LAYERS[name]
     assert_equal_runs(run(tmp_path, model, world_size, overrides, name), one)
+
+
+def train_in_small_buckets(config, overrides):
+    """So that a model of the tests has several buckets, the output layer's among them."""
+    from megadpo.optimizer import build
+
+    build.DistributedDataParallelConfig = functools.partial(build.DistributedDataParallelConfig, bucket_size=2000)
+    return train(config, overrides)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", [(2, []), (4, [PP2, VPP2])], ids=["dp2", "dp2_pp2_vpp2"])
+def test_overlap_of_reduction_and_gather(layout, model, one_process, tmp_path):
+    world_size, overrides = layout
+    overrides = [*overrides, DIST, OVERLAP, GATHER]
+    assert_equal_runs(run(tmp_path, model, world_size, overrides, "overlap", train_in_small_buckets), one_process)
 
 
 @pytest.mark.distributed
