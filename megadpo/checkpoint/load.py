@@ -38,18 +38,20 @@ def load_training_state(
     model: Sequence[MegatronModule],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
+    some_frozen: bool,
 ) -> None:
     """Restore weights, optimizer, schedule and random-number states of the run that wrote `info`.
 
-    In the same layout the following losses are the same bits; in another, random-number states start from the seed
-    anew. Collectives: those of dist_checkpointing.load. Raises ConfigError where the optimizer state is of another
-    kind or absent.
+    some_frozen: whether the run freezes weights, on any rank. In the same layout the following losses are the same bits;
+    in another, random-number states start from the seed anew. Collectives: those of dist_checkpointing.load. Raises
+    ConfigError where the optimizer state is of another kind or absent.
     """
     _check_optimizer(info, optimizer)
     weights = sharded_weights(model)
+    whose = sharded_weights(model, per_layer=True) if some_frozen else weights
     wanted = {
         "weights": weights,
-        "optimizer": sharded_state(optimizer, weights, is_loading=True),
+        "optimizer": sharded_state(optimizer, whose, is_loading=True),
         "scheduler": scheduler.state_dict(),
     }
     state = _load(wanted, info.path)

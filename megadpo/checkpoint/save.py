@@ -57,7 +57,8 @@ def save_checkpoint(
     weights = sharded_weights(model)
     state: dict[str, Any] = {"weights": weights, "scheduler": scheduler.state_dict()}
     if optimizer is not None:
-        state["optimizer"] = sharded_state(optimizer, weights, is_loading=False)
+        whose = sharded_weights(model, per_layer=True) if cfg.policy.freeze else weights
+        state["optimizer"] = sharded_state(optimizer, whose, is_loading=False)
     dist_checkpointing.save(state, str(partial / "model"))
     torch.save(_rng_state(), partial / "rng" / f"rank_{parallel.rank}.pt")
     dist.barrier()
@@ -83,10 +84,15 @@ def save_checkpoint(
     return final
 
 
-def sharded_weights(model: Sequence[MegatronModule]) -> dict[str, Any]:
+def sharded_weights(model: Sequence[MegatronModule], *, per_layer: bool = False) -> dict[str, Any]:
     """The weights of this rank's chunks. Tensors go by names and layer numbers of the whole model, so that any layout
-    reads them; the names of the chunks stay in this process."""
-    return {f"model{number}": chunk.sharded_state_dict(metadata=METADATA) for number, chunk in enumerate(model)}
+    reads them; the names of the chunks stay in this process.
+
+    per_layer: a key for each layer, not one for all: for optimizer state where frozen layers have none, since
+    megatron-core refuses a stacked tensor with layers missing.
+    """
+    metadata = {**METADATA, "non_homogeneous_layers": per_layer}
+    return {f"model{number}": chunk.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(model)}
 
 
 def layout_name(parallel: ParallelContext) -> str:

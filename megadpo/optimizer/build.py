@@ -37,18 +37,25 @@ def wrap_for_training(chunks: Sequence[MegatronModule], policy: PolicyConfig) ->
 
 
 def machine_problems(policy: PolicyConfig, device: torch.device) -> list[Problem]:
-    """What the optimizer of the config needs and this machine lacks; empty where nothing is missing."""
-    optimizer = policy.megatron_cfg.optimizer
+    """What training by the config needs and this machine lacks; empty where nothing is missing."""
+    megatron, optimizer = policy.megatron_cfg, policy.megatron_cfg.optimizer
+    has_cuda, has_te = device.type == "cuda", importlib.util.find_spec("transformer_engine") is not None
+    te = "install transformer_engine[pytorch]"
+    problems = []
     where = "policy.megatron_cfg.optimizer.use_precision_aware_optimizer"
-    if not optimizer.use_precision_aware_optimizer:
-        return []
-    if device.type != "cuda":
-        return [Problem(where, True, "false on a machine without CUDA: its kernels are CUDA's", "set it to false")]
-    has_te = importlib.util.find_spec("transformer_engine") is not None
-    if not optimizer.optimizer_cpu_offload and not has_te:
+    if optimizer.use_precision_aware_optimizer and not has_cuda:
+        problems.append(
+            Problem(where, True, "false on a machine without CUDA: its kernels are CUDA's", "set it to false")
+        )
+    elif optimizer.use_precision_aware_optimizer and not optimizer.optimizer_cpu_offload and not has_te:
         expected = "false without Transformer Engine, whose FusedAdam it is"
-        return [Problem(where, True, expected, "install transformer_engine[pytorch], or set it to false")]
-    return []
+        problems.append(Problem(where, True, expected, f"{te}, or set it to false"))
+    selective = megatron.activation_checkpointing and megatron.recompute_granularity == "selective"
+    if selective and "layernorm" in megatron.recompute_modules and has_cuda and not has_te:
+        where, modules = "policy.megatron_cfg.recompute_modules", ", ".join(megatron.recompute_modules)
+        expected = "no layernorm without Transformer Engine, which megatron-core 0.16.1 then asks about float8"
+        problems.append(Problem(where, modules, expected, f"{te}, or remove layernorm"))
+    return problems
 
 
 def build_optimizer(chunks: Sequence[DistributedDataParallel], policy: PolicyConfig) -> MegatronOptimizer:

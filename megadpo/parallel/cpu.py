@@ -27,6 +27,14 @@ class _NoStream:
         return lambda *_, **__: None
 
 
+class _NoFloat8:
+    """Stands for Transformer Engine's FP8GlobalStateManager."""
+
+    @staticmethod
+    def is_fp8_enabled() -> bool:
+        return False
+
+
 def enable_cpu() -> None:
     """Redirect megatron-core's CUDA calls to the CPU for the rest of this process; a second call does nothing.
 
@@ -123,6 +131,10 @@ def _patch_megatron_modules() -> None:
     """What megatron-core took by name at import, and so has to be replaced in its own modules."""
     from megatron.core.tensor_parallel import random as mcore_random
     from megatron.core.transformer.moe import moe_utils
+
+    # random.py:589 asks Transformer Engine about float8 whenever a layer norm is recomputed; without it there is none.
+    if not hasattr(mcore_random, "FP8GlobalStateManager"):
+        mcore_random.FP8GlobalStateManager = _NoFloat8
 
     # random.py:41-110 reaches for torch.cuda.default_generators and torch._C._cuda_setRNGState.
     mcore_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()

@@ -112,7 +112,14 @@ def prepare(cfg: Config, parallel: ParallelContext) -> Run:
         step=0, epoch=0, batch=0, data_fingerprint=data.train.fingerprint, data_settings=data_settings(cfg)
     )
     if resume is not None:
-        load_training_state(resume, parallel, model=policy, optimizer=optimizer, scheduler=scheduler)
+        load_training_state(
+            resume,
+            parallel,
+            model=policy,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            some_frozen=bool(cfg.policy.freeze),
+        )
         position = resume.position
     return Run(cfg, parallel, source, data, trainer, position, total_steps)
 

@@ -80,7 +80,8 @@ def run(tmp_path, model, world_size, overrides, name, target=train):
         dpo={"sft_loss_weight": 0.1, "val_at_end": True},
         checkpointing={"enabled": True, "save_optimizer": False},
     )
-    assert run_distributed(target, world_size, str(config), overrides, init_process_group=False) == [0] * world_size
+    codes = run_distributed(target, world_size, str(config), overrides, init_process_group=False, timeout_s=280)
+    assert codes == [0] * world_size
     return Outcome(read_metrics(folder / "logs"), read_weights(folder / "checkpoints/step_3"))
 
 
