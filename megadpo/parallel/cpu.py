@@ -132,9 +132,10 @@ def _patch_megatron_modules() -> None:
     from megatron.core.tensor_parallel import random as mcore_random
     from megatron.core.transformer.moe import moe_utils
 
-    # random.py:589 asks Transformer Engine about float8 whenever a layer norm is recomputed; without it there is none.
-    if not hasattr(mcore_random, "FP8GlobalStateManager"):
-        mcore_random.FP8GlobalStateManager = _NoFloat8
+    # random.py:589-687 asks Transformer Engine about float8 whenever a layer norm is recomputed; on a CPU there is none.
+    mcore_random.FP8GlobalStateManager = _NoFloat8
+    for name in ("activation_recompute_forward", "fp8_autocast"):
+        setattr(mcore_random, name, lambda *_, **__: contextlib.nullcontext())
 
     # random.py:41-110 reaches for torch.cuda.default_generators and torch._C._cuda_setRNGState.
     mcore_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()

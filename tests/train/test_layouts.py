@@ -91,7 +91,7 @@ def read_weights(checkpoint):
     return {e.names[0]: stored.read(r) for e, r in zip(entries, stored.find(entries), strict=True)}
 
 
-def assert_equal_runs(got, want, tolerance=1e-5):
+def assert_equal_runs(got, want, tolerance=1e-5, validated=True):
     assert [r["step"] for r in got.metrics] == [r["step"] for r in want.metrics] == [1, 2, 3]
     for mine, theirs in zip(got.metrics, want.metrics, strict=True):
         # a reward is a difference of logps: its rounding is theirs
@@ -101,7 +101,9 @@ def assert_equal_runs(got, want, tolerance=1e-5):
             a, b = mine[f"train/{name}"], theirs[f"train/{name}"]
             assert abs(a - b) <= tolerance * scale, f"step {mine['step']} {name}: {a!r} instead of {b!r}"
     loss = "validation-held_out/loss"
-    assert got.metrics[-1][loss] == pytest.approx(want.metrics[-1][loss], rel=tolerance)
+    assert (loss in got.metrics[-1]) == validated
+    if validated:
+        assert got.metrics[-1][loss] == pytest.approx(want.metrics[-1][loss], rel=tolerance)
     assert got.weights.keys() == want.weights.keys()
     for name, weight in want.weights.items():
         distance = (got.weights[name] - weight).norm() / weight.norm()
@@ -160,8 +162,10 @@ def train_in_small_buckets(config, overrides):
 @pytest.mark.parametrize("layout", [(2, []), (4, [PP2, VPP2])], ids=["dp2", "dp2_pp2_vpp2"])
 def test_overlap_of_reduction_and_gather(layout, model, one_process, tmp_path):
     world_size, overrides = layout
-    overrides = [*overrides, DIST, OVERLAP, GATHER]
-    assert_equal_runs(run(tmp_path, model, world_size, overrides, "overlap", train_in_small_buckets), one_process)
+    # No validation before the save: its forward pass would gather what the last update left to be gathered.
+    overrides = [*overrides, DIST, OVERLAP, GATHER, "dpo.val_at_end=false"]
+    got = run(tmp_path, model, world_size, overrides, "overlap", train_in_small_buckets)
+    assert_equal_runs(got, one_process, validated=False)
 
 
 @pytest.mark.distributed
