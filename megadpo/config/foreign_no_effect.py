@@ -56,8 +56,6 @@ NO_EFFECT: dict[str, str] = {
     f"{MEG}.moe_grouped_gemm": _NO_EXPERTS,
     f"{MEG}.moe_flex_dispatcher_backend": _NO_EXPERTS,
     f"{MEG}.moe_hybridep_num_sms": _NO_EXPERTS,
-    f"{MEG}.optimizer.optimizer_offload_fraction": "optimizer offloading is off",
-    f"{MEG}.optimizer.overlap_cpu_optimizer_d2h_h2d": "optimizer offloading is off",
     f"{MEG}.distributed_data_parallel_config.data_parallel_sharding_strategy": "it configures FSDP, which is off",
     f"{MEG}.distributed_data_parallel_config.average_in_collective": (
         "gradients are those of the mean over the global batch's pairs either way"

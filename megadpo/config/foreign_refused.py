@@ -73,12 +73,6 @@ REFUSED: tuple[Refused, ...] = (
     Refused(f"{MEG}.expert_model_parallel_size", (1,), "the supported models have no experts", "set it to 1"),
     Refused(f"{MEG}.expert_tensor_parallel_size", (1,), "the supported models have no experts", "set it to 1"),
     Refused(
-        f"{MEG}.virtual_pipeline_model_parallel_size",
-        (None, 1),
-        "virtual pipeline stages are not implemented",
-        "set it to null",
-    ),
-    Refused(
         f"{MEG}.attention_backend",
         (None, "auto"),
         "the kernel is chosen elsewhere",
@@ -109,18 +103,6 @@ REFUSED: tuple[Refused, ...] = (
         _OFF,
         "float16 training is not offered",
         "set it to false and policy.precision: bfloat16",
-    ),
-    Refused(
-        f"{MEG}.optimizer.use_precision_aware_optimizer",
-        _OFF,
-        "it needs Transformer Engine's optimizer",
-        "set it to false: moments and main parameters stay float32",
-    ),
-    Refused(
-        f"{MEG}.optimizer.optimizer_cpu_offload",
-        _OFF,
-        "optimizer state is not offloaded",
-        "set it to false; use_distributed_optimizer: true shards it",
     ),
     Refused(
         f"{MEG}.distributed_data_parallel_config.use_custom_fsdp", _OFF, "FSDP is not implemented", "set it to false"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from megadpo.config.types import CountOrZero, FloatOrZero, PositiveFloat, PositiveInt, Precision, Proportion
+from megadpo.config.types import CountOrZero, FloatOrZero, PositiveFloat, PositiveInt, Precision, Proportion, Range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,20 @@ class OptimizerConfig:
     sgd_momentum: Proportion = 0.9
     use_distributed_optimizer: bool = True
     """Shard main parameters and moments over the data-parallel ranks."""
+    use_precision_aware_optimizer: bool = False
+    """Moments in the dtypes below and no second copy of what bfloat16 weights hold: Transformer Engine's FusedAdam, on
+    CUDA only, with the distributed optimizer."""
+    exp_avg_dtype: Precision = "float32"
+    """Dtype of Adam's first moment; other than float32 with use_precision_aware_optimizer only."""
+    exp_avg_sq_dtype: Precision = "float32"
+    """Dtype of Adam's second moment, likewise."""
+    optimizer_cpu_offload: bool = False
+    """Keep and update part of the optimizer state on the CPU (megatron-core's HybridDeviceOptimizer), on CUDA only, with
+    use_precision_aware_optimizer."""
+    optimizer_offload_fraction: Annotated[float, Range(ge=0, le=1)] = 0.0
+    """Share of this rank's state that optimizer_cpu_offload moves."""
+    overlap_cpu_optimizer_d2h_h2d: bool = False
+    """With optimizer_cpu_offload: copy while the CPU updates."""
     clip_grad: FloatOrZero = 1.0
     """Must say what policy.max_grad_norm says. Left out or null: taken from there."""
 
@@ -87,6 +101,9 @@ class MegatronConfig:
     """null: an even split."""
     num_layers_in_last_pipeline_stage: PositiveInt | None = None
     """null: an even split."""
+    virtual_pipeline_model_parallel_size: PositiveInt = 1
+    """Model chunks on each pipeline stage, which take turns (megatron-core's interleaved schedule): a smaller bubble for
+    more sends. Left out or null: 1."""
     pipeline_dtype: Precision = "bfloat16"
     """Must say what policy.precision says. Left out or null: taken from there."""
 

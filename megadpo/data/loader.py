@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from megadpo.config.check import micro_batch_multiple
 from megadpo.config.problems import DataError, Problem
 from megadpo.data.dataset import PairDataset, TokenizedPairs
 from megadpo.data.pack import PackedBatch, pack_pairs
@@ -67,6 +68,7 @@ class GlobalBatchLoader:
         pad_to_multiple: int = 1,
         budget_tokens: int | None = None,
         pairs_per_micro_batch: int | None = None,
+        micro_batch_multiple: int = 1,
         drop_last: bool,
         limit_batches: int | None = None,
         num_workers: int = 1,
@@ -75,6 +77,7 @@ class GlobalBatchLoader:
         """Sizes count pairs. Exactly one of `budget_tokens` (sequence packing) and `pairs_per_micro_batch` is given.
 
         budget_tokens: most tokens of a micro-batch, padding included.
+        micro_batch_multiple: every rank gets a multiple of this many micro-batches, empty ones among them if need be.
         drop_last: leave out the last, incomplete global batch of an epoch (training); else it comes as it is.
         limit_batches: at most this many batches of an epoch (dpo.val_batches); None or 0 or less: all.
         num_workers: 0 packs in the caller; any other number packs ahead in one background thread, which is enough:
@@ -98,6 +101,7 @@ class GlobalBatchLoader:
         self.pad_token_id = pad_token_id
         self.pad_to_multiple = pad_to_multiple
         self.pairs_per_micro_batch = pairs_per_micro_batch
+        self.micro_batch_multiple = micro_batch_multiple
         self.drop_last = drop_last
         self.num_workers = num_workers
         self.lengths = dataset.packed_tokens(share_prompt=share_prompt)
@@ -147,6 +151,7 @@ class GlobalBatchLoader:
             pairs_per_micro_batch=None if packing.enabled else pairs,
             drop_last=training,
             limit_batches=None if training else cfg.dpo.val_batches,
+            micro_batch_multiple=micro_batch_multiple(cfg),
             num_workers=cfg.data.num_workers,
             work_model=WorkModel.of(arch),
         )
@@ -182,6 +187,7 @@ class GlobalBatchLoader:
                     budget_tokens=self.budget_tokens,
                     pairs_per_micro_batch=self.pairs_per_micro_batch,
                     work=self.work[positions],
+                    micro_batch_multiple=self.micro_batch_multiple,
                 ),
             )
 

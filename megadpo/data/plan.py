@@ -35,37 +35,40 @@ def plan_global_batch(
     budget_tokens: int | None = None,
     pairs_per_micro_batch: int | None = None,
     work: Sequence[int] | np.ndarray | None = None,
+    micro_batch_multiple: int = 1,
 ) -> Plan:
     """Deals the positions 0 .. len(lengths) - 1 to ranks and micro-batches, each exactly once.
 
     work: what each pair costs, whole numbers >= 0 in any unit; None: its length. With a token budget the ranks' sums of
     it are within BALANCE of each other, where exchanges of a few pairs can make them so.
     Exactly one of `budget_tokens` (packs of at most that many tokens) and `pairs_per_micro_batch` (that many pairs in
-    a micro-batch, in order, whatever their lengths) is given. All ranks get the same number of micro-batches; one may
-    be empty where there are too few pairs. Deterministic. Raises ValueError for a pair longer than the budget, and for
-    another number of works than lengths.
+    a micro-batch, in order, whatever their lengths) is given. All ranks get the same number of micro-batches, a multiple
+    of `micro_batch_multiple`; some may be empty where there are too few pairs. Deterministic. Raises ValueError for a
+    pair longer than the budget, and for another number of works than lengths.
     """
     if num_ranks < 1:
         raise ValueError(f"num_ranks must be at least 1, got {num_ranks}")
     if (budget_tokens is None) == (pairs_per_micro_batch is None):
         raise ValueError("give either budget_tokens or pairs_per_micro_batch")
+    if micro_batch_multiple < 1:
+        raise ValueError(f"micro_batch_multiple must be at least 1, got {micro_batch_multiple}")
     if pairs_per_micro_batch is not None:
-        return _by_count(len(lengths), num_ranks, pairs_per_micro_batch)
+        return _by_count(len(lengths), num_ranks, pairs_per_micro_batch, micro_batch_multiple)
     assert budget_tokens is not None
     costs = lengths if work is None else work
     if len(costs) != len(lengths):
         raise ValueError(f"work of {len(costs)} pairs for {len(lengths)} lengths")
     job = _Job([int(length) for length in lengths], [int(cost) for cost in costs], num_ranks, budget_tokens)
-    return _by_tokens(job)
+    return _by_tokens(job, micro_batch_multiple)
 
 
-def _by_count(num_pairs: int, num_ranks: int, pairs_per_micro_batch: int) -> Plan:
+def _by_count(num_pairs: int, num_ranks: int, pairs_per_micro_batch: int, multiple: int) -> Plan:
     """Contiguous ranges of positions; ranks differ by at most one pair."""
     if pairs_per_micro_batch < 1:
         raise ValueError(f"pairs_per_micro_batch must be at least 1, got {pairs_per_micro_batch}")
     bounds = [num_pairs * rank // num_ranks for rank in range(num_ranks + 1)]
     most = max(end - start for start, end in pairwise(bounds))
-    micro_batches = max(1, -(-most // pairs_per_micro_batch))
+    micro_batches = _rounded_up(max(1, -(-most // pairs_per_micro_batch)), multiple)
     return [
         [
             list(range(min(first, end), min(first + pairs_per_micro_batch, end)))
@@ -75,7 +78,7 @@ def _by_count(num_pairs: int, num_ranks: int, pairs_per_micro_batch: int) -> Pla
     ]
 
 
-def _by_tokens(job: _Job) -> Plan:
+def _by_tokens(job: _Job, multiple: int) -> Plan:
     per_rank = max(1, -(-len(job.best_fit) // job.num_ranks))
     best = _best_packs(job, per_rank)
     assert best is not None, "best fit has just packed them"
@@ -85,11 +88,19 @@ def _by_tokens(job: _Job) -> Plan:
         if fewer is None:
             break
         best, per_rank = fewer, per_rank - 1
+    if per_rank % multiple:  # spread over the packs that must be there, rather than full ones and empty ones
+        per_rank = _rounded_up(per_rank, multiple)
+        best = _best_packs(job, per_rank)
+        assert best is not None, "fewer packs have just held them"
     if best.imbalance() > BALANCE:
-        more = _best_packs(job, per_rank + 1)
+        more = _best_packs(job, per_rank + multiple)
         if more is not None and more.imbalance() <= BALANCE:
             best = more
     return _in_order(best)
+
+
+def _rounded_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
 
 
 class _Job:

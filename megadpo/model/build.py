@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -18,21 +20,27 @@ from megadpo.model.transformer_config import DTYPES, transformer_config
 from megadpo.parallel import ParallelContext
 
 
-def build_model(arch: Architecture, policy: PolicyConfig, parallel: ParallelContext, *, frozen: bool) -> PairModel:
-    """This rank's stage, on its device, with memory for its weights but nothing in them yet.
+def build_model(
+    arch: Architecture, policy: PolicyConfig, parallel: ParallelContext, *, frozen: bool
+) -> list[PairModel]:
+    """The chunks of this rank's stage (one, without a virtual pipeline), on its device, with memory for their weights
+    but nothing in them yet.
 
     `frozen` (the reference): no gradients are ever asked of it, so it has no recomputation and no gradient buffers.
     Collectives: megatron-core's sum of tied embeddings over the embedding group at construction.
     """
     kernel = choose_kernel(policy.attention_kernel, parallel.device, DTYPES[policy.precision])
     config = transformer_config(arch, policy, parallel.device, recompute=not frozen)
-    model = PairModel(arch, config, parallel, kernel, policy.logprob_chunk_size)
-    model.to(parallel.device)
-    mark_sharded_parameters(model)
-    if frozen:
-        model.requires_grad_(False)
-        model.eval()
-    return model
+    chunks = []
+    for number in range(parallel.chunks_per_stage):
+        chunk = PairModel(arch, config, parallel, kernel, policy.logprob_chunk_size, number)
+        chunk.to(parallel.device)
+        mark_sharded_parameters(chunk)
+        if frozen:
+            chunk.requires_grad_(False)
+            chunk.eval()
+        chunks.append(chunk)
+    return chunks
 
 
 def mark_sharded_parameters(model: torch.nn.Module) -> None:
@@ -53,6 +61,6 @@ def mark_sharded_parameters(model: torch.nn.Module) -> None:
                 set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
 
 
-def count_parameters(model: torch.nn.Module) -> int:
+def count_parameters(chunks: Iterable[torch.nn.Module]) -> int:
     """Parameters on this rank."""
-    return sum(p.numel() for p in model.parameters())
+    return sum(p.numel() for chunk in chunks for p in chunk.parameters())

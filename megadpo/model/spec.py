@@ -60,7 +60,8 @@ def local_layer_spec(config: TransformerConfig) -> ModuleSpec:
     )
 
 
-def block_spec(config: TransformerConfig, pp_rank: int) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage, and the final norm (built on the last stage only)."""
-    count = get_num_layers_to_build(config, pp_rank=pp_rank)
+def block_spec(config: TransformerConfig, pp_rank: int, chunk: int | None) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage, or of its model chunk number `chunk` where it has several, and the final norm
+    (built where the model ends)."""
+    count = get_num_layers_to_build(config, vp_stage=chunk, pp_rank=pp_rank)
     return TransformerBlockSubmodules(layer_specs=[local_layer_spec(config)] * count, layer_norm=RMSNorm)

@@ -20,7 +20,7 @@ def transformer_config(
     """The TransformerConfig of `arch` under `policy`; `recompute=False` for a model that never sees a backward."""
     megatron = policy.megatron_cfg
     dtype = DTYPES[policy.precision]
-    pipeline = megatron.pipeline_model_parallel_size
+    pipeline, chunks = megatron.pipeline_model_parallel_size, megatron.virtual_pipeline_model_parallel_size
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -43,6 +43,10 @@ def transformer_config(
         sequence_parallel=megatron.sequence_parallel,
         pipeline_model_parallel_size=pipeline,
         pipeline_dtype=dtype if pipeline > 1 else None,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+        # Batched sends and receives between the same two ranks pair up wrongly in the interleaved schedule.
+        overlap_p2p_comm=chunks > 1,
+        batch_p2p_comm=chunks == 1,
         num_layers_in_first_pipeline_stage=megatron.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=megatron.num_layers_in_last_pipeline_stage,
         variable_seq_lengths=pipeline > 1,  # packs differ in length

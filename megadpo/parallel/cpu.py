@@ -27,6 +27,14 @@ class _NoStream:
         return lambda *_, **__: None
 
 
+class _NoFloat8:
+    """Stands for Transformer Engine's FP8GlobalStateManager."""
+
+    @staticmethod
+    def is_fp8_enabled() -> bool:
+        return False
+
+
 def enable_cpu() -> None:
     """Redirect megatron-core's CUDA calls to the CPU for the rest of this process; a second call does nothing.
 
@@ -123,6 +131,11 @@ def _patch_megatron_modules() -> None:
     """What megatron-core took by name at import, and so has to be replaced in its own modules."""
     from megatron.core.tensor_parallel import random as mcore_random
     from megatron.core.transformer.moe import moe_utils
+
+    # random.py:589-687 asks Transformer Engine about float8 whenever a layer norm is recomputed; on a CPU there is none.
+    mcore_random.FP8GlobalStateManager = _NoFloat8
+    for name in ("activation_recompute_forward", "fp8_autocast"):
+        setattr(mcore_random, name, lambda *_, **__: contextlib.nullcontext())
 
     # random.py:41-110 reaches for torch.cuda.default_generators and torch._C._cuda_setRNGState.
     mcore_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()

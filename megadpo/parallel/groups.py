@@ -20,6 +20,8 @@ class Layout:
 
     tensor: int = 1
     pipeline: int = 1
+    virtual_pipeline: int = 1
+    """Model chunks that each pipeline stage holds."""
     sequence_parallel: bool = False
 
     def data(self, world_size: int) -> int:
@@ -55,12 +57,16 @@ class ParallelContext:
         return self.layout.pipeline
 
     @property
-    def is_first_stage(self) -> bool:
-        return self.pp_rank == 0
+    def chunks_per_stage(self) -> int:
+        return self.layout.virtual_pipeline
 
-    @property
-    def is_last_stage(self) -> bool:
-        return self.pp_rank == self.pp_size - 1
+    def is_first_chunk(self, chunk: int) -> bool:
+        """Whether this rank's chunk number `chunk` is where the model begins."""
+        return self.pp_rank == 0 and chunk == 0
+
+    def is_last_chunk(self, chunk: int) -> bool:
+        """Whether this rank's chunk number `chunk` is where the model ends."""
+        return self.pp_rank == self.pp_size - 1 and chunk == self.chunks_per_stage - 1
 
     def total_from_last_stage(self, tensor: torch.Tensor) -> None:
         """Sum `tensor` in place over the data-parallel ranks of the last stage, for every rank of the world.
@@ -94,6 +100,8 @@ def initialize(layout: Layout, device: torch.device, timeout_s: float = 1800.0) 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        # None, not 1: megatron-core takes any number for the interleaved schedule
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
         create_gloo_process_groups=device.type == "cuda",  # on a CPU the groups are gloo already
     )
     return ParallelContext(

@@ -17,11 +17,16 @@ def summarise(run: Run) -> RunSummary:
     return RunSummary(
         model=cfg.policy.model_name,
         num_parameters=all_parameters(run),
-        layout={"TP": parallel.tp_size, "PP": parallel.pp_size, "DP": parallel.dp_size},
+        layout={
+            "TP": parallel.tp_size,
+            "PP": parallel.pp_size,
+            "VPP": parallel.chunks_per_stage,
+            "DP": parallel.dp_size,
+        },
         world_size=parallel.world_size,
         device=parallel.device.type,
         precision=cfg.policy.precision,
-        attention_kernel=run.trainer.policy.module.kernel.name,
+        attention_kernel=run.trainer.model[0].kernel.name,
         global_batch_pairs=cfg.policy.train_global_batch_size,
         micro_batch=micro_batch_words(cfg),
         total_steps=run.total_steps,
@@ -41,12 +46,13 @@ def summarise(run: Run) -> RunSummary:
 
 def all_parameters(run: Run) -> int:
     """Parameters of the whole model: replicated ones once, tied embeddings once."""
-    policy = run.trainer.policy.module
-    tp = run.parallel.tp_size
-    mine = sum(p.numel() for p in policy.parameters() if getattr(p, "tensor_model_parallel", False)) * tp
-    mine += count_parameters(policy) - mine // tp
-    if policy.share_embeddings_and_output_weights and policy.post_process and not policy.pre_process:
-        mine -= policy.output_layer.weight.numel() * tp  # the last stage's copy
+    chunks, tp = run.trainer.model, run.parallel.tp_size
+    shards = [p for chunk in chunks for p in chunk.parameters() if getattr(p, "tensor_model_parallel", False)]
+    mine = sum(p.numel() for p in shards) * tp
+    mine += count_parameters(chunks) - mine // tp
+    last = chunks[-1]
+    if last.share_embeddings_and_output_weights and last.post_process and not last.pre_process:
+        mine -= last.output_layer.weight.numel() * tp  # the last stage's copy
     counted = torch.tensor([mine], dtype=torch.int64, device=run.parallel.device)
     dist.all_reduce(counted, group=run.parallel.pp_group)
     return int(counted.item())

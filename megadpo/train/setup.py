@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from megadpo.data.dataset import PairDataset, load_datasets
 from megadpo.data.loader import GlobalBatch, GlobalBatchLoader
 from megadpo.data.tokenizer import load_tokenizer, pad_token_id
 from megadpo.model.build import build_model
+from megadpo.model.freeze import freeze
 from megadpo.model.gpt import PairModel
 from megadpo.model.source import ModelSource, resolve_source, tokenizer_source
 from megadpo.model.weights.load import load_hf_weights
@@ -77,6 +78,7 @@ def layout_of(cfg: Config) -> Layout:
     return Layout(
         tensor=megatron.tensor_model_parallel_size,
         pipeline=megatron.pipeline_model_parallel_size,
+        virtual_pipeline=megatron.virtual_pipeline_model_parallel_size,
         sequence_parallel=megatron.sequence_parallel,
     )
 
@@ -91,6 +93,7 @@ def prepare(cfg: Config, parallel: ParallelContext) -> Run:
     resume = find_resume(cfg, data)
 
     policy = build_model(arch, cfg.policy, parallel, frozen=False)
+    freeze(policy, cfg.policy.freeze, arch)
     if resume is None:
         fill(policy, source, arch, parallel)
     wrapped = wrap_for_training(policy, cfg.policy)
@@ -108,7 +111,14 @@ def prepare(cfg: Config, parallel: ParallelContext) -> Run:
         step=0, epoch=0, batch=0, data_fingerprint=data.train.fingerprint, data_settings=data_settings(cfg)
     )
     if resume is not None:
-        load_training_state(resume, parallel, model=policy, optimizer=optimizer, scheduler=scheduler)
+        load_training_state(
+            resume,
+            parallel,
+            model=policy,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            some_frozen=bool(cfg.policy.freeze),
+        )
         position = resume.position
     return Run(cfg, parallel, source, data, trainer, position, total_steps)
 
@@ -156,20 +166,22 @@ def build_reference(
     return ResidentReference(model, parallel)
 
 
-def fill(model: PairModel, source: ModelSource, arch: Architecture, parallel: ParallelContext) -> None:
-    """Load the weights that `source` names into this rank's stage."""
+def fill(model: Sequence[PairModel], source: ModelSource, arch: Architecture, parallel: ParallelContext) -> None:
+    """Load the weights that `source` names into the chunks of this rank."""
     if source.megatron is not None:
         load_weights(model, source.megatron)
     else:
-        load_hf_weights([model], arch, source.hf_files, tp_rank=parallel.tp_rank, tp_size=parallel.tp_size)
+        load_hf_weights(model, arch, source.hf_files, tp_rank=parallel.tp_rank, tp_size=parallel.tp_size)
 
 
 def data_settings(cfg: Config) -> dict[str, object]:
-    """What, beside the pairs themselves, decides which pairs a step sees."""
+    """What, beside the pairs themselves, must stay as it was: it decides which pairs a step sees, and which weights the
+    optimizer holds."""
     return {
         "dpo.seed": cfg.dpo.seed,
         "data.shuffle": cfg.data.shuffle,
         "policy.train_global_batch_size": cfg.policy.train_global_batch_size,
+        "policy.freeze": list(cfg.policy.freeze),
     }
 
 

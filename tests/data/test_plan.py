@@ -45,6 +45,26 @@ def test_every_position_once_packs_in_budget_and_ranks_with_equal_counts(lengths
     assert all(pack == sorted(pack) for rank in plan for pack in rank)
 
 
+@given(lengths_lists, ranks, st.integers(1, 4), st.booleans())
+def test_counts_are_multiples(lengths: list[int], num_ranks: int, multiple: int, packed: bool) -> None:
+    sizes = {"budget_tokens": BUDGET} if packed else {"pairs_per_micro_batch": 2}
+    plan = plan_global_batch(lengths, num_ranks=num_ranks, micro_batch_multiple=multiple, **sizes)  # type: ignore[arg-type]
+    fewest = plan_global_batch(lengths, num_ranks=num_ranks, **sizes)  # type: ignore[arg-type]
+    counts = {len(rank) for rank in plan}
+    assert sorted(positions(plan)) == list(range(len(lengths)))
+    assert len(counts) == 1 and counts.pop() % multiple == 0
+    # a round-up, and one round more at most where that balances the ranks
+    assert len(fewest[0]) <= len(plan[0]) + 1 and len(plan[0]) < len(fewest[0]) + 2 * multiple
+    if packed:
+        assert all(sum(lengths[p] for p in pack) <= BUDGET for rank in plan for pack in rank)
+
+
+def test_packs_that_must_be_there_are_used() -> None:
+    """Four packs asked for, two needed: the pairs are spread, not put into two full packs and two empty ones."""
+    plan = plan_global_batch([25] * 8, num_ranks=1, budget_tokens=100, micro_batch_multiple=4)
+    assert [len(pack) for pack in plan[0]] == [2, 2, 2, 2]
+
+
 @given(lengths_lists, ranks)
 def test_a_plan_is_a_function_of_the_lengths(lengths: list[int], num_ranks: int) -> None:
     plans = [plan_global_batch(kind(lengths), num_ranks=num_ranks, budget_tokens=BUDGET) for kind in (list, np.array)]

@@ -60,7 +60,7 @@ def logps_of_packs(folders, tensor, pipeline):
             model_name=folder, tokenizer=TokenizerConfig(name=folder), precision="float32", megatron_cfg=sizes
         )
         model = build_model(arch, policy, parallel, frozen=True)
-        load_hf_weights([model], arch, folder, tp_rank=parallel.tp_rank, tp_size=parallel.tp_size)
+        load_hf_weights(model, arch, folder, tp_rank=parallel.tp_rank, tp_size=parallel.tp_size)
         packs = [
             pack_pairs(some_pairs(), share_prompt=share, pad_to_multiple=8, pad_token_id=0) for share in (True, False)
         ]

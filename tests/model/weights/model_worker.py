@@ -33,7 +33,7 @@ def build(folder: str, parallel: ParallelContext, precision: str = "float32") ->
             tensor_model_parallel_size=parallel.tp_size, pipeline_model_parallel_size=parallel.pp_size
         ),
     )
-    model = build_model(read_architecture(folder), policy, parallel, frozen=False)
+    [model] = build_model(read_architecture(folder), policy, parallel, frozen=False)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
@@ -98,5 +98,5 @@ def load_with_megatron(folder: str, tp: int, pp: int) -> State:
     """This rank's parameters from a Megatron checkpoint folder, by the trainer's own loader."""
     parallel = initialize(Layout(tensor=tp, pipeline=pp), setup_device("auto"))
     model = build(str(Path(folder) / "hf"), parallel)
-    load_weights(model, Path(folder))
+    load_weights([model], Path(folder))
     return global_state(model)
