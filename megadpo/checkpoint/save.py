@@ -84,8 +84,10 @@ def save_checkpoint(
 
 def layout_name(parallel: ParallelContext) -> str:
     """What must be equal for a resume to be the same bits."""
-    sequence = " sp" if parallel.layout.sequence_parallel else ""
-    return f"tp{parallel.tp_size} pp{parallel.pp_size} dp{parallel.dp_size}{sequence}"
+    layout = parallel.layout
+    sequence = " sp" if layout.sequence_parallel else ""
+    experts = f" ep{layout.expert} etp{layout.expert_tensor}" if (layout.expert, layout.expert_tensor) != (1, 1) else ""
+    return f"tp{parallel.tp_size} pp{parallel.pp_size} dp{parallel.dp_size}{sequence}{experts}"
 
 
 def optimizer_format(optimizer: MegatronOptimizer | None) -> str:

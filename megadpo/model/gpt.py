@@ -15,6 +15,8 @@ from megadpo.data.pack import PackedBatch
 from megadpo.model.attention import PackContext
 from megadpo.model.head import sum_per_answer, vocab_parallel_logps
 from megadpo.model.kernels import AttentionKernel
+from megadpo.model.moe import plan_routing
+from megadpo.model.moe_balance import LoadBalance
 from megadpo.model.rope import RotaryTable
 from megadpo.model.spec import block_spec
 from megadpo.parallel import ParallelContext
@@ -30,10 +32,11 @@ class PairModel(GPTModel):
         parallel: ParallelContext,
         kernel: AttentionKernel,
         logprob_chunk_tokens: int,
+        balance: LoadBalance | None = None,
     ) -> None:
         super().__init__(
             config=config,
-            transformer_layer_spec=block_spec(config, parallel.pp_rank),
+            transformer_layer_spec=block_spec(config, parallel.pp_rank, balance),
             vocab_size=arch.vocab_size,
             max_sequence_length=arch.max_position_embeddings,
             pre_process=parallel.is_first_stage,
@@ -44,12 +47,14 @@ class PairModel(GPTModel):
         self.rotary = RotaryTable(arch, parallel.device)
         self.kernel = kernel
         self.logprob_chunk_tokens = logprob_chunk_tokens
+        self.balance = balance  # of the layers of experts; None: a dense model
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """T tokens -> hidden states [T, 1, h] for the next stage ([T/tp, 1, h] under sequence parallelism), or, on
         the last stage, logps [2P] float32: row 2p the chosen answer of pair p, row 2p + 1 its rejected one.
 
-        Collectives: megatron-core's over the tensor-parallel group, and one all-gather of [2, A] on the last stage.
+        Collectives: megatron-core's over the tensor-parallel group and, for experts, theirs; one all-gather of [2, A]
+        on the last stage.
         """
         dtype = self.config.params_dtype
         cos, sin = self.rotary(batch.positions, dtype)
@@ -60,6 +65,8 @@ class PairModel(GPTModel):
             kernel=self.kernel,
             plan=self.kernel.plan(batch.segments, batch.tokens.device, dtype),
         )
+        if self.balance is not None:
+            context.routing = plan_routing(batch, self.config, self.balance if self.training else None)
         hidden = self.embedding(batch.tokens[None], None) if self.pre_process else None
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=context)
         return self._answer_logps(hidden, batch) if self.post_process else hidden

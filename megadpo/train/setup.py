@@ -26,7 +26,7 @@ from megadpo.data.tokenizer import load_tokenizer, pad_token_id
 from megadpo.model.build import build_model
 from megadpo.model.gpt import PairModel
 from megadpo.model.source import ModelSource, resolve_source
-from megadpo.model.weights.load import load_hf_weights
+from megadpo.model.weights.load import load_hf_weights, place_of
 from megadpo.optimizer import build_optimizer, build_scheduler, wrap_for_training
 from megadpo.parallel import Layout, ParallelContext
 from megadpo.reference import ResidentReference
@@ -78,6 +78,8 @@ def layout_of(cfg: Config) -> Layout:
         tensor=megatron.tensor_model_parallel_size,
         pipeline=megatron.pipeline_model_parallel_size,
         sequence_parallel=megatron.sequence_parallel,
+        expert=megatron.expert_model_parallel_size,
+        expert_tensor=megatron.expert_tensor_parallel_size,
     )
 
 
@@ -103,6 +105,7 @@ def prepare(cfg: Config, parallel: ParallelContext) -> Run:
         reference=build_reference(cfg, source, arch, parallel),
         optimizer=optimizer,
         scheduler=scheduler,
+        log_balance_per_layer=cfg.policy.megatron_cfg.moe_per_layer_logging,
     )
     position = TrainingPosition(
         step=0, epoch=0, batch=0, data_fingerprint=data.train.fingerprint, data_settings=data_settings(cfg)
@@ -211,7 +214,7 @@ def fill(model: PairModel, source: ModelSource, arch: Architecture, parallel: Pa
     if source.megatron is not None:
         load_weights(model, source.megatron)
     else:
-        load_hf_weights([model], arch, source.hf_files, tp_rank=parallel.tp_rank, tp_size=parallel.tp_size)
+        load_hf_weights([model], arch, source.hf_files, place_of(parallel))
 
 
 def data_settings(cfg: Config) -> dict[str, object]:
