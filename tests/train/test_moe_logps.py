@@ -55,11 +55,13 @@ def logps_in_layouts(folders: dict[str, str], layouts: list[dict[str, Any]]) -> 
     from megadpo.model.weights.load import load_hf_weights, place_of
     from megadpo.parallel import Layout, initialize, setup_device
     from megadpo.reference import ResidentReference
+    from megadpo.train.setup import seed_everything
 
     results = []
     for sizes in layouts:
         layout = Layout(**sizes, sequence_parallel=sizes.get("tensor", 1) > 1)
         parallel = initialize(layout, setup_device("auto"))
+        seed_everything(0, parallel)  # sequence parallelism asks for megatron-core's random-number states
         for dispatcher in ("alltoall", "allgather"):
             megatron = MegatronConfig(
                 tensor_model_parallel_size=layout.tensor,
