@@ -80,7 +80,9 @@ def _refuse_unsupported(raw: Mapping[str, Any], report: Report) -> None:
     """Layers without experts among the others, and noise on the router's input."""
     if raw.get("decoder_sparse_step", 1) != 1:
         expected = "1: experts in every layer"
-        report("decoder_sparse_step", raw["decoder_sparse_step"], expected, "choose a model with experts in every layer")
+        report(
+            "decoder_sparse_step", raw["decoder_sparse_step"], expected, "choose a model with experts in every layer"
+        )
     if raw.get("mlp_only_layers"):
         expected = "no layer: experts in every layer"
         report("mlp_only_layers", raw["mlp_only_layers"], expected, "choose a model with experts in every layer")

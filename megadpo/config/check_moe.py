@@ -19,6 +19,7 @@ _MOE_KEYS = tuple(
 def expert_problems(cfg: Config, arch: Architecture) -> Iterator[Problem]:
     """Every problem of the expert-parallel sizes with the model's experts."""
     megatron, moe = cfg.policy.megatron_cfg, arch.moe
+    yield from _recomputation(megatron, arch)
     ep, etp = megatron.expert_model_parallel_size, megatron.expert_tensor_parallel_size
     if moe is None:
         for name, size in (("expert_model_parallel_size", ep), ("expert_tensor_parallel_size", etp)):
@@ -36,6 +37,18 @@ def expert_problems(cfg: Config, arch: Architecture) -> Iterator[Problem]:
     if megatron.tensor_model_parallel_size > 1 and not megatron.sequence_parallel:
         expected = "true for a model with experts under tensor parallelism: each rank routes its own tokens"
         yield Problem(f"{_MEG}.sequence_parallel", False, expected, "set it to true")
+
+
+def _recomputation(megatron: MegatronConfig, arch: Architecture) -> Iterator[Problem]:
+    """Modules to recompute that the model's layers don't have."""
+    if not megatron.activation_checkpointing or megatron.recompute_granularity != "selective":
+        return
+    absent = {"mlp": arch.moe is not None, "moe": arch.moe is None}
+    absent["shared_experts"] = arch.moe is None or arch.moe.shared_ffn_hidden_size is None
+    for module in megatron.recompute_modules:
+        if absent.get(module):
+            expected = f"modules of {arch.hf_class}, whose layers have no {module}"
+            yield Problem(f"{_MEG}.recompute_modules", module, expected, "remove it")
 
 
 def expert_world_problems(cfg: Config, world_size: int) -> Iterator[Problem]:

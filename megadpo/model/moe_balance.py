@@ -60,9 +60,8 @@ class LoadBalance:
 
     def sets(self, batch: PackedBatch) -> TokenSets:
         """The sets of a whole micro-batch, its members on the CPU and not yet cut over ranks."""
-        if self.kind == "aux_loss":
-            ranges = [((0, batch.num_tokens),)] if batch.num_tokens else []
-        else:
+        ranges: list[tuple[tuple[int, int], ...]] = [((0, batch.num_tokens),)] if batch.num_tokens else []
+        if self.kind == "seq_aux_loss":
             ranges = answer_sequences(batch.segments, batch.num_tokens)
         members = torch.zeros(len(ranges), batch.tokens.numel())
         for row, parts in enumerate(ranges):
@@ -106,9 +105,7 @@ class LoadBalance:
         return self._sums
 
 
-def balance_loss(
-    scores: torch.Tensor, sets: TokenSets, *, topk: int, group: dist.ProcessGroup | None
-) -> torch.Tensor:
+def balance_loss(scores: torch.Tensor, sets: TokenSets, *, topk: int, group: dist.ProcessGroup | None) -> torch.Tensor:
     """Weighted sum over the sets of this rank's part of E * sum of f_e * P_e; scores [t, E] float32, a softmax."""
     num_experts = scores.shape[1]
     with torch.no_grad():

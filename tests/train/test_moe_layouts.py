@@ -45,7 +45,10 @@ def run(tmp_path, model, world_size, overrides, name, **megatron):
     folder = tmp_path / name
     folder.mkdir()
     config = make_config(
-        folder, model, dpo={"sft_loss_weight": 0.1, "val_at_end": True}, policy={"megatron_cfg": {**BALANCE, **megatron}}
+        folder,
+        model,
+        dpo={"sft_loss_weight": 0.1, "val_at_end": True},
+        policy={"megatron_cfg": {**BALANCE, **megatron}},
     )
     assert run_distributed(train, world_size, str(config), overrides, init_process_group=False) == [0] * world_size
     return read_metrics(folder / "logs")

@@ -72,9 +72,7 @@ def load_hf_weights(
                 entry.fill(parameter, sources, rank, size)
 
 
-def named_global_parameters(
-    chunk: torch.nn.Module, first_expert: int = 0
-) -> Iterator[tuple[str, torch.nn.Parameter]]:
+def named_global_parameters(chunk: torch.nn.Module, first_expert: int = 0) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """The parameters of a GPTModel (or of wrappers around it), layers numbered over the whole model from 0, and
     experts over the whole layer, `first_expert` being this rank's first."""
     while isinstance(wrapped := getattr(chunk, "module", None), torch.nn.Module):

@@ -47,7 +47,8 @@ _ATTENTION = (
         {"self_attn.q_proj.weight": "qh", "self_attn.k_proj.weight": "kh", "self_attn.v_proj.weight": "kh"}),
     Row("self_attention.linear_proj.weight", Columns(), {"self_attn.o_proj.weight": "hq"}),
 )  # fmt: skip
-_LAYER = _ATTENTION + (
+_LAYER = (
+    *_ATTENTION,
     Row("pre_mlp_layernorm.weight", Replicated(), {"post_attention_layernorm.weight": "h"},
         fused="mlp.linear_fc1.layer_norm_weight"),
     Row("mlp.linear_fc1.weight", GatedMLP(), {"mlp.gate_proj.weight": "fh", "mlp.up_proj.weight": "fh"}),

@@ -16,7 +16,7 @@ from megadpo.model.weights import load_hf_weights
 from megadpo.model.weights.hf_folder import HfWeights
 from megadpo.model.weights.load import Place, named_global_parameters
 from tests.helpers.distributed import run_distributed
-from tests.model.weights.hf_models import CASES, LAYERS, make_hf_folder, read_tensors, whole_in_hf_names
+from tests.model.weights.hf_models import CASES, LAYERS, MOE_CASES, make_hf_folder, read_tensors, whole_in_hf_names
 from tests.model.weights.model_worker import load_in_every_layout
 from tests.model.weights.stub import Stub
 
@@ -64,6 +64,34 @@ def test_casts_to_the_dtype_of_the_parameter(folders):
     want = read_tensors(folders["llama"])["model.layers.0.mlp.down_proj.weight"][:, 20:]
     got = model.get_parameter("decoder.layers.0.mlp.linear_fc2.weight")
     assert got.dtype == torch.bfloat16 and torch.equal(got, want.bfloat16())
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("case", MOE_CASES)
+def test_experts_of_a_rank(tmp_path, case, stacked):
+    """Expert rank 1 of 2 holds experts 2 and 3; each is cut over the expert-tensor ranks, not the tensor-parallel ones.
+    Under both names: megatron-core's experts one by one, and Transformer Engine's in groups."""
+    folder = make_hf_folder(tmp_path / "hf", case, stacked_experts=stacked)
+    want = read_tensors(make_hf_folder(tmp_path / "apart", case))
+    names = [name for name in want if name.startswith("model.layers.3.") and ".experts.3." in name]
+    ups = sorted(name for name in names if "down" not in name and "w2" not in name)
+    (down,) = set(names) - set(ups)
+    ffn = want[down].shape[1]
+    full = torch.cat([want[name][ffn // 2 :] for name in ups])  # gate, up; w1, w3
+    layer = "decoder.layers.1.mlp.experts."
+    model = Stub(
+        {
+            f"{layer}local_experts.1.linear_fc1.weight": torch.zeros(full.shape),
+            f"{layer}local_experts.1.linear_fc2.weight": torch.zeros(24 if case != "qwen2_moe" else 32, ffn // 2),
+            f"{layer}linear_fc1.weight1": torch.zeros(full.shape),
+        },
+        first_layer=2,
+    )
+    place = Place(tp_rank=3, tp_size=4, ep_rank=1, ep_size=2, etp_rank=1, etp_size=2)
+    load_hf_weights([model], read_architecture(folder), folder, place)
+    assert torch.equal(model.get_parameter(f"{layer}local_experts.1.linear_fc1.weight"), full)
+    assert torch.equal(model.get_parameter(f"{layer}linear_fc1.weight1"), full)
+    assert torch.equal(model.get_parameter(f"{layer}local_experts.1.linear_fc2.weight"), want[down][:, ffn // 2 :])
 
 
 def test_wrappers_are_looked_through():
