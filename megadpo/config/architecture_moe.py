@@ -51,7 +51,7 @@ def read_moe(raw: Mapping[str, Any], family: str, report: Report) -> MoeArchitec
     count_key = "num_local_experts" if "num_local_experts" in raw else "num_experts"
     experts = _size(raw, count_key, _DEFAULTS[family]["num_experts"], report)
     chosen = _size(raw, "num_experts_per_tok", _DEFAULTS[family]["num_experts_per_tok"], report)
-    if chosen > experts:
+    if chosen > experts and raw.get(count_key) == experts:  # else the count itself is the problem
         report("num_experts_per_tok", chosen, f"at most {count_key} ({experts})", _RESTORE)
     normalized = family == "mixtral" or bool(raw.get("norm_topk_prob", False))
     if chosen == 1 and normalized:
