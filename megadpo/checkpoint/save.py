@@ -97,9 +97,11 @@ def sharded_weights(model: Sequence[MegatronModule], *, per_layer: bool = False)
 
 def layout_name(parallel: ParallelContext) -> str:
     """What must be equal for a resume to be the same bits."""
-    sequence = " sp" if parallel.layout.sequence_parallel else ""
+    layout = parallel.layout
+    sequence = " sp" if layout.sequence_parallel else ""
     virtual = f" vpp{parallel.chunks_per_stage}" if parallel.chunks_per_stage > 1 else ""
-    return f"tp{parallel.tp_size} pp{parallel.pp_size}{virtual} dp{parallel.dp_size}{sequence}"
+    experts = f" ep{layout.expert} etp{layout.expert_tensor}" if (layout.expert, layout.expert_tensor) != (1, 1) else ""
+    return f"tp{parallel.tp_size} pp{parallel.pp_size}{virtual} dp{parallel.dp_size}{sequence}{experts}"
 
 
 def optimizer_format(optimizer: MegatronOptimizer | None) -> str:

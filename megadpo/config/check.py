@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megadpo.config.architecture import Architecture
+from megadpo.config.check_moe import expert_problems, expert_world_problems
 from megadpo.config.problems import Problem
 from megadpo.config.schema import Config
 
@@ -65,21 +66,25 @@ def check_layout(cfg: Config, arch: Architecture | None, world_size: int | None)
     problems: list[Problem] = []
     if arch is not None:
         problems += _tensor_parallel(cfg, arch)
+        problems += expert_problems(cfg, arch)
         problems += _pipeline_parallel(cfg, arch)
         problems += _virtual_pipeline(cfg, arch)
         problems += _sequence_length(cfg, arch)
     if world_size is not None:
         problems += _world(cfg, world_size)
+        problems += expert_world_problems(cfg, world_size)
     return problems
 
 
 def _tensor_parallel(cfg: Config, arch: Architecture) -> Iterator[Problem]:
     where = f"{_MEG}.tensor_model_parallel_size"
     tp = cfg.policy.megatron_cfg.tensor_model_parallel_size
+    # what the tensor-parallel ranks cut of a layer of experts is its shared expert; the others: check_moe.py
+    dense_channels = arch.ffn_hidden_size if arch.moe is None else arch.moe.shared_ffn_hidden_size or 0
     divided = {
         "attention heads": arch.num_heads,
         "key-value heads": arch.num_kv_heads,
-        "MLP channels (intermediate_size)": arch.ffn_hidden_size,
+        "MLP channels (intermediate_size)": dense_channels,
         "vocabulary entries (vocab_size)": arch.vocab_size,
     }
     possible = [n for n in range(1, _LARGEST_TP + 1) if not any(count % n for count in divided.values())]

@@ -97,6 +97,8 @@ _DERIVED: dict[str, Callable[[dict[str, Any]], Any]] = {
     f"{_MEG}.recompute_modules": lambda tree: None,
     f"{_MEG}.recompute_method": lambda tree: None,
     f"{_MEG}.recompute_num_layers": lambda tree: None,
+    f"{_MEG}.moe_router_load_balancing_type": lambda tree: None,
+    f"{_MEG}.moe_token_dispatcher_type": lambda tree: None,
     f"{_MEG}.optimizer.bf16": _bf16,
     f"{_MEG}.optimizer.clip_grad": _copy_of("policy.max_grad_norm"),
     f"{_MEG}.scheduler.start_weight_decay": _copy_of(f"{_MEG}.optimizer.weight_decay"),

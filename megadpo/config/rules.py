@@ -120,6 +120,21 @@ def _pipeline_stages(cfg: Config) -> Iterator[Problem]:
             yield Problem(f"{_MEG}.{name}", value, "null with pipeline_model_parallel_size 1", fix)
 
 
+@_rule(f"{_MEG}.freeze_moe_router", f"{_MEG}.moe_router_load_balancing_type", f"{_MEG}.moe_per_layer_logging")
+def _load_balancing(cfg: Config) -> Iterator[Problem]:
+    megatron = cfg.policy.megatron_cfg
+    kind = megatron.moe_router_load_balancing_type
+    if kind == "none":
+        for name in ("moe_per_layer_logging", "moe_aux_loss_coeff"):
+            if getattr(megatron, name):
+                fix = f"set {_MEG}.moe_router_load_balancing_type: aux_loss or seq_aux_loss, or remove it"
+                yield Problem(f"{_MEG}.{name}", getattr(megatron, name), "nothing to weigh or log with type none", fix)
+    elif megatron.freeze_moe_router:
+        fix = f"set it to none, or {_MEG}.freeze_moe_router: false"
+        expected = "none with freeze_moe_router true: a frozen router cannot learn to balance"
+        yield Problem(f"{_MEG}.moe_router_load_balancing_type", kind, expected, fix)
+
+
 @_rule(f"{_DDP}.overlap_grad_reduce", f"{_DDP}.overlap_param_gather", f"{_OPT}.use_distributed_optimizer")
 def _overlap(cfg: Config) -> Iterator[Problem]:
     ddp = cfg.policy.megatron_cfg.distributed_data_parallel_config

@@ -1,6 +1,8 @@
 """Process groups: the layout of a run, and the only importer of megatron-core's parallel_state.
 
 World ranks are ordered tp - cp - ep - dp - pp (megatron-core's default), so tensor-parallel ranks are neighbours.
+Experts have a grid of their own over the ranks of a stage, ordered expert tensor - expert - expert data: its sizes need
+not be the dense layers', and the data-parallel size of an expert is what remains of the stage.
 """
 
 from __future__ import annotations
@@ -23,6 +25,10 @@ class Layout:
     virtual_pipeline: int = 1
     """Model chunks that each pipeline stage holds."""
     sequence_parallel: bool = False
+    expert: int = 1
+    """Ranks that share out the experts of a layer."""
+    expert_tensor: int = 1
+    """Ranks that cut each expert."""
 
     def data(self, world_size: int) -> int:
         """Data-parallel size in a world of `world_size` ranks; ValueError where it does not divide."""
@@ -47,6 +53,8 @@ class ParallelContext:
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
+    ep_rank: int = 0
+    etp_rank: int = 0
 
     @property
     def tp_size(self) -> int:
@@ -102,6 +110,8 @@ def initialize(layout: Layout, device: torch.device, timeout_s: float = 1800.0) 
         pipeline_model_parallel_size=layout.pipeline,
         # None, not 1: megatron-core takes any number for the interleaved schedule
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
         create_gloo_process_groups=device.type == "cuda",  # on a CPU the groups are gloo already
     )
     return ParallelContext(
@@ -116,6 +126,8 @@ def initialize(layout: Layout, device: torch.device, timeout_s: float = 1800.0) 
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import os
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 
 from megadpo.config.architecture import read_architecture
 from megadpo.config.check import check_layout
+from megadpo.config.check_moe import unused_by_dense
 from megadpo.config.load import Purpose, as_dict, load_config, save_resolved
 from megadpo.config.metric import parse_duration_s
 from megadpo.config.problems import EXIT_REFUSED, ConfigError, UserError
@@ -83,7 +85,7 @@ def checked_config(path: str, overrides: Sequence[str], world_size: int | None, 
     problems = check_layout(cfg, arch, world_size) + freeze_problems(cfg.policy.freeze, arch)
     if problems:
         raise ConfigError(problems)
-    return cfg
+    return dataclasses.replace(cfg, notes=(*cfg.notes, *unused_by_dense(cfg, arch)))
 
 
 def check_data(cfg: Config) -> int:
@@ -96,7 +98,7 @@ def check_data(cfg: Config) -> int:
     source = resolve_source(cfg.policy.model_name, "policy.model_name")
     arch = read_architecture(source.hf_files)
     if source.megatron is None:
-        problems = HfWeights.open(source.hf_files).problems(weight_table(arch))
+        problems = HfWeights.open(source.hf_files, table := weight_table(arch)).problems(table)
         if problems:
             raise ConfigError(problems)
     data = load_data(cfg, arch, source, dp_rank=0, dp_size=1)

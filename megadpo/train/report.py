@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from megadpo.config.schema import Config
-from megadpo.model.build import count_parameters
+from megadpo.model.build import count_parameters, is_expert
 from megadpo.train.progress import RunSummary
 from megadpo.train.setup import Run
 
@@ -17,12 +17,7 @@ def summarise(run: Run) -> RunSummary:
     return RunSummary(
         model=cfg.policy.model_name,
         num_parameters=all_parameters(run),
-        layout={
-            "TP": parallel.tp_size,
-            "PP": parallel.pp_size,
-            "VPP": parallel.chunks_per_stage,
-            "DP": parallel.dp_size,
-        },
+        layout=layout_sizes(run),
         world_size=parallel.world_size,
         device=parallel.device.type,
         precision=cfg.policy.precision,
@@ -44,12 +39,20 @@ def summarise(run: Run) -> RunSummary:
     )
 
 
+def layout_sizes(run: Run) -> dict[str, int]:
+    """The parallel sizes under their short names; those of experts where there are any."""
+    parallel, layout = run.parallel, run.parallel.layout
+    sizes = {"TP": parallel.tp_size, "PP": parallel.pp_size, "VPP": parallel.chunks_per_stage, "DP": parallel.dp_size}
+    return sizes if run.trainer.balance is None else sizes | {"EP": layout.expert, "ETP": layout.expert_tensor}
+
+
 def all_parameters(run: Run) -> int:
     """Parameters of the whole model: replicated ones once, tied embeddings once."""
-    chunks, tp = run.trainer.model, run.parallel.tp_size
-    shards = [p for chunk in chunks for p in chunk.parameters() if getattr(p, "tensor_model_parallel", False)]
-    mine = sum(p.numel() for p in shards) * tp
-    mine += count_parameters(chunks) - mine // tp
+    chunks, layout, tp = run.trainer.model, run.parallel.layout, run.parallel.tp_size
+    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    experts = sum(p.numel() for p in parameters if is_expert(p))
+    shards = sum(p.numel() for p in parameters if getattr(p, "tensor_model_parallel", False)) - experts
+    mine = count_parameters(chunks) + shards * (tp - 1) + experts * (layout.expert * layout.expert_tensor - 1)
     last = chunks[-1]
     if last.share_embeddings_and_output_weights and last.post_process and not last.pre_process:
         mine -= last.output_layer.weight.numel() * tp  # the last stage's copy

@@ -27,7 +27,7 @@ from megadpo.model.build import build_model
 from megadpo.model.freeze import freeze
 from megadpo.model.gpt import PairModel
 from megadpo.model.source import ModelSource, resolve_source, tokenizer_source
-from megadpo.model.weights.load import load_hf_weights
+from megadpo.model.weights.load import load_hf_weights, place_of
 from megadpo.optimizer import build_optimizer, build_scheduler, wrap_for_training
 from megadpo.parallel import Layout, ParallelContext
 from megadpo.reference import ResidentReference
@@ -80,6 +80,8 @@ def layout_of(cfg: Config) -> Layout:
         pipeline=megatron.pipeline_model_parallel_size,
         virtual_pipeline=megatron.virtual_pipeline_model_parallel_size,
         sequence_parallel=megatron.sequence_parallel,
+        expert=megatron.expert_model_parallel_size,
+        expert_tensor=megatron.expert_tensor_parallel_size,
     )
 
 
@@ -106,6 +108,7 @@ def prepare(cfg: Config, parallel: ParallelContext) -> Run:
         reference=build_reference(cfg, source, arch, parallel),
         optimizer=optimizer,
         scheduler=scheduler,
+        log_balance_per_layer=cfg.policy.megatron_cfg.moe_per_layer_logging,
     )
     position = TrainingPosition(
         step=0, epoch=0, batch=0, data_fingerprint=data.train.fingerprint, data_settings=data_settings(cfg)
@@ -171,7 +174,7 @@ def fill(model: Sequence[PairModel], source: ModelSource, arch: Architecture, pa
     if source.megatron is not None:
         load_weights(model, source.megatron)
     else:
-        load_hf_weights(model, arch, source.hf_files, tp_rank=parallel.tp_rank, tp_size=parallel.tp_size)
+        load_hf_weights(model, arch, source.hf_files, place_of(parallel))
 
 
 def data_settings(cfg: Config) -> dict[str, object]:

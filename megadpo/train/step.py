@@ -21,6 +21,7 @@ from megadpo.config.schema_dpo import DpoConfig
 from megadpo.data.loader import GlobalBatch
 from megadpo.data.pack import PackedBatch
 from megadpo.model.gpt import PairModel
+from megadpo.model.moe_balance import balance_metrics
 from megadpo.objective import LossOutput, dpo_loss, metric_names
 from megadpo.optimizer import guarded_step
 from megadpo.parallel import ParallelContext, run_pipeline
@@ -58,8 +59,11 @@ class Trainer:
         reference: ResidentReference | None,
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
+        log_balance_per_layer: bool = False,
     ) -> None:
         self.cfg = cfg
+        self.balance = policy[0].module.balance  # of the layers of experts; None: a dense model
+        self.log_balance_per_layer = log_balance_per_layer
         self.parallel = parallel
         self.policy = policy
         self.reference = reference
@@ -93,8 +97,12 @@ class Trainer:
             chunk.zero_grad_buffer()
             chunk.train()
         self.optimizer.zero_grad()
+        if self.balance is not None:
+            self.balance.start(num_tokens=batch.num_tokens, num_pairs=batch.num_pairs)
         sums = self._forward_backward(batch)
         metrics = sums.means()
+        if self.balance is not None:
+            metrics |= balance_metrics([self.balance], per_layer=self.log_balance_per_layer)
         lr = self.optimizer.param_groups[0]["lr"]
         grad_norm, updated = math.nan, False
         if math.isfinite(metrics["loss"]):

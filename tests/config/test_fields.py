@@ -64,7 +64,7 @@ def test_bad_value_is_refused_by_its_field(refusals, path, value, expected):
 
 
 def test_inside_a_list_and_a_mapping_the_item_is_named(refusals):
-    assert list(refusals(policy__megatron_cfg__recompute_modules=["mlp", "moe"])) == [
+    assert list(refusals(policy__megatron_cfg__recompute_modules=["mlp", "moe_act"])) == [
         "policy.megatron_cfg.recompute_modules[1]"
     ]
     found = refusals(data__val_data_paths={"a": "a.jsonl", "b": 3}, checkpointing__metric_name="validation-a_loss")

@@ -48,7 +48,14 @@ def test_with_the_fixes_it_loads_and_every_idle_key_is_noted():
     assert cfg.policy.megatron_cfg.distributed_data_parallel_config.grad_reduce_in_fp32 is False
     assert cfg.dpo.max_num_steps == 150
     notes = "\n".join(cfg.notes)
-    for idle in ("moe_router_dtype", "dtensor_cfg.{", "policy.scheduler", "fp8_cfg.{", "gpu_monitoring.{", "split"):
+    for idle in (
+        "moe_router_bias_update_rate",
+        "dtensor_cfg.{",
+        "policy.scheduler",
+        "fp8_cfg.{",
+        "gpu_monitoring.{",
+        "split",
+    ):
         assert idle in notes
 
 
@@ -84,8 +91,9 @@ def test_a_refused_key_is_refused_and_its_off_values_are_not(entry, refusals, co
     assert list(found) == [entry.path]
     assert entry.reason in found[entry.path].expected and found[entry.path].fix == entry.fix
     for off in entry.accepted:
-        assert config(**{at: off}) == config()
         assert config(**{at: off}).notes == ()
+        if off is None or entry.path not in _SCHEMA_PATHS:  # else it is an option with several good values
+            assert config(**{at: off}) == config()
 
 
 @pytest.mark.parametrize("path", [one for one in NO_EFFECT if not one.endswith(".*")])

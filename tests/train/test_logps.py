@@ -47,7 +47,7 @@ def logps_of_packs(folders, tensor, pipeline):
     from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
     from megadpo.data.pack import pack_pairs
     from megadpo.model.build import build_model
-    from megadpo.model.weights.load import load_hf_weights
+    from megadpo.model.weights.load import load_hf_weights, place_of
     from megadpo.parallel import Layout, initialize, setup_device
     from megadpo.reference import ResidentReference
 
@@ -60,7 +60,7 @@ def logps_of_packs(folders, tensor, pipeline):
             model_name=folder, tokenizer=TokenizerConfig(name=folder), precision="float32", megatron_cfg=sizes
         )
         model = build_model(arch, policy, parallel, frozen=True)
-        load_hf_weights(model, arch, folder, tp_rank=parallel.tp_rank, tp_size=parallel.tp_size)
+        load_hf_weights(model, arch, folder, place_of(parallel))
         packs = [
             pack_pairs(some_pairs(), share_prompt=share, pad_to_multiple=8, pad_token_id=0) for share in (True, False)
         ]
