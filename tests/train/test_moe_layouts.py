@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import make_config, make_model, read_metrics, train
-from tests.train.test_layouts import COMPARED, DIST, MEG, PP2, RECOMPUTE, SP, TP2, UNPACKED, UNSHARED
+from tests.train.test_layouts import DIST, MEG, NAMES, PP2, RECOMPUTE, SP, TP2, UNPACKED, UNSHARED
 
 EP2, ETP2 = f"{MEG}.expert_model_parallel_size=2", f"{MEG}.expert_tensor_parallel_size=2"
 EP4 = f"{MEG}.expert_model_parallel_size=4"
@@ -57,7 +57,7 @@ def run(tmp_path, model, world_size, overrides, name, **megatron):
 def assert_equal_runs(got, want, tolerance=1e-5):
     assert [r["step"] for r in got] == [r["step"] for r in want]
     for mine, theirs in zip(got, want, strict=True):
-        for name in (*COMPARED, "moe_aux_loss"):
+        for name in (*NAMES, "rewards/margins", "moe_aux_loss"):
             a, b = mine[f"train/{name}"], theirs[f"train/{name}"]
             scale = abs(theirs["train/logps/chosen"]) * 0.1 if name == "rewards/margins" else abs(b)
             assert abs(a - b) <= tolerance * scale, f"step {mine['step']} {name}: {a!r} instead of {b!r}"

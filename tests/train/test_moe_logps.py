@@ -8,9 +8,8 @@ import pytest
 
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import make_model
-from tests.model.test_kernels import random_pairs
 from tests.model.weights.hf_models import MOE_CASES
-from tests.train.test_logps import LENGTHS, transformers_logps
+from tests.train.test_logps import LENGTHS, some_pairs, transformers_logps
 
 LAYOUTS: dict[int, list[dict[str, Any]]] = {
     # processes: layouts, by the names of parallel.Layout
@@ -37,7 +36,7 @@ def packs_of(dp_rank: int) -> list[Any]:
     from megadpo.data.pack import pack_pairs
 
     counts = (len(LENGTHS), len(LENGTHS)) if dp_rank == 0 else (2, 0)
-    pairs = random_pairs(LENGTHS, 320)
+    pairs = some_pairs()
     return [
         pack_pairs(pairs[:count], share_prompt=share, pad_to_multiple=8, pad_token_id=0)
         for count, share in zip(counts, (True, False), strict=True)
