@@ -97,6 +97,8 @@ def assert_equal_runs(got, want, tolerance=1e-5, validated=True):
         # a reward is a difference of logps: its rounding is theirs
         scales = {name: abs(theirs[f"train/{name}"]) for name in NAMES}
         scales |= {name: abs(theirs["train/logps/chosen"]) * 0.1 for name in REWARDS}
+        if mine["step"] == 1:  # every margin is 0 but for the last bit, whose sign decides what counts as accurate
+            del scales["rewards/accuracies"]
         for name, scale in scales.items():
             a, b = mine[f"train/{name}"], theirs[f"train/{name}"]
             assert abs(a - b) <= tolerance * scale, f"step {mine['step']} {name}: {a!r} instead of {b!r}"
