@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import make_config, make_model, read_metrics, train
-from tests.train.test_layouts import DIST, MEG, NAMES, PP2, RECOMPUTE, SP, TP2, UNPACKED, UNSHARED
+from tests.train.test_layouts import DIST, MEG, NAMES, PP2, RECOMPUTE, SP, TP2, UNPACKED, UNSHARED, VPP2
 
 EP2, ETP2 = f"{MEG}.expert_model_parallel_size=2", f"{MEG}.expert_tensor_parallel_size=2"
 EP4 = f"{MEG}.expert_model_parallel_size=4"
@@ -29,6 +29,7 @@ LAYOUTS = {
     "etp2": (2, [ETP2]),
     "dp2_distributed_optimizer": (2, [DIST]),
     "pp2": (2, [PP2]),
+    "pp2_vpp2": (2, [PP2, VPP2]),
     "ep2_tp2_sp": (4, [EP2, TP2, SP]),
     "ep4_tp2_sp_allgather": (4, [EP4, TP2, SP, ALLGATHER]),
     "ep2_etp2_tp2_sp_distributed_optimizer": (4, [EP2, ETP2, TP2, SP, DIST]),
