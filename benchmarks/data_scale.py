@@ -1,7 +1,8 @@
 """Data at scale: python benchmarks/data_scale.py --work-dir DIR [--pairs 1000000] [--tokenize-pairs 40000] [--hh FILE]
 
 Makes up a file of preference pairs with the lengths of human preference data, and measures
-- tokenising its first --tokenize-pairs rows into the cache, with 1 process and with one for each core;
+- tokenising its first --tokenize-pairs rows into the cache, with 1 process and with one for each core (the whole file:
+  with one for each core only);
 - a start with everything cached, in processes that start together as the ranks of a machine do: reading the file's
   hash, opening and verifying the cache, making the loader, planning and packing the first global batches; and memory;
 - packing 100,000 pairs as one global batch, and with --hh how full packs of 4,096 tokens are on that file.
@@ -108,11 +109,10 @@ def main() -> None:
     places.folder.mkdir(parents=True, exist_ok=True)
     make_model(places.model)
     whole = write_pairs(places.pairs(options.pairs), options.pairs)
-    if options.tokenize_pairs:
-        tokenize(places, write_pairs(places.pairs(options.tokenize_pairs), options.tokenize_pairs))
     if options.tokenize_pairs == options.pairs:
-        PairDataset(places.config(whole), load_tokenizer(str(places.model)), whole)
+        tokenize(places, whole, workers=usable_cores(), folder=places.cache)
     else:
+        tokenize_apart(places, options.tokenize_pairs)
         timed(
             f"{options.pairs:,} pairs of random ids into the cache", lambda: write_cache(places, whole, options.pairs)
         )
@@ -217,19 +217,25 @@ def write_cache(places: Places, path: Path, count: int) -> None:
 # What is measured
 
 
-def tokenize(places: Places, path: Path) -> None:
+def tokenize_apart(places: Places, count: int) -> None:
+    """The first `count` pairs, each time into a cache of its own."""
+    if count:
+        path = write_pairs(places.pairs(count), count)
+        for workers in dict.fromkeys((1, usable_cores())):
+            tokenize(places, path, workers, places.folder / f"build_{os.getpid()}_{workers}")
+
+
+def tokenize(places: Places, path: Path, workers: int, folder: Path) -> None:
     tokenizer = load_tokenizer(str(places.model))
     settings = DataSettings.from_config(places.config(path))
-    for workers in dict.fromkeys((1, usable_cores())):
-        started, cpu = time.perf_counter(), cpu_s()
-        cache = TokenCache(places.folder / f"build_{os.getpid()}_{workers}")
-        pairs = PairDataset.with_settings(path, tokenizer, settings, cache=cache, num_workers=workers)
-        seconds, cpu = time.perf_counter() - started, cpu_s() - cpu
-        print(
-            f"tokenising {len(pairs):,} pairs with {workers} process(es): {seconds:.1f} s, {len(pairs) / seconds:,.0f} "
-            f"pairs/s; {cpu:.1f} s CPU, {len(pairs) / cpu:,.0f} pairs a CPU second",
-            flush=True,
-        )
+    started, cpu = time.perf_counter(), cpu_s()
+    pairs = PairDataset.with_settings(path, tokenizer, settings, cache=TokenCache(folder), num_workers=workers)
+    seconds, cpu = time.perf_counter() - started, cpu_s() - cpu
+    print(
+        f"tokenising {len(pairs):,} pairs with {workers} process(es): {seconds:.1f} s, {len(pairs) / seconds:,.0f} "
+        f"pairs/s; {cpu:.1f} s CPU, {len(pairs) / cpu:,.0f} pairs a CPU second",
+        flush=True,
+    )
 
 
 def cpu_s() -> float:
