@@ -85,7 +85,7 @@ class Places:
                 "policy": {
                     "model_name": str(self.model),
                     "train_global_batch_size": GLOBAL_BATCH,
-                    "max_total_sequence_length": 2048,
+                    "max_total_sequence_length": BUDGET,
                     "sequence_packing": {"train_mb_tokens": BUDGET},
                 },
                 "data": {"train_data_path": str(path), "cache_dir": str(self.cache), "num_workers": 0},
