@@ -18,6 +18,7 @@ from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import make_config, make_model, read_metrics, train
 
 MEG = "policy.megatron_cfg"
+CP2, CP4 = (f"{MEG}.context_parallel_size={ranks}" for ranks in (2, 4))
 TP2, PP2 = f"{MEG}.tensor_model_parallel_size=2", f"{MEG}.pipeline_model_parallel_size=2"
 VPP2, VPP3 = (f"{MEG}.virtual_pipeline_model_parallel_size={chunks}" for chunks in (2, 3))
 OVERLAP = f"{MEG}.distributed_data_parallel_config.overlap_grad_reduce=true"
@@ -50,6 +51,18 @@ LAYOUTS = {
     "tp2_sp_pp2_unshared": (4, [TP2, SP, PP2, UNSHARED]),
     "dp2_tp2_sp": (4, [TP2, SP, DIST]),
     "dp2_pp2": (4, [PP2, DIST]),
+    "cp2": (2, [CP2]),
+    "cp2_unshared": (2, [CP2, UNSHARED]),
+    "cp2_unpacked": (2, [CP2, UNPACKED]),
+    "cp2_recompute": (2, [CP2, RECOMPUTE]),
+    "cp2_recompute_attention": (2, [CP2, RECOMPUTE, SELECTIVE]),
+    "cp2_distributed_optimizer": (2, [CP2, DIST]),
+    "cp2_tp2": (4, [CP2, TP2]),
+    "cp2_tp2_sp": (4, [CP2, TP2, SP, DIST]),
+    "cp2_pp2": (4, [CP2, PP2]),
+    "cp2_pp2_vpp2": (4, [CP2, PP2, VPP2]),
+    "cp2_dp2": (4, [CP2, DIST, OVERLAP]),
+    "cp4": (4, [CP4]),
 }
 # dp4 leaves ranks without a pair in some micro-batches: packs of nothing but padding
 EMPTY_PACKS = (4, ["policy.train_global_batch_size=4", "policy.sequence_packing.train_mb_tokens=200"])
