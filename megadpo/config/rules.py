@@ -89,7 +89,7 @@ def _reference(cfg: Config) -> Iterator[Problem]:
     f"{_MEG}.context_parallel_size",
     "policy.make_sequence_length_divisible_by",
 )
-def _sequence_parallel(cfg: Config) -> Iterator[Problem]:
+def _shares_of_a_pack(cfg: Config) -> Iterator[Problem]:
     megatron, multiple = cfg.policy.megatron_cfg, cfg.policy.make_sequence_length_divisible_by
     tp, cp = megatron.tensor_model_parallel_size, megatron.context_parallel_size
     if megatron.sequence_parallel and tp == 1:

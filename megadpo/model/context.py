@@ -101,6 +101,7 @@ class _GatheredAgain:
 
     def drop(self) -> None:
         self.whole = None
+        del self.local  # the graph may live on for a while
 
 
 class _FetchBeforeBackward(torch.autograd.Function):

@@ -34,7 +34,6 @@ LAYOUTS = {
     "ep4_tp2_sp_allgather": (4, [EP4, TP2, SP, ALLGATHER]),
     "ep2_etp2_tp2_sp_distributed_optimizer": (4, [EP2, ETP2, TP2, SP, DIST]),
     "ep2_pp2_recompute": (4, [EP2, PP2, RECOMPUTE]),
-    "cp2": (2, [CP2]),
     "cp2_ep2": (2, [CP2, EP2]),
     "cp2_ep2_tp2_sp_distributed_optimizer": (4, [CP2, EP2, TP2, SP, DIST]),
     "cp2_ep4_allgather_recompute": (4, [CP2, EP4, ALLGATHER, RECOMPUTE]),
