@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+from typing import Protocol
+
 import torch
 import torch.distributed as dist
+
+from megadpo.config.problems import ConfigError, Problem
 
 
 class _VocabParallelLogps(torch.autograd.Function):
@@ -24,13 +29,7 @@ class _VocabParallelLogps(torch.autograd.Function):
             top = logits.amax(dim=1)
             parts[0, rows] = logits.sub_(top[:, None]).exp_().sum(dim=1).log_().add_(top)
         parts[1].masked_fill_(~mine, 0.0)
-        log_sum, target_logit = parts[0], parts[1]
-        if dist.get_world_size(group) > 1:
-            # One collective for all chunks: log-sum-exp is associative, so shards combine afterwards.
-            gathered = [torch.empty_like(parts) for _ in range(dist.get_world_size(group))]
-            dist.all_gather(gathered, parts, group=group)
-            stacked = torch.stack(gathered)
-            log_sum, target_logit = stacked[:, 0].logsumexp(dim=0), stacked[:, 1].sum(dim=0)
+        log_sum, target_logit = combine_shards(parts, group)
         ctx.save_for_backward(hidden, weight, local, mine, log_sum)
         ctx.chunk_tokens = chunk_tokens
         return target_logit - log_sum
@@ -56,6 +55,18 @@ class _VocabParallelLogps(torch.autograd.Function):
         return grad_hidden, grad_weight.to(weight.dtype) if grad_weight is not None else None, None, None, None, None
 
 
+def combine_shards(parts: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-sum-exp and target's logit over the whole vocabulary, each [A], from this shard's parts [2, A]: its own
+    log-sum-exp, and the target's logit or 0 where another shard holds it. Collectives: one all-gather over `group`."""
+    if dist.get_world_size(group) == 1:
+        return parts[0], parts[1]
+    # One collective for all chunks: log-sum-exp is associative, so shards combine afterwards.
+    gathered = [torch.empty_like(parts) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, parts, group=group)
+    stacked = torch.stack(gathered)
+    return stacked[:, 0].logsumexp(dim=0), stacked[:, 1].sum(dim=0)
+
+
 def vocab_parallel_logps(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -75,6 +86,39 @@ def vocab_parallel_logps(
     megatron-core's copy_to or gather_from region).
     """
     return _VocabParallelLogps.apply(hidden, weight, targets, vocab_start, group, chunk_tokens)
+
+
+class LogpsHead(Protocol):
+    """`vocab_parallel_logps`, or what stands in for it."""
+
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        vocab_start: int,
+        group: dist.ProcessGroup,
+        chunk_tokens: int,
+    ) -> torch.Tensor: ...
+
+
+def choose_head(requested: str, device: torch.device) -> tuple[str, LogpsHead]:
+    """Name and function of the head for `policy.logprob_kernel`: 'auto' is triton on a GPU that has it, else torch.
+
+    Raises ConfigError where triton is asked for and cannot run.
+    """
+    there = importlib.util.find_spec("triton") is not None
+    if requested == "torch" or (requested == "auto" and not (device.type == "cuda" and there)):
+        return "torch", vocab_parallel_logps
+    where = "policy.logprob_kernel"
+    if device.type != "cuda":
+        raise ConfigError([Problem(where, requested, "a CUDA device for this kernel", "use 'auto' on a CPU")])
+    if not there:
+        raise ConfigError([Problem(where, requested, "Triton importable", "pip install triton, or use 'torch'")])
+    from megadpo.model.head_fused import fused_vocab_parallel_logps
+
+    return "triton", fused_vocab_parallel_logps
 
 
 def sum_per_answer(token_logps: torch.Tensor, answer_tokens: torch.Tensor) -> torch.Tensor:
