@@ -13,7 +13,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megadpo.config.architecture import Architecture
 from megadpo.data.pack import PackedBatch
 from megadpo.model.attention import PackContext
-from megadpo.model.head import choose_head, sum_per_answer
+from megadpo.model.head import sum_per_answer
+from megadpo.model.head_choice import choose_head
 from megadpo.model.kernels import AttentionKernel
 from megadpo.model.moe import plan_routing
 from megadpo.model.moe_balance import LoadBalance

@@ -1,7 +1,7 @@
 """The two passes over a block of logits that the fused head makes, each one read (and one write) of it, in Triton.
 
 Written apart from torch's operations because a softmax built from those reads and writes the block five times over.
-Imports Triton: import this where it is chosen (model/head.py, `choose_head`). With TRITON_INTERPRET=1 set before Triton
+Imports Triton: import this where it is chosen (model/head_choice.py). With TRITON_INTERPRET=1 set before Triton
 is imported, the kernels run on a CPU, slowly, as the tests do.
 """
 
