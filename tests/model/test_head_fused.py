@@ -17,7 +17,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
