@@ -8,6 +8,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +117,19 @@ def _output(command: list[str]) -> str:
     except FileNotFoundError:
         return ""
     return done.stdout.strip()
+
+
+def main() -> int:
+    """`python benchmarks/gpu_machine.py`: machine and rates as JSON, measured in this process and gone with it."""
+    import json
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    content = machine()
+    content["matrix_rate_tflops"] = matrix_rate_tflops(device)
+    content["copy_rate_gbytes_per_s"] = copy_rate_gbytes(device)
+    print(json.dumps(content))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
