@@ -302,6 +302,13 @@ def _kernel(cfg: Config) -> Iterator[Problem]:
         yield Problem("policy.attention_kernel", kernel, "another kernel on policy.device cuda", "set it to auto")
 
 
+@_rule("policy.logprob_kernel", "policy.device")
+def _head(cfg: Config) -> Iterator[Problem]:
+    kernel = cfg.policy.logprob_kernel
+    if cfg.policy.device == "cpu" and kernel == "triton":
+        yield Problem("policy.logprob_kernel", kernel, "auto or torch on policy.device cpu", "set it to auto")
+
+
 @_rule("data.prompt_key", "data.chosen_key", "data.rejected_key")
 def _columns(cfg: Config) -> Iterator[Problem]:
     keys = (cfg.data.prompt_key, cfg.data.chosen_key, cfg.data.rejected_key)

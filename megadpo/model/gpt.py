@@ -14,7 +14,8 @@ from megadpo.config.architecture import Architecture
 from megadpo.data.pack import PackedBatch
 from megadpo.model.attention import PackContext
 from megadpo.model.context import sum_over_context
-from megadpo.model.head import sum_per_answer, vocab_parallel_logps
+from megadpo.model.head import sum_per_answer
+from megadpo.model.head_choice import choose_head
 from megadpo.model.kernels import AttentionKernel
 from megadpo.model.moe import plan_routing
 from megadpo.model.moe_balance import LoadBalance
@@ -35,6 +36,7 @@ class PairModel(GPTModel):
         logprob_chunk_tokens: int,
         chunk: int = 0,
         balance: LoadBalance | None = None,
+        logprob_kernel: str = "auto",
     ) -> None:
         vp_stage = chunk if parallel.chunks_per_stage > 1 else None
         super().__init__(
@@ -51,6 +53,7 @@ class PairModel(GPTModel):
         self.rotary = RotaryTable(arch, parallel.device)
         self.kernel = kernel
         self.logprob_chunk_tokens = logprob_chunk_tokens
+        self.head_name, self.head = choose_head(logprob_kernel, parallel.device)
         self.balance = balance  # of the layers of experts; None: a dense model
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
@@ -94,7 +97,7 @@ class PairModel(GPTModel):
             hook(self.output_layer, ())
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         weight = self.output_layer.weight if weight is None else weight
-        token_logps = vocab_parallel_logps(
+        token_logps = self.head(
             whole[:, 0].index_select(0, batch.predict_index),
             weight,
             batch.targets,

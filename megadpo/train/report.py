@@ -22,6 +22,7 @@ def summarise(run: Run) -> RunSummary:
         device=parallel.device.type,
         precision=cfg.policy.precision,
         attention_kernel=run.trainer.model[0].kernel.name,
+        logprob_kernel=run.trainer.model[0].head_name,
         global_batch_pairs=cfg.policy.train_global_batch_size,
         micro_batch=micro_batch_words(cfg),
         total_steps=run.total_steps,
