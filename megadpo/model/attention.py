@@ -53,7 +53,7 @@ class PackedAttention(torch.nn.Module):
         assert attention_mask is None and attention_bias is None, "segments are the mask"
         query, key = rotate(query, pack.cos, pack.sin), rotate(key, pack.cos, pack.sin)  # type: ignore[arg-type]
         if pack.context_group is None:
-            out = pack.kernel.attend(query, key, value, pack.plan)
+            out = pack.kernel.attend(query, *pack.kernel.prepare(key, value, pack.plan), pack.plan)
         else:
             out = attend_over_context(
                 pack.kernel,

@@ -168,7 +168,8 @@ def test_fused_kernels_against_float64(name, share_prompt, heads, groups, dim):
     )
     upstream = torch.randn(q.shape, device=device, dtype=torch.bfloat16, generator=generator)
     kernel = choose_kernel(name, device, torch.bfloat16)
-    out = kernel.attend(q, k, v, kernel.plan(batch.segments, device, torch.bfloat16))
+    plan = kernel.plan(batch.segments, device, torch.bfloat16)
+    out = kernel.attend(q, *kernel.prepare(k, v, plan), plan)
     got = (out, *torch.autograd.grad(out, (q, k, v), upstream))
     wide = [x.detach().cpu().double().requires_grad_() for x in (q, k, v)]
     sdpa = SdpaKernel()  # held to the written-out attention above
