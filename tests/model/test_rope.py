@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from megadpo.config.architecture import read_architecture
-from megadpo.model.rope import RotaryTable, rotate
+from megadpo.model.rope import RotaryTable
 
 SCALINGS = {
     "default": {"rope_type": "default"},
@@ -54,5 +54,5 @@ def test_cos_and_sin_equal_transformers(name, theta, tmp_path):
     x = torch.randn(len(positions), 4, 64)
     cos, sin = theirs(x[None], positions[None])
     want, _ = apply_rotary_pos_emb(x[None].transpose(1, 2), x[None].transpose(1, 2), cos, sin)
-    got = rotate(x, *ours(positions, torch.float32))
+    got = ours(positions, torch.float32)(x)
     torch.testing.assert_close(got, want[0].transpose(0, 1), rtol=1e-6, atol=1e-6)
