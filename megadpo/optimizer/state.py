@@ -101,7 +101,7 @@ def _let_step_pass(part: DistributedOptimizer) -> None:
 def _same_step_in_every_group(inner: torch.optim.Optimizer | None, step: int) -> None:
     """FusedAdam counts in its groups, and not in one without parameters: the groups of a rank whose weights are all
     frozen. Rank 0's count is the one that checkpoints hold, and without it a resumed run would count from 1 again."""
-    if hasattr(inner, "adam_w_mode") and step > 0:
+    if inner is not None and hasattr(inner, "adam_w_mode") and step > 0:
         for group in inner.param_groups:
             if not group["params"]:
                 group["step"] = step

@@ -47,7 +47,7 @@ def choices(run: Run) -> dict[str, str]:
     """What `auto` came to on this machine, and why."""
     policy, device = run.cfg.policy, run.parallel.device
     implementation, config = choose_implementation(policy, device), run.trainer.model[0].config
-    kernels = [implementation.name]
+    kernels: list[str] = [implementation.name]
     if config.fp8:
         kernels.append(f"float8 {config.fp8_recipe} {config.fp8}")
     if implementation.is_transformer_engine and fuses_weight_gradient(policy, implementation):
@@ -56,11 +56,13 @@ def choices(run: Run) -> dict[str, str]:
         kernels.append("fused RoPE")
     parts = getattr(run.trainer.optimizer, "chained_optimizers", [run.trainer.optimizer])
     adam = sorted({adam_name(part.optimizer) for part in parts if part.optimizer is not None})
-    why = choose_adam(policy.megatron_cfg.optimizer, device)[1]
+    why = f" ({choose_adam(policy.megatron_cfg.optimizer, device)[1]})"
+    if policy.megatron_cfg.optimizer.optimizer != "adam":
+        why = ""
     return {
         "layers": f"{', '.join(kernels)} ({implementation.reason})",
         "attention": run.trainer.model[0].kernel.name,
-        "optimizer": f"{' and '.join(adam)} ({why})" if adam else "none: this rank's weights are all frozen",
+        "optimizer": f"{' and '.join(adam)}{why}" if adam else "none: this rank's weights are all frozen",
     }
 
 
