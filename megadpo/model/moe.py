@@ -38,7 +38,8 @@ def plan_routing(batch: PackedBatch, config: TransformerConfig, balance: LoadBal
     """The routing of `batch` on this rank, once a micro-batch.
 
     balance: None for a model that is not being trained. Collectives: with the 'allgather' dispatcher, the maximum of one
-    number over the ranks that share experts: it wants as many tokens from each, and packs differ in length.
+    number over the ranks that share experts: it wants as many tokens from each, and packs differ in length. The answer
+    is waited for.
     """
     groups = get_default_pg_collection()
     shards = groups.tp.size() if config.sequence_parallel else 1
@@ -52,13 +53,13 @@ def plan_routing(batch: PackedBatch, config: TransformerConfig, balance: LoadBal
 
     def mine(whole: torch.Tensor) -> torch.Tensor:
         part = whole[..., rank * local : (rank + 1) * local]
-        return F.pad(part, (0, filled - local)).to(batch.tokens.device)
+        return F.pad(part, (0, filled - local))
 
     sets = None
     if balance is not None and balance.enabled:
         whole = balance.sets(batch)
         sets = TokenSets(mine(whole.members), whole.sizes, whole.weights)
-    return Routing(real=mine(torch.arange(tokens) < batch.num_tokens), sets=sets)
+    return Routing(real=mine(torch.arange(tokens, device=batch.tokens.device) < batch.num_tokens), sets=sets)
 
 
 class PackRouter(TopKRouter):

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from megadpo.data.pack import PackedBatch, Segment
+from megadpo.parallel import send
 
 Kind = Literal["none", "aux_loss", "seq_aux_loss"]
 
@@ -59,7 +60,7 @@ class LoadBalance:
         self._total_weight = float(num_tokens if self.kind == "aux_loss" else 2 * num_pairs)
 
     def sets(self, batch: PackedBatch) -> TokenSets:
-        """The sets of a whole micro-batch, its members on the CPU and not yet cut over ranks."""
+        """The sets of a whole micro-batch, its members not yet cut over ranks; one copy to the device a tensor."""
         ranges: list[tuple[tuple[int, int], ...]] = [((0, batch.num_tokens),)] if batch.num_tokens else []
         if self.kind == "seq_aux_loss":
             ranges = answer_sequences(batch.segments, batch.num_tokens)
@@ -70,7 +71,7 @@ class LoadBalance:
         sizes = members.sum(dim=1)
         weights = sizes if self.kind == "aux_loss" else torch.ones_like(sizes)
         device = self._sums.device
-        return TokenSets(members, sizes.to(device), weights.to(device))
+        return TokenSets(send(members, device), send(sizes, device), send(weights, device))
 
     def attach(
         self,
