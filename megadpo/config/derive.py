@@ -75,8 +75,9 @@ def _longest_pair(tree: dict[str, Any]) -> int | None:
 
 
 def _pad_multiple(tree: dict[str, Any]) -> int:
-    tp = _whole(get(tree, f"{_MEG}.tensor_model_parallel_size", 1))
-    shards = tp if tp and get(tree, f"{_MEG}.sequence_parallel") is True else 1
+    tp = _whole(get(tree, f"{_MEG}.tensor_model_parallel_size", 1)) or 1
+    cp = _whole(get(tree, f"{_MEG}.context_parallel_size", 1)) or 1
+    shards = cp * tp if get(tree, f"{_MEG}.sequence_parallel") is True else cp
     return shards * _fp8_tokens(tree)
 
 

@@ -61,13 +61,14 @@ def _fp8(cfg: Config) -> Iterator[Problem]:
     f"{_MEG}.fp8_cfg",
     f"{_MEG}.sequence_parallel",
     f"{_MEG}.tensor_model_parallel_size",
+    f"{_MEG}.context_parallel_size",
     "policy.make_sequence_length_divisible_by",
 )
 def _fp8_padding(cfg: Config) -> Iterator[Problem]:
     megatron, multiple = cfg.policy.megatron_cfg, cfg.policy.make_sequence_length_divisible_by
     if not megatron.fp8_cfg.enabled:
         return
-    shards = megatron.tensor_model_parallel_size if megatron.sequence_parallel else 1
+    shards = megatron.context_parallel_size * (megatron.tensor_model_parallel_size if megatron.sequence_parallel else 1)
     needed = shards * FP8_TOKENS[megatron.fp8_cfg.fp8_recipe]
     if multiple % needed:
         where = "policy.make_sequence_length_divisible_by"

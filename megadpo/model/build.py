@@ -47,6 +47,7 @@ def build_model(
             policy.logprob_chunk_size,
             number,
             balance,
+            policy.logprob_kernel,
             fuse_weight_gradient=not frozen and fuses_weight_gradient(policy, implementation),
             fuse_rope=policy.megatron_cfg.apply_rope_fusion and implementation.is_transformer_engine,
         )

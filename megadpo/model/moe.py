@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from megadpo.data.pack import PackedBatch
 from megadpo.model.moe_balance import LoadBalance, TokenSets
+from megadpo.parallel import send
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,13 @@ def plan_routing(batch: PackedBatch, config: TransformerConfig, balance: LoadBal
 
     def mine(whole: torch.Tensor) -> torch.Tensor:
         part = whole[..., rank * local : (rank + 1) * local]
-        return F.pad(part, (0, filled - local))
+        return send(F.pad(part, (0, filled - local)), batch.tokens.device)
 
     sets = None
     if balance is not None and balance.enabled:
         whole = balance.sets(batch)
-        sets = TokenSets(mine(whole.members), whole.sizes, whole.weights)
-    return Routing(real=mine(torch.arange(tokens, device=batch.tokens.device) < batch.num_tokens), sets=sets)
+        sets = TokenSets(mine(whole.members[:, batch.run_index]), whole.sizes, whole.weights)
+    return Routing(real=mine(batch.run_index < batch.num_tokens), sets=sets)
 
 
 class PackRouter(TopKRouter):

@@ -160,6 +160,7 @@ class RunSummary:
     attention_kernel: str
     optimizer: str
     """Whose AdamW, and why."""
+    logprob_kernel: str
     global_batch_pairs: int
     micro_batch: str
     """How a global batch is cut: "packs of at most 4,096 tokens, prompt once" or "2 pairs"."""
@@ -200,7 +201,7 @@ def format_banner(summary: RunSummary) -> str:
         ("layout", f"{' x '.join(wide)} ({ranks})" if wide else ranks),
         ("device", f"{summary.device}, {summary.precision}"),
         ("layers", summary.layers),
-        ("attention", summary.attention_kernel),
+        ("kernels", f"attention {summary.attention_kernel}, log-probabilities {summary.logprob_kernel}"),
         ("optimizer", summary.optimizer),
         ("batch", f"{summary.global_batch_pairs:,} pairs, in {summary.micro_batch}"),
         ("steps", steps),

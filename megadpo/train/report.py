@@ -25,6 +25,7 @@ def summarise(run: Run) -> RunSummary:
         precision=cfg.policy.precision,
         layers=chosen["layers"],
         attention_kernel=run.trainer.model[0].kernel.name,
+        logprob_kernel=run.trainer.model[0].head_name,
         optimizer=chosen["optimizer"],
         global_batch_pairs=cfg.policy.train_global_batch_size,
         micro_batch=micro_batch_words(cfg),
@@ -62,6 +63,7 @@ def choices(run: Run) -> dict[str, str]:
     return {
         "layers": f"{', '.join(kernels)} ({implementation.reason})",
         "attention": run.trainer.model[0].kernel.name,
+        "log-probabilities": run.trainer.model[0].head_name,
         "optimizer": f"{' and '.join(adam)}{why}" if adam else "none: this rank's weights are all frozen",
     }
 
@@ -69,7 +71,8 @@ def choices(run: Run) -> dict[str, str]:
 def layout_sizes(run: Run) -> dict[str, int]:
     """The parallel sizes under their short names; those of experts where there are any."""
     parallel, layout = run.parallel, run.parallel.layout
-    sizes = {"TP": parallel.tp_size, "PP": parallel.pp_size, "VPP": parallel.chunks_per_stage, "DP": parallel.dp_size}
+    sizes = {"TP": parallel.tp_size, "PP": parallel.pp_size, "VPP": parallel.chunks_per_stage, "CP": parallel.cp_size}
+    sizes["DP"] = parallel.dp_size
     return sizes if run.trainer.balance is None else sizes | {"EP": layout.expert, "ETP": layout.expert_tensor}
 
 

@@ -191,6 +191,7 @@ SUMMARY = RunSummary(
     precision="bfloat16",
     layers="transformer_engine (CUDA, bfloat16)",
     attention_kernel="varlen",
+    logprob_kernel="triton",
     optimizer="FusedAdam of Transformer Engine",
     global_batch_pairs=128,
     micro_batch="packs of at most 16,384 tokens, prompt once",
@@ -217,7 +218,7 @@ megadpo
   layout       TP 4 x PP 2 x DP 2 (16 ranks)
   device       cuda (NVIDIA H200), bfloat16
   layers       transformer_engine (CUDA, bfloat16)
-  attention    varlen
+  kernels      attention varlen, log-probabilities triton
   optimizer    FusedAdam of Transformer Engine
   batch        128 pairs, in packs of at most 16,384 tokens, prompt once
   steps        1,500, resuming after step 500
@@ -241,6 +242,7 @@ def test_the_banner_of_a_small_run() -> None:
         precision="float32",
         layers="local",
         attention_kernel="sdpa",
+        logprob_kernel="torch",
         optimizer="AdamW of torch",
         global_batch_pairs=8,
         micro_batch="2 pairs",
