@@ -56,7 +56,8 @@ class PolicyConfig:
     """sdpa: everywhere. varlen: torch's flash attention on CUDA. transformer_engine: CUDA with TE installed."""
     sequence_packing: SequencePackingConfig = field(default_factory=SequencePackingConfig)
     make_sequence_length_divisible_by: PositiveInt = 1
-    """A pack is padded to a multiple of this. Left out or null: 1, with sequence_parallel the tensor-parallel size."""
+    """A pack is padded to a multiple of this. Left out or null: context_parallel_size, with sequence_parallel times
+    tensor_model_parallel_size."""
     logprob_chunk_size: PositiveInt = 1024
     """Answer tokens projected onto the vocabulary at a time. Left out or null: 1024."""
     logprob_kernel: Literal["auto", "torch", "triton"] = "auto"

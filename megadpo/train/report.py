@@ -43,7 +43,8 @@ def summarise(run: Run) -> RunSummary:
 def layout_sizes(run: Run) -> dict[str, int]:
     """The parallel sizes under their short names; those of experts where there are any."""
     parallel, layout = run.parallel, run.parallel.layout
-    sizes = {"TP": parallel.tp_size, "PP": parallel.pp_size, "VPP": parallel.chunks_per_stage, "DP": parallel.dp_size}
+    sizes = {"TP": parallel.tp_size, "PP": parallel.pp_size, "VPP": parallel.chunks_per_stage, "CP": parallel.cp_size}
+    sizes["DP"] = parallel.dp_size
     return sizes if run.trainer.balance is None else sizes | {"EP": layout.expert, "ETP": layout.expert_tensor}
 
 
