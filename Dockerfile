@@ -1,9 +1,10 @@
 # docker build -t megadpo .
-# docker run --gpus all --ipc=host --ulimit memlock=-1 -v /data:/data megadpo \
+# docker run --rm --gpus 1 --ipc=host megadpo python3 tools/demo.py --device cuda --ranks 1      # smoke test: torchrun
+# docker run --rm --gpus all --ipc=host --ulimit memlock=-1 -v /data:/data megadpo \
 #     torchrun --nproc-per-node 8 launch/train.py configs/dpo_megatron.yaml data.train_data_path=/data/pairs.jsonl
 #
 # The image has Python 3.12, PyTorch 2.11, Transformer Engine and apex, compiled for each other. Model weights and data
-# are mounted, never built in.
+# are mounted, never built in. See docs/container.md.
 FROM nvcr.io/nvidia/pytorch:26.02-py3
 
 # The image's own constraints would also hold back what megadpo needs newer; keep_image_packages.py keeps what matters.
@@ -12,7 +13,7 @@ ENV PIP_CONSTRAINT="" \
     PIP_NO_CACHE_DIR=1
 
 WORKDIR /opt/megadpo
-COPY docker/keep_image_packages.py docker/
+COPY docker docker
 COPY setup.py pyproject.toml constraints.txt README.md ./
 COPY megadpo megadpo
 RUN python3 docker/keep_image_packages.py constraints.txt > /tmp/constraints.txt \
@@ -24,12 +25,12 @@ RUN python3 docker/keep_image_packages.py constraints.txt > /tmp/constraints.txt
 COPY launch launch
 COPY tools tools
 COPY configs configs
-COPY LICENSE .
+COPY benchmarks benchmarks
+COPY LICENSE ./
 
-# Every import that a run makes; none needs a GPU.
-RUN python3 launch/train.py --help > /dev/null \
-    && python3 -c "import torch, megatron.core, transformers, megadpo.train.loop" \
-    && python3 -c "from importlib.metadata import version; print({n: version(n) for n in ('torch', 'transformer_engine', 'megatron-core', 'transformers')})"
+# Every import that a run makes, and every version; none needs a GPU.
+RUN python3 docker/check_image.py && python3 launch/train.py --help > /dev/null
 
-RUN useradd --create-home --shell /bin/bash megadpo && mkdir -p results logs && chown megadpo results logs
+# The user may write beside the code: results/, logs/, demo_run/.
+RUN useradd --create-home --shell /bin/bash megadpo && chown megadpo /opt/megadpo
 USER megadpo

@@ -1,7 +1,8 @@
 # make demo       makes data and a small model, trains it, shows what it learned (5 minutes on 2 cores, after the install)
 # make test       every test that needs no GPU and takes less than a minute
 # make test-long  the slow ones as well
-# make gpu-test   the tests that need a CUDA device
+# make gpu-test   the tests that need a CUDA device (says so and passes where there is none)
+# make gpu-bench  benchmarks/gpu_session.sh: check, GPU tests, head, 8B and 1B beside TRL; results in GPU_OUT
 # make lint       ruff and mypy
 
 PYTHON ?= python3
@@ -10,9 +11,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Distributed tests start up to four processes: one thread each, and no more than two test files at a time.
 WORKERS ?= 2
+# The interpreter of the two gpu targets. Another one than .venv's is taken as it is and gets nothing installed:
+#   make gpu-test GPU_PYTHON=python3
+GPU_PYTHON ?= $(BIN)/python
+GPU_STAMP := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))
+GPU_OUT ?= gpu_results
+GPU_HERE = $(GPU_PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-long gpu-test lint clean
+.PHONY: demo test test-long gpu-test gpu-bench lint clean
 
 # pip is given constraints.txt, so torch is the version named there and never just the newest.
 $(STAMP): setup.py constraints.txt
@@ -31,10 +38,13 @@ test: $(STAMP)
 test-long: $(STAMP)
 	$(PYTEST) -m "not gpu"
 
-gpu-test: $(STAMP)
-	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
-	then $(BIN)/python -m pytest -m gpu; \
+gpu-test: $(GPU_STAMP)
+	@if $(GPU_HERE); then $(GPU_PYTHON) -m pytest -m gpu; \
 	else echo "gpu-test: skipped, this machine has no CUDA device"; fi
+
+gpu-bench: $(GPU_STAMP)
+	@if $(GPU_HERE); then PYTHON=$(GPU_PYTHON) benchmarks/gpu_session.sh --out $(GPU_OUT); \
+	else echo "gpu-bench: skipped, this machine has no CUDA device"; fi
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -120,10 +120,12 @@ def prepare(options: argparse.Namespace, folder: Path, machine: dict[str, Any], 
     whole = gpu_inputs.SHAPES[options.model]
     memory = machine.get("gpu_memory_bytes", 1 << 40)
     lean = options.optimizer == "lean"
+    fused = machine["versions"]["transformer-engine"] is not None
+    spare = 0.18 if fused else 0.30  # torch's own AdamW makes lists as large as the weights
     if options.optimizer == "auto":
-        fits = gpu_report.whole_layers(whole, memory, lean=False) == whole.num_layers
-        lean = not fits and machine["versions"]["transformer-engine"] is not None
-    layers = options.layers or gpu_report.whole_layers(whole, memory, lean=lean)
+        fits = gpu_report.whole_layers(whole, memory, lean=False, spare=spare) == whole.num_layers
+        lean = not fits and fused
+    layers = options.layers or gpu_report.whole_layers(whole, memory, lean=lean, spare=spare)
     shape = dataclasses.replace(whole, num_layers=layers)
     steps = options.warmup_steps + options.steps
     count = steps * options.global_batch

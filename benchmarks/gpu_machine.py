@@ -29,6 +29,8 @@ PACKAGES = (
     "apex",
     "numpy",
 )
+SWITCHES = ("PYTORCH_", "NVTE_", "NCCL_", "CUDA_VISIBLE", "TRITON_", "CUBLAS_")
+"""Beginnings of the environment variables that change what runs."""
 DATASHEET_BF16_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0, "B200": 2250.0}
 """Dense, by the vendor's datasheets; SXM parts."""
 
@@ -44,6 +46,7 @@ def machine() -> dict[str, Any]:
         "versions": {name: version(name) for name in PACKAGES},
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith(SWITCHES)},
         "commit": _commit(),
     }
     if cuda:

@@ -1,6 +1,7 @@
 """The whole way in three minutes on two cores: data, warm-up, DPO, export, and what it changed.
 
     make demo        (or: python tools/demo.py)
+    python tools/demo.py --device cuda --ranks 1        the same on GPUs, one for each rank: a container's smoke test
 
 A small Llama with random weights learns to add from a pupil who forgets to carry, then learns from preference pairs
 to prefer the right sum. Both trainings run tensor-parallel in two processes, with the command that a real run uses.
@@ -9,6 +10,7 @@ Everything is written to ./demo_run, anew each time. Exit code 1 if DPO did not 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -38,19 +40,27 @@ CONSOLE = Console(highlight=False)
 
 
 def main() -> int:
+    options = parse()
     os.chdir(REPOSITORY)
     disable_progress_bar()  # transformers draws one for every file it opens
     start = time.monotonic()
     shutil.rmtree(RUN, ignore_errors=True)
     held_out = make_data_and_model()
-    train("warm-up: the model copies the pupil, slips and all", "configs/demo_sft.yaml")
+    train("warm-up: the model copies the pupil, slips and all", "configs/demo_sft.yaml", options)
     export("sft")
-    train("DPO: it learns to prefer the right sum; its own copy is the reference", "configs/demo.yaml")
+    train("DPO: it learns to prefer the right sum; its own copy is the reference", "configs/demo.yaml", options)
     export("dpo")
     heading("measuring both models on sums that no training has seen")
     before, after = score(RUN / "sft/model", held_out), score(RUN / "dpo/model", held_out)
     metrics, beta = read_metrics(RUN / "dpo/logs"), load_config("configs/demo.yaml").dpo.reference_policy_kl_penalty
     return report(before, after, metrics, beta=beta, seconds=time.monotonic() - start)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--ranks", type=int, choices=[1, 2], default=RANKS, help="tensor-parallel processes")
+    return parser.parse_args()
 
 
 def make_data_and_model() -> list[Sum]:
@@ -67,10 +77,14 @@ def make_data_and_model() -> list[Sum]:
     return held_out
 
 
-def train(title: str, config: str) -> None:
+def train(title: str, config: str, options: argparse.Namespace) -> None:
     heading(title)
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(RANKS)]
-    command(*torchrun, "launch/train.py", config, shown=f"torchrun --nproc-per-node {RANKS} launch/train.py {config}")
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(options.ranks)]
+    launch = ["launch/train.py", config]
+    if (options.device, options.ranks) != ("cpu", RANKS):
+        ranks = f"policy.megatron_cfg.tensor_model_parallel_size={options.ranks}"
+        launch += [f"policy.device={options.device}", ranks]
+    command(*torchrun, *launch, shown=f"torchrun --nproc-per-node {options.ranks} {' '.join(launch)}")
 
 
 def export(stage: str) -> None:

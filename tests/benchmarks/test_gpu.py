@@ -75,6 +75,9 @@ def test_flops_are_those_of_the_formula(model):
 
 
 def test_layers_are_left_out_only_where_memory_is_short():
+    tiny = TINY.parameters
+    # bytes a parameter: weights 2, reference 2, gradients 4; float32 weights 4, moments 8; lean 2 and 4
+    assert [gpu_report.state_bytes(TINY, lean=lean) for lean in (False, True)] == [20 * tiny, 14 * tiny]
     whole, h200 = gpu_inputs.SHAPES["llama-3.1-8b"], 150_754_820_096  # 143771 MiB
     assert gpu_report.whole_layers(whole, h200, lean=True) == 32
     fewer = gpu_report.whole_layers(whole, h200, lean=False)
@@ -102,6 +105,10 @@ def test_goals_are_held_to_the_fastest_of_trls(model):
     assert values["pairs/s over TRL's"]["value"] == 4.0 and values["pairs/s over TRL's"]["met"]
     assert values["peak memory over TRL's"]["value"] == 0.6 and values["peak memory over TRL's"]["met"]
     assert not values["MFU of the measured rate"]["met"]
+    mixed = measured(False, outcome("trl-mixed-a", 8.0, 200))
+    against = {goal["what"]: goal["against"] for goal in gpu_report.goals([ours, fast, mixed], rate_tflops=1.0)}
+    assert against["pairs/s over TRL's"] == "trl-b"
+    assert against["peak memory over TRL's" + gpu_report.ALIKE] == "trl-mixed-a"
 
 
 def test_a_smoke_run_ends_well_without_trl(tmp_path, capsys):
