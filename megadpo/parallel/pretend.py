@@ -7,6 +7,7 @@ that a rank of a 512-rank layout of a 70B model is built, and its forward and ba
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,7 +35,8 @@ def pretend_rank(layout: Layout, *, world_size: int, rank: int) -> Iterator[Para
         raise RuntimeError("a pretend world needs a process without process groups; this one has joined a real world")
     if not torch.cuda.is_available():
         enable_cpu()
-    with torch.random.fork_rng(devices=[]), _megatron_on_meta():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _megatron_on_meta():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames collectives that megatron-core calls
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         try:
             parallel = initialize(layout, META)
@@ -50,7 +52,7 @@ def _megatron_on_meta() -> Iterator[None]:
     param_and_grad_buffer.py); `param.type()` is compared with names of CUDA types (optimizer.py, distrib_optimizer.py)."""
     current_device, type_name = torch.cuda.current_device, torch.Tensor.type
     torch.cuda.current_device = lambda: META  # type: ignore[assignment,return-value]
-    torch.Tensor.type = _without_meta(type_name)  # type: ignore[assignment,method-assign]
+    torch.Tensor.type = _without_meta(type_name)  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -74,7 +74,8 @@ def buffer_of(parameters: Sequence[Parameter], megatron: MegatronConfig, *, dp: 
     most = max(40_000_000, 1_000_000 * dp) if overlap and first_stage else math.inf
     divisor = math.lcm(dp, 128)
     shards = [0] * dp
-    start, position, held = 0, 0, []
+    start = position = 0
+    held: list[tuple[int, int]] = []
     for parameter in reversed(parameters):
         position = _up(position, 64)
         if parameter.shared_embedding and held:
@@ -120,7 +121,11 @@ class StaticBytes:
 
 
 def static_bytes(
-    parameters: Sequence[Parameter], reference: Sequence[Parameter], buffer: Buffer, megatron: MegatronConfig, bf16: bool
+    parameters: Sequence[Parameter],
+    reference: Sequence[Parameter],
+    buffer: Buffer,
+    megatron: MegatronConfig,
+    bf16: bool,
 ) -> StaticBytes:
     """`reference` is empty where there is none. Frozen weights have no buffer, so no padding."""
     width = 2 if bf16 else 4

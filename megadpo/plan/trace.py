@@ -128,16 +128,17 @@ def trace_stage(
             torch.autograd.backward(output, grad_tensors=torch.empty_like(output))
             del output
             model.set_input_tensor([None])
+            kept = training.now
         own = [_parameter(one) for one in model.parameters()]
         frozen = [] if reference_arch is None else [_parameter(one) for one in reference.parameters()]
     return StageTrace(
         parameters=own,
         reference=frozen,
-        buffers=training.now,
-        saved=saved - training.now,
-        forward_peak=forward_peak - training.now,
-        backward_peak=training.peak - training.now,
-        reference_peak=forward_only.peak,
+        buffers=kept,
+        saved=saved - kept,
+        forward_peak=forward_peak - kept,
+        backward_peak=training.peak - kept,
+        reference_peak=forward_only.peak - kept,  # its forward takes the same buffer
     )
 
 
@@ -152,17 +153,17 @@ class _Walk:
         self.cfg, self.first, self.last = cfg, first, last
         self.batch = empty_pack(cfg, lengths)
 
-    def forward(self, model: torch.nn.Module) -> torch.Tensor:
+    def forward(self, model: Any) -> torch.Tensor:
         batch = self.batch.to(META)
-        inner = getattr(model, "module", model)
         if not self.first:
             megatron = self.cfg.policy.megatron_cfg
             tokens = batch.tokens.numel()
             if megatron.sequence_parallel:
                 tokens //= megatron.tensor_model_parallel_size
-            shape = (tokens, 1, inner.config.hidden_size)
+            shape = (tokens, 1, model.config.hidden_size)
             received = torch.empty(shape, dtype=DTYPES[self.cfg.policy.precision], device=META)
-            inner.set_input_tensor([received.requires_grad_(torch.is_grad_enabled())])
+            stage = getattr(model, "module", model)  # without DistributedDataParallel around it
+            stage.set_input_tensor([received.requires_grad_(torch.is_grad_enabled())])
         output: torch.Tensor = model(batch)
         return output
 
@@ -186,7 +187,7 @@ class _TracedKernel:
     """The kernel of the run's device, or its outline: what it keeps for backward, and nothing else."""
 
     def __init__(self, cfg: Config, device_type: str) -> None:
-        requested = cfg.policy.attention_kernel
+        requested: str = cfg.policy.attention_kernel
         if requested == "auto":
             on_gpu = "varlen" if cfg.policy.precision == "bfloat16" else "sdpa"
             requested = on_gpu if device_type == "cuda" else "cpu"
