@@ -1,0 +1,121 @@
+"""The plan against real ranks: parameters and static bytes to the byte, the peak of a real step within 10%."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from megadpo.config.load import load_config
+from megadpo.plan.gpus import Assumptions
+from megadpo.plan.packs import full_pack
+from megadpo.plan.parameters import buffer_of, stage_parameters, static_bytes
+from megadpo.plan.plan import Job, Plan, make_plan
+from megadpo.plan.source import architectures
+from tests.helpers.distributed import run_distributed
+from tests.plan import measured
+from tests.plan.cases import LLAMA_30M, QWEN2, QWEN3, SMALL, write_case
+
+MEG = "policy.megatron_cfg"
+TP2, PP2 = f"{MEG}.tensor_model_parallel_size=2", f"{MEG}.pipeline_model_parallel_size=2"
+SP = f"{MEG}.sequence_parallel=true"
+DIST, NO_DIST = (f"{MEG}.optimizer.use_distributed_optimizer={value}" for value in ("true", "false"))
+OVERLAP = f"{MEG}.distributed_data_parallel_config.overlap_grad_reduce=true"
+BF16_GRADS = f"{MEG}.distributed_data_parallel_config.grad_reduce_in_fp32=false"
+FP32 = "policy.precision=float32"
+TIED = {**SMALL, "tie_word_embeddings": True}
+
+
+def plan_of(path: str, overrides: list[str], world_size: int, lengths: object = (200, 60, 50)) -> Plan:
+    cfg = load_config(path, overrides)
+    arch, reference = architectures(cfg)
+    pairs = np.tile(np.array([lengths], dtype=np.int64), (cfg.policy.train_global_batch_size, 1))
+    return make_plan(
+        Job(
+            cfg=cfg,
+            arch=arch,
+            reference=reference,
+            world_size=world_size,
+            gpu=None,
+            assumed=Assumptions(),
+            lengths=pairs,
+            said="",
+        )
+    )
+
+
+STATIC = {
+    "tp2_pp2": (4, SMALL, [TP2, PP2, SP]),
+    "tp2_pp2_tied_fp32": (4, TIED, [TP2, PP2, FP32, NO_DIST]),
+    "pp2_dp2_tied": (4, TIED, [PP2, DIST]),
+    "dp4_fp32": (4, QWEN2, [FP32, DIST]),
+    "dp3_overlap": (3, QWEN3, [DIST, OVERLAP]),
+    "dp2_without_shards_bf16_gradients": (2, TIED, [NO_DIST, BF16_GRADS]),
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", STATIC)
+def test_parameters_and_static_bytes_are_those_of_real_ranks(name, tmp_path):
+    world_size, model, overrides = STATIC[name]
+    path = write_case(tmp_path, model)
+    overrides = [*overrides, "policy.train_global_batch_size=12"]
+    plan = plan_of(path, overrides, world_size)
+    ranks = run_distributed(measured.static, world_size, path, overrides, init_process_group=False)
+    for stage in plan.stages:
+        mine = [rank for rank in ranks if rank["stage"] == stage.stage]
+        assert {rank["parameters"] for rank in mine} == {stage.parameters}
+        for part in ("weights", "gradients", "reference"):
+            assert {rank[part] for rank in mine} == {getattr(stage.static, part)}, part
+        assert max(rank["optimizer"] for rank in mine) == stage.static.optimizer
+    check_arithmetic(plan, ranks)
+
+
+def check_arithmetic(plan: Plan, ranks: list[dict]) -> None:
+    """What the search over layouts computes without torch: the same, and every data-parallel rank's own shard."""
+    job, megatron = plan.job, plan.job.cfg.policy.megatron_cfg
+    for stage in plan.stages:
+        first, last = stage.stage == 0, stage.stage == plan.pipeline - 1
+        parameters = stage_parameters(job.arch, tp=plan.tensor, layers=stage.layers, first=first, last=last)
+        buffer = buffer_of(parameters, megatron, dp=plan.data, first_stage=first)
+        assert static_bytes(parameters, parameters, buffer, megatron, job.bf16) == stage.static
+        for rank in ranks:
+            if rank["stage"] == stage.stage:
+                shard = dataclasses.replace(buffer, shard_elements=(buffer.shard_elements[rank["dp_rank"]],))
+                assert static_bytes(parameters, [], shard, megatron, job.bf16).optimizer == rank["optimizer"]
+
+
+PEAK = {
+    "one_rank": (1, [FP32], 3),
+    "one_rank_bf16": (1, [], 2),
+    "recompute": (1, [f"{MEG}.activation_checkpointing=true"], 2),
+    "unshared": (1, ["policy.sequence_packing.share_prompt=false"], 2),
+    "tp2_sp": (2, [TP2, SP], 2),
+    "pp2": (2, [PP2, FP32], 4),
+    "dp2": (2, [DIST], 2),
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", PEAK)
+def test_the_peak_of_a_real_step_is_within_a_tenth(name, tmp_path):
+    """30M parameters, packs of 2048 tokens, real forward, backward and AdamW; torch's tensors counted as they live."""
+    world_size, overrides, micro_batches = PEAK[name]
+    path = write_case(tmp_path, LLAMA_30M, sequence_packing={"train_mb_tokens": 2048})
+    shared = "policy.sequence_packing.share_prompt=false" not in overrides
+    lengths = (312, 100, 100) if shared else (156, 100, 100)
+    pairs = 2048 // 512 * micro_batches * (2 if name == "dp2" else 1)
+    overrides = [*overrides, f"policy.train_global_batch_size={pairs}"]
+    plan = plan_of(path, overrides, world_size, lengths)
+    assert plan.work.micro_batches == micro_batches
+    pack = full_pack(plan.job.cfg, plan.job.lengths)
+    assert len(pack) == 4 and (pack == pack[0]).all()
+    ranks = run_distributed(
+        measured.peak, world_size, path, overrides, pack, micro_batches, init_process_group=False, timeout_s=280
+    )
+    for rank in ranks:
+        stage = plan.stages[rank["stage"]]
+        print(f"{name} stage {rank['stage']}: planned {stage.peak / 2**20:.1f} MiB, measured {rank['peak'] / 2**20:.1f}")
+        assert rank["static"] == stage.static.total
+        assert stage.peak == pytest.approx(rank["peak"], rel=0.1)
