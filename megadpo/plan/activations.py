@@ -59,7 +59,7 @@ def estimate(cfg: Config, arch: Architecture, pack: FullPack, *, layers: int, la
     transient = repeated + 4 * ffn + stream
     if last:
         answers = pack.answer_tokens * hidden * width
-        saved += answers + stream
+        saved += answers
         rows = min(cfg.policy.logprob_chunk_size, pack.answer_tokens)
         vocabulary = arch.vocab_size // tp
         transient = max(transient, answers + vocabulary * hidden * (4 + width) + rows * vocabulary * (4 + width))

@@ -159,7 +159,7 @@ def full_pack(cfg: Config, lengths: Lengths) -> Lengths:
     prompts = 1 if shared else 2
     if rest >= prompts + 2:
         share = np.maximum((mean[0] * rest) // each, 1)
-        chosen = int(share[1])
+        chosen = int(min(share[1], rest - prompts - 1))
         prompt = int(min(share[0], (rest - chosen - 1) // prompts))
         rows.append(np.array([prompt, chosen, rest - prompts * prompt - chosen]))
     elif rest and rows:

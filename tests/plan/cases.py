@@ -31,6 +31,8 @@ LLAMA_30M = {
 }
 QWEN2 = {**SMALL, "architectures": ["Qwen2ForCausalLM"]}
 QWEN3 = {**SMALL, "architectures": ["Qwen3ForCausalLM"], "head_dim": 24}
+# 4M parameters: steps in a second, with activations several times the weights
+LLAMA_4M = {**LLAMA_30M, "hidden_size": 192, "num_hidden_layers": 4, "intermediate_size": 512, "head_dim": 24}
 
 
 def write_case(folder: Path, model: dict[str, Any], **policy: Any) -> str:
