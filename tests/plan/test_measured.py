@@ -119,5 +119,5 @@ def test_the_peak_of_a_real_step_is_within_a_tenth(name, tmp_path):
         print(
             f"{name} stage {rank['stage']}: planned {stage.peak / 2**20:.1f} MiB, measured {rank['peak'] / 2**20:.1f}"
         )
-        assert rank["static"] == stage.static.total
+        assert stage.static.total == max(one["static"] for one in ranks if one["stage"] == rank["stage"])
         assert stage.peak == pytest.approx(rank["peak"], rel=0.1)
