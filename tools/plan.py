@@ -124,7 +124,7 @@ def search(job: Job, options: argparse.Namespace) -> int:
         fix = "raise --world-size, lower policy.sequence_packing.train_mb_tokens, or choose a larger GPU"
         raise ConfigError(Problem("--suggest", f"{job.world_size} ranks", expected, fix))
     if options.json:
-        print(json.dumps({"suggestions": suggestions_json(found)}, indent=2))
+        print(json.dumps(suggestions_json(found), indent=2))
     else:
         print_suggestions(found)
     picture(found[0].plan, options.picture)

@@ -65,7 +65,7 @@ GPUS: dict[str, Gpu] = {
         Gpu(
             name="b200",  # SXM6, as in DGX B200: 1,440 GB in 8 GPUs
             bf16_flops=2250e12,
-            fp32_flops=75e12,
+            fp32_flops=80e12,
             hbm_bytes=180e9,
             hbm_bytes_per_s=8e12,
             nvlink_bytes_per_s=900e9,

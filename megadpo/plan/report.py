@@ -17,18 +17,20 @@ from megadpo.plan.suggest import Suggestion
 ESTIMATE = "an estimate from datasheets and the assumptions below, not a measurement"
 
 
-def as_json(plan: Plan, suggestions: Sequence[Suggestion] | None = None) -> dict[str, Any]:
+def as_json(plan: Plan) -> dict[str, Any]:
     """Everything the tables show; bytes, seconds and counts, unrounded."""
-    shown = _plan_json(plan)
-    shown["assumptions"] = dataclasses.asdict(plan.job.assumed)
-    shown["gpu"] = None if plan.job.gpu is None else dataclasses.asdict(plan.job.gpu)
-    if suggestions is not None:
-        shown["suggestions"] = suggestions_json(suggestions)
-    return shown
+    return {**_plan_json(plan), **_assumed_json(plan.job)}
 
 
-def suggestions_json(suggestions: Sequence[Suggestion]) -> list[dict[str, Any]]:
-    return [{"overrides": list(one.overrides), **_plan_json(one.plan)} for one in suggestions]
+def suggestions_json(suggestions: Sequence[Suggestion]) -> dict[str, Any]:
+    """The same for each suggestion, best first."""
+    plans = [{"overrides": list(one.overrides), **_plan_json(one.plan)} for one in suggestions]
+    return {"suggestions": plans, **_assumed_json(suggestions[0].plan.job)}
+
+
+def _assumed_json(job: Job) -> dict[str, Any]:
+    gpu = None if job.gpu is None else dataclasses.asdict(job.gpu)
+    return {"gpu": gpu, "assumptions": dataclasses.asdict(job.assumed)}
 
 
 def _plan_json(plan: Plan) -> dict[str, Any]:

@@ -153,7 +153,9 @@ def test_suggestions_are_ranked_and_can_be_pasted(small, capsys, tmp_path):
     picture = tmp_path / "layout.svg"
     arguments = [small, "--world-size", "4", "--lengths", "300,106,106", "--json", "--picture", str(picture)]
     assert main([*arguments, "--suggest", "2"]) == 0
-    found = json.loads(capsys.readouterr().out)["suggestions"]
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["gpu"]["name"] == "h100" and printed["assumptions"]["reserve_gib"] == 3
+    found = printed["suggestions"]
     times = [one["expected"]["step_s"] for one in found]
     assert len(found) == 2 and times == sorted(times)
     assert found[0]["layout"] != found[1]["layout"]
