@@ -46,6 +46,7 @@ setup(
         # Compiles against the torch that is there: pip install --no-build-isolation -e '.[gpu]' -c constraints.txt
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.11,<3"],
         "wandb": ["wandb>=0.19"],
+        "report": ["matplotlib>=3.9"],  # build_pairs.py --report FILE.png
         # The peer in benchmarks and parity checks, used by nothing else.
         "trl": ['trl>=1.16,<1.17; python_version >= "3.11"'],
         "dev": [

@@ -120,13 +120,20 @@ def make_tokenizer(pairs: Iterable[dict[str, str]], folder: Path, vocab_size: in
     _write_json(folder / "tokenizer_config.json", description)
 
 
-def longest_sequence(folder: Path, pairs: Iterable[dict[str, str]]) -> int:
-    """Tokens of the longest prompt + answer + EOS under the tokenizer in `folder`."""
+def longest(folder: Path, pairs: Iterable[dict[str, str]]) -> tuple[int, int]:
+    """Under the tokenizer in `folder`: tokens of the longest prompt + answer + EOS, and of the longest pair whose
+    prompt counts once."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    texts = [pair["prompt"] + pair[answer] + EOS for pair in pairs for answer in ("chosen", "rejected")]
-    return max(len(encoding.ids) for encoding in tokenizer.encode_batch(texts))
+    rows = list(pairs)
+    prompts = [len(encoding.ids) for encoding in tokenizer.encode_batch([row["prompt"] for row in rows])]
+    chosen, rejected = (
+        [len(encoding.ids) for encoding in tokenizer.encode_batch([row["prompt"] + row[name] + EOS for row in rows])]
+        for name in ("chosen", "rejected")
+    )
+    both = zip(prompts, chosen, rejected, strict=True)
+    return max([*chosen, *rejected]), max(a + b - prompt for prompt, a, b in both)
 
 
 def weight_shapes(size: LlamaSize) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -39,7 +39,7 @@ LAYOUTS = {
     "tp2pp2": sides.Layout(tensor_parallel=2, pipeline_parallel=2),
     "tp2pp2sp": sides.Layout(tensor_parallel=2, pipeline_parallel=2, sequence_parallel=True),
 }
-LONGEST_TOKENS = 2048
+LONGEST_TOKENS = (2048, 4096)  # a sequence, a pair
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,7 +197,7 @@ def run_case(options: argparse.Namespace, case: Case) -> tuple[bool, dict[str, l
         written["TRL"] = theirs = their_side(options, spec)
         for layout_name in options.layouts:
             layout = LAYOUTS[layout_name]
-            side = sides.run_ours(spec, layout, longest_tokens=LONGEST_TOKENS)
+            side = sides.run_ours(spec, layout, longest=LONGEST_TOKENS)
             written[layout_name] = side.steps
             lines, fits = compare(theirs, side.steps)
             print(f"\n{options.case}, {layout}:", *lines, sep="\n", flush=True)

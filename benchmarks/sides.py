@@ -24,7 +24,7 @@ from benchmarks.trl_worker import Spec
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MEMORY_POLL_S = 0.5  # the kernel keeps the peak, so a rare look is enough
-LINE_POLL_S = 0.02
+LINE_POLL_S = 0.1  # a look costs CPU time, and TRL's side is not looked at
 LOG_TAIL_CHARACTERS = 4000
 
 
@@ -38,6 +38,9 @@ class Layout:
     packing: bool = True
     share_prompt: bool = True
     sequence_parallel: bool = False
+    pack_tokens: int | None = None
+    """train_mb_tokens; None: the longest pair."""
+    recompute: bool = False
 
     @property
     def world_size(self) -> int:
@@ -47,6 +50,8 @@ class Layout:
         sizes = {"TP": self.tensor_parallel, "PP": self.pipeline_parallel, "DP": self.data_parallel}
         name = " x ".join(f"{key}{size}" for key, size in sizes.items() if size > 1) or "one process"
         name += ", sequence parallel" if self.sequence_parallel else ""
+        name += f", packs of {self.pack_tokens}" if self.pack_tokens else ""
+        name += ", layers recomputed" if self.recompute else ""
         return name + ("" if self.share_prompt else ", prompts repeated") + ("" if self.packing else ", not packed")
 
 
@@ -170,22 +175,29 @@ def run_trl(spec: Spec, python: str, env: dict[str, str] | None = None) -> Side:
     return Side(steps, [peak], 0, watch.others_share, result)
 
 
-def our_config(spec: Spec, layout: Layout, log_dir: Path, longest_tokens: int) -> dict[str, Any]:
-    """`spec` in megadpo's config. `longest_tokens`: the limit on prompt + one answer; a longer pair is refused."""
+def our_config(spec: Spec, layout: Layout, log_dir: Path, longest: tuple[int, int]) -> dict[str, Any]:
+    """`spec` in megadpo's config. `longest`: as make_llama.longest gives it; a longer pair is refused."""
+    packing: dict[str, Any] = {"enabled": layout.packing, "share_prompt": layout.share_prompt}
+    if layout.packing:
+        longest_sequence, longest_pair = longest
+        packing["train_mb_tokens"] = layout.pack_tokens or (
+            longest_pair if layout.share_prompt else 2 * longest_sequence
+        )
     return {
         "policy": {
             "model_name": spec.model,
             "train_global_batch_size": spec.global_batch_pairs,
             "train_micro_batch_size": spec.micro_batch_pairs,
-            "max_total_sequence_length": longest_tokens,
+            "max_total_sequence_length": longest[0],
             "precision": "float32",
             "max_grad_norm": spec.max_grad_norm,
             "device": "cpu",
-            "sequence_packing": {"enabled": layout.packing, "share_prompt": layout.share_prompt},
+            "sequence_packing": packing,
             "megatron_cfg": {
                 "tensor_model_parallel_size": layout.tensor_parallel,
                 "pipeline_model_parallel_size": layout.pipeline_parallel,
                 "sequence_parallel": layout.sequence_parallel,
+                "activation_checkpointing": layout.recompute,
                 "optimizer": {
                     "lr": spec.learning_rate,
                     "weight_decay": spec.weight_decay,
@@ -214,7 +226,7 @@ def run_ours(
     spec: Spec,
     layout: Layout,
     *,
-    longest_tokens: int,
+    longest: tuple[int, int],
     overrides: Sequence[str] = (),
     env: dict[str, str] | None = None,
     keep: Path | None = None,
@@ -228,7 +240,7 @@ def run_ours(
         folder.mkdir(parents=True, exist_ok=True)
         config = folder / "config.yaml"
         # JSON is YAML
-        config.write_text(json.dumps(our_config(spec, layout, folder / "logs", longest_tokens), indent=2))
+        config.write_text(json.dumps(our_config(spec, layout, folder / "logs", longest), indent=2))
         command = [sys.executable, "launch/train.py", str(config), *overrides]
         if layout.world_size > 1:
             torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={layout.world_size}"]

@@ -59,6 +59,8 @@ TRL_SETTINGS: dict[str, dict[str, Any]] = {
 }
 LAYOUTS = {
     "one": sides.Layout(),
+    "one-1536": sides.Layout(pack_tokens=1536),
+    "one-recompute": sides.Layout(recompute=True),
     "one-repeated": sides.Layout(share_prompt=False),
     "tp2": sides.Layout(tensor_parallel=2),
     "dp2": sides.Layout(data_parallel=2),
@@ -102,13 +104,13 @@ Contender = tuple[str, Callable[[], sides.Side]]
 
 def contenders(options: argparse.Namespace, spec: Spec) -> list[Contender]:
     """Name and run of everything that takes part, in the order in which they take turns."""
-    longest_tokens = make_llama.longest_sequence(Path(spec.model), make_llama.read_pairs(Path(spec.data)))
+    longest = make_llama.longest(Path(spec.model), make_llama.read_pairs(Path(spec.data)))
 
     def theirs(setting: str) -> Callable[[], sides.Side]:
         return lambda: sides.run_trl(dataclasses.replace(spec, **TRL_SETTINGS[setting]), options.trl_python)
 
     def ours(layout: str) -> Callable[[], sides.Side]:
-        return lambda: sides.run_ours(spec, LAYOUTS[layout], longest_tokens=longest_tokens, overrides=options.override)
+        return lambda: sides.run_ours(spec, LAYOUTS[layout], longest=longest, overrides=options.override)
 
     return [
         *((f"TRL {setting}", theirs(setting)) for setting in options.trl),

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 
 # Before torch is imported anywhere: several processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+# Token caches (data.cache_dir) of this session only, for the processes it starts as well
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="megadpo-test-cache-")
 
 import hypothesis
 import pytest
@@ -15,6 +19,10 @@ import pytest
 # A shared machine is slow now and then; pytest's own timeout finds what hangs.
 hypothesis.settings.register_profile("megadpo", deadline=None)
 hypothesis.settings.load_profile("megadpo")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

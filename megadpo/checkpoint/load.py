@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,49 +17,55 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 
 from megadpo.checkpoint.folder import CheckpointInfo
-from megadpo.checkpoint.save import layout_name, optimizer_format
+from megadpo.checkpoint.save import layout_name, optimizer_format, sharded_weights
 from megadpo.config.problems import ConfigError, Problem
-from megadpo.optimizer.state import METADATA, load_sharded_state, sharded_state
+from megadpo.optimizer.state import load_sharded_state, sharded_state
 from megadpo.parallel import ParallelContext
 
 
-def load_weights(model: MegatronModule, checkpoint: Path) -> None:
-    """Fill `model` (unwrapped) from a checkpoint folder, whatever layout wrote it; its optimizer state is not read.
+def load_weights(model: Sequence[MegatronModule], checkpoint: Path) -> None:
+    """Fill this rank's chunks (unwrapped) from a checkpoint folder, whatever layout wrote it, without its optimizer.
 
     Collectives: those of dist_checkpointing.load. Raises ConfigError for a folder whose tensors are not this model's.
     """
-    state = _load({"weights": model.sharded_state_dict(metadata=METADATA)}, checkpoint)
-    model.load_state_dict(state["weights"])
+    _fill(model, _load({"weights": sharded_weights(model)}, checkpoint)["weights"])
 
 
 def load_training_state(
     info: CheckpointInfo,
     parallel: ParallelContext,
     *,
-    model: MegatronModule,
+    model: Sequence[MegatronModule],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
+    some_frozen: bool,
 ) -> None:
     """Restore weights, optimizer, schedule and random-number states of the run that wrote `info`.
 
-    In the same layout the following losses are the same bits; in another, random-number states start from the seed
-    anew. Collectives: those of dist_checkpointing.load. Raises ConfigError where the optimizer state is of another
-    kind or absent.
+    some_frozen: whether the run freezes weights, on any rank. In the same layout the following losses are the same bits;
+    in another, random-number states start from the seed anew. Collectives: those of dist_checkpointing.load. Raises
+    ConfigError where the optimizer state is of another kind or absent.
     """
     _check_optimizer(info, optimizer)
-    weights = model.sharded_state_dict(metadata=METADATA)
+    weights = sharded_weights(model)
+    whose = sharded_weights(model, per_layer=True) if some_frozen else weights
     wanted = {
         "weights": weights,
-        "optimizer": sharded_state(optimizer, weights, is_loading=True),
+        "optimizer": sharded_state(optimizer, whose, is_loading=True),
         "scheduler": scheduler.state_dict(),
     }
     state = _load(wanted, info.path)
-    model.load_state_dict(state["weights"])
+    _fill(model, state["weights"])
     load_sharded_state(optimizer, state["optimizer"])
     scheduler.num_steps = 0
     scheduler.step(increment=info.position.step)
     if info.layout == layout_name(parallel):
         _restore_rng(torch.load(info.path / "rng" / f"rank_{parallel.rank}.pt", weights_only=False))
+
+
+def _fill(model: Sequence[MegatronModule], weights: dict[str, Any]) -> None:
+    for number, chunk in enumerate(model):
+        chunk.load_state_dict(weights[f"model{number}"])
 
 
 def _load(wanted: dict[str, Any], checkpoint: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ class TrainingPosition:
     data_fingerprint: str = ""
     """Of the training pairs as tokenised; a resume on other data is refused."""
     data_settings: dict[str, Any] = field(default_factory=dict)
-    """What else decides which pairs a step sees: seed, shuffle, global batch size."""
+    """What else a resumed run must not change: seed, shuffle, global batch size, frozen weights."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Of this very step, by their logged names; validation among them where it ran after this step."""
 

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def save_checkpoint(
     position: TrainingPosition,
     parallel: ParallelContext,
     *,
-    model: MegatronModule,
+    model: Sequence[MegatronModule],
     optimizer: MegatronOptimizer | None,
     scheduler: OptimizerParamScheduler,
     hf_files: Path,
@@ -40,7 +41,7 @@ def save_checkpoint(
 ) -> Path:
     """Write <folder>/step_<N> and return it. All ranks call it together.
 
-    model: the unwrapped module (the DDP wrapper would prefix every key). optimizer None: weights only.
+    model: the unwrapped chunks of this rank (the DDP wrapper would prefix every key). optimizer None: weights only.
     hf_files: folder whose files, weights apart, go into hf/. Collectives: those of dist_checkpointing.save, and
     barriers over the world. Raises what the file system raises (a full disk, a folder that can't be written); the
     partial folder then stays behind, complete checkpoints are untouched, and the next save starts it anew.
@@ -53,10 +54,11 @@ def save_checkpoint(
         (partial / "rng").mkdir()
     dist.barrier()
 
-    weights = model.sharded_state_dict(metadata=METADATA)
+    weights = sharded_weights(model)
     state: dict[str, Any] = {"weights": weights, "scheduler": scheduler.state_dict()}
     if optimizer is not None:
-        state["optimizer"] = sharded_state(optimizer, weights, is_loading=False)
+        whose = sharded_weights(model, per_layer=True) if cfg.policy.freeze else weights
+        state["optimizer"] = sharded_state(optimizer, whose, is_loading=False)
     dist_checkpointing.save(state, str(partial / "model"))
     torch.save(_rng_state(), partial / "rng" / f"rank_{parallel.rank}.pt")
     dist.barrier()
@@ -66,7 +68,7 @@ def save_checkpoint(
         save_resolved(cfg, partial / "config.yaml")
         record = {
             "format": FORMAT,
-            "dtype": str(model.config.params_dtype).removeprefix("torch."),
+            "dtype": str(model[0].config.params_dtype).removeprefix("torch."),
             "world_size": parallel.world_size,
             "layout": layout_name(parallel),
             "has_optimizer": optimizer is not None,
@@ -82,10 +84,24 @@ def save_checkpoint(
     return final
 
 
+def sharded_weights(model: Sequence[MegatronModule], *, per_layer: bool = False) -> dict[str, Any]:
+    """The weights of this rank's chunks. Tensors go by names and layer numbers of the whole model, so that any layout
+    reads them; the names of the chunks stay in this process.
+
+    per_layer: a key for each layer, not one for all: for optimizer state where frozen layers have none, since
+    megatron-core refuses a stacked tensor with layers missing.
+    """
+    metadata = {**METADATA, "non_homogeneous_layers": per_layer}
+    return {f"model{number}": chunk.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(model)}
+
+
 def layout_name(parallel: ParallelContext) -> str:
     """What must be equal for a resume to be the same bits."""
-    sequence = " sp" if parallel.layout.sequence_parallel else ""
-    return f"tp{parallel.tp_size} pp{parallel.pp_size} dp{parallel.dp_size}{sequence}"
+    layout = parallel.layout
+    sequence = " sp" if layout.sequence_parallel else ""
+    virtual = f" vpp{parallel.chunks_per_stage}" if parallel.chunks_per_stage > 1 else ""
+    experts = f" ep{layout.expert} etp{layout.expert_tensor}" if (layout.expert, layout.expert_tensor) != (1, 1) else ""
+    return f"tp{parallel.tp_size} pp{parallel.pp_size}{virtual} dp{parallel.dp_size}{sequence}{experts}"
 
 
 def optimizer_format(optimizer: MegatronOptimizer | None) -> str:

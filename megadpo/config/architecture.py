@@ -8,16 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megadpo.config.architecture_moe import MoeArchitecture, read_moe
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.rope import Report, read_rope
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe"]
 
 _FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "MixtralForCausalLM": "mixtral",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
 }
 # What transformers takes where config.json has no such key; "heads" means: as many as num_attention_heads.
 _DEFAULTS: dict[Family, dict[str, Any]] = {
@@ -25,6 +29,15 @@ _DEFAULTS: dict[Family, dict[str, Any]] = {
     "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
     "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096},
     "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "head_dim": 128},
+    "mixtral": {
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": None,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+    },
+    "qwen2_moe": {"num_key_value_heads": 16, "max_position_embeddings": 32768, "sliding_window": 4096},
+    "qwen3_moe": {"num_key_value_heads": 4, "max_position_embeddings": 32768, "sliding_window": 4096},
 }
 _RESTORE = "restore the model's own config.json"
 
@@ -42,6 +55,7 @@ class Architecture:
     num_kv_heads: int
     head_dim: int
     ffn_hidden_size: int
+    """Of a dense layer; a model with experts has its sizes in `moe`."""
     vocab_size: int
     rms_norm_eps: float
     rope_theta: float
@@ -62,6 +76,8 @@ class Architecture:
     pad_token_id: int | None
     torch_dtype: str | None
     """Dtype of the stored weights, e.g. bfloat16, where config.json says."""
+    moe: MoeArchitecture | None = None
+    """The experts of every layer; None: a dense model."""
 
 
 def read_architecture(folder: str | Path) -> Architecture:
@@ -92,12 +108,13 @@ def parse_architecture(raw: Mapping[str, Any], where: str = "config.json") -> Ar
     sizes = _sizes(raw, family, report)
     if not problems:
         _check_divisors(raw, sizes, report)
-    eps = raw.get("rms_norm_eps", 1e-6)
+    eps = raw.get("rms_norm_eps", _DEFAULTS[family].get("rms_norm_eps", 1e-6))
     if isinstance(eps, bool) or not isinstance(eps, (int, float)) or eps <= 0:
         report("rms_norm_eps", eps, "a positive number", _RESTORE)
         eps = 1e-6
     _refuse_unsupported(raw, report)
-    theta, scaling = read_rope(raw, sizes["max_position_embeddings"], report)
+    theta, scaling = read_rope(_with_theta(raw, family), sizes["max_position_embeddings"], report)
+    moe = read_moe(raw, family, report)
     window = _sliding_window(raw, family, sizes["num_hidden_layers"], report)
     if problems:
         raise ConfigError(problems)
@@ -117,15 +134,22 @@ def parse_architecture(raw: Mapping[str, Any], where: str = "config.json") -> Ar
         rope_scaling=scaling,
         max_position_embeddings=sizes["max_position_embeddings"],
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        qkv_bias=family == "qwen2",
+        qkv_bias=family == "qwen2" or (family == "qwen2_moe" and bool(raw.get("qkv_bias", True))),
         output_bias=False,
         mlp_bias=False,
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "qwen3_moe"),
         sliding_window=window,
         eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
         pad_token_id=raw.get("pad_token_id"),
         torch_dtype=raw.get("dtype") or raw.get("torch_dtype"),
+        moe=moe,
     )
+
+
+def _with_theta(raw: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
+    """`raw` with the class's own rope_theta where config.json has none (10000 is everybody's, and read_rope's)."""
+    default = _DEFAULTS[family].get("rope_theta")
+    return raw if default is None or "rope_parameters" in raw else {"rope_theta": default, **raw}
 
 
 def _read_json(folder: Path, path: Path) -> dict[str, Any]:
@@ -216,10 +240,13 @@ def _sliding_window(raw: Mapping[str, Any], family: Family, num_layers: int, rep
     if family == "llama":
         return None
     window = raw.get("sliding_window", _DEFAULTS[family]["sliding_window"])
-    if family in ("qwen2", "qwen3"):
+    if family.startswith("qwen"):
         if not raw.get("use_sliding_window", False):
             return None
-        slides = raw.get("max_window_layers", 28) < num_layers if types is None else "sliding_attention" in types
+        if types is not None:
+            slides = "sliding_attention" in types
+        else:  # in the MoE classes some layer slides whatever max_window_layers says
+            slides = family.endswith("_moe") or raw.get("max_window_layers", 28) < num_layers
         if not slides:
             return None
     return None if window is None else _positive_int(window, "sliding_window", report)

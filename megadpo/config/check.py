@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megadpo.config.architecture import Architecture
+from megadpo.config.check_moe import expert_problems, expert_world_problems
 from megadpo.config.problems import Problem
 from megadpo.config.schema import Config
 
@@ -51,6 +52,12 @@ def layers_per_stage(cfg: Config, num_layers: int) -> list[int] | None:
     return [*ends[0], *([each] * inner_stages), *ends[1]]
 
 
+def micro_batch_multiple(cfg: Config) -> int:
+    """What the micro-batches of a data-parallel rank must be a multiple of: with a virtual pipeline, its stages."""
+    megatron = cfg.policy.megatron_cfg
+    return megatron.pipeline_model_parallel_size if megatron.virtual_pipeline_model_parallel_size > 1 else 1
+
+
 def check_layout(cfg: Config, arch: Architecture | None, world_size: int | None) -> list[Problem]:
     """Every problem of running `cfg` on a model of shape `arch` in `world_size` processes.
 
@@ -59,20 +66,25 @@ def check_layout(cfg: Config, arch: Architecture | None, world_size: int | None)
     problems: list[Problem] = []
     if arch is not None:
         problems += _tensor_parallel(cfg, arch)
+        problems += expert_problems(cfg, arch)
         problems += _pipeline_parallel(cfg, arch)
+        problems += _virtual_pipeline(cfg, arch)
         problems += _sequence_length(cfg, arch)
     if world_size is not None:
         problems += _world(cfg, world_size)
+        problems += expert_world_problems(cfg, world_size)
     return problems
 
 
 def _tensor_parallel(cfg: Config, arch: Architecture) -> Iterator[Problem]:
     where = f"{_MEG}.tensor_model_parallel_size"
     tp = cfg.policy.megatron_cfg.tensor_model_parallel_size
+    # what the tensor-parallel ranks cut of a layer of experts is its shared expert; the others: check_moe.py
+    dense_channels = arch.ffn_hidden_size if arch.moe is None else arch.moe.shared_ffn_hidden_size or 0
     divided = {
         "attention heads": arch.num_heads,
         "key-value heads": arch.num_kv_heads,
-        "MLP channels (intermediate_size)": arch.ffn_hidden_size,
+        "MLP channels (intermediate_size)": dense_channels,
         "vocabulary entries (vocab_size)": arch.vocab_size,
     }
     possible = [n for n in range(1, _LARGEST_TP + 1) if not any(count % n for count in divided.values())]
@@ -98,6 +110,22 @@ def _pipeline_parallel(cfg: Config, arch: Architecture) -> Iterator[Problem]:
         )
     fix = f"set it to one of {', '.join(map(str, even))}, or choose other counts for the first and last stage"
     yield Problem(where, megatron.pipeline_model_parallel_size, expected, fix)
+
+
+def _virtual_pipeline(cfg: Config, arch: Architecture) -> Iterator[Problem]:
+    """Chunks of a stage are of equal size, an uneven first or last stage's too (megatron-core's rule)."""
+    stages, chunks = (
+        layers_per_stage(cfg, arch.num_layers),
+        cfg.policy.megatron_cfg.virtual_pipeline_model_parallel_size,
+    )
+    if stages is None or all(layers % chunks == 0 for layers in stages):
+        return
+    possible = [n for n in range(1, min(stages) + 1) if not any(layers % n for layers in stages)]
+    where = f"{_MEG}.virtual_pipeline_model_parallel_size"
+    expected = f"a divisor of the layers of every pipeline stage, here {' + '.join(map(str, stages))}"
+    yield Problem(
+        where, chunks, expected, f"set it to {' or '.join(map(str, possible))}, or divide the layers otherwise"
+    )
 
 
 def _sequence_length(cfg: Config, arch: Architecture) -> Iterator[Problem]:
@@ -137,4 +165,12 @@ def _world(cfg: Config, world_size: int) -> Iterator[Problem]:
         if pairs % (micro * dp):
             expected = f"a multiple of {micro * dp}, train_micro_batch_size ({micro}) x data-parallel ranks ({dp})"
             fix = "change it, or set policy.sequence_packing.enabled: true, which needs no such multiple"
+            yield Problem(where, pairs, expected, fix)
+        elif pairs // (micro * dp) % micro_batch_multiple(cfg):
+            count, stages = pairs // (micro * dp), micro_batch_multiple(cfg)
+            expected = (
+                f"a multiple of {micro * dp * stages}: with a virtual pipeline each data-parallel rank's micro-batches "
+                f"(here {count}) are a multiple of the pipeline stages ({stages})"
+            )
+            fix = "change it, or set policy.sequence_packing.enabled: true, which divides the pairs as needed"
             yield Problem(where, pairs, expected, fix)

@@ -70,14 +70,6 @@ REFUSED: tuple[Refused, ...] = (
         "context parallelism is not implemented",
         "set it to 1 and raise tensor_model_parallel_size",
     ),
-    Refused(f"{MEG}.expert_model_parallel_size", (1,), "the supported models have no experts", "set it to 1"),
-    Refused(f"{MEG}.expert_tensor_parallel_size", (1,), "the supported models have no experts", "set it to 1"),
-    Refused(
-        f"{MEG}.virtual_pipeline_model_parallel_size",
-        (None, 1),
-        "virtual pipeline stages are not implemented",
-        "set it to null",
-    ),
     Refused(
         f"{MEG}.attention_backend",
         (None, "auto"),
@@ -100,6 +92,37 @@ REFUSED: tuple[Refused, ...] = (
     Refused(
         f"{MEG}.train_iters", (None,), "the length of a run is set elsewhere", "remove it and use dpo.max_num_steps"
     ),
+    # Experts
+    Refused(
+        f"{MEG}.moe_token_dispatcher_type",
+        (None, "alltoall", "allgather"),
+        "flex needs DeepEP or HybridEP, which are not among the dependencies",
+        "set it to alltoall",
+    ),
+    Refused(f"{MEG}.moe_enable_deepep", _OFF, "DeepEP is not among the dependencies", "set it to false"),
+    Refused(
+        f"{MEG}.moe_router_load_balancing_type",
+        (None, "none", "aux_loss", "seq_aux_loss"),
+        "sinkhorn routes otherwise in training than in the exported model; a running global_aux_loss depends on the "
+        "order of micro-batches",
+        "set it to none, aux_loss or seq_aux_loss",
+    ),
+    Refused(
+        f"{MEG}.moe_permute_fusion",
+        _OFF,
+        "the fused kernel takes every token for routed; here padding is not",
+        "set it to false",
+    ),
+    Refused(
+        f"{MEG}.moe_shared_expert_overlap", _OFF, "shared experts run before the others, not beside", "set it to false"
+    ),
+    Refused(
+        f"{MEG}.moe_router_num_groups",
+        (None,),
+        "the supported models choose among all experts",
+        "set it to null",
+    ),
+    Refused(f"{MEG}.moe_router_group_topk", (None,), "the supported models choose among all experts", "set it to null"),
     # Precision and adapters
     Refused(f"{MEG}.fp8_cfg.enabled", _OFF, "float8 training is not implemented", "set it to false"),
     Refused(f"{MEG}.peft.enabled", _OFF, "LoRA is not implemented", "set it to false"),
@@ -109,18 +132,6 @@ REFUSED: tuple[Refused, ...] = (
         _OFF,
         "float16 training is not offered",
         "set it to false and policy.precision: bfloat16",
-    ),
-    Refused(
-        f"{MEG}.optimizer.use_precision_aware_optimizer",
-        _OFF,
-        "it needs Transformer Engine's optimizer",
-        "set it to false: moments and main parameters stay float32",
-    ),
-    Refused(
-        f"{MEG}.optimizer.optimizer_cpu_offload",
-        _OFF,
-        "optimizer state is not offloaded",
-        "set it to false; use_distributed_optimizer: true shards it",
     ),
     Refused(
         f"{MEG}.distributed_data_parallel_config.use_custom_fsdp", _OFF, "FSDP is not implemented", "set it to false"

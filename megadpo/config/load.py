@@ -88,10 +88,12 @@ def _build(tree: dict[str, Any], problems: list[Problem], purpose: Purpose) -> C
 def _missing_data(cfg: Config, purpose: Purpose) -> list[Problem]:
     if purpose == "train" and not cfg.data.train_data_path.strip():
         fix = "set data.train_data_path in the file or on the command line"
-        return [Problem("data.train_data_path", None, "the path of a JSONL file; it is required", fix)]
+        return [
+            Problem("data.train_data_path", None, "a file, folder or hub name of training pairs; it is required", fix)
+        ]
     if purpose == "evaluate" and not cfg.data.val_data_paths:
-        fix = "set data.val_data_paths: {name: file.jsonl}"
-        return [Problem("data.val_data_paths", None, "one or more named JSONL files to evaluate on", fix)]
+        fix = "set data.val_data_paths: {name: pairs.jsonl}"
+        return [Problem("data.val_data_paths", None, "one or more named sets to evaluate on", fix)]
     return []
 
 

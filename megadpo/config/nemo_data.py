@@ -1,25 +1,23 @@
-"""NeMo RL's newer `data:` form (`train:`, `validation:`, `default:` sections) in terms of this project's keys."""
+"""NeMo RL's forms of `data:` in terms of this project's keys.
+
+The newer form has `train:`, `validation:` and `default:` sections; in both forms the names HelpSteer3 and
+Tulu3Preference alone mean a dataset of the hub.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+from megadpo.config.data_source import DATASET_NAMES, HUB_DATASETS, DataSource, parse_source
 from megadpo.config.problems import Problem
 
-FORMAT = "BinaryPreferenceDataset"
 _TARGETS = {"train": "train_data_path", "validation": "val_data_paths"}
 _KEYS = ("prompt_key", "chosen_key", "rejected_key")
-# Keys of a dataset section, and the values that mean nothing for a local JSONL file.
-_IDLE: dict[str, tuple[object, ...]] = {
-    "split": (None, "train"),
-    "subset": (None,),
-    "prompt_file": (None,),
-    "system_prompt_file": (None,),
-}
+# Keys of a dataset section that are refused at any other value.
+_IDLE = ("prompt_file", "system_prompt_file")
+_SECTION_KEYS = ("dataset_name", "data_path", "subset", "split", *_KEYS, *_IDLE)
 SECTION_PATHS = frozenset(
-    f"data.{section}.{key}"
-    for section in ("train", "validation", "default")
-    for key in ("dataset_name", "data_path", *_KEYS, *_IDLE)
+    f"data.{section}.{key}" for section in ("train", "validation", "default") for key in _SECTION_KEYS
 )
 
 
@@ -34,20 +32,16 @@ def translate_data(data: dict[str, Any], problems: list[Problem], notes: list[st
         if data.get(name) is not None and not isinstance(data[name], dict):
             unset.add(f"data.{target}")
     sections = {name: _section(data, name, problems) for name in _TARGETS}
-    keys_seen: dict[str, tuple[object, str]] = {key: (data[key], f"data.{key}") for key in _KEYS if key in data}
+    seen: dict[str, tuple[object, str]] = {
+        key: (data[key], f"data.{key}") for key in ("dataset_name", *_KEYS) if data.get(key) is not None
+    }
     for name, own in sections.items():
         if own is None:
             continue
         where = f"data.{name}"
         merged = {**(default or {}), **own}
-        path = _dataset_path(merged, where, problems, notes)
-        for key in _KEYS:
-            if key in merged:
-                value, seen_at = keys_seen.setdefault(key, (merged[key], f"{where}.{key}"))
-                if value != merged[key]:
-                    fix = "use the same key in every file"
-                    problems.append(Problem(f"{where}.{key}", merged[key], f"{value!r}, as {seen_at}", fix))
-                data[key] = value
+        path = _source(merged, where, problems, notes)
+        _take_common_keys(data, merged, where, seen, problems)
         target = _TARGETS[name]
         if path is None:
             unset.add(f"data.{target}")
@@ -57,6 +51,8 @@ def translate_data(data: dict[str, Any], problems: list[Problem], notes: list[st
         else:
             data[target] = path
     _single_validation_path(data, problems)
+    if not any(sections.values()):
+        _hub_dataset_alone(data)
     return unset
 
 
@@ -67,33 +63,80 @@ def _section(data: dict[str, Any], name: str, problems: list[Problem]) -> dict[s
     if raw is None:
         return None
     if not isinstance(raw, dict):
-        fix = "give one local JSONL file: data.train_data_path, data.val_data_paths"
+        fix = "give one source: data.train_data_path; several sets only for validation, in data.val_data_paths"
         problems.append(Problem(f"data.{name}", raw, "one dataset section", fix))
         return None
     return raw
 
 
-def _dataset_path(section: dict[str, Any], where: str, problems: list[Problem], notes: list[str]) -> object:
-    """The file that a dataset section names, or None with a problem."""
-    name = section.get("dataset_name", FORMAT)
-    if name != FORMAT:
-        fix = "write the pairs as JSONL with prompt, chosen and rejected, and give that file as data_path"
-        problems.append(Problem(f"{where}.dataset_name", name, FORMAT, fix))
+def _take_common_keys(
+    data: dict[str, Any],
+    section: dict[str, Any],
+    where: str,
+    seen: dict[str, tuple[object, str]],
+    problems: list[Problem],
+) -> None:
+    """Moves the format and the field names of a section up to `data`, where they hold for every source."""
+    for key in ("dataset_name", *_KEYS):
+        mine = section.get(key)
+        if mine is None or (key == "dataset_name" and mine not in DATASET_NAMES):
+            continue
+        value, seen_at = seen.setdefault(key, (mine, f"{where}.{key}"))
+        if value != mine:
+            fix = "use the same key in every file"
+            if key == "dataset_name":
+                fix = "give both a data_path and no dataset_name: each source's format is recognised from its rows"
+            problems.append(Problem(f"{where}.{key}", mine, f"{value!r}, as {seen_at}", fix))
+        data[key] = value
+
+
+def _source(section: dict[str, Any], where: str, problems: list[Problem], notes: list[str]) -> str | None:
+    """The source that a dataset section names, as train_data_path writes it; None with a problem."""
+    name = section.get("dataset_name")
+    if name is not None and name not in DATASET_NAMES:
+        fix = "use one of these formats: give the file, folder or hub name as data_path and its format as dataset_name"
+        problems.append(Problem(f"{where}.dataset_name", name, f"one of {', '.join(DATASET_NAMES)}", fix))
         return None
-    for key, value in section.items():
-        if key in _IDLE:
-            if value not in _IDLE[key]:
-                fix = "remove it: the whole file is read as it is"
-                shown = " or ".join("null" if idle is None else str(idle) for idle in _IDLE[key])
-                problems.append(Problem(f"{where}.{key}", value, shown, fix))
-            elif value is not None:
-                notes.append(f"{where}.{key}: {value!r} has no effect: a local file has no splits")
-        elif key not in (*_KEYS, "dataset_name", "data_path"):
-            fix = f"known here: dataset_name, data_path, {', '.join((*_KEYS, *_IDLE))}"
-            problems.append(Problem(f"{where}.{key}", value, "a known key; this one is not", fix))
-    if section.get("data_path") is None:
-        problems.append(Problem(f"{where}.data_path", None, "the path of a JSONL file", f"set {where}.data_path"))
-    return section.get("data_path")
+    for key in section:
+        if key in _IDLE and section[key] is not None:
+            fix = "remove it: prompts are taken as they are, so write what they say into the data"
+            problems.append(Problem(f"{where}.{key}", section[key], "null", fix))
+        elif key not in _SECTION_KEYS:
+            fix = f"known here: {', '.join(_SECTION_KEYS)}"
+            problems.append(Problem(f"{where}.{key}", section[key], "a known key; this one is not", fix))
+    path = section.get("data_path")
+    hub = HUB_DATASETS.get(str(name))
+    subset, split = section.get("subset"), section.get("split")
+    if path is None and hub is not None:
+        path, subset = hub.path, subset or hub.subset
+    if not isinstance(path, str):
+        known = " or ".join(HUB_DATASETS)
+        expected = f"a file, folder or hub name; only dataset_name {known} needs none"
+        problems.append(Problem(f"{where}.data_path", path, expected, f"set {where}.data_path"))
+        return None
+    for key, value in (("subset", subset), ("split", split)):
+        if value is not None and not isinstance(value, str):
+            problems.append(Problem(f"{where}.{key}", value, "text or null", "put it in quotes"))
+            return None
+    if not parse_source(path).is_file:
+        return str(DataSource(path, subset, split))
+    for key, value, idle in (("subset", subset, (None,)), ("split", split, (None, "train"))):
+        if value not in idle:
+            shown = " or ".join("null" if one is None else one for one in idle)
+            problems.append(Problem(f"{where}.{key}", value, shown, "remove it: a file is read whole"))
+        elif value is not None:
+            notes.append(f"{where}.{key}: {value!r} has no effect: a local file has no splits")
+    return path
+
+
+def _hub_dataset_alone(data: dict[str, Any]) -> None:
+    """`dataset_name: HelpSteer3` and no path: the hub's dataset, and its validation split where nothing else is said."""
+    hub = HUB_DATASETS.get(str(data.get("dataset_name")))
+    if hub is None or data.get("train_data_path") is not None:
+        return
+    data["train_data_path"] = str(DataSource(hub.path, hub.subset, "train"))
+    if hub.validation_split is not None and "val_data_paths" not in data:
+        data["val_data_paths"] = {"default": str(DataSource(hub.path, hub.subset, hub.validation_split))}
 
 
 def _single_validation_path(data: dict[str, Any], problems: list[Problem]) -> None:

@@ -101,16 +101,38 @@ def _sequence_parallel(cfg: Config) -> Iterator[Problem]:
     f"{_MEG}.pipeline_model_parallel_size",
     f"{_MEG}.num_layers_in_first_pipeline_stage",
     f"{_MEG}.num_layers_in_last_pipeline_stage",
+    f"{_MEG}.virtual_pipeline_model_parallel_size",
 )
 def _pipeline_stages(cfg: Config) -> Iterator[Problem]:
     megatron = cfg.policy.megatron_cfg
     if megatron.pipeline_model_parallel_size > 1:
         return
+    if megatron.virtual_pipeline_model_parallel_size > 1:
+        where = f"{_MEG}.virtual_pipeline_model_parallel_size"
+        fix = f"set it to 1, or raise {_MEG}.pipeline_model_parallel_size"
+        yield Problem(
+            where, megatron.virtual_pipeline_model_parallel_size, "1 with pipeline_model_parallel_size 1", fix
+        )
     for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"):
         value = getattr(megatron, name)
         if value is not None:
             fix = f"set it to null, or raise {_MEG}.pipeline_model_parallel_size"
             yield Problem(f"{_MEG}.{name}", value, "null with pipeline_model_parallel_size 1", fix)
+
+
+@_rule(f"{_MEG}.freeze_moe_router", f"{_MEG}.moe_router_load_balancing_type", f"{_MEG}.moe_per_layer_logging")
+def _load_balancing(cfg: Config) -> Iterator[Problem]:
+    megatron = cfg.policy.megatron_cfg
+    kind = megatron.moe_router_load_balancing_type
+    if kind == "none":
+        for name in ("moe_per_layer_logging", "moe_aux_loss_coeff"):
+            if getattr(megatron, name):
+                fix = f"set {_MEG}.moe_router_load_balancing_type: aux_loss or seq_aux_loss, or remove it"
+                yield Problem(f"{_MEG}.{name}", getattr(megatron, name), "nothing to weigh or log with type none", fix)
+    elif megatron.freeze_moe_router:
+        fix = f"set it to none, or {_MEG}.freeze_moe_router: false"
+        expected = "none with freeze_moe_router true: a frozen router cannot learn to balance"
+        yield Problem(f"{_MEG}.moe_router_load_balancing_type", kind, expected, fix)
 
 
 @_rule(f"{_DDP}.overlap_grad_reduce", f"{_DDP}.overlap_param_gather", f"{_OPT}.use_distributed_optimizer")
@@ -125,6 +147,63 @@ def _overlap(cfg: Config) -> Iterator[Problem]:
         if not there:
             fix = f"set it to false, or {needed}: true"
             yield Problem(f"{_DDP}.overlap_param_gather", True, f"false unless {needed} is true", fix)
+
+
+@_rule(
+    f"{_OPT}.use_precision_aware_optimizer",
+    f"{_OPT}.optimizer",
+    f"{_OPT}.use_distributed_optimizer",
+    "policy.device",
+    "checkpointing.enabled",
+    "checkpointing.save_optimizer",
+)
+def _precision_aware(cfg: Config) -> Iterator[Problem]:
+    optimizer, where = cfg.policy.megatron_cfg.optimizer, f"{_OPT}.use_precision_aware_optimizer"
+    if not optimizer.use_precision_aware_optimizer:
+        return
+    saves = cfg.checkpointing.enabled and cfg.checkpointing.save_optimizer
+    name, distributed = optimizer.optimizer, f"{_OPT}.use_distributed_optimizer"
+    unproved = "false while checkpoints save the optimizer: that this state resumes is not proved yet"
+    for broken, expected, other in (
+        (name != "adam", f"false with {_OPT}.optimizer {name}", f"{_OPT}.optimizer: adam"),
+        (not optimizer.use_distributed_optimizer, f"false unless {distributed} is true", f"{distributed}: true"),
+        (cfg.policy.device == "cpu", "false on policy.device cpu: its kernels are CUDA's", "policy.device: cuda"),
+        (saves, unproved, "checkpointing.save_optimizer: false"),
+    ):
+        if broken:
+            yield Problem(where, True, expected, f"set it to false, or {other}")
+
+
+@_rule(
+    f"{_OPT}.use_precision_aware_optimizer",
+    f"{_OPT}.exp_avg_dtype",
+    f"{_OPT}.exp_avg_sq_dtype",
+    f"{_OPT}.optimizer_cpu_offload",
+    f"{_OPT}.optimizer_offload_fraction",
+    f"{_OPT}.overlap_cpu_optimizer_d2h_h2d",
+)
+def _optimizer_state(cfg: Config) -> Iterator[Problem]:
+    optimizer = cfg.policy.megatron_cfg.optimizer
+    aware, offload = optimizer.use_precision_aware_optimizer, optimizer.optimizer_cpu_offload
+    if not aware:
+        for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
+            if getattr(optimizer, name) != "float32":
+                fix = f"set it to float32, or {_OPT}.use_precision_aware_optimizer: true"
+                yield Problem(
+                    f"{_OPT}.{name}", getattr(optimizer, name), "float32 without the precision-aware one", fix
+                )
+    if offload and not aware:
+        fix = f"set it to false, or {_OPT}.use_precision_aware_optimizer: true"
+        expected = "false without use_precision_aware_optimizer, whose code it shares in megatron-core"
+        yield Problem(f"{_OPT}.optimizer_cpu_offload", True, expected, fix)
+    fraction = optimizer.optimizer_offload_fraction
+    if offload != (fraction > 0):
+        expected = "more than 0 with optimizer_cpu_offload" if offload else "0 without optimizer_cpu_offload"
+        fix = f"set it to {'1.0' if offload else '0.0'}, or {_OPT}.optimizer_cpu_offload: {str(not offload).lower()}"
+        yield Problem(f"{_OPT}.optimizer_offload_fraction", fraction, expected, fix)
+    if optimizer.overlap_cpu_optimizer_d2h_h2d and not offload:
+        where = f"{_OPT}.overlap_cpu_optimizer_d2h_h2d"
+        yield Problem(where, True, "false without optimizer_cpu_offload", "set it to false")
 
 
 @_rule(f"{_OPT}.lr", f"{_OPT}.min_lr", f"{_SCHED}.lr_warmup_init")
@@ -207,6 +286,19 @@ def _columns(cfg: Config) -> Iterator[Problem]:
     if len(set(keys)) < len(keys):
         fix = "name prompt, chosen and rejected apart"
         yield Problem("data.rejected_key", ", ".join(keys), "three different keys", fix)
+
+
+@_rule("data.dataset_name", "data.prompt_key", "data.chosen_key", "data.rejected_key")
+def _unread_keys(cfg: Config) -> Iterator[Problem]:
+    name = cfg.data.dataset_name
+    if name is None or name == "BinaryPreferenceDataset":
+        return
+    answers_read = name in ("Tulu3Preference", "ImplicitPrompt")
+    for key, default in (("prompt_key", "prompt"), ("chosen_key", "chosen"), ("rejected_key", "rejected")):
+        value = getattr(cfg.data, key)
+        if value != default and not (answers_read and key != "prompt_key"):
+            fix = "remove it, or set data.dataset_name: BinaryPreferenceDataset"
+            yield Problem(f"data.{key}", value, f"{default}, since {name} has field names of its own", fix)
 
 
 @_rule("data.val_data_paths")

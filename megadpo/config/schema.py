@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,19 +11,46 @@ from megadpo.config.schema_policy import PolicyConfig
 from megadpo.config.types import CountOrZero, PositiveInt, Text
 
 
+def user_cache_dir() -> str:
+    """$XDG_CACHE_HOME/megadpo, or ~/.cache/megadpo with the ~ still in it."""
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "megadpo")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """`data`."""
 
     train_data_path: str = ""
-    """JSONL file of training pairs. Empty only where nothing is trained."""
+    """Training pairs: a file (.jsonl, .json, .csv, these also .gz or .zst; .parquet, .arrow), a folder of such, or a
+    dataset of the Hugging Face hub. Folders and hub names take `:subset` and `@split` behind them; without a split it
+    is train. Empty only where nothing is trained, or with a dataset_name that is a hub dataset's."""
     val_data_paths: dict[str, Text] | None = None
-    """Validation sets, {name: JSONL file}. A single path is taken as {default: path}. null: no validation."""
-    dataset_name: Literal["BinaryPreferenceDataset"] = "BinaryPreferenceDataset"
-    """NeMo RL's name of the format: one object a line with a prompt, a chosen and a rejected answer."""
+    """Validation sets, {name: as train_data_path}. A single one is taken as {default: it}. null: no validation."""
+    dataset_name: (
+        Literal[
+            "BinaryPreferenceDataset",
+            "PreferenceDataset",
+            "DPODataset",
+            "HelpSteer3",
+            "Tulu3Preference",
+            "ImplicitPrompt",
+        ]
+        | None
+    ) = None
+    """The format of the rows, by NeMo RL's names (docs/data.md shows each). null: that of a source's first good row.
+    HelpSteer3 and Tulu3Preference without a train_data_path are read from the hub."""
     prompt_key: Text = "prompt"
+    """What the rows call the prompt, in BinaryPreferenceDataset."""
     chosen_key: Text = "chosen"
+    """And the chosen answer; in Tulu3Preference and ImplicitPrompt too."""
     rejected_key: Text = "rejected"
+    """And the rejected one."""
+    loss_on: Literal["last_turn", "differing_turns"] = "last_turn"
+    """Where an answer has several turns: the loss is on the assistant's last one (as in NeMo RL), or on each of the
+    assistant's turns that the other answer has not got at the same place."""
+    on_bad_row: Literal["refuse", "drop"] = "refuse"
+    """A row that can't be used (a tie, equal answers, an empty answer, messages that the template refuses, ...): refuse
+    the source and name it, or leave it out and count it."""
     max_input_seq_length: PositiveInt = 1024
     """Most tokens in prompt + one answer. Left out or null: policy.max_total_sequence_length, and at most that."""
     shuffle: bool = True
@@ -32,6 +60,12 @@ class DataConfig:
     on_too_long: Literal["refuse", "drop", "truncate"] = "refuse"
     """A pair longer than the limit: refuse the file, drop the pair and count it, or cut it and count it: the prompt from the
     left (BOS stays), and only then the answers from the right."""
+    cache_dir: Text | None = field(default_factory=user_cache_dir)
+    """Folder for token ids, made once and then mapped into memory; ~ is the home folder. Left out:
+    $XDG_CACHE_HOME/megadpo or ~/.cache/megadpo. null: every process tokenises for itself, into its own memory."""
+    num_tokenize_workers: PositiveInt | None = None
+    """Processes that tokenise what is not in the cache. null: one for each CPU core this process may use. Files of a few
+    thousand pairs are tokenised in one process anyway."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from megadpo.config.types import CountOrZero, FloatOrZero, PositiveFloat, PositiveInt, Precision, Proportion
+from megadpo.config.types import CountOrZero, FloatOrZero, PositiveFloat, PositiveInt, Precision, Proportion, Range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,20 @@ class OptimizerConfig:
     sgd_momentum: Proportion = 0.9
     use_distributed_optimizer: bool = True
     """Shard main parameters and moments over the data-parallel ranks."""
+    use_precision_aware_optimizer: bool = False
+    """Moments in the dtypes below and no second copy of what bfloat16 weights hold: Transformer Engine's FusedAdam, on
+    CUDA only, with the distributed optimizer."""
+    exp_avg_dtype: Precision = "float32"
+    """Dtype of Adam's first moment; other than float32 with use_precision_aware_optimizer only."""
+    exp_avg_sq_dtype: Precision = "float32"
+    """Dtype of Adam's second moment, likewise."""
+    optimizer_cpu_offload: bool = False
+    """Keep and update part of the optimizer state on the CPU (megatron-core's HybridDeviceOptimizer), on CUDA only, with
+    use_precision_aware_optimizer."""
+    optimizer_offload_fraction: Annotated[float, Range(ge=0, le=1)] = 0.0
+    """Share of this rank's state that optimizer_cpu_offload moves."""
+    overlap_cpu_optimizer_d2h_h2d: bool = False
+    """With optimizer_cpu_offload: copy while the CPU updates."""
     clip_grad: FloatOrZero = 1.0
     """Must say what policy.max_grad_norm says. Left out or null: taken from there."""
 
@@ -78,15 +92,18 @@ class MegatronConfig:
     context_parallel_size: PositiveInt = 1
     """Only 1."""
     expert_model_parallel_size: PositiveInt = 1
-    """Only 1: the supported models have no experts."""
+    """Ranks that share out the experts of a layer, taken from the tensor- and data-parallel ranks of a stage."""
     expert_tensor_parallel_size: PositiveInt = 1
-    """Only 1: the supported models have no experts."""
+    """Ranks that cut each expert; need not be tensor_model_parallel_size."""
     sequence_parallel: bool = False
     """Shard the tokens over the tensor-parallel ranks outside attention and MLP."""
     num_layers_in_first_pipeline_stage: PositiveInt | None = None
     """null: an even split."""
     num_layers_in_last_pipeline_stage: PositiveInt | None = None
     """null: an even split."""
+    virtual_pipeline_model_parallel_size: PositiveInt = 1
+    """Model chunks on each pipeline stage, which take turns (megatron-core's interleaved schedule): a smaller bubble for
+    more sends. Left out or null: 1."""
     pipeline_dtype: Precision = "bfloat16"
     """Must say what policy.precision says. Left out or null: taken from there."""
 
@@ -97,8 +114,24 @@ class MegatronConfig:
     recompute_method: Literal["uniform", "block"] = "uniform"
     """With full: keep the input of every recompute_num_layers layers, or recompute the first ones of a stage."""
     recompute_num_layers: PositiveInt = 1
-    recompute_modules: tuple[Literal["core_attn", "layernorm", "mlp"], ...] = ("core_attn",)
-    """With selective: megatron-core's names."""
+    recompute_modules: tuple[Literal["core_attn", "layernorm", "mlp", "moe", "shared_experts"], ...] = ("core_attn",)
+    """With selective: megatron-core's names. mlp: of dense layers; moe: a whole layer of experts."""
+
+    freeze_moe_router: bool = False
+    """Leave the routers as they are."""
+    moe_router_dtype: Literal["fp32", "fp64"] | None = "fp64"
+    """Dtype of the routers' logits and weights of experts; null: policy.precision."""
+    moe_router_load_balancing_type: Literal["none", "aux_loss", "seq_aux_loss"] = "none"
+    """aux_loss: over the tokens of each micro-batch. seq_aux_loss: over each answer with its prompt. See docs/moe.md."""
+    moe_aux_loss_coeff: FloatOrZero | None = None
+    """Weight of the load-balancing loss of each layer beside the DPO loss; null: config.json's router_aux_loss_coef."""
+    moe_per_layer_logging: bool = False
+    """Log the load-balancing loss of every layer too, as train/moe_aux_loss_layer_<n>."""
+    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens reach their experts' ranks."""
+    moe_grouped_gemm: bool | None = None
+    """true: all experts of a rank in one kernel, needs Transformer Engine. false: one by one. null: true where it can
+    be."""
 
     bias_activation_fusion: bool = True
     """true: a SwiGLU that keeps its input only, megatron-core's compiled one on GPUs. false: operation by operation."""

@@ -59,4 +59,7 @@ class PolicyConfig:
     """A pack is padded to a multiple of this. Left out or null: 1, with sequence_parallel the tensor-parallel size."""
     logprob_chunk_size: PositiveInt = 1024
     """Answer tokens projected onto the vocabulary at a time. Left out or null: 1024."""
+    freeze: tuple[Text, ...] = ()
+    """Weights to leave as they are: shell patterns on their Hugging Face names, {a..b} for a range of numbers, e.g.
+    [model.embed_tokens.weight, "model.layers.{0..3}.*"]. They get no gradients and no optimizer state."""
     megatron_cfg: MegatronConfig = field(default_factory=MegatronConfig)

@@ -1,140 +1,43 @@
-"""A data file as a sequence of tokenised pairs, held flat in memory: about 4 bytes a token."""
+"""A data file as a sequence of tokenised pairs, held flat: mapped from the cache, or in memory. 4 bytes a token."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from megadpo.config.problems import DataError, Problem
-from megadpo.data.formats import FieldKeys
-from megadpo.data.limit import OnTooLong, apply_limit
-from megadpo.data.pairs import TokenIds, TokenizedPair
-from megadpo.data.reader import read_pairs
-from megadpo.data.tokenization import PairTokenizer
-from megadpo.data.tokenizer import OWN_TEMPLATE
+from megadpo.data.cache import TokenCache
+from megadpo.data.cache_key import cache_key
+from megadpo.data.encode import MemorySink, Sink, Summary, encode_file
+from megadpo.data.pairs import TokenizedPair
+from megadpo.data.tokens import DataReport, DataSettings, TokenArrays, TokenizedFile
+from megadpo.data.workers import usable_cores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from megadpo.config.schema import Config
 
-_FINGERPRINT_VERSION = "megadpo pairs 1"
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSettings:
-    """What decides a file's tokens, besides the file and the tokenizer."""
-
-    max_total_sequence_length: int
-    on_too_long: OnTooLong = "refuse"
-    chat_template: str | None = OWN_TEMPLATE
-    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    keys: FieldKeys = field(default_factory=FieldKeys)
-
-    @classmethod
-    def from_config(cls, cfg: Config) -> DataSettings:
-        """The settings of a run. `data.max_input_seq_length` can only lower the limit."""
-        return cls(
-            max_total_sequence_length=min(cfg.policy.max_total_sequence_length, cfg.data.max_input_seq_length),
-            on_too_long=cfg.data.on_too_long,
-            chat_template=cfg.policy.tokenizer.chat_template,
-            chat_template_kwargs=cfg.policy.tokenizer.chat_template_kwargs or {},
-            keys=FieldKeys(cfg.data.prompt_key, cfg.data.chosen_key, cfg.data.rejected_key),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataReport:
-    """What became of a file's rows. Pairs unless the name says tokens."""
-
-    path: str
-    rows: int
-    pairs: int
-    tokenized_apart: int
-    dropped_too_long: int
-    truncated: int
-    dropped_equal_after_truncation: int
-    prompt_tokens: int
-    chosen_tokens: int
-    rejected_tokens: int
-    with_chat_template: bool
-
-    @property
-    def shared_prompt_saving(self) -> float:
-        """Share (0..1) of the tokens that a prompt computed once saves against one computed twice."""
-        saved = self.prompt_tokens
-        return saved / (2 * saved + self.chosen_tokens + self.rejected_tokens)
-
-    def __str__(self) -> str:
-        """One line for the log; counts of zero are left out, but for the rows and pairs."""
-        parts = [f"{self.path}: {self.rows} rows, {self.pairs} pairs"]
-        for count, words in (
-            (self.dropped_too_long, "dropped as too long"),
-            (self.truncated, "cut to the limit"),
-            (self.dropped_equal_after_truncation, "dropped because the cut made their answers equal"),
-            (self.tokenized_apart, "whose prompt and answer merge in a token, answers tokenised apart"),
-        ):
-            if count:
-                parts.append(f"{count} {words}")
-        totals = (self.prompt_tokens, self.chosen_tokens, self.rejected_tokens)
-        named = zip(("prompt", "chosen", "rejected"), totals, strict=True)
-        mean = ", ".join(f"{name} {total / self.pairs:.0f}" for name, total in named)
-        template = "with the chat template" if self.with_chat_template else "as plain text"
-        return ", ".join(parts) + f"; {template}, mean tokens: {mean}"
-
-
-@dataclass(frozen=True, eq=False)
-class TokenArrays:
-    """N pairs as flat arrays."""
-
-    tokens: TokenIds
-    """int32 [all tokens]: prompt, chosen, rejected of pair 0, then of pair 1, ..."""
-    offsets: npt.NDArray[np.int64]
-    """int64 [3N + 1]: text k is tokens[offsets[k] : offsets[k + 1]]."""
-    rows: npt.NDArray[np.int64]
-    """int64 [N]: row of the file."""
-
-    @classmethod
-    def of(cls, pairs: Sequence[TokenizedPair]) -> TokenArrays:
-        texts = [ids for pair in pairs for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)]
-        offsets = np.zeros(len(texts) + 1, dtype=np.int64)
-        np.cumsum([len(ids) for ids in texts], out=offsets[1:])
-        tokens = np.concatenate(texts) if texts else np.empty(0, dtype=np.int32)
-        return cls(tokens, offsets, np.array([pair.index for pair in pairs], dtype=np.int64))
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def pair(self, position: int) -> TokenizedPair:
-        """Pair at `position` in [0, N); its arrays are views."""
-        bounds = self.offsets[3 * position : 3 * position + 4]
-        prompt, chosen, rejected = (self.tokens[start:end] for start, end in pairwise(bounds))
-        return TokenizedPair(int(self.rows[position]), prompt, chosen, rejected)
-
-    def text_tokens(self) -> npt.NDArray[np.int64]:
-        """int64 [N, 3]: tokens of prompt, chosen and rejected."""
-        return np.diff(self.offsets).reshape(-1, 3)
+__all__ = ["DataReport", "DataSettings", "PairDataset", "TokenArrays", "TokenizedPairs", "load_datasets"]
 
 
 class TokenizedPairs(Sequence[TokenizedPair]):
     """N pairs, what became of the file's other rows, and a fingerprint of it all."""
 
-    def __init__(
-        self, arrays: TokenArrays, report: DataReport, lines: npt.NDArray[np.int64], settings_text: str
-    ) -> None:
-        self.arrays = arrays
-        self.report = report
-        self._lines = lines  # int64 [rows of the file]
-        self.fingerprint: str = _fingerprint(arrays, settings_text)
+    def __init__(self, file: TokenizedFile) -> None:
+        self.arrays = file.arrays
+        self.report = file.report
+        self._lines = file.lines  # int64 [rows of the file]
+        self.fingerprint = file.fingerprint
         """sha256 over the tokens, their rows and the settings; the file's name and place don't matter."""
+        self.max_token_id = file.max_token_id
+        """The largest token id, to hold against the model's vocabulary."""
+        self.release = file.release
+        """Gives token ids that are mapped from the cache back to the kernel; they stay readable."""
 
     def __len__(self) -> int:
         return len(self.arrays)
@@ -155,11 +58,6 @@ class TokenizedPairs(Sequence[TokenizedPair]):
             raise IndexError(f"position {position} of {len(self)} pairs")
         return self.arrays.pair(number)
 
-    @property
-    def max_token_id(self) -> int:
-        """The largest token id, to hold against the model's vocabulary."""
-        return int(self.arrays.tokens.max())
-
     def packed_tokens(self, *, share_prompt: bool) -> npt.NDArray[np.int64]:
         """int64 [N]: tokens that each pair takes in a pack."""
         return self.arrays.text_tokens() @ np.array([1 if share_prompt else 2, 1, 1], dtype=np.int64)
@@ -173,76 +71,86 @@ class PairDataset(TokenizedPairs):
     """The pairs of one file under a run's config."""
 
     def __init__(self, cfg: Config, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
-        """Raises DataError for everything wrong with the file, ConfigError for an unusable tokenizer or template."""
-        self._load(path, tokenizer, DataSettings.from_config(cfg))
+        """Mapped from `data.cache_dir`, and tokenised there first where they are not in it yet.
+
+        Raises DataError for everything wrong with the file, ConfigError for an unusable tokenizer, template or cache.
+        """
+        cache = None if cfg.data.cache_dir is None else TokenCache(cfg.data.cache_dir)
+        workers = cfg.data.num_tokenize_workers or usable_cores()
+        super().__init__(tokenized_file(path, tokenizer, DataSettings.from_config(cfg), cache, num_workers=workers))
 
     @classmethod
-    def with_settings(cls, path: str | Path, tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> PairDataset:
-        """The same without a config."""
+    def with_settings(
+        cls,
+        path: str | Path,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: DataSettings,
+        *,
+        cache: TokenCache | None = None,
+        num_workers: int = 1,
+    ) -> PairDataset:
+        """The same without a config; by default without a cache."""
         dataset = cls.__new__(cls)
-        dataset._load(path, tokenizer, settings)
+        TokenizedPairs.__init__(dataset, tokenized_file(path, tokenizer, settings, cache, num_workers=num_workers))
         return dataset
 
-    def _load(self, path: str | Path, tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> None:
-        encoder = PairTokenizer(
-            tokenizer, chat_template=settings.chat_template, chat_template_kwargs=settings.chat_template_kwargs
-        )
-        texts = read_pairs(path, settings.keys)
-        encoded = encoder.encode(texts)
-        limited = apply_limit(
-            encoded.pairs,
-            max_tokens=settings.max_total_sequence_length,
-            on_too_long=settings.on_too_long,
-            sources=[pair.source for pair in texts],
-            bos_token_id=tokenizer.bos_token_id,
-        )
-        if not limited.pairs:
-            raise DataError(_nothing_left(str(path), settings, len(texts)))
-        arrays = TokenArrays.of(limited.pairs)
-        prompt_tokens, chosen_tokens, rejected_tokens = (int(total) for total in arrays.text_tokens().sum(axis=0))
-        report = DataReport(
-            path=str(path),
-            rows=len(texts),
-            pairs=len(arrays),
-            tokenized_apart=encoded.tokenized_apart,
-            dropped_too_long=limited.dropped_too_long,
-            truncated=limited.truncated,
-            dropped_equal_after_truncation=limited.dropped_equal_after_truncation,
-            prompt_tokens=prompt_tokens,
-            chosen_tokens=chosen_tokens,
-            rejected_tokens=rejected_tokens,
-            with_chat_template=encoder.chat_template is not None,
-        )
-        lines = np.array([pair.line for pair in texts], dtype=np.int64)
-        settings_text = _settings_text(settings, encoder)
-        TokenizedPairs.__init__(self, arrays, report, lines, settings_text)
+
+def load_datasets(
+    cfg: Config, paths: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> dict[str, PairDataset]:
+    """Name -> pairs of each file. Raises DataError with every problem of every file."""
+    datasets: dict[str, PairDataset] = {}
+    problems: list[Problem] = []
+    for name, path in paths.items():
+        try:
+            datasets[name] = PairDataset(cfg, tokenizer, path)
+        except DataError as error:
+            problems += error.problems
+            continue
+        largest = datasets[name].max_token_id
+        if largest >= vocab_size:
+            expected = f"token ids below the model's vocabulary of {vocab_size}"
+            problems.append(Problem(path, largest, expected, "use the tokenizer of this model (policy.tokenizer.name)"))
+    if problems:
+        raise DataError(problems)
+    return datasets
 
 
-def _settings_text(settings: DataSettings, encoder: PairTokenizer) -> str:
-    return json.dumps(
-        {
-            "max_total_sequence_length": settings.max_total_sequence_length,
-            "on_too_long": settings.on_too_long,
-            "chat_template": encoder.chat_template,
-            "chat_template_kwargs": encoder.chat_template_kwargs,
-            "eos_token_id": encoder.eos_token_id,
-        },
-        sort_keys=True,
-        default=str,
+def tokenized_file(
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: DataSettings,
+    cache: TokenCache | None,
+    *,
+    num_workers: int,
+) -> TokenizedFile:
+    """The file from the cache, or into the cache and then from it; without a cache into memory, by this process alone,
+    since then each process of a machine does the same. Raises DataError and ConfigError."""
+    if cache is not None:
+        key = cache_key(path, tokenizer, settings)
+
+        def build(sink: Sink) -> Summary:
+            made = encode_file(path, tokenizer, settings, sink=sink, num_workers=num_workers, show_progress=True)
+            if cache_key(path, tokenizer, settings) != key:
+                raise DataError(_changed_meanwhile(str(path)))
+            return made
+
+        return cache.open_or_build(key, str(path), build)
+    sink = MemorySink()
+    made = encode_file(path, tokenizer, settings, sink=sink)
+    return TokenizedFile(
+        arrays=TokenArrays(sink.array("tokens"), sink.array("offsets"), sink.array("rows")),
+        lines=sink.array("lines"),
+        report=made.report,
+        fingerprint=made.fingerprint,
+        max_token_id=made.max_token_id,
     )
 
 
-def _fingerprint(arrays: TokenArrays, settings_text: str) -> str:
-    digest = hashlib.sha256(f"{_FINGERPRINT_VERSION}\n{settings_text}\n".encode())
-    for array in (arrays.tokens, arrays.offsets, arrays.rows):
-        digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
-    return digest.hexdigest()
-
-
-def _nothing_left(path: str, settings: DataSettings, rows: int) -> Problem:
+def _changed_meanwhile(path: str) -> Problem:
     return Problem(
         where=path,
-        value=f"no pair left of {rows}: all are longer than {settings.max_total_sequence_length} tokens",
-        expected="at least one pair",
-        fix="raise policy.max_total_sequence_length, or set data.on_too_long: truncate",
+        value="a file that changed while it was read",
+        expected="the same content from the first read to the last",
+        fix="start again when nothing writes to it any more",
     )

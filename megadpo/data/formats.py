@@ -1,19 +1,27 @@
-"""How a row of a file becomes a PreferencePair: the one place that knows row formats.
+"""How a row becomes a PreferencePair: the one place that knows row formats.
 
 A format is a `RowFormat` in `FORMATS`. A further one joins by `register`, with a `matches` that tells its rows from
-the others' and a `read` that either makes a pair or says everything that is wrong with the row.
+the others' and a `read` that either makes a pair or says everything that is wrong with the row. docs/data.md shows a
+row of each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from megadpo.config.problems import Problem
+from megadpo.data.formats_messages import Place, Text, read_text, read_tools, roles_of, some_keys, type_name
+from megadpo.data.formats_transcript import ASSISTANT, turns_of
 from megadpo.data.pairs import Message, PreferencePair
 
-Text: TypeAlias = str | tuple[Message, ...]
+__all__ = ["FORMATS", "FieldKeys", "Place", "RowFormat", "find_format", "recognise", "register"]
+
+Row = Mapping[str, Any]
+Messages = tuple[Message, ...]
+
+_MEDIA_FIELDS = ("image", "images", "video", "videos", "audio")
 
 
 @dataclass(frozen=True)
@@ -26,26 +34,14 @@ class FieldKeys:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a row stands."""
-
-    path: str
-    line: int
-    row: int
-
-    def __str__(self) -> str:
-        return f"{self.path}:{self.line}"
-
-
-@dataclass(frozen=True)
 class RowFormat:
     """One way to write a pair down."""
 
     name: str
-    """NeMo RL's dataset name where it has one: `data.dataset_name`."""
-    matches: Callable[[Mapping[str, Any], FieldKeys], bool]
+    """`data.dataset_name`: NeMo RL's where it has one."""
+    matches: Callable[[Row, FieldKeys], bool]
     """Whether the row looks like this format; cheap, and sure about no more than the field names."""
-    read: Callable[[Mapping[str, Any], FieldKeys, Place], PreferencePair | list[Problem]]
+    read: Callable[[Row, FieldKeys, Place], PreferencePair | list[Problem]]
     """The pair, or every problem of the row."""
 
 
@@ -61,157 +57,296 @@ def register(row_format: RowFormat) -> RowFormat:
     return row_format
 
 
-def recognise(row: Mapping[str, Any], keys: FieldKeys) -> RowFormat:
+def find_format(row: Row, keys: FieldKeys) -> RowFormat | None:
+    """The first format that the row matches."""
+    return next((row_format for row_format in FORMATS.values() if row_format.matches(row, keys)), None)
+
+
+def recognise(row: Row, keys: FieldKeys) -> RowFormat:
     """The first format that the row matches; the prompt, chosen, rejected one if none, whose `read` names what the
     row lacks."""
-    for row_format in FORMATS.values():
-        if row_format.matches(row, keys):
-            return row_format
-    return PROMPT_CHOSEN_REJECTED
+    return find_format(row, keys) or PROMPT_CHOSEN_REJECTED
 
 
-def _matches(row: Mapping[str, Any], keys: FieldKeys) -> bool:
-    return all(key in row for key in (keys.prompt, keys.chosen, keys.rejected))
+# What the formats have in common
 
 
-def _read(row: Mapping[str, Any], keys: FieldKeys, place: Place) -> PreferencePair | list[Problem]:
+def _fields(
+    row: Row, wanted: list[tuple[str, str | None]], place: Place, *, prompt: str | None = None
+) -> dict[str, Text] | list[Problem]:
+    """The fields as texts by their keys. `wanted`: key, and the config key that renames it, if one does."""
     problems: list[Problem] = []
     texts: dict[str, Text] = {}
-    for name, key in (("prompt", keys.prompt), ("chosen", keys.chosen), ("rejected", keys.rejected)):
+    for key, config_key in wanted:
         if key not in row:
-            problems.append(
-                Problem(
-                    where=str(place),
-                    value=f"no field {key!r}, only {_some_keys(row)}",
-                    expected=f"an object with the fields {keys.prompt!r}, {keys.chosen!r} and {keys.rejected!r}",
-                    fix=f"add the field, or say in data.{name}_key what the file calls it",
-                )
-            )
+            problems.append(_missing(row, key, [name for name, _ in wanted], config_key, place))
             continue
-        text, found = _text(row[key], key, place, is_prompt=name == "prompt")
+        text, found = read_text(row[key], key, place, is_prompt=key == prompt)
         problems.extend(found)
         if text is not None:
-            texts[name] = text
+            texts[key] = text
+    return problems or texts
+
+
+def _missing(row: Row, key: str, wanted: list[str], config_key: str | None, place: Place) -> Problem:
+    names = ", ".join(repr(name) for name in wanted[:-1]) + f" and {wanted[-1]!r}"
+    renamed = f", or say in data.{config_key} what the file calls it" if config_key else ""
+    return Problem(
+        where=str(place),
+        value=f"no field {key!r}, only {some_keys(row)}",
+        expected=f"an object with the fields {names}",
+        fix=f"add the field{renamed}, or name the rows' format in data.dataset_name (docs/data.md lists them)",
+    )
+
+
+def _pair(
+    row: Row, place: Place, prompt: Text, chosen: Text, rejected: Text, *, is_transcript: bool = False
+) -> PreferencePair | list[Problem]:
+    """The pair, unless its answers prefer nothing or the row holds what no text model reads."""
+    if chosen == rejected:
+        fix = "remove the row: a pair of equal answers prefers nothing"
+        return [Problem(str(place), "two equal answers ('chosen' equal to 'rejected')", "two different answers", fix)]
+    media = next((name for name in _MEDIA_FIELDS if row.get(name)), None)
+    if media is not None:
+        return [Problem(str(place), f"field {media!r}", "text only", "remove the row, or the field if it is idle")]
+    tools = read_tools(row.get("tools"), place)
+    if isinstance(tools, Problem):
+        return [tools]
+    return PreferencePair(
+        prompt=prompt,
+        chosen=chosen,
+        rejected=rejected,
+        row=place.row,
+        line=place.line,
+        path=place.path,
+        tools=tools,
+        is_transcript=is_transcript,
+    )
+
+
+def _with_prompt(row: Row, place: Place, prompt: Text, chosen: Text, rejected: Text) -> PreferencePair | list[Problem]:
+    """A pair with a prompt of its own; answers written as full conversations are shortened to what follows it."""
+    if isinstance(chosen, tuple) and isinstance(rejected, tuple):
+        if isinstance(prompt, tuple):
+            start = len(prompt)
+            if chosen[:start] == prompt and rejected[:start] == prompt:
+                chosen, rejected = chosen[start:], rejected[start:]
+        elif chosen[0]["role"] != "assistant" and rejected[0]["role"] != "assistant":
+            return _full_conversations(row, place, chosen, rejected, prompt)
+    problems = [_prompt_problem(prompt, place)] if isinstance(prompt, tuple) else []
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        if isinstance(answer, tuple) and (not answer or answer[0]["role"] != "assistant"):
+            got = f"the {name} answer with the roles {roles_of(answer)[:6]}"
+            expected = "the assistant's messages that answer the prompt, or the whole conversation, prompt included"
+            fix = "remove the turns before the answer, or make both answers begin with the prompt's messages"
+            problems.append(Problem(str(place), got, expected, fix))
+    found = [problem for problem in problems if problem is not None]
+    if found:
+        return found
+    if isinstance(prompt, tuple) and isinstance(chosen, tuple) and isinstance(rejected, tuple):
+        shared = _shared(chosen, rejected)
+        prompt, chosen, rejected = prompt + chosen[:shared], chosen[shared:], rejected[shared:]
+    return _pair(row, place, prompt, chosen, rejected)
+
+
+def _prompt_problem(prompt: Messages, place: Place) -> Problem | None:
+    if prompt[-1]["role"] != "assistant":
+        return None
+    return Problem(
+        where=str(place),
+        value="a prompt that ends in an assistant message",
+        expected="a prompt that waits for the assistant",
+        fix="move that message into the answers",
+    )
+
+
+def _shared(chosen: tuple[Any, ...], rejected: tuple[Any, ...]) -> int:
+    """How many leading turns both have; at least one turn is left to each."""
+    most = min(len(chosen), len(rejected)) - 1
+    return next((number for number in range(most) if chosen[number] != rejected[number]), most)
+
+
+def _full_conversations(
+    row: Row, place: Place, chosen: Messages, rejected: Messages, prompt: str | None = None
+) -> PreferencePair | list[Problem]:
+    """A pair of conversations whose common turns are the prompt. `prompt`: a copy of one of those turns, to check."""
+    shared = _shared(chosen, rejected)
+    context = chosen[:shared]
+    if chosen == rejected:
+        return _pair(row, place, context, chosen, rejected)
+    asked = [str(message["content"]).strip() for message in context if message["role"] != "assistant"]
+    if "user" not in roles_of(context):
+        return [_not_shared(place)]
+    if prompt is not None and prompt.strip() not in asked:
+        got = "a prompt that is none of the turns which both answers begin with"
+        expected = "the same prompt in all three fields"
+        fix = "mend the row, or set data.dataset_name: Tulu3Preference, which takes the prompt from the answers alone"
+        return [Problem(str(place), got, expected, fix)]
+    return _pair(row, place, context, chosen[shared:], rejected[shared:])
+
+
+def _not_shared(place: Place) -> Problem:
+    return Problem(
+        where=str(place),
+        value="two conversations that begin differently",
+        expected="two answers to one prompt: at least the first user turn in common",
+        fix="remove the row, or mend what differs in its first turns",
+    )
+
+
+# BinaryPreferenceDataset and DPODataset
+
+
+def _read_binary(row: Row, keys: FieldKeys, place: Place) -> PreferencePair | list[Problem]:
+    names = {keys.prompt: "prompt_key", keys.chosen: "chosen_key", keys.rejected: "rejected_key"}
+    texts = _fields(row, list(names.items()), place, prompt=keys.prompt)
+    if isinstance(texts, list):
+        return texts
+    return _with_prompt(row, place, texts[keys.prompt], texts[keys.chosen], texts[keys.rejected])
+
+
+def _read_dpo(row: Row, keys: FieldKeys, place: Place) -> PreferencePair | list[Problem]:
+    names = ("prompt", "chosen_response", "rejected_response")
+    texts = _fields(row, [(name, None) for name in names], place, prompt="prompt")
+    return texts if isinstance(texts, list) else _with_prompt(row, place, *(texts[name] for name in names))
+
+
+# PreferenceDataset
+
+
+def _read_ranked(row: Row, keys: FieldKeys, place: Place) -> PreferencePair | list[Problem]:
+    """`context` and two `completions`, each with a `rank`; the lower rank is preferred."""
+    wanted = ["context", "completions"]
+    missing = [_missing(row, key, wanted, None, place) for key in wanted if key not in row]
+    if missing:
+        return missing
+    context, problems = read_text(row["context"], "context", place, is_prompt=True)
+    completions = row["completions"]
+    if not isinstance(completions, list) or len(completions) != 2:
+        got = f"{len(completions)} completions" if isinstance(completions, list) else type_name(completions)
+        fix = "keep the best and the worst, or write a row for each two"
+        return [*problems, Problem(str(place), f"completions: {got}", "a list of exactly two completions", fix)]
+    ranked: list[tuple[int, Text]] = []
+    for number, completion in enumerate(completions):
+        name = f"completions[{number}]"
+        rank = completion.get("rank") if isinstance(completion, dict) else None
+        if not isinstance(completion, dict) or type(rank) is not int or "completion" not in completion:
+            expected = "an object {rank: whole number, completion: messages}"
+            got = f"{name} of type {type_name(completion)}"
+            if isinstance(completion, dict):
+                got = f"{name} with rank {rank!r} and the fields {some_keys(completion)}"
+            problems.append(Problem(str(place), got, expected, "write each completion so; lower ranks are preferred"))
+            continue
+        answer, found = read_text(completion["completion"], f"{name}.completion", place, is_prompt=False)
+        problems += found
+        if answer is not None:
+            ranked.append((rank, answer))
+    if problems or context is None:
+        return problems
+    if ranked[0][0] == ranked[1][0]:
+        fix = "remove the row: completions that rank equal prefer nothing"
+        return [Problem(str(place), f"two completions of rank {ranked[0][0]}", "two different ranks", fix)]
+    (_, chosen), (_, rejected) = sorted(ranked, key=lambda one: one[0])
+    return _with_prompt(row, place, context, chosen, rejected)
+
+
+# HelpSteer3
+
+_HELPSTEER = ["context", "response1", "response2", "overall_preference"]
+
+
+def _read_helpsteer(row: Row, keys: FieldKeys, place: Place) -> PreferencePair | list[Problem]:
+    """`overall_preference` below 0 prefers response1, above 0 response2."""
+    texts = _fields(row, [(name, None) for name in _HELPSTEER[:3]], place, prompt="context")
+    preference = row.get("overall_preference")
+    where, field = str(place), "overall_preference"
+    if isinstance(preference, bool) or not isinstance(preference, int | float) or preference != preference:
+        got = f"field {field!r} with {preference!r}" if field in row else f"no field {field!r}"
+        problem = Problem(where, got, "a number, below 0 for response1 and above 0 for response2", "give the row one")
+        return [*texts, problem] if isinstance(texts, list) else [problem]
+    if isinstance(texts, list):
+        return texts
+    if preference == 0:
+        return [Problem(where, f"{field} 0", "a preference for one of the two", "remove the row: it prefers nothing")]
+    better, worse = ("response1", "response2") if preference < 0 else ("response2", "response1")
+    return _with_prompt(row, place, texts["context"], texts[better], texts[worse])
+
+
+# Tulu3Preference and ImplicitPrompt: the prompt is what both answers begin with
+
+
+def _read_tulu(row: Row, keys: FieldKeys, place: Place) -> PreferencePair | list[Problem]:
+    """Two full conversations; further fields (`prompt` among them) say nothing that these do not."""
+    texts = _fields(row, [(keys.chosen, "chosen_key"), (keys.rejected, "rejected_key")], place)
+    if isinstance(texts, list):
+        return texts
+    chosen, rejected = texts[keys.chosen], texts[keys.rejected]
+    if isinstance(chosen, tuple) and isinstance(rejected, tuple):
+        return _full_conversations(row, place, chosen, rejected)
+    fix = "write both answers as lists of messages, or leave data.dataset_name out"
+    return [Problem(str(place), "answers as strings", "two lists of messages, prompt included", fix)]
+
+
+def _read_implicit(row: Row, keys: FieldKeys, place: Place) -> PreferencePair | list[Problem]:
+    """Two full conversations, or two transcripts of Human and Assistant turns."""
+    texts = _fields(row, [(keys.chosen, "chosen_key"), (keys.rejected, "rejected_key")], place)
+    if isinstance(texts, list):
+        return texts
+    chosen, rejected = texts[keys.chosen], texts[keys.rejected]
+    if isinstance(chosen, tuple) and isinstance(rejected, tuple):
+        return _full_conversations(row, place, chosen, rejected)
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        return _transcripts(row, place, chosen, rejected)
+    fix = "write both answers in the same form"
+    return [Problem(str(place), "one answer as a string, the other as messages", "two of the same form", fix)]
+
+
+def _transcripts(row: Row, place: Place, chosen: str, rejected: str) -> PreferencePair | list[Problem]:
+    chosen_turns, rejected_turns = turns_of(chosen), turns_of(rejected)
+    problems = []
+    for name, turns in (("chosen", chosen_turns), ("rejected", rejected_turns)):
+        if not turns:
+            got = f"no field 'prompt', and a {name} text that does not begin with a turn such as 'Human:'"
+            expected = "a prompt, or two transcripts of turns that begin with a blank line and 'Human:' or 'Assistant:'"
+            fix = "add the prompt's field (data.prompt_key says its name), or write the transcript's turns so"
+            problems.append(Problem(str(place), got, expected, fix))
+        elif turns[-1].role != "assistant" or not turns[-1].said.strip():
+            got = f"a {name} transcript " + (
+                "without an answer at its end" if turns[-1].said.strip() else "empty at its end"
+            )
+            expected = "one that ends in what the assistant said"
+            problems.append(Problem(str(place), got, expected, "remove what follows the answer, or remove the row"))
     if problems:
         return problems
-    if texts["chosen"] == texts["rejected"]:
-        return [
-            Problem(
-                where=str(place),
-                value=f"{keys.chosen!r} equal to {keys.rejected!r}",
-                expected="two different answers",
-                fix="remove the row: a pair of equal answers prefers nothing",
-            )
-        ]
-    return PreferencePair(**texts, row=place.row, line=place.line, path=place.path)
+    shared = _shared(tuple(chosen_turns), tuple(rejected_turns))
+    if chosen != rejected and "user" not in [turn.role for turn in chosen_turns[:shared]]:
+        return [_not_shared(place)]
+    prompt = "".join(turn.text for turn in chosen_turns[:shared])
+    if chosen[len(prompt) :].startswith(ASSISTANT) and rejected[len(prompt) :].startswith(ASSISTANT):
+        prompt += ASSISTANT
+    start = len(prompt)
+    return _pair(row, place, prompt, chosen[start:], rejected[start:], is_transcript=True)
 
 
-PROMPT_CHOSEN_REJECTED = register(RowFormat("BinaryPreferenceDataset", _matches, _read))
-"""Rows of `{prompt, chosen, rejected}`, each a string or a list of messages."""
+def _has(*fields: str) -> Callable[[Row, FieldKeys], bool]:
+    return lambda row, keys: all(field in row for field in fields)
 
 
-def _some_keys(row: Mapping[str, Any]) -> str:
-    names = [repr(str(key)[:30]) for key in list(row)[:6]]
-    return ", ".join(names) + (", ..." if len(row) > 6 else "") if names else "an empty object"
-
-
-def _text(value: object, key: str, place: Place, *, is_prompt: bool) -> tuple[Text | None, list[Problem]]:
-    """The field as a string or a tuple of messages; or None and what is wrong with it."""
-    if isinstance(value, str):
-        problem = _string_problem(value, f"field {key!r}", place, may_be_empty=is_prompt)
-        return (None, [problem]) if problem else (value, [])
-    if not isinstance(value, list):
-        return None, [
-            Problem(
-                where=str(place),
-                value=f"field {key!r} of type {_type_name(value)}",
-                expected="a string, or a list of messages {role, content}",
-                fix="write the field as one of the two",
-            )
-        ]
-    problems = [
-        found
-        for number, message in enumerate(value)
-        if (found := _message_problem(message, f"message {number} of field {key!r}", place, is_prompt=is_prompt))
-    ]
-    if not problems:
-        problems = _conversation_problems(value, key, place, is_prompt=is_prompt)
-    return (None, problems) if problems else (tuple(value), [])
-
-
-def _message_problem(message: object, name: str, place: Place, *, is_prompt: bool) -> Problem | None:
-    if not isinstance(message, dict):
-        return Problem(
-            where=str(place),
-            value=f"{name} of type {_type_name(message)}",
-            expected="an object {role, content}",
-            fix="write each message as an object with a role and a content",
-        )
-    for field in ("role", "content"):
-        if not isinstance(message.get(field), str):
-            return Problem(
-                where=str(place),
-                value=f"{name} with {field} of type {_type_name(message[field])}"
-                if field in message
-                else f"{name} without {field}",
-                expected=f"a string as its {field}",
-                fix=f"give the message a {field}",
-            )
-    return _string_problem(message["content"], f"content of {name}", place, may_be_empty=is_prompt)
-
-
-def _conversation_problems(messages: list[Message], key: str, place: Place, *, is_prompt: bool) -> list[Problem]:
-    """What the list as a whole must be: a prompt that waits for an answer, an answer of one assistant turn."""
-    roles = [str(message["role"]) for message in messages]
-    if is_prompt and not roles:
-        return [
-            Problem(
-                where=str(place),
-                value=f"field {key!r} without messages",
-                expected="at least one message",
-                fix="give the prompt a user message",
-            )
-        ]
-    if is_prompt and roles[-1] == "assistant":
-        return [
-            Problem(
-                where=str(place),
-                value=f"field {key!r} that ends in an assistant message",
-                expected="a prompt that waits for the assistant",
-                fix="move that message into the answers",
-            )
-        ]
-    if not is_prompt and roles != ["assistant"]:
-        return [
-            Problem(
-                where=str(place),
-                value=f"field {key!r} with the roles {roles[:6]}",
-                expected="exactly one message, of the assistant",
-                fix="move the turns before it, which both answers share, into the prompt",
-            )
-        ]
-    return []
-
-
-def _string_problem(text: str, name: str, place: Place, *, may_be_empty: bool) -> Problem | None:
-    if not may_be_empty and not text.strip():
-        return Problem(
-            where=str(place),
-            value=f"{name} empty" if not text else f"{name} of white space only",
-            expected="an answer with text in it",
-            fix="give the pair an answer, or remove the row",
-        )
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON's "\ud800" is half a character, which no tokenizer takes
-        return Problem(
-            where=str(place),
-            value=f"{name} with the half character {text[error.start]!a} at {error.start}",
-            expected="text that UTF-8 can hold",
-            fix="remove it, or write both halves of the surrogate pair",
-        )
-    return None
-
-
-def _type_name(value: object) -> str:
-    return {type(None): "null", dict: "object", list: "list", bool: "boolean"}.get(type(value), type(value).__name__)
+PROMPT_CHOSEN_REJECTED = register(
+    RowFormat(
+        "BinaryPreferenceDataset",
+        lambda row, keys: all(key in row for key in (keys.prompt, keys.chosen, keys.rejected)),
+        _read_binary,
+    )
+)
+register(RowFormat("PreferenceDataset", _has("context", "completions"), _read_ranked))
+register(RowFormat("DPODataset", _has("prompt", "chosen_response", "rejected_response"), _read_dpo))
+register(RowFormat("HelpSteer3", _has(*_HELPSTEER), _read_helpsteer))
+register(RowFormat("Tulu3Preference", lambda row, keys: False, _read_tulu))  # recognised as one of its neighbours
+register(
+    RowFormat(
+        "ImplicitPrompt",
+        lambda row, keys: keys.chosen in row and keys.rejected in row,
+        _read_implicit,
+    )
+)

@@ -27,6 +27,8 @@ class Limited:
     truncated: int = 0
     """Pairs kept that had to be cut."""
     dropped_equal_after_truncation: int = 0
+    dropped_unanswered_after_truncation: int = 0
+    """Pairs whose cut took every token in the loss from an answer of several turns."""
 
 
 def apply_limit(
@@ -40,15 +42,17 @@ def apply_limit(
     """Holds every pair to prompt + longer answer <= max_tokens.
 
     refuse: DataError that names the pairs by their `sources` (file:line). drop: without them. truncate: `truncate`;
-    a pair whose answers become equal by that is dropped and counted. Raises ValueError for a limit under
-    SHORTEST_LIMIT.
+    a pair whose answers become equal by that, or lose all that is in the loss, is dropped and counted. Raises
+    ValueError for a limit under SHORTEST_LIMIT.
     """
     if max_tokens < SHORTEST_LIMIT:
         raise ValueError(f"max_tokens must be at least {SHORTEST_LIMIT}, got {max_tokens}")
     limited = Limited()
     too_long = [number for number, pair in enumerate(pairs) if pair.longest_sequence_tokens > max_tokens]
     if on_too_long == "refuse" and too_long:
-        raise DataError(_too_long_problems(pairs, too_long, sources, max_tokens))
+        found = TooLong()
+        found.add([(sources[number], pairs[number].longest_sequence_tokens) for number in too_long])
+        raise DataError(too_long_problems(found, max_tokens))
     over = set(too_long)
     for number, pair in enumerate(pairs):
         if number not in over:
@@ -59,6 +63,8 @@ def apply_limit(
             cut = truncate(pair, max_tokens, bos_token_id)
             if np.array_equal(cut.chosen_ids, cut.rejected_ids):
                 limited.dropped_equal_after_truncation += 1
+            elif not all(mask is None or mask.any() for mask in (cut.chosen_mask, cut.rejected_mask)):
+                limited.dropped_unanswered_after_truncation += 1
             else:
                 limited.pairs.append(cut)
                 limited.truncated += 1
@@ -76,23 +82,38 @@ def truncate(pair: TokenizedPair, max_tokens: int, bos_token_id: int | None) -> 
     start = pair.prompt_tokens - prompt_tokens
     prompt = np.concatenate([pair.prompt_ids[:kept], pair.prompt_ids[start + kept :]])
     room = max_tokens - len(prompt)
-    return TokenizedPair(pair.index, prompt, pair.chosen_ids[:room], pair.rejected_ids[:room])
+    masks = [None if mask is None else mask[:room] for mask in (pair.chosen_mask, pair.rejected_mask)]
+    return TokenizedPair(pair.index, prompt, pair.chosen_ids[:room], pair.rejected_ids[:room], *masks)
 
 
-def _too_long_problems(
-    pairs: Sequence[TokenizedPair], too_long: list[int], sources: Sequence[str], max_tokens: int
-) -> list[Problem]:
-    longest = max(pairs[number].longest_sequence_tokens for number in too_long)
+@dataclass
+class TooLong:
+    """Pairs over the limit: how many, the longest, and the first of them."""
+
+    count: int = 0
+    longest_tokens: int = 0
+    first: list[tuple[str, int]] = field(default_factory=list)
+    """file:line and tokens, of at most MOST_PROBLEMS."""
+
+    def add(self, pairs: Sequence[tuple[str, int]]) -> None:
+        """Further pairs, by file:line and tokens of prompt and longer answer."""
+        self.count += len(pairs)
+        self.longest_tokens = max([self.longest_tokens, *(tokens for _, tokens in pairs)])
+        self.first += pairs[: MOST_PROBLEMS - len(self.first)]
+
+
+def too_long_problems(found: TooLong, max_tokens: int) -> list[Problem]:
+    """What to say about them; nothing if there are none."""
     fix = (
-        f"raise policy.max_total_sequence_length (the longest of {len(too_long)} such pairs needs {longest}), "
-        "or set data.on_too_long to drop or truncate"
+        f"raise policy.max_total_sequence_length (the longest of {found.count} such pairs needs "
+        f"{found.longest_tokens}), or set data.on_too_long to drop or truncate"
     )
     return [
         Problem(
-            where=sources[number],
-            value=f"a pair of {pairs[number].longest_sequence_tokens} tokens (prompt and longer answer)",
+            where=source,
+            value=f"a pair of {tokens} tokens (prompt and longer answer)",
             expected=f"at most {max_tokens}",
             fix=fix,
         )
-        for number in too_long[:MOST_PROBLEMS]
+        for source, tokens in found.first
     ]

@@ -2,23 +2,31 @@
 
 Order of an epoch: a function of (seed, epoch) alone, so that neither the number of ranks nor where a run was
 interrupted changes which pairs share a global batch. Every rank knows all lengths, plans the whole global batch alike
-and packs only its own micro-batches: no communication.
+and packs only its own micro-batches: no communication. Held per pair: its length and its work, 16 bytes, and while an
+epoch runs 8 more for its order; token ids stay where the data set has them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from megadpo.config.check import micro_batch_multiple
 from megadpo.config.problems import DataError, Problem
 from megadpo.data.dataset import PairDataset, TokenizedPairs
 from megadpo.data.pack import PackedBatch, pack_pairs
-from megadpo.data.plan import plan_global_batch
+from megadpo.data.plan import Plan, plan_global_batch
 from megadpo.data.prefetch import Prefetcher
 from megadpo.data.reader import MOST_PROBLEMS
+from megadpo.data.work import WorkModel
+
+if TYPE_CHECKING:
+    from megadpo.config.architecture import Architecture
+    from megadpo.config.schema import Config
 
 __all__ = ["GlobalBatch", "GlobalBatchLoader", "PairDataset"]
 
@@ -60,17 +68,21 @@ class GlobalBatchLoader:
         pad_to_multiple: int = 1,
         budget_tokens: int | None = None,
         pairs_per_micro_batch: int | None = None,
+        micro_batch_multiple: int = 1,
         drop_last: bool,
         limit_batches: int | None = None,
         num_workers: int = 1,
+        work_model: WorkModel | None = None,
     ) -> None:
         """Sizes count pairs. Exactly one of `budget_tokens` (sequence packing) and `pairs_per_micro_batch` is given.
 
         budget_tokens: most tokens of a micro-batch, padding included.
+        micro_batch_multiple: every rank gets a multiple of this many micro-batches, empty ones among them if need be.
         drop_last: leave out the last, incomplete global batch of an epoch (training); else it comes as it is.
         limit_batches: at most this many batches of an epoch (dpo.val_batches); None or 0 or less: all.
         num_workers: 0 packs in the caller; any other number packs ahead in one background thread, which is enough:
             packing takes a thousandth of a step.
+        work_model: ranks get the same work by it (with budget_tokens only); None: as many tokens each.
         Raises DataError for pairs longer than budget_tokens, and for a data set that drop_last leaves nothing of.
         """
         if not 0 <= dp_rank < dp_size:
@@ -89,11 +101,17 @@ class GlobalBatchLoader:
         self.pad_token_id = pad_token_id
         self.pad_to_multiple = pad_to_multiple
         self.pairs_per_micro_batch = pairs_per_micro_batch
+        self.micro_batch_multiple = micro_batch_multiple
         self.drop_last = drop_last
         self.num_workers = num_workers
-        self._lengths = dataset.packed_tokens(share_prompt=share_prompt)
-        # Padding a pack may not take it over the budget
-        self._budget = None if budget_tokens is None else budget_tokens // pad_to_multiple * pad_to_multiple
+        self.lengths = dataset.packed_tokens(share_prompt=share_prompt)
+        """int64 [pairs]: tokens that each pair takes in a pack."""
+        self.work = self.lengths
+        """int64 [pairs]: what ranks are balanced by."""
+        if work_model is not None:
+            self.work = work_model.pair_work(dataset.arrays.text_tokens(), share_prompt=share_prompt)
+        # Padding may not take a pack over the budget
+        self.budget_tokens = None if budget_tokens is None else budget_tokens // pad_to_multiple * pad_to_multiple
         self._refuse_longer_than_budget()
         whole, rest = divmod(len(dataset), global_batch_size)
         batches = whole if drop_last or not rest else whole + 1
@@ -102,6 +120,41 @@ class GlobalBatchLoader:
         self.batches_per_epoch = batches if limit_batches is None or limit_batches < 1 else min(batches, limit_batches)
         self.dropped_pairs_per_epoch = rest if drop_last else 0
         """Pairs that drop_last leaves out of each epoch: other ones in each, where shuffled."""
+
+    @classmethod
+    def from_config(
+        cls,
+        dataset: TokenizedPairs,
+        cfg: Config,
+        arch: Architecture,
+        *,
+        dp_rank: int,
+        dp_size: int,
+        pad_token_id: int,
+        training: bool,
+    ) -> GlobalBatchLoader:
+        """Training: the config's order, whole global batches only. Validation: file order, every pair."""
+        packing = cfg.policy.sequence_packing
+        pairs = cfg.policy.train_micro_batch_size if training else cfg.dpo.val_micro_batch_size
+        return cls(
+            dataset,
+            global_batch_size=cfg.policy.train_global_batch_size if training else cfg.dpo.val_global_batch_size,
+            shuffle=cfg.data.shuffle and training,
+            seed=cfg.dpo.seed,
+            dp_rank=dp_rank,
+            dp_size=dp_size,
+            # without packing a micro-batch is rows, each with its own prompt
+            share_prompt=packing.enabled and packing.share_prompt,
+            pad_token_id=pad_token_id,
+            pad_to_multiple=cfg.policy.make_sequence_length_divisible_by,
+            budget_tokens=packing.train_mb_tokens if packing.enabled else None,
+            pairs_per_micro_batch=None if packing.enabled else pairs,
+            drop_last=training,
+            limit_batches=None if training else cfg.dpo.val_batches,
+            micro_batch_multiple=micro_batch_multiple(cfg),
+            num_workers=cfg.data.num_workers,
+            work_model=WorkModel.of(arch),
+        )
 
     def order(self, epoch: int) -> npt.NDArray[np.int64]:
         """int64 [pairs]: positions of the data set in the order of the epoch."""
@@ -121,25 +174,35 @@ class GlobalBatchLoader:
             with Prefetcher(made, PREFETCH_BATCHES) as ahead:
                 yield from ahead
 
-    def _make(self, epoch: int, start_batch: int) -> Iterator[GlobalBatch]:
+    def plans(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[npt.NDArray[np.int64], Plan]]:
+        """For each global batch, int64 [pairs] positions of the data set, and how all ranks deal them out."""
         order = self.order(epoch)
         for batch in range(start_batch, self.batches_per_epoch):
             positions = order[batch * self.global_batch_size : (batch + 1) * self.global_batch_size]
-            lengths = self._lengths[positions]
-            plan = plan_global_batch(
-                lengths,
-                num_ranks=self.dp_size,
-                budget_tokens=self._budget,
-                pairs_per_micro_batch=self.pairs_per_micro_batch,
+            yield (
+                positions,
+                plan_global_batch(
+                    self.lengths[positions],
+                    num_ranks=self.dp_size,
+                    budget_tokens=self.budget_tokens,
+                    pairs_per_micro_batch=self.pairs_per_micro_batch,
+                    work=self.work[positions],
+                    micro_batch_multiple=self.micro_batch_multiple,
+                ),
             )
+
+    def _make(self, epoch: int, start_batch: int) -> Iterator[GlobalBatch]:
+        for batch, (positions, plan) in enumerate(self.plans(epoch, start_batch), start=start_batch):
             yield GlobalBatch(
                 micro_batches=[self._pack(positions[numbers]) for numbers in plan[self.dp_rank]],
                 num_pairs=len(positions),
-                num_tokens=int(lengths.sum()),
+                num_tokens=int(self.lengths[positions].sum()),
                 pair_indices=self.dataset.arrays.rows[positions].tolist(),
                 epoch=epoch,
                 batch=batch,
             )
+            # A touched page maps 64 KiB and more around it, so a few hundred batches would map the whole file
+            self.dataset.release()
 
     def _pack(self, positions: npt.NDArray[np.int64]) -> PackedBatch:
         return pack_pairs(
@@ -150,12 +213,12 @@ class GlobalBatchLoader:
         )
 
     def _refuse_longer_than_budget(self) -> None:
-        if self._budget is None:
+        if self.budget_tokens is None:
             return
-        too_long = np.flatnonzero(self._lengths > self._budget)
+        too_long = np.flatnonzero(self.lengths > self.budget_tokens)
         if len(too_long) == 0:
             return
-        longest = int(self._lengths.max())
+        longest = int(self.lengths.max())
         needed = -(-longest // self.pad_to_multiple) * self.pad_to_multiple
         advice = f"raise it to {needed} or more (the longest of {len(too_long)} such pairs)"
         if not self.share_prompt:
@@ -164,8 +227,8 @@ class GlobalBatchLoader:
             [
                 Problem(
                     where=self.dataset.source_of(int(self.dataset.arrays.rows[position])),
-                    value=f"a pair of {self._lengths[position]} packed tokens",
-                    expected=f"at most policy.sequence_packing.train_mb_tokens, here {self._budget}",
+                    value=f"a pair of {self.lengths[position]} packed tokens",
+                    expected=f"at most policy.sequence_packing.train_mb_tokens, here {self.budget_tokens}",
                     fix=advice,
                 )
                 for position in too_long[:MOST_PROBLEMS]

@@ -4,7 +4,7 @@
     else:          prompt+chosen | prompt+rejected       two segments, the prompt computed twice
     padding:       the last segment, attending to itself only
 
-Shape letters: T tokens of the run (padding included), P pairs, A answer tokens of all 2P answers.
+Shape letters: T tokens of the run (padding included), P pairs, A answer tokens of all 2P answers that are in the loss.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from megadpo.config.problems import DataError, Problem
-from megadpo.data.pairs import TokenIds, TokenizedPair
+from megadpo.data.pairs import LossMask, TokenIds, TokenizedPair
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,14 @@ class PackedBatch:
     segments: tuple[Segment, ...]
     """In order, without gap or overlap, from 0 to T; padding is the last one."""
     predict_index: torch.Tensor
-    """[A] where in the run the hidden state stands that predicts this answer token."""
+    """[A] where in the run the hidden state stands that predicts this answer token. Answer tokens outside the loss
+    (turns of users and tools) stand in the run, but not here."""
     targets: torch.Tensor
     """[A] the answer token itself."""
     answer_index: torch.Tensor
     """[A] ascending, in [0, 2P): 2p is the chosen answer of pair p, 2p + 1 its rejected one."""
     answer_tokens: torch.Tensor
-    """[2P] tokens per answer; sums to A."""
+    """[2P] tokens per answer that are in the loss; sums to A."""
     pair_indices: torch.Tensor
     """[P] row of the data file."""
     num_tokens: int
@@ -114,10 +115,12 @@ class _Run:
         self.segments.append(Segment(start, self.length, (*seen, (start, self.length))))
         return start
 
-    def predict(self, answer: TokenIds, answer_start: int, last_prompt_token: int) -> None:
+    def predict(self, answer: TokenIds, mask: LossMask | None, answer_start: int, last_prompt_token: int) -> None:
         """The last prompt token predicts the answer's first token; then each answer token the one after it."""
         index = np.arange(answer_start - 1, answer_start - 1 + len(answer), dtype=np.int64)
         index[0] = last_prompt_token
+        if mask is not None:
+            index, answer = index[mask], answer[mask]
         self.predict_index.append(index)
         self.targets.append(answer)
         self.answer_tokens.append(len(answer))
@@ -129,38 +132,42 @@ def pack_pairs(
     """Packs P >= 0 pairs, in the order given, into a run of T tokens, T the next multiple of `pad_to_multiple`.
 
     With P = 0 the run is `pad_to_multiple` padding tokens: what a data-parallel rank computes that has no pair left.
-    Raises DataError for a pair whose prompt or one of whose answers has no tokens (nothing would predict its first
-    token, or there would be nothing to predict), ValueError for pad_to_multiple < 1.
+    Raises DataError for a pair whose prompt or one of whose answers has no tokens, or no tokens in the loss (nothing
+    would predict its first token, or there would be nothing to predict), ValueError for pad_to_multiple < 1.
     """
     if pad_to_multiple < 1:
         raise ValueError(f"pad_to_multiple must be at least 1, got {pad_to_multiple}")
     _refuse_empty(pairs)
     run = _Run()
     for pair in pairs:
-        prompt, chosen, rejected = pair.prompt_ids, pair.chosen_ids, pair.rejected_ids
+        prompt = pair.prompt_ids
+        answers = ((pair.chosen_ids, pair.chosen_mask), (pair.rejected_ids, pair.rejected_mask))
         if share_prompt:
             prompt_start = run.append([prompt], 0)
             prompt_range = (prompt_start, prompt_start + len(prompt))
-            for answer in (chosen, rejected):
+            for answer, mask in answers:
                 start = run.append([answer], len(prompt), seen=(prompt_range,))
-                run.predict(answer, start, last_prompt_token=prompt_range[1] - 1)
+                run.predict(answer, mask, start, last_prompt_token=prompt_range[1] - 1)
         else:
-            for answer in (chosen, rejected):
+            for answer, mask in answers:
                 start = run.append([prompt, answer], 0) + len(prompt)
-                run.predict(answer, start, last_prompt_token=start - 1)
+                run.predict(answer, mask, start, last_prompt_token=start - 1)
     num_tokens = run.length
     padding = -num_tokens % pad_to_multiple if num_tokens else pad_to_multiple
     if padding:
         run.append([np.full(padding, pad_token_id, dtype=np.int32)], 0)
-    answer_tokens = torch.tensor(run.answer_tokens, dtype=torch.int64)
+    answer_tokens = np.array(run.answer_tokens, dtype=np.int64)
+    # numpy, not torch: a parallel torch operation would give the loader's thread OpenMP threads of its own, and with
+    # more of them than cores the training's stop spinning at every barrier (10% of a CPU step).
+    answer_index = np.repeat(np.arange(2 * len(pairs)), answer_tokens)
     return PackedBatch(
         tokens=_join(run.tokens),
         positions=_join(run.positions),
         segments=tuple(run.segments),
         predict_index=_join(run.predict_index),
         targets=_join(run.targets),
-        answer_index=torch.repeat_interleave(torch.arange(2 * len(pairs)), answer_tokens),
-        answer_tokens=answer_tokens,
+        answer_index=torch.from_numpy(answer_index),
+        answer_tokens=torch.from_numpy(answer_tokens),
         pair_indices=torch.tensor([pair.index for pair in pairs], dtype=torch.int64),
         num_tokens=num_tokens,
     )
@@ -175,12 +182,12 @@ def _refuse_empty(pairs: Sequence[TokenizedPair]) -> None:
             fix=fix,
         )
         for pair in pairs
-        for name, ids, fix in (
-            ("prompt", pair.prompt_ids, "give the pair a prompt, or use a tokenizer that begins a text with BOS"),
-            ("chosen answer", pair.chosen_ids, "give the pair an answer, or remove it"),
-            ("rejected answer", pair.rejected_ids, "give the pair an answer, or remove it"),
+        for name, ids, mask, fix in (
+            ("prompt", pair.prompt_ids, None, "give the pair a prompt, or use a tokenizer that begins a text with BOS"),
+            ("chosen answer", pair.chosen_ids, pair.chosen_mask, "give the pair an answer, or remove it"),
+            ("rejected answer", pair.rejected_ids, pair.rejected_mask, "give the pair an answer, or remove it"),
         )
-        if len(ids) == 0
+        if len(ids) == 0 or not (mask is None or mask.any())
     ]
     if problems:
         raise DataError(problems)

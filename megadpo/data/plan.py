@@ -1,12 +1,13 @@
 """Which pairs of a global batch share a micro-batch, and on which data-parallel rank.
 
-Every rank computes the same plan from the lengths alone, so nothing is communicated. Lengths come in as numbers of
-tokens, positions in the global batch go out.
+Every rank computes the same plan from the pairs' lengths and work alone, so nothing is communicated. Positions in the
+global batch go out. Packs are bounded by tokens (memory); ranks are compared by work (time): attention costs a long
+pair more per token than a short one. See work.py.
 
 With a token budget, three ways to deal pairs to ranks x m packs are known, each from the longest pair down:
-  global  best fit over the packs of all ranks, which are then dealt out to the ranks, fullest first
-  even    the pair goes to the rank with the fewest tokens, there to the emptiest pack (LPT: packs of equal size)
-  tight   the pair goes to the rank with the fewest tokens, there to the fullest pack that still takes it
+  global  best fit over the packs of all ranks, which are then dealt out to the ranks, the most work first
+  even    the pair goes to the rank with the least work, there to the emptiest pack (LPT: packs of equal size)
+  tight   the pair goes to the rank with the least work, there to the fullest pack that still takes it
 `global` says how many packs are enough; then fewer micro-batches per rank are tried as long as one of the three
 succeeds. Within one m the first that is balanced is taken. If none is, pairs are moved and swapped between the ranks;
 and if that doesn't suffice either, balance is worth one more micro-batch per rank.
@@ -33,30 +34,41 @@ def plan_global_batch(
     num_ranks: int,
     budget_tokens: int | None = None,
     pairs_per_micro_batch: int | None = None,
+    work: Sequence[int] | np.ndarray | None = None,
+    micro_batch_multiple: int = 1,
 ) -> Plan:
     """Deals the positions 0 .. len(lengths) - 1 to ranks and micro-batches, each exactly once.
 
+    work: what each pair costs, whole numbers >= 0 in any unit; None: its length. With a token budget the ranks' sums of
+    it are within BALANCE of each other, where exchanges of a few pairs can make them so.
     Exactly one of `budget_tokens` (packs of at most that many tokens) and `pairs_per_micro_batch` (that many pairs in
-    a micro-batch, in order, whatever their lengths) is given. All ranks get the same number of micro-batches; one may
-    be empty where there are too few pairs. Deterministic. Raises ValueError for a pair longer than the budget.
+    a micro-batch, in order, whatever their lengths) is given. All ranks get the same number of micro-batches, a multiple
+    of `micro_batch_multiple`; some may be empty where there are too few pairs. Deterministic. Raises ValueError for a
+    pair longer than the budget, and for another number of works than lengths.
     """
     if num_ranks < 1:
         raise ValueError(f"num_ranks must be at least 1, got {num_ranks}")
     if (budget_tokens is None) == (pairs_per_micro_batch is None):
         raise ValueError("give either budget_tokens or pairs_per_micro_batch")
+    if micro_batch_multiple < 1:
+        raise ValueError(f"micro_batch_multiple must be at least 1, got {micro_batch_multiple}")
     if pairs_per_micro_batch is not None:
-        return _by_count(len(lengths), num_ranks, pairs_per_micro_batch)
+        return _by_count(len(lengths), num_ranks, pairs_per_micro_batch, micro_batch_multiple)
     assert budget_tokens is not None
-    return _by_tokens([int(length) for length in lengths], num_ranks, budget_tokens)
+    costs = lengths if work is None else work
+    if len(costs) != len(lengths):
+        raise ValueError(f"work of {len(costs)} pairs for {len(lengths)} lengths")
+    job = _Job([int(length) for length in lengths], [int(cost) for cost in costs], num_ranks, budget_tokens)
+    return _by_tokens(job, micro_batch_multiple)
 
 
-def _by_count(num_pairs: int, num_ranks: int, pairs_per_micro_batch: int) -> Plan:
+def _by_count(num_pairs: int, num_ranks: int, pairs_per_micro_batch: int, multiple: int) -> Plan:
     """Contiguous ranges of positions; ranks differ by at most one pair."""
     if pairs_per_micro_batch < 1:
         raise ValueError(f"pairs_per_micro_batch must be at least 1, got {pairs_per_micro_batch}")
     bounds = [num_pairs * rank // num_ranks for rank in range(num_ranks + 1)]
     most = max(end - start for start, end in pairwise(bounds))
-    micro_batches = max(1, -(-most // pairs_per_micro_batch))
+    micro_batches = _rounded_up(max(1, -(-most // pairs_per_micro_batch)), multiple)
     return [
         [
             list(range(min(first, end), min(first + pairs_per_micro_batch, end)))
@@ -66,33 +78,41 @@ def _by_count(num_pairs: int, num_ranks: int, pairs_per_micro_batch: int) -> Pla
     ]
 
 
-def _by_tokens(lengths: list[int], num_ranks: int, budget: int) -> Plan:
-    longest = max(lengths, default=0)
-    if longest > budget:
-        raise ValueError(f"a pair of {longest} tokens does not fit into budget_tokens {budget}")
-    job = _Job(lengths, num_ranks, budget)
-    per_rank = max(1, -(-len(job.best_fit) // num_ranks))
+def _by_tokens(job: _Job, multiple: int) -> Plan:
+    per_rank = max(1, -(-len(job.best_fit) // job.num_ranks))
     best = _best_packs(job, per_rank)
     assert best is not None, "best fit has just packed them"
-    at_least = max(1, -(-sum(lengths) // (num_ranks * budget)))
+    at_least = max(1, -(-sum(job.lengths) // (job.num_ranks * job.budget)))
     while per_rank > at_least:
         fewer = _best_packs(job, per_rank - 1)
         if fewer is None:
             break
         best, per_rank = fewer, per_rank - 1
+    if per_rank % multiple:  # spread over the packs that must be there, rather than full ones and empty ones
+        per_rank = _rounded_up(per_rank, multiple)
+        best = _best_packs(job, per_rank)
+        assert best is not None, "fewer packs have just held them"
     if best.imbalance() > BALANCE:
-        more = _best_packs(job, per_rank + 1)
+        more = _best_packs(job, per_rank + multiple)
         if more is not None and more.imbalance() <= BALANCE:
             best = more
     return _in_order(best)
+
+
+def _rounded_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
 
 
 class _Job:
     """The pairs of a global batch, longest first, and best fit decreasing with as many packs as it takes: at most
     11/9 of the fewest possible (Johnson 1974)."""
 
-    def __init__(self, lengths: list[int], num_ranks: int, budget: int) -> None:
+    def __init__(self, lengths: list[int], work: list[int], num_ranks: int, budget: int) -> None:
+        longest = max(lengths, default=0)
+        if longest > budget:
+            raise ValueError(f"a pair of {longest} tokens does not fit into budget_tokens {budget}")
         self.lengths = lengths
+        self.work = work
         self.num_ranks = num_ranks
         self.budget = budget
         self.order = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
@@ -107,7 +127,7 @@ class _Job:
             self.best_fit[number].append(position)
 
     def empty_packs(self, per_rank: int) -> Packs:
-        return Packs.empty(self.lengths, self.num_ranks, per_rank, self.budget)
+        return Packs.empty(self.lengths, self.work, self.num_ranks, per_rank, self.budget)
 
 
 class _Rooms:
@@ -158,12 +178,12 @@ def _pack_even(job: _Job, per_rank: int) -> Packs | None:
     emptiest = [[(0, number) for number in range(per_rank)] for _ in ranks]
     for position in job.order:
         length = job.lengths[position]
-        rank_tokens, rank = ranks[0]
+        rank_work, rank = ranks[0]
         pack_tokens, number = emptiest[rank][0]
         if pack_tokens + length > job.budget:
             return None
         packs.add(rank, number, position)
-        heapq.heapreplace(ranks, (rank_tokens + length, rank))
+        heapq.heapreplace(ranks, (rank_work + job.work[position], rank))
         heapq.heapreplace(emptiest[rank], (pack_tokens + length, number))
     return packs
 
@@ -176,13 +196,12 @@ def _pack_tight(job: _Job, per_rank: int) -> Packs | None:
         for number in reversed(range(per_rank)):
             rank_rooms.put(job.budget, number)
     for position in job.order:
-        length = job.lengths[position]
-        for place, (rank_tokens, rank) in enumerate(ranks):
-            pack = rooms[rank].take(length)
+        for place, (rank_work, rank) in enumerate(ranks):
+            pack = rooms[rank].take(job.lengths[position])
             if pack is not None:
                 packs.add(rank, pack, position)
                 del ranks[place]
-                insort(ranks, (rank_tokens + length, rank))
+                insort(ranks, (rank_work + job.work[position], rank))
                 break
         else:
             return None
@@ -193,14 +212,14 @@ def _pack_global(job: _Job, per_rank: int) -> Packs | None:
     if len(job.best_fit) > job.num_ranks * per_rank:
         return None
     packs = job.empty_packs(per_rank)
-    tokens = [sum(job.lengths[position] for position in pack) for pack in job.best_fit]
-    ranks = [(0, 0, rank) for rank in range(job.num_ranks)]  # tokens, packs dealt so far, rank
-    for number in sorted(range(len(tokens)), key=lambda number: (-tokens[number], number)):
-        rank_tokens, dealt, rank = heapq.heappop(ranks)
+    work = [sum(job.work[position] for position in pack) for pack in job.best_fit]
+    ranks = [(0, 0, rank) for rank in range(job.num_ranks)]  # work, packs dealt so far, rank
+    for number in sorted(range(len(work)), key=lambda number: (-work[number], number)):
+        rank_work, dealt, rank = heapq.heappop(ranks)
         for position in job.best_fit[number]:
             packs.add(rank, dealt, position)
         if dealt + 1 < per_rank:
-            heapq.heappush(ranks, (rank_tokens + tokens[number], dealt + 1, rank))
+            heapq.heappush(ranks, (rank_work + work[number], dealt + 1, rank))
     return packs
 
 

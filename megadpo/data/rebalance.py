@@ -4,109 +4,118 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
+import numpy.typing as npt
 
-BALANCE = 0.05
-"""Data-parallel ranks are balanced if the least loaded has at least 1 - BALANCE of the tokens of the most loaded."""
+BALANCE = 0.02
+"""Data-parallel ranks are balanced if the least loaded has at least 1 - BALANCE of the work of the most loaded."""
 
-_MOST_CANDIDATES = 2048  # pairs of a rank that are tried at once: the search is quadratic in them
+_MOST_CANDIDATES = 1024  # that are tried at once on either side: the search is quadratic in them
 
 
 @dataclass
 class Packs:
-    """Pairs dealt to ranks and packs."""
+    """Pairs dealt to ranks and packs. A pack is bounded by its tokens, ranks are compared by their work."""
 
     lengths: Sequence[int]
     """Tokens of each pair."""
+    work: Sequence[int]
+    """Work of each pair."""
     budget: int
     """Most tokens in a pack."""
     pairs: list[list[list[int]]]
     """[rank][pack] -> pairs."""
     tokens: list[list[int]]
     """[rank][pack] -> tokens."""
+    rank_work: list[int]
+    """[rank] -> work."""
 
     @classmethod
-    def empty(cls, lengths: Sequence[int], num_ranks: int, per_rank: int, budget: int) -> Packs:
+    def empty(cls, lengths: Sequence[int], work: Sequence[int], num_ranks: int, per_rank: int, budget: int) -> Packs:
         pairs: list[list[list[int]]] = [[[] for _ in range(per_rank)] for _ in range(num_ranks)]
-        return cls(lengths, budget, pairs, [[0] * per_rank for _ in range(num_ranks)])
+        return cls(lengths, work, budget, pairs, [[0] * per_rank for _ in range(num_ranks)], [0] * num_ranks)
 
     def add(self, rank: int, pack: int, pair: int) -> None:
         self.pairs[rank][pack].append(pair)
         self.tokens[rank][pack] += self.lengths[pair]
+        self.rank_work[rank] += self.work[pair]
 
     def remove(self, rank: int, pack: int, pair: int) -> None:
         self.pairs[rank][pack].remove(pair)
         self.tokens[rank][pack] -= self.lengths[pair]
-
-    def rank_tokens(self) -> list[int]:
-        return [sum(tokens) for tokens in self.tokens]
+        self.rank_work[rank] -= self.work[pair]
 
     def imbalance(self) -> float:
-        """1 - least / most tokens of a rank: 0 is perfect, 1 a rank without work."""
-        totals = self.rank_tokens()
-        return 1 - min(totals) / max(totals) if max(totals) else 0.0
+        """1 - least / most work of a rank: 0 is perfect, 1 a rank without work."""
+        return 1 - min(self.rank_work) / max(self.rank_work) if max(self.rank_work) else 0.0
 
 
 @dataclass(frozen=True)
-class _Exchange:
-    """Give `pair` of pack `from_pack` to `to_pack` of another rank, for `back` (None: for nothing)."""
+class _Group:
+    """No, one or two pairs of one pack."""
 
-    new_gap: int
-    pair: int
-    from_pack: int
-    to_pack: int
-    back: int | None
+    pairs: tuple[int, ...]
+    pack: int
 
 
 def rebalance(packs: Packs) -> None:
-    """Moves and swaps pairs, in place, from the most loaded rank to less loaded ones until the ranks are balanced or
-    no single exchange helps. Packs stay within the budget. Each exchange shrinks the sum of squares of the ranks'
-    tokens, so it ends; it is stopped after a few rounds per rank all the same."""
+    """Moves and swaps pairs, one or two at a time, in place, between the most loaded rank and less loaded ones, until
+    the ranks are balanced or no single exchange helps. Packs stay within the budget. Each exchange brings the work of
+    two ranks closer together, so it ends; it is stopped after a few rounds per rank all the same."""
     num_ranks = len(packs.pairs)
     for _ in range(20 * num_ranks):
         if packs.imbalance() <= BALANCE:
             return
-        totals = packs.rank_tokens()
-        most = max(range(num_ranks), key=lambda rank: (totals[rank], -rank))
-        for least in sorted(range(num_ranks), key=lambda rank: (totals[rank], rank)):
-            exchange = _best_exchange(packs, most, least, totals[most] - totals[least])
-            if exchange is not None:
-                _apply(packs, most, least, exchange)
-                break
-        else:
+        by_work = sorted(range(num_ranks), key=lambda rank: (packs.rank_work[rank], rank))
+        # most loaded with each other; where that is stuck, least loaded with each other
+        tries = [(by_work[-1], rank) for rank in by_work[:-1]] + [(rank, by_work[0]) for rank in by_work[:0:-1]]
+        if not any(_exchange(packs, most, least) for most, least in tries):
             return
 
 
-def _best_exchange(packs: Packs, most: int, least: int, gap: int) -> _Exchange | None:
-    """The exchange between two ranks that leaves the smallest gap between them, if one makes it smaller."""
+def _exchange(packs: Packs, most: int, least: int) -> bool:
+    """Makes the exchange between two ranks that leaves the smallest gap between them, if one makes it smaller."""
+    gap = packs.rank_work[most] - packs.rank_work[least]
     if gap <= 1:
-        return None
-    given = _pairs_of(packs, most)
-    back: list[tuple[int | None, int]] = [(None, pack) for pack in range(len(packs.pairs[least]))]
-    back += _pairs_of(packs, least)
-    give_tokens = np.array([packs.lengths[pair] for pair, _ in given], dtype=np.int64)
-    back_tokens = np.array([0 if pair is None else packs.lengths[pair] for pair, _ in back], dtype=np.int64)
-    room = np.array([packs.budget - packs.tokens[least][pack] for _, pack in back], dtype=np.int64)
-    moved = give_tokens[:, None] - back_tokens[None, :]  # [given, back]: tokens that change sides
-    new_gap = np.where((moved > 0) & (moved <= room[None, :]), np.abs(gap - 2 * moved), gap)
-    if new_gap.size == 0 or new_gap.min() >= gap:
-        return None
+        return False
+    given, back = _groups(packs, most), _groups(packs, least)
+    give_tokens, give_work, give_room = _sizes(packs, most, given)
+    back_tokens, back_work, back_room = _sizes(packs, least, back)
+    tokens = give_tokens[:, None] - back_tokens[None, :]  # [given, back]: what changes sides
+    work = give_work[:, None] - back_work[None, :]
+    fits = (tokens <= back_room[None, :]) & (-tokens <= give_room[:, None])
+    new_gap = np.where(fits & (work > 0), np.abs(gap - 2 * work), gap)
     row, column = np.unravel_index(int(new_gap.argmin()), new_gap.shape)
-    pair, from_pack = given[int(row)]
-    returned, to_pack = back[int(column)]
-    return _Exchange(int(new_gap.min()), pair, from_pack, to_pack, returned)
+    if new_gap[row, column] >= gap:
+        return False
+    there, here = given[int(row)], back[int(column)]
+    for pair in there.pairs:
+        packs.remove(most, there.pack, pair)
+        packs.add(least, here.pack, pair)
+    for pair in here.pairs:
+        packs.remove(least, here.pack, pair)
+        packs.add(most, there.pack, pair)
+    return True
 
 
-def _pairs_of(packs: Packs, rank: int) -> list[tuple[int, int]]:
-    """(pair, pack) of a rank, at most _MOST_CANDIDATES of them."""
-    every = [(pair, number) for number, pairs in enumerate(packs.pairs[rank]) for pair in pairs]
+def _groups(packs: Packs, rank: int) -> list[_Group]:
+    """What a rank might give: nothing, a pair, two pairs of one pack; at most _MOST_CANDIDATES, in this order."""
+    every = [_Group((), number) for number in range(len(packs.pairs[rank]))]
+    for size in (1, 2):
+        for number, pairs in enumerate(packs.pairs[rank]):
+            if len(every) >= _MOST_CANDIDATES:
+                return every[:_MOST_CANDIDATES]
+            every += [_Group(some, number) for some in combinations(pairs, size)]
     return every[:_MOST_CANDIDATES]
 
 
-def _apply(packs: Packs, most: int, least: int, exchange: _Exchange) -> None:
-    packs.remove(most, exchange.from_pack, exchange.pair)
-    packs.add(least, exchange.to_pack, exchange.pair)
-    if exchange.back is not None:
-        packs.remove(least, exchange.to_pack, exchange.back)
-        packs.add(most, exchange.from_pack, exchange.back)
+def _sizes(
+    packs: Packs, rank: int, groups: list[_Group]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Tokens and work of each group, and the room in its pack."""
+    tokens = [sum(packs.lengths[pair] for pair in group.pairs) for group in groups]
+    work = [sum(packs.work[pair] for pair in group.pairs) for group in groups]
+    room = [packs.budget - packs.tokens[rank][group.pack] for group in groups]
+    return np.array(tokens, dtype=np.int64), np.array(work, dtype=np.int64), np.array(room, dtype=np.int64)

@@ -5,25 +5,40 @@ With a chat template: ids(template(prompt), open for the assistant), then what i
 In both, where ids(prompt) is not a prefix (characters on both sides of the line merge to one token), the prompt keeps
 its ids, the answer is tokenised apart, and the pair is counted in the report. (TRL 1.16 moves the line to the left
 there, so that the model no longer sees the prompt as it will at inference.)
+
+An answer of several turns is cut into pieces, each inside or outside the loss (tokenization_turns.py). A cut is drawn
+as the line after the prompt is: by the ids of the text before it, or, where those are no prefix, by tokenising apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from megadpo.config.problems import ConfigError, DataError, Problem
-from megadpo.data.pairs import Message, PreferencePair, TokenIds, TokenizedPair
-from megadpo.data.reader import MOST_PROBLEMS
+from megadpo.data.pairs import LossMask, Message, PreferencePair, TokenIds, TokenizedPair
+from megadpo.data.reader import MOST_PROBLEMS, OnBadRow
+from megadpo.data.tokenization_turns import (
+    LossOn,
+    Piece,
+    RewrittenError,
+    answer_messages,
+    chat_pieces,
+    opens_answer,
+    plain_pieces,
+    prompt_messages,
+)
 from megadpo.data.tokenizer import OWN_TEMPLATE, require_eos, resolve_chat_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_BATCH_PAIRS = 1024  # pairs per tokenizer call: enough for its threads, small enough for memory
+_BATCH_PAIRS = 128  # pairs per tokenizer call: enough for its threads; it takes 70 kB a pair until it returns
 _RESERVED_KWARGS = ("tokenize", "add_generation_prompt", "continue_final_message", "chat_template", "conversation")
 
 
@@ -33,7 +48,7 @@ class _Texts:
 
     pair: PreferencePair
     prompt: str
-    answers: tuple[str, str]
+    answers: tuple[list[Piece], list[Piece]]
 
 
 @dataclass
@@ -41,8 +56,14 @@ class Tokenized:
     """Pairs in the order given, and how they came about."""
 
     pairs: list[TokenizedPair] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    """file:line of each."""
     tokenized_apart: int = 0
-    """Pairs with an answer whose first characters merge with the prompt's last."""
+    """Pairs with an answer whose first characters merge with the prompt's last, or such a place inside an answer."""
+    bad_pairs: list[Problem] = field(default_factory=list)
+    """The first MOST_PROBLEMS problems of pairs left out."""
+    dropped_bad_pairs: int = 0
+    """Pairs left out, with `on_bad_row` drop."""
 
 
 class PairTokenizer:
@@ -55,55 +76,73 @@ class PairTokenizer:
         *,
         chat_template: str | None = OWN_TEMPLATE,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        loss_on: LossOn = "last_turn",
     ) -> None:
         self.tokenizer = tokenizer
         self.eos_token_id = require_eos(tokenizer)
         self.chat_template = resolve_chat_template(tokenizer, chat_template)
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.loss_on = loss_on
         self._check_kwargs()
+        added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        special = sorted({*tokenizer.all_special_tokens, *added}, key=lambda token: (-len(token), token))
+        self._only_special = re.compile("(?:" + "|".join([*map(re.escape, special), r"\s"]) + ")*")
         # Some tokenizers end every text with EOS of their own accord; that is no end of the prompt
         self._suffix_tokens = 0 if self.chat_template is not None else _suffix_tokens(tokenizer)
 
-    def encode(self, pairs: Sequence[PreferencePair]) -> Tokenized:
-        """Token ids of all pairs, none cut. Raises DataError with up to MOST_PROBLEMS problems by file:line."""
+    def encode(self, pairs: Sequence[PreferencePair], *, on_bad_row: OnBadRow = "refuse") -> Tokenized:
+        """Token ids of all pairs, none cut. Raises DataError with up to MOST_PROBLEMS problems by file:line; with
+        on_bad_row drop such pairs are left out and counted."""
         done = Tokenized()
-        problems: list[Problem] = []
         for start in range(0, len(pairs), _BATCH_PAIRS):
             texts = []
-            for made in self._texts(pairs[start : start + _BATCH_PAIRS]):
+            problems = []
+            for pair in pairs[start : start + _BATCH_PAIRS]:
+                made = self._texts(pair)
                 if isinstance(made, Problem):
                     problems.append(made)
                 else:
                     texts.append(made)
             problems.extend(self._encode_batch(texts, done))
-            if len(problems) >= MOST_PROBLEMS:
+            done.dropped_bad_pairs += len(problems)
+            done.bad_pairs += problems[: MOST_PROBLEMS - len(done.bad_pairs)]
+            if on_bad_row == "refuse" and len(done.bad_pairs) >= MOST_PROBLEMS:
                 break
-        if problems:
-            raise DataError(problems[:MOST_PROBLEMS])
+        if on_bad_row == "refuse" and done.bad_pairs:
+            raise DataError(done.bad_pairs)
         return done
 
     # Text
 
-    def _texts(self, pairs: Sequence[PreferencePair]) -> Iterator[_Texts | Problem]:
-        if self.chat_template is None:
-            for pair in pairs:
-                yield self._plain_texts(pair)
-            return
-        prompts = [_as_messages(pair.prompt, "user") for pair in pairs]
-        opened = self._render(pairs, prompts, open_for_answer=True)
-        answered = []
-        for name in ("chosen", "rejected"):
-            answers = [_as_messages(getattr(pair, name), "assistant") for pair in pairs]
-            whole = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-            answered.append(self._render(pairs, whole, open_for_answer=False))
-        for pair, prompt, chosen, rejected in zip(pairs, opened, *answered, strict=True):
-            broken = next((text for text in (prompt, chosen, rejected) if isinstance(text, Problem)), None)
-            if broken is not None:
-                yield broken
-            elif not (chosen.startswith(prompt) and rejected.startswith(prompt)):
-                yield _rewritten_prompt(pair)
-            else:
-                yield _Texts(pair, prompt, (chosen[len(prompt) :], rejected[len(prompt) :]))
+    def _texts(self, pair: PreferencePair) -> _Texts | Problem:
+        made = self._plain_texts(pair) if self.chat_template is None else self._chat_texts(pair)
+        if isinstance(made, _Texts):
+            for name, pieces in zip(("chosen", "rejected"), made.answers, strict=True):
+                if not any(piece.in_loss for piece in pieces):
+                    return _nothing_in_loss(pair, name, self.loss_on)
+        return made
+
+    def _chat_texts(self, pair: PreferencePair) -> _Texts | Problem:
+        prompt = prompt_messages(pair)
+        answers = [answer_messages(pair, answer) for answer in (pair.chosen, pair.rejected)]
+        for name, messages in zip(("chosen", "rejected"), answers, strict=True):
+            if self._says_nothing(messages[-1]):
+                return _only_special_tokens(pair, name)
+
+        def render(messages: list[Message], open_for_answer: bool) -> str:
+            return self._render(pair, messages, open_for_answer=open_for_answer)
+
+        try:
+            opened = render(prompt, opens_answer(pair))
+            pieces = [
+                chat_pieces(render, prompt, opened, messages, other, self.loss_on)
+                for messages, other in (answers, answers[::-1])
+            ]
+        except RewrittenError as error:
+            return _rewritten(pair, error)
+        except Exception as error:  # a template may raise anything
+            return _refused_by_template(pair, error)
+        return _Texts(pair, opened, (pieces[0], pieces[1]))
 
     def _plain_texts(self, pair: PreferencePair) -> _Texts | Problem:
         prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
@@ -115,33 +154,31 @@ class PairTokenizer:
                 fix="set policy.tokenizer.chat_template, use an instruct model's tokenizer, or write strings",
             )
         eos = str(self.tokenizer.eos_token)
-        return _Texts(pair, prompt, (chosen.removesuffix(eos) + eos, rejected.removesuffix(eos) + eos))
+        answers = []
+        for name, answer, other in (("chosen", chosen, rejected), ("rejected", rejected, chosen)):
+            pieces = plain_pieces(pair, answer, other, self.loss_on)
+            if self._only_special.fullmatch(pieces[-1].text):
+                return _only_special_tokens(pair, name)
+            last = pieces[-1]
+            answers.append([*pieces[:-1], Piece(last.text.removesuffix(eos) + eos, last.in_loss)])
+        return _Texts(pair, prompt, (answers[0], answers[1]))
 
-    def _render(
-        self, pairs: Sequence[PreferencePair], conversations: list[list[Message]], *, open_for_answer: bool
-    ) -> list[Any]:
-        """Each conversation through the template: a text, or the Problem that the template has with it."""
+    def _says_nothing(self, message: Message) -> bool:
+        """Whether an answer is special tokens and white space only, and calls no tool."""
+        said = str(message.get("content", "")) + str(message.get("reasoning_content", ""))
+        return not message.get("tool_calls") and self._only_special.fullmatch(said) is not None
 
-        def apply(some: list[list[Message]]) -> list[str]:
-            rendered = self.tokenizer.apply_chat_template(
-                cast(Any, some),
-                tokenize=False,
-                add_generation_prompt=open_for_answer,
-                chat_template=self.chat_template,
-                **self.chat_template_kwargs,
-            )
-            return cast(list[str], rendered)
-
-        try:
-            return apply(conversations)
-        except Exception:  # a template may raise anything; one by one, to know whose conversation it was
-            rendered: list[Any] = []
-            for pair, conversation in zip(pairs, conversations, strict=True):
-                try:
-                    rendered.extend(apply([conversation]))
-                except Exception as error:
-                    rendered.append(_refused_by_template(pair, error))
-            return rendered
+    def _render(self, pair: PreferencePair, messages: list[Message], *, open_for_answer: bool) -> str:
+        """The conversation through the template. Raises whatever the template raises."""
+        rendered = self.tokenizer.apply_chat_template(
+            cast(Any, messages),
+            tools=cast(Any, None if pair.tools is None else list(pair.tools)),
+            tokenize=False,
+            add_generation_prompt=open_for_answer,
+            chat_template=self.chat_template,
+            **self.chat_template_kwargs,
+        )
+        return cast(str, rendered)
 
     # Ids
 
@@ -151,30 +188,47 @@ class PairTokenizer:
             return []
         rows = [text.prompt for text in texts]
         for number in (0, 1):
-            rows += [text.prompt + text.answers[number] for text in texts]
+            rows += [text.prompt + "".join(piece.text for piece in text.answers[number]) for text in texts]
         ids = self._ids(rows, special_tokens=self.chat_template is None)
         problems = []
         count = len(texts)
         for number, text in enumerate(texts):
             prompt = ids[number]
-            chosen, chosen_apart = self._answer(text.answers[0], prompt, ids[count + number])
-            rejected, rejected_apart = self._answer(text.answers[1], prompt, ids[2 * count + number])
-            tokenized = TokenizedPair(text.pair.row, prompt, chosen, rejected)
+            chosen, chosen_mask, chosen_apart = self._answer(text, 0, prompt, ids[count + number])
+            rejected, rejected_mask, rejected_apart = self._answer(text, 1, prompt, ids[2 * count + number])
+            tokenized = TokenizedPair(text.pair.row, prompt, chosen, rejected, chosen_mask, rejected_mask)
             problem = _token_problem(text.pair, tokenized)
             if problem is not None:
                 problems.append(problem)
                 continue
             done.pairs.append(tokenized)
+            done.sources.append(text.pair.source)
             done.tokenized_apart += chosen_apart or rejected_apart
         return problems
 
-    def _answer(self, answer: str, prompt: TokenIds, whole: TokenIds) -> tuple[TokenIds, bool]:
-        """The answer's ids, and whether they had to be made apart from the prompt."""
-        is_prefix = len(prompt) <= len(whole) and np.array_equal(whole[: len(prompt)], prompt)
-        ids = whole[len(prompt) :] if is_prefix else self._ids([answer], special_tokens=False)[0]
+    def _answer(
+        self, text: _Texts, number: int, prompt: TokenIds, whole: TokenIds
+    ) -> tuple[TokenIds, LossMask | None, bool]:
+        """The answer's ids, which of them are in the loss (None: all), and whether some had to be made apart."""
+        pieces = text.answers[number]
+        before = [prompt]
+        if len(pieces) > 1:
+            ends = list(accumulate((piece.text for piece in pieces), initial=text.prompt))
+            before += self._ids(ends[1:-1], special_tokens=self.chat_template is None)
+        apart = not all(_is_prefix(ids, whole) for ids in before)
+        if apart:
+            parts = self._ids([piece.text for piece in pieces], special_tokens=False)
+            ids = np.concatenate(parts)
+            lengths = [len(part) for part in parts]
+        else:
+            ids = whole[len(prompt) :]
+            lengths = np.diff([*(len(part) for part in before), len(whole)]).tolist()
         if self.chat_template is None and (len(ids) == 0 or ids[-1] != self.eos_token_id):
             ids = np.append(ids, np.int32(self.eos_token_id))  # EOS whose text the tokenizer reads as something else
-        return ids, not is_prefix
+            lengths[-1] += 1
+        if all(piece.in_loss for piece in pieces):
+            return ids, None, apart
+        return ids, np.repeat(np.array([piece.in_loss for piece in pieces]), lengths), apart
 
     def _ids(self, texts: list[str], *, special_tokens: bool) -> list[TokenIds]:
         encoded = self.tokenizer(
@@ -203,8 +257,8 @@ class PairTokenizer:
             )
 
 
-def _as_messages(text: str | tuple[Message, ...], role: str) -> list[Message]:
-    return [{"role": role, "content": text}] if isinstance(text, str) else list(text)
+def _is_prefix(ids: TokenIds, whole: TokenIds) -> bool:
+    return len(ids) <= len(whole) and np.array_equal(whole[: len(ids)], ids)
 
 
 def _suffix_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -240,15 +294,42 @@ def _token_problem(pair: PreferencePair, tokenized: TokenizedPair) -> Problem | 
             expected="two different answers",
             fix="remove the row: its answers differ only in what tokenizer or chat template drop, such as white space",
         )
+    for name, mask in (("chosen", tokenized.chosen_mask), ("rejected", tokenized.rejected_mask)):
+        if mask is not None and not mask.any():
+            return Problem(
+                where=pair.source,
+                value=f"a {name} answer without tokens in the loss",
+                expected="at least one, in an assistant turn that data.loss_on names",
+                fix="remove the row, or set data.loss_on: last_turn",
+            )
     return None
 
 
-def _rewritten_prompt(pair: PreferencePair) -> Problem:
+def _rewritten(pair: PreferencePair, error: RewrittenError) -> Problem:
     return Problem(
         where=pair.source,
-        value="a chat template that writes the prompt differently once an answer follows",
-        expected="the prompt alone, opened for the assistant, to be what prompt and answer begin with",
-        fix="set policy.tokenizer.chat_template_kwargs (such as enable_thinking) or chat_template so that it is",
+        value=f"a chat template that writes {error.what} differently once more follows",
+        expected="what stands before a turn to be what the whole conversation begins with, as at inference",
+        fix="set policy.tokenizer.chat_template_kwargs (such as enable_thinking) or chat_template so that it is"
+        + ("" if error.what == "the prompt" else ", or set data.loss_on: last_turn"),
+    )
+
+
+def _nothing_in_loss(pair: PreferencePair, name: str, loss_on: LossOn) -> Problem:
+    return Problem(
+        where=pair.source,
+        value=f"a {name} answer without anything in the loss with data.loss_on {loss_on}",
+        expected="an assistant turn that differs from the other answer's, written by the chat template",
+        fix="set data.loss_on: last_turn or mend policy.tokenizer.chat_template, or remove the row",
+    )
+
+
+def _only_special_tokens(pair: PreferencePair, name: str) -> Problem:
+    return Problem(
+        where=pair.source,
+        value=f"a {name} answer of only special tokens",
+        expected="an answer with text in it",
+        fix="give the pair an answer, or remove the row",
     )
 
 

@@ -20,6 +20,7 @@ class PackContext(PackedSeqParams):
     sin: torch.Tensor | None = None
     kernel: AttentionKernel | None = None
     plan: Any = None
+    routing: Any = None  # what layers of experts need of the pack (model/moe.py)
 
 
 class PackedAttention(torch.nn.Module):

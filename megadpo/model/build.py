@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -9,30 +11,78 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import TopKRouter
 
 from megadpo.config.architecture import Architecture
 from megadpo.config.schema_policy import PolicyConfig
 from megadpo.model.gpt import PairModel
 from megadpo.model.kernels import choose_kernel
+from megadpo.model.moe_balance import LoadBalance
 from megadpo.model.transformer_config import DTYPES, transformer_config
 from megadpo.parallel import ParallelContext
 
 
-def build_model(arch: Architecture, policy: PolicyConfig, parallel: ParallelContext, *, frozen: bool) -> PairModel:
-    """This rank's stage, on its device, with memory for its weights but nothing in them yet.
+def build_model(
+    arch: Architecture, policy: PolicyConfig, parallel: ParallelContext, *, frozen: bool
+) -> list[PairModel]:
+    """The chunks of this rank's stage (one, without a virtual pipeline), on its device, with memory for their weights
+    but nothing in them yet.
 
     `frozen` (the reference): no gradients are ever asked of it, so it has no recomputation and no gradient buffers.
     Collectives: megatron-core's sum of tied embeddings over the embedding group at construction.
     """
     kernel = choose_kernel(policy.attention_kernel, parallel.device, DTYPES[policy.precision])
     config = transformer_config(arch, policy, parallel.device, recompute=not frozen)
-    model = PairModel(arch, config, parallel, kernel, policy.logprob_chunk_size)
-    model.to(parallel.device)
-    mark_sharded_parameters(model)
-    if frozen:
-        model.requires_grad_(False)
-        model.eval()
-    return model
+    balance = load_balance(arch, policy, parallel)  # one for all chunks: it knows layers by their number in the model
+    chunks = []
+    for number in range(parallel.chunks_per_stage):
+        chunk = PairModel(arch, config, parallel, kernel, policy.logprob_chunk_size, number, balance)
+        chunk.to(parallel.device)
+        mark_sharded_parameters(chunk)
+        mark_expert_parameters(chunk)
+        if policy.megatron_cfg.freeze_moe_router:
+            freeze_routers(chunk)
+        if frozen:
+            chunk.requires_grad_(False)
+            chunk.eval()
+        chunks.append(chunk)
+    return chunks
+
+
+def load_balance(arch: Architecture, policy: PolicyConfig, parallel: ParallelContext) -> LoadBalance | None:
+    """The load-balancing loss of `arch`'s experts; None for a dense model."""
+    if arch.moe is None:
+        return None
+    megatron = policy.megatron_cfg
+    coefficient = arch.moe.aux_loss_coef if megatron.moe_aux_loss_coeff is None else megatron.moe_aux_loss_coeff
+    return LoadBalance(megatron.moe_router_load_balancing_type, coefficient, arch.num_layers, parallel.device)
+
+
+def mark_expert_parameters(model: torch.nn.Module) -> None:
+    """Tell DDP and the optimizer which parameters are reduced over the ranks that hold the same expert.
+
+    layers.py does so with `expert_model_parallel_size` > 1 only. With 1, experts under tensor parallelism that does not
+    cut them (expert_tensor_parallel_size 1) would keep the gradient of their own rank's tokens: replicas drift apart.
+    The mark as a shard makes every rank's experts count in the gradient norm, not those of tensor-parallel rank 0.
+    """
+    for module in model.modules():
+        if isinstance(module, MoELayer):
+            for parameter in module.experts.parameters():
+                parameter.allreduce = False
+                parameter.tensor_model_parallel = True
+
+
+def is_expert(parameter: torch.nn.Parameter) -> bool:
+    """Whether it is one expert's (or this rank's part of one), by the mark above."""
+    return not getattr(parameter, "allreduce", True)
+
+
+def freeze_routers(model: torch.nn.Module) -> None:
+    """`freeze_moe_router`: no gradient for the routers' weights."""
+    for module in model.modules():
+        if isinstance(module, TopKRouter):
+            module.requires_grad_(False)
 
 
 def mark_sharded_parameters(model: torch.nn.Module) -> None:
@@ -53,6 +103,6 @@ def mark_sharded_parameters(model: torch.nn.Module) -> None:
                 set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
 
 
-def count_parameters(model: torch.nn.Module) -> int:
+def count_parameters(chunks: Iterable[torch.nn.Module]) -> int:
     """Parameters on this rank."""
-    return sum(p.numel() for p in model.parameters())
+    return sum(p.numel() for chunk in chunks for p in chunk.parameters())

@@ -15,13 +15,15 @@ from megadpo.data.pack import PackedBatch
 from megadpo.model.attention import PackContext
 from megadpo.model.head import sum_per_answer, vocab_parallel_logps
 from megadpo.model.kernels import AttentionKernel
+from megadpo.model.moe import plan_routing
+from megadpo.model.moe_balance import LoadBalance
 from megadpo.model.rope import RotaryTable
 from megadpo.model.spec import block_spec
 from megadpo.parallel import ParallelContext
 
 
 class PairModel(GPTModel):
-    """One pipeline stage. The last one ends in log-probabilities, not logits."""
+    """One pipeline stage, or one of its chunks. The last one ends in log-probabilities, not logits."""
 
     def __init__(
         self,
@@ -30,26 +32,32 @@ class PairModel(GPTModel):
         parallel: ParallelContext,
         kernel: AttentionKernel,
         logprob_chunk_tokens: int,
+        chunk: int = 0,
+        balance: LoadBalance | None = None,
     ) -> None:
+        vp_stage = chunk if parallel.chunks_per_stage > 1 else None
         super().__init__(
             config=config,
-            transformer_layer_spec=block_spec(config, parallel.pp_rank),
+            transformer_layer_spec=block_spec(config, parallel.pp_rank, vp_stage, balance),
             vocab_size=arch.vocab_size,
             max_sequence_length=arch.max_position_embeddings,
-            pre_process=parallel.is_first_stage,
-            post_process=parallel.is_last_stage,
+            pre_process=parallel.is_first_chunk(chunk),
+            post_process=parallel.is_last_chunk(chunk),
             share_embeddings_and_output_weights=arch.tie_word_embeddings,
             position_embedding_type="none",  # PackedAttention rotates by the pack's own positions
+            vp_stage=vp_stage,
         )
         self.rotary = RotaryTable(arch, parallel.device)
         self.kernel = kernel
         self.logprob_chunk_tokens = logprob_chunk_tokens
+        self.balance = balance  # of the layers of experts; None: a dense model
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """T tokens -> hidden states [T, 1, h] for the next stage ([T/tp, 1, h] under sequence parallelism), or, on
         the last stage, logps [2P] float32: row 2p the chosen answer of pair p, row 2p + 1 its rejected one.
 
-        Collectives: megatron-core's over the tensor-parallel group, and one all-gather of [2, A] on the last stage.
+        Collectives: megatron-core's over the tensor-parallel group and, for experts, theirs; one all-gather of [2, A]
+        on the last stage.
         """
         dtype = self.config.params_dtype
         cos, sin = self.rotary(batch.positions, dtype)
@@ -60,7 +68,12 @@ class PairModel(GPTModel):
             kernel=self.kernel,
             plan=self.kernel.plan(batch.segments, batch.tokens.device, dtype),
         )
+        if self.balance is not None:
+            context.routing = plan_routing(batch, self.config, self.balance if self.training else None)
         hidden = self.embedding(batch.tokens[None], None) if self.pre_process else None
+        if hidden is not None and self.training and self.config.recompute_granularity is not None:
+            # Recomputation asks its input, not its weights, whether a gradient is wanted; frozen embeddings want none.
+            hidden.requires_grad_()
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=context)
         return self._answer_logps(hidden, batch) if self.post_process else hidden
 
@@ -71,6 +84,9 @@ class PairModel(GPTModel):
             whole = gather_from_sequence_parallel_region(hidden, group=group)
         else:
             whole = copy_to_tensor_model_parallel_region(hidden, group=group)
+        for hook in self.output_layer._forward_pre_hooks.values():
+            # Its weight is used without calling it, and DDP waits for the weight's all-gather in a hook of the call.
+            hook(self.output_layer, ())
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         weight = self.output_layer.weight if weight is None else weight
         token_logps = vocab_parallel_logps(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megadpo.config.problems import ConfigError, Problem
+from megadpo.config.schema import Config
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,9 @@ class ModelSource:
     """Checkpoint folder (holding model/ and hf/) with the weights, or None."""
 
 
-def resolve_source(name: str, field: str) -> ModelSource:
-    """Find the folder that `name` means. A hub name is downloaded, or found in the hub's local cache.
+def resolve_source(name: str, field: str, *, weights: bool = True) -> ModelSource:
+    """Find the folder that `name` means. A hub name is downloaded, or found in the hub's local cache; weights: with
+    its safetensors.
 
     Raises ConfigError naming `field` where there is no such folder or model.
     """
@@ -31,14 +33,21 @@ def resolve_source(name: str, field: str) -> ModelSource:
     expected = "a Hugging Face folder or hub name, or a Megatron checkpoint folder"
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ConfigError([Problem(field, name, f"{expected}; there is no such folder", "correct the path")])
-    return ModelSource(hf_files=_from_hub(name, field, expected), megatron=None)
+    return ModelSource(hf_files=_from_hub(name, field, expected, weights), megatron=None)
 
 
-def _from_hub(name: str, field: str, expected: str) -> Path:
+def tokenizer_source(cfg: Config, source: ModelSource) -> Path | str:
+    """The tokenizer's folder or hub name: by default the model's own, which a Megatron folder keeps in hf/."""
+    name = cfg.policy.tokenizer.name
+    return source.hf_files if name == cfg.policy.model_name else name
+
+
+def _from_hub(name: str, field: str, expected: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]))
+        patterns = ["*.json", "*.model", "*.jinja", "*.txt", *(["*.safetensors"] if weights else [])]
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub client raises a dozen kinds; each means: not to be had
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         fix = "correct the name, log in with `hf auth login`, or download the model and name its folder"

@@ -6,12 +6,17 @@ which refuses RMSNorm), and behaviour must not depend on that.
 
 from __future__ import annotations
 
+import functools
+
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -19,14 +24,23 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megadpo.model.activation import swiglu
 from megadpo.model.attention import PackedAttention
+from megadpo.model.moe import PackMoELayer, PackRouter, PackTransformerLayer
+from megadpo.model.moe_balance import LoadBalance
 from megadpo.model.norm import RMSNorm
 
 
-def local_layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """A pre-norm layer of megatron-core's own tensor-parallel modules: runs on CPUs and GPUs alike."""
+def local_layer_spec(config: TransformerConfig, balance: LoadBalance | None = None) -> ModuleSpec:
+    """A pre-norm layer of megatron-core's own tensor-parallel modules: runs on CPUs and GPUs alike.
+
+    balance: of the model's layers of experts; None for a dense model.
+    """
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
+    # Checkpoints carry the names of Transformer Engine's fused modules, so that either spec reads them.
+    names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if balance is None:  # before experts the norm stays a module of its own in Transformer Engine's spec too
+        names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return ModuleSpec(
-        module=TransformerLayer,
+        module=TransformerLayer if balance is None else PackTransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
@@ -42,25 +56,47 @@ def local_layer_spec(config: TransformerConfig) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear,
-                    linear_fc2=RowParallelLinear,
-                    activation_func=swiglu,  # built where `use_te_activation_func` says so, see transformer_config.py
-                ),
-            ),
+            mlp=ModuleSpec(module=MLP, submodules=_mlp()) if balance is None else _experts(config, balance),
             mlp_bda=get_bias_dropout_add,
-            # Checkpoints carry the names of Transformer Engine's fused modules, so that either spec reads them.
-            sharded_state_dict_keys_map={
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-            },
+            sharded_state_dict_keys_map=names,
         ),
     )
 
 
-def block_spec(config: TransformerConfig, pp_rank: int) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage, and the final norm (built on the last stage only)."""
-    count = get_num_layers_to_build(config, pp_rank=pp_rank)
-    return TransformerBlockSubmodules(layer_specs=[local_layer_spec(config)] * count, layer_norm=RMSNorm)
+def _mlp() -> MLPSubmodules:
+    return MLPSubmodules(
+        linear_fc1=ColumnParallelLinear,
+        linear_fc2=RowParallelLinear,
+        activation_func=swiglu,  # built where `use_te_activation_func` says so, see transformer_config.py
+    )
+
+
+def _experts(config: TransformerConfig, balance: LoadBalance) -> ModuleSpec:
+    """Experts one by one, or (`moe_grouped_gemm`) in Transformer Engine's grouped kernel."""
+    experts = ModuleSpec(module=SequentialMLP, submodules=_mlp())
+    if config.moe_grouped_gemm:
+        from megatron.core.extensions.transformer_engine import (
+            TEColumnParallelGroupedLinear,
+            TERowParallelGroupedLinear,
+        )
+        from megatron.core.transformer.moe.experts import TEGroupedMLP
+
+        linears = MLPSubmodules(linear_fc1=TEColumnParallelGroupedLinear, linear_fc2=TERowParallelGroupedLinear)
+        experts = ModuleSpec(module=TEGroupedMLP, submodules=linears)
+    return ModuleSpec(
+        module=PackMoELayer,
+        submodules=MoESubmodules(
+            router=functools.partial(PackRouter, balance=balance),
+            experts=experts,
+            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=_mlp()),
+        ),
+    )
+
+
+def block_spec(
+    config: TransformerConfig, pp_rank: int, chunk: int | None, balance: LoadBalance | None
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage, or of its model chunk number `chunk` where it has several, and the final norm
+    (built where the model ends)."""
+    count = get_num_layers_to_build(config, vp_stage=chunk, pp_rank=pp_rank)
+    return TransformerBlockSubmodules(layer_specs=[local_layer_spec(config, balance)] * count, layer_norm=RMSNorm)

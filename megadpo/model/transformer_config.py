@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
 from megadpo.config.architecture import Architecture
+from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema_policy import PolicyConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -20,8 +22,8 @@ def transformer_config(
     """The TransformerConfig of `arch` under `policy`; `recompute=False` for a model that never sees a backward."""
     megatron = policy.megatron_cfg
     dtype = DTYPES[policy.precision]
-    pipeline = megatron.pipeline_model_parallel_size
-    return TransformerConfig(
+    pipeline, chunks = megatron.pipeline_model_parallel_size, megatron.virtual_pipeline_model_parallel_size
+    config = TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
         ffn_hidden_size=arch.ffn_hidden_size,
@@ -43,10 +45,15 @@ def transformer_config(
         sequence_parallel=megatron.sequence_parallel,
         pipeline_model_parallel_size=pipeline,
         pipeline_dtype=dtype if pipeline > 1 else None,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+        # Batched sends and receives between the same two ranks pair up wrongly in the interleaved schedule.
+        overlap_p2p_comm=chunks > 1,
+        batch_p2p_comm=chunks == 1,
         num_layers_in_first_pipeline_stage=megatron.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=megatron.num_layers_in_last_pipeline_stage,
         variable_seq_lengths=pipeline > 1,  # packs differ in length
         moe_token_dispatcher_type="alltoall",  # variable_seq_lengths insists on it, for dense models too
+        **_experts(arch, policy),
         perform_initialization=False,  # every weight comes from a file
         gradient_accumulation_fusion=_has_fused_weight_gradient(),
         # megatron-core's fused SwiGLU is compiled for GPUs; on CPUs the spec brings its own (model/activation.py)
@@ -58,6 +65,47 @@ def transformer_config(
         calculate_per_token_loss=True,
         **(_recompute(policy) if recompute else {}),
     )
+    if arch.moe is not None:
+        # Set after megatron-core's check, which refuses 'allgather' for packs of different lengths: model/moe.py brings
+        # them to one length around the experts.
+        config.moe_token_dispatcher_type = megatron.moe_token_dispatcher_type
+    return config
+
+
+def _experts(arch: Architecture, policy: PolicyConfig) -> dict[str, Any]:
+    """The experts of `arch`. Load balancing and padding are model/moe.py's."""
+    megatron, moe = policy.megatron_cfg, arch.moe
+    if moe is None:
+        return {}
+    return {
+        "num_moe_experts": moe.num_experts,
+        "moe_ffn_hidden_size": moe.ffn_hidden_size,
+        "moe_router_topk": moe.experts_per_token,
+        "moe_router_pre_softmax": not moe.normalized_weights,
+        "moe_router_dtype": megatron.moe_router_dtype,
+        "moe_router_load_balancing_type": "none",
+        "moe_shared_expert_intermediate_size": moe.shared_ffn_hidden_size,
+        "moe_shared_expert_gate": moe.shared_ffn_hidden_size is not None,
+        "moe_grouped_gemm": uses_grouped_gemm(policy),
+        "expert_model_parallel_size": megatron.expert_model_parallel_size,
+        "expert_tensor_parallel_size": megatron.expert_tensor_parallel_size,
+    }
+
+
+def uses_grouped_gemm(policy: PolicyConfig) -> bool:
+    """Whether a rank's experts run in one kernel: where Transformer Engine is, unless the config says no.
+
+    Raises ConfigError where the config asks for it and Transformer Engine is absent.
+    """
+    asked = policy.megatron_cfg.moe_grouped_gemm
+    if asked is False:
+        return False
+    there = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    if asked and not there:
+        where = "policy.megatron_cfg.moe_grouped_gemm"
+        fix = "set it to null or false, or install the 'gpu' extra (pip install megadpo[gpu]) on a machine with CUDA"
+        raise ConfigError(Problem(where, True, "Transformer Engine and a CUDA device", fix))
+    return there
 
 
 def _has_fused_weight_gradient() -> bool:

@@ -2,35 +2,63 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Sequence
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
+from megadpo.config.problems import Problem
 from megadpo.config.schema_policy import PolicyConfig
+from megadpo.model.transformer_config import DTYPES
 
 
-def wrap_for_training(model: MegatronModule, policy: PolicyConfig) -> DistributedDataParallel:
-    """The model with one contiguous gradient buffer, summed over data-parallel ranks when gradients are finalised.
+def wrap_for_training(chunks: Sequence[MegatronModule], policy: PolicyConfig) -> list[DistributedDataParallel]:
+    """The chunks with gradient buffers, which are summed over data-parallel ranks when gradients are finalised.
 
     Summed, not averaged: `calculate_per_token_loss` in the TransformerConfig sets DDP's scaling to 1, and the loss is
     already divided by the pairs of the global batch.
     """
     ddp, optimizer = policy.megatron_cfg.distributed_data_parallel_config, policy.megatron_cfg.optimizer
-    return DistributedDataParallel(
-        model.config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=ddp.grad_reduce_in_fp32,
-            overlap_grad_reduce=ddp.overlap_grad_reduce,
-            overlap_param_gather=ddp.overlap_param_gather,
-            use_distributed_optimizer=optimizer.use_distributed_optimizer,
-        ),
-        model,
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=ddp.grad_reduce_in_fp32,
+        overlap_grad_reduce=ddp.overlap_grad_reduce,
+        overlap_param_gather=ddp.overlap_param_gather,
+        use_distributed_optimizer=optimizer.use_distributed_optimizer,
     )
+    # Buckets exist to begin a reduction early; chunks after the first one finish early anyway.
+    return [
+        DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(chunks)
+    ]
 
 
-def build_optimizer(model: DistributedDataParallel, policy: PolicyConfig) -> MegatronOptimizer:
+def machine_problems(policy: PolicyConfig, device: torch.device) -> list[Problem]:
+    """What training by the config needs and this machine lacks; empty where nothing is missing."""
+    megatron, optimizer = policy.megatron_cfg, policy.megatron_cfg.optimizer
+    has_cuda, has_te = device.type == "cuda", importlib.util.find_spec("transformer_engine") is not None
+    te = "install transformer_engine[pytorch]"
+    problems = []
+    where = "policy.megatron_cfg.optimizer.use_precision_aware_optimizer"
+    if optimizer.use_precision_aware_optimizer and not has_cuda:
+        problems.append(
+            Problem(where, True, "false on a machine without CUDA: its kernels are CUDA's", "set it to false")
+        )
+    elif optimizer.use_precision_aware_optimizer and not optimizer.optimizer_cpu_offload and not has_te:
+        expected = "false without Transformer Engine, whose FusedAdam it is"
+        problems.append(Problem(where, True, expected, f"{te}, or set it to false"))
+    selective = megatron.activation_checkpointing and megatron.recompute_granularity == "selective"
+    if selective and "layernorm" in megatron.recompute_modules and has_cuda and not has_te:
+        where, modules = "policy.megatron_cfg.recompute_modules", ", ".join(megatron.recompute_modules)
+        expected = "no layernorm without Transformer Engine, which megatron-core 0.16.1 then asks about float8"
+        problems.append(Problem(where, modules, expected, f"{te}, or remove layernorm"))
+    return problems
+
+
+def build_optimizer(chunks: Sequence[DistributedDataParallel], policy: PolicyConfig) -> MegatronOptimizer:
     """AdamW (or SGD) with float32 main parameters; biases and norms get no weight decay (megatron-core's default).
 
     Collectives: an all-gather of parameter-group keys over the world.
@@ -49,10 +77,16 @@ def build_optimizer(model: DistributedDataParallel, policy: PolicyConfig) -> Meg
             bf16=policy.precision == "bfloat16",
             params_dtype=torch.bfloat16 if policy.precision == "bfloat16" else torch.float32,
             use_distributed_optimizer=optimizer.use_distributed_optimizer,
+            use_precision_aware_optimizer=optimizer.use_precision_aware_optimizer,
+            exp_avg_dtype=DTYPES[optimizer.exp_avg_dtype],
+            exp_avg_sq_dtype=DTYPES[optimizer.exp_avg_sq_dtype],
+            optimizer_cpu_offload=optimizer.optimizer_cpu_offload,
+            optimizer_offload_fraction=optimizer.optimizer_offload_fraction,
+            overlap_cpu_optimizer_d2h_h2d=optimizer.overlap_cpu_optimizer_d2h_h2d,
             overlap_param_gather=policy.megatron_cfg.distributed_data_parallel_config.overlap_param_gather,
             clip_grad=policy.max_grad_norm,
         ),
-        [model],
+        list(chunks),
         use_gloo_process_groups=torch.cuda.is_available(),  # on a CPU the groups are gloo already
     )
 

@@ -11,17 +11,32 @@ import torch
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+_NO_WEIGHTS = "a rank whose weights are all frozen"
+"""Key of the step count of a rank that has no weights to keep one for: rank 0's is the one that checkpoints hold."""
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def sharded_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
     """The sharded state dict, for saving, or (`is_loading`) to be filled by loading.
 
-    model_state: the model's own sharded state dict. Collectives: for the distributed optimizer, gathers over dp.
+    model_state: the model's own sharded state dict. Collectives: one all-reduce of a number over the world; for the
+    distributed optimizer, gathers over dp.
     """
     if is_loading:
         _make_state(optimizer)
-    return optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=METADATA)
+    step = _steps_done(optimizer)
+    parts = _parts(optimizer)
+    for part in parts:
+        if isinstance(part, DistributedOptimizer) and _is_adam(part.optimizer) and not part.get_parameters():
+            part.optimizer.state[_NO_WEIGHTS] = {
+                "step": step.clone()
+            }  # distrib_optimizer.py `state_dict` looks for one
+    state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=METADATA)
+    for number, part in enumerate(parts):
+        if not isinstance(part, DistributedOptimizer) and _is_adam(part.optimizer) and step > 0:
+            own = state if len(parts) == 1 else state[number]
+            own.get("optimizer", own)["state"].setdefault("common_step", step.clone())
+    return state
 
 
 def load_sharded_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
@@ -38,11 +53,24 @@ def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 
 
+def _is_adam(inner: torch.optim.Optimizer) -> bool:
+    return isinstance(inner, (torch.optim.AdamW, torch.optim.Adam))
+
+
+def _steps_done(optimizer: MegatronOptimizer) -> torch.Tensor:
+    """Steps that torch's AdamW has counted, also for a rank that has nothing to count. float32 scalar on the CPU."""
+    states = [state for part in _parts(optimizer) if part.optimizer for state in part.optimizer.state.values()]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    most = torch.tensor(max((float(s.get("step", 0)) for s in states), default=0.0), device=device)
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    return most.cpu()
+
+
 def _make_state(optimizer: MegatronOptimizer) -> None:
     """torch's AdamW makes its state at the first step; a load needs it before, `step` included."""
     for part in _parts(optimizer):
         inner = part.optimizer
-        if not isinstance(inner, (torch.optim.AdamW, torch.optim.Adam)):
+        if not _is_adam(inner):
             continue
         for group in inner.param_groups:
             for parameter in group["params"]:

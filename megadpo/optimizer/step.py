@@ -25,6 +25,12 @@ def guarded_step(optimizer: MegatronOptimizer) -> tuple[float, bool]:
     for part in parts:
         parameters = part.get_parameters()
         if parameters and part.config.clip_grad > 0:
-            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
+            clip_grad_by_total_norm_fp32(
+                parameters,
+                max_norm=part.config.clip_grad,
+                total_norm=grad_norm,
+                # The precision-aware optimizer's gradients have a place of their own; `grad` is None there.
+                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )
     optimizer.step_with_ready_grads()
     return grad_norm, True

@@ -2,5 +2,6 @@
 
 from megadpo.parallel.device import setup_device
 from megadpo.parallel.groups import Layout, ParallelContext, destroy, initialize
+from megadpo.parallel.pipeline import run_pipeline
 
-__all__ = ["Layout", "ParallelContext", "destroy", "initialize", "setup_device"]
+__all__ = ["Layout", "ParallelContext", "destroy", "initialize", "run_pipeline", "setup_device"]

@@ -26,6 +26,18 @@ class _NoStream:
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *_, **__: None
 
+    def record_event(self, *_: Any) -> _NoStream:
+        """token_dispatcher.py:895 waits for what it gets here."""
+        return _NoStream()
+
+
+class _NoFloat8:
+    """Stands for Transformer Engine's FP8GlobalStateManager."""
+
+    @staticmethod
+    def is_fp8_enabled() -> bool:
+        return False
+
 
 def enable_cpu() -> None:
     """Redirect megatron-core's CUDA calls to the CPU for the rest of this process; a second call does nothing.
@@ -45,6 +57,7 @@ def enable_cpu() -> None:
     # C++ compiler and minutes, for functions that eager mode computes as well.
     torch.compiler.set_stance("force_eager")
     _patch_megatron_modules()
+    _redirect_uneven_collectives()
     _enabled = True
 
 
@@ -94,7 +107,8 @@ def _redirect_type_names() -> None:
 
 def _redirect_streams() -> None:
     """Streams, events, synchronisation: distributed_data_parallel.py:230, param_and_grad_buffer.py:417-529,
-    p2p_communication.py:242, filesystem_async.py:230, fully_parallel.py:272; memory and nvtx: utils.py:2186."""
+    p2p_communication.py:242, filesystem_async.py:230, fully_parallel.py:272, token_dispatcher.py:446 and 877-899;
+    memory and nvtx: utils.py:2186."""
 
     def nothing(*_: Any, **__: Any) -> None:
         return None
@@ -122,7 +136,12 @@ def _redirect_rng() -> None:
 def _patch_megatron_modules() -> None:
     """What megatron-core took by name at import, and so has to be replaced in its own modules."""
     from megatron.core.tensor_parallel import random as mcore_random
-    from megatron.core.transformer.moe import moe_utils
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    # random.py:589-687 asks Transformer Engine about float8 whenever a layer norm is recomputed; on a CPU there is none.
+    mcore_random.FP8GlobalStateManager = _NoFloat8
+    for name in ("activation_recompute_forward", "fp8_autocast"):
+        setattr(mcore_random, name, lambda *_, **__: contextlib.nullcontext())
 
     # random.py:41-110 reaches for torch.cuda.default_generators and torch._C._cuda_setRNGState.
     mcore_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
@@ -130,3 +149,41 @@ def _patch_megatron_modules() -> None:
     # moe_utils.py uses the name unconditionally although the import that defines it needs Transformer Engine.
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+    # token_dispatcher.py:876-889 turns split sizes into numpy arrays as it copies them off the GPU; left as tensors,
+    # torch's all_to_all_single refuses them.
+    def split_sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = split_sizes
+
+
+def _redirect_uneven_collectives() -> None:
+    """mappings.py:150 and :200 gather and scatter as many rows as each rank has (experts cut by tensor parallelism get
+    different numbers of tokens from each rank); gloo wants equal shapes in all_gather and in reduce_scatter."""
+    from megatron.core.tensor_parallel import mappings
+
+    even_gather, even_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather(
+        x: torch.Tensor, group: Any, output_split_sizes: list[int] | None = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return even_gather(x, group, output_split_sizes, use_global_buffer)
+        filled = x.new_zeros(max(output_split_sizes), *x.shape[1:])
+        filled[: x.shape[0]] = x
+        parts = [torch.empty_like(filled) for _ in output_split_sizes]
+        torch.distributed.all_gather(parts, filled, group=group)
+        return torch.cat([part[:rows] for part, rows in zip(parts, output_split_sizes, strict=True)])
+
+    def scatter(
+        x: torch.Tensor, group: Any, input_split_sizes: list[int] | None = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return even_scatter(x, group, input_split_sizes, use_global_buffer)
+        total = x.contiguous().clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total.split(input_split_sizes)[group.rank()].clone()
+
+    mappings._gather_along_first_dim = gather
+    mappings._reduce_scatter_along_first_dim = scatter

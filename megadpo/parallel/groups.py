@@ -1,6 +1,8 @@
 """Process groups: the layout of a run, and the only importer of megatron-core's parallel_state.
 
 World ranks are ordered tp - cp - ep - dp - pp (megatron-core's default), so tensor-parallel ranks are neighbours.
+Experts have a grid of their own over the ranks of a stage, ordered expert tensor - expert - expert data: its sizes need
+not be the dense layers', and the data-parallel size of an expert is what remains of the stage.
 """
 
 from __future__ import annotations
@@ -20,7 +22,13 @@ class Layout:
 
     tensor: int = 1
     pipeline: int = 1
+    virtual_pipeline: int = 1
+    """Model chunks that each pipeline stage holds."""
     sequence_parallel: bool = False
+    expert: int = 1
+    """Ranks that share out the experts of a layer."""
+    expert_tensor: int = 1
+    """Ranks that cut each expert."""
 
     def data(self, world_size: int) -> int:
         """Data-parallel size in a world of `world_size` ranks; ValueError where it does not divide."""
@@ -45,6 +53,8 @@ class ParallelContext:
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
+    ep_rank: int = 0
+    etp_rank: int = 0
 
     @property
     def tp_size(self) -> int:
@@ -55,12 +65,16 @@ class ParallelContext:
         return self.layout.pipeline
 
     @property
-    def is_first_stage(self) -> bool:
-        return self.pp_rank == 0
+    def chunks_per_stage(self) -> int:
+        return self.layout.virtual_pipeline
 
-    @property
-    def is_last_stage(self) -> bool:
-        return self.pp_rank == self.pp_size - 1
+    def is_first_chunk(self, chunk: int) -> bool:
+        """Whether this rank's chunk number `chunk` is where the model begins."""
+        return self.pp_rank == 0 and chunk == 0
+
+    def is_last_chunk(self, chunk: int) -> bool:
+        """Whether this rank's chunk number `chunk` is where the model ends."""
+        return self.pp_rank == self.pp_size - 1 and chunk == self.chunks_per_stage - 1
 
     def total_from_last_stage(self, tensor: torch.Tensor) -> None:
         """Sum `tensor` in place over the data-parallel ranks of the last stage, for every rank of the world.
@@ -94,6 +108,10 @@ def initialize(layout: Layout, device: torch.device, timeout_s: float = 1800.0) 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        # None, not 1: megatron-core takes any number for the interleaved schedule
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
         create_gloo_process_groups=device.type == "cuda",  # on a CPU the groups are gloo already
     )
     return ParallelContext(
@@ -108,6 +126,8 @@ def initialize(layout: Layout, device: torch.device, timeout_s: float = 1800.0) 
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
     )
 
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megadpo.data.pack import PackedBatch
 from megadpo.model.gpt import PairModel
-from megadpo.parallel import ParallelContext
+from megadpo.parallel import ParallelContext, run_pipeline
 
 
 class ResidentReference:
     """No gradients, no optimizer state, no gradient buffer: exactly its weights."""
 
-    def __init__(self, model: PairModel, parallel: ParallelContext) -> None:
-        self.model = model
+    def __init__(self, model: Sequence[PairModel], parallel: ParallelContext) -> None:
+        self.model = model  # the chunks of this rank
         self.parallel = parallel
 
     def logps(self, micro_batches: Sequence[PackedBatch]) -> list[torch.Tensor]:
@@ -29,24 +28,17 @@ class ResidentReference:
 
 @torch.no_grad()
 def answer_logps(
-    model: PairModel, micro_batches: Sequence[PackedBatch], parallel: ParallelContext
+    model: Sequence[PairModel], micro_batches: Sequence[PackedBatch], parallel: ParallelContext
 ) -> list[torch.Tensor]:
-    """`model` forward over the micro-batches through the pipeline schedule, in evaluation mode."""
-    was_training = model.training
-    model.eval()
+    """The chunks of `model` forward over the micro-batches through the pipeline schedule, in evaluation mode."""
+    was_training = model[0].training
+    for chunk in model:
+        chunk.eval()
 
-    def forward_step(iterator, stage):  # type: ignore[no-untyped-def]
-        return stage(next(iterator).to(parallel.device)), lambda logps, non_loss_data: logps
+    def forward_step(iterator, chunk):  # type: ignore[no-untyped-def]
+        return chunk(next(iterator).to(parallel.device)), lambda logps, non_loss_data: logps
 
-    outputs = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iter(micro_batches),
-        model=model,
-        num_microbatches=len(micro_batches),
-        seq_length=1,  # packs differ in length: the pipeline sends each shape ahead (variable_seq_lengths)
-        micro_batch_size=1,
-        forward_only=True,
-        collect_non_loss_data=True,
-    )
-    model.train(was_training)
+    outputs = run_pipeline(model, micro_batches, forward_step, forward_only=True)
+    for chunk in model:
+        chunk.train(was_training)
     return outputs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import os
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 
 from megadpo.config.architecture import read_architecture
 from megadpo.config.check import check_layout
+from megadpo.config.check_moe import unused_by_dense
 from megadpo.config.load import Purpose, as_dict, load_config, save_resolved
 from megadpo.config.metric import parse_duration_s
 from megadpo.config.problems import EXIT_REFUSED, ConfigError, UserError
@@ -74,14 +76,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def checked_config(path: str, overrides: Sequence[str], world_size: int | None, purpose: Purpose = "train") -> Config:
     """The config, held against the model's config.json and the world. Raises ConfigError with every problem."""
+    from megadpo.model.freeze import freeze_problems
     from megadpo.model.source import resolve_source
 
     cfg = load_config(path, overrides, purpose=purpose)
     source = resolve_source(cfg.policy.model_name, "policy.model_name")
-    problems = check_layout(cfg, read_architecture(source.hf_files), world_size)
+    arch = read_architecture(source.hf_files)
+    problems = check_layout(cfg, arch, world_size) + freeze_problems(cfg.policy.freeze, arch)
     if problems:
         raise ConfigError(problems)
-    return cfg
+    return dataclasses.replace(cfg, notes=(*cfg.notes, *unused_by_dense(cfg, arch)))
 
 
 def check_data(cfg: Config) -> int:
@@ -94,7 +98,7 @@ def check_data(cfg: Config) -> int:
     source = resolve_source(cfg.policy.model_name, "policy.model_name")
     arch = read_architecture(source.hf_files)
     if source.megatron is None:
-        problems = HfWeights.open(source.hf_files).problems(weight_table(arch))
+        problems = HfWeights.open(source.hf_files, table := weight_table(arch)).problems(table)
         if problems:
             raise ConfigError(problems)
     data = load_data(cfg, arch, source, dp_rank=0, dp_size=1)
@@ -106,6 +110,7 @@ def check_data(cfg: Config) -> int:
 
 def run_training(cfg: Config) -> int:
     """Set up, train, tear down. Every rank."""
+    from megadpo.optimizer import machine_problems
     from megadpo.parallel import destroy, initialize, setup_device
     from megadpo.train.loggers import MetricsLogger
     from megadpo.train.loop import train
@@ -114,7 +119,10 @@ def run_training(cfg: Config) -> int:
     from megadpo.train.setup import layout_of, prepare
     from megadpo.train.stop import StopWatcher
 
-    parallel = initialize(layout_of(cfg), setup_device(cfg.policy.device))
+    device = setup_device(cfg.policy.device)
+    if problems := machine_problems(cfg.policy, device):
+        raise ConfigError(problems)
+    parallel = initialize(layout_of(cfg), device)
     run = prepare(cfg, parallel)
     first = parallel.rank == 0
     must_save_by = cfg.checkpointing.checkpoint_must_save_by

@@ -15,14 +15,16 @@ import torch.distributed as dist
 
 from megadpo.config.architecture import read_architecture
 from megadpo.config.schema import Config
+from megadpo.data.dataset import load_datasets
+from megadpo.data.loader import GlobalBatchLoader
 from megadpo.data.tokenizer import load_tokenizer, pad_token_id
 from megadpo.model.build import build_model
-from megadpo.model.source import resolve_source
+from megadpo.model.source import resolve_source, tokenizer_source
 from megadpo.objective import metric_names
 from megadpo.parallel import ParallelContext
 from megadpo.reference import ResidentReference
 from megadpo.train.metrics import MetricSums
-from megadpo.train.setup import build_reference, fill, load_datasets, make_loader, seed_everything, tokenizer_source
+from megadpo.train.setup import build_reference, fill, seed_everything
 from megadpo.train.step import pair_loss
 
 
@@ -47,9 +49,16 @@ class Evaluator:
         arch = read_architecture(source.hf_files)
         tokenizer = load_tokenizer(str(tokenizer_source(cfg, source)))
         datasets = load_datasets(cfg, cfg.data.val_data_paths or {}, tokenizer, arch.vocab_size)
-        pad, rank, size = pad_token_id(tokenizer), parallel.dp_rank, parallel.dp_size
+        ranks = {
+            "dp_rank": parallel.dp_rank,
+            "dp_size": parallel.dp_size,
+            "pad_token_id": pad_token_id(tokenizer),
+        }
         whole = dataclasses.replace(cfg, dpo=dataclasses.replace(cfg.dpo, val_batches=0))  # evaluation means every pair
-        self.loaders = {name: make_loader(d, whole, rank, size, pad, training=False) for name, d in datasets.items()}
+        self.loaders = {
+            name: GlobalBatchLoader.from_config(data, whole, arch, training=False, **ranks)
+            for name, data in datasets.items()
+        }
         self.policy = ResidentReference(build_model(arch, cfg.policy, parallel, frozen=True), parallel)
         fill(self.policy.model, source, arch, parallel)
         named = cfg.dpo.reference.model_name is not None

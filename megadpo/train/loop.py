@@ -109,7 +109,7 @@ def save_and_prune(run: Run, position: TrainingPosition) -> None:
         folder,
         position,
         run.parallel,
-        model=run.trainer.policy.module,
+        model=run.trainer.model_to_save(),
         optimizer=run.trainer.optimizer if saving.save_optimizer else None,
         scheduler=run.trainer.scheduler,
         hf_files=run.source.hf_files,

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from megadpo.config.schema import Config
-from megadpo.model.build import count_parameters
+from megadpo.model.build import count_parameters, is_expert
 from megadpo.train.progress import RunSummary
 from megadpo.train.setup import Run
 
@@ -17,11 +17,11 @@ def summarise(run: Run) -> RunSummary:
     return RunSummary(
         model=cfg.policy.model_name,
         num_parameters=all_parameters(run),
-        layout={"TP": parallel.tp_size, "PP": parallel.pp_size, "DP": parallel.dp_size},
+        layout=layout_sizes(run),
         world_size=parallel.world_size,
         device=parallel.device.type,
         precision=cfg.policy.precision,
-        attention_kernel=run.trainer.policy.module.kernel.name,
+        attention_kernel=run.trainer.model[0].kernel.name,
         global_batch_pairs=cfg.policy.train_global_batch_size,
         micro_batch=micro_batch_words(cfg),
         total_steps=run.total_steps,
@@ -39,14 +39,23 @@ def summarise(run: Run) -> RunSummary:
     )
 
 
+def layout_sizes(run: Run) -> dict[str, int]:
+    """The parallel sizes under their short names; those of experts where there are any."""
+    parallel, layout = run.parallel, run.parallel.layout
+    sizes = {"TP": parallel.tp_size, "PP": parallel.pp_size, "VPP": parallel.chunks_per_stage, "DP": parallel.dp_size}
+    return sizes if run.trainer.balance is None else sizes | {"EP": layout.expert, "ETP": layout.expert_tensor}
+
+
 def all_parameters(run: Run) -> int:
     """Parameters of the whole model: replicated ones once, tied embeddings once."""
-    policy = run.trainer.policy.module
-    tp = run.parallel.tp_size
-    mine = sum(p.numel() for p in policy.parameters() if getattr(p, "tensor_model_parallel", False)) * tp
-    mine += count_parameters(policy) - mine // tp
-    if policy.share_embeddings_and_output_weights and policy.post_process and not policy.pre_process:
-        mine -= policy.output_layer.weight.numel() * tp  # the last stage's copy
+    chunks, layout, tp = run.trainer.model, run.parallel.layout, run.parallel.tp_size
+    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    experts = sum(p.numel() for p in parameters if is_expert(p))
+    shards = sum(p.numel() for p in parameters if getattr(p, "tensor_model_parallel", False)) - experts
+    mine = count_parameters(chunks) + shards * (tp - 1) + experts * (layout.expert * layout.expert_tensor - 1)
+    last = chunks[-1]
+    if last.share_embeddings_and_output_weights and last.post_process and not last.pre_process:
+        mine -= last.output_layer.weight.numel() * tp  # the last stage's copy
     counted = torch.tensor([mine], dtype=torch.int64, device=run.parallel.device)
     dist.all_reduce(counted, group=run.parallel.pp_group)
     return int(counted.item())

@@ -6,10 +6,10 @@ from __future__ import annotations
 import dataclasses
 import random
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,22 +18,23 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megadpo.checkpoint import CheckpointInfo, TrainingPosition, load_training_state, load_weights, newest_checkpoint
 from megadpo.config.architecture import Architecture, read_architecture
 from megadpo.config.metric import parse_metric_name
-from megadpo.config.problems import ConfigError, DataError, Problem
+from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
-from megadpo.data.dataset import PairDataset
+from megadpo.data.dataset import PairDataset, load_datasets
 from megadpo.data.loader import GlobalBatch, GlobalBatchLoader
 from megadpo.data.tokenizer import load_tokenizer, pad_token_id
 from megadpo.model.build import build_model
+from megadpo.model.freeze import freeze
 from megadpo.model.gpt import PairModel
-from megadpo.model.source import ModelSource, resolve_source
-from megadpo.model.weights.load import load_hf_weights
+from megadpo.model.source import ModelSource, resolve_source, tokenizer_source
+from megadpo.model.weights.load import load_hf_weights, place_of
 from megadpo.optimizer import build_optimizer, build_scheduler, wrap_for_training
 from megadpo.parallel import Layout, ParallelContext
 from megadpo.reference import ResidentReference
 from megadpo.train.step import Trainer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,10 @@ def layout_of(cfg: Config) -> Layout:
     return Layout(
         tensor=megatron.tensor_model_parallel_size,
         pipeline=megatron.pipeline_model_parallel_size,
+        virtual_pipeline=megatron.virtual_pipeline_model_parallel_size,
         sequence_parallel=megatron.sequence_parallel,
+        expert=megatron.expert_model_parallel_size,
+        expert_tensor=megatron.expert_tensor_parallel_size,
     )
 
 
@@ -91,6 +95,7 @@ def prepare(cfg: Config, parallel: ParallelContext) -> Run:
     resume = find_resume(cfg, data)
 
     policy = build_model(arch, cfg.policy, parallel, frozen=False)
+    freeze(policy, cfg.policy.freeze, arch)
     if resume is None:
         fill(policy, source, arch, parallel)
     wrapped = wrap_for_training(policy, cfg.policy)
@@ -103,12 +108,20 @@ def prepare(cfg: Config, parallel: ParallelContext) -> Run:
         reference=build_reference(cfg, source, arch, parallel),
         optimizer=optimizer,
         scheduler=scheduler,
+        log_balance_per_layer=cfg.policy.megatron_cfg.moe_per_layer_logging,
     )
     position = TrainingPosition(
         step=0, epoch=0, batch=0, data_fingerprint=data.train.fingerprint, data_settings=data_settings(cfg)
     )
     if resume is not None:
-        load_training_state(resume, parallel, model=policy, optimizer=optimizer, scheduler=scheduler)
+        load_training_state(
+            resume,
+            parallel,
+            model=policy,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            some_frozen=bool(cfg.policy.freeze),
+        )
         position = resume.position
     return Run(cfg, parallel, source, data, trainer, position, total_steps)
 
@@ -127,9 +140,11 @@ def load_data(cfg: Config, arch: Architecture, source: ModelSource, *, dp_rank: 
     paths = {"": cfg.data.train_data_path, **(cfg.data.val_data_paths or {})}
     datasets = load_datasets(cfg, paths, tokenizer, arch.vocab_size)
     train = datasets.pop("")
-    pad = pad_token_id(tokenizer)
-    train_loader = make_loader(train, cfg, dp_rank, dp_size, pad, training=True)
-    loaders = {name: make_loader(data, cfg, dp_rank, dp_size, pad, training=False) for name, data in datasets.items()}
+    ranks: dict[str, Any] = {"dp_rank": dp_rank, "dp_size": dp_size, "pad_token_id": pad_token_id(tokenizer)}
+    train_loader = GlobalBatchLoader.from_config(train, cfg, arch, training=True, **ranks)
+    loaders = {
+        name: GlobalBatchLoader.from_config(data, cfg, arch, training=False, **ranks) for name, data in datasets.items()
+    }
     reports = [str(data.report) for data in (train, *datasets.values())]
     if train_loader.dropped_pairs_per_epoch:
         reports.append(
@@ -137,58 +152,6 @@ def load_data(cfg: Config, arch: Architecture, source: ModelSource, *, dp_rank: 
             f"of {cfg.policy.train_global_batch_size} and are left out"
         )
     return RunData(train, train_loader, loaders, reports)
-
-
-def load_datasets(
-    cfg: Config, paths: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, vocab_size: int
-) -> dict[str, PairDataset]:
-    """Name -> pairs of each file. Raises DataError with every problem of every file."""
-    datasets: dict[str, PairDataset] = {}
-    problems: list[Problem] = []
-    for name, path in paths.items():
-        try:
-            datasets[name] = PairDataset(cfg, tokenizer, path)
-        except DataError as error:
-            problems += error.problems
-            continue
-        largest = datasets[name].max_token_id
-        if largest >= vocab_size:
-            expected = f"token ids below the model's vocabulary of {vocab_size}"
-            problems.append(Problem(path, largest, expected, "use the tokenizer of this model (policy.tokenizer.name)"))
-    if problems:
-        raise DataError(problems)
-    return datasets
-
-
-def tokenizer_source(cfg: Config, source: ModelSource) -> Path | str:
-    """The tokenizer's folder or hub name: by default the model's own, which a Megatron folder keeps in hf/."""
-    name = cfg.policy.tokenizer.name
-    return source.hf_files if name == cfg.policy.model_name else name
-
-
-def make_loader(
-    dataset: PairDataset, cfg: Config, dp_rank: int, dp_size: int, pad_token_id: int, *, training: bool
-) -> GlobalBatchLoader:
-    """Training: the config's order, whole global batches only. Validation: file order, every pair."""
-    packing = cfg.policy.sequence_packing
-    pairs = cfg.policy.train_micro_batch_size if training else cfg.dpo.val_micro_batch_size
-    return GlobalBatchLoader(
-        dataset,
-        global_batch_size=cfg.policy.train_global_batch_size if training else cfg.dpo.val_global_batch_size,
-        shuffle=cfg.data.shuffle and training,
-        seed=cfg.dpo.seed,
-        dp_rank=dp_rank,
-        dp_size=dp_size,
-        # without packing a micro-batch is rows, each with its own prompt
-        share_prompt=packing.enabled and packing.share_prompt,
-        pad_token_id=pad_token_id,
-        pad_to_multiple=cfg.policy.make_sequence_length_divisible_by,
-        budget_tokens=packing.train_mb_tokens if packing.enabled else None,
-        pairs_per_micro_batch=None if packing.enabled else pairs,
-        drop_last=training,
-        limit_batches=None if training else cfg.dpo.val_batches,
-        num_workers=cfg.data.num_workers,
-    )
 
 
 def build_reference(
@@ -206,20 +169,22 @@ def build_reference(
     return ResidentReference(model, parallel)
 
 
-def fill(model: PairModel, source: ModelSource, arch: Architecture, parallel: ParallelContext) -> None:
-    """Load the weights that `source` names into this rank's stage."""
+def fill(model: Sequence[PairModel], source: ModelSource, arch: Architecture, parallel: ParallelContext) -> None:
+    """Load the weights that `source` names into the chunks of this rank."""
     if source.megatron is not None:
         load_weights(model, source.megatron)
     else:
-        load_hf_weights([model], arch, source.hf_files, tp_rank=parallel.tp_rank, tp_size=parallel.tp_size)
+        load_hf_weights(model, arch, source.hf_files, place_of(parallel))
 
 
 def data_settings(cfg: Config) -> dict[str, object]:
-    """What, beside the pairs themselves, decides which pairs a step sees."""
+    """What, beside the pairs themselves, must stay as it was: it decides which pairs a step sees, and which weights the
+    optimizer holds."""
     return {
         "dpo.seed": cfg.dpo.seed,
         "data.shuffle": cfg.data.shuffle,
         "policy.train_global_batch_size": cfg.policy.train_global_batch_size,
+        "policy.freeze": list(cfg.policy.freeze),
     }
 
 

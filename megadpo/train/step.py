@@ -16,14 +16,15 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megadpo.config.schema_dpo import DpoConfig
 from megadpo.data.loader import GlobalBatch
 from megadpo.data.pack import PackedBatch
+from megadpo.model.gpt import PairModel
+from megadpo.model.moe_balance import balance_metrics
 from megadpo.objective import LossOutput, dpo_loss, metric_names
 from megadpo.optimizer import guarded_step
-from megadpo.parallel import ParallelContext
+from megadpo.parallel import ParallelContext, run_pipeline
 from megadpo.reference import ResidentReference, answer_logps
 from megadpo.train.metrics import MetricSums
 
@@ -54,24 +55,37 @@ class Trainer:
         cfg: DpoConfig,
         parallel: ParallelContext,
         *,
-        policy: DistributedDataParallel,
+        policy: Sequence[DistributedDataParallel],
         reference: ResidentReference | None,
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
+        log_balance_per_layer: bool = False,
     ) -> None:
         self.cfg = cfg
+        self.balance = policy[0].module.balance  # of the layers of experts; None: a dense model
+        self.log_balance_per_layer = log_balance_per_layer
         self.parallel = parallel
         self.policy = policy
         self.reference = reference
         self.optimizer = optimizer
         self.scheduler = scheduler
-        config = policy.module.config
         # None: the loss is divided already, so gradients are finalised without a count.
-        config.finalize_model_grads_func = lambda chunks, _num_tokens, **groups: finalize_model_grads(
+        policy[0].module.config.finalize_model_grads_func = lambda chunks, _num_tokens, **groups: finalize_model_grads(
             chunks, None, **groups
         )
-        if policy.ddp_config.overlap_grad_reduce:
-            config.no_sync_func = policy.no_sync
+
+    @property
+    def model(self) -> list[PairModel]:
+        """The policy's chunks on this rank, without the wrappers that hold gradients."""
+        return [chunk.module for chunk in self.policy]
+
+    def model_to_save(self) -> list[PairModel]:
+        """`model` with the last update in every weight. Collectives: where `overlap_param_gather` has put it off to the
+        next forward pass, the all-gather over dp."""
+        for chunk in self.policy:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+        return self.model
 
     def step(self, batch: GlobalBatch) -> StepOutcome:
         """Train on one global batch. Raises NonFiniteLoss where the config says stop; weights are then untouched.
@@ -79,11 +93,16 @@ class Trainer:
         Collectives: the models' and the pipeline's, gradient reduction over dp, one all-reduce of the metrics over dp
         and one broadcast over pp. One wait for the device, at the end.
         """
-        self.policy.zero_grad_buffer()
+        for chunk in self.policy:
+            chunk.zero_grad_buffer()
+            chunk.train()
         self.optimizer.zero_grad()
-        self.policy.train()
+        if self.balance is not None:
+            self.balance.start(num_tokens=batch.num_tokens, num_pairs=batch.num_pairs)
         sums = self._forward_backward(batch)
         metrics = sums.means()
+        if self.balance is not None:
+            metrics |= balance_metrics([self.balance], per_layer=self.log_balance_per_layer)
         lr = self.optimizer.param_groups[0]["lr"]
         grad_norm, updated = math.nan, False
         if math.isfinite(metrics["loss"]):
@@ -102,7 +121,7 @@ class Trainer:
         sums = MetricSums(self.parallel.device)
         for batch in batches:
             reference = self._reference_logps(batch.micro_batches)
-            policy = answer_logps(self.policy.module, batch.micro_batches, self.parallel)
+            policy = answer_logps(self.model, batch.micro_batches, self.parallel)
             for logps, reference_logps, micro_batch in zip(policy, reference, batch.micro_batches, strict=False):
                 sums.add(pair_loss(logps, reference_logps, micro_batch, self.cfg).metrics)
         return self._reduced(sums).means()
@@ -112,7 +131,7 @@ class Trainer:
         reference = iter(self._reference_logps(batch.micro_batches))
         sums = MetricSums(self.parallel.device)
 
-        def forward_step(iterator: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
+        def forward_step(iterator: Any, chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
             micro_batch = next(iterator).to(self.parallel.device)
 
             def loss_function(logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
@@ -120,17 +139,9 @@ class Trainer:
                 sums.add(output.metrics)
                 return output.loss_sum / batch.num_pairs, torch.zeros((), dtype=torch.int, device=logps.device), None
 
-            return model(micro_batch), loss_function
+            return chunk(micro_batch), loss_function
 
-        get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(batch.micro_batches),
-            model=self.policy,
-            num_microbatches=len(batch.micro_batches),
-            seq_length=1,  # packs differ in length: the pipeline sends each shape ahead (variable_seq_lengths)
-            micro_batch_size=1,
-            forward_only=False,
-        )
+        run_pipeline(self.policy, batch.micro_batches, forward_step, forward_only=False)
         return self._reduced(sums)
 
     def _reference_logps(self, micro_batches: Sequence[PackedBatch]) -> list[torch.Tensor | None]:

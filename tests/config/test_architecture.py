@@ -139,7 +139,7 @@ def test_sliding_window(name, said, window):
 
 REFUSED = [
     ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, ["architectures"]),
-    ({"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}, ["architectures"]),
+    ({"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}, ["architectures"]),
     ({"architectures": [], "model_type": "bert"}, ["architectures"]),
     ({"hidden_size": None}, ["hidden_size"]),
     ({"vocab_size": "many", "num_hidden_layers": 0}, ["num_hidden_layers", "vocab_size"]),

@@ -25,6 +25,8 @@ MEG = "policy__megatron_cfg__"
 TP = MEG + "tensor_model_parallel_size"
 PP = MEG + "pipeline_model_parallel_size"
 TP_FIELD, PP_FIELD = TP.replace("__", "."), PP.replace("__", ".")
+VPP = MEG + "virtual_pipeline_model_parallel_size"
+VPP_FIELD = VPP.replace("__", ".")
 FIRST, LAST = MEG + "num_layers_in_first_pipeline_stage", MEG + "num_layers_in_last_pipeline_stage"
 
 POSSIBLE = [
@@ -36,6 +38,9 @@ POSSIBLE = [
     ({PP: 2, FIRST: 15, LAST: 17}, {}, 2),
     ({PP: 4, FIRST: 7, LAST: 5}, {}, 4),
     ({TP: 2}, {"tie_word_embeddings": True}, 2),
+    ({PP: 4, VPP: 4}, {}, 4),
+    ({PP: 2, VPP: 4, FIRST: 12, LAST: 20}, {}, 2),
+    ({PP: 2, VPP: 2, "policy__sequence_packing__enabled": False}, {}, 2),
     ({"policy__max_total_sequence_length": 131072}, {}, 1),
     ({"policy__max_total_sequence_length": 4096}, {"sliding_window": 4096}, 1),
     ({"policy__train_global_batch_size": 3}, {}, 3),
@@ -68,6 +73,15 @@ IMPOSSIBLE = [
     ({PP: 2, FIRST: 10, LAST: 10}, {}, 2, [PP_FIELD], "num_layers_in_last_pipeline_stage (10)"),
     ({PP: 3, FIRST: 16, LAST: 16}, {}, 3, [PP_FIELD], "32 layers"),
     ({PP: 2, FIRST: 40}, {}, 2, [PP_FIELD], "32 layers"),
+    ({PP: 4, VPP: 3}, {}, 4, [VPP_FIELD], "8 + 8 + 8 + 8"),
+    ({PP: 2, VPP: 4, FIRST: 14}, {}, 2, [VPP_FIELD], "14 + 18"),
+    (
+        {PP: 4, VPP: 2, "policy__train_global_batch_size": 12, "policy__sequence_packing__enabled": False},
+        {},
+        4,
+        ["policy.train_global_batch_size"],
+        "multiple of 8",
+    ),
     (
         {"policy__max_total_sequence_length": 9000},
         {"max_position_embeddings": 8192},

@@ -44,6 +44,10 @@ BAD_VALUES = [
     ("policy__megatron_cfg__optimizer", 3, "a section"),
     ("policy__megatron_cfg__optimizer__params_dtype", "bfloat16", "float32"),
     ("data__val_data_paths", ["a.jsonl"], "a mapping"),
+    ("data__cache_dir", "", "text or null"),
+    ("data__cache_dir", True, "text or null"),
+    ("data__num_tokenize_workers", 0, ">= 1 or null"),
+    ("data__num_tokenize_workers", 2.5, "whole number"),
     ("checkpointing__keep_top_k", 0, ">= 1"),
     ("logger__log_dir", "", "text"),
 ]
@@ -60,7 +64,7 @@ def test_bad_value_is_refused_by_its_field(refusals, path, value, expected):
 
 
 def test_inside_a_list_and_a_mapping_the_item_is_named(refusals):
-    assert list(refusals(policy__megatron_cfg__recompute_modules=["mlp", "moe"])) == [
+    assert list(refusals(policy__megatron_cfg__recompute_modules=["mlp", "moe_act"])) == [
         "policy.megatron_cfg.recompute_modules[1]"
     ]
     found = refusals(data__val_data_paths={"a": "a.jsonl", "b": 3}, checkpointing__metric_name="validation-a_loss")

@@ -8,6 +8,9 @@ MEG = "policy__megatron_cfg__"
 OPT = MEG + "optimizer__"
 SCHED = MEG + "scheduler__"
 DDP = MEG + "distributed_data_parallel_config__"
+VPP = MEG + "virtual_pipeline_model_parallel_size"
+AWARE, SAVE = {OPT + "use_precision_aware_optimizer": True}, "checkpointing__save_optimizer"
+AWARE_FIELD = "policy.megatron_cfg.optimizer.use_precision_aware_optimizer"
 SETS = {"default": "v.jsonl", "my_set": "w.jsonl"}
 
 BROKEN = [
@@ -52,6 +55,33 @@ BROKEN = [
         },
         "policy.megatron_cfg.distributed_data_parallel_config.overlap_param_gather",
         "use_distributed_optimizer",
+    ),
+    ({VPP: 2}, "policy.megatron_cfg.virtual_pipeline_model_parallel_size", "1 with pipeline_model_parallel_size 1"),
+    (AWARE, AWARE_FIELD, "resumes is not proved"),
+    ({**AWARE, SAVE: False, OPT + "optimizer": "sgd"}, AWARE_FIELD, "sgd"),
+    ({**AWARE, SAVE: False, OPT + "use_distributed_optimizer": False}, AWARE_FIELD, "use_distributed_optimizer"),
+    ({**AWARE, SAVE: False, "policy__device": "cpu"}, AWARE_FIELD, "CUDA"),
+    ({OPT + "exp_avg_dtype": "bfloat16"}, "policy.megatron_cfg.optimizer.exp_avg_dtype", "float32"),
+    ({OPT + "exp_avg_sq_dtype": "bfloat16"}, "policy.megatron_cfg.optimizer.exp_avg_sq_dtype", "float32"),
+    (
+        {OPT + "optimizer_cpu_offload": True, OPT + "optimizer_offload_fraction": 0.5},
+        "policy.megatron_cfg.optimizer.optimizer_cpu_offload",
+        "use_precision_aware_optimizer",
+    ),
+    (
+        {OPT + "optimizer_offload_fraction": 0.5},
+        "policy.megatron_cfg.optimizer.optimizer_offload_fraction",
+        "0 without",
+    ),
+    (
+        {**AWARE, SAVE: False, OPT + "optimizer_cpu_offload": True},
+        "policy.megatron_cfg.optimizer.optimizer_offload_fraction",
+        "more than 0",
+    ),
+    (
+        {OPT + "overlap_cpu_optimizer_d2h_h2d": True},
+        "policy.megatron_cfg.optimizer.overlap_cpu_optimizer_d2h_h2d",
+        "false without",
     ),
     ({OPT + "min_lr": 1e-3}, "policy.megatron_cfg.optimizer.min_lr", "at most"),
     ({SCHED + "lr_warmup_init": 1e-3}, "policy.megatron_cfg.scheduler.lr_warmup_init", "at most"),
@@ -122,6 +152,16 @@ def test_broken_rule(refusals, changes, where, expected):
 
 
 KEPT = [
+    {MEG + "pipeline_model_parallel_size": 2, VPP: 2},
+    {
+        **AWARE,
+        SAVE: False,
+        OPT + "exp_avg_dtype": "bfloat16",
+        OPT + "optimizer_cpu_offload": True,
+        OPT + "optimizer_offload_fraction": 1.0,
+        OPT + "overlap_cpu_optimizer_d2h_h2d": True,
+    },
+    {MEG + "virtual_pipeline_model_parallel_size": None, "policy__freeze": None},
     {"dpo__preference_loss_weight": 0, "dpo__sft_loss_weight": 1, "dpo__reference__mode": "none"},
     {MEG + "sequence_parallel": True, MEG + "tensor_model_parallel_size": 2},
     {MEG + "pipeline_model_parallel_size": 2, MEG + "num_layers_in_first_pipeline_stage": 3},

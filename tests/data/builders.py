@@ -11,7 +11,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from megadpo.data.dataset import DataSettings, PairDataset
-from megadpo.data.pairs import PreferencePair, TokenIds, TokenizedPair
+from megadpo.data.pairs import LossMask, PreferencePair, TokenIds, TokenizedPair
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 _ids = st.lists(st.integers(1, 99), min_size=1, max_size=7)
@@ -23,9 +23,19 @@ def ids(*tokens: int) -> TokenIds:
 
 @st.composite
 def tokenized_pairs(draw: st.DrawFn, max_pairs: int = 5) -> list[TokenizedPair]:
-    """Up to max_pairs pairs of short texts, with rows that are not their places in the list."""
+    """Up to max_pairs pairs of short texts, some with loss masks, with rows that are not their places in the list."""
     texts = draw(st.lists(st.tuples(_ids, _ids, _ids), max_size=max_pairs))
-    return [TokenizedPair(10 + 3 * n, ids(*p), ids(*c), ids(*r)) for n, (p, c, r) in enumerate(texts)]
+    return [
+        TokenizedPair(10 + 3 * n, ids(*p), ids(*c), ids(*r), draw(loss_masks(len(c))), draw(loss_masks(len(r))))
+        for n, (p, c, r) in enumerate(texts)
+    ]
+
+
+@st.composite
+def loss_masks(draw: st.DrawFn, tokens: int) -> LossMask | None:
+    """A mask with something in the loss and something outside, or None."""
+    mask = np.array(draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens)), dtype=bool)
+    return mask if mask.any() and not mask.all() else None
 
 
 def text_pair(prompt: Any, chosen: Any, rejected: Any, line: int = 1) -> PreferencePair:
@@ -52,8 +62,14 @@ def dataset(folder: Path, num_pairs: int, **settings: Any) -> PairDataset:
 
 
 def equal_pairs(some: Sequence[TokenizedPair], others: Sequence[TokenizedPair]) -> bool:
-    return len(some) == len(others) and all(as_lists(a) == as_lists(b) for a, b in zip(some, others, strict=True))
+    return len(some) == len(others) and all(
+        as_lists(a) == as_lists(b) and _masks(a) == _masks(b) for a, b in zip(some, others, strict=True)
+    )
 
 
 def as_lists(pair: TokenizedPair) -> tuple[int, list[int], list[int], list[int]]:
     return pair.index, pair.prompt_ids.tolist(), pair.chosen_ids.tolist(), pair.rejected_ids.tolist()
+
+
+def _masks(pair: TokenizedPair) -> list[Any]:
+    return [None if mask is None else mask.tolist() for mask in (pair.chosen_mask, pair.rejected_mask)]

@@ -130,7 +130,16 @@ def test_the_config_decides(tmp_path: Path) -> None:
             tokenizer=Section(chat_template=CHATML, chat_template_kwargs=None),
         ),
         data=Section(
-            max_input_seq_length=32, on_too_long="truncate", prompt_key="q", chosen_key="good", rejected_key="bad"
+            max_input_seq_length=32,
+            on_too_long="truncate",
+            prompt_key="q",
+            chosen_key="good",
+            rejected_key="bad",
+            dataset_name="BinaryPreferenceDataset",
+            loss_on="differing_turns",
+            on_bad_row="drop",
+            cache_dir=str(tmp_path / "cache"),
+            num_tokenize_workers=None,
         ),
     )
     settings = DataSettings.from_config(cast(Config, cfg))
@@ -140,8 +149,64 @@ def test_the_config_decides(tmp_path: Path) -> None:
         chat_template=CHATML,
         chat_template_kwargs={},
         keys=FieldKeys("q", "good", "bad"),
+        dataset_name="BinaryPreferenceDataset",
+        loss_on="differing_turns",
+        on_bad_row="drop",
     )
     path = write_rows(tmp_path / "p.jsonl", [{"q": "the " * 50, "good": "yes", "bad": "no"}])
     pairs = PairDataset(cast(Config, cfg), tiny_tokenizer(), path)
     assert pairs[0].longest_sequence_tokens == 32 and pairs.report.with_chat_template
     assert pairs.fingerprint == PairDataset.with_settings(path, tiny_tokenizer(), settings).fingerprint
+    assert len(list((tmp_path / "cache").glob("*/header.json"))) == 1
+
+
+TURNS = [
+    {"role": "assistant", "content": "the sum"},
+    {"role": "user", "content": "sure?"},
+    {"role": "assistant", "content": "it is"},
+]
+
+
+def test_loss_masks_come_back_and_are_part_of_the_fingerprint(tmp_path: Path) -> None:
+    other = [{**TURNS[0], "content": "that"}, *TURNS[1:]]
+    path = write_rows(tmp_path / "p.jsonl", [row(0), {"prompt": "so?", "chosen": TURNS, "rejected": other}])
+
+    def read(loss_on: Any) -> PairDataset:
+        settings = DataSettings(max_total_sequence_length=256, chat_template=CHATML, loss_on=loss_on)
+        return PairDataset.with_settings(path, tiny_tokenizer(), settings)
+
+    last, differing = read("last_turn"), read("differing_turns")
+    plain, turns = last[0], last[1]
+    assert plain.chosen_mask is None and plain.rejected_mask is None
+    assert turns.chosen_mask is not None and 0 < turns.chosen_mask.sum() < turns.chosen_tokens
+    tokenizer = tiny_tokenizer()
+    assert tokenizer.decode(turns.chosen_ids[turns.chosen_mask]) == "it is<|im_end|>\n"
+    assert tokenizer.decode(differing[1].chosen_ids[differing[1].chosen_mask]) == "the sum<|im_end|>\n"
+    assert turns.chosen_ids.tolist() == differing[1].chosen_ids.tolist(), "only the mask differs"
+    assert last.fingerprint != differing.fingerprint
+    assert last.max_token_id == differing.max_token_id == max(max(map(max, as_lists(pair)[1:])) for pair in last)
+
+
+def test_the_largest_token_id_may_be_outside_the_loss(tmp_path: Path) -> None:
+    largest = len(tiny_tokenizer()) - 1
+    asked = {"role": "user", "content": tiny_tokenizer().decode([largest])}
+    turns = [TURNS[0], asked, TURNS[2]]
+    path = write_rows(tmp_path / "p.jsonl", [{"prompt": "so?", "chosen": turns, "rejected": "yes"}])
+    settings = DataSettings(max_total_sequence_length=256, chat_template=CHATML.replace("\n", ""))
+    pairs = PairDataset.with_settings(path, tiny_tokenizer(), settings)
+    place = pairs[0].chosen_ids.tolist().index(largest)
+    assert pairs[0].chosen_mask is not None and not pairs[0].chosen_mask[place]
+    assert pairs.max_token_id == largest
+
+
+def test_unusable_rows_are_left_out_and_counted(tmp_path: Path) -> None:
+    rows = [row(0), {"prompt": "x"}, row(2, chosen="</s>"), row(3), row(4, chosen="x" * 999)]
+    path = write_rows(tmp_path / "p.jsonl", rows)
+    settings = DataSettings(max_total_sequence_length=256, on_bad_row="drop", on_too_long="drop")
+    pairs = PairDataset.with_settings(path, tiny_tokenizer(), settings)
+    assert [pair.index for pair in pairs] == [0, 3] and pairs.source_of(3) == f"{path}:4"
+    report = pairs.report
+    assert (report.rows, report.pairs, report.dropped_bad_rows, report.dropped_too_long) == (5, 2, 2, 1)
+    assert f"2 rows left out that can't be used (the first: {path}:2: got" in str(report)
+    with pytest.raises(DataError, match="only special tokens"):
+        PairDataset.with_settings(write_rows(path, [row(2, chosen="</s>")]), tiny_tokenizer(), settings)

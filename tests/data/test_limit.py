@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,8 +31,9 @@ def test_no_pair_stays_over_the_limit_and_short_ones_stay_as_they_are(
     assert equal_pairs(dropped.pairs, short) and dropped.dropped_too_long == len(pairs) - len(short)
     cut = limit(pairs, max_tokens, "truncate")
     assert all(pair.longest_sequence_tokens <= max_tokens for pair in cut.pairs)
-    assert len(cut.pairs) + cut.dropped_equal_after_truncation == len(pairs)
-    assert cut.truncated + cut.dropped_equal_after_truncation == len(pairs) - len(short)
+    dropped_pairs = cut.dropped_equal_after_truncation + cut.dropped_unanswered_after_truncation
+    assert len(cut.pairs) + dropped_pairs == len(pairs)
+    assert cut.truncated + dropped_pairs == len(pairs) - len(short)
     assert {tuple(map(str, as_lists(pair))) for pair in short} <= {tuple(map(str, as_lists(p))) for p in cut.pairs}
 
 
@@ -95,3 +97,17 @@ def test_a_pair_whose_answers_the_cut_makes_equal_is_dropped_and_counted() -> No
 def test_a_limit_too_small_for_anything_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 3"):
         limit([SHORT], 2, "drop")
+
+
+def test_a_cut_keeps_masks_and_drops_a_pair_that_loses_its_turns_in_the_loss() -> None:
+    def pair(first: int) -> TokenizedPair:
+        mask = np.arange(6) >= first
+        return TokenizedPair(0, ids(1, 2), ids(*range(10, 16)), ids(*range(20, 26)), mask, None)
+
+    cut = apply_limit(
+        [pair(2), pair(4)], max_tokens=5, on_too_long="truncate", sources=["a:1", "a:2"], bos_token_id=None
+    )
+    assert (cut.truncated, cut.dropped_unanswered_after_truncation) == (1, 1)
+    assert cut.pairs[0].chosen_mask is not None and cut.pairs[0].rejected_mask is None
+    assert cut.pairs[0].chosen_mask.tolist() == [False, False, True, True]
+    assert cut.pairs[0].chosen_ids.tolist() == [10, 11, 12, 13]

@@ -14,10 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megadpo.config.problems import DataError
-from megadpo.data.dataset import DataSettings, PairDataset
+from megadpo.data.dataset import DataSettings, PairDataset, TokenizedPairs
 from megadpo.data.loader import GlobalBatch, GlobalBatchLoader
 from megadpo.data.pack import PackedBatch, pack_pairs
-from tests.data.builders import dataset, row, write_rows
+from megadpo.data.pairs import TokenizedPair
+from megadpo.data.tokens import TokenArrays, TokenizedFile
+from megadpo.data.work import WorkModel
+from tests.data.builders import dataset, ids, row, write_rows
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 
@@ -26,7 +29,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> PairDataset:
     return dataset(tmp_path_factory.mktemp("data"), 23)
 
 
-def loader(pairs: PairDataset, **changes: Any) -> GlobalBatchLoader:
+def loader(pairs: TokenizedPairs, **changes: Any) -> GlobalBatchLoader:
     defaults: dict[str, Any] = {
         "global_batch_size": 4,
         "shuffle": True,
@@ -163,6 +166,28 @@ def test_ranks_without_pairs_get_padding(pairs: PairDataset) -> None:
     assert pack.num_pairs == 0 and pack.tokens.tolist() == [2] * 8 and batch.num_pairs == 2
 
 
+def test_the_work_model_decides_what_ranks_get(pairs: PairDataset) -> None:
+    """Long prompts and long answers in turn, as many tokens each: by tokens, one rank gets all the long answers."""
+    texts = [(96, 2, 2), (2, 49, 49)] * 8
+    arrays = TokenArrays.of(
+        [TokenizedPair(row, *(ids(*range(3, 3 + length)) for length in lengths)) for row, lengths in enumerate(texts)]
+    )
+    lines = np.arange(1, 17)
+    made = TokenizedPairs(
+        TokenizedFile(arrays=arrays, lines=lines, report=pairs.report, fingerprint="", max_token_id=99)
+    )
+
+    def answers(**options: Any) -> list[int]:
+        options = {"global_batch_size": 16, "budget_tokens": 2000, "dp_size": 2, "shuffle": False, **options}
+        ((positions, plan),) = loader(made, **options).plans(0)
+        assert positions.tolist() == list(range(16))
+        return [sum(sum(texts[number][1:]) for pack in rank for number in pack) for rank in plan]
+
+    answers_cost_all = WorkModel(per_token=1, per_answer_token=10**6, per_query_key=0)
+    assert answers() == [32, 784]
+    assert min(answers(work_model=answers_cost_all)) > 400
+
+
 def test_a_pair_over_the_budget_is_refused_at_its_line_with_the_need(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "p.jsonl", [row(0), row(1, prompt="the " * 60), row(2)])
     long = PairDataset.with_settings(path, tiny_tokenizer(), DataSettings(max_total_sequence_length=500))
@@ -203,6 +228,13 @@ def test_a_start_outside_the_epoch_is_refused(pairs: PairDataset) -> None:
     for start in (6, -1):
         with pytest.raises(ValueError, match="start_batch"):
             next(loader(pairs).batches(0, start_batch=start))
+
+
+def test_token_ids_are_released_after_every_batch(pairs: PairDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    released: list[int] = []
+    monkeypatch.setattr(pairs, "release", lambda: released.append(1))
+    batches = list(loader(pairs).batches(0))
+    assert len(released) == len(batches) == 5
 
 
 # In the background

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -33,9 +34,13 @@ def answers_of(batch: PackedBatch) -> list[list[tuple[list[int], int]]]:
 
 def expected_answers(pairs: list[TokenizedPair]) -> list[list[tuple[list[int], int]]]:
     return [
-        [(pair.prompt_ids.tolist() + answer[:number], token) for number, token in enumerate(answer)]
+        [
+            (pair.prompt_ids.tolist() + answer.tolist()[:number], int(token))
+            for number, token in enumerate(answer)
+            if mask is None or mask[number]
+        ]
         for pair in pairs
-        for answer in (pair.chosen_ids.tolist(), pair.rejected_ids.tolist())
+        for answer, mask in ((pair.chosen_ids, pair.chosen_mask), (pair.rejected_ids, pair.rejected_mask))
     ]
 
 
@@ -50,7 +55,7 @@ def test_each_answer_token_is_predicted_from_prompt_and_answer_so_far(
     batch = pack(pairs, share_prompt=share_prompt, multiple=multiple)
     assert answers_of(batch) == expected_answers(pairs)
     assert batch.answer_index.tolist() == sorted(batch.answer_index.tolist())
-    assert batch.answer_tokens.tolist() == [len(a) for p in pairs for a in (p.chosen_ids, p.rejected_ids)]
+    assert batch.answer_tokens.tolist() == [len(answer) for answer in expected_answers(pairs)]
     assert batch.pair_indices.tolist() == [pair.index for pair in pairs]
 
 
@@ -156,6 +161,19 @@ def test_to_cuda_brings_the_same_numbers() -> None:
 def test_a_text_without_tokens_is_refused_by_name(prompt, chosen, rejected, what: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(DataError, match=f"pair 5: .*{what}"):
         pack([TWO_PAIRS[0], TokenizedPair(5, prompt, chosen, rejected)])
+
+
+def test_an_answer_without_tokens_in_the_loss_is_refused_by_name() -> None:
+    with pytest.raises(DataError, match="pair 5: .*rejected"):
+        pack([TokenizedPair(5, ids(1), ids(2), ids(3, 4), None, np.zeros(2, dtype=bool))])
+
+
+def test_tokens_outside_the_loss_stand_in_the_run_and_are_not_predicted() -> None:
+    mask = np.array([False, True, False])
+    batch = pack([TokenizedPair(0, ids(1), ids(4, 5, 6), ids(7), mask, None)])
+    assert batch.tokens.tolist() == [1, 4, 5, 6, 7]
+    assert batch.predict_index.tolist() == [1, 0] and batch.targets.tolist() == [5, 7]
+    assert batch.answer_index.tolist() == [0, 1] and batch.answer_tokens.tolist() == [1, 1]
 
 
 def test_a_multiple_below_one_is_refused() -> None:

@@ -74,7 +74,7 @@ def test_further_keys_of_messages_are_kept_for_the_template(tmp_path: Path) -> N
         ({"prompt": [{"role": 1, "content": "x"}]}, "message 0 of field 'prompt' with role of type int"),
         ({"prompt": [{"role": "user", "content": None}]}, "with content of type null"),
         ({"prompt": [USER, ANSWER]}, "ends in an assistant message"),
-        ({"chosen": []}, "field 'chosen' with the roles"),
+        ({"chosen": []}, "field 'chosen' without messages"),
         ({"chosen": [USER, ANSWER]}, "with the roles ['user', 'assistant']"),
         (
             {"chosen": [{"role": "assistant", "content": " "}]},

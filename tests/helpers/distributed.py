@@ -9,26 +9,30 @@
     def test_sum():
         assert run_distributed(sum_of_ranks, 2, 10) == [21, 21]
 
-Processes, not threads: megatron-core keeps its groups in module globals, and its checkpoint writer forks.
+Processes, not threads: megatron-core keeps its groups in module globals, and its checkpoint writer forks. Ranks are
+forked from a server that has imported torch and megatron-core already: that import takes most of a short test's time.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from tests.helpers.distributed_worker import be_rank
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 POLL_S = 0.02
 GRACE_S = 1.0  # after the first failure: time for another rank to write down what it saw, before all are killed
 TAIL_CHARACTERS = 4000
+PRELOADED = ["megadpo.train.command", "megadpo.train.evaluation", "megadpo.train.loop", "tests.helpers.runs"]
 
 
 class DistributedError(AssertionError):
@@ -67,7 +71,7 @@ def run_distributed(
         return [pickle.loads((Path(folder) / f"result_{rank}.pkl").read_bytes()) for rank in range(world_size)]
 
 
-def _start(rank: int, world_size: int, port: int, folder: Path, extra: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def _start(rank: int, world_size: int, port: int, folder: Path, extra: Mapping[str, str]) -> BaseProcess:
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -82,25 +86,22 @@ def _start(rank: int, world_size: int, port: int, folder: Path, extra: Mapping[s
         "LOCAL_WORLD_SIZE": str(world_size),
         **extra,
     }
-    with (folder / f"output_{rank}.txt").open("wb") as output:
-        return subprocess.Popen(
-            [sys.executable, "-m", "tests.helpers.distributed_worker", str(folder)],
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that a rank's own children (checkpoint writers) die with it
-        )
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=be_rank, args=(folder, environment))
+    process.start()
+    return process
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], folder: Path, name: str, timeout_s: float) -> None:
+def _wait(ranks: list[BaseProcess], folder: Path, name: str, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
-    while None in (codes := [rank.poll() for rank in ranks]):
+    while None in (codes := [rank.exitcode for rank in ranks]):
         if any(codes):
             break
         if time.monotonic() > deadline:
             for rank in ranks:
-                if rank.poll() is None:
-                    rank.send_signal(signal.SIGUSR1)  # the worker answers with the stacks of its threads
+                if rank.exitcode is None and rank.pid is not None:
+                    os.kill(rank.pid, signal.SIGUSR1)  # the worker answers with the stacks of its threads
             time.sleep(GRACE_S)
             outputs = "\n".join(_output(folder, number) for number in range(len(ranks)))
             raise DistributedError(f"{name} on {len(ranks)} ranks: not done after {timeout_s:.0f} s\n{outputs}")
@@ -110,13 +111,13 @@ def _wait(ranks: list[subprocess.Popen[bytes]], folder: Path, name: str, timeout
         raise DistributedError(f"{name} on {len(ranks)} ranks: {_first_failure(ranks, folder)}")
 
 
-def _first_failure(ranks: list[subprocess.Popen[bytes]], folder: Path) -> str:
+def _first_failure(ranks: list[BaseProcess], folder: Path) -> str:
     """The traceback written first is the cause; later ones are other ranks seeing their partner gone."""
     text = ""
-    failed = [number for number, rank in enumerate(ranks) if rank.poll()]
+    failed = [number for number, rank in enumerate(ranks) if rank.exitcode]
     for number in failed:
         if not (folder / f"error_{number}.txt").exists():  # killed by a signal: no traceback, but perhaps the cause
-            text += f"rank {number} ended with code {ranks[number].returncode}\n{_output(folder, number)}\n"
+            text += f"rank {number} ended with code {ranks[number].exitcode}\n{_output(folder, number)}\n"
     wrote = [number for number in failed if (folder / f"error_{number}.txt").exists()]
     if wrote:
         first = min(wrote, key=lambda number: (folder / f"error_{number}.txt").stat().st_mtime_ns)
@@ -129,11 +130,12 @@ def _output(folder: Path, rank: int) -> str:
     return f"--- output of rank {rank} ---\n{text[-TAIL_CHARACTERS:]}"
 
 
-def _kill(ranks: list[subprocess.Popen[bytes]]) -> None:
+def _kill(ranks: list[BaseProcess]) -> None:
     for rank in ranks:
+        assert rank.pid is not None
         try:
             os.killpg(rank.pid, signal.SIGKILL)
         except ProcessLookupError:
-            continue
+            rank.kill()  # it has not come so far as to lead a group of its own, or is gone
     for rank in ranks:
-        rank.wait()
+        rank.join()

@@ -1,4 +1,4 @@
-"""One rank of tests/helpers/distributed.py: `python -m tests.helpers.distributed_worker FOLDER`."""
+"""One rank of tests/helpers/distributed.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,18 @@ import traceback
 from pathlib import Path
 
 
-def main(folder: Path) -> int:
+def be_rank(folder: Path, environment: dict[str, str]) -> None:
+    """Runs the call that `folder` holds and leaves its result or error there; ends the process with 0 or 1."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.setsid()  # so that a rank's own children (checkpoint writers) die with it
+    output = os.open(folder / f"output_{environment['RANK']}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.exit(_run(folder))
+
+
+def _run(folder: Path) -> int:
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
@@ -37,10 +48,7 @@ def main(folder: Path) -> int:
         return 1
     finally:
         sys.stdout.flush()
+        sys.stderr.flush()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))

@@ -17,10 +17,12 @@ def test_data_parallel_size_is_what_remains():
 
 
 def places_and_totals():
-    parallel = initialize(Layout(tensor=2, pipeline=2), setup_device("auto"))
+    parallel = initialize(Layout(tensor=2, pipeline=2, virtual_pipeline=2), setup_device("auto"))
     total = torch.tensor([10.0 ** dist.get_rank()])
     parallel.total_from_last_stage(total)
-    place = (parallel.tp_rank, parallel.pp_rank, parallel.dp_rank, parallel.is_first_stage, parallel.is_last_stage)
+    ends = parallel.is_first_chunk(0), parallel.is_last_chunk(1)
+    place = (parallel.tp_rank, parallel.pp_rank, parallel.dp_rank, *ends)
+    assert not parallel.is_first_chunk(1) and not parallel.is_last_chunk(0)
     return place, total.item()
 
 

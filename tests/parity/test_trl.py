@@ -22,7 +22,7 @@ def assert_same_as_trl(case_name: str, layout_name: str, folder: Path) -> None:
     spec = parity_trl.prepare(parity_trl.CASES[case_name], HH_DATA, folder)
     theirs = parity_trl.check_stored(case_name, spec)
     layout = parity_trl.LAYOUTS[layout_name]
-    ours = sides.run_ours(spec, layout, longest_tokens=parity_trl.LONGEST_TOKENS).steps
+    ours = sides.run_ours(spec, layout, longest=parity_trl.LONGEST_TOKENS).steps
     lines, good = parity_trl.compare(theirs, ours)
     assert good, "\n".join(lines)
 

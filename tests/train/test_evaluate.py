@@ -9,7 +9,7 @@ import torch
 
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import make_config, make_model, read_metrics, train
-from tests.train.test_layouts import PP2, SP, TP2
+from tests.train.test_layouts import PP2, SP, TP2, VPP2
 
 
 def evaluate(config, overrides):
@@ -35,7 +35,7 @@ def test_evaluation_equals_validation_and_file_order(tmp_path):
     trained = read_metrics(tmp_path / "logs")[-1]
     checkpoint = tmp_path / "checkpoints/step_2"
     named = [f"policy.model_name={checkpoint}", f"dpo.reference.model_name={model}"]
-    codes = run_distributed(evaluate, 4, str(config), [*named, TP2, SP, PP2], init_process_group=False)
+    codes = run_distributed(evaluate, 4, str(config), [*named, TP2, SP, PP2, VPP2], init_process_group=False)
     assert codes == [0] * 4
     metrics = json.loads((tmp_path / "logs/evaluation.json").read_text())
     for name in ("loss", "preference_loss", "rewards/margins", "rewards/accuracies", "logps/chosen"):

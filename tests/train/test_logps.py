@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -29,6 +31,15 @@ CASES = {
 LENGTHS = [(40, 20, 7), (1, 1, 2), (3, 50, 30), (25, 9, 11)]
 
 
+def some_pairs():
+    """Of unlike lengths; the third has answers with tokens outside the loss, the first and the last among them."""
+    pairs = random_pairs(LENGTHS, 320)
+    chosen, rejected = pairs[2].chosen_tokens, pairs[2].rejected_tokens
+    masks = {"chosen_mask": np.arange(chosen) % 5 > 1, "rejected_mask": np.arange(rejected) < rejected - 1}
+    pairs[2] = dataclasses.replace(pairs[2], **masks)
+    return pairs
+
+
 def logps_of_packs(folders, tensor, pipeline):
     """{case: {share_prompt: logps}} on the last stage, None elsewhere."""
     from megadpo.config.architecture import read_architecture
@@ -36,7 +47,7 @@ def logps_of_packs(folders, tensor, pipeline):
     from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
     from megadpo.data.pack import pack_pairs
     from megadpo.model.build import build_model
-    from megadpo.model.weights.load import load_hf_weights
+    from megadpo.model.weights.load import load_hf_weights, place_of
     from megadpo.parallel import Layout, initialize, setup_device
     from megadpo.reference import ResidentReference
 
@@ -49,10 +60,9 @@ def logps_of_packs(folders, tensor, pipeline):
             model_name=folder, tokenizer=TokenizerConfig(name=folder), precision="float32", megatron_cfg=sizes
         )
         model = build_model(arch, policy, parallel, frozen=True)
-        load_hf_weights([model], arch, folder, tp_rank=parallel.tp_rank, tp_size=parallel.tp_size)
+        load_hf_weights(model, arch, folder, place_of(parallel))
         packs = [
-            pack_pairs(random_pairs(LENGTHS, 320), share_prompt=share, pad_to_multiple=8, pad_token_id=0)
-            for share in (True, False)
+            pack_pairs(some_pairs(), share_prompt=share, pad_to_multiple=8, pad_token_id=0) for share in (True, False)
         ]
         results[case] = ResidentReference(model, parallel).logps(packs)
     return results
@@ -64,12 +74,13 @@ def transformers_logps(folder):
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     sums = []
-    for pair in random_pairs(LENGTHS, 320):
-        for answer in (pair.chosen_ids, pair.rejected_ids):
+    for pair in some_pairs():
+        for answer, mask in ((pair.chosen_ids, pair.chosen_mask), (pair.rejected_ids, pair.rejected_mask)):
             ids = torch.from_numpy(np.concatenate([pair.prompt_ids, answer])).long()[None]
             with torch.no_grad():
                 logps = model(ids).logits[0, :-1].double().log_softmax(-1)
-            sums.append(logps.gather(1, ids[0, 1:, None])[-len(answer) :].sum())
+            answer_logps = logps.gather(1, ids[0, 1:, None])[-len(answer) :, 0]
+            sums.append(answer_logps.sum() if mask is None else answer_logps[torch.from_numpy(mask)].sum())
     return torch.stack(sums)
 
 

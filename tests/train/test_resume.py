@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import make_config, make_model, make_pairs, read_metrics, train
-from tests.train.test_layouts import DIST, PP2, SP, TP2
+from tests.train.test_layouts import DIST, PP2, SP, TP2, VPP2
 
 BF16 = "policy.precision=bfloat16"
 SAVING = {"enabled": True, "save_period": 2}
@@ -20,6 +20,8 @@ CASES = {
     "dp2": (2, []),
     "dp2_distributed_optimizer": (2, [DIST]),
     "pp2_bf16_distributed_optimizer": (2, [PP2, BF16, DIST]),
+    "pp2_vpp2": (2, [PP2, VPP2]),
+    "dp2_pp2_vpp2_bf16_distributed_optimizer": (4, [PP2, VPP2, BF16, DIST]),
 }
 NAMES = ("train/loss", "train/grad_norm", "train/rewards/margins", "train/lr")
 COSINE = {"megatron_cfg": {"scheduler": {"lr_decay_style": "cosine", "lr_warmup_iters": 2, "lr_decay_iters": 8}}}
@@ -56,15 +58,23 @@ def test_resume_is_bit_for_bit(name, model, tmp_path):
 
 
 @pytest.mark.distributed
-def test_resume_in_another_layout(model, tmp_path):
+@pytest.mark.parametrize(
+    "stages",
+    [
+        [(2, [DIST, TP2, SP]), (2, [DIST, PP2]), (2, [DIST])],
+        [(2, [DIST, PP2, VPP2]), (2, [DIST, TP2]), (2, [DIST, PP2, VPP2])],
+        [(2, [PP2, VPP2]), (1, []), (2, [PP2, VPP2])],
+    ],
+    ids=["distributed_optimizer", "virtual_pipeline_distributed_optimizer", "virtual_pipeline"],
+)
+def test_resume_in_another_layout(stages, model, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):
         folder.mkdir()
         make_config(folder, model, policy=COSINE, checkpointing=SAVING)
-    go(whole / "config.yaml", 1, [DIST], 6)
-    go(parts / "config.yaml", 2, [DIST, TP2, SP], 2)
-    go(parts / "config.yaml", 2, [DIST, PP2], 4)
-    go(parts / "config.yaml", 2, [DIST], 6)
+    go(whole / "config.yaml", 1, [], 6)
+    for steps, (world_size, overrides) in zip((2, 4, 6), stages, strict=True):
+        go(parts / "config.yaml", world_size, overrides, steps)
     got, want = read_metrics(parts / "logs"), read_metrics(whole / "logs")
     for mine, theirs in zip(got, want, strict=True):
         assert mine["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-5)
@@ -89,7 +99,7 @@ def test_checkpoint_of_several_ranks_exports_to_hugging_face(model, tmp_path):
     from megadpo.model.weights.convert import export_hf
 
     config = make_config(tmp_path, model, checkpointing=SAVING)
-    go(config, 4, [TP2, SP, PP2], 2)
+    go(config, 4, [TP2, SP, PP2, VPP2], 2)
     export_hf(tmp_path / "checkpoints/step_2", tmp_path / "exported")
     trained, start = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (tmp_path / "exported", model))
     assert trained.keys() == start.keys()

@@ -61,7 +61,7 @@ def import_hf(hf: str | Path, megatron: str | Path, dtype: torch.dtype | None = 
     Raises ConfigError with every problem of the folder, or where `megatron` exists and isn't empty.
     """
     table = weight_table(read_architecture(hf))
-    weights = HfWeights.open(hf)
+    weights = HfWeights.open(hf, table)
     problems = weights.problems(table) + _target_problems(megatron)
     if problems:
         raise ConfigError(problems)
@@ -114,7 +114,8 @@ def dtype_named(name: str) -> torch.dtype:
 
 
 def _planned_tensors(weights: HfWeights, table: WeightTable, dtype: torch.dtype | None) -> Iterator[PlannedTensor]:
-    """The layers stacked into one tensor per parameter, megatron-core's default; a file for each layer and each end."""
+    """The layers (and experts) stacked into one tensor per parameter, megatron-core's default; a file for each layer and
+    each end."""
     names: dict[str, list[str]] = {}
     for entry in table.entries:
         names.setdefault(entry.checkpoint_key, []).extend(entry.hf)
@@ -124,18 +125,18 @@ def _planned_tensors(weights: HfWeights, table: WeightTable, dtype: torch.dtype 
         stored_dtype = dtype or weights.dtype(names[key])
         read = functools.partial(_read, weights, entry, stored_dtype)
         zeros = (0,) * len(shape)
-        if entry.layer is None:
-            yield PlannedTensor(key, shape, zeros, shape, stored_dtype, next(end_files), read)
-        else:
-            size, offset = (table.num_layers, *shape), (entry.layer, *zeros)
-            yield PlannedTensor(key, size, offset, (1, *shape), stored_dtype, entry.layer, read)
+        file = next(end_files) if entry.layer is None else entry.layer
+        size, offset = (*table.stack_shape(entry), *shape), (*entry.index, *zeros)
+        chunk = (*(1 for _ in entry.index), *shape)
+        yield PlannedTensor(key, size, offset, chunk, stored_dtype, file, read)
 
 
 def _empty_objects(table: WeightTable) -> Iterator[str]:
     """Each linear layer's `_extra_state`, under ShardedObject.unique_key of megatron-core's mapping.py."""
     for entry in table.entries:
         if entry.extra_state_key is not None:
-            yield f"{entry.extra_state_key}/shard_{entry.layer}_{table.num_layers}"
+            offset, shape = (".".join(map(str, numbers)) for numbers in (entry.index, table.stack_shape(entry)))
+            yield f"{entry.extra_state_key}/shard_{offset}_{shape}"
 
 
 def _read(weights: HfWeights, entry: Entry, dtype: torch.dtype) -> torch.Tensor:

@@ -32,7 +32,7 @@ from torch.futures import Future
 
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.model.weights.layouts import Shape
-from megadpo.model.weights.tables import Entry, stacked
+from megadpo.model.weights.tables import MEGATRON_LAYER, Entry
 
 METADATA_FILE = ".metadata"
 COMMON_FILE = "common.pt"
@@ -44,10 +44,10 @@ class Region:
     """The part of a stored tensor that is one Megatron parameter."""
 
     key: str
-    layer: int | None
-    """Its place in the first dimension, where the stored tensor is that of all layers."""
+    index: tuple[int, ...]
+    """Its place in the leading dimensions, where the stored tensor is that of all layers, all experts, or both."""
     shape: Shape
-    """Of the parameter, without the dimension of the layers."""
+    """Of the parameter, without those dimensions."""
     dtype: torch.dtype
 
 
@@ -88,16 +88,16 @@ class DistFolder:
         return regions
 
     def _find(self, entry: Entry) -> Region | None:
-        """megatron-core stacks the layers into one tensor, or (`non_homogeneous_layers`) keys them one by one."""
-        for name in entry.names:
-            stored = self._tensors.get(name)
-            if stored is not None:
-                return Region(name, None, tuple(stored.size), stored.properties.dtype)
-            if entry.layer is not None:
-                key = stacked(name, entry.layer)
-                stored = self._tensors.get(key)
-                if stored is not None and entry.layer < stored.size[0]:
-                    return Region(key, entry.layer, tuple(stored.size[1:]), stored.properties.dtype)
+        """megatron-core stacks the layers into one tensor, or (`non_homogeneous_layers`) keys them one by one; the
+        experts of a layer are always stacked."""
+        for key in entry.checkpoint_keys:
+            stored = self._tensors.get(key)
+            if stored is None:
+                continue
+            in_key = entry.layer is not None and key.startswith(MEGATRON_LAYER.format(i=entry.layer))
+            index = entry.index[1:] if in_key else entry.index
+            if all(number < size for number, size in zip(index, stored.size, strict=False)):
+                return Region(key, index, tuple(stored.size[len(index) :]), stored.properties.dtype)
         return None
 
     def read(self, region: Region) -> torch.Tensor:
@@ -107,9 +107,8 @@ class DistFolder:
         """
         where = f"{self.folder}: {region.key}"
         target = torch.empty(region.shape, dtype=region.dtype)
-        shape, offset = region.shape, (0,) * len(region.shape)
-        if region.layer is not None:
-            shape, offset = (1, *shape), (region.layer, *offset)
+        shape = (1,) * len(region.index) + region.shape
+        offset = region.index + (0,) * len(region.shape)
         chunk = ChunkStorageMetadata(torch.Size(offset), torch.Size(shape))
         items = create_read_items_for_chunk_list(region.key, self._tensors[region.key], [chunk])
         found = sum(math.prod(item.lengths) for item in items)

@@ -33,6 +33,31 @@ class StoredTensor:
     shape: Shape
     dtype: str
     """safetensors' name of it, such as BF16."""
+    inside: Inside | None = None
+    """Where it is, if it is no tensor of the file but a part of one."""
+
+
+@dataclass(frozen=True)
+class Inside:
+    """One expert's part of a tensor [E, ...] of all experts: rows from `first_row` on. Or a tensor of another name."""
+
+    name: str
+    expert: int | None
+    first_row: int
+
+
+class _Part:
+    """Slices of such a part, read from the file's tensor."""
+
+    def __init__(self, whole: Any, inside: Inside, rows: int) -> None:
+        self._whole, self._inside, self._rows = whole, inside, rows
+
+    def __getitem__(self, index: tuple[slice, ...]) -> torch.Tensor:
+        assert self._inside.expert is not None
+        start, stop, _ = index[0].indices(self._rows)
+        rows = slice(self._inside.first_row + start, self._inside.first_row + stop)
+        part: torch.Tensor = self._whole[(slice(self._inside.expert, self._inside.expert + 1), rows, *index[1:])]
+        return part[0]
 
 
 @dataclass(frozen=True)
@@ -43,8 +68,13 @@ class HfWeights:
     tensors: Mapping[str, StoredTensor] = field(repr=False)
 
     @classmethod
-    def open(cls, folder: str | Path) -> HfWeights:
-        """Read every file's header. Raises ConfigError naming every file that is missing, broken or cut short."""
+    def open(cls, folder: str | Path, table: WeightTable | None = None) -> HfWeights:
+        """Read every file's header. Raises ConfigError naming every file that is missing, broken or cut short.
+
+        table: of the model; tensors of all experts of a layer are then looked at as the experts' own, one by one. The
+        hub's folders and save_pretrained's hold those; transformers 5 keeps the others in memory, and writes them with
+        save_original_format=False.
+        """
         folder = Path(folder)
         tensors: dict[str, StoredTensor] = {}
         problems: list[Problem] = []
@@ -57,7 +87,7 @@ class HfWeights:
                 problems += [_missing(folder / file, name) for name in names if name not in found]
         if problems:
             raise ConfigError(problems)
-        return cls(folder, tensors)
+        return cls(folder, tensors if table is None else _experts_apart(tensors, table))
 
     def problems(self, table: WeightTable) -> list[Problem]:
         """Every difference between these tensors and what `table` wants: missing, of another shape, unused."""
@@ -93,7 +123,32 @@ class HfWeights:
         with contextlib.ExitStack() as stack:
             files = {self.tensors[name].file for name in names}
             handles: dict[Path, Any] = {f: stack.enter_context(safe_open(f, "pt", device="cpu")) for f in files}
-            yield [handles[self.tensors[name].file].get_slice(name) for name in names]
+            yield [self._slice(handles[self.tensors[name].file], name) for name in names]
+
+    def _slice(self, handle: Any, name: str) -> Sliceable:
+        stored = self.tensors[name]
+        if stored.inside is None:
+            part: Sliceable = handle.get_slice(name)
+            return part
+        whole: Sliceable = handle.get_slice(stored.inside.name)
+        return whole if stored.inside.expert is None else _Part(whole, stored.inside, stored.shape[0])
+
+
+def _experts_apart(tensors: dict[str, StoredTensor], table: WeightTable) -> dict[str, StoredTensor]:
+    """`tensors` with those of all experts replaced by the experts' own, as far as their shapes allow."""
+    apart = dict(tensors)
+    for entry in table.entries:
+        whole = tensors.get(entry.hf_stacked)
+        shape = entry.full_shape if entry.expert is None else (table.num_experts, *entry.full_shape)
+        if whole is None or entry.hf_stacked in entry.hf or whole.shape != shape:
+            continue  # one of another shape stays, and is named as unused
+        apart.pop(entry.hf_stacked, None)
+        first_row = 0
+        for name, part in zip(entry.hf, entry.shapes, strict=True):
+            inside = Inside(entry.hf_stacked, entry.expert, first_row)
+            apart[name] = StoredTensor(whole.file, part, whole.dtype, inside)
+            first_row += part[0]
+    return apart
 
 
 def _indexed_names(folder: Path) -> dict[str, list[str] | None]:

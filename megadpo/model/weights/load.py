@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,40 +12,69 @@ import torch
 from megadpo.config.architecture import Architecture
 from megadpo.config.problems import ConfigError
 from megadpo.model.weights.hf_folder import HfWeights
-from megadpo.model.weights.tables import MEGATRON_LAYER, weight_table
+from megadpo.model.weights.tables import MEGATRON_LAYER, Entry, weight_table
+from megadpo.parallel import ParallelContext
 
 _LAYER_NAME = re.compile(re.escape(MEGATRON_LAYER).replace(r"\{i\}", r"(\d+)") + "(.*)")
+_EXPERT_NAME = re.compile(r"(mlp\.experts\.(?:local_experts\.|linear_fc[12]\.weight))(\d+)(.*)")
+"""An expert's number in megatron-core's sequential or Transformer Engine's grouped experts."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank's place in the layout, as far as its weights depend on it."""
+
+    tp_rank: int = 0
+    tp_size: int = 1
+    ep_rank: int = 0
+    ep_size: int = 1
+    etp_rank: int = 0
+    etp_size: int = 1
+
+    def shard_of(self, entry: Entry) -> tuple[int, int]:
+        """(rank, size) of the group over which `entry` is cut."""
+        return (self.tp_rank, self.tp_size) if entry.expert is None else (self.etp_rank, self.etp_size)
+
+
+def place_of(parallel: ParallelContext) -> Place:
+    """This rank's."""
+    layout = parallel.layout
+    return Place(
+        parallel.tp_rank, layout.tensor, parallel.ep_rank, layout.expert, parallel.etp_rank, layout.expert_tensor
+    )
 
 
 def load_hf_weights(
-    model_chunks: Sequence[torch.nn.Module], arch: Architecture, folder: str | Path, *, tp_rank: int, tp_size: int
+    model_chunks: Sequence[torch.nn.Module], arch: Architecture, folder: str | Path, place: Place
 ) -> None:
     """Fill every parameter of this rank's model chunks from a Hugging Face folder, casting to the parameter's dtype.
 
     Collectives: none. Memory beyond the parameters: the mapped pages of the tensors in one parameter.
     Raises ConfigError with every problem of the folder, not only those of this rank's slices: all ranks of a run
-    refuse together. Raises ValueError where the model is not one of `arch` at `tp_size`.
+    refuse together. Raises ValueError where the model is not one of `arch` at `place`.
     """
-    weights = HfWeights.open(folder)
     table = weight_table(arch)
+    weights = HfWeights.open(folder, table)
     problems = weights.problems(table)
     if problems:
         raise ConfigError(problems)
     for chunk in model_chunks:
-        for name, parameter in named_global_parameters(chunk):
+        for name, parameter in named_global_parameters(chunk, table.num_experts // place.ep_size * place.ep_rank):
             entry = table.by_name.get(name)
             if entry is None:
                 raise ValueError(f"the weight table of family {arch.family} has no row for parameter {name}")
-            if tuple(parameter.shape) != entry.local_shape(tp_size):
+            rank, size = place.shard_of(entry)
+            if tuple(parameter.shape) != entry.local_shape(size):
                 raise ValueError(
-                    f"{name} has shape {tuple(parameter.shape)}; {entry.local_shape(tp_size)} by the weight table"
+                    f"{name} has shape {tuple(parameter.shape)}; {entry.local_shape(size)} by the weight table"
                 )
             with torch.no_grad(), weights.slices(entry.hf) as sources:
-                entry.fill(parameter, sources, tp_rank, tp_size)
+                entry.fill(parameter, sources, rank, size)
 
 
-def named_global_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """The parameters of a GPTModel (or of wrappers around it), layers numbered over the whole model from 0."""
+def named_global_parameters(chunk: torch.nn.Module, first_expert: int = 0) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """The parameters of a GPTModel (or of wrappers around it), layers numbered over the whole model from 0, and
+    experts over the whole layer, `first_expert` being this rank's first."""
     while isinstance(wrapped := getattr(chunk, "module", None), torch.nn.Module):
         chunk = wrapped  # DDP's and Float16Module's wrappers
     for name, parameter in chunk.named_parameters():
@@ -52,5 +82,6 @@ def named_global_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch
         if match:
             number = chunk.get_submodule(MEGATRON_LAYER.format(i=match[1]).rstrip(".")).layer_number
             assert isinstance(number, int)  # megatron-core's, global, from 1
-            name = MEGATRON_LAYER.format(i=number - 1) + match[2]
+            rest = _EXPERT_NAME.sub(lambda found: f"{found[1]}{int(found[2]) + first_expert}{found[3]}", match[2])
+            name = MEGATRON_LAYER.format(i=number - 1) + rest
         yield name, parameter

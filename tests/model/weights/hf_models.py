@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 
 CASES = ("llama", "llama_tied", "mistral", "qwen2", "qwen3")
+MOE_CASES = ("mixtral", "qwen2_moe", "qwen3_moe")
+EXPERTS = 4
 LAYERS, HEADS, GROUPS, HEAD_DIM = 4, 4, 2, 8
 # Files beside the weights, with bytes that no JSON writer would reproduce.
 SIDE_FILES = {
@@ -28,7 +30,13 @@ _SIZES = {
     "max_position_embeddings": 128,
     "tie_word_embeddings": False,
 }
-
+_MOE_SIZES: dict[str, dict[str, object]] = {
+    "mixtral": {"num_local_experts": EXPERTS},
+    "qwen2_moe": {"num_experts": EXPERTS, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 32,
+                  "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": EXPERTS, "moe_intermediate_size": 16, "num_experts_per_tok": 2,
+                  "norm_topk_prob": True},
+}  # fmt: skip
 _NORMS = {
     "input_layernorm.weight": "input_layernorm.weight",
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
@@ -38,12 +46,16 @@ _NORMS = {
 }
 
 
-def make_hf_folder(folder: Path, case: str, *, max_shard_size: str = "5GB", **changes: object) -> Path:
-    """Save a random model of `case`; mistral in bfloat16, the others in float32."""
+def make_hf_folder(
+    folder: Path, case: str, *, max_shard_size: str = "5GB", stacked_experts: bool = False, **changes: object
+) -> Path:
+    """Save a random model of `case`; mistral in bfloat16, the others in float32. stacked_experts: as transformers 5
+    keeps them in memory, not as the hub has them."""
     import transformers
 
     sizes = {**_SIZES, "tie_word_embeddings": case.endswith("_tied"), **changes}
-    if case == "qwen2":
+    sizes = {**_MOE_SIZES.get(case, {}), **sizes}
+    if case in ("qwen2", "qwen2_moe"):
         del sizes["head_dim"]  # transformers derives it: hidden / heads
         sizes["hidden_size"] = HEADS * HEAD_DIM
     config_class, model_class = {
@@ -51,6 +63,9 @@ def make_hf_folder(folder: Path, case: str, *, max_shard_size: str = "5GB", **ch
         "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+        "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
+        "qwen2_moe": (transformers.Qwen2MoeConfig, transformers.Qwen2MoeForCausalLM),
+        "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
     }[case.removesuffix("_tied")]
     if case == "mistral":
         sizes["sliding_window"] = None
@@ -61,7 +76,7 @@ def make_hf_folder(folder: Path, case: str, *, max_shard_size: str = "5GB", **ch
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
     if case == "mistral":
         model = model.to(torch.bfloat16)
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=not stacked_experts)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config, indent=3) + "\n\n")  # as no writer of ours would lay it out
     for name, content in SIDE_FILES.items():

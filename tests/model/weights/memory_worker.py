@@ -15,6 +15,7 @@ import torch
 
 from megadpo.config.architecture import read_architecture
 from megadpo.model.weights import export_hf, import_hf, load_hf_weights
+from megadpo.model.weights.load import Place
 from megadpo.model.weights.tables import weight_table
 from tests.model.weights.stub import Stub
 
@@ -41,7 +42,7 @@ def main(hf: str, work: str) -> None:
     arch = read_architecture(hf)
     # ones, not empty: the shard's own memory is taken before the measurement.
     model = Stub({e.names[0]: torch.ones(e.local_shape(TP_SIZE)) for e in weight_table(arch).entries})
-    peaks = {"load": peak_bytes(load_hf_weights, [model], arch, hf, tp_rank=0, tp_size=TP_SIZE)}
+    peaks = {"load": peak_bytes(load_hf_weights, [model], arch, hf, Place(tp_size=TP_SIZE))}
     peaks["import"] = peak_bytes(import_hf, hf, f"{work}/megatron")
     peaks["export"] = peak_bytes(export_hf, f"{work}/megatron", f"{work}/hf")
     print(json.dumps(peaks))

@@ -16,6 +16,7 @@ from megadpo.config.schema_megatron import MegatronConfig
 from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
 from megadpo.model.build import build_model
 from megadpo.model.weights import load_hf_weights
+from megadpo.model.weights.load import place_of
 from megadpo.optimizer.state import METADATA
 from megadpo.parallel import Layout, ParallelContext, destroy, initialize, setup_device
 
@@ -33,7 +34,7 @@ def build(folder: str, parallel: ParallelContext, precision: str = "float32") ->
             tensor_model_parallel_size=parallel.tp_size, pipeline_model_parallel_size=parallel.pp_size
         ),
     )
-    model = build_model(read_architecture(folder), policy, parallel, frozen=False)
+    [model] = build_model(read_architecture(folder), policy, parallel, frozen=False)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
@@ -60,7 +61,7 @@ def load_in_every_layout(folders: dict[str, str], layouts: list[tuple[int, int]]
             parallel = initialize(Layout(tensor=tp, pipeline=pp), setup_device("auto"))
             for case, folder in folders.items():
                 model = build(folder, parallel)
-                load_hf_weights([model], read_architecture(folder), folder, tp_rank=parallel.tp_rank, tp_size=tp)
+                load_hf_weights([model], read_architecture(folder), folder, place_of(parallel))
                 stages = results.setdefault((case, tp, pp), [[] for _ in range(pp)])
                 stages[parallel.pp_rank].append(global_state(model))
             destroy()
@@ -81,7 +82,7 @@ def save_as_training_does(hf: str, folder: str, tp: int, pp: int) -> None:
     """A checkpoint of the model in this layout, by megatron-core's own save, with tensors of an optimizer beside it."""
     parallel = initialize(Layout(tensor=tp, pipeline=pp), setup_device("auto"))
     model = build(hf, parallel)
-    load_hf_weights([model], read_architecture(hf), hf, tp_rank=parallel.tp_rank, tp_size=tp)
+    load_hf_weights([model], read_architecture(hf), hf, place_of(parallel))
     state = {
         "weights": model.sharded_state_dict(metadata=METADATA),
         "moment": ShardedTensor.from_rank_offsets(
@@ -98,5 +99,5 @@ def load_with_megatron(folder: str, tp: int, pp: int) -> State:
     """This rank's parameters from a Megatron checkpoint folder, by the trainer's own loader."""
     parallel = initialize(Layout(tensor=tp, pipeline=pp), setup_device("auto"))
     model = build(str(Path(folder) / "hf"), parallel)
-    load_weights(model, Path(folder))
+    load_weights([model], Path(folder))
     return global_state(model)

@@ -19,6 +19,7 @@ from megadpo.model.weights.tables import weight_table
 from tests.helpers.distributed import run_distributed
 from tests.model.weights.hf_models import (
     CASES,
+    MOE_CASES,
     SIDE_FILES,
     edit_config,
     make_hf_folder,
@@ -27,11 +28,13 @@ from tests.model.weights.hf_models import (
 )
 from tests.model.weights.model_worker import in_a_world_of_two
 
+ALL_CASES = (*CASES, *MOE_CASES)
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("hf")
-    return {case: make_hf_folder(root / case, case) for case in CASES}
+    return {case: make_hf_folder(root / case, case) for case in ALL_CASES}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,7 @@ def assert_same_files(got: Path, want: Path) -> None:
     assert files(got).keys() > SIDE_FILES.keys() | {"config.json"}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ALL_CASES)
 def test_round_trip(folders, imported, tmp_path, case):
     export_hf(imported[case], tmp_path / "hf")
     assert_same_tensors(tmp_path / "hf", folders[case])
@@ -69,7 +72,7 @@ def test_round_trip(folders, imported, tmp_path, case):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]  # nothing of the writing stays behind
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ALL_CASES)
 def test_the_export_opens_with_transformers_and_computes_the_same(folders, imported, tmp_path, case):
     from transformers import AutoModelForCausalLM
 
@@ -81,6 +84,24 @@ def test_the_export_opens_with_transformers_and_computes_the_same(folders, impor
             for folder in (tmp_path / "hf", folders[case])
         )
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("case", MOE_CASES)
+def test_experts_stacked_as_transformers_keeps_them_in_memory(folders, tmp_path, case):
+    """They come out apart, as on the hub, and the same bits."""
+    source = make_hf_folder(tmp_path / "source", case, stacked_experts=True)
+    assert any(name.endswith("mlp.experts.gate_up_proj") for name in read_tensors(source))
+    import_hf(source, tmp_path / "megatron")
+    export_hf(tmp_path / "megatron", tmp_path / "hf")
+    assert_same_tensors(tmp_path / "hf", folders[case])
+
+
+def test_stacked_experts_of_another_count_are_refused(tmp_path):
+    source = make_hf_folder(tmp_path / "source", "qwen3_moe", stacked_experts=True)
+    edit_config(source, num_local_experts=3)
+    lines = refusal(import_hf, source, tmp_path / "megatron")
+    assert any("mlp.experts.down_proj" in line and "nothing uses" in line for line in lines)
+    assert any("no such tensor" in line and "mlp.experts.2.down_proj" in line for line in lines)
 
 
 def test_sharded_in_and_out(tmp_path):

@@ -14,9 +14,9 @@ from megadpo.config.architecture import read_architecture
 from megadpo.config.problems import ConfigError
 from megadpo.model.weights import load_hf_weights
 from megadpo.model.weights.hf_folder import HfWeights
-from megadpo.model.weights.load import named_global_parameters
+from megadpo.model.weights.load import Place, named_global_parameters
 from tests.helpers.distributed import run_distributed
-from tests.model.weights.hf_models import CASES, LAYERS, make_hf_folder, read_tensors, whole_in_hf_names
+from tests.model.weights.hf_models import CASES, LAYERS, MOE_CASES, make_hf_folder, read_tensors, whole_in_hf_names
 from tests.model.weights.model_worker import load_in_every_layout
 from tests.model.weights.stub import Stub
 
@@ -51,7 +51,7 @@ def test_every_layout_holds_the_folder_bit_for_bit(folders, loaded, case, tp, pp
 def test_transformer_engines_names_of_the_norms(folders):
     names = ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight")
     model = Stub({f"decoder.layers.0.{name}": torch.zeros(24) for name in names}, first_layer=2)
-    load_hf_weights([model], read_architecture(folders["llama"]), folders["llama"], tp_rank=0, tp_size=2)
+    load_hf_weights([model], read_architecture(folders["llama"]), folders["llama"], Place(tp_rank=0, tp_size=2))
     want = read_tensors(folders["llama"])
     layer = model.decoder.layers.get_submodule("0")
     assert torch.equal(layer.self_attention.linear_qkv.layer_norm_weight, want["model.layers.2.input_layernorm.weight"])
@@ -60,10 +60,38 @@ def test_transformer_engines_names_of_the_norms(folders):
 
 def test_casts_to_the_dtype_of_the_parameter(folders):
     model = Stub({"decoder.layers.0.mlp.linear_fc2.weight": torch.zeros(24, 20, dtype=torch.bfloat16)})
-    load_hf_weights([model], read_architecture(folders["llama"]), folders["llama"], tp_rank=1, tp_size=2)
+    load_hf_weights([model], read_architecture(folders["llama"]), folders["llama"], Place(tp_rank=1, tp_size=2))
     want = read_tensors(folders["llama"])["model.layers.0.mlp.down_proj.weight"][:, 20:]
     got = model.get_parameter("decoder.layers.0.mlp.linear_fc2.weight")
     assert got.dtype == torch.bfloat16 and torch.equal(got, want.bfloat16())
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("case", MOE_CASES)
+def test_experts_of_a_rank(tmp_path, case, stacked):
+    """Expert rank 1 of 2 holds experts 2 and 3; each is cut over the expert-tensor ranks, not the tensor-parallel ones.
+    Under both names: megatron-core's experts one by one, and Transformer Engine's in groups."""
+    folder = make_hf_folder(tmp_path / "hf", case, stacked_experts=stacked)
+    want = read_tensors(make_hf_folder(tmp_path / "apart", case))
+    names = [name for name in want if name.startswith("model.layers.3.") and ".experts.3." in name]
+    ups = sorted(name for name in names if "down" not in name and "w2" not in name)
+    (down,) = set(names) - set(ups)
+    ffn = want[down].shape[1]
+    full = torch.cat([want[name][ffn // 2 :] for name in ups])  # gate, up; w1, w3
+    layer = "decoder.layers.1.mlp.experts."
+    model = Stub(
+        {
+            f"{layer}local_experts.1.linear_fc1.weight": torch.zeros(full.shape),
+            f"{layer}local_experts.1.linear_fc2.weight": torch.zeros(24 if case != "qwen2_moe" else 32, ffn // 2),
+            f"{layer}linear_fc1.weight1": torch.zeros(full.shape),
+        },
+        first_layer=2,
+    )
+    place = Place(tp_rank=3, tp_size=4, ep_rank=1, ep_size=2, etp_rank=1, etp_size=2)
+    load_hf_weights([model], read_architecture(folder), folder, place)
+    assert torch.equal(model.get_parameter(f"{layer}local_experts.1.linear_fc1.weight"), full)
+    assert torch.equal(model.get_parameter(f"{layer}linear_fc1.weight1"), full)
+    assert torch.equal(model.get_parameter(f"{layer}local_experts.1.linear_fc2.weight"), want[down][:, ffn // 2 :])
 
 
 def test_wrappers_are_looked_through():
@@ -82,13 +110,13 @@ def test_wrappers_are_looked_through():
 def test_a_model_that_is_not_the_tables_is_refused(folders, name, shape, message):
     model = Stub({name: torch.zeros(shape)})
     with pytest.raises(ValueError, match=message):
-        load_hf_weights([model], read_architecture(folders["llama"]), folders["llama"], tp_rank=0, tp_size=2)
+        load_hf_weights([model], read_architecture(folders["llama"]), folders["llama"], Place(tp_rank=0, tp_size=2))
 
 
 def refusal(folder: Path, config_from: Path) -> list[str]:
     """What load_hf_weights says of a folder, one line a problem."""
     with pytest.raises(ConfigError) as caught:
-        load_hf_weights([], read_architecture(config_from), folder, tp_rank=0, tp_size=1)
+        load_hf_weights([], read_architecture(config_from), folder, Place())
     return [str(problem) for problem in caught.value.problems]
 
 
@@ -127,13 +155,13 @@ def test_missing_misshapen_unused_and_quantised_tensors_are_all_named(copy):
 
 def test_buffers_of_old_transformers_are_passed_over(copy):
     rewrite(copy, model__layers__0__self_attn__rotary_emb__inv_freq=torch.zeros(4))
-    load_hf_weights([], read_architecture(copy), copy, tp_rank=0, tp_size=1)
+    load_hf_weights([], read_architecture(copy), copy, Place())
 
 
 def test_a_tied_model_saved_with_its_head(folders, tmp_path):
     folder = Path(shutil.copytree(folders["llama_tied"], tmp_path / "model"))
     rewrite(folder, lm_head__weight=torch.zeros(64, 24))
-    load_hf_weights([], read_architecture(folder), folder, tp_rank=0, tp_size=1)
+    load_hf_weights([], read_architecture(folder), folder, Place())
     # An untied model's head is a weight like any other.
     assert any("lm_head" in line for line in refusal(folders["llama_tied"], folders["llama"]))
 
@@ -166,7 +194,7 @@ def sharded(tmp_path_factory) -> Path:
 
 def test_sharded_files(sharded):
     model = Stub({"decoder.layers.0.mlp.linear_fc1.weight": torch.zeros(80, 24)})
-    load_hf_weights([model], read_architecture(sharded), sharded, tp_rank=0, tp_size=1)
+    load_hf_weights([model], read_architecture(sharded), sharded, Place())
     want = read_tensors(sharded)
     parts = [want[f"model.layers.0.mlp.{part}_proj.weight"] for part in ("gate", "up")]
     assert torch.equal(model.get_parameter("decoder.layers.0.mlp.linear_fc1.weight"), torch.cat(parts))

@@ -1,0 +1,75 @@
+"""Checks of the layout of experts, and what a model without any leaves unused."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from megadpo.config.architecture import Architecture
+from megadpo.config.problems import Problem
+from megadpo.config.schema import Config
+from megadpo.config.schema_megatron import MegatronConfig
+
+_MEG = "policy.megatron_cfg"
+_MOE_KEYS = tuple(
+    field.name for field in dataclasses.fields(MegatronConfig) if field.name.startswith(("moe_", "freeze_moe_"))
+)
+
+
+def expert_problems(cfg: Config, arch: Architecture) -> Iterator[Problem]:
+    """Every problem of the expert-parallel sizes with the model's experts."""
+    megatron, moe = cfg.policy.megatron_cfg, arch.moe
+    yield from _recomputation(megatron, arch)
+    ep, etp = megatron.expert_model_parallel_size, megatron.expert_tensor_parallel_size
+    if moe is None:
+        for name, size in (("expert_model_parallel_size", ep), ("expert_tensor_parallel_size", etp)):
+            if size != 1:
+                yield Problem(f"{_MEG}.{name}", size, f"1: {arch.hf_class} has no experts", "set it to 1")
+        return
+    if moe.num_experts % ep:
+        divisors = [n for n in range(1, moe.num_experts + 1) if moe.num_experts % n == 0]
+        expected = f"a divisor of the model's {moe.num_experts} experts"
+        fix = f"set it to one of {', '.join(map(str, divisors))}"
+        yield Problem(f"{_MEG}.expert_model_parallel_size", ep, expected, fix)
+    if moe.ffn_hidden_size % etp:
+        expected = f"a divisor of the {moe.ffn_hidden_size} channels of an expert"
+        yield Problem(f"{_MEG}.expert_tensor_parallel_size", etp, expected, "set it to 1 or to such a divisor")
+    if megatron.tensor_model_parallel_size > 1 and not megatron.sequence_parallel:
+        expected = "true for a model with experts under tensor parallelism: each rank routes its own tokens"
+        yield Problem(f"{_MEG}.sequence_parallel", False, expected, "set it to true")
+
+
+def _recomputation(megatron: MegatronConfig, arch: Architecture) -> Iterator[Problem]:
+    """Modules to recompute that the model's layers don't have."""
+    if not megatron.activation_checkpointing or megatron.recompute_granularity != "selective":
+        return
+    absent = {"mlp": arch.moe is not None, "moe": arch.moe is None}
+    absent["shared_experts"] = arch.moe is None or arch.moe.shared_ffn_hidden_size is None
+    for module in megatron.recompute_modules:
+        if absent.get(module):
+            expected = f"modules of {arch.hf_class}, whose layers have no {module}"
+            yield Problem(f"{_MEG}.recompute_modules", module, expected, "remove it")
+
+
+def expert_world_problems(cfg: Config, world_size: int) -> Iterator[Problem]:
+    """The expert-parallel ranks of a stage must divide the ranks of that stage."""
+    megatron = cfg.policy.megatron_cfg
+    ep, etp = megatron.expert_model_parallel_size, megatron.expert_tensor_parallel_size
+    stage, rest = divmod(world_size, megatron.pipeline_model_parallel_size)
+    if rest or not stage % (ep * etp):  # what does not divide by the pipeline is another problem's
+        return
+    where = f"{_MEG}.expert_model_parallel_size x expert_tensor_parallel_size"
+    expected = f"a product that divides the {stage} processes of each pipeline stage"
+    yield Problem(where, f"{ep} x {etp}", expected, "lower one of the two, or start more processes")
+
+
+def unused_by_dense(cfg: Config, arch: Architecture) -> list[str]:
+    """One note for each key about experts that was set for a model without any."""
+    if arch.moe is not None:
+        return []
+    given, usual = cfg.policy.megatron_cfg, MegatronConfig()
+    return [
+        f"{_MEG}.{name}: {getattr(given, name)!r} has no effect: {arch.hf_class} has no experts"
+        for name in _MOE_KEYS
+        if getattr(given, name) != getattr(usual, name)
+    ]

@@ -1,0 +1,82 @@
+"""What a text of `data.train_data_path` or `data.val_data_paths` names: a file, a folder, or a dataset of the hub."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
+"""Kinds of files, by their ends."""
+COMPRESSIONS = (".gz", ".zst")
+"""May follow the suffix of a text file."""
+
+DATASET_NAMES = (
+    "BinaryPreferenceDataset",
+    "PreferenceDataset",
+    "DPODataset",
+    "HelpSteer3",
+    "Tulu3Preference",
+    "ImplicitPrompt",
+)
+"""Formats of rows: `data.dataset_name`. All but the last are NeMo RL's names."""
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A dataset of the hub that NeMo RL knows by name alone."""
+
+    path: str
+    subset: str | None
+    validation_split: str | None
+    """The split that validates by default; None where it has none."""
+
+
+HUB_DATASETS = {
+    "HelpSteer3": HubDataset("nvidia/HelpSteer3", "preference", "validation"),
+    "Tulu3Preference": HubDataset("allenai/llama-3.1-tulu-3-8b-preference-mixture", None, None),
+}
+
+# org/name:subset@split; a split may be a slice such as train[:90%], as `datasets` writes it
+_DATASET = re.compile(r"(?P<path>.+?)(?::(?P<subset>[^:@/\[\]]+))?(?:@(?P<split>[^@/]+))?")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """A source of rows, taken apart."""
+
+    path: str
+    """A file, a folder, or a hub name."""
+    subset: str | None = None
+    split: str | None = None
+    """None where none is said: then it is train, as in NeMo RL."""
+
+    def __str__(self) -> str:
+        subset = f":{self.subset}" if self.subset else ""
+        return self.path + subset + (f"@{self.split}" if self.split else "")
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the path ends like a file of rows."""
+        return file_suffix(self.path) is not None
+
+    @property
+    def is_hub_name(self) -> bool:
+        """Whether the path looks like org/name. (A folder of that name comes first.)"""
+        return not self.is_file and _HUB_NAME.fullmatch(self.path) is not None
+
+
+def parse_source(text: str) -> DataSource:
+    """`path`, `folder[:subset][@split]` or `org/name[:subset][@split]`. A text that ends like a file is that file."""
+    if file_suffix(text) is not None:
+        return DataSource(text)
+    match = _DATASET.fullmatch(text)
+    return DataSource(text) if match is None else DataSource(match["path"], match["subset"], match["split"])
+
+
+def file_suffix(path: str) -> str | None:
+    """The end that says what kind of file it is, compression taken off: `.jsonl` of `pairs.jsonl.gz`. None: unknown."""
+    name = path.lower()
+    for compression in COMPRESSIONS:
+        name = name.removesuffix(compression)
+    return next((suffix for suffix in FILE_SUFFIXES if name.endswith(suffix)), None)

@@ -1,0 +1,230 @@
+"""Chat messages as files write them, checked and made the same: what every format's fields are read with.
+
+Keys of a message that are null count as absent: that is how Parquet and Arrow write what a message hasn't got.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from megadpo.config.problems import Problem
+from megadpo.data.pairs import Message
+
+Text: TypeAlias = str | tuple[Message, ...]
+
+_TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a row stands."""
+
+    path: str
+    line: int
+    row: int
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}"
+
+
+def read_text(value: object, key: str, place: Place, *, is_prompt: bool) -> tuple[Text | None, list[Problem]]:
+    """The field as a string or a tuple of messages; or None and what is wrong with it. Which turns the messages must
+    be is the format's business."""
+    if isinstance(value, str):
+        problem = string_problem(value, f"field {key!r}", place, may_be_empty=is_prompt)
+        return (None, [problem]) if problem else (value, [])
+    if not isinstance(value, list):
+        return None, [
+            Problem(
+                where=str(place),
+                value=f"field {key!r} of type {type_name(value)}",
+                expected="a string, or a list of messages {role, content}",
+                fix="write the field as one of the two",
+            )
+        ]
+    if not value:
+        expected = "at least one message" + (" for the model to answer" if is_prompt else "")
+        problem = Problem(str(place), f"field {key!r} without messages", expected, "give it one, or remove the row")
+        return None, [problem]
+    messages: list[Message] = []
+    problems: list[Problem] = []
+    for number, message in enumerate(value):
+        read = _read_message(message, f"message {number} of field {key!r}", place)
+        if isinstance(read, Problem):
+            problems.append(read)
+        else:
+            messages.append(read)
+    if not problems and not is_prompt:
+        problem = _last_answer_problem(messages, key, place)
+        problems = [problem] if problem else []
+    return (None, problems) if problems else (tuple(messages), [])
+
+
+def roles_of(messages: tuple[Message, ...]) -> list[str]:
+    """The roles, in order."""
+    return [str(message["role"]) for message in messages]
+
+
+def _read_message(message: object, name: str, place: Place) -> Message | Problem:
+    """The message without nulls, its content one string and the arguments of its tool calls objects."""
+    if not isinstance(message, dict):
+        return Problem(
+            where=str(place),
+            value=f"{name} of type {type_name(message)}",
+            expected="an object {role, content}",
+            fix="write each message as an object with a role and a content",
+        )
+    read = {key: value for key, value in message.items() if value is not None}
+    calls_tools = bool(read.get("tool_calls"))
+    if read.get("content") is None and calls_tools:
+        read["content"] = ""  # as OpenAI-compatible servers do before the template
+    if isinstance(read.get("content"), list):
+        content = _joined_parts(read["content"])
+        if content is None:
+            return Problem(
+                where=str(place),
+                value=f"{name} with content parts other than text",
+                expected='text, as a string or as parts {"type": "text", "text": ...}',
+                fix="remove the row: the models here read text only",
+            )
+        read["content"] = content
+    for field in ("role", "content"):
+        if not isinstance(read.get(field), str):
+            return Problem(
+                where=str(place),
+                value=f"{name} with {field} of type {type_name(message[field])}"
+                if field in message
+                else f"{name} without {field}",
+                expected=f"a string as its {field}",
+                fix=f"give the message a {field}"
+                + ("; tools/build_pairs.py makes messages of Responses items" if "type" in message else ""),
+            )
+    reasoning = read.get("reasoning_content", "")
+    if not isinstance(reasoning, str):
+        got = f"{name} with reasoning_content of type {type_name(reasoning)}"
+        return Problem(str(place), got, "a string", "write the reasoning as one text")
+    if "tool_calls" in read:
+        calls = _read_tool_calls(read["tool_calls"], name, place)
+        if isinstance(calls, Problem):
+            return calls
+        del read["tool_calls"]
+        if calls:
+            read["tool_calls"] = calls
+    for field in ("role", "content", "reasoning_content"):
+        problem = string_problem(read.get(field, ""), f"{field} of {name}", place, may_be_empty=True)
+        if problem is not None:
+            return problem
+    return read
+
+
+def _joined_parts(parts: list[Any]) -> str | None:
+    """The text of content parts, or None if one of them is no text."""
+    texts = []
+    for part in parts:
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, dict) and part.get("type") in _TEXT_PARTS and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        else:
+            return None
+    return "".join(texts)
+
+
+def _read_tool_calls(calls: object, name: str, place: Place) -> list[dict[str, Any]] | Problem:
+    """OpenAI's or Hugging Face's tool calls, with arguments as objects. transformers' templates expect objects and
+    would quote JSON text a second time; servers such as vLLM parse it before the template, too."""
+    problem = Problem(
+        where=str(place),
+        value=f"tool_calls of {name}: {calls!r}",
+        expected='a list of {"type": "function", "function": {"name": ..., "arguments": {...}}}',
+        fix="write each call so; its arguments are an object, or JSON text that holds one",
+    )
+    if not isinstance(calls, list):
+        return problem
+    read = []
+    for call in calls:
+        if not isinstance(call, dict):
+            return problem
+        call = {key: value for key, value in call.items() if value is not None}
+        function = call.get("function", call)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            return problem
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments) if arguments.strip() else {}
+            except (ValueError, RecursionError):
+                return problem
+        if arguments is None:
+            arguments = {}
+        if not isinstance(arguments, dict):
+            return problem
+        function = {**function, "arguments": arguments}
+        read.append({**call, "function": function} if "function" in call else function)
+    return read
+
+
+def _last_answer_problem(messages: list[Message], key: str, place: Place) -> Problem | None:
+    """What an answer must end in: an assistant message that says or calls something."""
+    last = messages[-1]
+    if last["role"] != "assistant":
+        return Problem(
+            where=str(place),
+            value=f"field {key!r} with the roles {[message['role'] for message in messages][-6:]}",
+            expected="messages that end in the assistant's",
+            fix="remove what follows the assistant's last message, or remove the row",
+        )
+    if last.get("tool_calls") or str(last.get("reasoning_content", "")).strip():
+        return None
+    name = f"content of message {len(messages) - 1} of field {key!r}"
+    return string_problem(last["content"], name, place, may_be_empty=False)
+
+
+def read_tools(value: object, place: Place) -> tuple[Mapping[str, Any], ...] | Problem | None:
+    """A row's `tools`, a list of objects or JSON text of one: what the chat template is told the model may call."""
+    if isinstance(value, str) and value.strip():
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    if value is None or value == [] or value == "":
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        expected = "a list of objects, one a tool, or JSON text of it"
+        fix = "write the tools as the chat template takes them, or leave the field out"
+        return Problem(str(place), f"field 'tools' of type {type_name(value)}", expected, fix)
+    return tuple(value)
+
+
+def string_problem(text: str, name: str, place: Place, *, may_be_empty: bool) -> Problem | None:
+    """What is wrong with a text, whatever it is for."""
+    if not may_be_empty and not text.strip():
+        return Problem(
+            where=str(place),
+            value=f"{name} empty" if not text else f"{name} of white space only",
+            expected="an answer with text in it",
+            fix="give the pair an answer, or remove the row",
+        )
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON's "\ud800" is half a character, which no tokenizer takes
+        return Problem(
+            where=str(place),
+            value=f"{name} with the half character {text[error.start]!a} at {error.start}",
+            expected="text that UTF-8 can hold",
+            fix="remove it, or write both halves of the surrogate pair",
+        )
+    return None
+
+
+def some_keys(row: Mapping[str, Any]) -> str:
+    """The first field names of a row, for a message about it."""
+    names = [repr(str(key)[:30]) for key in list(row)[:6]]
+    return ", ".join(names) + (", ..." if len(row) > 6 else "") if names else "an empty object"
+
+
+def type_name(value: object) -> str:
+    """A type as a JSON user calls it."""
+    return {type(None): "null", dict: "object", list: "list", bool: "boolean"}.get(type(value), type(value).__name__)

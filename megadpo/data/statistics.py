@@ -1,0 +1,138 @@
+"""What a person wants to know of a data set before training on it: lengths, packs, and a pair as the model sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
+
+from megadpo.data.dataset import TokenizedPairs
+from megadpo.data.loader import GlobalBatchLoader
+from megadpo.data.pack import PackedBatch, pack_pairs
+from megadpo.data.pairs import TokenizedPair
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of one kind of text over all pairs."""
+
+    name: str
+    mean: float
+    median: int
+    percent_90: int
+    percent_99: int
+    longest: int
+    total: int
+
+
+def lengths(dataset: TokenizedPairs, *, share_prompt: bool) -> list[Lengths]:
+    """Of prompts, chosen and rejected answers, the longer sequence, and what a pair takes in a pack."""
+    texts = dataset.arrays.text_tokens()
+    prompt, chosen, rejected = texts.T
+    return [
+        _lengths("prompt", prompt),
+        _lengths("chosen", chosen),
+        _lengths("rejected", rejected),
+        _lengths("prompt + longer answer", prompt + np.maximum(chosen, rejected)),
+        _lengths("pair in a pack", dataset.packed_tokens(share_prompt=share_prompt)),
+    ]
+
+
+def _lengths(name: str, tokens: npt.NDArray[np.int64]) -> Lengths:
+    median, percent_90, percent_99 = np.percentile(tokens, [50, 90, 99], method="higher").tolist()
+    return Lengths(name, float(tokens.mean()), median, percent_90, percent_99, int(tokens.max()), int(tokens.sum()))
+
+
+def share_chosen_longer(dataset: TokenizedPairs) -> float:
+    """Share (0..1) of pairs whose chosen answer has more tokens. Far from 0.5, length alone predicts the choice."""
+    _, chosen, rejected = dataset.arrays.text_tokens().T
+    return float((chosen > rejected).mean())
+
+
+@dataclass(frozen=True)
+class BatchFill:
+    """How a global batch is dealt out."""
+
+    batch: int
+    pairs: int
+    tokens: int
+    """Without padding."""
+    micro_batches: int
+    """Of each data-parallel rank."""
+    fill: float | None
+    """Share (0..1) of the token budget that is used; None without sequence packing."""
+    imbalance: float
+    """1 - least / most work of a data-parallel rank."""
+
+
+def batch_fills(loader: GlobalBatchLoader, count: int) -> list[BatchFill]:
+    """The first `count` global batches of epoch 0, or as many as there are."""
+    fills = []
+    for batch, (positions, plan) in enumerate(islice(loader.plans(epoch=0), count)):
+        tokens, work = loader.lengths[positions], loader.work[positions]
+        rank_work = [int(work[[number for pack in rank for number in pack]].sum()) for rank in plan]
+        room = None if loader.budget_tokens is None else loader.budget_tokens * len(plan) * len(plan[0])
+        fills.append(
+            BatchFill(
+                batch=batch,
+                pairs=len(positions),
+                tokens=int(tokens.sum()),
+                micro_batches=len(plan[0]),
+                fill=None if room is None else int(tokens.sum()) / room,
+                imbalance=1 - min(rank_work) / max(rank_work),
+            )
+        )
+    return fills
+
+
+@dataclass(frozen=True)
+class SeenToken:
+    """One token of a pack."""
+
+    token_id: int
+    position: int
+    """Its position in its own sequence, as RoPE takes it."""
+    learned: bool
+    """Whether its log-probability is part of the loss."""
+
+
+@dataclass(frozen=True)
+class SeenSegment:
+    """One segment of a pack."""
+
+    name: str
+    start: int
+    """Where it begins in the pack."""
+    keys: tuple[tuple[int, int], ...]
+    """Ranges of the pack that it sees, causally; itself last."""
+    tokens: list[SeenToken]
+
+
+def as_seen(pair: TokenizedPair, *, share_prompt: bool) -> list[SeenSegment]:
+    """The pair packed alone, segment by segment."""
+    batch = pack_pairs([pair], share_prompt=share_prompt, pad_to_multiple=1, pad_token_id=0)
+    names = ["prompt", "chosen", "rejected"] if share_prompt else ["prompt + chosen", "prompt + rejected"]
+    learned = _learned(batch, share_prompt=share_prompt)
+    ids, positions = batch.tokens.tolist(), batch.positions.tolist()
+    return [
+        SeenSegment(
+            name,
+            segment.query_start,
+            segment.keys,
+            [SeenToken(ids[at], positions[at], at in learned) for at in range(segment.query_start, segment.query_end)],
+        )
+        for name, segment in zip(names, batch.segments, strict=True)
+    ]
+
+
+def _learned(batch: PackedBatch, *, share_prompt: bool) -> set[int]:
+    """Places in the pack of the tokens that are predicted for the loss: the one after each predicting hidden state;
+    after a shared prompt's last, the first of the answer."""
+    starts = [segment.query_start for segment in batch.segments[1:]] if share_prompt else []
+    prompt_end = batch.segments[0].query_end
+    places = set()
+    for at, answer in zip(batch.predict_index.tolist(), batch.answer_index.tolist(), strict=True):
+        places.add(starts[answer] if share_prompt and at == prompt_end - 1 else at + 1)
+    return places

@@ -1,0 +1,96 @@
+"""`policy.freeze`: weights that training leaves as they are, by patterns on their Hugging Face names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+
+from megadpo.config.architecture import Architecture
+from megadpo.config.problems import Problem
+from megadpo.model.weights.load import named_global_parameters
+from megadpo.model.weights.tables import Entry, WeightTable, weight_table
+
+FIELD = "policy.freeze"
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+def freeze(chunks: Sequence[torch.nn.Module], patterns: Sequence[str], arch: Architecture) -> None:
+    """Take the gradients off every parameter of this rank's chunks that `patterns` name; to be called before anything
+    allocates gradients. `freeze_problems` has found none. Collectives: none."""
+    if not patterns:
+        return
+    table = weight_table(arch)
+    names = {name for pattern in patterns for name in _matched(pattern, table)}
+    for chunk in chunks:
+        for name, parameter in named_global_parameters(chunk):
+            # The last stage's copy of tied embeddings goes by the embedding's name too.
+            if table.by_name[name].hf[0] in names:
+                parameter.requires_grad_(False)
+
+
+def freeze_problems(patterns: Sequence[str], arch: Architecture) -> list[Problem]:
+    """Why `patterns` can't be followed on a model of this shape; empty where they can."""
+    if not patterns:
+        return []
+    table = weight_table(arch)
+    matched = {pattern: _matched(pattern, table) for pattern in patterns}
+    problems = [_nothing(pattern, arch, table) for pattern, names in matched.items() if not names]
+    frozen = {name for names in matched.values() for name in names}
+    shown = ", ".join(patterns)
+    problems += [Problem(FIELD, shown, *words) for words in _torn(frozen, table)]
+    if frozen == set(table.hf_shapes):
+        fix = "leave something to train, or use launch/evaluate.py"
+        problems.append(Problem(FIELD, shown, "patterns that leave a weight to train; these freeze all of them", fix))
+    return problems
+
+
+def expand(pattern: str) -> list[str]:
+    """The shell patterns in `pattern`: `{4..7}`, as in bash, stands for each whole number from 4 to 7."""
+    found = _RANGE.search(pattern)
+    if found is None:
+        return [pattern]
+    numbers = range(int(found[1]), int(found[2]) + 1)
+    return [one for n in numbers for one in expand(f"{pattern[: found.start()]}{n}{pattern[found.end() :]}")]
+
+
+def _matched(pattern: str, table: WeightTable) -> set[str]:
+    return {name for one in expand(pattern) for name in table.hf_shapes if fnmatchcase(name, one)}
+
+
+def _nothing(pattern: str, arch: Architecture, table: WeightTable) -> Problem:
+    if arch.tie_word_embeddings and any(fnmatchcase("lm_head.weight", one) for one in expand(pattern)):
+        expected = "model.embed_tokens.weight, which is this model's output layer as well (tied embeddings)"
+        return Problem(FIELD, pattern, expected, "name that, or remove the pattern")
+    expected = f"a pattern that matches a weight's Hugging Face name, such as {next(reversed(table.hf_shapes))}"
+    last = arch.num_layers - 1
+    fix = (
+        f"see model.safetensors; layers are model.layers.0 to {last}: model.layers.{{0..{last}}}.* matches all of them"
+    )
+    return Problem(FIELD, pattern, expected, fix)
+
+
+def _torn(frozen: set[str], table: WeightTable) -> Iterator[tuple[str, str]]:
+    """(expected, fix) where one part of what can only be frozen whole is named, once a kind of parameter."""
+    seen = set()
+    for entry in table.entries:
+        kind = entry.row.megatron
+        part = [name for name in entry.hf if name in frozen]
+        if part and kind not in seen and (missing := [name for name in entry.hf if name not in frozen]):
+            seen.add(kind)
+            expected = f"{' and '.join(missing)} with {' and '.join(part)}: they are one parameter here ({kind})"
+            yield expected, "name all of them or none"
+        bias = _bias_of(entry, table)
+        if len(part) == len(entry.hf) and bias is not None and kind not in seen and not frozen & set(bias.hf):
+            seen.add(kind)
+            expected = (
+                f"{' and '.join(bias.hf)} frozen with their weights: megatron-core gives a bias no gradient alone"
+            )
+            yield expected, "name the biases too, or train the weights as well"
+
+
+def _bias_of(entry: Entry, table: WeightTable) -> Entry | None:
+    name = entry.names[0]
+    return table.by_name.get(name.removesuffix("weight") + "bias") if name.endswith(".weight") else None

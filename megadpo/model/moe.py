@@ -1,0 +1,122 @@
+"""Layers of experts on packs: megatron-core's router, dispatchers and experts, with padding kept out of all three.
+
+megatron-core's `padding_mask` keeps padding out of its load-balancing loss only; the experts still compute it. Here a
+`Routing` travels in its place, and the router sends padding to no expert.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection, topk_routing_with_score_function
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch.nn import functional as F
+
+from megadpo.data.pack import PackedBatch
+from megadpo.model.moe_balance import LoadBalance, TokenSets
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the layers of experts need of one micro-batch. t: tokens of this rank, filled up."""
+
+    real: torch.Tensor
+    """[t] bool: False for padding."""
+    sets: TokenSets | None
+    """What the load-balancing loss is over; None: there is none."""
+
+
+def plan_routing(batch: PackedBatch, config: TransformerConfig, balance: LoadBalance | None) -> Routing:
+    """The routing of `batch` on this rank, once a micro-batch.
+
+    balance: None for a model that is not being trained. Collectives: with the 'allgather' dispatcher, the maximum of one
+    number over the ranks that share experts: it wants as many tokens from each, and packs differ in length.
+    """
+    groups = get_default_pg_collection()
+    shards = groups.tp.size() if config.sequence_parallel else 1
+    rank = groups.tp.rank() if config.sequence_parallel else 0
+    tokens = batch.tokens.numel()
+    local, filled = tokens // shards, tokens // shards
+    if config.moe_token_dispatcher_type == "allgather" and groups.tp_ep.size() > 1:
+        longest = torch.tensor(local, device=batch.tokens.device)
+        dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=groups.tp_ep)
+        filled = int(longest)
+
+    def mine(whole: torch.Tensor) -> torch.Tensor:
+        part = whole[..., rank * local : (rank + 1) * local]
+        return F.pad(part, (0, filled - local)).to(batch.tokens.device)
+
+    sets = None
+    if balance is not None and balance.enabled:
+        whole = balance.sets(batch)
+        sets = TokenSets(mine(whole.members), whole.sizes, whole.weights)
+    return Routing(real=mine(torch.arange(tokens) < batch.num_tokens), sets=sets)
+
+
+class PackRouter(TopKRouter):
+    """megatron-core's top-k router; padding goes to no expert."""
+
+    def __init__(self, config: TransformerConfig, pg_collection: Any = None, *, balance: LoadBalance) -> None:
+        super().__init__(config, pg_collection)
+        self.balance = balance
+
+    def routing(self, logits: torch.Tensor, padding_mask: Routing | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """logits [t, 1, E] -> weights [t, E] in the router's dtype, and which experts each token goes to [t, E] bool."""
+        routing = padding_mask
+        assert isinstance(routing, Routing)
+        logits = logits.flatten(0, -2)
+        probs, chosen = topk_routing_with_score_function(
+            logits, self.topk, use_pre_softmax=self.config.moe_router_pre_softmax, score_function="softmax"
+        )
+        # Without gradients it is the first pass of a recomputed layer: the second one counts.
+        if self.training and routing.sets is not None and torch.is_grad_enabled():
+            probs = self.balance.attach(
+                probs,
+                logits,
+                routing.sets,
+                topk=self.topk,
+                layer_number=self.layer_number,
+                group=self.tp_cp_group,
+            )
+        return probs, chosen & routing.real[:, None]
+
+
+class PackMoELayer(MoELayer):
+    """megatron-core's layer of experts for packs whose lengths differ between the ranks that share the experts."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, intermediate_tensors: None = None, padding_mask: Routing | None = None
+    ) -> tuple[torch.Tensor, None]:
+        """hidden_states [t, 1, h] -> ([t, 1, h], no bias). Collectives: the dispatcher's."""
+        assert isinstance(padding_mask, Routing), "PackTransformerLayer hands the routing over"
+        mix = functools.partial(self._mix, routing=padding_mask)
+        if self.moe_layer_recompute:
+            return tensor_parallel.checkpoint(mix, False, hidden_states), None
+        return mix(hidden_states), None
+
+    def _mix(self, hidden: torch.Tensor, *, routing: Routing) -> torch.Tensor:
+        """megatron-core's steps, on as many tokens as `routing` has."""
+        tokens = hidden.shape[0]
+        shared = self.shared_experts_compute(hidden)
+        filled = F.pad(hidden, (0, 0, 0, 0, 0, routing.real.numel() - tokens))
+        probs, chosen = self.route(filled, routing)
+        dispatched, probs = self.dispatch(*self.preprocess(filled, probs, chosen))
+        output, _ = self.routed_experts_compute(dispatched, probs)
+        output = self.postprocess(self.combine(output), None)[:tokens]
+        return output if shared is None else output + shared
+
+
+class PackTransformerLayer(TransformerLayer):
+    """Hands the pack's routing to its experts: megatron-core passes nothing but `padding_mask` on to them."""
+
+    def forward(self, *args: Any, packed_seq_params: Any, **kwargs: Any) -> Any:
+        kwargs["padding_mask"] = packed_seq_params.routing
+        return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)

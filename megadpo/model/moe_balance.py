@@ -1,0 +1,150 @@
+"""The load-balancing loss of layers of experts: what it is over, its weight, and its value for the log.
+
+Over a set of tokens, for one layer (Fedus et al. 2021, arXiv 2101.03961, eq. 4-6, for top-k routing as megatron-core's
+switch_load_balancing_loss_func):
+
+    loss = E * sum over experts e of f_e * P_e        1 where every expert gets as much as any other
+
+E experts; f_e the share of the set's choices (k a token) that fell on e; P_e the mean over the set of the softmax over
+all experts. The sets, and their weights in the mean over the global batch:
+
+    aux_loss      the real tokens of a micro-batch, weighted by their number: as megatron-core under per-token loss
+    seq_aux_loss  each answer with its prompt, weighted alike: the same whatever shares a micro-batch
+
+To the gradient of the DPO loss it adds that of coefficient * (sum over layers of the mean). Padding is in no set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from megadpo.data.pack import PackedBatch, Segment
+
+Kind = Literal["none", "aux_loss", "seq_aux_loss"]
+
+
+@dataclass(frozen=True)
+class TokenSets:
+    """The sets of one micro-batch that the loss is over. Q sets, t tokens of this rank."""
+
+    members: torch.Tensor
+    """[Q, t] float32: 1 where the token is in the set."""
+    sizes: torch.Tensor
+    """[Q] float32: tokens in the set, over all ranks that hold the micro-batch."""
+    weights: torch.Tensor
+    """[Q] float32: what a set counts; divided by the sum over the global batch it gives the mean."""
+
+
+class LoadBalance:
+    """The load-balancing loss of one model chunk: options, and sums over the micro-batches of a global batch."""
+
+    def __init__(self, kind: Kind, coefficient: float, num_layers: int, device: torch.device) -> None:
+        self.kind = kind
+        self.coefficient = coefficient
+        self._sums = torch.zeros(num_layers, dtype=torch.float64, device=device)
+        self._total_weight: float | None = None
+
+    @property
+    def enabled(self) -> bool:
+        return self.kind != "none" and self.coefficient > 0
+
+    def start(self, *, num_tokens: int, num_pairs: int) -> None:
+        """Before the micro-batches of a global batch: its real tokens and pairs over all ranks. Clears the sums."""
+        self._sums.zero_()
+        self._total_weight = float(num_tokens if self.kind == "aux_loss" else 2 * num_pairs)
+
+    def sets(self, batch: PackedBatch) -> TokenSets:
+        """The sets of a whole micro-batch, its members on the CPU and not yet cut over ranks."""
+        ranges: list[tuple[tuple[int, int], ...]] = [((0, batch.num_tokens),)] if batch.num_tokens else []
+        if self.kind == "seq_aux_loss":
+            ranges = answer_sequences(batch.segments, batch.num_tokens)
+        members = torch.zeros(len(ranges), batch.tokens.numel())
+        for row, parts in enumerate(ranges):
+            for start, end in parts:
+                members[row, start:end] = 1.0
+        sizes = members.sum(dim=1)
+        weights = sizes if self.kind == "aux_loss" else torch.ones_like(sizes)
+        device = self._sums.device
+        return TokenSets(members, sizes.to(device), weights.to(device))
+
+    def attach(
+        self,
+        probs: torch.Tensor,
+        logits: torch.Tensor,
+        sets: TokenSets,
+        *,
+        topk: int,
+        layer_number: int,
+        group: dist.ProcessGroup,
+    ) -> torch.Tensor:
+        """`probs` [t, E] as they are, with the loss of this layer's `logits` [t, E] hung to their backward.
+
+        group: ranks that hold parts of this micro-batch. Each computes its own tokens' part of P_e, so that the parts
+        of the loss, and of its gradient, add up over the ranks. Collectives: one all-reduce of [Q, E] over `group`.
+        """
+        assert self._total_weight is not None, "LoadBalance.start comes before the first micro-batch"
+        scores = torch.softmax(logits, dim=-1, dtype=torch.float32)
+        loss = balance_loss(scores, sets, topk=topk, group=group) / self._total_weight
+        self._sums[layer_number - 1] += loss.detach()
+        attached: torch.Tensor = _Attach.apply(probs, self.coefficient * loss)
+        return attached
+
+    def reduced(self) -> torch.Tensor:
+        """[layers] float64: the mean over the global batch, without the coefficient; layers elsewhere are 0.
+
+        Collectives: one all-reduce over the world, where the loss is on: tensor-parallel ranks hold parts of a
+        micro-batch, data-parallel ranks other micro-batches, pipeline ranks other layers.
+        """
+        if self.enabled:
+            dist.all_reduce(self._sums)
+        return self._sums
+
+
+def balance_loss(scores: torch.Tensor, sets: TokenSets, *, topk: int, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Weighted sum over the sets of this rank's part of E * sum of f_e * P_e; scores [t, E] float32, a softmax."""
+    num_experts = scores.shape[1]
+    with torch.no_grad():
+        chosen = torch.zeros_like(scores).scatter_(1, scores.topk(topk, dim=1).indices, 1.0)
+        counts = sets.members @ chosen
+        if group is not None and dist.get_world_size(group) > 1:
+            dist.all_reduce(counts, group=group)
+        share = counts / (topk * sets.sizes[:, None])
+    mean = (sets.members @ scores) / sets.sizes[:, None]
+    return (sets.weights * num_experts * (share * mean).sum(dim=1)).sum()
+
+
+def answer_sequences(segments: Sequence[Segment], num_tokens: int) -> list[tuple[tuple[int, int], ...]]:
+    """The ranges of each answer with its prompt: those of segments whose tokens no other segment sees."""
+    seen = {keys for segment in segments for keys in segment.keys[:-1]}
+    return [s.keys for s in segments if (s.query_start, s.query_end) not in seen and s.query_end <= num_tokens]
+
+
+def balance_metrics(balances: Iterable[LoadBalance], *, per_layer: bool) -> dict[str, float]:
+    """`moe_aux_loss`, the mean over the layers, and (per_layer) `moe_aux_loss_layer_<n>`, n from 0; empty where the
+    loss is off. All ranks call it. Collectives: an all-reduce a chunk. One wait for the device a chunk."""
+    values = [balance.reduced().tolist() for balance in balances if balance.enabled]
+    if not values:
+        return {}
+    layers = [sum(chunk) for chunk in zip(*values, strict=True)]
+    metrics = {"moe_aux_loss": sum(layers) / len(layers)}
+    if per_layer:
+        metrics |= {f"moe_aux_loss_layer_{number}": value for number, value in enumerate(layers)}
+    return metrics
+
+
+class _Attach(torch.autograd.Function):
+    """The identity on `x`, with a gradient of 1 for `loss`. megatron-core's MoEAuxLossAutoScaler does the same with a
+    scale kept in the class, which its schedules set."""
+
+    @staticmethod
+    def forward(ctx, x, loss):  # type: ignore[no-untyped-def]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return grad, torch.ones((), dtype=torch.float32, device=grad.device)

@@ -1,0 +1,49 @@
+"""The guarded step clips gradients wherever the optimizer keeps them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megadpo.optimizer import guarded_step
+from megadpo.parallel.cpu import enable_cpu
+
+
+class OnePart:
+    """What guarded_step uses of megatron-core's optimizers, around one parameter."""
+
+    def __init__(self, parameter, *, decoupled):
+        self.parameter = parameter
+        self.config = SimpleNamespace(clip_grad=1.0, use_precision_aware_optimizer_no_fp8_or_ds_fp8=decoupled)
+        self.stepped = False
+
+    def prepare_grads(self):
+        return False
+
+    def get_grad_norm(self):
+        grad = self.parameter.grad
+        return (self.parameter.decoupled_grad if grad is None else grad).norm()
+
+    def get_parameters(self):
+        return [self.parameter]
+
+    def step_with_ready_grads(self):
+        self.stepped = True
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("value", [3.0, float("nan")])
+def test_clips_and_steps_or_leaves_everything(decoupled, value):
+    if not torch.cuda.is_available():
+        enable_cpu()
+    parameter = torch.nn.Parameter(torch.zeros(4))
+    setattr(parameter, "decoupled_grad" if decoupled else "grad", torch.full((4,), value))
+    part = OnePart(parameter, decoupled=decoupled)
+    norm, updated = guarded_step(part)
+    assert updated == part.stepped == (value == 3.0)
+    if updated:
+        left = parameter.decoupled_grad if decoupled else parameter.grad
+        assert norm == 6.0
+        torch.testing.assert_close(left.norm(), torch.tensor(1.0), rtol=1e-5, atol=0)

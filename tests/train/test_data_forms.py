@@ -1,0 +1,101 @@
+"""Whole runs on other data than plain JSONL: formats told apart set by set, several turns, masks in the averages."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+
+from megadpo.config.schema_dpo import DpoConfig
+from megadpo.data.pack import pack_pairs
+from megadpo.data.pairs import TokenizedPair
+from megadpo.train.step import pair_loss
+from tests.helpers.distributed import run_distributed
+from tests.helpers.runs import make_config, make_model, read_metrics, train
+from tests.helpers.tiny_tokenizer import CHATML
+
+ROOM = {"max_total_sequence_length": 200, "sequence_packing": {"train_mb_tokens": 400}}
+
+
+def chat(number: int) -> dict[str, object]:
+    """A row of PreferenceDataset whose better answer has three turns."""
+    better = [
+        {"role": "assistant", "content": f"sand {number}"},
+        {"role": "user", "content": "what is it?"},
+        {"role": "assistant", "content": "the sum"},
+    ]
+    worse = [{"role": "assistant", "content": f"the sea {number}"}]
+    completions = [{"rank": 1, "completion": worse}, {"rank": 0, "completion": better}]
+    return {"context": [{"role": "user", "content": f"at the shore {number}?"}], "completions": completions}
+
+
+@pytest.mark.distributed
+def test_validation_sets_of_three_formats_and_two_kinds_of_file(tmp_path):
+    model = make_model(tmp_path / "model", max_position_embeddings=256)
+    ranked, transcripts = tmp_path / "ranked.jsonl", tmp_path / "transcripts.parquet"
+    ranked.write_text("".join(json.dumps(chat(n)) + "\n" for n in range(9)))
+    hh = [{k: f"\n\nHuman: {n}?\n\nAssistant: {k} {n}" for k in ("chosen", "rejected")} for n in range(7)]
+    pa.parquet.write_table(pa.Table.from_pylist(hh), transcripts)
+    config = make_config(
+        tmp_path,
+        model,
+        policy={"tokenizer": {"chat_template": CHATML}, **ROOM},
+        data={"val_data_paths": {"ranked": str(ranked), "hh-rlhf": str(transcripts)}},
+        dpo={"val_at_start": True, "val_period": 3, "val_batches": 0},
+        checkpointing={"enabled": True, "metric_name": "validation-hh-rlhf_loss", "save_period": 3},
+    )
+    assert run_distributed(train, 2, str(config), [], init_process_group=False) == [0, 0]
+    records = read_metrics(tmp_path / "logs")
+    validated = [record for record in records if "timing/validation/total_validation_time" in record]
+    assert [record["step"] for record in validated] == [0, 3]
+    for record in validated:
+        names = {key.split("/")[0] for key in record if key.startswith("validation-")}
+        assert names == {"validation-held_out", "validation-ranked", "validation-hh-rlhf"}
+        assert record["timing/validation/total_validation_time"] > 0
+        assert all(math.isfinite(record[f"{name}/loss"]) for name in names)
+    first = validated[0]
+    assert first["validation-ranked/preference_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    saved = json.loads((tmp_path / "checkpoints/step_3/megadpo.json").read_text())
+    assert saved["position"]["metrics"]["validation-hh-rlhf/loss"] == validated[-1]["validation-hh-rlhf/loss"]
+
+
+@pytest.mark.distributed
+def test_turns_in_the_loss_decide_what_is_learned_from(tmp_path):
+    """With every differing turn in the loss, more tokens count: other losses from the same tokens in the same packs."""
+    model = make_model(tmp_path / "model", max_position_embeddings=256)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(chat(n)) + "\n" for n in range(24)))
+    runs = {}
+    for loss_on in ("last_turn", "differing_turns"):
+        folder = tmp_path / loss_on
+        folder.mkdir()
+        config = make_config(
+            folder,
+            model,
+            policy={"tokenizer": {"chat_template": CHATML}, **ROOM},
+            data={"train_data_path": str(rows), "val_data_paths": None, "loss_on": loss_on, "shuffle": False},
+        )
+        assert run_distributed(train, 1, str(config), [], init_process_group=False) == [0]
+        runs[loss_on] = read_metrics(folder / "logs")[0]
+    last, differing = runs["last_turn"], runs["differing_turns"]
+    assert last["train/num_tokens"] == differing["train/num_tokens"]
+    assert differing["train/logps/chosen"] < 1.5 * last["train/logps/chosen"] < 0
+    assert differing["train/logps/rejected"] == pytest.approx(last["train/logps/rejected"], rel=1e-6)
+
+
+def test_averages_divide_by_the_tokens_in_the_loss():
+    mask = np.array([False, True, True, False, True])
+    pair = TokenizedPair(0, *(np.arange(n, dtype=np.int32) for n in (3, 5, 4)), mask, None)
+    batch = pack_pairs([pair], share_prompt=True, pad_to_multiple=8, pad_token_id=0)
+    logps, reference = torch.tensor([-6.0, -8.0]), torch.tensor([-9.0, -4.0])
+    cfg = dataclasses.replace(DpoConfig(), preference_average_log_probs=True, sft_average_log_probs=True)
+    output = pair_loss(logps, reference, batch, cfg)
+    margin = cfg.reference_policy_kl_penalty * ((-6.0 + 9.0) / 3 - (-8.0 + 4.0) / 4)
+    torch.testing.assert_close(output.loss_sum, -torch.tensor(margin).sigmoid().log())
+    assert output.metrics["sft_loss"][0] == pytest.approx(6.0 / 3)

@@ -1,0 +1,268 @@
+"""See the data of a run before paying for it: python tools/inspect_data.py CONFIG.yaml [key=value ...]
+
+Prints what became of the file's rows, lengths, what shared prompts save, how full the packs are, how evenly
+data-parallel ranks are loaded, and a pair as the model sees it: every token, its position, its segment, whether the
+loss counts it.
+Needs the model's config.json and tokenizer, neither weights nor a GPU. Tokenises into data.cache_dir, as training does.
+Exit code 2: refused, with every problem on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megadpo.config.architecture import Architecture, read_architecture
+from megadpo.config.check import check_layout, data_parallel_size, model_parallel_size, stated_world_size
+from megadpo.config.load import load_config
+from megadpo.config.problems import ConfigError, DataError, Problem, UserError
+from megadpo.config.schema import Config
+from megadpo.train.command import refuse
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from megadpo.data.dataset import PairDataset
+    from megadpo.data.loader import GlobalBatchLoader
+    from megadpo.data.statistics import SeenSegment, SeenToken
+
+Written: TypeAlias = "tuple[SeenToken, str]"
+"""A token and its text."""
+
+TRAIN = "train"
+_WIDTH_WITHOUT_TERMINAL = 120
+_GUTTER = 9  # columns before a line's first token, for its position
+_STYLES = {"chosen": "bold green", "rejected": "bold red"}
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = parse(arguments)
+    plain = not sys.stdout.isatty()
+    console = Console(highlight=False, width=_WIDTH_WITHOUT_TERMINAL if plain else None)
+    try:
+        show(options, console)
+    except UserError as error:
+        return refuse(error)
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Look at a run's preference data as the model sees it.")
+    parser.add_argument("config", help="YAML file, as for launch/train.py")
+    parser.add_argument("overrides", nargs="*", help="key=value, e.g. policy.sequence_packing.train_mb_tokens=8192")
+    parser.add_argument("--set", default=TRAIN, help="train (the default), or a name of data.val_data_paths")
+    parser.add_argument("--pair", type=int, default=None, help="row of the file, from 0 (default: the first pair)")
+    parser.add_argument("--batches", type=int, default=10, help="global batches to plan (default 10)")
+    parser.add_argument(
+        "--world-size", type=int, default=None, help="processes of the run (default: cluster, else one copy)"
+    )
+    parser.add_argument("--all-tokens", action="store_true", help="show long segments whole")
+    return parser.parse_intermixed_args(arguments)
+
+
+def show(options: argparse.Namespace, console: Console) -> None:
+    """Raises UserError."""
+    from megadpo.data.dataset import load_datasets
+    from megadpo.data.loader import GlobalBatchLoader
+    from megadpo.data.tokenizer import load_tokenizer, pad_token_id
+    from megadpo.model.source import resolve_source, tokenizer_source
+
+    cfg = load_config(options.config, options.overrides, purpose="train" if options.set == TRAIN else "evaluate")
+    path = _path(cfg, options.set)
+    source = resolve_source(cfg.policy.model_name, "policy.model_name", weights=False)
+    arch = read_architecture(source.hf_files)
+    dp_size = _dp_size(cfg, arch, options.world_size)
+    tokenizer = load_tokenizer(str(tokenizer_source(cfg, source)))
+    dataset = load_datasets(cfg, {options.set: path}, tokenizer, arch.vocab_size)[options.set]
+    pad = pad_token_id(tokenizer)
+    training = options.set == TRAIN
+    loader = GlobalBatchLoader.from_config(
+        dataset, cfg, arch, dp_rank=0, dp_size=dp_size, pad_token_id=pad, training=training
+    )
+    position = _position(dataset, options.pair)
+    for note in cfg.notes:
+        console.print(Text(note, style="dim"))
+    console.print(Text(str(dataset.report)))
+    show_lengths(console, dataset, loader)
+    show_packs(console, loader, options.batches)
+    show_pair(console, dataset, position, tokenizer, loader.share_prompt, 10**9 if options.all_tokens else 400)
+
+
+def _path(cfg: Config, name: str) -> str:
+    if name == TRAIN:
+        return cfg.data.train_data_path
+    paths = cfg.data.val_data_paths or {}
+    if name not in paths:
+        raise ConfigError(Problem("--set", name, f"one of {', '.join([TRAIN, *paths])}", "name one of these"))
+    return paths[name]
+
+
+def _dp_size(cfg: Config, arch: Architecture, world_size: int | None) -> int:
+    size = world_size or stated_world_size(cfg) or model_parallel_size(cfg)
+    problems = check_layout(cfg, arch, size)
+    if problems:
+        raise ConfigError(problems)
+    return data_parallel_size(cfg, size)
+
+
+def _position(dataset: PairDataset, row: int | None) -> int:
+    """Where in the data set the file's row stands."""
+    if row is None:
+        return 0
+    found = np.flatnonzero(dataset.arrays.rows == row)
+    if len(found) == 0:
+        expected = f"a row of {dataset.report.path}, from 0 to {dataset.report.rows - 1}, that was not dropped"
+        raise DataError(Problem("--pair", row, expected, "name another row"))
+    return int(found[0])
+
+
+def show_lengths(console: Console, dataset: PairDataset, loader: GlobalBatchLoader) -> None:
+    """Lengths of texts, what shared prompts save, and how often the chosen answer is the longer one."""
+    from megadpo.data.statistics import lengths, share_chosen_longer
+
+    table = Table("tokens", box=None, pad_edge=False)
+    for column in ("mean", "median", "90%", "99%", "longest", "total"):
+        table.add_column(column, justify="right")
+    for row in lengths(dataset, share_prompt=loader.share_prompt):
+        numbers = (row.mean, row.median, row.percent_90, row.percent_99, row.longest, row.total)
+        table.add_row(row.name, *(f"{number:,.0f}" for number in numbers))
+    console.print()
+    console.print(table)
+    saving = f"{dataset.report.shared_prompt_saving:.1%} of the tokens"
+    off = "sharing prompts would save" if not loader.share_prompt else "shared prompts save"
+    console.print(f"{off} {saving}; chosen is longer than rejected in {share_chosen_longer(dataset):.1%} of the pairs")
+
+
+def show_packs(console: Console, loader: GlobalBatchLoader, count: int) -> None:
+    """Each of the first global batches, and their means."""
+    from megadpo.data.statistics import batch_fills
+
+    fills = batch_fills(loader, count)
+    budget = loader.budget_tokens
+    packs = f"packs of at most {budget:,} tokens" if budget else f"{loader.pairs_per_micro_batch} pairs a micro-batch"
+    title = f"Global batches of {loader.global_batch_size} pairs: {packs}, {loader.dp_size} data-parallel rank(s)"
+    table = Table("batch", box=None, pad_edge=False)
+    for column in ("pairs", "tokens", "micro-batches a rank", "filled", "least loaded rank does"):
+        table.add_column(column, justify="right")
+    for fill in fills:
+        table.add_row(
+            str(fill.batch), f"{fill.pairs:,}", f"{fill.tokens:,}", str(fill.micro_batches), _percent(fill.fill),
+            _percent(1 - fill.imbalance),
+        )  # fmt: skip
+    if len(fills) > 1:
+        mean = [
+            float(np.mean([one.fill or 0.0 for one in fills])),
+            float(np.mean([1 - one.imbalance for one in fills])),
+        ]
+        table.add_row("mean", "", "", "", _percent(mean[0] if budget else None), _percent(mean[1]))
+    console.print()
+    console.print(Text(title, style="bold"))
+    console.print(table)
+    console.print(
+        f"{len(fills)} of the epoch's {loader.batches_per_epoch:,} batches; work is counted as in megadpo/data/work.py"
+    )
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
+
+
+def show_pair(
+    console: Console,
+    dataset: PairDataset,
+    position: int,
+    tokenizer: PreTrainedTokenizerBase,
+    share_prompt: bool,
+    most: int,
+) -> None:
+    """Every segment of one pair, its tokens apart, those that the loss counts in colour."""
+    from megadpo.data.statistics import as_seen
+
+    pair = dataset[position]
+    marks = "in colour" if console.color_system else "between « and »"
+    console.print()
+    console.print(Text(f"Pair {pair.index} ({dataset.source_of(pair.index)}); tokens that the loss counts are {marks}"))
+    decode = _decoder(tokenizer)
+    for segment in as_seen(pair, share_prompt=share_prompt):
+        console.print()
+        console.print(Text(_headline(segment), style="bold"))
+        plain = console.color_system is None
+        for line in _lines(segment, decode, most, width=console.width - 2, plain=plain):
+            console.print(line, soft_wrap=True)
+
+
+def _headline(segment: SeenSegment) -> str:
+    end = segment.start + len(segment.tokens)
+    seen = " and ".join(f"[{start}, {stop})" for start, stop in segment.keys)
+    learned = sum(token.learned for token in segment.tokens)
+    return f"{segment.name}: [{segment.start}, {end}) of the pack, sees {seen}; {learned} tokens in the loss"
+
+
+def _lines(segment: SeenSegment, decode: Callable[[int], str], most: int, *, width: int, plain: bool) -> Iterator[Text]:
+    """The segment's tokens with | between them, each line behind the position of its first token."""
+    tokens = segment.tokens
+    cut = len(tokens) > most
+    for line in _filled(tokens[: most // 2] if cut else tokens, decode, width):
+        yield _line(segment, line, plain=plain)
+    if cut:
+        left_out = len(tokens) - most // 2 * 2
+        yield Text(f"         ... {left_out:,} tokens more: --all-tokens", style="dim")
+        for line in _filled(tokens[-(most // 2) :], decode, width):
+            yield _line(segment, line, plain=plain)
+
+
+def _filled(tokens: Sequence[SeenToken], decode: Callable[[int], str], width: int) -> Iterator[list[Written]]:
+    """Lines of tokens and their texts, no wider than `width` where a token allows it."""
+    line: list[Written] = []
+    used = _GUTTER
+    for token in tokens:
+        written = (token, decode(token.token_id))
+        used += cell_len(written[1]) + 1
+        if line and used > width:
+            yield line
+            line, used = [], _GUTTER + cell_len(written[1]) + 1
+        line.append(written)
+    if line:
+        yield line
+
+
+def _line(segment: SeenSegment, line: Sequence[Written], *, plain: bool) -> Text:
+    style = next((style for name, style in _STYLES.items() if name in segment.name), "")
+    text = Text(f"{line[0][0].position:>{_GUTTER - 3}}  ", style="cyan")
+    for number, (learned, run) in enumerate(groupby(line, key=lambda written: written[0].learned)):
+        marks = ("«", "»") if plain and learned else ("", "")
+        text.append("|" if number else "", style="dim")
+        text.append(marks[0])
+        for place, (_, piece) in enumerate(run):
+            text.append("|" if place else "", style="dim")
+            text.append(piece, style=style if learned else "default")
+        text.append(marks[1])
+    return text
+
+
+def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], str]:
+    """The text of one token, on one line and without control characters; a part of a character as its raw token."""
+
+    def decode(token_id: int) -> str:
+        text = str(tokenizer.decode([token_id]))
+        if not text or "\ufffd" in text:
+            text = str(tokenizer.convert_ids_to_tokens(token_id))
+        return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+    return decode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
