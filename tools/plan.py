@@ -87,7 +87,7 @@ def prepare(options: argparse.Namespace) -> Job:
         fix = f"add policy.device=auto, or leave {what} out: memory is planned for CPUs, time isn't"
         raise ConfigError(Problem("policy.device", "cpu", f"auto or cuda with {what}", fix))
     arch, reference = architectures(cfg)
-    lengths, said = choose_lengths(cfg, options.lengths)
+    lengths, said = choose_lengths(cfg, arch, options.lengths)
     return Job(
         cfg=cfg,
         arch=arch,

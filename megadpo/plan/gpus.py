@@ -20,6 +20,8 @@ class Gpu:
     """Tensor-core FLOP/s in bfloat16."""
     fp32_flops: float
     """FLOP/s in float32 outside the tensor cores: torch multiplies float32 matrices so unless TF32 is allowed."""
+    fp64_flops: float
+    """FLOP/s in float64 on the tensor cores, where routers compute by default."""
     hbm_bytes: float
     hbm_bytes_per_s: float
     nvlink_bytes_per_s: float
@@ -36,6 +38,7 @@ GPUS: dict[str, Gpu] = {
             name="a100",  # SXM4 80 GB
             bf16_flops=312e12,
             fp32_flops=19.5e12,
+            fp64_flops=19.5e12,
             hbm_bytes=80e9,
             hbm_bytes_per_s=2.039e12,
             nvlink_bytes_per_s=300e9,
@@ -46,6 +49,7 @@ GPUS: dict[str, Gpu] = {
             name="h100",  # SXM5 80 GB
             bf16_flops=989.4e12,
             fp32_flops=67e12,
+            fp64_flops=67e12,
             hbm_bytes=80e9,
             hbm_bytes_per_s=3.35e12,
             nvlink_bytes_per_s=450e9,
@@ -56,6 +60,7 @@ GPUS: dict[str, Gpu] = {
             name="h200",  # SXM5 141 GB
             bf16_flops=989.4e12,
             fp32_flops=67e12,
+            fp64_flops=67e12,
             hbm_bytes=141e9,
             hbm_bytes_per_s=4.8e12,
             nvlink_bytes_per_s=450e9,
@@ -66,6 +71,7 @@ GPUS: dict[str, Gpu] = {
             name="b200",  # SXM6, as in DGX B200: 1,440 GB in 8 GPUs
             bf16_flops=2250e12,
             fp32_flops=80e12,
+            fp64_flops=37e12,
             hbm_bytes=180e9,
             hbm_bytes_per_s=8e12,
             nvlink_bytes_per_s=900e9,
@@ -82,6 +88,8 @@ class Assumptions:
 
     matmul_efficiency: float = 0.70
     """Share of the peak that large matrix products reach."""
+    expert_matmul_efficiency: float = 0.45
+    """The same of an expert's products: many small ones."""
     attention_efficiency: float = 0.45
     """Share of the peak that fused attention reaches, forward and backward together."""
     memory_efficiency: float = 0.80
@@ -91,6 +99,8 @@ class Assumptions:
     collective_latency_s: float = 10e-6
     """Start of one collective."""
     gpus_per_node: float = 8
+    expert_load: float = 1.25
+    """Tokens at the busiest rank's experts, as a multiple of what even routing would send there."""
     reserve_gib: float = 3.0
     """Memory of a GPU that no tensor can have: CUDA context, NCCL buffers, cuBLAS workspaces."""
     allocator_slack: float = 0.05
@@ -112,8 +122,9 @@ def parse_assumptions(pairs: Sequence[str]) -> Assumptions:
         except ValueError:
             value = float("nan")
         share = name.endswith("_efficiency")
-        if not (0 < value <= 1 if share else 0 <= value < float("inf")) or (name == "gpus_per_node" and value < 1):
-            expected = "a number above 0 and at most 1" if share else "a number, 0 or more (gpus_per_node: 1 or more)"
+        at_least = 1 if name in ("gpus_per_node", "expert_load") else 0
+        if not (0 < value <= 1 if share else at_least <= value < float("inf")):
+            expected = "a number above 0 and at most 1" if share else f"a number, {at_least} or more"
             problems.append(Problem(f"--assume {name}", text, expected, "correct the value"))
         values[name] = value
     if problems:

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from megadpo.config.architecture import Architecture
+from megadpo.config.check import micro_batch_multiple
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
 from megadpo.data.plan import plan_global_batch
+from megadpo.data.work import WorkModel, query_keys
 
 Lengths = npt.NDArray[np.int64]
 """int64 [N, 3]: tokens of prompt, chosen and rejected of each pair."""
@@ -61,20 +64,8 @@ def packed_lengths(lengths: Lengths, *, share_prompt: bool) -> npt.NDArray[np.in
     return lengths @ np.array([1 if share_prompt else 2, 1, 1], dtype=np.int64)
 
 
-def attention_pairs(lengths: Lengths, *, share_prompt: bool) -> npt.NDArray[np.int64]:
-    """int64 [N]: (query, key) pairs of each preference pair: causal, an answer's tokens seeing the prompt as well."""
-    prompt, chosen, rejected = (lengths[:, column] for column in range(3))
-
-    def triangle(n: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        return n * (n + 1) // 2
-
-    if share_prompt:
-        return triangle(prompt) + (chosen + rejected) * prompt + triangle(chosen) + triangle(rejected)
-    return triangle(prompt + chosen) + triangle(prompt + rejected)
-
-
-def workload(cfg: Config, lengths: Lengths, said: str, *, dp: int) -> Workload:
-    """The first global batches of an epoch, in file order, dealt out as in training.
+def workload(cfg: Config, arch: Architecture, lengths: Lengths, said: str, *, dp: int) -> Workload:
+    """The first global batches, in the order of `lengths`, dealt out as in training.
 
     Raises ConfigError where there is not one global batch, or a pair is longer than the pack.
     """
@@ -83,7 +74,8 @@ def workload(cfg: Config, lengths: Lengths, said: str, *, dp: int) -> Workload:
         fix = "lower policy.train_global_batch_size, or add pairs"
         raise ConfigError(Problem("data.train_data_path", f"{len(lengths)} pairs", f"one global batch of {size}", fix))
     shared = shares_prompt(cfg)
-    tokens, attention = packed_lengths(lengths, share_prompt=shared), attention_pairs(lengths, share_prompt=shared)
+    tokens, attention = packed_lengths(lengths, share_prompt=shared), query_keys(lengths, share_prompt=shared)
+    cost = WorkModel.of(arch).pair_work(lengths, share_prompt=shared)
     answers = lengths[:, 1] + lengths[:, 2]
     budget = pack_tokens(cfg) if packing.enabled else None
     if budget is not None and tokens.max() > budget:
@@ -98,6 +90,8 @@ def workload(cfg: Config, lengths: Lengths, said: str, *, dp: int) -> Workload:
             num_ranks=dp,
             budget_tokens=budget,
             pairs_per_micro_batch=None if packing.enabled else cfg.policy.train_micro_batch_size,
+            work=cost[start : start + size],
+            micro_batch_multiple=micro_batch_multiple(cfg),
         )
         batches.append(
             [

@@ -14,31 +14,26 @@ FORMATS = (".svg", ".png")
 
 
 def text_grid(plan: Plan) -> str:
-    """A row a pipeline stage, a column a data-parallel copy; a cell is the tensor-parallel group's ranks."""
-    copies = list(range(plan.data))
-    shown = copies if plan.data <= _MOST_COPIES_IN_TEXT else [*copies[: _MOST_COPIES_IN_TEXT - 1], copies[-1]]
+    """A row a pipeline stage, a column a data-parallel copy; a cell is the ranks that share a micro-batch."""
+    copies = list(range(plan.grid.data))
+    shown = copies if plan.grid.data <= _MOST_COPIES_IN_TEXT else [*copies[: _MOST_COPIES_IN_TEXT - 1], copies[-1]]
     rows = []
     for stage in plan.stages:
         cells = [_ranks(plan, stage.stage, copy) for copy in shown]
-        if len(shown) < plan.data:
+        if len(shown) < plan.grid.data:
             cells.insert(-1, "...")
         rows.append([f"stage {stage.stage}", f"{stage.layers} layers", f"{stage.peak / GIB:.1f} GiB", *cells])
     header = ["", "", "", *(f"copy {copy}" for copy in shown)]
-    if len(shown) < plan.data:
+    if len(shown) < plan.grid.data:
         header.insert(-1, "...")
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
     return "\n".join(line.rstrip() for line in lines)
 
 
-def first_rank(plan: Plan, stage: int, copy: int) -> int:
-    """Ranks are ordered tensor - data - pipeline (parallel/groups.py)."""
-    return (stage * plan.data + copy) * plan.tensor
-
-
 def _ranks(plan: Plan, stage: int, copy: int) -> str:
-    first = first_rank(plan, stage, copy)
-    return str(first) if plan.tensor == 1 else f"{first}-{first + plan.tensor - 1}"
+    first, width = plan.grid.first_rank(stage, copy), plan.grid.tensor * plan.grid.context
+    return str(first) if width == 1 else f"{first}-{first + width - 1}"
 
 
 def check_picture(path: Path) -> list[Problem]:
@@ -61,13 +56,14 @@ def draw(plan: Plan, path: Path) -> None:
     problems = check_picture(path)
     if problems:
         raise ConfigError(problems)
-    from matplotlib import colormaps
+    from matplotlib import colormaps, rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    copies = min(plan.data, _MOST_COPIES_DRAWN)
-    width, height = copies * plan.tensor, plan.pipeline
+    copies = min(plan.grid.data, _MOST_COPIES_DRAWN)
+    together = plan.grid.tensor * plan.grid.context
+    width, height = copies * together, plan.grid.pipeline
     figure = Figure(figsize=(min(3.0 + 0.3 * width, 30), 1.6 + 0.5 * height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -77,7 +73,7 @@ def draw(plan: Plan, path: Path) -> None:
     for stage in plan.stages:
         shade = colors(0.25 + 0.65 * min(stage.peak / limit, 1.0)) if stage.peak <= limit else (0.8, 0.1, 0.1, 1.0)
         for column in range(width):
-            rank = first_rank(plan, stage.stage, column // plan.tensor) + column % plan.tensor
+            rank = plan.grid.first_rank(stage.stage, column // together) + column % together
             corner = (column, stage.stage)
             axes.add_patch(Rectangle(corner, 1, 1, facecolor=shade, edgecolor="white", linewidth=0.5))
             axes.text(column + 0.5, stage.stage + 0.5, str(rank), ha="center", va="center", fontsize=7, color="white")
@@ -85,14 +81,14 @@ def draw(plan: Plan, path: Path) -> None:
                 axes.plot([column, column], [stage.stage, stage.stage + 1], color="black", linewidth=2)
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
-    axes.set_xticks([(copy + 0.5) * plan.tensor for copy in range(copies)], [f"copy {copy}" for copy in range(copies)])
+    axes.set_xticks([(copy + 0.5) * together for copy in range(copies)], [f"copy {copy}" for copy in range(copies)])
     labels = [f"stage {one.stage}: {one.layers} layers\n{one.peak / GIB:.1f} GiB" for one in plan.stages]
     axes.set_yticks([stage + 0.5 for stage in range(height)], labels)
-    more = f", {copies} of {plan.data} copies shown" if copies < plan.data else ""
+    more = f", {copies} of {plan.grid.data} copies shown" if copies < plan.grid.data else ""
     on = "" if plan.job.gpu is None else f" {plan.job.gpu.name}"
     axes.set_title(
-        f"{plan.job.world_size}{on} ranks: tensor {plan.tensor} x pipeline {plan.pipeline} x data {plan.data}{more}; "
-        f"black: a node ends",
+        f"{plan.job.world_size}{on} ranks: {plan.grid}{more}; black: a node ends",
         fontsize=9,
     )
-    figure.savefig(path)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "plan"}):  # text as text: a tenth of the size
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

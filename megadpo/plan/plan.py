@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megadpo.config.architecture import Architecture
-from megadpo.config.check import check_layout, data_parallel_size, layers_per_stage
+from megadpo.config.check import check_layout, layers_per_stage
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
 from megadpo.plan.gpus import GIB, Assumptions, Gpu
+from megadpo.plan.grid import Grid
 from megadpo.plan.packs import Lengths, Workload, full_pack, packed_lengths, shares_prompt, workload
-from megadpo.plan.parameters import Buffer, StaticBytes, buffer_of, static_bytes
+from megadpo.plan.parameters import Chunk, StageBuffers, StaticBytes, stage_buffers, static_bytes
+from megadpo.plan.schedule import alive
 from megadpo.plan.timing import StepTime, TimeModel
 
 if TYPE_CHECKING:
@@ -48,9 +51,10 @@ class StagePlan:
     static: StaticBytes
     buffers: int
     in_flight: int
-    """Micro-batches between their forward and their backward at the worst moment."""
+    """Micro-batches between their forward and their backward at the worst moment; with a virtual pipeline, passes through
+    a chunk."""
     activations: int
-    """At that moment, at the token budget."""
+    """At the moment when they take most, at the token budget."""
     reference_activations: int
     optimizer_temporaries: int
 
@@ -78,9 +82,7 @@ class Plan:
     """What `tools/plan.py` shows."""
 
     job: Job
-    tensor: int
-    pipeline: int
-    data: int
+    grid: Grid
     sequence_parallel: bool
     stages: tuple[StagePlan, ...]
     pack_tokens: int
@@ -98,7 +100,7 @@ def memory_limit(gpu: Gpu, assumed: Assumptions) -> float:
 
 
 def check_job(job: Job) -> list[Problem]:
-    """Everything that would fail and can be known without building: layout, both models, attention kernel."""
+    """Everything that would fail and can be known without building: layout, both models, attention kernel, optimizer."""
     problems = check_layout(job.cfg, job.arch, job.world_size)
     if job.reference is not None and job.reference is not job.arch:
         problems += [one for one in check_layout(job.cfg, job.reference, None) if one not in problems]
@@ -108,26 +110,31 @@ def check_job(job: Job) -> list[Problem]:
         problems.append(Problem(where, kernel, "another kernel on a GPU", "set it to auto"))
     if job.gpu is not None and not job.bf16 and kernel in ("varlen", "transformer_engine"):
         problems.append(Problem(where, kernel, "policy.precision bfloat16", "set it to sdpa for float32"))
+    if job.cfg.policy.megatron_cfg.optimizer.optimizer_cpu_offload:
+        where = "policy.megatron_cfg.optimizer.optimizer_cpu_offload"
+        expected = "false: what it leaves on the GPU is not planned"
+        problems.append(Problem(where, True, expected, "plan without it, and take the plan for an upper bound"))
     return problems
 
 
 def make_plan(job: Job) -> Plan:
     """Raises ConfigError with every problem of the layout. Too little memory is no error here: see `too_large`."""
+    from megadpo.model.freeze import freeze_problems
     from megadpo.plan.trace import trace_stage  # torch and megatron-core: after the cheap refusals
 
-    problems = check_job(job)
+    problems = check_job(job) + freeze_problems(job.cfg.policy.freeze, job.arch)
     if problems:
         raise ConfigError(problems)
-    megatron = job.cfg.policy.megatron_cfg
-    pp, dp = megatron.pipeline_model_parallel_size, data_parallel_size(job.cfg, job.world_size)
-    work = workload(job.cfg, job.lengths, job.said, dp=dp)
+    grid = Grid.of(job.cfg, job.world_size)
+    work = workload(job.cfg, job.arch, job.lengths, job.said, dp=grid.data)
     pack = full_pack(job.cfg, job.lengths)
     layers = stage_layers(job)
     own_reference = None if job.reference is None or job.reference is job.arch else job.reference
-    traces: dict[tuple[bool, bool, int], StageTrace] = {}
+    traces: dict[tuple[bool, bool, int, int], StageTrace] = {}
     stages, buffers = [], []
     for stage, count in enumerate(layers):
-        kind = (stage == 0, stage == pp - 1, count)
+        # freezing goes by the number of a layer, so stages of one kind may differ
+        kind = (stage == 0, stage == grid.pipeline - 1, count, stage if job.cfg.policy.freeze else 0)
         if kind not in traces:
             traces[kind] = trace_stage(
                 job.cfg,
@@ -137,16 +144,16 @@ def make_plan(job: Job) -> Plan:
                 world_size=job.world_size,
                 stage=stage,
                 device_type="cpu" if job.gpu is None else "cuda",
+                expert_load=job.assumed.expert_load,
             )
-        buffer = buffer_of(traces[kind].parameters, megatron, dp=dp, first_stage=stage == 0)
-        buffers.append(buffer)
-        stages.append(_stage(job, traces[kind], buffer, stage, count, min(pp - stage, work.micro_batches)))
+        buffers.append(
+            stage_buffers(traces[kind].parameters, job.cfg.policy.megatron_cfg, grid, first_stage=stage == 0)
+        )
+        stages.append(_stage(job, grid, traces[kind], buffers[-1], stage, count, work.micro_batches))
     return Plan(
         job=job,
-        tensor=megatron.tensor_model_parallel_size,
-        pipeline=pp,
-        data=dp,
-        sequence_parallel=megatron.sequence_parallel,
+        grid=grid,
+        sequence_parallel=job.cfg.policy.megatron_cfg.sequence_parallel,
         stages=tuple(stages),
         pack_tokens=int(packed_lengths(pack, share_prompt=shares_prompt(job.cfg)).sum()),
         work=work,
@@ -161,7 +168,7 @@ def stage_layers(job: Job) -> list[int]:
     return layers
 
 
-def step_time(job: Job, work: Workload, buffers: list[Buffer]) -> StepTime | None:
+def step_time(job: Job, work: Workload, buffers: list[StageBuffers]) -> StepTime | None:
     """None on CPUs, which have no datasheet here."""
     if job.gpu is None:
         return None
@@ -169,29 +176,36 @@ def step_time(job: Job, work: Workload, buffers: list[Buffer]) -> StepTime | Non
     return model.step(work, buffers)
 
 
-def optimizer_temporaries(job: Job, buffer: Buffer, largest_parameter: int) -> int:
-    """What torch's AdamW takes for a moment: on GPUs one float32 an element, all parameters at once; on CPUs two, one
-    parameter at a time. Where bfloat16 gradients are reduced, their float32 copies come on top."""
-    megatron, shard = job.cfg.policy.megatron_cfg, max(buffer.shard_elements)
+def optimizer_temporaries(job: Job, shards: tuple[int, int], chunks: Sequence[Chunk]) -> int:
+    """What torch's AdamW takes for a moment: on GPUs one float32 an element, all parameters at once, but those of experts
+    apart; on CPUs two, one parameter at a time. Where bfloat16 gradients are reduced, their float32 copies come on top."""
+    megatron = job.cfg.policy.megatron_cfg
     narrow = job.bf16 and not megatron.distributed_data_parallel_config.grad_reduce_in_fp32
-    copies = 4 * shard if narrow else 0
-    if megatron.optimizer.optimizer != "adam":
+    copies = 4 * sum(shards) if narrow else 0
+    if megatron.optimizer.optimizer != "adam" or megatron.optimizer.use_precision_aware_optimizer:
         return copies
-    return copies + (4 * shard if job.gpu is not None else 8 * min(shard, largest_parameter))
+    if job.gpu is not None:
+        return copies + 4 * max(shards)
+    largest = max((one.elements for chunk in chunks for one in chunk if one.trainable), default=0)
+    return copies + 8 * min(max(shards), largest)
 
 
-def _stage(job: Job, trace: StageTrace, buffer: Buffer, stage: int, layers: int, in_flight: int) -> StagePlan:
+def _stage(
+    job: Job, grid: Grid, trace: StageTrace, buffers: StageBuffers, stage: int, layers: int, micro_batches: int
+) -> StagePlan:
     reference = [] if job.reference is None else trace.reference or trace.parameters
+    shards = buffers.largest_shards(grid)
+    moment = alive(grid, stage, micro_batches, trace.chunks)
     return StagePlan(
         stage=stage,
         layers=layers,
-        parameters=sum(one.elements for one in trace.parameters),
-        static=static_bytes(trace.parameters, reference, buffer, job.cfg.policy.megatron_cfg, job.bf16),
+        parameters=sum(one.elements for chunk in trace.parameters for one in chunk),
+        static=static_bytes(trace.parameters, reference, buffers, sum(shards), job.cfg.policy.megatron_cfg, job.bf16),
         buffers=trace.buffers,
-        in_flight=in_flight,
-        activations=(in_flight - 1) * trace.saved + max(trace.forward_peak, trace.backward_peak),
-        reference_activations=trace.reference_peak if job.reference is not None else 0,
-        optimizer_temporaries=optimizer_temporaries(job, buffer, max(one.elements for one in trace.parameters)),
+        in_flight=moment.in_flight,
+        activations=moment.peak,
+        reference_activations=max(one.reference_peak for one in trace.chunks) if job.reference is not None else 0,
+        optimizer_temporaries=optimizer_temporaries(job, shards, trace.parameters),
     )
 
 
@@ -205,9 +219,9 @@ def too_large(plan: Plan) -> list[Problem]:
     fixes = []
     if not megatron.activation_checkpointing:
         fixes.append("set policy.megatron_cfg.activation_checkpointing: true")
-    if plan.tensor > 1 and not megatron.sequence_parallel:
+    if plan.grid.tensor > 1 and not megatron.sequence_parallel:
         fixes.append("set policy.megatron_cfg.sequence_parallel: true")
-    if plan.data > 1 and not megatron.optimizer.use_distributed_optimizer:
+    if plan.grid.replicas > 1 and not megatron.optimizer.use_distributed_optimizer:
         fixes.append("set policy.megatron_cfg.optimizer.use_distributed_optimizer: true")
     fixes.append("lower policy.sequence_packing.train_mb_tokens, raise tensor or pipeline parallel, or see --suggest")
     return [

@@ -38,9 +38,14 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
     return {
         "world_size": job.world_size,
         "layout": {
-            "tensor_parallel": plan.tensor,
-            "pipeline_parallel": plan.pipeline,
-            "data_parallel": plan.data,
+            "tensor_parallel": plan.grid.tensor,
+            "context_parallel": plan.grid.context,
+            "pipeline_parallel": plan.grid.pipeline,
+            "virtual_pipeline": plan.grid.virtual_pipeline,
+            "data_parallel": plan.grid.data,
+            "expert_parallel": plan.grid.expert,
+            "expert_tensor_parallel": plan.grid.expert_tensor,
+            "expert_data_parallel": plan.grid.expert_replicas,
             "sequence_parallel": plan.sequence_parallel,
         },
         "lengths": job.said,
@@ -70,8 +75,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     sequence = ", sequence parallel" if plan.sequence_parallel else ""
     console.print(
         f"[bold]{job.arch.hf_class}[/bold], {job.arch.num_layers} layers, on {job.world_size} ranks"
-        f"{'' if job.gpu is None else f' of {job.gpu.name}'}: tensor {plan.tensor} x pipeline {plan.pipeline} x data "
-        f"{plan.data}{sequence}; {job.cfg.policy.precision}; {_recompute(job)}"
+        f"{'' if job.gpu is None else f' of {job.gpu.name}'}: "
+        f"{plan.grid}{sequence}; {job.cfg.policy.precision}; {_recompute(job)}"
     )
     console.print(_memory_table(plan))
     if job.gpu is not None:
@@ -154,7 +159,7 @@ def _assumption_lines(job: Job) -> list[str]:
 def suggestions_table(suggestions: Sequence[Suggestion]) -> RenderableType:
     """Ranked, fastest first; the overrides below it."""
     table = Table(title=f"Suggested layouts, best first: {ESTIMATE}", title_justify="left", box=box.SIMPLE)
-    names = ("", "tensor", "pipeline", "data", "recompute", "micro-batches", "peak GiB", "bubble", "step", "MFU")
+    names = ("", "layout", "recompute", "micro-batches", "peak GiB", "bubble", "step", "MFU")
     for name in names:
         table.add_column(name, justify="right")
     for rank, one in enumerate(suggestions, 1):
@@ -162,9 +167,7 @@ def suggestions_table(suggestions: Sequence[Suggestion]) -> RenderableType:
         assert time is not None
         table.add_row(
             str(rank),
-            str(plan.tensor),
-            str(plan.pipeline),
-            str(plan.data),
+            str(plan.grid),
             _recompute(plan.job).removeprefix("recompute "),
             str(plan.work.micro_batches),
             _gib(plan.peak_bytes),

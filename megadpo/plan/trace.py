@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,16 @@ from torch.utils._pytree import tree_leaves
 
 from megadpo.config.architecture import Architecture
 from megadpo.config.schema import Config
-from megadpo.data.pack import PackedBatch, Segment, pack_pairs
+from megadpo.config.schema_policy import PolicyConfig
+from megadpo.data.pack import PackedBatch, pack_pairs
 from megadpo.data.pairs import TokenizedPair
-from megadpo.model.build import build_model
+from megadpo.model.build import build_model, is_expert
+from megadpo.model.freeze import freeze
 from megadpo.model.transformer_config import DTYPES
 from megadpo.optimizer import build_optimizer, wrap_for_training
-from megadpo.parallel import Layout
+from megadpo.parallel.groups import layout_of
 from megadpo.parallel.pretend import META, pretend_rank
+from megadpo.plan.outlines import TracedKernel, even_routing, fusions_of
 from megadpo.plan.packs import Lengths, shares_prompt
 from megadpo.plan.parameters import Parameter
 
@@ -65,19 +68,27 @@ class LiveBytes(TorchDispatchMode):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageTrace:
-    """What one rank holds for one full micro-batch, in bytes, besides weights, gradients, optimizer state and buffers."""
+class ChunkTrace:
+    """What one full micro-batch takes in one model chunk, in bytes."""
 
-    parameters: list[Parameter]
-    reference: list[Parameter]
-    buffers: int
-    """What megatron-core makes once and keeps: under sequence parallelism, where gathered tokens go."""
     saved: int
-    """Alive between a micro-batch's forward and its backward."""
+    """Alive between its forward and its backward."""
     forward_peak: int
     backward_peak: int
     reference_peak: int
     """Forward without gradients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageTrace:
+    """The chunks that one rank holds, and what they take besides weights, gradients and optimizer state, in bytes."""
+
+    parameters: list[list[Parameter]]
+    reference: list[list[Parameter]]
+    """Empty where the policy's architecture is the reference's too, or there is none."""
+    chunks: list[ChunkTrace]
+    buffers: int
+    """What megatron-core makes once and keeps: under sequence parallelism, where gathered tokens go."""
 
 
 def trace_stage(
@@ -89,82 +100,127 @@ def trace_stage(
     world_size: int,
     stage: int,
     device_type: str,
+    expert_load: float = 1.0,
 ) -> StageTrace:
-    """Build the first rank of pipeline stage `stage`: model, gradient buffer, optimizer, reference. Then run a pack of
-    pairs of `lengths` forward without gradients, as the reference does, and forward and backward.
+    """Build the first rank of pipeline stage `stage`: model, gradient buffers, optimizer, reference. Then run a pack of
+    pairs of `lengths` through each of its chunks: forward without gradients, as the reference does, and forward and
+    backward.
 
-    device_type: "cuda" or "cpu": whose attention kernel the memory is counted for.
+    device_type: "cuda" or "cpu": whose kernels the memory is counted for.
+    expert_load: tokens at this rank's experts, as a multiple of what even routing sends there.
     """
-    megatron = cfg.policy.megatron_cfg
-    layout = Layout(
-        tensor=megatron.tensor_model_parallel_size,
-        pipeline=megatron.pipeline_model_parallel_size,
-        sequence_parallel=megatron.sequence_parallel,
-    )
-    ranks_per_stage = world_size // megatron.pipeline_model_parallel_size
-    kernel = _TracedKernel(cfg, device_type)
-    policy = dataclasses.replace(cfg.policy, attention_kernel="sdpa")  # any device; replaced by ours below
-    with pretend_rank(layout, world_size=world_size, rank=stage * ranks_per_stage) as parallel:
+    policy = _buildable(cfg.policy)
+    ranks_per_stage = world_size // policy.megatron_cfg.pipeline_model_parallel_size
+    layout = layout_of(cfg)
+    with (
+        pretend_rank(layout, world_size=world_size, rank=stage * ranks_per_stage) as parallel,
+        fusions_of(device_type),
+        even_routing(arch, policy.megatron_cfg, expert_load),
+    ):
         model = build_model(arch, policy, parallel, frozen=False)
+        freeze(model, policy.freeze, arch)
         wrapped = wrap_for_training(model, policy)
         build_optimizer(wrapped, policy)
         reference = model
         if reference_arch is not None:
             reference = build_model(reference_arch, policy, parallel, frozen=True)
-        walk = _Walk(cfg, parallel.is_first_stage, parallel.is_last_stage, lengths)
-        known = [t for module in (model, reference) for t in (*module.parameters(), *module.buffers())]
-        known += [buffer.grad_data for buffer in wrapped.buffers]
-        model.kernel = reference.kernel = kernel
-        forward_only = LiveBytes(known)
-        with forward_only, torch.no_grad():
-            reference.eval()
-            walk.forward(reference)
-        reference.train()
-        model.train()
-        training = LiveBytes(known)
-        with training, wrapped.no_sync():
-            output = walk.forward(wrapped)
-            saved, forward_peak = training.now, training.peak
-            torch.autograd.backward(output, grad_tensors=torch.empty_like(output))
-            del output
-            model.set_input_tensor([None])
-            kept = training.now
-        own = [_parameter(one) for one in model.parameters()]
-        frozen = [] if reference_arch is None else [_parameter(one) for one in reference.parameters()]
+        known = [t for module in (*model, *reference) for t in (*module.parameters(), *module.buffers())]
+        known += [buffer.grad_data for one in wrapped for buffer in (*one.buffers, *one.expert_parallel_buffers)]
+        kernel = TracedKernel(cfg, device_type)
+        for chunk in (*model, *reference):
+            chunk.kernel = kernel
+        if model[0].balance is not None:
+            model[0].balance.start(num_tokens=1, num_pairs=1)
+        walk = _Walk(cfg, lengths)
+        reference_peaks = _without_gradients(reference, walk, known)
+        chunks, kept = _with_gradients(wrapped, walk, known)
+        own = [[_parameter(one) for one in chunk.parameters()] for chunk in model]
+        frozen = [] if reference_arch is None else [[_parameter(one) for one in c.parameters()] for c in reference]
     return StageTrace(
         parameters=own,
         reference=frozen,
         buffers=kept,
-        saved=saved - kept,
-        forward_peak=forward_peak - kept,
-        backward_peak=training.peak - kept,
-        reference_peak=forward_only.peak - kept,  # its forward takes the same buffer
+        # the reference's forward takes the same buffer
+        chunks=[
+            ChunkTrace(reference_peak=top - kept, **sizes) for top, sizes in zip(reference_peaks, chunks, strict=True)
+        ],
     )
 
 
+def _buildable(policy: PolicyConfig) -> PolicyConfig:
+    """`policy` without what only a GPU machine can build; nothing that the plan counts depends on it: kernels are
+    replaced (outlines.py), the optimizer's bytes are arithmetic, grouped experts hold what single ones hold."""
+    megatron = policy.megatron_cfg
+    optimizer = dataclasses.replace(
+        megatron.optimizer,
+        use_precision_aware_optimizer=False,
+        exp_avg_dtype="float32",
+        exp_avg_sq_dtype="float32",
+    )
+    megatron = dataclasses.replace(megatron, optimizer=optimizer, moe_grouped_gemm=False)
+    return dataclasses.replace(policy, attention_kernel="sdpa", megatron_cfg=megatron)
+
+
 def _parameter(parameter: torch.nn.Parameter) -> Parameter:
-    return Parameter(parameter.numel(), shared_embedding=getattr(parameter, "shared_embedding", False))
+    return Parameter(
+        parameter.numel(),
+        shared_embedding=getattr(parameter, "shared_embedding", False),
+        expert=is_expert(parameter),
+        trainable=parameter.requires_grad,
+    )
+
+
+def _without_gradients(chunks: Sequence[Any], walk: _Walk, known: list[torch.Tensor]) -> list[int]:
+    """The most bytes alive in each chunk's forward, what megatron-core keeps included."""
+    peaks = []
+    for chunk in chunks:
+        chunk.eval()
+        live = LiveBytes(known)
+        with live, torch.no_grad():
+            walk.forward(chunk)
+        peaks.append(live.peak)
+        chunk.train()
+    return peaks
+
+
+def _with_gradients(chunks: Sequence[Any], walk: _Walk, known: list[torch.Tensor]) -> tuple[list[dict[str, int]], int]:
+    """Each chunk's bytes beside what stays, and what stays: megatron-core's buffers, made by the first and used by all."""
+    found: list[dict[str, int]] = []
+    live = LiveBytes(known)
+    for chunk in chunks:
+        live.peak = live.now
+        with live, chunk.no_sync():
+            output = walk.forward(chunk)
+            saved, forward_peak = live.now, live.peak
+            live.peak = live.now
+            if output.requires_grad:  # frozen from the embeddings to here: nothing to go back for
+                torch.autograd.backward(output, grad_tensors=torch.empty_like(output))
+            del output
+            chunk.module.set_input_tensor([None])
+        found.append({"saved": saved, "forward_peak": forward_peak, "backward_peak": live.peak})
+    return [{name: size - live.now for name, size in one.items()} for one in found], live.now
 
 
 class _Walk:
     """A pack made of nothing, and what the stage before would send."""
 
-    def __init__(self, cfg: Config, first: bool, last: bool, lengths: Lengths) -> None:
-        self.cfg, self.first, self.last = cfg, first, last
+    def __init__(self, cfg: Config, lengths: Lengths) -> None:
+        self.cfg = cfg
         self.batch = empty_pack(cfg, lengths)
 
-    def forward(self, model: Any) -> torch.Tensor:
+    def forward(self, chunk: Any) -> torch.Tensor:
+        """The output of a chunk, wrapped for training or not."""
         batch = self.batch.to(META)
-        if not self.first:
+        inner = getattr(chunk, "module", chunk)
+        if not inner.pre_process:
             megatron = self.cfg.policy.megatron_cfg
             tokens = batch.tokens.numel()
             if megatron.sequence_parallel:
                 tokens //= megatron.tensor_model_parallel_size
-            shape = (tokens, 1, model.config.hidden_size)
+            shape = (tokens, 1, inner.config.hidden_size)
             received = torch.empty(shape, dtype=DTYPES[self.cfg.policy.precision], device=META)
-            stage = getattr(model, "module", model)  # without DistributedDataParallel around it
-            stage.set_input_tensor([received.requires_grad_(torch.is_grad_enabled())])
-        output: torch.Tensor = model(batch)
+            inner.set_input_tensor([received.requires_grad_(torch.is_grad_enabled())])
+        output: torch.Tensor = chunk(batch)
         return output
 
 
@@ -181,63 +237,3 @@ def empty_pack(cfg: Config, lengths: Lengths) -> PackedBatch:
         pad_to_multiple=cfg.policy.make_sequence_length_divisible_by,
         pad_token_id=0,
     )
-
-
-class _TracedKernel:
-    """The kernel of the run's device, or its outline: what it keeps for backward, and nothing else."""
-
-    def __init__(self, cfg: Config, device_type: str) -> None:
-        requested: str = cfg.policy.attention_kernel
-        if requested == "auto":
-            on_gpu = "varlen" if cfg.policy.precision == "bfloat16" else "sdpa"
-            requested = on_gpu if device_type == "cuda" else "cpu"
-        self.name = requested
-        self.inner: Any
-        if requested == "cpu":
-            from megadpo.model.kernels.cpu import CpuKernel
-
-            self.inner = CpuKernel()
-        elif requested == "varlen":
-            from megadpo.model.kernels.varlen import VarlenKernel
-
-            self.inner = VarlenKernel()
-        else:
-            self.inner = _OutlineKernel()
-
-    def plan(self, segments: tuple[Segment, ...], device: torch.device, dtype: torch.dtype) -> Any:
-        # the CPU kernel makes its masks where tensors are made by default; the ragged kernels look into their index
-        with torch.device(META if self.name == "cpu" else "cpu"):
-            return self.inner.plan(segments, device, dtype)
-
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Any) -> torch.Tensor:
-        result: torch.Tensor = self.inner.attend(q, k, v, plan)
-        return result
-
-
-class _OutlineKernel:
-    """Flash attention of any make: keeps q, k, v with shared keys repeated, the output, and one float32 a row and head."""
-
-    def plan(self, segments: tuple[Segment, ...], device: torch.device, dtype: torch.dtype) -> int:
-        return sum(segment.key_tokens for segment in segments)
-
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: int) -> torch.Tensor:
-        result: torch.Tensor = _Outline.apply(q, k, v, plan)
-        return result
-
-
-class _Outline(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, key_tokens):  # type: ignore[no-untyped-def]
-        if key_tokens != k.shape[0]:
-            k, v = k.new_empty((key_tokens, *k.shape[1:])), v.new_empty((key_tokens, *v.shape[1:]))
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:2], dtype=torch.float32))
-        ctx.tokens = q.shape[0]
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        q, k, v, _, _ = ctx.saved_tensors
-        repeated = torch.empty_like(k), torch.empty_like(v)
-        own = [x.new_empty((ctx.tokens, *x.shape[1:])) for x in repeated]
-        return torch.empty_like(q), *own, None

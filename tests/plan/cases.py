@@ -34,6 +34,18 @@ QWEN3 = {**SMALL, "architectures": ["Qwen3ForCausalLM"], "head_dim": 24}
 # 4M parameters: steps in a second, with activations several times the weights
 LLAMA_4M = {**LLAMA_30M, "hidden_size": 192, "num_hidden_layers": 4, "intermediate_size": 512, "head_dim": 24}
 
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 104}
+QWEN3_MOE = {**QWEN3, "architectures": ["Qwen3MoeForCausalLM"], **_EXPERTS, "norm_topk_prob": True}
+QWEN2_MOE = {
+    **SMALL,
+    **_EXPERTS,
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "shared_expert_intermediate_size": 56,
+}
+MIXTRAL = {**SMALL, "architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2}
+# 8M parameters, most of them experts'
+MIXTRAL_8M = {**LLAMA_4M, **MIXTRAL, "hidden_size": 192, "intermediate_size": 256, "vocab_size": 8192}
+
 
 def write_case(folder: Path, model: dict[str, Any], **policy: Any) -> str:
     """Path of a config whose model_name is a folder with only config.json."""

@@ -14,10 +14,10 @@ from megadpo.config.load import load_config
 from megadpo.config.schema import Config
 from megadpo.data.loader import GlobalBatch
 from megadpo.optimizer import guarded_step
-from megadpo.parallel import initialize, setup_device
+from megadpo.parallel import initialize, layout_of, setup_device
 from megadpo.plan.packs import Lengths
 from megadpo.plan.trace import LiveBytes, empty_pack
-from megadpo.train.setup import layout_of, seed_everything
+from megadpo.train.setup import seed_everything
 from megadpo.train.step import Trainer
 
 
@@ -30,6 +30,7 @@ def build(path: str, overrides: list[str]) -> tuple[Config, Any, Trainer]:
     """The trainer of this rank as train/setup.py builds it, with weights that nothing was loaded into."""
     from megadpo.config.architecture import read_architecture
     from megadpo.model.build import build_model
+    from megadpo.model.freeze import freeze
     from megadpo.optimizer import build_optimizer, build_scheduler, wrap_for_training
     from megadpo.reference import ResidentReference
 
@@ -38,6 +39,7 @@ def build(path: str, overrides: list[str]) -> tuple[Config, Any, Trainer]:
     seed_everything(0, parallel)
     arch = read_architecture(cfg.policy.model_name)
     policy = build_model(arch, cfg.policy, parallel, frozen=False)
+    freeze(policy, cfg.policy.freeze, arch)
     fill(policy)
     wrapped = wrap_for_training(policy, cfg.policy)
     optimizer = build_optimizer(wrapped, cfg.policy)
@@ -54,28 +56,34 @@ def build(path: str, overrides: list[str]) -> tuple[Config, Any, Trainer]:
     return cfg, parallel, trainer
 
 
-def fill(model: torch.nn.Module) -> None:
+def fill(chunks: list[Any]) -> None:
+    """Small random numbers: routers must not send every token to the same experts."""
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(0.01)
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.normal_(0.0, 0.02)
+
+
+def parameters(chunks: Any) -> list[torch.nn.Parameter]:
+    return [parameter for chunk in chunks for parameter in chunk.parameters()]
 
 
 def static(path: str, overrides: list[str]) -> dict[str, Any]:
     """Parameters and bytes of this rank after a step on zero gradients, which makes Adam's state."""
     _, parallel, trainer = build(path, overrides)
     guarded_step(trainer.optimizer)
-    weights = list(trainer.policy.module.parameters())
+    weights = parameters(trainer.model)
     reference = trainer.reference
     assert reference is not None
     owned = {t.untyped_storage().data_ptr() for t in weights}
     return {
         "stage": parallel.pp_rank,
-        "dp_rank": parallel.dp_rank,
+        "rank": parallel.rank,
         "parameters": sum(p.numel() for p in weights),
         "weights": storages(weights),
-        "gradients": storages(p.main_grad for p in weights),
+        "gradients": storages(p.main_grad for p in weights if p.requires_grad),
         "optimizer": storages(t for t in optimizer_tensors(trainer) if t.untyped_storage().data_ptr() not in owned),
-        "reference": storages(reference.model.parameters()),
+        "reference": storages(parameters(reference.model)),
     }
 
 
@@ -83,6 +91,8 @@ def optimizer_tensors(trainer: Trainer) -> Iterator[torch.Tensor]:
     """Main parameters and moments. In float32 the main parameters ARE the weights, or views of them."""
     parts = getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])
     for part in parts:
+        if part.is_stub_optimizer:
+            continue
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
                 yield parameter
@@ -103,8 +113,9 @@ def peak(path: str, overrides: list[str], lengths: Lengths, micro_batches: int) 
     )
     trainer.step(batch)
     assert trainer.reference is not None
-    held = [*trainer.policy.module.parameters(), *trainer.reference.model.parameters()]
-    held += [p.main_grad for p in trainer.policy.module.parameters()] + list(optimizer_tensors(trainer))
+    weights = parameters(trainer.model)
+    held = [*weights, *parameters(trainer.reference.model)]
+    held += [p.main_grad for p in weights if p.requires_grad] + list(optimizer_tensors(trainer))
     watch = LiveBytes(held)
     with watch:
         trainer.step(batch)

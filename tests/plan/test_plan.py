@@ -13,9 +13,12 @@ from megadpo.config.load import load_config
 from megadpo.config.problems import ConfigError
 from megadpo.data.pack import pack_pairs
 from megadpo.data.pairs import TokenizedPair
-from megadpo.plan.activations import FullPack, estimate
+from megadpo.data.work import query_keys
+from megadpo.plan.activations import Estimate, FullPack
 from megadpo.plan.gpus import GPUS, Assumptions, parse_assumptions
-from megadpo.plan.packs import attention_pairs, full_pack, pack_tokens, packed_lengths, stated_lengths, workload
+from megadpo.plan.grid import Grid
+from megadpo.plan.packs import full_pack, pack_tokens, packed_lengths, stated_lengths, workload
+from megadpo.plan.parameters import stage_buffers, stage_parameters
 from megadpo.plan.plan import Job
 from megadpo.plan.source import architectures, model_folder
 from megadpo.plan.timing import TimeModel
@@ -38,7 +41,7 @@ def test_tokens_and_attention_of_a_pack_are_those_of_its_segments(lengths, share
     pairs = [TokenizedPair(i, *(np.zeros(n, dtype=np.int32) for n in row)) for i, row in enumerate(lengths)]
     pack = pack_pairs(pairs, share_prompt=share_prompt, pad_to_multiple=1, pad_token_id=0)
     seen = sum(s.key_tokens - i for s in pack.segments for i in range(s.query_tokens))
-    assert attention_pairs(rows, share_prompt=share_prompt).sum() == seen
+    assert query_keys(rows, share_prompt=share_prompt).sum() == seen
     assert packed_lengths(rows, share_prompt=share_prompt).sum() == pack.num_tokens
 
 
@@ -59,10 +62,10 @@ def test_the_search_estimates_activations_as_they_are_counted(small, recompute):
     arch, _ = architectures(cfg)
     lengths = full_pack(cfg, np.array([[300, 106, 106]]))
     for stage in (0, 1):
-        counted = trace_stage(cfg, arch, None, lengths, world_size=2, stage=stage, device_type="cuda")
-        foretold = estimate(cfg, arch, FullPack.of(cfg, lengths), layers=4, last=stage == 1)
+        (counted,) = trace_stage(cfg, arch, None, lengths, world_size=2, stage=stage, device_type="cuda").chunks
+        foretold = Estimate(cfg, arch, FullPack.of(cfg, lengths)).chunk(4, last=stage == 1)
         assert foretold.saved == pytest.approx(counted.saved, rel=0.03)
-        assert foretold.peak == pytest.approx(max(counted.forward_peak, counted.backward_peak), rel=0.15)
+        assert foretold.backward_peak == pytest.approx(max(counted.forward_peak, counted.backward_peak), rel=0.15)
 
 
 def time_of(path, overrides, world, gpu="h100", **assumed):
@@ -70,19 +73,17 @@ def time_of(path, overrides, world, gpu="h100", **assumed):
     arch, reference = architectures(cfg)
     lengths, said = stated_lengths(cfg, (300, 106, 106))
     model = TimeModel(cfg, arch, reference, GPUS[gpu], Assumptions(**assumed), world)
-    from megadpo.plan.parameters import buffer_of, stage_parameters
-
-    pp = cfg.policy.megatron_cfg.pipeline_model_parallel_size
+    grid = Grid.of(cfg, world)
     buffers = [
-        buffer_of(
-            stage_parameters(arch, tp=1, layers=8 // pp, first=stage == 0, last=stage == pp - 1),
+        stage_buffers(
+            stage_parameters(arch, grid, stage=stage, layers=arch.num_layers // grid.pipeline),
             cfg.policy.megatron_cfg,
-            dp=world // pp,
+            grid,
             first_stage=stage == 0,
         )
-        for stage in range(pp)
+        for stage in range(grid.pipeline)
     ]
-    return model.step(workload(cfg, lengths, said, dp=world // pp), buffers)
+    return model.step(workload(cfg, arch, lengths, said, dp=grid.data), buffers)
 
 
 def test_flops_of_a_step_by_hand(small):

@@ -1,0 +1,173 @@
+"""What a trace on the meta device puts in the place of code that looks into values or needs a GPU: attention kernels, the
+fusions of another device, and where experts' tokens go. Each keeps for backward what the original keeps."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.transformer.moe import token_dispatcher
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megadpo.config.architecture import Architecture
+from megadpo.config.schema import Config
+from megadpo.config.schema_megatron import MegatronConfig
+from megadpo.data.pack import Segment
+from megadpo.model import build, moe
+from megadpo.parallel.pretend import META
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextlib.contextmanager
+def fusions_of(device_type: str) -> Iterator[None]:
+    """Models built inside have the fused activations of `device_type`, run operation by operation."""
+    original = build.transformer_config
+
+    def of_that_device(arch: Any, policy: Any, device: torch.device, **options: Any) -> Any:
+        return original(arch, policy, torch.device(device_type), **options)
+
+    with _replaced(build, "transformer_config", of_that_device), torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextlib.contextmanager
+def even_routing(arch: Architecture, megatron: MegatronConfig, load: float) -> Iterator[None]:
+    """Inside, every expert gets the same number of tokens, but this rank's `load` times that. The rest of the way to the
+    experts and back is megatron-core's."""
+    if arch.moe is None:
+        yield
+        return
+    alltoall, allgather = token_dispatcher.MoEAlltoAllTokenDispatcher, token_dispatcher.MoEAllGatherTokenDispatcher
+    mode = _Counts(arch.moe.num_experts, arch.moe.experts_per_token, load)
+    gather = allgather.dispatch_postprocess
+
+    def dispatch_postprocess(self: Any, hidden_states: torch.Tensor, probs: torch.Tensor) -> Any:
+        mode.tokens = hidden_states.shape[0]
+        return gather(self, hidden_states, probs)
+
+    with (
+        _replaced(moe, "most_tokens", lambda local, group, device: local),
+        _replaced(alltoall, "preprocess", lambda self, routing_map: _preprocess(self, routing_map, mode)),
+        _replaced(allgather, "dispatch_postprocess", dispatch_postprocess),
+        mode,
+    ):
+        yield
+
+
+class _Counts(TorchDispatchMode):
+    """Answers the questions that tensors without values can't: how many tokens go to an expert."""
+
+    def __init__(self, experts: int, topk: int, load: float) -> None:
+        super().__init__()
+        self.experts, self.topk, self.load = experts, topk, load
+        self.tokens = 0
+        """Of all ranks that gather theirs."""
+
+    def even(self, tokens: int, local: int) -> torch.Tensor:
+        """int64 [experts]: tokens for each expert, the first `local` of them being on this rank."""
+        total = tokens * self.topk
+        here = total if local == self.experts else min(round(total * self.load * local / self.experts), total)
+
+        def split(count: int, parts: int) -> list[int]:
+            return [count * (part + 1) // parts - count * part // parts for part in range(parts)]
+
+        elsewhere = split(total - here, self.experts - local) if local < self.experts else []
+        return torch.tensor([*split(here, local), *elsewhere])
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        first = args[0] if args else None
+        if isinstance(first, torch.Tensor) and first.device == META:
+            if func is torch.ops.aten.masked_select.default:
+                local, tokens = args[1].shape  # the mask [experts, tokens]
+                return first.new_empty(int(self.even(tokens, local)[:local].sum()))
+            to_cpu = func is torch.ops.aten._to_copy.default and str((kwargs or {}).get("device")) == "cpu"
+            if to_cpu and first.dtype == torch.int64 and first.dim() == 1:
+                return self.even(self.tokens, first.numel())[: first.numel()]
+        return func(*args, **(kwargs or {}))
+
+
+def _preprocess(dispatcher: Any, routing_map: torch.Tensor, mode: _Counts) -> torch.Tensor:
+    """The counts that MoEAlltoAllTokenDispatcher.preprocess leaves behind, every rank sending the same ones."""
+    local, ranks = dispatcher.num_local_experts, dispatcher.tp_size * dispatcher.ep_size
+    counts = mode.even(routing_map.shape[0], local)
+    mine = counts[:local]
+    dispatcher.num_out_tokens = int(counts.sum())
+    if ranks > 1:
+        dispatcher.input_splits = counts.reshape(dispatcher.ep_size, local).sum(1).numpy()
+        dispatcher.output_splits = np.full(dispatcher.ep_size, int(mine.sum()))
+        dispatcher.output_splits_tp = np.full(dispatcher.tp_size, int(mine.sum()) * dispatcher.ep_size)
+    if local > 1:
+        dispatcher.num_global_tokens_per_local_expert = mine.repeat(ranks, 1)
+    return mine * ranks
+
+
+class TracedKernel:
+    """The kernel of the run's device, or its outline: what it keeps for backward, and nothing else."""
+
+    def __init__(self, cfg: Config, device_type: str) -> None:
+        requested: str = cfg.policy.attention_kernel
+        if requested == "auto":
+            on_gpu = "varlen" if cfg.policy.precision == "bfloat16" else "sdpa"
+            requested = on_gpu if device_type == "cuda" else "cpu"
+        self.name = requested
+        self.inner: Any
+        if requested == "cpu":
+            from megadpo.model.kernels.cpu import CpuKernel
+
+            self.inner = CpuKernel()
+        elif requested == "varlen":
+            from megadpo.model.kernels.varlen import VarlenKernel
+
+            self.inner = VarlenKernel()
+        else:
+            self.inner = _OutlineKernel()
+
+    def plan(self, segments: tuple[Segment, ...], device: torch.device, dtype: torch.dtype) -> Any:
+        # the CPU kernel makes its masks where tensors are made by default; the ragged kernels look into their index
+        with torch.device(META if self.name == "cpu" else "cpu"):
+            return self.inner.plan(segments, device, dtype)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Any) -> torch.Tensor:
+        result: torch.Tensor = self.inner.attend(q, k, v, plan)
+        return result
+
+
+class _OutlineKernel:
+    """Flash attention of any make: keeps q, k, v with shared keys repeated, the output, and one float32 a row and head."""
+
+    def plan(self, segments: tuple[Segment, ...], device: torch.device, dtype: torch.dtype) -> int:
+        return sum(segment.key_tokens for segment in segments)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: int) -> torch.Tensor:
+        result: torch.Tensor = _Outline.apply(q, k, v, plan)
+        return result
+
+
+class _Outline(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, key_tokens):  # type: ignore[no-untyped-def]
+        if key_tokens != k.shape[0]:
+            k, v = k.new_empty((key_tokens, *k.shape[1:])), v.new_empty((key_tokens, *v.shape[1:]))
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:2], dtype=torch.float32))
+        ctx.tokens = q.shape[0]
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        q, k, v, _, _ = ctx.saved_tensors
+        repeated = torch.empty_like(k), torch.empty_like(v)
+        own = [x.new_empty((ctx.tokens, *x.shape[1:])) for x in repeated]
+        return torch.empty_like(q), *own, None
