@@ -4,20 +4,21 @@ fusions of another device, and where experts' tokens go. Each keeps for backward
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from megatron.core.transformer.moe import token_dispatcher
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megadpo.config.architecture import Architecture
 from megadpo.config.schema import Config
-from megadpo.config.schema_megatron import MegatronConfig
 from megadpo.data.pack import Segment
 from megadpo.model import build, moe
 from megadpo.parallel.pretend import META
+
+Answers = Mapping[Any, Callable[..., Any]]
+"""Operation -> what gives its result, or None to let the operation itself give it."""
 
 
 @contextlib.contextmanager
@@ -43,34 +44,35 @@ def fusions_of(device_type: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def even_routing(arch: Architecture, megatron: MegatronConfig, load: float) -> Iterator[None]:
+def even_routing(arch: Architecture, load: float) -> Iterator[Answers]:
     """Inside, every expert gets the same number of tokens, but this rank's `load` times that. The rest of the way to the
-    experts and back is megatron-core's."""
+    experts and back is megatron-core's. Yields what a trace must answer for it."""
     if arch.moe is None:
-        yield
+        yield {}
         return
     alltoall, allgather = token_dispatcher.MoEAlltoAllTokenDispatcher, token_dispatcher.MoEAllGatherTokenDispatcher
-    mode = _Counts(arch.moe.num_experts, arch.moe.experts_per_token, load)
+    counts = _Counts(arch.moe.num_experts, arch.moe.experts_per_token, load)
     gather = allgather.dispatch_postprocess
 
     def dispatch_postprocess(self: Any, hidden_states: torch.Tensor, probs: torch.Tensor) -> Any:
-        mode.tokens = hidden_states.shape[0]
+        counts.tokens = hidden_states.shape[0]
         return gather(self, hidden_states, probs)
 
     with (
         _replaced(moe, "most_tokens", lambda local, group, device: local),
-        _replaced(alltoall, "preprocess", lambda self, routing_map: _preprocess(self, routing_map, mode)),
+        _replaced(alltoall, "preprocess", lambda self, routing_map: _preprocess(self, routing_map, counts)),
         _replaced(allgather, "dispatch_postprocess", dispatch_postprocess),
-        mode,
     ):
-        yield
+        yield {
+            torch.ops.aten.masked_select.default: counts.masked_select,
+            torch.ops.aten._to_copy.default: counts.to_copy,
+        }
 
 
-class _Counts(TorchDispatchMode):
+class _Counts:
     """Answers the questions that tensors without values can't: how many tokens go to an expert."""
 
     def __init__(self, experts: int, topk: int, load: float) -> None:
-        super().__init__()
         self.experts, self.topk, self.load = experts, topk, load
         self.tokens = 0
         """Of all ranks that gather theirs."""
@@ -86,22 +88,24 @@ class _Counts(TorchDispatchMode):
         elsewhere = split(total - here, self.experts - local) if local < self.experts else []
         return torch.tensor([*split(here, local), *elsewhere])
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        first = args[0] if args else None
-        if isinstance(first, torch.Tensor) and first.device == META:
-            if func is torch.ops.aten.masked_select.default:
-                local, tokens = args[1].shape  # the mask [experts, tokens]
-                return first.new_empty(int(self.even(tokens, local)[:local].sum()))
-            to_cpu = func is torch.ops.aten._to_copy.default and str((kwargs or {}).get("device")) == "cpu"
-            if to_cpu and first.dtype == torch.int64 and first.dim() == 1:
-                return self.even(self.tokens, first.numel())[: first.numel()]
-        return func(*args, **(kwargs or {}))
+    def masked_select(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
+        """mask [experts of a rank, tokens]."""
+        if x.device != META:
+            return None
+        local, tokens = mask.shape
+        return x.new_empty(int(self.even(tokens, local)[:local].sum()))
+
+    def to_copy(self, x: torch.Tensor, **options: Any) -> torch.Tensor | None:
+        """Counts of tokens [experts of a rank] that the host asks for."""
+        if x.device != META or str(options.get("device")) != "cpu":
+            return None
+        return self.even(self.tokens, x.numel())[: x.numel()]
 
 
-def _preprocess(dispatcher: Any, routing_map: torch.Tensor, mode: _Counts) -> torch.Tensor:
+def _preprocess(dispatcher: Any, routing_map: torch.Tensor, counts_of: _Counts) -> torch.Tensor:
     """The counts that MoEAlltoAllTokenDispatcher.preprocess leaves behind, every rank sending the same ones."""
     local, ranks = dispatcher.num_local_experts, dispatcher.tp_size * dispatcher.ep_size
-    counts = mode.even(routing_map.shape[0], local)
+    counts = counts_of.even(routing_map.shape[0], local)
     mine = counts[:local]
     dispatcher.num_out_tokens = int(counts.sum())
     if ranks > 1:

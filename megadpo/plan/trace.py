@@ -24,7 +24,7 @@ from megadpo.model.transformer_config import DTYPES
 from megadpo.optimizer import build_optimizer, wrap_for_training
 from megadpo.parallel.groups import layout_of
 from megadpo.parallel.pretend import META, pretend_rank
-from megadpo.plan.outlines import TracedKernel, even_routing, fusions_of
+from megadpo.plan.outlines import Answers, TracedKernel, even_routing, fusions_of
 from megadpo.plan.packs import Lengths, shares_prompt
 from megadpo.plan.parameters import Parameter
 
@@ -36,19 +36,28 @@ class LiveBytes(TorchDispatchMode):
     (`known`), nor what a kernel takes and frees inside one operation. Works on every device, meta included.
     """
 
-    def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
+    def __init__(self, known: Iterable[torch.Tensor] = (), answers: Answers | None = None) -> None:
+        """answers: stands in for operations that tensors without values can't do."""
         super().__init__()
         self.now = 0
         self.peak = 0
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._answers = {} if answers is None else answers
         for tensor in known:
             self._see(tensor, 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self._see(leaf, leaf.untyped_storage().nbytes())
+        result = None
+        if func in self._answers:
+            result = self._answers[func](*args, **(kwargs or {}))
+        if result is None:
+            result = func(*args, **kwargs) if kwargs else func(*args)
+        if isinstance(result, torch.Tensor):
+            self._see(result, result.untyped_storage().nbytes())
+        elif result is not None:
+            for leaf in result if isinstance(result, (list, tuple)) else tree_leaves(result):
+                if isinstance(leaf, torch.Tensor):
+                    self._see(leaf, leaf.untyped_storage().nbytes())
         return result
 
     def _see(self, tensor: torch.Tensor, size: int) -> None:
@@ -115,7 +124,7 @@ def trace_stage(
     with (
         pretend_rank(layout, world_size=world_size, rank=stage * ranks_per_stage) as parallel,
         fusions_of(device_type),
-        even_routing(arch, policy.megatron_cfg, expert_load),
+        even_routing(arch, expert_load) as answers,
     ):
         model = build_model(arch, policy, parallel, frozen=False)
         freeze(model, policy.freeze, arch)
@@ -132,19 +141,26 @@ def trace_stage(
         if model[0].balance is not None:
             model[0].balance.start(num_tokens=1, num_pairs=1)
         walk = _Walk(cfg, lengths)
-        reference_peaks = _without_gradients(reference, walk, known)
-        chunks, kept = _with_gradients(wrapped, walk, known)
+        kinds = _kinds(wrapped, alike=not policy.freeze)
+        traced = sorted(set(kinds))
+        peaks = dict(zip(traced, _without_gradients([reference[n] for n in traced], walk, known, answers), strict=True))
+        sizes, kept = _with_gradients([wrapped[n] for n in traced], walk, known, answers)
+        # the reference's forward takes the same buffers
+        each = {n: ChunkTrace(reference_peak=peaks[n] - kept, **one) for n, one in zip(traced, sizes, strict=True)}
         own = [[_parameter(one) for one in chunk.parameters()] for chunk in model]
         frozen = [] if reference_arch is None else [[_parameter(one) for one in c.parameters()] for c in reference]
     return StageTrace(
         parameters=own,
         reference=frozen,
+        chunks=[each[kind] for kind in kinds],
         buffers=kept,
-        # the reference's forward takes the same buffer
-        chunks=[
-            ChunkTrace(reference_peak=top - kept, **sizes) for top, sizes in zip(reference_peaks, chunks, strict=True)
-        ],
     )
+
+
+def _kinds(chunks: Sequence[Any], *, alike: bool) -> list[int]:
+    """For each chunk the first one of its kind: with `alike`, those that neither begin nor end the model."""
+    ends = [(chunk.module.pre_process, chunk.module.post_process) for chunk in chunks]
+    return [ends.index(one) if alike else number for number, one in enumerate(ends)]
 
 
 def _buildable(policy: PolicyConfig) -> PolicyConfig:
@@ -170,12 +186,12 @@ def _parameter(parameter: torch.nn.Parameter) -> Parameter:
     )
 
 
-def _without_gradients(chunks: Sequence[Any], walk: _Walk, known: list[torch.Tensor]) -> list[int]:
+def _without_gradients(chunks: Sequence[Any], walk: _Walk, known: list[torch.Tensor], answers: Answers) -> list[int]:
     """The most bytes alive in each chunk's forward, what megatron-core keeps included."""
     peaks = []
     for chunk in chunks:
         chunk.eval()
-        live = LiveBytes(known)
+        live = LiveBytes(known, answers)
         with live, torch.no_grad():
             walk.forward(chunk)
         peaks.append(live.peak)
@@ -183,10 +199,12 @@ def _without_gradients(chunks: Sequence[Any], walk: _Walk, known: list[torch.Ten
     return peaks
 
 
-def _with_gradients(chunks: Sequence[Any], walk: _Walk, known: list[torch.Tensor]) -> tuple[list[dict[str, int]], int]:
+def _with_gradients(
+    chunks: Sequence[Any], walk: _Walk, known: list[torch.Tensor], answers: Answers
+) -> tuple[list[dict[str, int]], int]:
     """Each chunk's bytes beside what stays, and what stays: megatron-core's buffers, made by the first and used by all."""
     found: list[dict[str, int]] = []
-    live = LiveBytes(known)
+    live = LiveBytes(known, answers)
     for chunk in chunks:
         live.peak = live.now
         with live, chunk.no_sync():
