@@ -101,7 +101,8 @@ def layout_name(parallel: ParallelContext) -> str:
     sequence = " sp" if layout.sequence_parallel else ""
     virtual = f" vpp{parallel.chunks_per_stage}" if parallel.chunks_per_stage > 1 else ""
     experts = f" ep{layout.expert} etp{layout.expert_tensor}" if (layout.expert, layout.expert_tensor) != (1, 1) else ""
-    return f"tp{parallel.tp_size} pp{parallel.pp_size}{virtual} dp{parallel.dp_size}{sequence}{experts}"
+    context = f" cp{parallel.cp_size}" if parallel.cp_size > 1 else ""
+    return f"tp{parallel.tp_size} pp{parallel.pp_size}{virtual}{context} dp{parallel.dp_size}{sequence}{experts}"
 
 
 def optimizer_format(optimizer: MegatronOptimizer | None) -> str:

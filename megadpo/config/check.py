@@ -151,8 +151,10 @@ def _world(cfg: Config, world_size: int) -> Iterator[Problem]:
         megatron = cfg.policy.megatron_cfg
         shown = f"{megatron.tensor_model_parallel_size} x {megatron.pipeline_model_parallel_size}"
         expected = f"a product that divides the {world_size} processes started"
-        fix = f"start a multiple of {shards} processes (torchrun --nproc-per-node), or lower one of the two"
+        fix = f"start a multiple of {shards} processes (torchrun --nproc-per-node), or lower one of them"
         where = f"{_MEG}.tensor_model_parallel_size x pipeline_model_parallel_size"
+        if megatron.context_parallel_size > 1:
+            shown, where = f"{shown} x {megatron.context_parallel_size}", f"{where} x context_parallel_size"
         yield Problem(where, shown, expected, fix)
         return
     dp, pairs = world_size // shards, cfg.policy.train_global_batch_size

@@ -74,8 +74,9 @@ def _longest_pair(tree: dict[str, Any]) -> int | None:
 
 
 def _pad_multiple(tree: dict[str, Any]) -> int:
-    tp = _whole(get(tree, f"{_MEG}.tensor_model_parallel_size", 1))
-    return tp if tp and get(tree, f"{_MEG}.sequence_parallel") is True else 1
+    tp = _whole(get(tree, f"{_MEG}.tensor_model_parallel_size", 1)) or 1
+    cp = _whole(get(tree, f"{_MEG}.context_parallel_size", 1)) or 1
+    return cp * tp if get(tree, f"{_MEG}.sequence_parallel") is True else cp
 
 
 def _bf16(tree: dict[str, Any]) -> bool:

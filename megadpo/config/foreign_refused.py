@@ -65,12 +65,6 @@ REFUSED: tuple[Refused, ...] = (
     ),
     # Layout
     Refused(
-        f"{MEG}.context_parallel_size",
-        (1,),
-        "context parallelism is not implemented",
-        "set it to 1 and raise tensor_model_parallel_size",
-    ),
-    Refused(
         f"{MEG}.attention_backend",
         (None, "auto"),
         "the kernel is chosen elsewhere",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 
@@ -82,19 +83,40 @@ def _reference(cfg: Config) -> Iterator[Problem]:
         yield Problem("dpo.reference.model_name", reference.model_name, "null with dpo.reference.mode none", fix)
 
 
-@_rule(f"{_MEG}.sequence_parallel", f"{_MEG}.tensor_model_parallel_size", "policy.make_sequence_length_divisible_by")
-def _sequence_parallel(cfg: Config) -> Iterator[Problem]:
+@_rule(
+    f"{_MEG}.sequence_parallel",
+    f"{_MEG}.tensor_model_parallel_size",
+    f"{_MEG}.context_parallel_size",
+    "policy.make_sequence_length_divisible_by",
+)
+def _shares_of_a_pack(cfg: Config) -> Iterator[Problem]:
     megatron, multiple = cfg.policy.megatron_cfg, cfg.policy.make_sequence_length_divisible_by
-    tp = megatron.tensor_model_parallel_size
-    if not megatron.sequence_parallel:
-        return
-    if tp == 1:
+    tp, cp = megatron.tensor_model_parallel_size, megatron.context_parallel_size
+    if megatron.sequence_parallel and tp == 1:
         fix = f"set it to false, or raise {_MEG}.tensor_model_parallel_size"
         yield Problem(f"{_MEG}.sequence_parallel", True, "false with tensor_model_parallel_size 1", fix)
-    if multiple % tp:
+    shares = {"context_parallel_size": cp, "tensor_model_parallel_size": tp if megatron.sequence_parallel else 1}
+    needed = math.prod(shares.values())
+    if multiple % needed:
         where = "policy.make_sequence_length_divisible_by"
-        expected = f"a multiple of tensor_model_parallel_size ({tp}), which sequence_parallel needs"
-        yield Problem(where, multiple, expected, f"remove it, or set it to {tp}")
+        named = " x ".join(f"{name} ({count})" for name, count in shares.items() if count > 1)
+        expected = f"a multiple of {named}: each of these ranks holds as many tokens of a pack"
+        yield Problem(where, multiple, expected, f"remove it, or set it to {needed}")
+
+
+@_rule(
+    f"{_MEG}.context_parallel_size",
+    f"{_MEG}.tensor_model_parallel_size",
+    f"{_MEG}.sequence_parallel",
+    "policy.make_sequence_length_divisible_by",
+    "policy.sequence_packing.train_mb_tokens",
+)
+def _smallest_pack(cfg: Config) -> Iterator[Problem]:
+    packing, multiple = cfg.policy.sequence_packing, cfg.policy.make_sequence_length_divisible_by
+    if packing.enabled and packing.train_mb_tokens < multiple:
+        where = "policy.sequence_packing.train_mb_tokens"
+        expected = f"at least {multiple}, policy.make_sequence_length_divisible_by, to which packs are padded"
+        yield Problem(where, packing.train_mb_tokens, expected, f"raise it to {multiple} or more")
 
 
 @_rule(
@@ -278,6 +300,13 @@ def _kernel(cfg: Config) -> Iterator[Problem]:
         yield Problem("policy.attention_kernel", kernel, "auto, cpu or sdpa on policy.device cpu", "set it to auto")
     if cfg.policy.device == "cuda" and kernel == "cpu":
         yield Problem("policy.attention_kernel", kernel, "another kernel on policy.device cuda", "set it to auto")
+
+
+@_rule("policy.logprob_kernel", "policy.device")
+def _head(cfg: Config) -> Iterator[Problem]:
+    kernel = cfg.policy.logprob_kernel
+    if cfg.policy.device == "cpu" and kernel == "triton":
+        yield Problem("policy.logprob_kernel", kernel, "auto or torch on policy.device cpu", "set it to auto")
 
 
 @_rule("data.prompt_key", "data.chosen_key", "data.rejected_key")

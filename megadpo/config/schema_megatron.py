@@ -90,9 +90,9 @@ class MegatronConfig:
     tensor_model_parallel_size: PositiveInt = 1
     pipeline_model_parallel_size: PositiveInt = 1
     context_parallel_size: PositiveInt = 1
-    """Only 1."""
+    """Ranks that share out the tokens of each micro-batch, cut for equal attention work. See docs/context_parallel.md."""
     expert_model_parallel_size: PositiveInt = 1
-    """Ranks that share out the experts of a layer, taken from the tensor- and data-parallel ranks of a stage."""
+    """Ranks that share out the experts of a layer, taken from the tensor-, context- and data-parallel ranks of a stage."""
     expert_tensor_parallel_size: PositiveInt = 1
     """Ranks that cut each expert; need not be tensor_model_parallel_size."""
     sequence_parallel: bool = False

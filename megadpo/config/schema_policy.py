@@ -56,9 +56,12 @@ class PolicyConfig:
     """sdpa: everywhere. varlen: torch's flash attention on CUDA. transformer_engine: CUDA with TE installed."""
     sequence_packing: SequencePackingConfig = field(default_factory=SequencePackingConfig)
     make_sequence_length_divisible_by: PositiveInt = 1
-    """A pack is padded to a multiple of this. Left out or null: 1, with sequence_parallel the tensor-parallel size."""
+    """A pack is padded to a multiple of this. Left out or null: context_parallel_size, with sequence_parallel times
+    tensor_model_parallel_size."""
     logprob_chunk_size: PositiveInt = 1024
     """Answer tokens projected onto the vocabulary at a time. Left out or null: 1024."""
+    logprob_kernel: Literal["auto", "torch", "triton"] = "auto"
+    """The head. auto: triton on CUDA, which takes blocks of the vocabulary with as many logits, else torch."""
     freeze: tuple[Text, ...] = ()
     """Weights to leave as they are: shell patterns on their Hugging Face names, {a..b} for a range of numbers, e.g.
     [model.embed_tokens.weight, "model.layers.{0..3}.*"]. They get no gradients and no optimizer state."""

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from megadpo.config.check import micro_batch_multiple
 from megadpo.config.problems import DataError, Problem
+from megadpo.data.context import context_part
 from megadpo.data.dataset import PairDataset, TokenizedPairs
 from megadpo.data.pack import PackedBatch, pack_pairs
 from megadpo.data.plan import Plan, plan_global_batch
@@ -73,6 +74,8 @@ class GlobalBatchLoader:
         limit_batches: int | None = None,
         num_workers: int = 1,
         work_model: WorkModel | None = None,
+        cp_rank: int = 0,
+        cp_size: int = 1,
     ) -> None:
         """Sizes count pairs. Exactly one of `budget_tokens` (sequence packing) and `pairs_per_micro_batch` is given.
 
@@ -83,10 +86,14 @@ class GlobalBatchLoader:
         num_workers: 0 packs in the caller; any other number packs ahead in one background thread, which is enough:
             packing takes a thousandth of a step.
         work_model: ranks get the same work by it (with budget_tokens only); None: as many tokens each.
+        cp_rank, cp_size: every pack is cut over that many context-parallel ranks, and this one's part comes out;
+            pad_to_multiple is a multiple of cp_size.
         Raises DataError for pairs longer than budget_tokens, and for a data set that drop_last leaves nothing of.
         """
         if not 0 <= dp_rank < dp_size:
             raise ValueError(f"dp_rank {dp_rank} of dp_size {dp_size}")
+        if not 0 <= cp_rank < cp_size or pad_to_multiple % cp_size:
+            raise ValueError(f"cp_rank {cp_rank} of cp_size {cp_size}, packs padded to {pad_to_multiple} tokens")
         if global_batch_size < 1:
             raise ValueError(f"global_batch_size must be at least 1, got {global_batch_size}")
         if (budget_tokens is None) == (pairs_per_micro_batch is None):
@@ -97,6 +104,8 @@ class GlobalBatchLoader:
         self.seed = seed
         self.dp_rank = dp_rank
         self.dp_size = dp_size
+        self.cp_rank = cp_rank
+        self.cp_size = cp_size
         self.share_prompt = share_prompt
         self.pad_token_id = pad_token_id
         self.pad_to_multiple = pad_to_multiple
@@ -132,6 +141,8 @@ class GlobalBatchLoader:
         dp_size: int,
         pad_token_id: int,
         training: bool,
+        cp_rank: int = 0,
+        cp_size: int = 1,
     ) -> GlobalBatchLoader:
         """Training: the config's order, whole global batches only. Validation: file order, every pair."""
         packing = cfg.policy.sequence_packing
@@ -154,6 +165,8 @@ class GlobalBatchLoader:
             micro_batch_multiple=micro_batch_multiple(cfg),
             num_workers=cfg.data.num_workers,
             work_model=WorkModel.of(arch),
+            cp_rank=cp_rank,
+            cp_size=cp_size,
         )
 
     def order(self, epoch: int) -> npt.NDArray[np.int64]:
@@ -205,12 +218,13 @@ class GlobalBatchLoader:
             self.dataset.release()
 
     def _pack(self, positions: npt.NDArray[np.int64]) -> PackedBatch:
-        return pack_pairs(
+        whole = pack_pairs(
             [self.dataset[int(position)] for position in positions],
             share_prompt=self.share_prompt,
             pad_to_multiple=self.pad_to_multiple,
             pad_token_id=self.pad_token_id,
         )
+        return context_part(whole, self.cp_rank, self.cp_size)
 
     def _refuse_longer_than_budget(self) -> None:
         if self.budget_tokens is None:

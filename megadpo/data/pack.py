@@ -5,10 +5,12 @@
     padding:       the last segment, attending to itself only
 
 Shape letters: T tokens of the run (padding included), P pairs, A answer tokens of all 2P answers that are in the loss.
+Under context parallelism a rank holds part of the run (data/context.py): its tokens are queries over everyone's keys.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,7 +26,8 @@ class Segment:
     """Queries [query_start, query_end) of the run, and the ranges of the run whose keys they see, in order.
 
     Causal and aligned at the bottom right: with K keys in all, the query at query_end - 1 - i sees the first K - i.
-    The last range always ends at query_end."""
+    In a whole run the last range ends at query_end. In part of one, queries count the part's tokens, and keys stand as
+    the all-gather over the parts lays them out: part 0's tokens, part 1's, ..."""
 
     query_start: int
     query_end: int
@@ -40,8 +43,28 @@ class Segment:
 
 
 @dataclass(frozen=True, eq=False)
+class ContextPart:
+    """What part of a run one context-parallel rank holds: t of its T tokens, the same number on every rank."""
+
+    run_index: torch.Tensor
+    """[t] int64, ascending, on the CPU: where in the whole run each token stands."""
+    answer_tokens: torch.Tensor
+    """[2P] int64: tokens of each answer that this part predicts; sums to its A."""
+    run_segments: tuple[Segment, ...]
+    """The segments of the whole run."""
+    run_tokens: int
+    """T."""
+    most_work: int
+    """Query-key pairs of the part that has most of them."""
+    mean_work: float
+    """Query-key pairs of all parts, divided by their number."""
+
+
+@dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """One micro-batch of P pairs. All tensors are int64."""
+    """One micro-batch of P pairs, or the part of it that a context-parallel rank holds. All tensors are int64.
+
+    Of a part, T and A count the part's tokens; pairs, `answer_tokens` and `num_tokens` are the whole micro-batch's."""
 
     tokens: torch.Tensor
     """[T] token ids."""
@@ -62,6 +85,8 @@ class PackedBatch:
     """[P] row of the data file."""
     num_tokens: int
     """T without the padding."""
+    part: ContextPart | None = None
+    """None: the whole run is here."""
 
     @property
     def num_pairs(self) -> int:
@@ -69,7 +94,28 @@ class PackedBatch:
 
     @property
     def padding_tokens(self) -> int:
-        return self.tokens.numel() - self.num_tokens
+        """Of the whole run."""
+        return self.run_tokens - self.num_tokens
+
+    @property
+    def run_tokens(self) -> int:
+        """Tokens of the whole run, padding included."""
+        return self.tokens.numel() if self.part is None else self.part.run_tokens
+
+    @property
+    def run_segments(self) -> tuple[Segment, ...]:
+        """Of the whole run."""
+        return self.segments if self.part is None else self.part.run_segments
+
+    @property
+    def run_index(self) -> torch.Tensor:
+        """[T] int64 on the CPU: where in the whole run each token stands."""
+        return torch.arange(self.tokens.numel()) if self.part is None else self.part.run_index
+
+    @property
+    def predicted_tokens(self) -> torch.Tensor:
+        """[2P] int64: tokens of each answer that are predicted here; sums to A."""
+        return self.answer_tokens if self.part is None else self.part.answer_tokens
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on `device`; to CUDA through pinned memory and without waiting for the copy."""
@@ -81,16 +127,16 @@ class PackedBatch:
                 tensor = tensor.pin_memory()  # the caching allocator keeps it until the copy is done
             return tensor.to(device, non_blocking=to_cuda)
 
-        return PackedBatch(
+        return dataclasses.replace(
+            self,
             tokens=move(self.tokens),
             positions=move(self.positions),
-            segments=self.segments,
             predict_index=move(self.predict_index),
             targets=move(self.targets),
             answer_index=move(self.answer_index),
             answer_tokens=move(self.answer_tokens),
             pair_indices=move(self.pair_indices),
-            num_tokens=self.num_tokens,
+            part=self.part and dataclasses.replace(self.part, answer_tokens=move(self.part.answer_tokens)),
         )
 
 

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from megadpo.model.context import attend_over_context
 from megadpo.model.kernels import AttentionKernel
 from megadpo.model.rope import rotate
 
@@ -21,6 +23,8 @@ class PackContext(PackedSeqParams):
     kernel: AttentionKernel | None = None
     plan: Any = None
     routing: Any = None  # what layers of experts need of the pack (model/moe.py)
+    context_group: dist.ProcessGroup | None = None  # the ranks that hold the other parts of the pack; None: it is whole
+    keep_gathered: bool = False  # see model/context.py
 
 
 class PackedAttention(torch.nn.Module):
@@ -40,9 +44,24 @@ class PackedAttention(torch.nn.Module):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackContext | None = None,
     ) -> torch.Tensor:
-        """query [T, H, D], key and value [T, G, D], heads local to the tensor-parallel rank -> [T, H * D]."""
+        """query [T, H, D], key and value [T, G, D], heads local to the tensor-parallel rank -> [T, H * D].
+
+        T counts this rank's tokens. Collectives: under context parallelism those of model/context.py.
+        """
         pack = packed_seq_params
         assert isinstance(pack, PackContext) and pack.kernel is not None, "the model was called without a PackContext"
         assert attention_mask is None and attention_bias is None, "segments are the mask"
         query, key = rotate(query, pack.cos, pack.sin), rotate(key, pack.cos, pack.sin)  # type: ignore[arg-type]
-        return pack.kernel.attend(query, key, value, pack.plan).reshape(query.shape[0], -1)
+        if pack.context_group is None:
+            out = pack.kernel.attend(query, key, value, pack.plan)
+        else:
+            out = attend_over_context(
+                pack.kernel,
+                query,
+                key,
+                value,
+                pack.plan,
+                group=pack.context_group,
+                keep_gathered=pack.keep_gathered,
+            )
+        return out.reshape(query.shape[0], -1)

@@ -37,7 +37,9 @@ def build_model(
     balance = load_balance(arch, policy, parallel)  # one for all chunks: it knows layers by their number in the model
     chunks = []
     for number in range(parallel.chunks_per_stage):
-        chunk = PairModel(arch, config, parallel, kernel, policy.logprob_chunk_size, number, balance)
+        chunk = PairModel(
+            arch, config, parallel, kernel, policy.logprob_chunk_size, number, balance, policy.logprob_kernel
+        )
         chunk.to(parallel.device)
         mark_sharded_parameters(chunk)
         mark_expert_parameters(chunk)

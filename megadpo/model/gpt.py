@@ -13,7 +13,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megadpo.config.architecture import Architecture
 from megadpo.data.pack import PackedBatch
 from megadpo.model.attention import PackContext
-from megadpo.model.head import sum_per_answer, vocab_parallel_logps
+from megadpo.model.context import sum_over_context
+from megadpo.model.head import sum_per_answer
+from megadpo.model.head_choice import choose_head
 from megadpo.model.kernels import AttentionKernel
 from megadpo.model.moe import plan_routing
 from megadpo.model.moe_balance import LoadBalance
@@ -34,6 +36,7 @@ class PairModel(GPTModel):
         logprob_chunk_tokens: int,
         chunk: int = 0,
         balance: LoadBalance | None = None,
+        logprob_kernel: str = "auto",
     ) -> None:
         vp_stage = chunk if parallel.chunks_per_stage > 1 else None
         super().__init__(
@@ -50,14 +53,16 @@ class PairModel(GPTModel):
         self.rotary = RotaryTable(arch, parallel.device)
         self.kernel = kernel
         self.logprob_chunk_tokens = logprob_chunk_tokens
+        self.head_name, self.head = choose_head(logprob_kernel, parallel.device)
         self.balance = balance  # of the layers of experts; None: a dense model
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """T tokens -> hidden states [T, 1, h] for the next stage ([T/tp, 1, h] under sequence parallelism), or, on
         the last stage, logps [2P] float32: row 2p the chosen answer of pair p, row 2p + 1 its rejected one.
 
-        Collectives: megatron-core's over the tensor-parallel group and, for experts, theirs; one all-gather of [2, A]
-        on the last stage.
+        Under context parallelism `batch` is this rank's part, T counts its tokens, and logps are of the whole answers.
+        Collectives: megatron-core's over the tensor-parallel group and, for experts, theirs; with context parallelism
+        those of model/context.py; one all-gather of [2, A] on the last stage.
         """
         dtype = self.config.params_dtype
         cos, sin = self.rotary(batch.positions, dtype)
@@ -68,6 +73,9 @@ class PairModel(GPTModel):
             kernel=self.kernel,
             plan=self.kernel.plan(batch.segments, batch.tokens.device, dtype),
         )
+        if batch.part is not None:
+            context.context_group = self.pg_collection.cp
+            context.keep_gathered = _recomputes_all_attention(self.config)
         if self.balance is not None:
             context.routing = plan_routing(batch, self.config, self.balance if self.training else None)
         hidden = self.embedding(batch.tokens[None], None) if self.pre_process else None
@@ -89,7 +97,7 @@ class PairModel(GPTModel):
             hook(self.output_layer, ())
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         weight = self.output_layer.weight if weight is None else weight
-        token_logps = vocab_parallel_logps(
+        token_logps = self.head(
             whole[:, 0].index_select(0, batch.predict_index),
             weight,
             batch.targets,
@@ -97,4 +105,12 @@ class PairModel(GPTModel):
             group=group,
             chunk_tokens=self.logprob_chunk_tokens,
         )
-        return sum_per_answer(token_logps, batch.answer_tokens)
+        logps = sum_per_answer(token_logps, batch.predicted_tokens)
+        return logps if batch.part is None else sum_over_context(logps, self.pg_collection.cp)
+
+
+def _recomputes_all_attention(config: TransformerConfig) -> bool:
+    """Whether every layer's attention runs again just before its backward."""
+    if config.recompute_granularity == "full":
+        return bool(config.recompute_method == "uniform")
+    return config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules

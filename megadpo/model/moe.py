@@ -55,8 +55,8 @@ def plan_routing(batch: PackedBatch, config: TransformerConfig, balance: LoadBal
     sets = None
     if balance is not None and balance.enabled:
         whole = balance.sets(batch)
-        sets = TokenSets(mine(whole.members), whole.sizes, whole.weights)
-    return Routing(real=mine(torch.arange(tokens) < batch.num_tokens), sets=sets)
+        sets = TokenSets(mine(whole.members[:, batch.run_index]), whole.sizes, whole.weights)
+    return Routing(real=mine(batch.run_index < batch.num_tokens), sets=sets)
 
 
 def most_tokens(local: int, group: dist.ProcessGroup, device: torch.device) -> int:

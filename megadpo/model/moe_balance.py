@@ -59,11 +59,11 @@ class LoadBalance:
         self._total_weight = float(num_tokens if self.kind == "aux_loss" else 2 * num_pairs)
 
     def sets(self, batch: PackedBatch) -> TokenSets:
-        """The sets of a whole micro-batch, its members on the CPU and not yet cut over ranks."""
+        """The sets of a whole micro-batch: members [Q, tokens of the whole run], on the CPU, not yet cut over ranks."""
         ranges: list[tuple[tuple[int, int], ...]] = [((0, batch.num_tokens),)] if batch.num_tokens else []
         if self.kind == "seq_aux_loss":
-            ranges = answer_sequences(batch.segments, batch.num_tokens)
-        members = torch.zeros(len(ranges), batch.tokens.numel())
+            ranges = answer_sequences(batch.run_segments, batch.num_tokens)
+        members = torch.zeros(len(ranges), batch.run_tokens)
         for row, parts in enumerate(ranges):
             for start, end in parts:
                 members[row, start:end] = 1.0
@@ -97,8 +97,8 @@ class LoadBalance:
     def reduced(self) -> torch.Tensor:
         """[layers] float64: the mean over the global batch, without the coefficient; layers elsewhere are 0.
 
-        Collectives: one all-reduce over the world, where the loss is on: tensor-parallel ranks hold parts of a
-        micro-batch, data-parallel ranks other micro-batches, pipeline ranks other layers.
+        Collectives: one all-reduce over the world, where the loss is on: tensor- and context-parallel ranks hold parts
+        of a micro-batch, data-parallel ranks other micro-batches, pipeline ranks other layers.
         """
         if self.enabled:
             dist.all_reduce(self._sums)

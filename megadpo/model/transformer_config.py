@@ -43,6 +43,7 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=megatron.tensor_model_parallel_size,
         sequence_parallel=megatron.sequence_parallel,
+        context_parallel_size=megatron.context_parallel_size,
         pipeline_model_parallel_size=pipeline,
         pipeline_dtype=dtype if pipeline > 1 else None,
         virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,

@@ -31,12 +31,16 @@ class Layout:
     """Ranks that share out the experts of a layer."""
     expert_tensor: int = 1
     """Ranks that cut each expert."""
+    context: int = 1
+    """Ranks that share out the tokens of each micro-batch."""
 
     def data(self, world_size: int) -> int:
         """Data-parallel size in a world of `world_size` ranks; ValueError where it does not divide."""
-        model_ranks = self.tensor * self.pipeline
+        model_ranks = self.tensor * self.pipeline * self.context
         if world_size % model_ranks:
-            raise ValueError(f"world size {world_size} is not a multiple of tensor x pipeline = {model_ranks}")
+            raise ValueError(
+                f"world size {world_size} is not a multiple of tensor x pipeline x context = {model_ranks}"
+            )
         return world_size // model_ranks
 
 
@@ -50,6 +54,7 @@ def layout_of(cfg: Config) -> Layout:
         sequence_parallel=megatron.sequence_parallel,
         expert=megatron.expert_model_parallel_size,
         expert_tensor=megatron.expert_tensor_parallel_size,
+        context=megatron.context_parallel_size,
     )
 
 
@@ -70,6 +75,12 @@ class ParallelContext:
     dp_group: dist.ProcessGroup
     ep_rank: int = 0
     etp_rank: int = 0
+    cp_rank: int = 0
+    cp_group: dist.ProcessGroup | None = None
+
+    @property
+    def cp_size(self) -> int:
+        return self.layout.context
 
     @property
     def tp_size(self) -> int:
@@ -92,7 +103,8 @@ class ParallelContext:
         return self.pp_rank == self.pp_size - 1 and chunk == self.chunks_per_stage - 1
 
     def total_from_last_stage(self, tensor: torch.Tensor) -> None:
-        """Sum `tensor` in place over the data-parallel ranks of the last stage, for every rank of the world.
+        """Sum `tensor` in place over the data-parallel ranks of the last stage, for every rank of the world. Every
+        context-parallel rank has the same number, which counts once.
 
         One all-reduce over dp, one broadcast over pp; the other stages' values don't count.
         """
@@ -125,6 +137,7 @@ def initialize(layout: Layout, device: torch.device, timeout_s: float = 1800.0) 
         pipeline_model_parallel_size=layout.pipeline,
         # None, not 1: megatron-core takes any number for the interleaved schedule
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
         create_gloo_process_groups=device.type == "cuda",  # on a CPU the groups are gloo already
@@ -143,6 +156,8 @@ def initialize(layout: Layout, device: torch.device, timeout_s: float = 1800.0) 
         dp_group=parallel_state.get_data_parallel_group(),
         ep_rank=parallel_state.get_expert_model_parallel_rank(),
         etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_group=parallel_state.get_context_parallel_group(),
     )
 
 

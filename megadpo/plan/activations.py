@@ -74,12 +74,18 @@ class Estimate:
         if last:
             answers = pack.answer_tokens // megatron.context_parallel_size * arch.hidden_size * width
             saved += answers
-            rows = min(self.cfg.policy.logprob_chunk_size, pack.answer_tokens)
-            vocabulary = arch.vocab_size // self.tp
-            head = vocabulary * arch.hidden_size * (4 + width) + rows * vocabulary * (4 + width)
-            transient = max(transient, answers + head)
+            transient = max(transient, answers + self._head())
         gathered = self.tokens * arch.hidden_size * width if megatron.sequence_parallel else 0
         return Activations(gathered, saved, saved + transient)
+
+    def _head(self) -> int:
+        """Logits and their gradients, and the gradient of the weight, in float32 first without the fused head."""
+        rows, width, vocabulary = self.cfg.policy.logprob_chunk_size, self.width, self.arch.vocab_size // self.tp
+        answers = self.pack.answer_tokens // self.megatron.context_parallel_size
+        if self.cfg.policy.logprob_kernel == "torch":
+            return vocabulary * self.arch.hidden_size * (4 + width) + min(rows, answers) * vocabulary * (4 + width)
+        logits = min(1 << 27, min(rows, answers) * vocabulary)  # model/head_fused.py
+        return answers * self.arch.hidden_size * 4 + vocabulary * self.arch.hidden_size * width + logits * (4 + width)
 
     def _attention(self) -> int:
         """Two norms' inputs and outputs; rotated queries; keys and values, of the whole pack where ranks share it out."""

@@ -14,7 +14,7 @@ from megatron.core.transformer.moe import token_dispatcher
 from megadpo.config.architecture import Architecture
 from megadpo.config.schema import Config
 from megadpo.data.pack import Segment
-from megadpo.model import build, moe
+from megadpo.model import build, context, moe
 from megadpo.parallel.pretend import META
 
 Answers = Mapping[Any, Callable[..., Any]]
@@ -102,6 +102,76 @@ class _Counts:
         return self.even(self.tokens, x.numel())[: x.numel()]
 
 
+@contextlib.contextmanager
+def regathered_keys() -> Iterator[None]:
+    """Inside, context parallelism knows what it gathered by the storage itself: without memory all have one address."""
+
+    def stands_for(self: Any, gathered: torch.Tensor) -> None:
+        self._storage = id(gathered.untyped_storage())
+
+    def pack(self: Any, saved: torch.Tensor) -> Any:
+        if id(saved.untyped_storage()) != self._storage:
+            return saved
+        return saved.size(), saved.stride(), saved.storage_offset()
+
+    with (
+        _replaced(context._GatheredAgain, "stands_for", stands_for),
+        _replaced(context._GatheredAgain, "pack", pack),
+    ):
+        yield
+
+
+FUSED_LOGITS = 1 << 27
+"""head_fused.MOST_LOGITS, which can't be imported without Triton; a test holds the two together."""
+
+
+def fused_logits(cfg: Config, rows: int, vocabulary: int) -> int:
+    """Logits that exist at a time in the fused head, for `rows` tokens and this rank's `vocabulary`."""
+    columns = min(FUSED_LOGITS, cfg.policy.logprob_chunk_size * vocabulary) // max(rows, 1)
+    return rows * min(vocabulary, max(1, columns // 128) * 128)
+
+
+def uses_fused_head(cfg: Config, device_type: str) -> bool:
+    """Whether the run's head is model/head_fused.py: on GPUs, unless the config says torch."""
+    return device_type == "cuda" and cfg.policy.logprob_kernel != "torch"
+
+
+def fused_head(cfg: Config) -> Callable[..., torch.Tensor]:
+    """The tensors that the fused head makes, and no products."""
+
+    def head(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, **_: Any) -> torch.Tensor:
+        logits = fused_logits(cfg, hidden.shape[0], weight.shape[0])
+        result: torch.Tensor = _FusedHead.apply(hidden.contiguous(), weight, targets, logits)
+        return result
+
+    return head
+
+
+class _FusedHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, logits):  # type: ignore[no-untyped-def]
+        log_sum, buffer = hidden.new_empty(hidden.shape[0], dtype=torch.float32), _floats(hidden, logits)
+        del buffer
+        ctx.save_for_backward(hidden, weight, targets, log_sum)
+        ctx.logits = logits
+        return torch.empty_like(log_sum)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        hidden, weight, _, _ = ctx.saved_tensors
+        buffer = _floats(hidden, ctx.logits)
+        slopes = buffer if hidden.dtype == torch.float32 else torch.empty_like(buffer, dtype=hidden.dtype)
+        grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        gradients = None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight
+        del buffer, slopes
+        return *gradients, None, None
+
+
+def _floats(like: torch.Tensor, count: int) -> torch.Tensor:
+    return like.new_empty(count, dtype=torch.float32)
+
+
 def _preprocess(dispatcher: Any, routing_map: torch.Tensor, counts_of: _Counts) -> torch.Tensor:
     """The counts that MoEAlltoAllTokenDispatcher.preprocess leaves behind, every rank sending the same ones."""
     local, ranks = dispatcher.num_local_experts, dispatcher.tp_size * dispatcher.ep_size
@@ -162,16 +232,17 @@ class _OutlineKernel:
 class _Outline(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, key_tokens):  # type: ignore[no-untyped-def]
-        if key_tokens != k.shape[0]:
+        rows = k.shape[0]
+        if key_tokens != rows:
             k, v = k.new_empty((key_tokens, *k.shape[1:])), v.new_empty((key_tokens, *v.shape[1:]))
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:2], dtype=torch.float32))
-        ctx.tokens = q.shape[0]
+        ctx.rows = rows
         return out
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         q, k, v, _, _ = ctx.saved_tensors
         repeated = torch.empty_like(k), torch.empty_like(v)
-        own = [x.new_empty((ctx.tokens, *x.shape[1:])) for x in repeated]
+        own = [x.new_empty((ctx.rows, *x.shape[1:])) for x in repeated]
         return torch.empty_like(q), *own, None

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from megadpo.config.architecture import Architecture
 from megadpo.config.schema import Config
 from megadpo.config.schema_policy import PolicyConfig
+from megadpo.data.context import context_part
 from megadpo.data.pack import PackedBatch, pack_pairs
 from megadpo.data.pairs import TokenizedPair
 from megadpo.model.build import build_model, is_expert
@@ -24,7 +25,15 @@ from megadpo.model.transformer_config import DTYPES
 from megadpo.optimizer import build_optimizer, wrap_for_training
 from megadpo.parallel.groups import layout_of
 from megadpo.parallel.pretend import META, pretend_rank
-from megadpo.plan.outlines import Answers, TracedKernel, even_routing, fusions_of
+from megadpo.plan.outlines import (
+    Answers,
+    TracedKernel,
+    even_routing,
+    fused_head,
+    fusions_of,
+    regathered_keys,
+    uses_fused_head,
+)
 from megadpo.plan.packs import Lengths, shares_prompt
 from megadpo.plan.parameters import Parameter
 
@@ -124,6 +133,7 @@ def trace_stage(
     with (
         pretend_rank(layout, world_size=world_size, rank=stage * ranks_per_stage) as parallel,
         fusions_of(device_type),
+        regathered_keys(),
         even_routing(arch, expert_load) as answers,
     ):
         model = build_model(arch, policy, parallel, frozen=False)
@@ -138,6 +148,8 @@ def trace_stage(
         kernel = TracedKernel(cfg, device_type)
         for chunk in (*model, *reference):
             chunk.kernel = kernel
+            if uses_fused_head(cfg, device_type):
+                chunk.head = fused_head(cfg)
         if model[0].balance is not None:
             model[0].balance.start(num_tokens=1, num_pairs=1)
         walk = _Walk(cfg, lengths)
@@ -174,7 +186,7 @@ def _buildable(policy: PolicyConfig) -> PolicyConfig:
         exp_avg_sq_dtype="float32",
     )
     megatron = dataclasses.replace(megatron, optimizer=optimizer, moe_grouped_gemm=False)
-    return dataclasses.replace(policy, attention_kernel="sdpa", megatron_cfg=megatron)
+    return dataclasses.replace(policy, attention_kernel="sdpa", logprob_kernel="torch", megatron_cfg=megatron)
 
 
 def _parameter(parameter: torch.nn.Parameter) -> Parameter:
@@ -224,7 +236,7 @@ class _Walk:
 
     def __init__(self, cfg: Config, lengths: Lengths) -> None:
         self.cfg = cfg
-        self.batch = empty_pack(cfg, lengths)
+        self.batch = largest_part(empty_pack(cfg, lengths), cfg.policy.megatron_cfg.context_parallel_size)
 
     def forward(self, chunk: Any) -> torch.Tensor:
         """The output of a chunk, wrapped for training or not."""
@@ -240,6 +252,12 @@ class _Walk:
             inner.set_input_tensor([received.requires_grad_(torch.is_grad_enabled())])
         output: torch.Tensor = chunk(batch)
         return output
+
+
+def largest_part(batch: PackedBatch, ranks: int) -> PackedBatch:
+    """Of a pack cut over context-parallel ranks, the part whose queries see most keys; each has as many tokens."""
+    parts = (context_part(batch, rank, ranks) for rank in range(ranks))
+    return max(parts, key=lambda part: sum(segment.key_tokens for segment in part.segments))
 
 
 def empty_pack(cfg: Config, lengths: Lengths) -> PackedBatch:

@@ -100,7 +100,7 @@ def check_data(cfg: Config) -> int:
         problems = HfWeights.open(source.hf_files, table := weight_table(arch)).problems(table)
         if problems:
             raise ConfigError(problems)
-    data = load_data(cfg, arch, source, dp_rank=0, dp_size=1)
+    data = load_data(cfg, arch, source, {"dp_rank": 0, "dp_size": 1})
     for line in [*cfg.notes, *data.reports]:
         print(line)
     print(f"{cfg.dpo.total_steps(data.train_loader.batches_per_epoch)} steps; no problem found")

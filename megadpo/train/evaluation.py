@@ -24,7 +24,7 @@ from megadpo.objective import metric_names
 from megadpo.parallel import ParallelContext
 from megadpo.reference import ResidentReference
 from megadpo.train.metrics import MetricSums
-from megadpo.train.setup import build_reference, fill, seed_everything
+from megadpo.train.setup import build_reference, fill, ranks_of, seed_everything
 from megadpo.train.step import pair_loss
 
 
@@ -49,11 +49,7 @@ class Evaluator:
         arch = read_architecture(source.hf_files)
         tokenizer = load_tokenizer(str(tokenizer_source(cfg, source)))
         datasets = load_datasets(cfg, cfg.data.val_data_paths or {}, tokenizer, arch.vocab_size)
-        ranks = {
-            "dp_rank": parallel.dp_rank,
-            "dp_size": parallel.dp_size,
-            "pad_token_id": pad_token_id(tokenizer),
-        }
+        ranks = {**ranks_of(parallel), "pad_token_id": pad_token_id(tokenizer)}
         whole = dataclasses.replace(cfg, dpo=dataclasses.replace(cfg.dpo, val_batches=0))  # evaluation means every pair
         self.loaders = {
             name: GlobalBatchLoader.from_config(data, whole, arch, training=False, **ranks)
@@ -82,7 +78,7 @@ class Evaluator:
                 mine += _scores(micro_batch.pair_indices.tolist(), logps, reference_logps)
         sums.reduce(self.parallel.total_from_last_stage, metric_names(has_reference=self.reference is not None))
         gathered: list[Any] = [None] * self.parallel.world_size
-        dist.all_gather_object(gathered, mine if self.parallel.tp_rank == 0 else [])
+        dist.all_gather_object(gathered, mine if self.parallel.tp_rank == self.parallel.cp_rank == 0 else [])
         scores = sorted((score for rank in gathered for score in rank), key=lambda score: score.index)
         return metrics_of(sums.means(), scores, has_reference=self.reference is not None), scores
 

@@ -156,6 +156,7 @@ class RunSummary:
     device: str
     precision: str
     attention_kernel: str
+    logprob_kernel: str
     global_batch_pairs: int
     micro_batch: str
     """How a global batch is cut: "packs of at most 4,096 tokens, prompt once" or "2 pairs"."""
@@ -195,7 +196,7 @@ def format_banner(summary: RunSummary) -> str:
         ("parameters", _parameters(summary.num_parameters)),
         ("layout", f"{' x '.join(wide)} ({ranks})" if wide else ranks),
         ("device", f"{summary.device}, {summary.precision}"),
-        ("attention", summary.attention_kernel),
+        ("kernels", f"attention {summary.attention_kernel}, log-probabilities {summary.logprob_kernel}"),
         ("batch", f"{summary.global_batch_pairs:,} pairs, in {summary.micro_batch}"),
         ("steps", steps),
         ("data", ", ".join(data)),

@@ -22,6 +22,7 @@ def summarise(run: Run) -> RunSummary:
         device=parallel.device.type,
         precision=cfg.policy.precision,
         attention_kernel=run.trainer.model[0].kernel.name,
+        logprob_kernel=run.trainer.model[0].head_name,
         global_batch_pairs=cfg.policy.train_global_batch_size,
         micro_batch=micro_batch_words(cfg),
         total_steps=run.total_steps,
@@ -42,7 +43,8 @@ def summarise(run: Run) -> RunSummary:
 def layout_sizes(run: Run) -> dict[str, int]:
     """The parallel sizes under their short names; those of experts where there are any."""
     parallel, layout = run.parallel, run.parallel.layout
-    sizes = {"TP": parallel.tp_size, "PP": parallel.pp_size, "VPP": parallel.chunks_per_stage, "DP": parallel.dp_size}
+    sizes = {"TP": parallel.tp_size, "PP": parallel.pp_size, "VPP": parallel.chunks_per_stage, "CP": parallel.cp_size}
+    sizes["DP"] = parallel.dp_size
     return sizes if run.trainer.balance is None else sizes | {"EP": layout.expert, "ETP": layout.expert_tensor}
 
 

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -77,7 +77,7 @@ def prepare(cfg: Config, parallel: ParallelContext) -> Run:
     seed_everything(cfg.dpo.seed, parallel)
     source = resolve_source(cfg.policy.model_name, "policy.model_name")
     arch = read_architecture(source.hf_files)
-    data = load_data(cfg, arch, source, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size)
+    data = load_data(cfg, arch, source, ranks_of(parallel))
     total_steps = cfg.dpo.total_steps(data.train_loader.batches_per_epoch)
     resume = find_resume(cfg, data)
 
@@ -121,13 +121,24 @@ def seed_everything(seed: int, parallel: ParallelContext) -> None:
     model_parallel_cuda_manual_seed(seed)
 
 
-def load_data(cfg: Config, arch: Architecture, source: ModelSource, *, dp_rank: int, dp_size: int) -> RunData:
-    """Read, tokenise and deal out every data file of the config. Raises DataError with every problem of every file."""
+def ranks_of(parallel: ParallelContext) -> dict[str, int]:
+    """Which part of the data this rank gets, as GlobalBatchLoader takes it."""
+    return {
+        "dp_rank": parallel.dp_rank,
+        "dp_size": parallel.dp_size,
+        "cp_rank": parallel.cp_rank,
+        "cp_size": parallel.cp_size,
+    }
+
+
+def load_data(cfg: Config, arch: Architecture, source: ModelSource, ranks: Mapping[str, int]) -> RunData:
+    """Read, tokenise and deal out every data file of the config; ranks: `ranks_of`. Raises DataError with every problem
+    of every file."""
     tokenizer = load_tokenizer(str(tokenizer_source(cfg, source)))
     paths = {"": cfg.data.train_data_path, **(cfg.data.val_data_paths or {})}
     datasets = load_datasets(cfg, paths, tokenizer, arch.vocab_size)
     train = datasets.pop("")
-    ranks: dict[str, Any] = {"dp_rank": dp_rank, "dp_size": dp_size, "pad_token_id": pad_token_id(tokenizer)}
+    ranks = {**ranks, "pad_token_id": pad_token_id(tokenizer)}
     train_loader = GlobalBatchLoader.from_config(train, cfg, arch, training=True, **ranks)
     loaders = {
         name: GlobalBatchLoader.from_config(data, cfg, arch, training=False, **ranks) for name, data in datasets.items()

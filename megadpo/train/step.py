@@ -28,6 +28,9 @@ from megadpo.parallel import ParallelContext, run_pipeline
 from megadpo.reference import ResidentReference, answer_logps
 from megadpo.train.metrics import MetricSums
 
+CONTEXT_IMBALANCE = "context_imbalance"
+"""Metric under context parallelism: attention work of the rank that has most of it, over the mean, summed over packs."""
+
 
 class NonFiniteLoss(RuntimeError):
     """The loss or the gradient norm of a batch is NaN or infinite; the weights were left as they were."""
@@ -38,7 +41,7 @@ class StepOutcome:
     """What a step gave, the same on every rank."""
 
     metrics: dict[str, float]
-    """Means over the global batch, names as in megadpo.objective."""
+    """Means over the global batch, names as in megadpo.objective, and those of layouts and experts."""
     grad_norm: float
     """Before clipping."""
     lr: float
@@ -137,21 +140,24 @@ class Trainer:
             def loss_function(logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
                 output = pair_loss(logps, next(reference), micro_batch, self.cfg)
                 sums.add(output.metrics)
+                if micro_batch.part is not None:
+                    sums.add({CONTEXT_IMBALANCE: (micro_batch.part.most_work, micro_batch.part.mean_work)})
                 return output.loss_sum / batch.num_pairs, torch.zeros((), dtype=torch.int, device=logps.device), None
 
             return chunk(micro_batch), loss_function
 
         run_pipeline(self.policy, batch.micro_batches, forward_step, forward_only=False)
-        return self._reduced(sums)
+        return self._reduced(sums, also=[CONTEXT_IMBALANCE] if self.parallel.cp_size > 1 else [])
 
     def _reference_logps(self, micro_batches: Sequence[PackedBatch]) -> list[torch.Tensor | None]:
         if self.reference is None:
             return [None] * len(micro_batches)
         return list(self.reference.logps(micro_batches))
 
-    def _reduced(self, sums: MetricSums) -> MetricSums:
-        """Totals over data-parallel ranks, from the last pipeline stage to all."""
-        sums.reduce(self.parallel.total_from_last_stage, metric_names(has_reference=self.reference is not None))
+    def _reduced(self, sums: MetricSums, also: Sequence[str] = ()) -> MetricSums:
+        """Totals over data-parallel ranks, from the last pipeline stage to all. also: names beside the objective's."""
+        names = [*metric_names(has_reference=self.reference is not None), *also]
+        sums.reduce(self.parallel.total_from_last_stage, names)
         return sums
 
 

@@ -24,6 +24,7 @@ LLAMA_8B = parse_architecture(
 MEG = "policy__megatron_cfg__"
 TP = MEG + "tensor_model_parallel_size"
 PP = MEG + "pipeline_model_parallel_size"
+CP = MEG + "context_parallel_size"
 TP_FIELD, PP_FIELD = TP.replace("__", "."), PP.replace("__", ".")
 VPP = MEG + "virtual_pipeline_model_parallel_size"
 VPP_FIELD = VPP.replace("__", ".")
@@ -34,6 +35,7 @@ POSSIBLE = [
     ({TP: 4, PP: 2}, {}, 8),
     ({TP: 8, PP: 4}, {}, 64),
     ({TP: 8}, {}, None),
+    ({TP: 2, PP: 2, CP: 4}, {}, 32),
     ({PP: 3, FIRST: 10}, {}, 3),
     ({PP: 2, FIRST: 15, LAST: 17}, {}, 2),
     ({PP: 4, FIRST: 7, LAST: 5}, {}, 4),
@@ -57,6 +59,7 @@ def test_possible_layout(config, changes, shape, world):
 IMPOSSIBLE = [
     # config changes, shape changes, world size, fields refused, words of the first problem
     ({TP: 16}, {}, 16, [TP_FIELD], "8 key-value heads"),
+    ({TP: 2, CP: 4}, {}, 4, [f"{TP_FIELD} x pipeline_model_parallel_size x context_parallel_size"], "4 processes"),
     (
         {TP: 3},
         {"num_heads": 12, "num_kv_heads": 4, "ffn_hidden_size": 12, "vocab_size": 12},

@@ -153,6 +153,7 @@ def test_left_out_values_follow_from_others(config):
         policy__precision="float32",
         policy__logprob_chunk_size=None,
         policy__megatron_cfg__tensor_model_parallel_size=4,
+        policy__megatron_cfg__context_parallel_size=2,
         policy__megatron_cfg__sequence_parallel=True,
         policy__megatron_cfg__recompute_granularity=None,
         policy__megatron_cfg__optimizer__weight_decay=0.01,
@@ -162,7 +163,7 @@ def test_left_out_values_follow_from_others(config):
     assert cfg.dpo.val_batches == 0
     assert cfg.policy.tokenizer.name == "some/model"
     assert cfg.policy.sequence_packing.train_mb_tokens == 1400
-    assert cfg.policy.make_sequence_length_divisible_by == 4
+    assert cfg.policy.make_sequence_length_divisible_by == 8
     assert cfg.policy.logprob_chunk_size == 1024
     assert cfg.data.max_input_seq_length == 700
     assert cfg.policy.max_grad_norm == megatron.optimizer.clip_grad == 0.0

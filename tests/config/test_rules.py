@@ -40,6 +40,30 @@ BROKEN = [
         "policy.make_sequence_length_divisible_by",
         "multiple of tensor_model_parallel_size (4)",
     ),
+    (
+        {MEG + "context_parallel_size": 4, "policy__make_sequence_length_divisible_by": 2},
+        "policy.make_sequence_length_divisible_by",
+        "multiple of context_parallel_size (4)",
+    ),
+    (
+        {
+            MEG + "context_parallel_size": 2,
+            MEG + "sequence_parallel": True,
+            MEG + "tensor_model_parallel_size": 2,
+            "policy__make_sequence_length_divisible_by": 2,
+        },
+        "policy.make_sequence_length_divisible_by",
+        "multiple of context_parallel_size (2) x tensor_model_parallel_size (2)",
+    ),
+    (
+        {
+            MEG + "context_parallel_size": 1024,
+            "policy__max_total_sequence_length": 512,
+            "policy__sequence_packing__train_mb_tokens": 1000,
+        },
+        "policy.sequence_packing.train_mb_tokens",
+        "at least 1024",
+    ),
     ({MEG + "num_layers_in_first_pipeline_stage": 3}, "policy.megatron_cfg.num_layers_in_first_pipeline_stage", "null"),
     ({MEG + "num_layers_in_last_pipeline_stage": 3}, "policy.megatron_cfg.num_layers_in_last_pipeline_stage", "null"),
     (
@@ -109,6 +133,7 @@ BROKEN = [
         "at least 1024",
     ),
     ({"policy__device": "cpu", "policy__attention_kernel": "varlen"}, "policy.attention_kernel", "sdpa"),
+    ({"policy__device": "cpu", "policy__logprob_kernel": "triton"}, "policy.logprob_kernel", "torch"),
     ({"data__chosen_key": "x", "data__rejected_key": "x"}, "data.rejected_key", "different"),
     ({"data__val_data_paths": {"a/b": "v.jsonl"}}, "data.val_data_paths", "letters"),
     (

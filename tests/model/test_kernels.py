@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megadpo.config.problems import ConfigError
+from megadpo.data.context import context_part
 from megadpo.data.pack import Segment, pack_pairs
 from megadpo.data.pairs import TokenizedPair
 from megadpo.model.kernels import choose_kernel
@@ -59,24 +60,68 @@ def test_kernels_equal_written_out_attention(kernel, share_prompt, heads, groups
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
 
 
-def test_ragged_plan_describes_the_same_attention():
-    """The fused kernels can't run here; what they are handed can: cumulative lengths and gathered keys, computed
-    densely, must give the same attention."""
-    batch = pack_pairs(random_pairs(), share_prompt=True, pad_to_multiple=8, pad_token_id=0)
-    generator = torch.Generator().manual_seed(1)
+@pytest.mark.parametrize("share_prompt", [True, False])
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("kernel", [SdpaKernel(), CpuKernel()], ids=lambda kernel: kernel.name)
+def test_parts_over_gathered_keys_equal_written_out_attention(kernel, size, share_prompt):
+    """Context parallelism: each part's queries over all keys, in the order of the all-gather, keys and values in one
+    tensor. The gradients of keys add up over the parts."""
+    batch = pack_pairs(random_pairs(), share_prompt=share_prompt, pad_to_multiple=12, pad_token_id=0)
+    parts = [context_part(batch, rank, size) for rank in range(size)]
+    order = torch.cat([part.run_index for part in parts])
+    generator = torch.Generator().manual_seed(0)
     tokens = batch.tokens.numel()
-    q, k, v = (torch.randn(tokens, 2, 8, dtype=torch.float64, generator=generator) for _ in range(3))
-    plan = ragged_plan(batch.segments, torch.device("cpu"))
+    q, upstream = (torch.randn(tokens, 4, 8, dtype=torch.float64, generator=generator) for _ in range(2))
+    both = torch.randn(tokens, 2, 2, 8, dtype=torch.float64, generator=generator)
+    q, both = q.requires_grad_(), both.requires_grad_()
+    want = reference_attention(q, both[:, 0], both[:, 1], batch.segments)
+    outs = []
+    for part in parts:
+        gathered = both[order]
+        plan = kernel.plan(part.segments, torch.device("cpu"), torch.float64)
+        outs.append(kernel.attend(q[part.run_index], gathered[:, 0], gathered[:, 1], plan))
+        torch.testing.assert_close(outs[-1], want[part.run_index], rtol=1e-12, atol=1e-12)
+    got = torch.autograd.grad(torch.cat(outs), (q, both), upstream[order])
+    for mine, expected in zip(got, torch.autograd.grad(want, (q, both), upstream), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-11, atol=1e-12)
+
+
+def dense_from_ragged_plan(q, k, v, segments):
+    """Attention by what the fused kernels are handed, which can't run here: cumulative lengths and gathered keys."""
+    plan = ragged_plan(segments, torch.device("cpu"))
     keys, values = gather_keys(k, plan), gather_keys(v, plan)
+    assert len(keys) == len(values) == plan.cu_seqlens_k[-1] and len(q) == plan.cu_seqlens_q[-1]
     rows = []
-    for s in range(len(batch.segments)):
+    for s in range(len(segments)):
         qs = q[plan.cu_seqlens_q[s] : plan.cu_seqlens_q[s + 1]]
         ks, vs = (x[plan.cu_seqlens_k[s] : plan.cu_seqlens_k[s + 1]] for x in (keys, values))
         scores = torch.einsum("nhd,mhd->hnm", qs, ks) / 8**0.5
         seen = torch.ones(len(qs), len(ks), dtype=torch.bool).tril(len(ks) - len(qs))
         rows.append(torch.einsum("hnm,mhd->nhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), vs))
         assert len(qs) <= plan.max_seqlen_q and len(ks) <= plan.max_seqlen_k
-    torch.testing.assert_close(torch.cat(rows), reference_attention(q, k, v, batch.segments), rtol=1e-12, atol=1e-12)
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_ragged_plan_describes_the_same_attention(size, share_prompt):
+    batch = pack_pairs(random_pairs(), share_prompt=share_prompt, pad_to_multiple=8, pad_token_id=0)
+    parts = [context_part(batch, rank, size) for rank in range(size)]
+    order = torch.cat([part.run_index for part in parts])
+    generator = torch.Generator().manual_seed(1)
+    tokens = batch.tokens.numel()
+    q, k, v = (torch.randn(tokens, 2, 8, dtype=torch.float64, generator=generator) for _ in range(3))
+    want = reference_attention(q, k, v, batch.segments)
+    for part in parts:
+        got = dense_from_ragged_plan(q[part.run_index], k[order], v[order], part.segments)
+        torch.testing.assert_close(got, want[part.run_index], rtol=1e-12, atol=1e-12)
+
+
+def test_a_part_whose_keys_are_the_first_of_all_gathers_nothing():
+    """The first rank's short sequences, seen by nobody else: kernels still get no more keys than they were told of."""
+    plan = ragged_plan((Segment(0, 2, ((0, 2),)), Segment(2, 3, ((2, 3),))), torch.device("cpu"))
+    keys = torch.arange(6.0).view(6, 1, 1)
+    assert plan.key_index is None and gather_keys(keys, plan).flatten().tolist() == [0.0, 1.0, 2.0]
 
 
 def test_plain_packing_gathers_nothing():

@@ -11,7 +11,7 @@ from tests.helpers.distributed import run_distributed
 
 
 def test_data_parallel_size_is_what_remains():
-    assert Layout(tensor=2, pipeline=2).data(8) == 2
+    assert Layout(tensor=2, pipeline=2).data(8) == Layout(tensor=2, pipeline=2, context=2).data(16) == 2
     with pytest.raises(ValueError, match="world size 6 is not a multiple"):
         Layout(tensor=2, pipeline=2).data(6)
 
@@ -37,3 +37,26 @@ def test_tensor_parallel_ranks_are_neighbours_and_totals_come_from_the_last_stag
     ]
     # pp group of rank 0 is {0, 2}, of rank 1 {1, 3}: each gets its last stage's number
     assert [total for _, total in results] == [100.0, 1000.0, 100.0, 1000.0]
+
+
+def context_places():
+    parallel = initialize(Layout(context=2), setup_device("auto"))
+    total = torch.tensor([10.0 ** dist.get_rank()])
+    parallel.total_from_last_stage(total)
+    return (
+        parallel.cp_rank,
+        parallel.dp_rank,
+        parallel.dp_size,
+        dist.get_process_group_ranks(parallel.cp_group),
+        total.item(),
+    )
+
+
+@pytest.mark.distributed
+def test_context_parallel_ranks_are_neighbours_and_count_once():
+    assert run_distributed(context_places, 4, init_process_group=False) == [
+        (0, 0, 2, [0, 1], 101.0),
+        (1, 0, 2, [0, 1], 1010.0),
+        (0, 1, 2, [2, 3], 101.0),
+        (1, 1, 2, [2, 3], 1010.0),
+    ]

@@ -12,6 +12,7 @@ import torch
 
 from megadpo.config.load import load_config
 from megadpo.config.schema import Config
+from megadpo.data.context import context_part
 from megadpo.data.loader import GlobalBatch
 from megadpo.optimizer import guarded_step
 from megadpo.parallel import initialize, layout_of, setup_device
@@ -105,7 +106,8 @@ def peak(path: str, overrides: list[str], lengths: Lengths, micro_batches: int) 
     The first step makes Adam's state and megatron-core's buffers; the second is watched.
     """
     cfg, parallel, trainer = build(path, overrides)
-    packs = [empty_pack(cfg, lengths) for _ in range(micro_batches)]
+    whole = empty_pack(cfg, lengths)
+    packs = [context_part(whole, parallel.cp_rank, parallel.cp_size)] * micro_batches
     packs = [dataclasses.replace(pack, tokens=pack.tokens + 5) for pack in packs]
     pairs = len(lengths) * micro_batches * parallel.dp_size
     batch = GlobalBatch(

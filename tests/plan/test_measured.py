@@ -25,6 +25,7 @@ BF16_GRADS = f"{MEG}.distributed_data_parallel_config.grad_reduce_in_fp32=false"
 FP32 = "policy.precision=float32"
 VPP2, EP2 = f"{MEG}.virtual_pipeline_model_parallel_size=2", f"{MEG}.expert_model_parallel_size=2"
 ETP2, ALLGATHER = f"{MEG}.expert_tensor_parallel_size=2", f"{MEG}.moe_token_dispatcher_type=allgather"
+CP2 = f"{MEG}.context_parallel_size=2"
 UNEVEN = f"{MEG}.num_layers_in_first_pipeline_stage=1"
 FREEZE = "policy.freeze=[model.embed_tokens.weight,'model.layers.{0..1}.*']"
 TIED = {**SMALL, "tie_word_embeddings": True}
@@ -61,6 +62,7 @@ STATIC = {
     "dp2_frozen_fp32": (2, QWEN2, [FREEZE, DIST, FP32]),
     "ep2": (2, QWEN3_MOE, [EP2, DIST]),
     "tp2_ep2_dp2": (4, QWEN2_MOE, [TP2, SP, EP2, DIST, OVERLAP]),
+    "cp2_dp2": (4, TIED, [CP2, DIST, OVERLAP]),
     "tp2_etp2": (2, MIXTRAL, [TP2, SP, ETP2, NO_DIST, FP32]),
     "pp2_vpp2_ep2_frozen_routers": (4, MIXTRAL, [PP2, VPP2, EP2, DIST, f"{MEG}.freeze_moe_router=true"]),
 }
@@ -107,6 +109,8 @@ PEAK = {
     "pp2": (2, [PP2, FP32], 4),
     "dp2": (2, [DIST], 2),
     "pp2_vpp2": (2, [PP2, VPP2, FP32], 4),
+    "cp2": (2, [CP2, FP32], 2),
+    "cp2_recompute": (2, [CP2, f"{MEG}.activation_checkpointing=true"], 2),
     "frozen": (1, [FREEZE], 2),
 }
 EXPERTS = {

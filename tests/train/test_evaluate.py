@@ -9,7 +9,7 @@ import torch
 
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import make_config, make_model, read_metrics, train
-from tests.train.test_layouts import PP2, SP, TP2, VPP2
+from tests.train.test_layouts import CP2, PP2, SP, TP2, VPP2
 
 
 def evaluate(config, overrides):
@@ -44,6 +44,11 @@ def test_evaluation_equals_validation_and_file_order(tmp_path):
         )
     four_ranks = pairs(tmp_path)
     assert [row["index"] for row in four_ranks] == list(range(11))
+
+    codes = run_distributed(evaluate, 4, str(config), [*named, CP2, TP2], init_process_group=False)
+    assert codes == [0] * 4
+    for a, b in zip(pairs(tmp_path), four_ranks, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
 
     assert run_distributed(evaluate, 2, str(config), named[:1], init_process_group=False) == [0, 0]
     alone = pairs(tmp_path)

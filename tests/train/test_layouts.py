@@ -18,6 +18,7 @@ from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import make_config, make_model, read_metrics, train
 
 MEG = "policy.megatron_cfg"
+CP2, CP4 = (f"{MEG}.context_parallel_size={ranks}" for ranks in (2, 4))
 TP2, PP2 = f"{MEG}.tensor_model_parallel_size=2", f"{MEG}.pipeline_model_parallel_size=2"
 VPP2, VPP3 = (f"{MEG}.virtual_pipeline_model_parallel_size={chunks}" for chunks in (2, 3))
 OVERLAP = f"{MEG}.distributed_data_parallel_config.overlap_grad_reduce=true"
@@ -50,6 +51,22 @@ LAYOUTS = {
     "tp2_sp_pp2_unshared": (4, [TP2, SP, PP2, UNSHARED]),
     "dp2_tp2_sp": (4, [TP2, SP, DIST]),
     "dp2_pp2": (4, [PP2, DIST]),
+    "cp2": (2, [CP2, RECOMPUTE, SELECTIVE]),
+    "cp2_unpacked": (2, [CP2, UNPACKED, DIST]),
+    "cp2_tp2_sp": (4, [CP2, TP2, SP, DIST]),
+    "cp2_pp2_vpp2": (4, [CP2, PP2, VPP2]),
+    "dp2_cp2": (4, [CP2, DIST, OVERLAP]),
+    "cp4": (4, [CP4]),
+}
+CONTEXT_LAYOUTS = {
+    "cp2_unshared": (2, [CP2, UNSHARED]),
+    "cp2_recompute": (2, [CP2, RECOMPUTE]),
+    "cp2_recompute_block": (2, [CP2, RECOMPUTE, BLOCK, f"{MEG}.recompute_num_layers=2"]),
+    "cp2_distributed_optimizer": (2, [CP2, DIST]),
+    "cp2_sdpa": (2, [CP2, "policy.attention_kernel=sdpa"]),
+    "cp2_tp2": (4, [CP2, TP2]),
+    "cp2_pp2": (4, [CP2, PP2]),
+    "cp2_pp2_recompute_unshared": (4, [CP2, PP2, RECOMPUTE, UNSHARED]),
 }
 # dp4 leaves ranks without a pair in some micro-batches: packs of nothing but padding
 EMPTY_PACKS = (4, ["policy.train_global_batch_size=4", "policy.sequence_packing.train_mb_tokens=200"])
@@ -137,6 +154,14 @@ def test_layout_equals_one_process(name, model, one_process, tmp_path):
     assert_equal_runs(run(tmp_path, model, world_size, overrides, name), one_process)
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", CONTEXT_LAYOUTS)
+def test_more_of_context_parallelism(name, model, one_process, tmp_path):
+    world_size, overrides = CONTEXT_LAYOUTS[name]
+    assert_equal_runs(run(tmp_path, model, world_size, overrides, name), one_process)
+
+
 @pytest.fixture(scope="module")
 def six_layers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("six_layers")
@@ -175,6 +200,7 @@ def test_ranks_without_a_pair(model, tmp_path):
     world_size, overrides = EMPTY_PACKS
     one = run(tmp_path, model, 1, overrides, "one")
     assert_equal_runs(run(tmp_path, model, world_size, overrides, "dp4"), one)
+    assert_equal_runs(run(tmp_path, model, world_size, [*overrides, CP2], "dp2_cp2"), one)
 
 
 @pytest.mark.distributed
@@ -184,3 +210,23 @@ def test_families_under_tensor_and_pipeline_parallel(case, tmp_path):
     model = make_model(tmp_path / "model", case)
     one = run(tmp_path, model, 1, [], "one")
     assert_equal_runs(run(tmp_path, model, 4, [TP2, SP, PP2], "tp2_sp_pp2"), one)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", ["llama_tied", "qwen2", "qwen3"])
+def test_families_under_context_parallel(case, tmp_path):
+    model = make_model(tmp_path / "model", case)
+    one = run(tmp_path, model, 1, [], "one")
+    for name, sizes in {"cp2_tp2_sp": [CP2, TP2, SP], "cp2_pp2": [CP2, PP2]}.items():
+        assert_equal_runs(run(tmp_path, model, 4, sizes, name), one)
+
+
+@pytest.mark.distributed
+def test_context_imbalance_is_logged(model, one_process, tmp_path):
+    """And the ranks do hold parts: two whole runs side by side would give the same losses."""
+    got = run(tmp_path, model, 2, [CP2], "cp2")
+    for mine, alone in zip(got.metrics, one_process.metrics, strict=True):
+        assert 1 <= mine["train/context_imbalance"] <= 1.1
+        assert mine.keys() - alone.keys() == {"train/context_imbalance"}
+        assert mine["train/num_tokens"] == alone["train/num_tokens"]

@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import make_config, make_model, read_metrics, train
-from tests.train.test_layouts import DIST, MEG, NAMES, PP2, RECOMPUTE, SP, TP2, UNPACKED, UNSHARED, VPP2
+from tests.train.test_layouts import CP2, DIST, MEG, NAMES, PP2, RECOMPUTE, SP, TP2, UNPACKED, UNSHARED, VPP2
 
 EP2, ETP2 = f"{MEG}.expert_model_parallel_size=2", f"{MEG}.expert_tensor_parallel_size=2"
 EP4 = f"{MEG}.expert_model_parallel_size=4"
@@ -34,10 +34,18 @@ LAYOUTS = {
     "ep4_tp2_sp_allgather": (4, [EP4, TP2, SP, ALLGATHER]),
     "ep2_etp2_tp2_sp_distributed_optimizer": (4, [EP2, ETP2, TP2, SP, DIST]),
     "ep2_pp2_recompute": (4, [EP2, PP2, RECOMPUTE]),
+    "cp2_ep2": (2, [CP2, EP2]),
+    "cp2_ep2_tp2_sp_distributed_optimizer": (4, [CP2, EP2, TP2, SP, DIST]),
+    "cp2_ep4_allgather_recompute": (4, [CP2, EP4, ALLGATHER, RECOMPUTE]),
 }
 # The loss over a micro-batch's tokens: equal wherever the micro-batches are, here 2 pairs each
 PER_MICRO_BATCH = [UNPACKED, f"{MEG}.moe_router_load_balancing_type=aux_loss"]
-SAME_MICRO_BATCHES = {"tp2_sp_ep2": (2, [TP2, SP, EP2]), "ep2": (2, [EP2]), "ep2_pp2": (4, [EP2, PP2])}
+SAME_MICRO_BATCHES = {
+    "tp2_sp_ep2": (2, [TP2, SP, EP2]),
+    "ep2": (2, [EP2]),
+    "ep2_pp2": (4, [EP2, PP2]),
+    "cp2_ep2": (2, [CP2, EP2]),
+}
 # dp4 leaves ranks without a pair in some micro-batches: packs of nothing but padding
 EMPTY_PACKS = ["policy.train_global_batch_size=4", "policy.sequence_packing.train_mb_tokens=200"]
 
@@ -100,6 +108,7 @@ def test_the_loss_over_micro_batches(name, model, one_process_by_micro_batch, on
 def test_ranks_without_a_pair(model, tmp_path):
     one = run(tmp_path, model, 1, EMPTY_PACKS, "one")
     assert_equal_runs(run(tmp_path, model, 4, [*EMPTY_PACKS, EP2], "dp4_ep2"), one)
+    assert_equal_runs(run(tmp_path, model, 4, [*EMPTY_PACKS, CP2, EP2], "dp2_cp2_ep2"), one)
 
 
 @pytest.mark.distributed

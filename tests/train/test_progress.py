@@ -190,6 +190,7 @@ SUMMARY = RunSummary(
     device="cuda (NVIDIA H200)",
     precision="bfloat16",
     attention_kernel="varlen",
+    logprob_kernel="triton",
     global_batch_pairs=128,
     micro_batch="packs of at most 16,384 tokens, prompt once",
     total_steps=1500,
@@ -214,7 +215,7 @@ megadpo
   parameters   8,030,261,248 (8.03 B)
   layout       TP 4 x PP 2 x DP 2 (16 ranks)
   device       cuda (NVIDIA H200), bfloat16
-  attention    varlen
+  kernels      attention varlen, log-probabilities triton
   batch        128 pairs, in packs of at most 16,384 tokens, prompt once
   steps        1,500, resuming after step 500
   data         192,000 training pairs, 1,024 in validation set helpful, 512 in validation set harmless
@@ -236,6 +237,7 @@ def test_the_banner_of_a_small_run() -> None:
         device="cpu",
         precision="float32",
         attention_kernel="sdpa",
+        logprob_kernel="torch",
         global_batch_pairs=8,
         micro_batch="2 pairs",
         total_steps=3,

@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import make_config, make_model, make_pairs, read_metrics, train
-from tests.train.test_layouts import DIST, PP2, SP, TP2, VPP2
+from tests.train.test_layouts import CP2, DIST, PP2, SP, TP2, VPP2
 
 BF16 = "policy.precision=bfloat16"
 SAVING = {"enabled": True, "save_period": 2}
@@ -21,6 +21,7 @@ CASES = {
     "dp2_distributed_optimizer": (2, [DIST]),
     "pp2_bf16_distributed_optimizer": (2, [PP2, BF16, DIST]),
     "pp2_vpp2": (2, [PP2, VPP2]),
+    "cp2_distributed_optimizer": (2, [CP2, DIST]),
     "dp2_pp2_vpp2_bf16_distributed_optimizer": (4, [PP2, VPP2, BF16, DIST]),
 }
 NAMES = ("train/loss", "train/grad_norm", "train/rewards/margins", "train/lr")
@@ -64,8 +65,16 @@ def test_resume_is_bit_for_bit(name, model, tmp_path):
         [(2, [DIST, TP2, SP]), (2, [DIST, PP2]), (2, [DIST])],
         [(2, [DIST, PP2, VPP2]), (2, [DIST, TP2]), (2, [DIST, PP2, VPP2])],
         [(2, [PP2, VPP2]), (1, []), (2, [PP2, VPP2])],
+        [(2, [DIST, CP2]), (2, [DIST, TP2]), (4, [DIST, CP2, PP2])],
+        [(2, [CP2]), (1, []), (2, [CP2])],
     ],
-    ids=["distributed_optimizer", "virtual_pipeline_distributed_optimizer", "virtual_pipeline"],
+    ids=[
+        "distributed_optimizer",
+        "virtual_pipeline_distributed_optimizer",
+        "virtual_pipeline",
+        "context_distributed_optimizer",
+        "context",
+    ],
 )
 def test_resume_in_another_layout(stages, model, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -24,7 +24,10 @@ class AttentionKernel(Protocol):
         """What depends on the segments alone; computed once a micro-batch and shared by all layers."""
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Any) -> torch.Tensor:
-        """q [T, H, D], k and v [T, G, D] (G divides H) -> [T, H, D]; scores scaled by D^-0.5. No collectives."""
+        """q [T, H, D], k and v [K, G, D] (G divides H) -> [T, H, D]; scores scaled by D^-0.5. No collectives.
+
+        K is T, or under context parallelism the tokens of all ranks: k and v may then be views of one tensor, and hold
+        keys that no segment of this rank sees."""
 
 
 def choose_kernel(requested: str, device: torch.device, dtype: torch.dtype) -> AttentionKernel:

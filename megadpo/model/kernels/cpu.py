@@ -36,8 +36,9 @@ class _SegmentAttention(torch.autograd.Function):
             )
             outputs[:, :, piece.queries] = attended
             partition_logs.append(log)
-        # values are a view of the whole projection, which would stay in memory with them
-        ctx.save_for_backward(q, k, v.contiguous(), out, *partition_logs)
+        if v.untyped_storage().data_ptr() != k.untyped_storage().data_ptr():
+            v = v.contiguous()  # values are a view of the whole projection, which would stay in memory with them
+        ctx.save_for_backward(q, k, v, out, *partition_logs)
         ctx.plan = plan
         return out
 

@@ -11,13 +11,15 @@ from megadpo.data.pack import Segment
 
 @dataclass(frozen=True)
 class RaggedPlan:
-    """Segments as the varlen kernels take them; `key_index` is None where the keys are the flat run itself."""
+    """Segments as the varlen kernels take them; `key_index` is None where the keys are the flat run itself, or under
+    context parallelism its first tokens."""
 
     cu_seqlens_q: torch.Tensor  # [segments + 1] int32
     cu_seqlens_k: torch.Tensor  # [segments + 1] int32
     max_seqlen_q: int
     max_seqlen_k: int
-    key_index: torch.Tensor | None  # [sum of key lengths] int64
+    key_tokens: int  # sum of key lengths
+    key_index: torch.Tensor | None  # [key_tokens] int64
 
 
 def ragged_plan(segments: tuple[Segment, ...], device: torch.device) -> RaggedPlan:
@@ -35,10 +37,11 @@ def ragged_plan(segments: tuple[Segment, ...], device: torch.device) -> RaggedPl
         cu_seqlens_k=cumulative(key_lengths),
         max_seqlen_q=max(query_lengths),
         max_seqlen_k=max(key_lengths),
+        key_tokens=len(index),
         key_index=None if plain else index.to(device, non_blocking=True),
     )
 
 
 def gather_keys(x: torch.Tensor, plan: RaggedPlan) -> torch.Tensor:
-    """x [T, G, D] -> [sum of key lengths, G, D]; shared prompts appear once a segment that sees them."""
-    return x if plan.key_index is None else x.index_select(0, plan.key_index)
+    """x [K, G, D] -> [key_tokens, G, D]; shared prompts appear once a segment that sees them."""
+    return x[: plan.key_tokens] if plan.key_index is None else x.index_select(0, plan.key_index)

@@ -13,7 +13,7 @@ from megadpo.data.pack import Segment
 
 @dataclass(frozen=True)
 class SdpaPlan:
-    """The flat run cut at every segment and key border; segments name their pieces."""
+    """The flat run of keys cut at every border of a range of keys; segments name their pieces."""
 
     query_lengths: list[int]
     piece_lengths: list[int]
@@ -27,7 +27,7 @@ class SdpaKernel:
     name = "sdpa"
 
     def plan(self, segments: tuple[Segment, ...], device: torch.device, dtype: torch.dtype) -> SdpaPlan:
-        borders = sorted({b for s in segments for r in (*s.keys, (s.query_start, s.query_end)) for b in r})
+        borders = sorted({0, *(border for segment in segments for keys in segment.keys for border in keys)})
         start_of = {start: i for i, start in enumerate(borders)}
         pieces, masks = [], []
         for segment in segments:
@@ -46,8 +46,9 @@ class SdpaKernel:
         grouped = q.shape[1] != k.shape[1]
         # split, not slicing: the backward of a slice writes a full-size tensor for every segment.
         queries = q.transpose(0, 1).split(plan.query_lengths, dim=1)
-        keys = k.transpose(0, 1).split(plan.piece_lengths, dim=1)
-        values = v.transpose(0, 1).split(plan.piece_lengths, dim=1)
+        piece_lengths = [*plan.piece_lengths, k.shape[0] - sum(plan.piece_lengths)]  # the last: seen by no segment
+        keys = k.transpose(0, 1).split(piece_lengths, dim=1)
+        values = v.transpose(0, 1).split(piece_lengths, dim=1)
         outputs = []
         for query, pieces, mask in zip(queries, plan.pieces, plan.masks, strict=True):
             key = keys[pieces[0]] if len(pieces) == 1 else torch.cat([keys[i] for i in pieces], dim=1)

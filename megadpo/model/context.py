@@ -1,0 +1,132 @@
+"""Context parallelism: each rank's tokens are the queries, and keys and values are gathered from all ranks.
+
+One all-gather a layer, of keys and values together, and one reduce-scatter of their gradients. What comes gathered is
+not kept for the backward pass, where it would be as large on every rank as without context parallelism: it is gathered
+a second time there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megadpo.model.kernels import AttentionKernel
+
+
+def attend_over_context(
+    kernel: AttentionKernel,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: Any,
+    *,
+    group: dist.ProcessGroup,
+    keep_gathered: bool,
+) -> torch.Tensor:
+    """q [t, H, D], k and v [t, G, D] of this rank's tokens -> [t, H, D], attending to the keys of all ranks.
+
+    plan: of segments whose keys stand in gathered order, rank after rank. keep_gathered: keep what was gathered until
+    the backward pass, which follows at once where attention is being recomputed. Collectives over `group`: an
+    all-gather of [t, 2, G, D] in forward; in backward a reduce-scatter and, unless kept, the same all-gather again.
+    """
+    joined = torch.stack((k, v), dim=1)
+    if keep_gathered or not joined.requires_grad:
+        gathered = _Gather.apply(joined, group, None)
+        return kernel.attend(q, gathered[:, 0], gathered[:, 1], plan)
+    again = _GatheredAgain(joined.detach(), group)
+    gathered = _Gather.apply(joined, group, again)
+    again.stands_for(gathered)
+    with torch.autograd.graph.saved_tensors_hooks(again.pack, again.unpack):
+        out = kernel.attend(q, gathered[:, 0], gathered[:, 1], plan)
+    fetching: torch.Tensor = _FetchBeforeBackward.apply(out, again)
+    return fetching
+
+
+def sum_over_context(partial: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The sum of every rank's `partial`, on every rank. Each rank then computes the same loss from it, so a rank's part
+    gets the gradient as it is. Collectives: an all-reduce over `group` in forward, none in backward."""
+    total: torch.Tensor = _Sum.apply(partial, group)
+    return total
+
+
+def _all_gather(local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    whole = local.new_empty((local.shape[0] * dist.get_world_size(group), *local.shape[1:]))
+    dist.all_gather_into_tensor(whole, local, group=group)
+    return whole
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, joined, group, again):  # type: ignore[no-untyped-def]
+        ctx.group, ctx.again = group, again
+        return _all_gather(joined, group)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        if ctx.again is not None:
+            ctx.again.drop()
+        mine = grad.new_empty((grad.shape[0] // dist.get_world_size(ctx.group), *grad.shape[1:]))
+        dist.reduce_scatter_tensor(mine, grad.contiguous(), group=ctx.group)
+        return mine, None, None
+
+
+class _GatheredAgain:
+    """Stands for gathered keys and values between forward and backward: holds this rank's part only."""
+
+    def __init__(self, local: torch.Tensor, group: dist.ProcessGroup) -> None:
+        self.local = local
+        self.group = group
+        self.whole: torch.Tensor | None = None
+        self._storage: int | None = None
+
+    def stands_for(self, gathered: torch.Tensor) -> None:
+        self._storage = gathered.untyped_storage().data_ptr()
+
+    def pack(self, saved: torch.Tensor) -> Any:
+        """What autograd keeps instead of a tensor: for a view of what was gathered, its place there."""
+        if saved.untyped_storage().data_ptr() != self._storage:
+            return saved
+        return saved.size(), saved.stride(), saved.storage_offset()
+
+    def unpack(self, kept: Any) -> torch.Tensor:
+        if isinstance(kept, torch.Tensor):
+            return kept
+        assert self.whole is not None, "the attention's backward runs between fetch and drop"
+        return self.whole.as_strided(*kept)
+
+    def fetch(self) -> None:
+        self.whole = _all_gather(self.local, self.group)
+
+    def drop(self) -> None:
+        self.whole = None
+        del self.local  # the graph may live on for a while
+
+
+class _FetchBeforeBackward(torch.autograd.Function):
+    """The identity. Its backward runs before the kernel's: every rank gathers there, whatever its kernel kept, so that
+    all ranks meet in the same collective."""
+
+    @staticmethod
+    def forward(ctx, out, again):  # type: ignore[no-untyped-def]
+        ctx.again = again
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        ctx.again.fetch()
+        return grad, None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, partial, group):  # type: ignore[no-untyped-def]
+        total = partial.clone()
+        if total.numel():  # no pairs: the same on every rank
+            dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return grad, None

@@ -1,0 +1,127 @@
+"""Attention over keys gathered from context-parallel ranks: exact in both directions, and leaner with every rank."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+
+import pytest
+import torch
+
+from megadpo.data.context import context_part
+from megadpo.data.pack import pack_pairs
+from tests.helpers.distributed import run_distributed
+from tests.helpers.runs import make_model
+from tests.model.test_kernels import random_pairs, reference_attention
+
+HEADS, GROUPS, DIM = 4, 2, 8
+
+
+def inputs(tokens):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(tokens, HEADS, DIM), (tokens, GROUPS, DIM), (tokens, GROUPS, DIM), (tokens, HEADS, DIM)]
+    return [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
+
+
+def attend_in_parts(batch):
+    """{(kernel, keep): (run_index, output and gradients of q, k, v of this rank's tokens)}."""
+    from megadpo.model.context import attend_over_context
+    from megadpo.model.kernels.cpu import CpuKernel
+    from megadpo.model.kernels.sdpa import SdpaKernel
+    from megadpo.parallel import Layout, initialize, setup_device
+
+    parallel = initialize(Layout(context=2), setup_device("auto"))
+    part = context_part(batch, parallel.cp_rank, 2)
+    results = {}
+    for kernel in (CpuKernel(), SdpaKernel()):
+        plan = kernel.plan(part.segments, torch.device("cpu"), torch.float64)
+        for keep in (False, True):
+            q, k, v, upstream = (x[part.run_index] for x in inputs(batch.tokens.numel()))
+            leaves = [x.requires_grad_() for x in (q, k, v)]
+            out = attend_over_context(kernel, *leaves, plan, group=parallel.cp_group, keep_gathered=keep)
+            grads = torch.autograd.grad(out, leaves, upstream)
+            results[kernel.name, keep] = part.run_index, [x.detach() for x in (out, *grads)]
+    return results
+
+
+@pytest.mark.distributed
+def test_gathered_attention_equals_attention_of_one_process():
+    batch = pack_pairs(random_pairs(), share_prompt=True, pad_to_multiple=8, pad_token_id=0)
+    q, k, v, upstream = inputs(batch.tokens.numel())
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = reference_attention(*leaves, batch.segments)
+    want = [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+    for by_case in run_distributed(attend_in_parts, 2, batch, init_process_group=False):
+        for run_index, got in by_case.values():
+            for mine, whole in zip(got, want, strict=True):
+                torch.testing.assert_close(mine, whole[run_index], rtol=1e-11, atol=1e-12)
+
+
+class _MallInfo(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
+    ]
+
+
+def bytes_in_use():
+    """What malloc has handed out and not got back, by glibc's mallinfo2."""
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallinfo2.restype = _MallInfo
+    info = libc.mallinfo2()
+    return info.uordblks + info.hblkhd
+
+
+def bytes_kept_for_backward(folder, context, lengths):
+    """By a training model's forward pass, on this rank."""
+    from megadpo.config.architecture import read_architecture
+    from megadpo.config.schema_megatron import MegatronConfig
+    from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
+    from megadpo.model.build import build_model
+    from megadpo.model.weights.load import load_hf_weights, place_of
+    from megadpo.parallel import Layout, initialize, setup_device
+
+    parallel = initialize(Layout(context=context), setup_device("auto"))
+    arch = read_architecture(folder)
+    policy = PolicyConfig(
+        model_name=folder,
+        tokenizer=TokenizerConfig(name=folder),
+        precision="float32",
+        megatron_cfg=MegatronConfig(context_parallel_size=context),
+    )
+    (model,) = chunks = build_model(arch, policy, parallel, frozen=False)
+    load_hf_weights(chunks, arch, folder, place_of(parallel))
+    pairs = random_pairs(lengths, 320)
+    whole = pack_pairs(pairs, share_prompt=True, pad_to_multiple=context, pad_token_id=0)
+    batch = context_part(whole, parallel.cp_rank, context)
+    plan = model.kernel.plan(batch.segments, parallel.device, torch.float32)
+    model.kernel.plan = lambda *_: plan  # made beforehand: the masks of the CPU's kernels are no activations either
+    model(batch)  # once before: what is made at the first use is no activation
+    time.sleep(0.2)  # gloo's thread lets go of the last collective's tensor, and so of its graph, a little later
+    before = bytes_in_use()
+    logps = model(batch)
+    kept = bytes_in_use() - before
+    logps.sum().backward()
+    return kept
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("lengths", [[(200, 100, 100)] * 10, [(2000, 1000, 1000)]], ids=["short", "long"])
+def test_activations_fall_with_the_ranks(lengths, tmp_path):
+    if not hasattr(ctypes.CDLL(None), "mallinfo2"):
+        pytest.skip("no glibc with mallinfo2 to count bytes with")
+    folder = make_model(tmp_path / "model", num_key_value_heads=4)  # as many as heads: gathered keys weigh most
+    (alone,) = run_distributed(bytes_kept_for_backward, 1, folder, 1, lengths, init_process_group=False)
+    halves = run_distributed(bytes_kept_for_backward, 2, folder, 2, lengths, init_process_group=False)
+    assert all(0.49 * alone < half < 0.52 * alone for half in halves)  # 0.59 where gathered keys are kept
