@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megadpo.parallel.cpu import enable_cpu
@@ -44,6 +45,11 @@ def pretend_rank(layout: Layout, *, world_size: int, rank: int) -> Iterator[Para
             yield parallel
         finally:
             destroy()
+
+
+def gather_buffers() -> list[torch.Tensor]:
+    """What megatron-core has made for gathered tokens, and keeps for the next time."""
+    return list(parallel_state.get_global_memory_buffer().buffer.values())
 
 
 @contextlib.contextmanager

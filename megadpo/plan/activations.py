@@ -125,7 +125,7 @@ class Estimate:
     def _gradients(self) -> int:
         """Of a layer's widest place."""
         if self.arch.moe is None:
-            return 4 * self.tokens * self.arch.ffn_hidden_size * self.width // self.tp
+            return 2 * self.tokens * self.arch.ffn_hidden_size * self.width // self.tp
         return int(3 * self._dispatched() * self.arch.hidden_size * self.width)
 
     def _recomputed(self) -> int:

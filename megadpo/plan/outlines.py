@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.transformer import mlp
 from megatron.core.transformer.moe import token_dispatcher
 
 from megadpo.config.architecture import Architecture
@@ -33,14 +34,32 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def fusions_of(device_type: str) -> Iterator[None]:
-    """Models built inside have the fused activations of `device_type`, run operation by operation."""
+    """Models built and run inside have the activations of `device_type`: on GPUs one compiled kernel each."""
     original = build.transformer_config
 
     def of_that_device(arch: Any, policy: Any, device: torch.device, **options: Any) -> Any:
         return original(arch, policy, torch.device(device_type), **options)
 
-    with _replaced(build, "transformer_config", of_that_device), torch.compiler.set_stance("force_eager"):
+    with (
+        _replaced(build, "transformer_config", of_that_device),
+        _replaced(mlp, "bias_swiglu_impl", lambda x, bias, *_: _FusedSwiGlu.apply(x, None)),
+        _replaced(mlp, "weighted_bias_swiglu_impl", lambda x, bias, weights, *_: _FusedSwiGlu.apply(x, weights)),
+    ):
         yield
+
+
+class _FusedSwiGlu(torch.autograd.Function):
+    """x [..., 2F] -> [..., F]: keeps its input and the experts' weights, and makes nothing on the way."""
+
+    @staticmethod
+    def forward(ctx, x, weights):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, weights)
+        return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, weights = ctx.saved_tensors
+        return torch.empty_like(x), None if weights is None else torch.empty_like(weights)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from megadpo.config.architecture import Architecture
 from megadpo.config.check import check_layout, layers_per_stage
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
+from megadpo.plan.freezing import trainable_share
 from megadpo.plan.gpus import GIB, Assumptions, Gpu
 from megadpo.plan.grid import Grid
 from megadpo.plan.packs import Lengths, Workload, full_pack, packed_lengths, shares_prompt, workload
@@ -35,6 +37,11 @@ class Job:
     lengths: Lengths
     said: str
     """Where the lengths are from."""
+
+    @functools.cached_property
+    def trainable(self) -> float:
+        """Share of the weights that get gradients."""
+        return trainable_share(self.arch, self.cfg.policy.freeze)
 
     @property
     def bf16(self) -> bool:
@@ -172,7 +179,7 @@ def step_time(job: Job, work: Workload, buffers: list[StageBuffers]) -> StepTime
     """None on CPUs, which have no datasheet here."""
     if job.gpu is None:
         return None
-    model = TimeModel(job.cfg, job.arch, job.reference, job.gpu, job.assumed, job.world_size)
+    model = TimeModel(job.cfg, job.arch, job.reference, job.gpu, job.assumed, job.world_size, job.trainable)
     return model.step(work, buffers)
 
 

@@ -24,7 +24,7 @@ from megadpo.model.freeze import freeze
 from megadpo.model.transformer_config import DTYPES
 from megadpo.optimizer import build_optimizer, wrap_for_training
 from megadpo.parallel.groups import layout_of
-from megadpo.parallel.pretend import META, pretend_rank
+from megadpo.parallel.pretend import META, gather_buffers, pretend_rank
 from megadpo.plan.outlines import (
     Answers,
     TracedKernel,
@@ -106,7 +106,8 @@ class StageTrace:
     """Empty where the policy's architecture is the reference's too, or there is none."""
     chunks: list[ChunkTrace]
     buffers: int
-    """What megatron-core makes once and keeps: under sequence parallelism, where gathered tokens go."""
+    """What is made once and kept: under sequence parallelism, where gathered tokens go; with experts, what the reference's
+    dispatchers know of the last micro-batch."""
 
 
 def trace_stage(
@@ -155,17 +156,17 @@ def trace_stage(
         walk = _Walk(cfg, lengths)
         kinds = _kinds(wrapped, alike=not policy.freeze)
         traced = sorted(set(kinds))
-        peaks = dict(zip(traced, _without_gradients([reference[n] for n in traced], walk, known, answers), strict=True))
-        sizes, kept = _with_gradients([wrapped[n] for n in traced], walk, known, answers)
-        # the reference's forward takes the same buffers
-        each = {n: ChunkTrace(reference_peak=peaks[n] - kept, **one) for n, one in zip(traced, sizes, strict=True)}
+        peaks, state = _without_gradients([reference[n] for n in traced], walk, known, answers)
+        buffers = gather_buffers()
+        sizes = _with_gradients([wrapped[n] for n in traced], walk, [*known, *buffers], answers)
+        each = {n: ChunkTrace(reference_peak=peak, **one) for n, peak, one in zip(traced, peaks, sizes, strict=True)}
         own = [[_parameter(one) for one in chunk.parameters()] for chunk in model]
         frozen = [] if reference_arch is None else [[_parameter(one) for one in c.parameters()] for c in reference]
     return StageTrace(
         parameters=own,
         reference=frozen,
         chunks=[each[kind] for kind in kinds],
-        buffers=kept,
+        buffers=sum(one.untyped_storage().nbytes() for one in buffers) + state,
     )
 
 
@@ -198,27 +199,34 @@ def _parameter(parameter: torch.nn.Parameter) -> Parameter:
     )
 
 
-def _without_gradients(chunks: Sequence[Any], walk: _Walk, known: list[torch.Tensor], answers: Answers) -> list[int]:
-    """The most bytes alive in each chunk's forward, what megatron-core keeps included."""
-    peaks = []
+def _without_gradients(
+    chunks: Sequence[Any], walk: _Walk, known: list[torch.Tensor], answers: Answers
+) -> tuple[list[int], int]:
+    """The most bytes alive in each chunk's forward, and what all chunks keep: dispatchers of experts hold on to the last
+    micro-batch's routing. Both without megatron-core's buffers, which these passes make."""
+    peaks, state = [], 0
     for chunk in chunks:
         chunk.eval()
         live = LiveBytes(known, answers)
         with live, torch.no_grad():
             walk.forward(chunk)
-        peaks.append(live.peak)
         chunk.train()
-    return peaks
+        made = sum(one.untyped_storage().nbytes() for one in gather_buffers())
+        seen = made if live.now >= made else 0
+        peaks.append(live.peak - seen)
+        state += live.now - seen
+    return peaks, state
 
 
 def _with_gradients(
     chunks: Sequence[Any], walk: _Walk, known: list[torch.Tensor], answers: Answers
-) -> tuple[list[dict[str, int]], int]:
-    """Each chunk's bytes beside what stays, and what stays: megatron-core's buffers, made by the first and used by all."""
+) -> list[dict[str, int]]:
+    """Each chunk's bytes. What dispatchers keep of an earlier micro-batch gives way to the next one's, so it counts as a
+    micro-batch's own."""
     found: list[dict[str, int]] = []
     live = LiveBytes(known, answers)
     for chunk in chunks:
-        live.peak = live.now
+        before = live.peak = live.now
         with live, chunk.no_sync():
             output = walk.forward(chunk)
             saved, forward_peak = live.now, live.peak
@@ -227,8 +235,9 @@ def _with_gradients(
                 torch.autograd.backward(output, grad_tensors=torch.empty_like(output))
             del output
             chunk.module.set_input_tensor([None])
-        found.append({"saved": saved, "forward_peak": forward_peak, "backward_peak": live.peak})
-    return [{name: size - live.now for name, size in one.items()} for one in found], live.now
+        sizes = {"saved": saved, "forward_peak": forward_peak, "backward_peak": live.peak}
+        found.append({name: size - before for name, size in sizes.items()})
+    return found
 
 
 class _Walk:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,17 +16,21 @@ from megadpo.data.pack import pack_pairs
 from megadpo.data.pairs import TokenizedPair
 from megadpo.data.work import query_keys
 from megadpo.plan.activations import Estimate, FullPack
+from megadpo.plan.flops import forward_flops
+from megadpo.plan.freezing import trainable_share
 from megadpo.plan.gpus import GPUS, Assumptions, parse_assumptions
 from megadpo.plan.grid import Grid
-from megadpo.plan.packs import full_pack, pack_tokens, packed_lengths, stated_lengths, workload
+from megadpo.plan.outlines import FUSED_LOGITS
+from megadpo.plan.packs import Pack, full_pack, pack_tokens, packed_lengths, stated_lengths, workload
 from megadpo.plan.parameters import stage_buffers, stage_parameters
 from megadpo.plan.plan import Job
 from megadpo.plan.source import architectures, model_folder
 from megadpo.plan.timing import TimeModel
 from megadpo.plan.trace import trace_stage
-from tests.plan.cases import LLAMA_30M, SMALL, write_case
+from tests.plan.cases import LLAMA_30M, MIXTRAL, QWEN2_MOE, SMALL, write_case
 from tools.plan import main
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 MEG = "policy.megatron_cfg"
 LENGTHS = st.lists(st.tuples(*[st.integers(1, 40)] * 3), min_size=1, max_size=6)
 
@@ -54,6 +59,66 @@ def test_a_full_pack_fills_the_budget_to_the_last_token(tmp_path_factory, row, b
     assert packed_lengths(pack, share_prompt=share_prompt).sum() == pack_tokens(cfg) and pack.min() > 0
 
 
+@pytest.mark.parametrize(("tp", "ep", "recompute"), [(1, 1, "none"), (1, 4, "none"), (2, 2, "none"), (1, 2, "full")])
+def test_the_search_estimates_experts_as_they_are_counted(tmp_path, tp, ep, recompute):
+    """Saved bytes within 8%, the peak within 15%."""
+    model = {**LLAMA_30M, **MIXTRAL, "num_local_experts": 8, "hidden_size": 512, "intermediate_size": 688}
+    path = write_case(tmp_path / "case", model, device="auto", sequence_packing={"train_mb_tokens": 2048})
+    sizes = {"tensor_model_parallel_size": tp, "expert_model_parallel_size": ep}
+    overrides = [f"{MEG}.{name}={size}" for name, size in sizes.items()]
+    overrides += [f"{MEG}.sequence_parallel=true"] if tp > 1 else []
+    overrides += [f"{MEG}.activation_checkpointing=true"] if recompute == "full" else []
+    cfg = load_config(path, overrides)
+    arch, _ = architectures(cfg)
+    lengths = full_pack(cfg, np.array([[300, 106, 106]]))
+    (counted,) = trace_stage(cfg, arch, None, lengths, world_size=4, stage=0, device_type="cuda").chunks
+    foretold = Estimate(cfg, arch, FullPack.of(cfg, lengths)).chunk(arch.num_layers, last=True)
+    assert foretold.saved == pytest.approx(counted.saved, rel=0.08)
+    assert foretold.backward_peak == pytest.approx(max(counted.forward_peak, counted.backward_peak), rel=0.15)
+
+
+def test_uneven_experts_take_memory_in_proportion(tmp_path):
+    """Twice the tokens at this rank's experts: what every layer keeps of them doubles, and nothing else grows."""
+    path = write_case(tmp_path / "case", MIXTRAL, device="auto", sequence_packing={"train_mb_tokens": 2048})
+    cfg = load_config(path, [f"{MEG}.expert_model_parallel_size=4"])
+    arch, _ = architectures(cfg)
+    lengths = full_pack(cfg, np.array([[300, 106, 106]]))
+    saved = [
+        trace_stage(cfg, arch, None, lengths, world_size=4, stage=0, device_type="cuda", expert_load=load)
+        .chunks[0]
+        .saved
+        for load in (1.0, 2.0)
+    ]
+    rows = 2048 * 2  # as many come to one expert of four as go out: each token's two choices, from four ranks
+    each = 72 + 3 * 200  # the row itself, both sides of SwiGLU and their product's input
+    assert saved[1] - saved[0] == pytest.approx(4 * rows * each * 2, rel=0.1)
+
+
+def test_flops_of_experts_are_those_that_a_token_goes_to(tmp_path):
+    model = {**QWEN2_MOE, "num_experts": 4, "num_experts_per_tok": 3}
+    arch, _ = architectures(load_config(write_case(tmp_path / "case", model)))
+    flops = forward_flops(arch, Pack(tokens=10, answer_tokens=4, attention=0), layers=2, head=False)
+    assert flops.experts == 2 * 10 * 2 * 3 * (3 * 72 * 104)
+    assert flops.matmul == 2 * 10 * 2 * (72 * 18 * (2 * 4 + 2 * 2) + 3 * 72 * 56)
+    assert flops.router == 2 * 10 * 2 * 72 * 4
+
+
+def test_frozen_weights_cost_no_gradient(small):
+    everything, frozen = time_of(small, [], 1), time_of(small, [], 1, trainable=0.25)
+    assert frozen.flops < everything.flops and frozen.train_s < everything.train_s
+    arch, _ = architectures(load_config(small))
+    assert trainable_share(arch, ()) == 1.0
+    layers = trainable_share(arch, ["model.layers.*"])
+    assert layers == pytest.approx((2 * 8192 * 512 + 512) / 31_500_000, rel=0.02)
+
+
+def test_the_fused_heads_blocks_are_those_of_the_head():
+    """Read from the source: importing it takes Triton."""
+    source = (REPOSITORY / "megadpo/model/head_fused.py").read_text()
+    assert "MOST_LOGITS = 1 << 27\n" in source and FUSED_LOGITS == 1 << 27
+    assert "COLUMN_MULTIPLE = 128\n" in source
+
+
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_the_search_estimates_activations_as_they_are_counted(small, recompute):
     """Saved bytes within 3%, the peak of one micro-batch within 15%, where it is only used to choose what to build."""
@@ -68,11 +133,11 @@ def test_the_search_estimates_activations_as_they_are_counted(small, recompute):
         assert foretold.backward_peak == pytest.approx(max(counted.forward_peak, counted.backward_peak), rel=0.15)
 
 
-def time_of(path, overrides, world, gpu="h100", **assumed):
+def time_of(path, overrides, world, gpu="h100", trainable=1.0, **assumed):
     cfg = load_config(path, overrides)
     arch, reference = architectures(cfg)
     lengths, said = stated_lengths(cfg, (300, 106, 106))
-    model = TimeModel(cfg, arch, reference, GPUS[gpu], Assumptions(**assumed), world)
+    model = TimeModel(cfg, arch, reference, GPUS[gpu], Assumptions(**assumed), world, trainable)
     grid = Grid.of(cfg, world)
     buffers = [
         stage_buffers(
