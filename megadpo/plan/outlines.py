@@ -15,7 +15,7 @@ from megatron.core.transformer.moe import token_dispatcher
 from megadpo.config.architecture import Architecture
 from megadpo.config.schema import Config
 from megadpo.data.pack import Segment
-from megadpo.model import build, context, moe
+from megadpo.model import build, moe
 from megadpo.parallel.pretend import META
 
 Answers = Mapping[Any, Callable[..., Any]]
@@ -122,21 +122,15 @@ class _Counts:
 
 
 @contextlib.contextmanager
-def regathered_keys() -> Iterator[None]:
-    """Inside, context parallelism knows what it gathered by the storage itself: without memory all have one address."""
+def addresses() -> Iterator[None]:
+    """Inside, storages without memory have an address each, by which training code tells views of one tensor from others'
+    (model/context.py, kernels/cpu.py); torch gives 0 for all."""
+    address = torch.UntypedStorage.data_ptr
 
-    def stands_for(self: Any, gathered: torch.Tensor) -> None:
-        self._storage = id(gathered.untyped_storage())
+    def of(storage: torch.UntypedStorage) -> int:
+        return id(storage) if storage.device == META else address(storage)
 
-    def pack(self: Any, saved: torch.Tensor) -> Any:
-        if id(saved.untyped_storage()) != self._storage:
-            return saved
-        return saved.size(), saved.stride(), saved.storage_offset()
-
-    with (
-        _replaced(context._GatheredAgain, "stands_for", stands_for),
-        _replaced(context._GatheredAgain, "pack", pack),
-    ):
+    with _replaced(torch.UntypedStorage, "data_ptr", of):
         yield
 
 

@@ -28,10 +28,10 @@ from megadpo.parallel.pretend import META, gather_buffers, pretend_rank
 from megadpo.plan.outlines import (
     Answers,
     TracedKernel,
+    addresses,
     even_routing,
     fused_head,
     fusions_of,
-    regathered_keys,
     uses_fused_head,
 )
 from megadpo.plan.packs import Lengths, shares_prompt
@@ -134,7 +134,7 @@ def trace_stage(
     with (
         pretend_rank(layout, world_size=world_size, rank=stage * ranks_per_stage) as parallel,
         fusions_of(device_type),
-        regathered_keys(),
+        addresses(),
         even_routing(arch, expert_load) as answers,
     ):
         model = build_model(arch, policy, parallel, frozen=False)
