@@ -22,7 +22,7 @@ from megadpo.plan.gpus import GPUS, Assumptions, parse_assumptions
 from megadpo.plan.grid import Grid
 from megadpo.plan.outlines import FUSED_LOGITS
 from megadpo.plan.packs import Pack, full_pack, pack_tokens, packed_lengths, stated_lengths, workload
-from megadpo.plan.parameters import stage_buffers, stage_parameters
+from megadpo.plan.parameters import optimizer_bytes_per_element, stage_buffers, stage_parameters
 from megadpo.plan.plan import Job
 from megadpo.plan.source import architectures, model_folder
 from megadpo.plan.timing import TimeModel
@@ -105,7 +105,7 @@ def test_flops_of_experts_are_those_that_a_token_goes_to(tmp_path):
 
 def test_frozen_weights_cost_no_gradient(small):
     everything, frozen = time_of(small, [], 1), time_of(small, [], 1, trainable=0.25)
-    assert frozen.flops < everything.flops and frozen.train_s < everything.train_s
+    assert frozen.flops < everything.flops and frozen.train_s < 0.87 * everything.train_s
     arch, _ = architectures(load_config(small))
     assert trainable_share(arch, ()) == 1.0
     layers = trainable_share(arch, ["model.layers.*"])
@@ -200,6 +200,17 @@ def test_lengths_come_from_data_where_it_is_read(tmp_path, capsys):
         (["policy.model_name=nobody/nothing"], ["put the model's config.json into a folder"]),
         (["policy.sequence_packing.train_mb_tokens=1024", "--lengths", "900,90,90"], ["train_mb_tokens"]),
         (["policy.device=cpu", "--gpu", "h100"], ["policy.device"]),
+        ([f"{MEG}.expert_model_parallel_size=2"], ["has no experts"]),
+        ([f"{MEG}.context_parallel_size=3"], ["1 x 1 x 3"]),
+        (["policy.freeze=[model.nothing]"], ["policy.freeze", "model.nothing"]),
+        (
+            [
+                f"{MEG}.optimizer.use_precision_aware_optimizer=true",
+                f"{MEG}.optimizer.optimizer_cpu_offload=true",
+                f"{MEG}.optimizer.optimizer_offload_fraction=0.5",
+            ],
+            ["optimizer_cpu_offload", "not planned"],
+        ),
     ],
 )
 def test_what_would_fail_is_refused_with_the_fix(small, capsys, arguments, told):
@@ -228,6 +239,32 @@ def test_suggestions_are_ranked_and_can_be_pasted(small, capsys, tmp_path):
     assert main([small, "--world-size", "4", "--lengths", "300,106,106", "--json", *found[0]["overrides"]]) == 0
     assert json.loads(capsys.readouterr().out)["expected"]["step_s"] == times[0]
     assert picture.read_text().lstrip().startswith("<?xml")
+
+
+def test_suggestions_share_out_experts_and_long_packs(tmp_path, capsys):
+    """16 GB of states of a model with experts, and pairs of 16,384 tokens, on a GPU with little room left."""
+    model = {**LLAMA_30M, **MIXTRAL, "hidden_size": 1024, "intermediate_size": 2048, "max_position_embeddings": 32768}
+    path = write_case(
+        tmp_path / "case",
+        {**model, "num_local_experts": 8, "num_hidden_layers": 16},
+        device="auto",
+        max_total_sequence_length=16384,
+        sequence_packing={"train_mb_tokens": 32768},
+    )
+    arguments = [path, "--world-size", "8", "--json", "--assume", "reserve_gib=67", "--suggest", "8"]
+    assert main([*arguments, "--lengths", "8192,8192,8192"]) == 0
+    layouts = [one["layout"] for one in json.loads(capsys.readouterr().out)["suggestions"]]
+    assert any(layout["expert_parallel"] > 1 for layout in layouts)
+    assert any(layout["context_parallel"] > 1 for layout in layouts)
+    assert any(layout["virtual_pipeline"] > 1 for layout in layouts)
+
+
+def test_the_precision_aware_optimizer_keeps_less(small):
+    """Of a bfloat16 weight the two bytes that are missing, and moments as wide as the config says; else 12 bytes."""
+    aware = [f"{MEG}.optimizer.use_precision_aware_optimizer=true", "checkpointing.enabled=false"]
+    narrow = [f"{MEG}.optimizer.exp_avg_dtype=bfloat16", f"{MEG}.optimizer.exp_avg_sq_dtype=bfloat16"]
+    for overrides, width in (([], 12), (aware, 10), ([*aware, *narrow], 6)):
+        assert optimizer_bytes_per_element(load_config(small, overrides).policy.megatron_cfg, bf16=True) == width
 
 
 def test_a_hub_name_is_fetched_without_weights(monkeypatch, tmp_path):
