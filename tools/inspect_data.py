@@ -89,7 +89,14 @@ def show(options: argparse.Namespace, console: Console) -> None:
     pad = pad_token_id(tokenizer)
     training = options.set == TRAIN
     loader = GlobalBatchLoader.from_config(
-        dataset, cfg, arch, dp_rank=0, dp_size=dp_size, pad_token_id=pad, training=training
+        dataset,
+        cfg,
+        arch,
+        dp_rank=0,
+        dp_size=dp_size,
+        pad_token_id=pad,
+        training=training,
+        cp_size=cfg.policy.megatron_cfg.context_parallel_size,
     )
     position = _position(dataset, options.pair)
     for note in cfg.notes:
@@ -154,12 +161,16 @@ def show_packs(console: Console, loader: GlobalBatchLoader, count: int) -> None:
     packs = f"packs of at most {budget:,} tokens" if budget else f"{loader.pairs_per_micro_batch} pairs a micro-batch"
     title = f"Global batches of {loader.global_batch_size} pairs: {packs}, {loader.dp_size} data-parallel rank(s)"
     table = Table("batch", box=None, pad_edge=False)
-    for column in ("pairs", "tokens", "micro-batches a rank", "filled", "least loaded rank does"):
+    columns = ["pairs", "tokens", "micro-batches a rank", "filled", "least loaded rank does"]
+    if loader.cp_size > 1:
+        title += f", {loader.cp_size} context-parallel ranks"
+        columns.append("attention of the busiest context rank")
+    for column in columns:
         table.add_column(column, justify="right")
     for fill in fills:
         table.add_row(
             str(fill.batch), f"{fill.pairs:,}", f"{fill.tokens:,}", str(fill.micro_batches), _percent(fill.fill),
-            _percent(1 - fill.imbalance),
+            _percent(1 - fill.imbalance), *([] if fill.context_imbalance is None else [f"{fill.context_imbalance:.2f} x mean"]),
         )  # fmt: skip
     if len(fills) > 1:
         mean = [

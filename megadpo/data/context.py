@@ -182,8 +182,7 @@ def _cut_in(blocks: int, total: int, size: int, work_before: Ints) -> Cut:
 def _deal(work: Ints, longer: int, size: int) -> Ints:
     """[B] the rank of each block: as many of the first `longer` blocks to each rank, and as many of the others.
 
-    The largest first, each to the rank with the least work that still has room (LPT); then blocks are exchanged between
-    the rank with most work and another as long as that helps.
+    The largest first, each to the rank with the least work that still has room (LPT).
     """
     owners = np.empty(len(work), dtype=np.int64)
     loads = [0] * size
@@ -196,39 +195,4 @@ def _deal(work: Ints, longer: int, size: int) -> Ints:
         owners[block] = rank
         rooms[rank] -= 1
         loads[rank] += costs[block]
-    mean = sum(loads) / size
-    for _ in range(len(work)):
-        if max(loads) <= CONTEXT_BALANCE * mean or not _exchange(owners, work, longer, loads):
-            break
     return owners
-
-
-def _exchange(owners: Ints, work: Ints, longer: int, loads: list[int]) -> bool:
-    """Exchanges one block of the rank with most work for one of another's, of the same length, where that lowers the
-    larger of the two sums most. False where nothing does."""
-    most = max(range(len(loads)), key=lambda rank: loads[rank])
-    best: tuple[float, int, int] | None = None
-    for other in sorted(range(len(loads)), key=lambda rank: loads[rank]):
-        gap = loads[most] - loads[other]
-        for low, high in ((0, longer), (longer, len(work))):
-            mine = np.flatnonzero(owners[low:high] == most) + low
-            theirs = np.flatnonzero(owners[low:high] == other) + low
-            if other == most or not len(mine) or not len(theirs):
-                continue
-            moved = work[mine][:, None] - work[theirs][None, :]
-            left = np.abs(gap - 2 * moved)
-            at = int(left.argmin())
-            found = (float(left.flat[at]), int(mine[at // len(theirs)]), int(theirs[at % len(theirs)]))
-            if found[0] < gap and (best is None or found < best):
-                best = found
-        if best is not None:
-            break
-    if best is None:
-        return False
-    _, mine_block, their_block = best
-    other = int(owners[their_block])
-    moved_work = int(work[mine_block] - work[their_block])
-    owners[mine_block], owners[their_block] = other, most
-    loads[most] -= moved_work
-    loads[other] += moved_work
-    return True

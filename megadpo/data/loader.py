@@ -207,7 +207,7 @@ class GlobalBatchLoader:
     def _make(self, epoch: int, start_batch: int) -> Iterator[GlobalBatch]:
         for batch, (positions, plan) in enumerate(self.plans(epoch, start_batch), start=start_batch):
             yield GlobalBatch(
-                micro_batches=[self._pack(positions[numbers]) for numbers in plan[self.dp_rank]],
+                micro_batches=[self.pack(positions[numbers]) for numbers in plan[self.dp_rank]],
                 num_pairs=len(positions),
                 num_tokens=int(self.lengths[positions].sum()),
                 pair_indices=self.dataset.arrays.rows[positions].tolist(),
@@ -217,7 +217,8 @@ class GlobalBatchLoader:
             # A touched page maps 64 KiB and more around it, so a few hundred batches would map the whole file
             self.dataset.release()
 
-    def _pack(self, positions: npt.NDArray[np.int64]) -> PackedBatch:
+    def pack(self, positions: npt.NDArray[np.int64]) -> PackedBatch:
+        """These positions of the data set as one micro-batch; under context parallelism this rank's part of it."""
         whole = pack_pairs(
             [self.dataset[int(position)] for position in positions],
             share_prompt=self.share_prompt,

@@ -65,6 +65,9 @@ class BatchFill:
     """Share (0..1) of the token budget that is used; None without sequence packing."""
     imbalance: float
     """1 - least / most work of a data-parallel rank."""
+    context_imbalance: float | None
+    """Most attention work of a context-parallel rank over the mean, in the pack where that is highest; None without
+    context parallelism."""
 
 
 def batch_fills(loader: GlobalBatchLoader, count: int) -> list[BatchFill]:
@@ -73,6 +76,7 @@ def batch_fills(loader: GlobalBatchLoader, count: int) -> list[BatchFill]:
     for batch, (positions, plan) in enumerate(islice(loader.plans(epoch=0), count)):
         tokens, work = loader.lengths[positions], loader.work[positions]
         rank_work = [int(work[[number for pack in rank for number in pack]].sum()) for rank in plan]
+        parts = [loader.pack(positions[pack]).part for rank in plan for pack in rank if loader.cp_size > 1]
         room = None if loader.budget_tokens is None else loader.budget_tokens * len(plan) * len(plan[0])
         fills.append(
             BatchFill(
@@ -82,6 +86,7 @@ def batch_fills(loader: GlobalBatchLoader, count: int) -> list[BatchFill]:
                 micro_batches=len(plan[0]),
                 fill=None if room is None else int(tokens.sum()) / room,
                 imbalance=1 - min(rank_work) / max(rank_work),
+                context_imbalance=max((part.most_work / part.mean_work for part in parts if part), default=None),
             )
         )
     return fills

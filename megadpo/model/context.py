@@ -14,6 +14,10 @@ import torch.distributed as dist
 
 from megadpo.model.kernels import AttentionKernel
 
+# torch 2.13 renames them, and warns of the old names; the container's older torch has only those
+_gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter_into = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 def attend_over_context(
     kernel: AttentionKernel,
@@ -34,12 +38,13 @@ def attend_over_context(
     joined = torch.stack((k, v), dim=1)
     if keep_gathered or not joined.requires_grad:
         gathered = _Gather.apply(joined, group, None)
-        return kernel.attend(q, gathered[:, 0], gathered[:, 1], plan)
-    again = _GatheredAgain(joined.detach(), group)
+        return kernel.attend(q, *kernel.prepare(gathered[:, 0], gathered[:, 1], plan), plan)
+    again = _PreparedAgain(joined.detach(), group, kernel, plan)
     gathered = _Gather.apply(joined, group, again)
-    again.stands_for(gathered)
+    prepared = kernel.prepare(gathered[:, 0], gathered[:, 1], plan)
+    again.stands_for(prepared)
     with torch.autograd.graph.saved_tensors_hooks(again.pack, again.unpack):
-        out = kernel.attend(q, gathered[:, 0], gathered[:, 1], plan)
+        out = kernel.attend(q, *prepared, plan)
     fetching: torch.Tensor = _FetchBeforeBackward.apply(out, again)
     return fetching
 
@@ -53,7 +58,7 @@ def sum_over_context(partial: torch.Tensor, group: dist.ProcessGroup) -> torch.T
 
 def _all_gather(local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     whole = local.new_empty((local.shape[0] * dist.get_world_size(group), *local.shape[1:]))
-    dist.all_gather_into_tensor(whole, local, group=group)
+    _gather_into(whole, local, group=group)
     return whole
 
 
@@ -68,39 +73,43 @@ class _Gather(torch.autograd.Function):
         if ctx.again is not None:
             ctx.again.drop()
         mine = grad.new_empty((grad.shape[0] // dist.get_world_size(ctx.group), *grad.shape[1:]))
-        dist.reduce_scatter_tensor(mine, grad.contiguous(), group=ctx.group)
+        _reduce_scatter_into(mine, grad.contiguous(), group=ctx.group)
         return mine, None, None
 
 
-class _GatheredAgain:
-    """Stands for gathered keys and values between forward and backward: holds this rank's part only."""
+class _PreparedAgain:
+    """Stands for a layer's gathered keys and values between forward and backward: holds this rank's part only."""
 
-    def __init__(self, local: torch.Tensor, group: dist.ProcessGroup) -> None:
+    def __init__(self, local: torch.Tensor, group: dist.ProcessGroup, kernel: AttentionKernel, plan: Any) -> None:
         self.local = local
         self.group = group
-        self.whole: torch.Tensor | None = None
-        self._storage: int | None = None
+        self.kernel = kernel
+        self.plan = plan
+        self.prepared: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._storages: dict[int, int] = {}
 
-    def stands_for(self, gathered: torch.Tensor) -> None:
-        self._storage = gathered.untyped_storage().data_ptr()
+    def stands_for(self, prepared: tuple[torch.Tensor, torch.Tensor]) -> None:
+        self._storages = {x.untyped_storage().data_ptr(): which for which, x in enumerate(prepared)}
 
     def pack(self, saved: torch.Tensor) -> Any:
-        """What autograd keeps instead of a tensor: for a view of what was gathered, its place there."""
-        if saved.untyped_storage().data_ptr() != self._storage:
-            return saved
-        return saved.size(), saved.stride(), saved.storage_offset()
+        """What autograd keeps instead of a tensor: for prepared keys or values, or a view of them, its place there."""
+        which = self._storages.get(saved.untyped_storage().data_ptr())
+        return saved if which is None else (which, saved.size(), saved.stride(), saved.storage_offset())
 
     def unpack(self, kept: Any) -> torch.Tensor:
         if isinstance(kept, torch.Tensor):
             return kept
-        assert self.whole is not None, "the attention's backward runs between fetch and drop"
-        return self.whole.as_strided(*kept)
+        assert self.prepared is not None, "the attention's backward runs between fetch and drop"
+        which, *place = kept
+        return self.prepared[which].as_strided(*place)
 
     def fetch(self) -> None:
-        self.whole = _all_gather(self.local, self.group)
+        with torch.no_grad():
+            whole = _all_gather(self.local, self.group)
+            self.prepared = self.kernel.prepare(whole[:, 0], whole[:, 1], self.plan)
 
     def drop(self) -> None:
-        self.whole = None
+        self.prepared = None
         del self.local  # the graph may live on for a while
 
 

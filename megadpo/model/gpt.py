@@ -37,11 +37,17 @@ class PairModel(GPTModel):
         chunk: int = 0,
         balance: LoadBalance | None = None,
         logprob_kernel: str = "auto",
+        *,
+        fuse_weight_gradient: bool = False,
+        fuse_rope: bool = False,
     ) -> None:
+        """fuse_weight_gradient, fuse_rope: kernels of Transformer Engine's (model/spec_te.py, model/rope.py)."""
         vp_stage = chunk if parallel.chunks_per_stage > 1 else None
         super().__init__(
             config=config,
-            transformer_layer_spec=block_spec(config, parallel.pp_rank, vp_stage, balance),
+            transformer_layer_spec=block_spec(
+                config, parallel.pp_rank, vp_stage, balance, fuse_weight_gradient=fuse_weight_gradient
+            ),
             vocab_size=arch.vocab_size,
             max_sequence_length=arch.max_position_embeddings,
             pre_process=parallel.is_first_chunk(chunk),
@@ -50,7 +56,7 @@ class PairModel(GPTModel):
             position_embedding_type="none",  # PackedAttention rotates by the pack's own positions
             vp_stage=vp_stage,
         )
-        self.rotary = RotaryTable(arch, parallel.device)
+        self.rotary = RotaryTable(arch, parallel.device, fused=fuse_rope)
         self.kernel = kernel
         self.logprob_chunk_tokens = logprob_chunk_tokens
         self.head_name, self.head = choose_head(logprob_kernel, parallel.device)
@@ -65,11 +71,9 @@ class PairModel(GPTModel):
         those of model/context.py; one all-gather of [2, A] on the last stage.
         """
         dtype = self.config.params_dtype
-        cos, sin = self.rotary(batch.positions, dtype)
         context = PackContext(
             qkv_format="thd",
-            cos=cos,
-            sin=sin,
+            rotation=self.rotary(batch.positions, dtype),
             kernel=self.kernel,
             plan=self.kernel.plan(batch.segments, batch.tokens.device, dtype),
         )

@@ -226,6 +226,10 @@ class TracedKernel:
         with torch.device(META if self.name == "cpu" else "cpu"):
             return self.inner.plan(segments, device, dtype)
 
+    def prepare(self, k: torch.Tensor, v: torch.Tensor, plan: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        prepared: tuple[torch.Tensor, torch.Tensor] = self.inner.prepare(k, v, plan)
+        return prepared
+
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Any) -> torch.Tensor:
         result: torch.Tensor = self.inner.attend(q, k, v, plan)
         return result
@@ -237,25 +241,25 @@ class _OutlineKernel:
     def plan(self, segments: tuple[Segment, ...], device: torch.device, dtype: torch.dtype) -> int:
         return sum(segment.key_tokens for segment in segments)
 
+    def prepare(self, k: torch.Tensor, v: torch.Tensor, plan: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if plan == k.shape[0]:
+            return k, v
+        index = torch.empty(plan, dtype=torch.int64, device=META)
+        return k.index_select(0, index), v.index_select(0, index)
+
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: int) -> torch.Tensor:
-        result: torch.Tensor = _Outline.apply(q, k, v, plan)
+        result: torch.Tensor = _Outline.apply(q, k, v)
         return result
 
 
 class _Outline(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, key_tokens):  # type: ignore[no-untyped-def]
-        rows = k.shape[0]
-        if key_tokens != rows:
-            k, v = k.new_empty((key_tokens, *k.shape[1:])), v.new_empty((key_tokens, *v.shape[1:]))
+    def forward(ctx, q, k, v):  # type: ignore[no-untyped-def]
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:2], dtype=torch.float32))
-        ctx.rows = rows
         return out
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         q, k, v, _, _ = ctx.saved_tensors
-        repeated = torch.empty_like(k), torch.empty_like(v)
-        own = [x.new_empty((ctx.rows, *x.shape[1:])) for x in repeated]
-        return torch.empty_like(q), *own, None
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

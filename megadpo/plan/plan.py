@@ -121,6 +121,9 @@ def check_job(job: Job) -> list[Problem]:
         where = "policy.megatron_cfg.optimizer.optimizer_cpu_offload"
         expected = "false: what it leaves on the GPU is not planned"
         problems.append(Problem(where, True, expected, "plan without it, and take the plan for an upper bound"))
+    if job.cfg.policy.megatron_cfg.fp8_cfg.enabled:
+        where, expected = "policy.megatron_cfg.fp8_cfg.enabled", "false: float8's copies and speed are not planned"
+        problems.append(Problem(where, True, expected, "plan in bfloat16"))
     return problems
 
 
@@ -189,7 +192,9 @@ def optimizer_temporaries(job: Job, shards: tuple[int, int], chunks: Sequence[Ch
     megatron = job.cfg.policy.megatron_cfg
     narrow = job.bf16 and not megatron.distributed_data_parallel_config.grad_reduce_in_fp32
     copies = 4 * sum(shards) if narrow else 0
-    if megatron.optimizer.optimizer != "adam" or megatron.optimizer.use_precision_aware_optimizer:
+    optimizer = megatron.optimizer
+    fused = optimizer.use_precision_aware_optimizer or optimizer.adam_impl == "transformer_engine"
+    if optimizer.optimizer != "adam" or fused:
         return copies
     if job.gpu is not None:
         return copies + 4 * max(shards)

@@ -140,7 +140,7 @@ def trace_stage(
         model = build_model(arch, policy, parallel, frozen=False)
         freeze(model, policy.freeze, arch)
         wrapped = wrap_for_training(model, policy)
-        build_optimizer(wrapped, policy)
+        build_optimizer(wrapped, policy, META)
         reference = model
         if reference_arch is not None:
             reference = build_model(reference_arch, policy, parallel, frozen=True)
@@ -177,16 +177,25 @@ def _kinds(chunks: Sequence[Any], *, alike: bool) -> list[int]:
 
 
 def _buildable(policy: PolicyConfig) -> PolicyConfig:
-    """`policy` without what only a GPU machine can build; nothing that the plan counts depends on it: kernels are
-    replaced (outlines.py), the optimizer's bytes are arithmetic, grouped experts hold what single ones hold."""
+    """`policy` without what only a GPU machine can build. Weights don't depend on it, nor the optimizer's bytes, which are
+    arithmetic; kernels are replaced (outlines.py). Activations of Transformer Engine's layers are taken for those of
+    megatron-core's own."""
     megatron = policy.megatron_cfg
     optimizer = dataclasses.replace(
         megatron.optimizer,
         use_precision_aware_optimizer=False,
         exp_avg_dtype="float32",
         exp_avg_sq_dtype="float32",
+        adam_impl="torch",
     )
-    megatron = dataclasses.replace(megatron, optimizer=optimizer, moe_grouped_gemm=False)
+    megatron = dataclasses.replace(
+        megatron,
+        optimizer=optimizer,
+        moe_grouped_gemm=False,
+        transformer_impl="local",
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=None,
+    )
     return dataclasses.replace(policy, attention_kernel="sdpa", logprob_kernel="torch", megatron_cfg=megatron)
 
 

@@ -13,6 +13,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from megadpo.data.context import CONTEXT_BALANCE
 from megadpo.data.dataset import DataSettings, PairDataset
 from megadpo.data.loader import GlobalBatchLoader
 from megadpo.data.plan import plan_global_batch
@@ -97,3 +98,17 @@ def test_full_packs_are_nearly_full(in_large_vocabulary: PairDataset) -> None:
     (packs,) = plan_global_batch(lengths, num_ranks=1, budget_tokens=4096)
     filled = sorted((lengths[pack].sum() / 4096 for pack in packs), reverse=True)
     assert np.mean(filled[:-1]) > 0.97, "all but the last"
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_context_parallel_ranks_have_even_work(
+    in_large_vocabulary: PairDataset, ranks: int, share_prompt: bool
+) -> None:
+    loader = GlobalBatchLoader(
+        in_large_vocabulary, global_batch_size=400, shuffle=True, seed=3, dp_rank=0, dp_size=1, drop_last=True,
+        share_prompt=share_prompt, pad_token_id=0, pad_to_multiple=ranks, budget_tokens=4096, cp_size=ranks,
+    )  # fmt: skip
+    parts = [pack.part for batch in loader.batches(0) for pack in batch.micro_batches]
+    imbalance = [part.most_work / part.mean_work for part in parts if part is not None]
+    assert len(imbalance) > 80 and max(imbalance) <= CONTEXT_BALANCE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import time
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from megadpo.data.context import context_part
 from megadpo.data.pack import pack_pairs
+from megadpo.model.kernels.ragged import gather_keys, ragged_plan
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import make_model
 from tests.model.test_kernels import random_pairs, reference_attention
@@ -23,17 +25,51 @@ def inputs(tokens):
     return [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
 
 
+class RaggedKernel:
+    """Stands for the fused kernels: keys gathered by index, then one call, which keeps them for its backward."""
+
+    name = "ragged"
+
+    def plan(self, segments, device, dtype):
+        return segments, ragged_plan(segments, device)
+
+    def prepare(self, k, v, plan):
+        return gather_keys(k, plan[1]), gather_keys(v, plan[1])
+
+    def attend(self, q, k, v, plan):
+        return dense_attention(q, k, v, plan[0])
+
+
+def dense_attention(q, k, v, segments):
+    rows = []
+    key_ends = itertools.accumulate(segment.key_tokens for segment in segments)
+    for segment, end in zip(segments, key_ends, strict=True):
+        n, m = segment.query_tokens, segment.key_tokens
+        keys, values = (x[end - m : end].transpose(0, 1) for x in (k, v))  # [G, m, D]
+        heads = q.shape[1] // k.shape[1]  # of each group
+        seen = torch.ones(n, m, dtype=torch.bool).tril(m - n).repeat(heads, 1)
+        queries = q[segment.query_start : segment.query_end].unflatten(1, (-1, heads))  # [n, G, H / G, D]
+        queries = queries.permute(1, 2, 0, 3).flatten(1, 2)
+        scores = queries @ keys.transpose(1, 2) / q.shape[2] ** 0.5
+        out = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values
+        rows.append(out.unflatten(1, (heads, n)).permute(2, 0, 1, 3).flatten(1, 2))
+    return torch.cat(rows)
+
+
 def attend_in_parts(batch):
     """{(kernel, keep): (run_index, output and gradients of q, k, v of this rank's tokens)}."""
-    from megadpo.model.context import attend_over_context
+    from megadpo.model.context import _PreparedAgain, attend_over_context
     from megadpo.model.kernels.cpu import CpuKernel
     from megadpo.model.kernels.sdpa import SdpaKernel
     from megadpo.parallel import Layout, initialize, setup_device
 
     parallel = initialize(Layout(context=2), setup_device("auto"))
     part = context_part(batch, parallel.cp_rank, 2)
+    places = []  # what the kernels' backward asked for that had not been kept
+    unpack = _PreparedAgain.unpack
+    _PreparedAgain.unpack = lambda self, kept: (places.append(isinstance(kept, tuple)), unpack(self, kept))[1]
     results = {}
-    for kernel in (CpuKernel(), SdpaKernel()):
+    for kernel in (CpuKernel(), SdpaKernel(), RaggedKernel()):
         plan = kernel.plan(part.segments, torch.device("cpu"), torch.float64)
         for keep in (False, True):
             q, k, v, upstream = (x[part.run_index] for x in inputs(batch.tokens.numel()))
@@ -41,6 +77,9 @@ def attend_in_parts(batch):
             out = attend_over_context(kernel, *leaves, plan, group=parallel.cp_group, keep_gathered=keep)
             grads = torch.autograd.grad(out, leaves, upstream)
             results[kernel.name, keep] = part.run_index, [x.detach() for x in (out, *grads)]
+            # SDPA's keys are copies where they are joined of several ranges
+            assert keep or kernel.name == "sdpa" or any(places)
+            places.clear()
     return results
 
 

@@ -43,7 +43,7 @@ def build(path: str, overrides: list[str]) -> tuple[Config, Any, Trainer]:
     freeze(policy, cfg.policy.freeze, arch)
     fill(policy)
     wrapped = wrap_for_training(policy, cfg.policy)
-    optimizer = build_optimizer(wrapped, cfg.policy)
+    optimizer = build_optimizer(wrapped, cfg.policy, parallel.device)
     reference = build_model(arch, cfg.policy, parallel, frozen=True)
     fill(reference)
     trainer = Trainer(

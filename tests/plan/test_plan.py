@@ -204,6 +204,10 @@ def test_lengths_come_from_data_where_it_is_read(tmp_path, capsys):
         ([f"{MEG}.context_parallel_size=3"], ["1 x 1 x 3"]),
         (["policy.freeze=[model.nothing]"], ["policy.freeze", "model.nothing"]),
         (
+            [f"{MEG}.fp8_cfg.enabled=true", f"{MEG}.transformer_impl=transformer_engine"],
+            ["fp8_cfg.enabled", "plan in bfloat16"],
+        ),
+        (
             [
                 f"{MEG}.optimizer.use_precision_aware_optimizer=true",
                 f"{MEG}.optimizer.optimizer_cpu_offload=true",

@@ -23,11 +23,14 @@ class AttentionKernel(Protocol):
     def plan(self, segments: tuple[Segment, ...], device: torch.device, dtype: torch.dtype) -> Any:
         """What depends on the segments alone; computed once a micro-batch and shared by all layers."""
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Any) -> torch.Tensor:
-        """q [T, H, D], k and v [K, G, D] (G divides H) -> [T, H, D]; scores scaled by D^-0.5. No collectives.
+    def prepare(self, k: torch.Tensor, v: torch.Tensor, plan: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """k and v [K, G, D] as `attend` takes them; cheap to do again. No collectives.
 
-        K is T, or under context parallelism the tokens of all ranks: k and v may then be views of one tensor, and hold
+        K is T, or under context parallelism the tokens of all ranks: k and v are then views of one tensor, and may hold
         keys that no segment of this rank sees."""
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Any) -> torch.Tensor:
+        """q [T, H, D] (G divides H), k and v from `prepare` -> [T, H, D]; scores scaled by D^-0.5. No collectives."""
 
 
 def choose_kernel(requested: str, device: torch.device, dtype: torch.dtype) -> AttentionKernel:

@@ -97,5 +97,8 @@ class CpuKernel:
             pieces.append(_Piece(slice(segment.query_start, segment.query_end), keys, mask))
         return tuple(pieces)
 
+    def prepare(self, k: torch.Tensor, v: torch.Tensor, plan: tuple[_Piece, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        return k, v
+
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: tuple[_Piece, ...]) -> torch.Tensor:
         return _SegmentAttention.apply(q, k, v, plan)

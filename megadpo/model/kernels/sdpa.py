@@ -42,6 +42,9 @@ class SdpaKernel:
             masks=masks,
         )
 
+    def prepare(self, k: torch.Tensor, v: torch.Tensor, plan: SdpaPlan) -> tuple[torch.Tensor, torch.Tensor]:
+        return k, v
+
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: SdpaPlan) -> torch.Tensor:
         grouped = q.shape[1] != k.shape[1]
         # split, not slicing: the backward of a slice writes a full-size tensor for every segment.

@@ -20,6 +20,9 @@ class TransformerEngineKernel:
     def plan(self, segments: tuple[Segment, ...], device: torch.device, dtype: torch.dtype) -> RaggedPlan:
         return ragged_plan(segments, device)
 
+    def prepare(self, k: torch.Tensor, v: torch.Tensor, plan: RaggedPlan) -> tuple[torch.Tensor, torch.Tensor]:
+        return gather_keys(k, plan), gather_keys(v, plan)
+
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: RaggedPlan) -> torch.Tensor:
         heads, groups, dim = q.shape[1], k.shape[1], q.shape[2]
         mask = "padding_causal" if plan.key_index is None else "padding_causal_bottom_right"
@@ -29,8 +32,8 @@ class TransformerEngineKernel:
             ).to(q.device)
         out = self._modules[heads, groups, dim](
             q,
-            gather_keys(k, plan),
-            gather_keys(v, plan),
+            k,
+            v,
             qkv_format="thd",
             cu_seqlens_q=plan.cu_seqlens_q,
             cu_seqlens_kv=plan.cu_seqlens_k,

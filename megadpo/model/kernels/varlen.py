@@ -17,8 +17,10 @@ class VarlenKernel:
     def plan(self, segments: tuple[Segment, ...], device: torch.device, dtype: torch.dtype) -> RaggedPlan:
         return ragged_plan(segments, device)
 
+    def prepare(self, k: torch.Tensor, v: torch.Tensor, plan: RaggedPlan) -> tuple[torch.Tensor, torch.Tensor]:
+        return gather_keys(k, plan), gather_keys(v, plan)
+
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: RaggedPlan) -> torch.Tensor:
-        k, v = gather_keys(k, plan), gather_keys(v, plan)
         group = q.shape[1] // k.shape[1]
         if group > 1:  # torch 2.11 has no enable_gqa here
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
