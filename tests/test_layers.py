@@ -26,8 +26,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reference": {"config", "parallel", "model", "data.pack"},
     "checkpoint": {"config", "parallel", "model", "optimizer"},
     "train": {"config", "data", "objective", "parallel", "model", "optimizer", "reference", "checkpoint"},
+    "plan": {"config", "data", "parallel", "model", "optimizer"},
 }
-USES_MEGATRON_CORE = {"parallel", "model", "optimizer", "reference", "checkpoint", "train"}
+USES_MEGATRON_CORE = {"parallel", "model", "optimizer", "reference", "checkpoint", "train", "plan"}
 # A config is checked anywhere in under a second, so nothing heavy may come in with it.
 TOO_HEAVY_FOR_CONFIG = {"torch", "transformers", "megatron", "numpy", "datasets", "huggingface_hub"}
 

@@ -48,9 +48,7 @@ def plan_routing(batch: PackedBatch, config: TransformerConfig, balance: LoadBal
     tokens = batch.tokens.numel()
     local, filled = tokens // shards, tokens // shards
     if config.moe_token_dispatcher_type == "allgather" and groups.tp_ep.size() > 1:
-        longest = torch.tensor(local, device=batch.tokens.device)
-        dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=groups.tp_ep)
-        filled = int(longest)
+        filled = most_tokens(local, groups.tp_ep, batch.tokens.device)
 
     def mine(whole: torch.Tensor) -> torch.Tensor:
         part = whole[..., rank * local : (rank + 1) * local]
@@ -61,6 +59,13 @@ def plan_routing(batch: PackedBatch, config: TransformerConfig, balance: LoadBal
         whole = balance.sets(batch)
         sets = TokenSets(mine(whole.members[:, batch.run_index]), whole.sizes, whole.weights)
     return Routing(real=mine(batch.run_index < batch.num_tokens), sets=sets)
+
+
+def most_tokens(local: int, group: dist.ProcessGroup, device: torch.device) -> int:
+    """The largest `local` of `group`. Collectives: its maximum; the host waits for it."""
+    longest = torch.tensor(local, device=device)
+    dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=group)
+    return int(longest)
 
 
 class PackRouter(TopKRouter):

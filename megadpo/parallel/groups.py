@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megadpo.config.schema import Config
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -40,6 +42,20 @@ class Layout:
                 f"world size {world_size} is not a multiple of tensor x pipeline x context = {model_ranks}"
             )
         return world_size // model_ranks
+
+
+def layout_of(cfg: Config) -> Layout:
+    """The layout that the config asks for."""
+    megatron = cfg.policy.megatron_cfg
+    return Layout(
+        tensor=megatron.tensor_model_parallel_size,
+        pipeline=megatron.pipeline_model_parallel_size,
+        virtual_pipeline=megatron.virtual_pipeline_model_parallel_size,
+        sequence_parallel=megatron.sequence_parallel,
+        expert=megatron.expert_model_parallel_size,
+        expert_tensor=megatron.expert_tensor_parallel_size,
+        context=megatron.context_parallel_size,
+    )
 
 
 @dataclass(frozen=True)

@@ -52,9 +52,8 @@ def evaluate_main(arguments: Sequence[str]) -> int:
 def run_evaluating(cfg: Config) -> int:
     """Set up, evaluate, tear down. Every rank."""
     from megadpo.model.implementation import implementation_problems
-    from megadpo.parallel import destroy, initialize, setup_device
+    from megadpo.parallel import destroy, initialize, layout_of, setup_device
     from megadpo.train.evaluation import run_evaluation
-    from megadpo.train.setup import layout_of
 
     device = setup_device(cfg.policy.device)
     if problems := implementation_problems(cfg.policy, device):
@@ -115,12 +114,12 @@ def check_data(cfg: Config) -> int:
 def run_training(cfg: Config) -> int:
     """Set up, train, tear down. Every rank."""
     from megadpo.optimizer import machine_problems
-    from megadpo.parallel import destroy, initialize, setup_device
+    from megadpo.parallel import destroy, initialize, layout_of, setup_device
     from megadpo.train.loggers import MetricsLogger
     from megadpo.train.loop import train
     from megadpo.train.progress import ProgressLine, print_banner
     from megadpo.train.report import choices, summarise
-    from megadpo.train.setup import layout_of, prepare
+    from megadpo.train.setup import prepare
     from megadpo.train.stop import StopWatcher
 
     device = setup_device(cfg.policy.device)

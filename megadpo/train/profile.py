@@ -13,8 +13,8 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from megadpo.config.schema import Config
-from megadpo.parallel import initialize, setup_device
-from megadpo.train.setup import layout_of, prepare
+from megadpo.parallel import initialize, layout_of, setup_device
+from megadpo.train.setup import prepare
 
 SHOWN = 14
 

@@ -29,7 +29,7 @@ from megadpo.model.gpt import PairModel
 from megadpo.model.source import ModelSource, resolve_source, tokenizer_source
 from megadpo.model.weights.load import load_hf_weights, place_of
 from megadpo.optimizer import build_optimizer, build_scheduler, wrap_for_training
-from megadpo.parallel import Layout, ParallelContext
+from megadpo.parallel import ParallelContext
 from megadpo.reference import ResidentReference
 from megadpo.train.step import Trainer
 
@@ -70,20 +70,6 @@ class Run:
     def validation_batches(self, name: str) -> Iterator[GlobalBatch]:
         """The global batches of one validation set, in file order, at most `dpo.val_batches` of them."""
         return self.data.validation[name].batches(epoch=0)
-
-
-def layout_of(cfg: Config) -> Layout:
-    """The layout that the config asks for."""
-    megatron = cfg.policy.megatron_cfg
-    return Layout(
-        tensor=megatron.tensor_model_parallel_size,
-        pipeline=megatron.pipeline_model_parallel_size,
-        virtual_pipeline=megatron.virtual_pipeline_model_parallel_size,
-        sequence_parallel=megatron.sequence_parallel,
-        expert=megatron.expert_model_parallel_size,
-        expert_tensor=megatron.expert_tensor_parallel_size,
-        context=megatron.context_parallel_size,
-    )
 
 
 def prepare(cfg: Config, parallel: ParallelContext) -> Run:

@@ -158,9 +158,9 @@ def test_evaluation(tmp_path):
 def step_without_waits(config, overrides):
     from megadpo import reference
     from megadpo.config import load_config
-    from megadpo.parallel import initialize, setup_device
+    from megadpo.parallel import initialize, layout_of, setup_device
     from megadpo.train import step
-    from megadpo.train.setup import layout_of, prepare
+    from megadpo.train.setup import prepare
 
     cfg = load_config(config, overrides)
     run = prepare(cfg, initialize(layout_of(cfg), setup_device("auto")))

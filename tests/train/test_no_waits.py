@@ -46,9 +46,9 @@ def guarded(run_pipeline):
 def step_under_guard(config):
     from megadpo import reference
     from megadpo.config import load_config
-    from megadpo.parallel import initialize, setup_device
+    from megadpo.parallel import initialize, layout_of, setup_device
     from megadpo.train import step
-    from megadpo.train.setup import layout_of, prepare
+    from megadpo.train.setup import prepare
 
     cfg = load_config(config)
     run = prepare(cfg, initialize(layout_of(cfg), setup_device("auto")))

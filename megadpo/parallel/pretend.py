@@ -1,0 +1,74 @@
+"""A pretend world: one process plays one rank of any layout, with groups that talk to nobody and tensors without memory.
+
+Every collective returns at once and changes nothing, and every tensor of megatron-core's lands on the meta device, so
+that a rank of a 512-rank layout of a 70B model is built, and its forward and backward walked through, on a laptop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megadpo.parallel.cpu import enable_cpu
+from megadpo.parallel.groups import Layout, ParallelContext, destroy, initialize
+
+META = torch.device("meta")
+
+
+@contextlib.contextmanager
+def pretend_rank(layout: Layout, *, world_size: int, rank: int) -> Iterator[ParallelContext]:
+    """The context of `rank` in a world of `world_size`; its device is meta. No process is started, nothing is sent.
+
+    The caller has checked the layout against the world size. Raises RuntimeError inside a real world. Where there is no
+    CUDA, megatron-core stays redirected to the CPU afterwards (parallel/cpu.py); everything else is restored.
+    """
+    # registers the "fake" backend; torch ships it for its own tests of distributed code, and nothing else offers one
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise RuntimeError("a pretend world needs a process without process groups; this one has joined a real world")
+    if not torch.cuda.is_available():
+        enable_cpu()
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _megatron_on_meta():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames collectives that megatron-core calls
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+        try:
+            parallel = initialize(layout, META)
+            model_parallel_cuda_manual_seed(0)  # layers take their generator's state even where nothing is drawn
+            yield parallel
+        finally:
+            destroy()
+
+
+def gather_buffers() -> list[torch.Tensor]:
+    """What megatron-core has made for gathered tokens, and keeps for the next time."""
+    return list(parallel_state.get_global_memory_buffer().buffer.values())
+
+
+@contextlib.contextmanager
+def _megatron_on_meta() -> Iterator[None]:
+    """`torch.cuda.current_device()` is where megatron-core makes parameters and buffers (layers.py,
+    param_and_grad_buffer.py); `param.type()` is compared with names of CUDA types (optimizer.py, distrib_optimizer.py)."""
+    current_device, type_name = torch.cuda.current_device, torch.Tensor.type
+    torch.cuda.current_device = lambda: META  # type: ignore[assignment,return-value]
+    torch.Tensor.type = _without_meta(type_name)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.cuda.current_device = current_device
+        torch.Tensor.type = type_name  # type: ignore[method-assign]
+
+
+def _without_meta(original: Callable[..., Any]) -> Callable[..., Any]:
+    def type_name(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        name = original(self, dtype, *args, **kwargs)
+        return f"torch.cuda.{name.rsplit('.', 1)[-1]}" if dtype is None and ".meta." in name else name
+
+    return type_name

@@ -1,0 +1,265 @@
+"""What a trace on the meta device puts in the place of code that looks into values or needs a GPU: attention kernels, the
+fusions of another device, and where experts' tokens go. Each keeps for backward what the original keeps."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.transformer import mlp
+from megatron.core.transformer.moe import token_dispatcher
+
+from megadpo.config.architecture import Architecture
+from megadpo.config.schema import Config
+from megadpo.data.pack import Segment
+from megadpo.model import build, moe
+from megadpo.parallel.pretend import META
+
+Answers = Mapping[Any, Callable[..., Any]]
+"""Operation -> what gives its result, or None to let the operation itself give it."""
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextlib.contextmanager
+def fusions_of(device_type: str) -> Iterator[None]:
+    """Models built and run inside have the activations of `device_type`: on GPUs one compiled kernel each."""
+    original = build.transformer_config
+
+    def of_that_device(arch: Any, policy: Any, device: torch.device, **options: Any) -> Any:
+        return original(arch, policy, torch.device(device_type), **options)
+
+    with (
+        _replaced(build, "transformer_config", of_that_device),
+        _replaced(mlp, "bias_swiglu_impl", lambda x, bias, *_: _FusedSwiGlu.apply(x, None)),
+        _replaced(mlp, "weighted_bias_swiglu_impl", lambda x, bias, weights, *_: _FusedSwiGlu.apply(x, weights)),
+    ):
+        yield
+
+
+class _FusedSwiGlu(torch.autograd.Function):
+    """x [..., 2F] -> [..., F]: keeps its input and the experts' weights, and makes nothing on the way."""
+
+    @staticmethod
+    def forward(ctx, x, weights):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, weights)
+        return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, weights = ctx.saved_tensors
+        return torch.empty_like(x), None if weights is None else torch.empty_like(weights)
+
+
+@contextlib.contextmanager
+def even_routing(arch: Architecture, load: float) -> Iterator[Answers]:
+    """Inside, every expert gets the same number of tokens, but this rank's `load` times that. The rest of the way to the
+    experts and back is megatron-core's. Yields what a trace must answer for it."""
+    if arch.moe is None:
+        yield {}
+        return
+    alltoall, allgather = token_dispatcher.MoEAlltoAllTokenDispatcher, token_dispatcher.MoEAllGatherTokenDispatcher
+    counts = _Counts(arch.moe.num_experts, arch.moe.experts_per_token, load)
+    gather = allgather.dispatch_postprocess
+
+    def dispatch_postprocess(self: Any, hidden_states: torch.Tensor, probs: torch.Tensor) -> Any:
+        counts.tokens = hidden_states.shape[0]
+        return gather(self, hidden_states, probs)
+
+    with (
+        _replaced(moe, "most_tokens", lambda local, group, device: local),
+        _replaced(alltoall, "preprocess", lambda self, routing_map: _preprocess(self, routing_map, counts)),
+        _replaced(allgather, "dispatch_postprocess", dispatch_postprocess),
+    ):
+        yield {
+            torch.ops.aten.masked_select.default: counts.masked_select,
+            torch.ops.aten._to_copy.default: counts.to_copy,
+        }
+
+
+class _Counts:
+    """Answers the questions that tensors without values can't: how many tokens go to an expert."""
+
+    def __init__(self, experts: int, topk: int, load: float) -> None:
+        self.experts, self.topk, self.load = experts, topk, load
+        self.tokens = 0
+        """Of all ranks that gather theirs."""
+
+    def even(self, tokens: int, local: int) -> torch.Tensor:
+        """int64 [experts]: tokens for each expert, the first `local` of them being on this rank."""
+        total = tokens * self.topk
+        here = total if local == self.experts else min(round(total * self.load * local / self.experts), total)
+
+        def split(count: int, parts: int) -> list[int]:
+            return [count * (part + 1) // parts - count * part // parts for part in range(parts)]
+
+        elsewhere = split(total - here, self.experts - local) if local < self.experts else []
+        return torch.tensor([*split(here, local), *elsewhere])
+
+    def masked_select(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
+        """mask [experts of a rank, tokens]."""
+        if x.device != META:
+            return None
+        local, tokens = mask.shape
+        return x.new_empty(int(self.even(tokens, local)[:local].sum()))
+
+    def to_copy(self, x: torch.Tensor, **options: Any) -> torch.Tensor | None:
+        """Counts of tokens [experts of a rank] that the host asks for."""
+        if x.device != META or str(options.get("device")) != "cpu":
+            return None
+        return self.even(self.tokens, x.numel())[: x.numel()]
+
+
+@contextlib.contextmanager
+def addresses() -> Iterator[None]:
+    """Inside, storages without memory have an address each, by which training code tells views of one tensor from others'
+    (model/context.py, kernels/cpu.py); torch gives 0 for all."""
+    address = torch.UntypedStorage.data_ptr
+
+    def of(storage: torch.UntypedStorage) -> int:
+        return id(storage) if storage.device == META else address(storage)
+
+    with _replaced(torch.UntypedStorage, "data_ptr", of):
+        yield
+
+
+FUSED_LOGITS = 1 << 27
+"""head_fused.MOST_LOGITS, which can't be imported without Triton; a test holds the two together."""
+
+
+def fused_logits(cfg: Config, rows: int, vocabulary: int) -> int:
+    """Logits that exist at a time in the fused head, for `rows` tokens and this rank's `vocabulary`."""
+    columns = min(FUSED_LOGITS, cfg.policy.logprob_chunk_size * vocabulary) // max(rows, 1)
+    return rows * min(vocabulary, max(1, columns // 128) * 128)
+
+
+def uses_fused_head(cfg: Config, device_type: str) -> bool:
+    """Whether the run's head is model/head_fused.py: on GPUs, unless the config says torch."""
+    return device_type == "cuda" and cfg.policy.logprob_kernel != "torch"
+
+
+def fused_head(cfg: Config) -> Callable[..., torch.Tensor]:
+    """The tensors that the fused head makes, and no products."""
+
+    def head(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, **_: Any) -> torch.Tensor:
+        logits = fused_logits(cfg, hidden.shape[0], weight.shape[0])
+        result: torch.Tensor = _FusedHead.apply(hidden.contiguous(), weight, targets, logits)
+        return result
+
+    return head
+
+
+class _FusedHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, logits):  # type: ignore[no-untyped-def]
+        log_sum, buffer = hidden.new_empty(hidden.shape[0], dtype=torch.float32), _floats(hidden, logits)
+        del buffer
+        ctx.save_for_backward(hidden, weight, targets, log_sum)
+        ctx.logits = logits
+        return torch.empty_like(log_sum)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        hidden, weight, _, _ = ctx.saved_tensors
+        buffer = _floats(hidden, ctx.logits)
+        slopes = buffer if hidden.dtype == torch.float32 else torch.empty_like(buffer, dtype=hidden.dtype)
+        grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        gradients = None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight
+        del buffer, slopes
+        return *gradients, None, None
+
+
+def _floats(like: torch.Tensor, count: int) -> torch.Tensor:
+    return like.new_empty(count, dtype=torch.float32)
+
+
+def _preprocess(dispatcher: Any, routing_map: torch.Tensor, counts_of: _Counts) -> torch.Tensor:
+    """The counts that MoEAlltoAllTokenDispatcher.preprocess leaves behind, every rank sending the same ones."""
+    local, ranks = dispatcher.num_local_experts, dispatcher.tp_size * dispatcher.ep_size
+    counts = counts_of.even(routing_map.shape[0], local)
+    mine = counts[:local]
+    dispatcher.num_out_tokens = int(counts.sum())
+    if ranks > 1:
+        dispatcher.input_splits = counts.reshape(dispatcher.ep_size, local).sum(1).numpy()
+        dispatcher.output_splits = np.full(dispatcher.ep_size, int(mine.sum()))
+        dispatcher.output_splits_tp = np.full(dispatcher.tp_size, int(mine.sum()) * dispatcher.ep_size)
+    if local > 1:
+        dispatcher.num_global_tokens_per_local_expert = mine.repeat(ranks, 1)
+    return mine * ranks
+
+
+class TracedKernel:
+    """The kernel of the run's device, or its outline: what it keeps for backward, and nothing else."""
+
+    def __init__(self, cfg: Config, device_type: str) -> None:
+        requested: str = cfg.policy.attention_kernel
+        if requested == "auto":
+            on_gpu = "varlen" if cfg.policy.precision == "bfloat16" else "sdpa"
+            requested = on_gpu if device_type == "cuda" else "cpu"
+        self.name = requested
+        self.inner: Any
+        if requested == "cpu":
+            from megadpo.model.kernels.cpu import CpuKernel
+
+            self.inner = CpuKernel()
+        elif requested == "varlen":
+            from megadpo.model.kernels.varlen import VarlenKernel
+
+            self.inner = VarlenKernel()
+        else:
+            self.inner = _OutlineKernel()
+
+    def plan(self, segments: tuple[Segment, ...], device: torch.device, dtype: torch.dtype) -> Any:
+        # the CPU kernel makes its masks where tensors are made by default; the ragged kernels look into their index
+        with torch.device(META if self.name == "cpu" else "cpu"):
+            return self.inner.plan(segments, device, dtype)
+
+    def prepare(self, k: torch.Tensor, v: torch.Tensor, plan: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        prepared: tuple[torch.Tensor, torch.Tensor] = self.inner.prepare(k, v, plan)
+        return prepared
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Any) -> torch.Tensor:
+        result: torch.Tensor = self.inner.attend(q, k, v, plan)
+        return result
+
+
+class _OutlineKernel:
+    """Flash attention of any make: keeps q, k, v with shared keys repeated, the output, and one float32 a row and head."""
+
+    def plan(self, segments: tuple[Segment, ...], device: torch.device, dtype: torch.dtype) -> int:
+        return sum(segment.key_tokens for segment in segments)
+
+    def prepare(self, k: torch.Tensor, v: torch.Tensor, plan: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if plan == k.shape[0]:
+            return k, v
+        index = torch.empty(plan, dtype=torch.int64, device=META)
+        return k.index_select(0, index), v.index_select(0, index)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: int) -> torch.Tensor:
+        result: torch.Tensor = _Outline.apply(q, k, v)
+        return result
+
+
+class _Outline(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v):  # type: ignore[no-untyped-def]
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:2], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        q, k, v, _, _ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

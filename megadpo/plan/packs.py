@@ -1,0 +1,161 @@
+"""Packs as the plan sees them: how many tokens, how many answers' tokens, how much attention. numpy, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megadpo.config.architecture import Architecture
+from megadpo.config.check import micro_batch_multiple
+from megadpo.config.problems import ConfigError, Problem
+from megadpo.config.schema import Config
+from megadpo.data.plan import plan_global_batch
+from megadpo.data.work import WorkModel, query_keys
+
+Lengths = npt.NDArray[np.int64]
+"""int64 [N, 3]: tokens of prompt, chosen and rejected of each pair."""
+
+MOST_BATCHES = 8
+"""Global batches looked at; an epoch's batches are alike, being drawn at random."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One micro-batch. Counts; `attention` is the number of (query, key) pairs that are computed."""
+
+    tokens: int
+    answer_tokens: int
+    attention: int
+
+    def __add__(self, other: Pack) -> Pack:
+        return Pack(
+            self.tokens + other.tokens, self.answer_tokens + other.answer_tokens, self.attention + other.attention
+        )
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Global batches dealt out to data-parallel ranks: [batch][rank][micro-batch]."""
+
+    batches: list[list[list[Pack]]]
+    pairs_per_batch: int
+    said: str
+    """Where the lengths are from, for the report."""
+
+    @property
+    def micro_batches(self) -> int:
+        """Most micro-batches that a rank has in a step."""
+        return max(len(rank) for batch in self.batches for rank in batch)
+
+    def tokens_per_step(self) -> float:
+        return sum(p.tokens for batch in self.batches for rank in batch for p in rank) / len(self.batches)
+
+
+def shares_prompt(cfg: Config) -> bool:
+    """Without packing every row has its own prompt (train/setup.py)."""
+    return cfg.policy.sequence_packing.enabled and cfg.policy.sequence_packing.share_prompt
+
+
+def packed_lengths(lengths: Lengths, *, share_prompt: bool) -> npt.NDArray[np.int64]:
+    """int64 [N]: tokens that each pair takes in a pack."""
+    return lengths @ np.array([1 if share_prompt else 2, 1, 1], dtype=np.int64)
+
+
+def workload(cfg: Config, arch: Architecture, lengths: Lengths, said: str, *, dp: int) -> Workload:
+    """The first global batches, in the order of `lengths`, dealt out as in training.
+
+    Raises ConfigError where there is not one global batch, or a pair is longer than the pack.
+    """
+    size, packing = cfg.policy.train_global_batch_size, cfg.policy.sequence_packing
+    if len(lengths) < size:
+        fix = "lower policy.train_global_batch_size, or add pairs"
+        raise ConfigError(Problem("data.train_data_path", f"{len(lengths)} pairs", f"one global batch of {size}", fix))
+    shared = shares_prompt(cfg)
+    tokens, attention = packed_lengths(lengths, share_prompt=shared), query_keys(lengths, share_prompt=shared)
+    cost = WorkModel.of(arch).pair_work(lengths, share_prompt=shared)
+    answers = lengths[:, 1] + lengths[:, 2]
+    budget = pack_tokens(cfg) if packing.enabled else None
+    if budget is not None and tokens.max() > budget:
+        fix = f"raise it to {tokens.max()} or more, or shorten the pairs"
+        where = "policy.sequence_packing.train_mb_tokens"
+        raise ConfigError(Problem(where, packing.train_mb_tokens, f"room for a pair of {tokens.max()} tokens", fix))
+    multiple = cfg.policy.make_sequence_length_divisible_by
+    batches = []
+    for start in range(0, min(len(lengths) // size, MOST_BATCHES) * size, size):
+        plan = plan_global_batch(
+            tokens[start : start + size],
+            num_ranks=dp,
+            budget_tokens=budget,
+            pairs_per_micro_batch=None if packing.enabled else cfg.policy.train_micro_batch_size,
+            work=cost[start : start + size],
+            micro_batch_multiple=micro_batch_multiple(cfg),
+        )
+        batches.append(
+            [
+                [
+                    Pack(
+                        max(-(-int(tokens[at].sum()) // multiple), 1) * multiple,
+                        int(answers[at].sum()),
+                        int(attention[at].sum()),
+                    )
+                    for at in (np.array(pairs, dtype=np.int64) + start for pairs in rank)
+                ]
+                for rank in plan
+            ]
+        )
+    return Workload(batches, size, said)
+
+
+def pack_tokens(cfg: Config) -> int:
+    """Tokens of the fullest micro-batch there can be: the budget, or without packing the longest pairs there can be."""
+    multiple, packing = cfg.policy.make_sequence_length_divisible_by, cfg.policy.sequence_packing
+    if packing.enabled:
+        return packing.train_mb_tokens // multiple * multiple
+    longest = min(cfg.policy.max_total_sequence_length, cfg.data.max_input_seq_length)
+    return -(-2 * longest * cfg.policy.train_micro_batch_size // multiple) * multiple
+
+
+def stated_lengths(cfg: Config, stated: Sequence[int] | None) -> tuple[Lengths, str]:
+    """One global batch of equal pairs, of `stated` (prompt, chosen, rejected) tokens or, for None, as long as can be."""
+    longest = min(cfg.policy.max_total_sequence_length, cfg.data.max_input_seq_length)
+    if stated is None:
+        answer = longest // 4
+        if cfg.policy.sequence_packing.enabled:  # a pair that would not fit into a pack is refused when data is read
+            multiple = cfg.policy.make_sequence_length_divisible_by
+            room = cfg.policy.sequence_packing.train_mb_tokens // multiple * multiple
+            prompts = 1 if shares_prompt(cfg) else 2
+            longest = min(longest, max((room - 2 * answer) // prompts + answer, answer + 1))
+        row = (max(longest - answer, 1), max(answer, 1), max(answer, 1))
+        said = (
+            f"no data read: every pair as long as the config allows, prompt {row[0]} and answers {row[1]} tokens "
+            "(--lengths PROMPT,CHOSEN,REJECTED states others)"
+        )
+    else:
+        row = (stated[0], stated[1], stated[2])
+        said = "stated: every pair has a prompt of {} tokens and answers of {} and {}".format(*row)
+        if row[0] + max(row[1:]) > longest:
+            expected = f"prompt + answer of at most {longest} tokens (policy.max_total_sequence_length)"
+            raise ConfigError(Problem("--lengths", ",".join(map(str, row)), expected, "state shorter ones"))
+    return np.tile(np.array([row], dtype=np.int64), (cfg.policy.train_global_batch_size, 1)), said
+
+
+def full_pack(cfg: Config, lengths: Lengths) -> Lengths:
+    """int64 [n, 3]: pairs of the usual proportions that fill `pack_tokens` to the last token, for the memory's sake."""
+    shared, room = shares_prompt(cfg), pack_tokens(cfg)
+    mean = np.maximum(lengths.mean(axis=0).round().astype(np.int64), 1)[None]
+    each = int(packed_lengths(mean, share_prompt=shared)[0])
+    whole = room // each if room >= each else 0
+    rows = [mean[0]] * whole
+    rest = room - whole * each
+    prompts = 1 if shared else 2
+    if rest >= prompts + 2:
+        share = np.maximum((mean[0] * rest) // each, 1)
+        chosen = int(min(share[1], rest - prompts - 1))
+        prompt = int(min(share[0], (rest - chosen - 1) // prompts))
+        rows.append(np.array([prompt, chosen, rest - prompts * prompt - chosen]))
+    elif rest and rows:
+        rows[-1] = rows[-1] + np.array([0, 0, rest])
+    return np.array(rows, dtype=np.int64)

@@ -1,0 +1,216 @@
+"""Parameters of a pipeline stage and what megatron-core makes of them, by arithmetic alone: no torch.
+
+The plan itself reads the parameters off a stage that was really built (trace.py); this gives the same numbers a
+thousand times faster, for the search over layouts. Tests hold the two, and a real run, to each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from megadpo.config.architecture import Architecture
+from megadpo.config.schema_megatron import MegatronConfig
+from megadpo.plan.grid import Grid
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter on one rank."""
+
+    elements: int
+    shared_embedding: bool = False
+    """Tied embeddings under pipeline parallelism: first and last stage each hold them."""
+    expert: bool = False
+    trainable: bool = True
+
+
+Chunk = Sequence[Parameter]
+"""The parameters of one model chunk in the model's own order, which decides where padding goes."""
+
+
+def stage_parameters(arch: Architecture, grid: Grid, *, stage: int, layers: int) -> list[list[Parameter]]:
+    """The chunks of a stage of `layers` layers, all of them trainable."""
+    return [_chunk(arch, grid, stage, chunk, layers // grid.virtual_pipeline) for chunk in range(grid.virtual_pipeline)]
+
+
+def _chunk(arch: Architecture, grid: Grid, stage: int, chunk: int, layers: int) -> list[Parameter]:
+    first, last = grid.is_first_chunk(stage, chunk), grid.is_last_chunk(stage, chunk)
+    tied = arch.tie_word_embeddings and first != last
+    table = Parameter(arch.vocab_size // grid.tensor * arch.hidden_size, shared_embedding=tied)
+    found = [table] if first else []
+    found += [*layer_parameters(arch, grid)] * layers
+    if last:
+        found.append(Parameter(arch.hidden_size))
+        if not (arch.tie_word_embeddings and first):
+            found.append(table)
+    return found
+
+
+def layer_parameters(arch: Architecture, grid: Grid) -> Iterator[Parameter]:
+    """Of one layer on one rank, in the model's own order."""
+    tp, hidden, qkv = grid.tensor, arch.hidden_size, (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
+    yield Parameter(hidden)  # input norm
+    yield Parameter(arch.num_heads * arch.head_dim // tp * hidden)  # attention output
+    yield Parameter(qkv // tp * hidden)
+    if arch.qkv_bias:
+        yield Parameter(qkv // tp)
+    if arch.qk_norm:
+        yield from [Parameter(arch.head_dim)] * 2
+    yield Parameter(hidden)  # norm before the MLP
+    if arch.moe is None:
+        yield from _mlp(arch.ffn_hidden_size // tp, hidden)
+        return
+    yield Parameter(arch.moe.num_experts * hidden)  # router
+    for _ in range(arch.moe.num_experts // grid.expert):
+        yield from _mlp(arch.moe.ffn_hidden_size // grid.expert_tensor, hidden, expert=True)
+    if arch.moe.shared_ffn_hidden_size is not None:
+        yield Parameter(hidden)  # the shared expert's gate
+        yield from _mlp(arch.moe.shared_ffn_hidden_size // tp, hidden)
+
+
+def _mlp(channels: int, hidden: int, *, expert: bool = False) -> tuple[Parameter, Parameter]:
+    return Parameter(2 * channels * hidden, expert=expert), Parameter(channels * hidden, expert=expert)
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One of megatron-core's contiguous buffers of gradients (and, with the distributed optimizer, parameters)."""
+
+    elements: int
+    """Padding included."""
+    shard_elements: tuple[int, ...]
+    """Elements that the optimizer of each of the ranks holds that share the buffer; padding excluded."""
+
+
+@dataclass(frozen=True)
+class StageBuffers:
+    """Those of one rank: one a model chunk, and one a chunk for experts, which other ranks share."""
+
+    dense: tuple[Buffer, ...]
+    experts: tuple[Buffer, ...]
+
+    @property
+    def elements(self) -> int:
+        return sum(buffer.elements for buffer in (*self.dense, *self.experts))
+
+    def shards(self, grid: Grid, rank: int) -> tuple[int, int]:
+        """Elements that the optimizer of rank `rank` of the stage holds, outside experts and of experts."""
+        replica, expert_replica = grid.replica_of(rank)
+        return (
+            sum(buffer.shard_elements[replica] for buffer in self.dense),
+            sum(buffer.shard_elements[expert_replica] for buffer in self.experts),
+        )
+
+    def largest_shards(self, grid: Grid) -> tuple[int, int]:
+        """`shards` of the rank that holds most."""
+        return max((self.shards(grid, rank) for rank in range(grid.stage_ranks)), key=sum)
+
+
+def stage_buffers(chunks: Sequence[Chunk], megatron: MegatronConfig, grid: Grid, *, first_stage: bool) -> StageBuffers:
+    """Of a stage's trainable parameters. Buckets, which begin a reduction early, exist only with overlap_grad_reduce, on
+    the first pipeline stage, in its first chunk (distributed_data_parallel.py; optimizer/build.py)."""
+    overlap = megatron.distributed_data_parallel_config.overlap_grad_reduce
+
+    def of(expert: bool, ranks: int) -> tuple[Buffer, ...]:
+        buffers = []
+        for number, chunk in enumerate(chunks):
+            held = [one for one in chunk if one.trainable and one.expert == expert]
+            bucketed = overlap and first_stage and number == 0
+            most = max(40_000_000, 1_000_000 * grid.data) if bucketed else math.inf
+            if held:
+                buffers.append(_buffer(held, ranks, most, megatron.optimizer.use_distributed_optimizer))
+        return tuple(buffers)
+
+    return StageBuffers(of(False, grid.replicas), of(True, grid.expert_replicas))
+
+
+def _buffer(parameters: Sequence[Parameter], ranks: int, bucket: float, distributed: bool) -> Buffer:
+    """As megatron-core 0.16.1 lays it out (distributed/param_and_grad_buffer.py, `_ParamAndGradBuffer.__init__`).
+
+    With the distributed optimizer every parameter starts at a multiple of 64 elements, every bucket ends at a multiple
+    of lcm(ranks, 128), a shared embedding has a bucket of its own, and each bucket is cut into equal shards.
+    """
+    if not distributed:
+        total = sum(parameter.elements for parameter in parameters)
+        return Buffer(total, (total,) * ranks)
+    divisor = math.lcm(ranks, 128)
+    shards = [0] * ranks
+    start = position = 0
+    held: list[tuple[int, int]] = []
+    for parameter in reversed(parameters):
+        position = _up(position, 64)
+        if parameter.shared_embedding and held:
+            position = start = _close(shards, start, position, held, divisor)
+        held.append((position, position + parameter.elements))
+        position += parameter.elements
+        if parameter.shared_embedding or position - start >= bucket:
+            position = start = _close(shards, start, position, held, divisor)
+    if held:
+        position = _close(shards, start, position, held, divisor)
+    return Buffer(position, tuple(shards))
+
+
+def _close(shards: list[int], start: int, end: int, held: list[tuple[int, int]], divisor: int) -> int:
+    """Ends a bucket: counts what each shard holds of its parameters, empties `held`, returns the padded end."""
+    end = _up(end, divisor)
+    width = (end - start) // len(shards)
+    for first, last in held:
+        for rank in range((first - start) // width, min(len(shards), (last - 1 - start) // width + 1)):
+            low = start + rank * width
+            shards[rank] += max(0, min(last, low + width) - max(first, low))
+    held.clear()
+    return end
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaticBytes:
+    """What a rank holds all the time, in bytes; of the rank of the stage whose optimizer holds most."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    """Main parameters and moments. Adam's step counts, 4 bytes a parameter tensor, are left out."""
+    reference: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.reference
+
+
+def static_bytes(
+    chunks: Sequence[Chunk],
+    reference: Sequence[Chunk],
+    buffers: StageBuffers,
+    shard_elements: int,
+    megatron: MegatronConfig,
+    bf16: bool,
+) -> StaticBytes:
+    """`reference` is empty where there is none. Frozen weights have no buffer, so no padding."""
+    width = 2 if bf16 else 4
+    weights = sum(one.elements for chunk in chunks for one in chunk)
+    if megatron.optimizer.use_distributed_optimizer:  # the buffer holds the weights too
+        weights += buffers.elements - sum(one.elements for chunk in chunks for one in chunk if one.trainable)
+    wide_gradients = megatron.distributed_data_parallel_config.grad_reduce_in_fp32 or not bf16
+    return StaticBytes(
+        weights=weights * width,
+        gradients=buffers.elements * (4 if wide_gradients else 2),
+        optimizer=shard_elements * optimizer_bytes_per_element(megatron, bf16),
+        reference=sum(one.elements for chunk in reference for one in chunk) * width,
+    )
+
+
+def optimizer_bytes_per_element(megatron: MegatronConfig, bf16: bool) -> int:
+    """float32 main parameter (only of bfloat16 weights), and Adam's two moments or SGD's momentum. The precision-aware
+    optimizer keeps 2 bytes of each main parameter, those that its bfloat16 weight lacks (`store_param_remainders`)."""
+    optimizer = megatron.optimizer
+    if optimizer.use_precision_aware_optimizer:
+        moments = sum(2 if name == "bfloat16" else 4 for name in (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype))
+        return moments + (2 if bf16 else 0)
+    moments = 8 if optimizer.optimizer == "adam" else 4 * (optimizer.sgd_momentum > 0)
+    return moments + (4 if bf16 else 0)

@@ -1,0 +1,248 @@
+"""The plan of one layout: every distinct pipeline stage built in a pretend world, its memory, and the step's time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megadpo.config.architecture import Architecture
+from megadpo.config.check import check_layout, layers_per_stage
+from megadpo.config.problems import ConfigError, Problem
+from megadpo.config.schema import Config
+from megadpo.plan.freezing import trainable_share
+from megadpo.plan.gpus import GIB, Assumptions, Gpu
+from megadpo.plan.grid import Grid
+from megadpo.plan.packs import Lengths, Workload, full_pack, packed_lengths, shares_prompt, workload
+from megadpo.plan.parameters import Chunk, StageBuffers, StaticBytes, stage_buffers, static_bytes
+from megadpo.plan.schedule import alive
+from megadpo.plan.timing import StepTime, TimeModel
+
+if TYPE_CHECKING:
+    from megadpo.plan.trace import StageTrace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be planned."""
+
+    cfg: Config
+    arch: Architecture
+    reference: Architecture | None
+    world_size: int
+    gpu: Gpu | None
+    """None: on CPUs. No memory limit and no expected time then."""
+    assumed: Assumptions
+    lengths: Lengths
+    said: str
+    """Where the lengths are from."""
+
+    @functools.cached_property
+    def trainable(self) -> float:
+        """Share of the weights that get gradients."""
+        return trainable_share(self.arch, self.cfg.policy.freeze)
+
+    @property
+    def bf16(self) -> bool:
+        return self.cfg.policy.precision == "bfloat16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """One pipeline stage; figures of one rank, the fullest of its data-parallel peers. Bytes unless named otherwise."""
+
+    stage: int
+    layers: int
+    parameters: int
+    static: StaticBytes
+    buffers: int
+    in_flight: int
+    """Micro-batches between their forward and their backward at the worst moment; with a virtual pipeline, passes through
+    a chunk."""
+    activations: int
+    """At the moment when they take most, at the token budget."""
+    reference_activations: int
+    optimizer_temporaries: int
+
+    @property
+    def peak(self) -> int:
+        """Training, the reference's pass and the optimizer's step follow each other: the highest of the three."""
+        return self.static.total + self.buffers + max(self._phases.values())
+
+    @property
+    def peak_phase(self) -> str:
+        """Which of the three it is."""
+        return max(self._phases, key=lambda phase: self._phases[phase])
+
+    @property
+    def _phases(self) -> dict[str, int]:
+        return {
+            "training": self.activations,
+            "reference": self.reference_activations,
+            "optimizer": self.optimizer_temporaries,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What `tools/plan.py` shows."""
+
+    job: Job
+    grid: Grid
+    sequence_parallel: bool
+    stages: tuple[StagePlan, ...]
+    pack_tokens: int
+    work: Workload
+    time: StepTime | None
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(stage.peak for stage in self.stages)
+
+
+def memory_limit(gpu: Gpu, assumed: Assumptions) -> float:
+    """Bytes that a rank's tensors may take at their peak."""
+    return (gpu.hbm_bytes - assumed.reserve_gib * GIB) / (1 + assumed.allocator_slack)
+
+
+def check_job(job: Job) -> list[Problem]:
+    """Everything that would fail and can be known without building: layout, both models, attention kernel, optimizer."""
+    problems = check_layout(job.cfg, job.arch, job.world_size)
+    if job.reference is not None and job.reference is not job.arch:
+        problems += [one for one in check_layout(job.cfg, job.reference, None) if one not in problems]
+    kernel = job.cfg.policy.attention_kernel
+    where = "policy.attention_kernel"
+    if job.gpu is not None and kernel == "cpu":
+        problems.append(Problem(where, kernel, "another kernel on a GPU", "set it to auto"))
+    if job.gpu is not None and not job.bf16 and kernel in ("varlen", "transformer_engine"):
+        problems.append(Problem(where, kernel, "policy.precision bfloat16", "set it to sdpa for float32"))
+    if job.cfg.policy.megatron_cfg.optimizer.optimizer_cpu_offload:
+        where = "policy.megatron_cfg.optimizer.optimizer_cpu_offload"
+        expected = "false: what it leaves on the GPU is not planned"
+        problems.append(Problem(where, True, expected, "plan without it, and take the plan for an upper bound"))
+    if job.cfg.policy.megatron_cfg.fp8_cfg.enabled:
+        where, expected = "policy.megatron_cfg.fp8_cfg.enabled", "false: float8's copies and speed are not planned"
+        problems.append(Problem(where, True, expected, "plan in bfloat16"))
+    return problems
+
+
+def make_plan(job: Job) -> Plan:
+    """Raises ConfigError with every problem of the layout. Too little memory is no error here: see `too_large`."""
+    from megadpo.model.freeze import freeze_problems
+    from megadpo.plan.trace import trace_stage  # torch and megatron-core: after the cheap refusals
+
+    problems = check_job(job) + freeze_problems(job.cfg.policy.freeze, job.arch)
+    if problems:
+        raise ConfigError(problems)
+    grid = Grid.of(job.cfg, job.world_size)
+    work = workload(job.cfg, job.arch, job.lengths, job.said, dp=grid.data)
+    pack = full_pack(job.cfg, job.lengths)
+    layers = stage_layers(job)
+    own_reference = None if job.reference is None or job.reference is job.arch else job.reference
+    traces: dict[tuple[bool, bool, int, int], StageTrace] = {}
+    stages, buffers = [], []
+    for stage, count in enumerate(layers):
+        # freezing goes by the number of a layer, so stages of one kind may differ
+        kind = (stage == 0, stage == grid.pipeline - 1, count, stage if job.cfg.policy.freeze else 0)
+        if kind not in traces:
+            traces[kind] = trace_stage(
+                job.cfg,
+                job.arch,
+                own_reference,
+                pack,
+                world_size=job.world_size,
+                stage=stage,
+                device_type="cpu" if job.gpu is None else "cuda",
+                expert_load=job.assumed.expert_load,
+            )
+        buffers.append(
+            stage_buffers(traces[kind].parameters, job.cfg.policy.megatron_cfg, grid, first_stage=stage == 0)
+        )
+        stages.append(_stage(job, grid, traces[kind], buffers[-1], stage, count, work.micro_batches))
+    return Plan(
+        job=job,
+        grid=grid,
+        sequence_parallel=job.cfg.policy.megatron_cfg.sequence_parallel,
+        stages=tuple(stages),
+        pack_tokens=int(packed_lengths(pack, share_prompt=shares_prompt(job.cfg)).sum()),
+        work=work,
+        time=step_time(job, work, buffers),
+    )
+
+
+def stage_layers(job: Job) -> list[int]:
+    """Layers of each stage; the layout was checked."""
+    layers = layers_per_stage(job.cfg, job.arch.num_layers)
+    assert layers is not None, "check_layout accepts only layers that can be divided"
+    return layers
+
+
+def step_time(job: Job, work: Workload, buffers: list[StageBuffers]) -> StepTime | None:
+    """None on CPUs, which have no datasheet here."""
+    if job.gpu is None:
+        return None
+    model = TimeModel(job.cfg, job.arch, job.reference, job.gpu, job.assumed, job.world_size, job.trainable)
+    return model.step(work, buffers)
+
+
+def optimizer_temporaries(job: Job, shards: tuple[int, int], chunks: Sequence[Chunk]) -> int:
+    """What torch's AdamW takes for a moment: on GPUs one float32 an element, all parameters at once, but those of experts
+    apart; on CPUs two, one parameter at a time. Where bfloat16 gradients are reduced, their float32 copies come on top."""
+    megatron = job.cfg.policy.megatron_cfg
+    narrow = job.bf16 and not megatron.distributed_data_parallel_config.grad_reduce_in_fp32
+    copies = 4 * sum(shards) if narrow else 0
+    optimizer = megatron.optimizer
+    fused = optimizer.use_precision_aware_optimizer or optimizer.adam_impl == "transformer_engine"
+    if optimizer.optimizer != "adam" or fused:
+        return copies
+    if job.gpu is not None:
+        return copies + 4 * max(shards)
+    largest = max((one.elements for chunk in chunks for one in chunk if one.trainable), default=0)
+    return copies + 8 * min(max(shards), largest)
+
+
+def _stage(
+    job: Job, grid: Grid, trace: StageTrace, buffers: StageBuffers, stage: int, layers: int, micro_batches: int
+) -> StagePlan:
+    reference = [] if job.reference is None else trace.reference or trace.parameters
+    shards = buffers.largest_shards(grid)
+    moment = alive(grid, stage, micro_batches, trace.chunks)
+    return StagePlan(
+        stage=stage,
+        layers=layers,
+        parameters=sum(one.elements for chunk in trace.parameters for one in chunk),
+        static=static_bytes(trace.parameters, reference, buffers, sum(shards), job.cfg.policy.megatron_cfg, job.bf16),
+        buffers=trace.buffers,
+        in_flight=moment.in_flight,
+        activations=moment.peak,
+        reference_activations=max(one.reference_peak for one in trace.chunks) if job.reference is not None else 0,
+        optimizer_temporaries=optimizer_temporaries(job, shards, trace.parameters),
+    )
+
+
+def too_large(plan: Plan) -> list[Problem]:
+    """A Problem for every stage that would run out of the GPU's memory."""
+    job = plan.job
+    if job.gpu is None:
+        return []
+    limit = memory_limit(job.gpu, job.assumed)
+    megatron = job.cfg.policy.megatron_cfg
+    fixes = []
+    if not megatron.activation_checkpointing:
+        fixes.append("set policy.megatron_cfg.activation_checkpointing: true")
+    if plan.grid.tensor > 1 and not megatron.sequence_parallel:
+        fixes.append("set policy.megatron_cfg.sequence_parallel: true")
+    if plan.grid.replicas > 1 and not megatron.optimizer.use_distributed_optimizer:
+        fixes.append("set policy.megatron_cfg.optimizer.use_distributed_optimizer: true")
+    fixes.append("lower policy.sequence_packing.train_mb_tokens, raise tensor or pipeline parallel, or see --suggest")
+    return [
+        Problem(
+            f"pipeline stage {one.stage}",
+            f"{one.peak / GIB:.1f} GiB at the peak",
+            f"at most {limit / GIB:.1f} GiB on a {job.gpu.name} ({job.gpu.hbm_bytes / 1e9:.0f} GB less what is reserved)",
+            "; or ".join(fixes),
+        )
+        for one in plan.stages
+        if one.peak > limit
+    ]

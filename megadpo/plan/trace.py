@@ -1,0 +1,293 @@
+"""One rank of a layout, really built on the meta device, and one micro-batch walked through it with its memory counted."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megadpo.config.architecture import Architecture
+from megadpo.config.schema import Config
+from megadpo.config.schema_policy import PolicyConfig
+from megadpo.data.context import context_part
+from megadpo.data.pack import PackedBatch, pack_pairs
+from megadpo.data.pairs import TokenizedPair
+from megadpo.model.build import build_model, is_expert
+from megadpo.model.freeze import freeze
+from megadpo.model.transformer_config import DTYPES
+from megadpo.optimizer import build_optimizer, wrap_for_training
+from megadpo.parallel.groups import layout_of
+from megadpo.parallel.pretend import META, gather_buffers, pretend_rank
+from megadpo.plan.outlines import (
+    Answers,
+    TracedKernel,
+    addresses,
+    even_routing,
+    fused_head,
+    fusions_of,
+    uses_fused_head,
+)
+from megadpo.plan.packs import Lengths, shares_prompt
+from megadpo.plan.parameters import Parameter
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that operations make while it is on: alive now, and the most alive at a time.
+
+    Storages are counted once, whatever views them, and until the last view is gone. What existed before is not counted
+    (`known`), nor what a kernel takes and frees inside one operation. Works on every device, meta included.
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor] = (), answers: Answers | None = None) -> None:
+        """answers: stands in for operations that tensors without values can't do."""
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._answers = {} if answers is None else answers
+        for tensor in known:
+            self._see(tensor, 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = None
+        if func in self._answers:
+            result = self._answers[func](*args, **(kwargs or {}))
+        if result is None:
+            result = func(*args, **kwargs) if kwargs else func(*args)
+        if isinstance(result, torch.Tensor):
+            self._see(result, result.untyped_storage().nbytes())
+        elif result is not None:
+            for leaf in result if isinstance(result, (list, tuple)) else tree_leaves(result):
+                if isinstance(leaf, torch.Tensor):
+                    self._see(leaf, leaf.untyped_storage().nbytes())
+        return result
+
+    def _see(self, tensor: torch.Tensor, size: int) -> None:
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        known = self._alive.get(key)
+        if known is not None and known() is storage:
+            return
+
+        def gone(_: object) -> None:
+            self.now -= size
+            self._alive.pop(key, None)
+
+        self._alive[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkTrace:
+    """What one full micro-batch takes in one model chunk, in bytes."""
+
+    saved: int
+    """Alive between its forward and its backward."""
+    forward_peak: int
+    backward_peak: int
+    reference_peak: int
+    """Forward without gradients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageTrace:
+    """The chunks that one rank holds, and what they take besides weights, gradients and optimizer state, in bytes."""
+
+    parameters: list[list[Parameter]]
+    reference: list[list[Parameter]]
+    """Empty where the policy's architecture is the reference's too, or there is none."""
+    chunks: list[ChunkTrace]
+    buffers: int
+    """What is made once and kept: under sequence parallelism, where gathered tokens go; with experts, what the reference's
+    dispatchers know of the last micro-batch."""
+
+
+def trace_stage(
+    cfg: Config,
+    arch: Architecture,
+    reference_arch: Architecture | None,
+    lengths: Lengths,
+    *,
+    world_size: int,
+    stage: int,
+    device_type: str,
+    expert_load: float = 1.0,
+) -> StageTrace:
+    """Build the first rank of pipeline stage `stage`: model, gradient buffers, optimizer, reference. Then run a pack of
+    pairs of `lengths` through each of its chunks: forward without gradients, as the reference does, and forward and
+    backward.
+
+    device_type: "cuda" or "cpu": whose kernels the memory is counted for.
+    expert_load: tokens at this rank's experts, as a multiple of what even routing sends there.
+    """
+    policy = _buildable(cfg.policy)
+    ranks_per_stage = world_size // policy.megatron_cfg.pipeline_model_parallel_size
+    layout = layout_of(cfg)
+    with (
+        pretend_rank(layout, world_size=world_size, rank=stage * ranks_per_stage) as parallel,
+        fusions_of(device_type),
+        addresses(),
+        even_routing(arch, expert_load) as answers,
+    ):
+        model = build_model(arch, policy, parallel, frozen=False)
+        freeze(model, policy.freeze, arch)
+        wrapped = wrap_for_training(model, policy)
+        build_optimizer(wrapped, policy, META)
+        reference = model
+        if reference_arch is not None:
+            reference = build_model(reference_arch, policy, parallel, frozen=True)
+        known = [t for module in (*model, *reference) for t in (*module.parameters(), *module.buffers())]
+        known += [buffer.grad_data for one in wrapped for buffer in (*one.buffers, *one.expert_parallel_buffers)]
+        kernel = TracedKernel(cfg, device_type)
+        for chunk in (*model, *reference):
+            chunk.kernel = kernel
+            if uses_fused_head(cfg, device_type):
+                chunk.head = fused_head(cfg)
+        if model[0].balance is not None:
+            model[0].balance.start(num_tokens=1, num_pairs=1)
+        walk = _Walk(cfg, lengths)
+        kinds = _kinds(wrapped, alike=not policy.freeze)
+        traced = sorted(set(kinds))
+        peaks, state = _without_gradients([reference[n] for n in traced], walk, known, answers)
+        buffers = gather_buffers()
+        sizes = _with_gradients([wrapped[n] for n in traced], walk, [*known, *buffers], answers)
+        each = {n: ChunkTrace(reference_peak=peak, **one) for n, peak, one in zip(traced, peaks, sizes, strict=True)}
+        own = [[_parameter(one) for one in chunk.parameters()] for chunk in model]
+        frozen = [] if reference_arch is None else [[_parameter(one) for one in c.parameters()] for c in reference]
+    return StageTrace(
+        parameters=own,
+        reference=frozen,
+        chunks=[each[kind] for kind in kinds],
+        buffers=sum(one.untyped_storage().nbytes() for one in buffers) + state,
+    )
+
+
+def _kinds(chunks: Sequence[Any], *, alike: bool) -> list[int]:
+    """For each chunk the first one of its kind: with `alike`, those that neither begin nor end the model."""
+    ends = [(chunk.module.pre_process, chunk.module.post_process) for chunk in chunks]
+    return [ends.index(one) if alike else number for number, one in enumerate(ends)]
+
+
+def _buildable(policy: PolicyConfig) -> PolicyConfig:
+    """`policy` without what only a GPU machine can build. Weights don't depend on it, nor the optimizer's bytes, which are
+    arithmetic; kernels are replaced (outlines.py). Activations of Transformer Engine's layers are taken for those of
+    megatron-core's own."""
+    megatron = policy.megatron_cfg
+    optimizer = dataclasses.replace(
+        megatron.optimizer,
+        use_precision_aware_optimizer=False,
+        exp_avg_dtype="float32",
+        exp_avg_sq_dtype="float32",
+        adam_impl="torch",
+    )
+    megatron = dataclasses.replace(
+        megatron,
+        optimizer=optimizer,
+        moe_grouped_gemm=False,
+        transformer_impl="local",
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=None,
+    )
+    return dataclasses.replace(policy, attention_kernel="sdpa", logprob_kernel="torch", megatron_cfg=megatron)
+
+
+def _parameter(parameter: torch.nn.Parameter) -> Parameter:
+    return Parameter(
+        parameter.numel(),
+        shared_embedding=getattr(parameter, "shared_embedding", False),
+        expert=is_expert(parameter),
+        trainable=parameter.requires_grad,
+    )
+
+
+def _without_gradients(
+    chunks: Sequence[Any], walk: _Walk, known: list[torch.Tensor], answers: Answers
+) -> tuple[list[int], int]:
+    """The most bytes alive in each chunk's forward, and what all chunks keep: dispatchers of experts hold on to the last
+    micro-batch's routing. Both without megatron-core's buffers, which these passes make."""
+    peaks, state = [], 0
+    for chunk in chunks:
+        chunk.eval()
+        live = LiveBytes(known, answers)
+        with live, torch.no_grad():
+            walk.forward(chunk)
+        chunk.train()
+        made = sum(one.untyped_storage().nbytes() for one in gather_buffers())
+        seen = made if live.now >= made else 0
+        peaks.append(live.peak - seen)
+        state += live.now - seen
+    return peaks, state
+
+
+def _with_gradients(
+    chunks: Sequence[Any], walk: _Walk, known: list[torch.Tensor], answers: Answers
+) -> list[dict[str, int]]:
+    """Each chunk's bytes. What dispatchers keep of an earlier micro-batch gives way to the next one's, so it counts as a
+    micro-batch's own."""
+    found: list[dict[str, int]] = []
+    live = LiveBytes(known, answers)
+    for chunk in chunks:
+        before = live.peak = live.now
+        with live, chunk.no_sync():
+            output = walk.forward(chunk)
+            saved, forward_peak = live.now, live.peak
+            live.peak = live.now
+            if output.requires_grad:  # frozen from the embeddings to here: nothing to go back for
+                torch.autograd.backward(output, grad_tensors=torch.empty_like(output))
+            del output
+            chunk.module.set_input_tensor([None])
+        sizes = {"saved": saved, "forward_peak": forward_peak, "backward_peak": live.peak}
+        found.append({name: size - before for name, size in sizes.items()})
+    return found
+
+
+class _Walk:
+    """A pack made of nothing, and what the stage before would send."""
+
+    def __init__(self, cfg: Config, lengths: Lengths) -> None:
+        self.cfg = cfg
+        self.batch = largest_part(empty_pack(cfg, lengths), cfg.policy.megatron_cfg.context_parallel_size)
+
+    def forward(self, chunk: Any) -> torch.Tensor:
+        """The output of a chunk, wrapped for training or not."""
+        batch = self.batch.to(META)
+        inner = getattr(chunk, "module", chunk)
+        if not inner.pre_process:
+            megatron = self.cfg.policy.megatron_cfg
+            tokens = batch.tokens.numel()
+            if megatron.sequence_parallel:
+                tokens //= megatron.tensor_model_parallel_size
+            shape = (tokens, 1, inner.config.hidden_size)
+            received = torch.empty(shape, dtype=DTYPES[self.cfg.policy.precision], device=META)
+            inner.set_input_tensor([received.requires_grad_(torch.is_grad_enabled())])
+        output: torch.Tensor = chunk(batch)
+        return output
+
+
+def largest_part(batch: PackedBatch, ranks: int) -> PackedBatch:
+    """Of a pack cut over context-parallel ranks, the part whose queries see most keys; each has as many tokens."""
+    parts = (context_part(batch, rank, ranks) for rank in range(ranks))
+    return max(parts, key=lambda part: sum(segment.key_tokens for segment in part.segments))
+
+
+def empty_pack(cfg: Config, lengths: Lengths) -> PackedBatch:
+    """A micro-batch of pairs of these lengths, every token 0."""
+
+    def zeros(count: int) -> Any:
+        return np.zeros(count, dtype=np.int32)
+
+    pairs = [TokenizedPair(row, *(zeros(int(n)) for n in sizes)) for row, sizes in enumerate(lengths)]
+    return pack_pairs(
+        pairs,
+        share_prompt=shares_prompt(cfg),
+        pad_to_multiple=cfg.policy.make_sequence_length_divisible_by,
+        pad_token_id=0,
+    )

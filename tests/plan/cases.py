@@ -1,0 +1,67 @@
+"""Small folders that hold nothing but a config.json, and configs that name them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+SMALL = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 72,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 200,
+    "vocab_size": 1010,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+# 31.6M parameters, as benchmarks/make_llama.py's 30m
+LLAMA_30M = {
+    **SMALL,
+    "hidden_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 1376,
+    "vocab_size": 8192,
+}
+QWEN2 = {**SMALL, "architectures": ["Qwen2ForCausalLM"]}
+QWEN3 = {**SMALL, "architectures": ["Qwen3ForCausalLM"], "head_dim": 24}
+# 4M parameters: steps in a second, with activations several times the weights
+LLAMA_4M = {**LLAMA_30M, "hidden_size": 192, "num_hidden_layers": 4, "intermediate_size": 512, "head_dim": 24}
+
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 104}
+QWEN3_MOE = {**QWEN3, "architectures": ["Qwen3MoeForCausalLM"], **_EXPERTS, "norm_topk_prob": True}
+QWEN2_MOE = {
+    **SMALL,
+    **_EXPERTS,
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "shared_expert_intermediate_size": 56,
+}
+MIXTRAL = {**SMALL, "architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2}
+# 8M parameters, most of them experts'
+MIXTRAL_8M = {**LLAMA_4M, **MIXTRAL, "hidden_size": 192, "intermediate_size": 256, "vocab_size": 8192}
+
+
+def write_case(folder: Path, model: dict[str, Any], **policy: Any) -> str:
+    """Path of a config whose model_name is a folder with only config.json."""
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "config.json").write_text(json.dumps(model))
+    tree = {
+        "policy": {
+            "model_name": str(folder / "model"),
+            "device": "cpu",
+            "train_global_batch_size": 8,
+            "max_total_sequence_length": 1024,
+            **policy,
+        },
+        "data": {"train_data_path": str(folder / "absent.jsonl")},
+        "checkpointing": {"enabled": False},
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return str(path)

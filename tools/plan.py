@@ -1,0 +1,155 @@
+"""Plan a run without a GPU and without weights: memory of every pipeline stage, expected step time, better layouts.
+
+    python tools/plan.py configs/dpo_megatron.yaml --world-size 8
+    python tools/plan.py CONFIG.yaml --world-size 512 --gpu h200 --suggest policy.model_name=folder-with-config.json
+
+See docs/planning.md. Exit code 0: it fits; 2: refused, every problem on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+
+from megadpo.config.load import load_config
+from megadpo.config.problems import ConfigError, Problem, UserError
+from megadpo.plan.gpus import GPUS, parse_assumptions
+from megadpo.plan.lengths import choose_lengths
+from megadpo.plan.picture import check_picture, draw, text_grid
+from megadpo.plan.plan import Job, Plan, make_plan, too_large
+from megadpo.plan.report import as_json, print_plan, suggestions_json, suggestions_table
+from megadpo.plan.source import architectures
+from megadpo.plan.suggest import Suggestion, suggest
+from megadpo.train.command import quiet_libraries, refuse
+
+SUGGESTIONS = 3
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print a plan; returns the exit code."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    options = parse(arguments)
+    quiet_libraries()
+    try:
+        job = prepare(options)
+        return search(job, options) if options.suggest else show(job, options)
+    except UserError as error:
+        return refuse(error)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="tools/plan.py", description="Plan a run: memory, step time, layouts.")
+    parser.add_argument("config", help="YAML file; see configs/")
+    parser.add_argument("overrides", nargs="*", help="key=value, e.g. policy.model_name=folder-with-config.json")
+    parser.add_argument("--world-size", type=int, required=True, help="ranks, as many as GPUs")
+    parser.add_argument("--gpu", choices=sorted(GPUS), default=None, help="default: h100 (policy.device cpu: none)")
+    parser.add_argument("--lengths", help="PROMPT,CHOSEN,REJECTED tokens of every pair, instead of reading the data")
+    parser.add_argument("--assume", action="append", default=[], metavar="NAME=VALUE", help="see docs/planning.md")
+    parser.add_argument(
+        "--suggest",
+        type=int,
+        nargs="?",
+        const=SUGGESTIONS,
+        default=0,
+        metavar="N",
+        help=f"show the N (default {SUGGESTIONS}) best layouts for this world instead of the config's own",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--picture", type=Path, metavar="FILE.svg|png", help="draw the layout")
+    return parser.parse_intermixed_args(arguments)
+
+
+def prepare(options: argparse.Namespace) -> Job:
+    """Raises UserError with the problems of the options, the config, the model's config.json, the data."""
+    problems = [] if options.picture is None else check_picture(options.picture)
+    if options.world_size < 1:
+        problems.append(Problem("--world-size", options.world_size, "1 or more", "say how many ranks there will be"))
+    if options.suggest < 0:
+        problems.append(Problem("--suggest", options.suggest, "1 or more", "say how many layouts to show"))
+    try:
+        assumed = parse_assumptions(options.assume)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    cfg = load_config(options.config, options.overrides)
+    on_cpu = cfg.policy.device == "cpu"
+    if on_cpu and (options.gpu or options.suggest):
+        what = "--gpu" if options.gpu else "--suggest"
+        fix = f"add policy.device=auto, or leave {what} out: memory is planned for CPUs, time isn't"
+        raise ConfigError(Problem("policy.device", "cpu", f"auto or cuda with {what}", fix))
+    arch, reference = architectures(cfg)
+    lengths, said = choose_lengths(cfg, arch, options.lengths)
+    return Job(
+        cfg=cfg,
+        arch=arch,
+        reference=reference,
+        world_size=options.world_size,
+        gpu=None if on_cpu else GPUS[options.gpu or "h100"],
+        assumed=assumed,
+        lengths=lengths,
+        said=said,
+    )
+
+
+def show(job: Job, options: argparse.Namespace) -> int:
+    """The config's own layout; refused where it does not fit, after it was shown."""
+    plan = make_plan(job)
+    if options.json:
+        print(json.dumps(as_json(plan), indent=2))
+    else:
+        console = terminal()
+        print_plan(plan, console)
+        console.print(text_grid(plan), highlight=False)
+    picture(plan, options.picture)
+    problems = too_large(plan)
+    if problems:
+        raise ConfigError(problems)
+    return 0
+
+
+def search(job: Job, options: argparse.Namespace) -> int:
+    """The best layouts of the world; --picture draws the first."""
+    found = suggest(job, options.config, options.overrides, options.suggest)
+    if not found:
+        expected = "a world in which some layout of this model fits"
+        fix = "raise --world-size, lower policy.sequence_packing.train_mb_tokens, or choose a larger GPU"
+        raise ConfigError(Problem("--suggest", f"{job.world_size} ranks", expected, fix))
+    if options.json:
+        print(json.dumps(suggestions_json(found), indent=2))
+    else:
+        print_suggestions(found)
+    picture(found[0].plan, options.picture)
+    return 0
+
+
+def print_suggestions(found: Sequence[Suggestion]) -> None:
+    console = terminal()
+    console.print(suggestions_table(found))
+    print_plan(found[0].plan, console)
+    for rank, one in enumerate(found, 1):
+        console.print(f"{rank}: {' '.join(one.overrides)}", highlight=False, soft_wrap=True)
+
+
+def terminal() -> Console:
+    """As wide as the terminal; a file gets lines that are not broken."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
+def picture(plan: Plan, path: Path | None) -> None:
+    if path is not None:
+        draw(plan, path)
+        print(f"drawn: {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
