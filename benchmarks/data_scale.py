@@ -23,7 +23,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
 from typing import Any
 
 import numpy as np
@@ -85,7 +84,7 @@ class Places:
                 "policy": {
                     "model_name": str(self.model),
                     "train_global_batch_size": GLOBAL_BATCH,
-                    "max_total_sequence_length": 2048,
+                    "max_total_sequence_length": BUDGET,
                     "sequence_packing": {"train_mb_tokens": BUDGET},
                 },
                 "data": {"train_data_path": str(path), "cache_dir": str(self.cache), "num_workers": 0},
@@ -228,19 +227,11 @@ def tokenize_apart(places: Places, count: int) -> None:
 def tokenize(places: Places, path: Path, workers: int, folder: Path) -> None:
     tokenizer = load_tokenizer(str(places.model))
     settings = DataSettings.from_config(places.config(path))
-    started, cpu = time.perf_counter(), cpu_s()
+    started = time.perf_counter()
     pairs = PairDataset.with_settings(path, tokenizer, settings, cache=TokenCache(folder), num_workers=workers)
-    seconds, cpu = time.perf_counter() - started, cpu_s() - cpu
-    print(
-        f"tokenising {len(pairs):,} pairs with {workers} process(es): {seconds:.1f} s, {len(pairs) / seconds:,.0f} "
-        f"pairs/s; {cpu:.1f} s CPU, {len(pairs) / cpu:,.0f} pairs a CPU second",
-        flush=True,
-    )
-
-
-def cpu_s() -> float:
-    """CPU seconds of this process and those of its children that have ended."""
-    return sum(use.ru_utime + use.ru_stime for use in map(getrusage, (RUSAGE_SELF, RUSAGE_CHILDREN)))
+    seconds = time.perf_counter() - started
+    speed = f"{seconds:.1f} s, {len(pairs) / seconds:,.0f} pairs/s"
+    print(f"tokenising {len(pairs):,} pairs with {workers} process(es): {speed}", flush=True)
 
 
 def starts(places: Places, options: argparse.Namespace) -> None:

@@ -43,6 +43,8 @@ SIZES = {
     "small": LlamaSize(256, 4, 4, 2, 704, 8192),
     # 31.6M parameters
     "30m": LlamaSize(512, 8, 8, 4, 1376, 8192),
+    # 88.1M parameters
+    "90m": LlamaSize(768, 12, 12, 4, 2048, 8192),
 }
 
 

@@ -28,6 +28,10 @@ class Spec:
     global_batch_pairs: int
     micro_batch_pairs: int
     threads: int = 2
+    device: str = "cpu"
+    """cpu or cuda."""
+    dtype: str = "float32"
+    """Of the weights. On cuda the computation is bfloat16 whatever this says: autocast, as TRL has it by default."""
     beta: float = 0.1
     learning_rate: float = 1e-6
     weight_decay: float = 0.0
@@ -69,12 +73,13 @@ def load_rows(spec: Spec, tokenizer: Any) -> list[dict[str, str]]:
 
 def dpo_arguments(spec: Spec) -> dict[str, Any]:
     """DPOConfig's arguments: TRL's defaults are bf16, gradient checkpointing, a falling rate and a shuffle."""
-    dtype = "float64" if spec.float64 else "float32"
+    dtype = "float64" if spec.float64 else spec.dtype
+    cuda = spec.device == "cuda"
     arguments = {
         "output_dir": spec.output_dir,
         "model_init_kwargs": {"dtype": dtype, "attn_implementation": spec.attention},
-        "use_cpu": True,
-        "bf16": False,
+        "use_cpu": not cuda,
+        "bf16": cuda,
         "fp16": False,
         "gradient_checkpointing": False,
         "per_device_train_batch_size": spec.micro_batch_pairs,
@@ -95,7 +100,7 @@ def dpo_arguments(spec: Spec) -> dict[str, Any]:
         "max_grad_norm": spec.max_grad_norm,
         "disable_dropout": True,
         "precompute_ref_log_probs": spec.precompute_reference,
-        "dataloader_pin_memory": False,
+        "dataloader_pin_memory": cuda,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
@@ -113,7 +118,7 @@ def make_trainer(spec: Spec) -> Any:
 
     class RecordingTrainer(DPOTrainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self.micro_losses: list[float] = []
+            self.micro_losses: list[Any] = []
             self.step_records: list[dict[str, Any]] = []
             self.precompute_s = 0.0
             super().__init__(*args, **kwargs)
@@ -126,15 +131,16 @@ def make_trainer(spec: Spec) -> Any:
 
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().compute_loss(*args, **kwargs)
-            self.micro_losses.append(loss.item())
+            self.micro_losses.append(loss.detach())  # a number only when the step is over: no wait for a GPU
             return loss
 
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
             super().log(logs, start_time)
             if not self.micro_losses:  # the summary at the end
                 return
-            mean = sum(self.micro_losses) / len(self.micro_losses)
-            record = {"loss": mean, "logged_loss": logs["loss"], "micro_losses": self.micro_losses}
+            losses = [loss.item() for loss in self.micro_losses]
+            mean = sum(losses) / len(losses)
+            record = {"loss": mean, "logged_loss": logs["loss"], "micro_losses": losses}
             names = ("rewards/", "logps/")
             record |= {key: value for key, value in logs.items() if key.startswith(names) or key == "grad_norm"}
             self.step_records.append(record)
@@ -229,6 +235,18 @@ def peak_memory_bytes() -> int:
     return int(kib) * 1024
 
 
+def gpu_memory() -> dict[str, int]:
+    """Most bytes that torch's allocator ever had in use, and had taken from the GPU; empty without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    return {
+        "gpu_peak_allocated_bytes": torch.cuda.max_memory_allocated(),
+        "gpu_peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+    }
+
+
 def versions() -> dict[str, str]:
     from importlib.metadata import version
 
@@ -263,6 +281,7 @@ def run(spec: Spec) -> dict[str, Any]:
         "parts": parts,
         "peak_bytes": peak_memory_bytes(),
         "peak_bytes_before_training": loaded_bytes,
+        **gpu_memory(),
     }
 
 

@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 
 from megadpo.checkpoint.folder import CheckpointInfo
-from megadpo.checkpoint.save import layout_name, optimizer_format, sharded_weights
+from megadpo.checkpoint.save import EXTRA_STATE, layout_name, optimizer_format, sharded_weights
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.optimizer.state import load_sharded_state, sharded_state
 from megadpo.parallel import ParallelContext
@@ -28,7 +28,7 @@ def load_weights(model: Sequence[MegatronModule], checkpoint: Path) -> None:
 
     Collectives: those of dist_checkpointing.load. Raises ConfigError for a folder whose tensors are not this model's.
     """
-    _fill(model, _load({"weights": sharded_weights(model)}, checkpoint)["weights"])
+    _fill(model, _load({"weights": _wanted_weights(model)}, checkpoint)["weights"])
 
 
 def load_training_state(
@@ -47,8 +47,8 @@ def load_training_state(
     ConfigError where the optimizer state is of another kind or absent.
     """
     _check_optimizer(info, optimizer)
-    weights = sharded_weights(model)
-    whose = sharded_weights(model, per_layer=True) if some_frozen else weights
+    weights = _wanted_weights(model)
+    whose = _wanted_weights(model, per_layer=True) if some_frozen else weights
     wanted = {
         "weights": weights,
         "optimizer": sharded_state(optimizer, whose, is_loading=True),
@@ -63,9 +63,20 @@ def load_training_state(
         _restore_rng(torch.load(info.path / "rng" / f"rank_{parallel.rank}.pt", weights_only=False))
 
 
+def _wanted_weights(model: Sequence[MegatronModule], *, per_layer: bool = False) -> dict[str, Any]:
+    """`sharded_weights` without the empty `_extra_state`, of which each implementation keeps others."""
+    whole = sharded_weights(model, per_layer=per_layer)
+    return {
+        chunk: {name: value for name, value in state.items() if EXTRA_STATE not in name}
+        for chunk, state in whole.items()
+    }
+
+
 def _fill(model: Sequence[MegatronModule], weights: dict[str, Any]) -> None:
     for number, chunk in enumerate(model):
-        chunk.load_state_dict(weights[f"model{number}"])
+        left = chunk.load_state_dict(weights[f"model{number}"], strict=False)
+        missing = [name for name in left.missing_keys if EXTRA_STATE not in name]
+        assert not missing and not left.unexpected_keys, (missing, left.unexpected_keys)
 
 
 def _load(wanted: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
@@ -84,7 +95,10 @@ def _check_optimizer(info: CheckpointInfo, optimizer: MegatronOptimizer) -> None
         fix = "start in another checkpoint_dir with policy.model_name set to this folder"
         raise ConfigError([Problem(where, str(info.path), "a checkpoint with optimizer state to resume from", fix)])
     if info.optimizer_format != here:
-        fix = "resume with the same optimizer and use_distributed_optimizer, or start anew in another checkpoint_dir"
+        fix = (
+            "resume with the same optimizer, optimizer.adam_impl (AdamW: torch, FusedAdam: transformer_engine) and "
+            "use_distributed_optimizer, or start anew in another checkpoint_dir"
+        )
         raise ConfigError([Problem(where, f"{info.path} of {info.optimizer_format}", f"state of {here}", fix)])
 
 

@@ -27,6 +27,9 @@ from megadpo.model.weights.convert import copy_hf_files
 from megadpo.optimizer.state import METADATA, sharded_state
 from megadpo.parallel import ParallelContext
 
+EXTRA_STATE = "._extra_state"
+"""In the names of what modules keep beside their parameters; grouped experts add a number to it."""
+
 
 def save_checkpoint(
     folder: Path,
@@ -92,7 +95,24 @@ def sharded_weights(model: Sequence[MegatronModule], *, per_layer: bool = False)
     megatron-core refuses a stacked tensor with layers missing.
     """
     metadata = {**METADATA, "non_homogeneous_layers": per_layer}
-    return {f"model{number}": chunk.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(model)}
+    return {
+        f"model{number}": _same_in_every_implementation(chunk.sharded_state_dict(metadata=metadata))
+        for number, chunk in enumerate(model)
+    }
+
+
+def _same_in_every_implementation(state: dict[str, Any]) -> dict[str, Any]:
+    """Linear layers keep an empty `_extra_state` beside their weight in every checkpoint. Transformer Engine's norms do
+    so too, which other implementations' checkpoints lack; and in float8 its linear layers keep their recipe there, which
+    the config says: the recipes that megadpo offers carry nothing from one batch to the next."""
+    kept = {}
+    for name, value in state.items():
+        if EXTRA_STATE in name:
+            if "norm." in name:
+                continue
+            value.data = None
+        kept[name] = value
+    return kept
 
 
 def layout_name(parallel: ParallelContext) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megadpo.config.architecture import Architecture
+from megadpo.config.check_fp8 import fp8_problems
 from megadpo.config.check_moe import expert_problems, expert_world_problems
 from megadpo.config.problems import Problem
 from megadpo.config.schema import Config
@@ -67,6 +68,7 @@ def check_layout(cfg: Config, arch: Architecture | None, world_size: int | None)
     if arch is not None:
         problems += _tensor_parallel(cfg, arch)
         problems += expert_problems(cfg, arch)
+        problems += fp8_problems(cfg, arch)
         problems += _pipeline_parallel(cfg, arch)
         problems += _virtual_pipeline(cfg, arch)
         problems += _sequence_length(cfg, arch)

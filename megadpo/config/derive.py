@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megadpo.config.problems import Problem
+from megadpo.config.schema_megatron import FP8_TOKENS, Fp8Config
 
 _MEG = "policy.megatron_cfg"
 _ABSENT = object()
@@ -76,7 +77,15 @@ def _longest_pair(tree: dict[str, Any]) -> int | None:
 def _pad_multiple(tree: dict[str, Any]) -> int:
     tp = _whole(get(tree, f"{_MEG}.tensor_model_parallel_size", 1)) or 1
     cp = _whole(get(tree, f"{_MEG}.context_parallel_size", 1)) or 1
-    return cp * tp if get(tree, f"{_MEG}.sequence_parallel") is True else cp
+    shards = cp * tp if get(tree, f"{_MEG}.sequence_parallel") is True else cp
+    return shards * _fp8_tokens(tree)
+
+
+def _fp8_tokens(tree: dict[str, Any]) -> int:
+    """Tokens of a rank are a multiple of this."""
+    if get(tree, f"{_MEG}.fp8_cfg.enabled") is not True:
+        return 1
+    return FP8_TOKENS.get(get(tree, f"{_MEG}.fp8_cfg.fp8_recipe", Fp8Config.fp8_recipe), 1)
 
 
 def _bf16(tree: dict[str, Any]) -> bool:
@@ -92,6 +101,8 @@ _DERIVED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "policy.logprob_chunk_size": lambda tree: None,
     "policy.freeze": lambda tree: None,
     "data.max_input_seq_length": _copy_of("policy.max_total_sequence_length"),
+    f"{_MEG}.transformer_impl": lambda tree: None,
+    f"{_MEG}.fp8_cfg": lambda tree: None,
     f"{_MEG}.pipeline_dtype": _copy_of("policy.precision"),
     f"{_MEG}.virtual_pipeline_model_parallel_size": lambda tree: None,
     f"{_MEG}.recompute_granularity": lambda tree: None,

@@ -70,8 +70,12 @@ REFUSED: tuple[Refused, ...] = (
         "the kernel is chosen elsewhere",
         "remove it and use policy.attention_kernel",
     ),
-    Refused(f"{MEG}.transformer_impl", (None,), "layers are built from megatron-core's own modules", "remove it"),
-    Refused(f"{MEG}.cuda_graph_impl", (None, "none"), "CUDA graphs are not implemented", "set it to none"),
+    Refused(
+        f"{MEG}.cuda_graph_impl",
+        (None, "none"),
+        "a CUDA graph repeats one shape, and no two packs have the same segments",
+        "set it to none",
+    ),
     Refused(
         f"{MEG}.fine_grained_activation_offloading",
         _OFF,
@@ -79,9 +83,6 @@ REFUSED: tuple[Refused, ...] = (
         f"set it to false; {MEG}.activation_checkpointing saves memory",
     ),
     Refused(f"{MEG}.offload_modules", _EMPTY, "activations are not offloaded", "set it to null"),
-    Refused(
-        f"{MEG}.gradient_accumulation_fusion", _OFF, "the fused weight-gradient kernel is not used", "set it to false"
-    ),
     Refused(f"{MEG}.mtp_num_layers", (None, 0), "multi-token prediction is not implemented", "set it to 0"),
     Refused(
         f"{MEG}.train_iters", (None,), "the length of a run is set elsewhere", "remove it and use dpo.max_num_steps"
@@ -118,7 +119,19 @@ REFUSED: tuple[Refused, ...] = (
     ),
     Refused(f"{MEG}.moe_router_group_topk", (None,), "the supported models choose among all experts", "set it to null"),
     # Precision and adapters
-    Refused(f"{MEG}.fp8_cfg.enabled", _OFF, "float8 training is not implemented", "set it to false"),
+    Refused(
+        f"{MEG}.fp8_cfg.fp8_recipe",
+        (None, "blockwise", "tensorwise"),
+        "mxfp8 needs a Blackwell GPU, and delayed scaling carries state from batch to batch that a resume would lose",
+        "set it to blockwise or tensorwise",
+    ),
+    Refused(
+        f"{MEG}.fp8_cfg.fp8_param",
+        _OFF,
+        "Hugging Face weights are read into bfloat16 parameters; NeMo RL itself warns of NaN with it",
+        "set it to false",
+    ),
+    Refused(f"{MEG}.fp4_cfg.enabled", _OFF, "float4 training is not implemented", "set it to false"),
     Refused(f"{MEG}.peft.enabled", _OFF, "LoRA is not implemented", "set it to false"),
     # Optimizer
     Refused(

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
+from megadpo.config import rules_gpu  # noqa: F401  its rules register themselves
 from megadpo.config.derive import derive
 from megadpo.config.files import read_tree
 from megadpo.config.foreign import KNOWN_PATHS, strip_foreign
@@ -47,13 +48,17 @@ def as_dict(cfg: Config) -> dict[str, Any]:
     return {name: value for name, value in _plain(cfg).items() if name != "notes"}
 
 
-def save_resolved(cfg: Config, path: str | Path) -> None:
-    """Write the resolved config as YAML, complete or not at all; load_config reads it back as an equal Config."""
+def save_resolved(cfg: Config, path: str | Path, chosen: Mapping[str, str] | None = None) -> None:
+    """Write the resolved config as YAML, complete or not at all; load_config reads it back as an equal Config.
+
+    chosen: what `auto` came to on this machine, by name; written as comments.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(_escaped(as_dict(cfg)), sort_keys=False, allow_unicode=True)
     aside = target.with_name(target.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
+    comments = "".join(f"# chosen on this machine: {name}: {words}\n" for name, words in (chosen or {}).items())
+    aside.write_text(comments + text, encoding="utf-8")
     os.replace(aside, target)
 
 

@@ -19,20 +19,20 @@ Rule = Callable[[Config], Iterator[Problem]]
 _RULES: list[tuple[frozenset[str], Rule]] = []
 
 
-def _rule(*fields: str) -> Callable[[Rule], Rule]:
+def rule(*fields: str) -> Callable[[Rule], Rule]:
     """Register a rule; it is skipped where one of `fields` could not be read."""
 
-    def register(rule: Rule) -> Rule:
-        _RULES.append((frozenset(fields), rule))
-        return rule
+    def register(holds: Rule) -> Rule:
+        _RULES.append((frozenset(fields), holds))
+        return holds
 
     return register
 
 
 def broken_rules(cfg: Config, bad: frozenset[str] = frozenset()) -> list[Problem]:
     """Every rule that `cfg` breaks. `bad`: paths that hold a stand-in and must not be judged."""
-    judged = [rule for fields, rule in _RULES if not any(covered(field, bad) for field in fields)]
-    return [problem for rule in judged for problem in rule(cfg)]
+    judged = [holds for fields, holds in _RULES if not any(covered(field, bad) for field in fields)]
+    return [problem for holds in judged for problem in holds(cfg)]
 
 
 def covered(path: str, bad: frozenset[str]) -> bool:
@@ -45,32 +45,32 @@ def _must_equal(where: str, value: object, wanted: object, source: str) -> Itera
         yield Problem(where, value, f"{wanted!r}, as {source}", f"remove {where}: it follows {source}")
 
 
-@_rule(f"{_OPT}.bf16", "policy.precision")
+@rule(f"{_OPT}.bf16", "policy.precision")
 def _bf16(cfg: Config) -> Iterator[Problem]:
     bf16 = cfg.policy.precision == "bfloat16"
     yield from _must_equal(f"{_OPT}.bf16", cfg.policy.megatron_cfg.optimizer.bf16, bf16, "policy.precision")
 
 
-@_rule(f"{_MEG}.pipeline_dtype", "policy.precision")
+@rule(f"{_MEG}.pipeline_dtype", "policy.precision")
 def _pipeline_dtype(cfg: Config) -> Iterator[Problem]:
     where = f"{_MEG}.pipeline_dtype"
     yield from _must_equal(where, cfg.policy.megatron_cfg.pipeline_dtype, cfg.policy.precision, "policy.precision")
 
 
-@_rule(f"{_OPT}.clip_grad", "policy.max_grad_norm")
+@rule(f"{_OPT}.clip_grad", "policy.max_grad_norm")
 def _clip_grad(cfg: Config) -> Iterator[Problem]:
     clip = cfg.policy.megatron_cfg.optimizer.clip_grad
     yield from _must_equal(f"{_OPT}.clip_grad", clip, cfg.policy.max_grad_norm, "policy.max_grad_norm")
 
 
-@_rule("dpo.preference_loss_weight", "dpo.sft_loss_weight")
+@rule("dpo.preference_loss_weight", "dpo.sft_loss_weight")
 def _some_loss(cfg: Config) -> Iterator[Problem]:
     if cfg.dpo.preference_loss_weight == 0 and cfg.dpo.sft_loss_weight == 0:
         fix = "set dpo.preference_loss_weight: 1, or dpo.sft_loss_weight: 1 for SFT"
         yield Problem("dpo.preference_loss_weight", 0.0, "a positive loss weight, this one or sft_loss_weight", fix)
 
 
-@_rule("dpo.reference.mode", "dpo.preference_loss_weight", "dpo.reference.model_name")
+@rule("dpo.reference.mode", "dpo.preference_loss_weight", "dpo.reference.model_name")
 def _reference(cfg: Config) -> Iterator[Problem]:
     reference = cfg.dpo.reference
     if reference.mode != "none":
@@ -83,7 +83,7 @@ def _reference(cfg: Config) -> Iterator[Problem]:
         yield Problem("dpo.reference.model_name", reference.model_name, "null with dpo.reference.mode none", fix)
 
 
-@_rule(
+@rule(
     f"{_MEG}.sequence_parallel",
     f"{_MEG}.tensor_model_parallel_size",
     f"{_MEG}.context_parallel_size",
@@ -104,7 +104,7 @@ def _shares_of_a_pack(cfg: Config) -> Iterator[Problem]:
         yield Problem(where, multiple, expected, f"remove it, or set it to {needed}")
 
 
-@_rule(
+@rule(
     f"{_MEG}.context_parallel_size",
     f"{_MEG}.tensor_model_parallel_size",
     f"{_MEG}.sequence_parallel",
@@ -119,7 +119,7 @@ def _smallest_pack(cfg: Config) -> Iterator[Problem]:
         yield Problem(where, packing.train_mb_tokens, expected, f"raise it to {multiple} or more")
 
 
-@_rule(
+@rule(
     f"{_MEG}.pipeline_model_parallel_size",
     f"{_MEG}.num_layers_in_first_pipeline_stage",
     f"{_MEG}.num_layers_in_last_pipeline_stage",
@@ -142,7 +142,7 @@ def _pipeline_stages(cfg: Config) -> Iterator[Problem]:
             yield Problem(f"{_MEG}.{name}", value, "null with pipeline_model_parallel_size 1", fix)
 
 
-@_rule(f"{_MEG}.freeze_moe_router", f"{_MEG}.moe_router_load_balancing_type", f"{_MEG}.moe_per_layer_logging")
+@rule(f"{_MEG}.freeze_moe_router", f"{_MEG}.moe_router_load_balancing_type", f"{_MEG}.moe_per_layer_logging")
 def _load_balancing(cfg: Config) -> Iterator[Problem]:
     megatron = cfg.policy.megatron_cfg
     kind = megatron.moe_router_load_balancing_type
@@ -157,7 +157,7 @@ def _load_balancing(cfg: Config) -> Iterator[Problem]:
         yield Problem(f"{_MEG}.moe_router_load_balancing_type", kind, expected, fix)
 
 
-@_rule(f"{_DDP}.overlap_grad_reduce", f"{_DDP}.overlap_param_gather", f"{_OPT}.use_distributed_optimizer")
+@rule(f"{_DDP}.overlap_grad_reduce", f"{_DDP}.overlap_param_gather", f"{_OPT}.use_distributed_optimizer")
 def _overlap(cfg: Config) -> Iterator[Problem]:
     ddp = cfg.policy.megatron_cfg.distributed_data_parallel_config
     if not ddp.overlap_param_gather:
@@ -171,7 +171,7 @@ def _overlap(cfg: Config) -> Iterator[Problem]:
             yield Problem(f"{_DDP}.overlap_param_gather", True, f"false unless {needed} is true", fix)
 
 
-@_rule(
+@rule(
     f"{_OPT}.use_precision_aware_optimizer",
     f"{_OPT}.optimizer",
     f"{_OPT}.use_distributed_optimizer",
@@ -196,7 +196,7 @@ def _precision_aware(cfg: Config) -> Iterator[Problem]:
             yield Problem(where, True, expected, f"set it to false, or {other}")
 
 
-@_rule(
+@rule(
     f"{_OPT}.use_precision_aware_optimizer",
     f"{_OPT}.exp_avg_dtype",
     f"{_OPT}.exp_avg_sq_dtype",
@@ -228,7 +228,7 @@ def _optimizer_state(cfg: Config) -> Iterator[Problem]:
         yield Problem(where, True, "false without optimizer_cpu_offload", "set it to false")
 
 
-@_rule(f"{_OPT}.lr", f"{_OPT}.min_lr", f"{_SCHED}.lr_warmup_init")
+@rule(f"{_OPT}.lr", f"{_OPT}.min_lr", f"{_SCHED}.lr_warmup_init")
 def _rates(cfg: Config) -> Iterator[Problem]:
     optimizer, schedule = cfg.policy.megatron_cfg.optimizer, cfg.policy.megatron_cfg.scheduler
     for where, value in ((f"{_OPT}.min_lr", optimizer.min_lr), (f"{_SCHED}.lr_warmup_init", schedule.lr_warmup_init)):
@@ -236,7 +236,7 @@ def _rates(cfg: Config) -> Iterator[Problem]:
             yield Problem(where, value, f"at most {_OPT}.lr ({optimizer.lr:g})", f"lower it, or raise {_OPT}.lr")
 
 
-@_rule(f"{_SCHED}.lr_decay_style", f"{_SCHED}.lr_decay_iters", f"{_SCHED}.lr_warmup_iters", "dpo.max_num_steps")
+@rule(f"{_SCHED}.lr_decay_style", f"{_SCHED}.lr_decay_iters", f"{_SCHED}.lr_warmup_iters", "dpo.max_num_steps")
 def _decay(cfg: Config) -> Iterator[Problem]:
     schedule = cfg.policy.megatron_cfg.scheduler
     end, end_name = schedule.lr_decay_iters, f"{_SCHED}.lr_decay_iters"
@@ -249,7 +249,7 @@ def _decay(cfg: Config) -> Iterator[Problem]:
     yield Problem(where, schedule.lr_warmup_iters, expected, f"lower it, or raise {end_name}")
 
 
-@_rule(
+@rule(
     f"{_OPT}.weight_decay",
     f"{_SCHED}.start_weight_decay",
     f"{_SCHED}.end_weight_decay",
@@ -269,7 +269,7 @@ def _weight_decay(cfg: Config) -> Iterator[Problem]:
         yield Problem(f"{_SCHED}.end_weight_decay", end, f"at least start_weight_decay ({start:g})", fix)
 
 
-@_rule("data.max_input_seq_length", "policy.max_total_sequence_length")
+@rule("data.max_input_seq_length", "policy.max_total_sequence_length")
 def _input_length(cfg: Config) -> Iterator[Problem]:
     length, longest = cfg.data.max_input_seq_length, cfg.policy.max_total_sequence_length
     if length > longest:
@@ -277,7 +277,7 @@ def _input_length(cfg: Config) -> Iterator[Problem]:
         yield Problem("data.max_input_seq_length", length, expected, "remove it, or raise the other")
 
 
-@_rule(
+@rule(
     "policy.sequence_packing.train_mb_tokens",
     "policy.sequence_packing.enabled",
     "policy.max_total_sequence_length",
@@ -293,7 +293,7 @@ def _pack_budget(cfg: Config) -> Iterator[Problem]:
         yield Problem(where, packing.train_mb_tokens, expected, "raise it, or lower data.max_input_seq_length")
 
 
-@_rule("policy.attention_kernel", "policy.device")
+@rule("policy.attention_kernel", "policy.device")
 def _kernel(cfg: Config) -> Iterator[Problem]:
     kernel = cfg.policy.attention_kernel
     if cfg.policy.device == "cpu" and kernel in ("varlen", "transformer_engine"):
@@ -302,7 +302,14 @@ def _kernel(cfg: Config) -> Iterator[Problem]:
         yield Problem("policy.attention_kernel", kernel, "another kernel on policy.device cuda", "set it to auto")
 
 
-@_rule("data.prompt_key", "data.chosen_key", "data.rejected_key")
+@rule("policy.logprob_kernel", "policy.device")
+def _head(cfg: Config) -> Iterator[Problem]:
+    kernel = cfg.policy.logprob_kernel
+    if cfg.policy.device == "cpu" and kernel == "triton":
+        yield Problem("policy.logprob_kernel", kernel, "auto or torch on policy.device cpu", "set it to auto")
+
+
+@rule("data.prompt_key", "data.chosen_key", "data.rejected_key")
 def _columns(cfg: Config) -> Iterator[Problem]:
     keys = (cfg.data.prompt_key, cfg.data.chosen_key, cfg.data.rejected_key)
     if len(set(keys)) < len(keys):
@@ -310,7 +317,7 @@ def _columns(cfg: Config) -> Iterator[Problem]:
         yield Problem("data.rejected_key", ", ".join(keys), "three different keys", fix)
 
 
-@_rule("data.dataset_name", "data.prompt_key", "data.chosen_key", "data.rejected_key")
+@rule("data.dataset_name", "data.prompt_key", "data.chosen_key", "data.rejected_key")
 def _unread_keys(cfg: Config) -> Iterator[Problem]:
     name = cfg.data.dataset_name
     if name is None or name == "BinaryPreferenceDataset":
@@ -323,7 +330,7 @@ def _unread_keys(cfg: Config) -> Iterator[Problem]:
             yield Problem(f"data.{key}", value, f"{default}, since {name} has field names of its own", fix)
 
 
-@_rule("data.val_data_paths")
+@rule("data.val_data_paths")
 def _validation_names(cfg: Config) -> Iterator[Problem]:
     for name in cfg.data.val_data_paths or {}:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
@@ -331,7 +338,7 @@ def _validation_names(cfg: Config) -> Iterator[Problem]:
             yield Problem("data.val_data_paths", name, expected, "rename this validation set")
 
 
-@_rule(
+@rule(
     "checkpointing.metric_name",
     "checkpointing.enabled",
     "checkpointing.higher_is_better",
@@ -357,7 +364,7 @@ def _metric(cfg: Config) -> Iterator[Problem]:
         yield Problem(where, checkpointing.higher_is_better, f"{wanted} for {metric.metric}", f"set it to {wanted}")
 
 
-@_rule("cluster.gpus_per_node", "cluster.num_nodes")
+@rule("cluster.gpus_per_node", "cluster.num_nodes")
 def _cluster(cfg: Config) -> Iterator[Problem]:
     for name, other in (("gpus_per_node", "num_nodes"), ("num_nodes", "gpus_per_node")):
         if getattr(cfg.cluster, name) is None and getattr(cfg.cluster, other) is not None:
@@ -365,7 +372,7 @@ def _cluster(cfg: Config) -> Iterator[Problem]:
             yield Problem(f"cluster.{name}", None, f"a number beside cluster.{other}", fix)
 
 
-@_rule("checkpointing.checkpoint_must_save_by")
+@rule("checkpointing.checkpoint_must_save_by")
 def _must_save_by(cfg: Config) -> Iterator[Problem]:
     text = cfg.checkpointing.checkpoint_must_save_by
     if text is None:

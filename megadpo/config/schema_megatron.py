@@ -48,6 +48,9 @@ class OptimizerConfig:
     """With optimizer_cpu_offload: copy while the CPU updates."""
     clip_grad: FloatOrZero = 1.0
     """Must say what policy.max_grad_norm says. Left out or null: taken from there."""
+    adam_impl: Literal["auto", "transformer_engine", "torch"] = "auto"
+    """Whose AdamW: Transformer Engine's FusedAdam or torch's. auto: FusedAdam on CUDA where it can be imported. A run
+    resumes with the one that it was saved with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +82,26 @@ class DistributedDataParallelConfig:
     """Reduce gradients while the backward pass still runs."""
     overlap_param_gather: bool = False
     """Gather updated parameters while the next forward pass runs; needs the distributed optimizer."""
+
+
+FP8_TOKENS = {"blockwise": 128, "tensorwise": 16}
+"""What the tokens of a rank, and the channels of a layer, are a multiple of under each recipe: a block; or 16 bytes, by
+which cuBLAS wants float8 matrices aligned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8Config:
+    """`policy.megatron_cfg.fp8_cfg`: the linear layers' matrix products in float8, by Transformer Engine. The policy and
+    the reference alike; embeddings, norms, attention, routers and the head stay in bfloat16. See docs/gpu.md."""
+
+    enabled: bool = False
+    fp8: Literal["e4m3", "hybrid"] = "e4m3"
+    """e4m3: everywhere. hybrid: e4m3 forward, e5m2 for gradients."""
+    fp8_recipe: Literal["blockwise", "tensorwise"] = "blockwise"
+    """blockwise: a scale for each 1 x 128 of the activations and 128 x 128 of the weights. tensorwise: a scale a tensor,
+    from its present values."""
+    fp8_param: bool = False
+    """Only false: weights are kept in bfloat16 and quantised once a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +156,15 @@ class MegatronConfig:
     """true: all experts of a rank in one kernel, needs Transformer Engine. false: one by one. null: true where it can
     be."""
 
+    transformer_impl: Literal["auto", "transformer_engine", "local"] = "auto"
+    """Whose layers: Transformer Engine's fused ones, or megatron-core's own. auto: Transformer Engine's on CUDA in
+    bfloat16 where it can be imported, else local; the run says which and why. See docs/gpu.md."""
+    fp8_cfg: Fp8Config = field(default_factory=Fp8Config)
+    gradient_accumulation_fusion: bool | None = None
+    """true: a weight's gradient is added to the gradient buffer by the kernel that computes it. null: true with
+    transformer_impl transformer_engine (the local layers need apex's kernel for it)."""
+    apply_rope_fusion: bool = True
+    """true: rotate in Transformer Engine's kernel, with transformer_impl transformer_engine. false: torch's operations."""
     bias_activation_fusion: bool = True
     """true: a SwiGLU that keeps its input only, megatron-core's compiled one on GPUs. false: operation by operation."""
 

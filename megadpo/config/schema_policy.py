@@ -60,6 +60,8 @@ class PolicyConfig:
     tensor_model_parallel_size."""
     logprob_chunk_size: PositiveInt = 1024
     """Answer tokens projected onto the vocabulary at a time. Left out or null: 1024."""
+    logprob_kernel: Literal["auto", "torch", "triton"] = "auto"
+    """The head. auto: triton on CUDA, which takes blocks of the vocabulary with as many logits, else torch."""
     freeze: tuple[Text, ...] = ()
     """Weights to leave as they are: shell patterns on their Hugging Face names, {a..b} for a range of numbers, e.g.
     [model.embed_tokens.weight, "model.layers.{0..3}.*"]. They get no gradients and no optimizer state."""

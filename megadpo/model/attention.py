@@ -11,15 +11,14 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from megadpo.model.context import attend_over_context
 from megadpo.model.kernels import AttentionKernel
-from megadpo.model.rope import rotate
+from megadpo.model.rope import Rotation
 
 
 @dataclass
 class PackContext(PackedSeqParams):
     """What every layer needs of a pack; travels where megatron-core passes its `packed_seq_params`."""
 
-    cos: torch.Tensor | None = None  # [T, 1, D/2]
-    sin: torch.Tensor | None = None
+    rotation: Rotation | None = None
     kernel: AttentionKernel | None = None
     plan: Any = None
     routing: Any = None  # what layers of experts need of the pack (model/moe.py)
@@ -51,7 +50,8 @@ class PackedAttention(torch.nn.Module):
         pack = packed_seq_params
         assert isinstance(pack, PackContext) and pack.kernel is not None, "the model was called without a PackContext"
         assert attention_mask is None and attention_bias is None, "segments are the mask"
-        query, key = rotate(query, pack.cos, pack.sin), rotate(key, pack.cos, pack.sin)  # type: ignore[arg-type]
+        assert pack.rotation is not None
+        query, key = pack.rotation(query), pack.rotation(key)
         if pack.context_group is None:
             out = pack.kernel.attend(query, *pack.kernel.prepare(key, value, pack.plan), pack.plan)
         else:

@@ -17,6 +17,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megadpo.config.architecture import Architecture
 from megadpo.config.schema_policy import PolicyConfig
 from megadpo.model.gpt import PairModel
+from megadpo.model.implementation import choose_implementation, fuses_weight_gradient
 from megadpo.model.kernels import choose_kernel
 from megadpo.model.moe_balance import LoadBalance
 from megadpo.model.transformer_config import DTYPES, transformer_config
@@ -33,11 +34,23 @@ def build_model(
     Collectives: megatron-core's sum of tied embeddings over the embedding group at construction.
     """
     kernel = choose_kernel(policy.attention_kernel, parallel.device, DTYPES[policy.precision])
+    implementation = choose_implementation(policy, parallel.device)
     config = transformer_config(arch, policy, parallel.device, recompute=not frozen)
     balance = load_balance(arch, policy, parallel)  # one for all chunks: it knows layers by their number in the model
     chunks = []
     for number in range(parallel.chunks_per_stage):
-        chunk = PairModel(arch, config, parallel, kernel, policy.logprob_chunk_size, number, balance)
+        chunk = PairModel(
+            arch,
+            config,
+            parallel,
+            kernel,
+            policy.logprob_chunk_size,
+            number,
+            balance,
+            policy.logprob_kernel,
+            fuse_weight_gradient=not frozen and fuses_weight_gradient(policy, implementation),
+            fuse_rope=policy.megatron_cfg.apply_rope_fusion and implementation.is_transformer_engine,
+        )
         chunk.to(parallel.device)
         mark_sharded_parameters(chunk)
         mark_expert_parameters(chunk)

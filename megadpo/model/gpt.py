@@ -14,7 +14,8 @@ from megadpo.config.architecture import Architecture
 from megadpo.data.pack import PackedBatch
 from megadpo.model.attention import PackContext
 from megadpo.model.context import sum_over_context
-from megadpo.model.head import sum_per_answer, vocab_parallel_logps
+from megadpo.model.head import sum_per_answer
+from megadpo.model.head_choice import choose_head
 from megadpo.model.kernels import AttentionKernel
 from megadpo.model.moe import plan_routing
 from megadpo.model.moe_balance import LoadBalance
@@ -35,11 +36,18 @@ class PairModel(GPTModel):
         logprob_chunk_tokens: int,
         chunk: int = 0,
         balance: LoadBalance | None = None,
+        logprob_kernel: str = "auto",
+        *,
+        fuse_weight_gradient: bool = False,
+        fuse_rope: bool = False,
     ) -> None:
+        """fuse_weight_gradient, fuse_rope: kernels of Transformer Engine's (model/spec_te.py, model/rope.py)."""
         vp_stage = chunk if parallel.chunks_per_stage > 1 else None
         super().__init__(
             config=config,
-            transformer_layer_spec=block_spec(config, parallel.pp_rank, vp_stage, balance),
+            transformer_layer_spec=block_spec(
+                config, parallel.pp_rank, vp_stage, balance, fuse_weight_gradient=fuse_weight_gradient
+            ),
             vocab_size=arch.vocab_size,
             max_sequence_length=arch.max_position_embeddings,
             pre_process=parallel.is_first_chunk(chunk),
@@ -48,9 +56,10 @@ class PairModel(GPTModel):
             position_embedding_type="none",  # PackedAttention rotates by the pack's own positions
             vp_stage=vp_stage,
         )
-        self.rotary = RotaryTable(arch, parallel.device)
+        self.rotary = RotaryTable(arch, parallel.device, fused=fuse_rope)
         self.kernel = kernel
         self.logprob_chunk_tokens = logprob_chunk_tokens
+        self.head_name, self.head = choose_head(logprob_kernel, parallel.device)
         self.balance = balance  # of the layers of experts; None: a dense model
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
@@ -62,11 +71,9 @@ class PairModel(GPTModel):
         those of model/context.py; one all-gather of [2, A] on the last stage.
         """
         dtype = self.config.params_dtype
-        cos, sin = self.rotary(batch.positions, dtype)
         context = PackContext(
             qkv_format="thd",
-            cos=cos,
-            sin=sin,
+            rotation=self.rotary(batch.positions, dtype),
             kernel=self.kernel,
             plan=self.kernel.plan(batch.segments, batch.tokens.device, dtype),
         )
@@ -94,7 +101,7 @@ class PairModel(GPTModel):
             hook(self.output_layer, ())
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         weight = self.output_layer.weight if weight is None else weight
-        token_logps = vocab_parallel_logps(
+        token_logps = self.head(
             whole[:, 0].index_select(0, batch.predict_index),
             weight,
             batch.targets,

@@ -24,13 +24,7 @@ class _VocabParallelLogps(torch.autograd.Function):
             top = logits.amax(dim=1)
             parts[0, rows] = logits.sub_(top[:, None]).exp_().sum(dim=1).log_().add_(top)
         parts[1].masked_fill_(~mine, 0.0)
-        log_sum, target_logit = parts[0], parts[1]
-        if dist.get_world_size(group) > 1:
-            # One collective for all chunks: log-sum-exp is associative, so shards combine afterwards.
-            gathered = [torch.empty_like(parts) for _ in range(dist.get_world_size(group))]
-            dist.all_gather(gathered, parts, group=group)
-            stacked = torch.stack(gathered)
-            log_sum, target_logit = stacked[:, 0].logsumexp(dim=0), stacked[:, 1].sum(dim=0)
+        log_sum, target_logit = combine_shards(parts, group)
         ctx.save_for_backward(hidden, weight, local, mine, log_sum)
         ctx.chunk_tokens = chunk_tokens
         return target_logit - log_sum
@@ -54,6 +48,18 @@ class _VocabParallelLogps(torch.autograd.Function):
                 else:
                     grad_weight += d_logits.t() @ hidden[rows]
         return grad_hidden, grad_weight.to(weight.dtype) if grad_weight is not None else None, None, None, None, None
+
+
+def combine_shards(parts: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-sum-exp and target's logit over the whole vocabulary, each [A], from this shard's parts [2, A]: its own
+    log-sum-exp, and the target's logit or 0 where another shard holds it. Collectives: one all-gather over `group`."""
+    if dist.get_world_size(group) == 1:
+        return parts[0], parts[1]
+    # One collective for all chunks: log-sum-exp is associative, so shards combine afterwards.
+    gathered = [torch.empty_like(parts) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, parts, group=group)
+    stacked = torch.stack(gathered)
+    return stacked[:, 0].logsumexp(dim=0), stacked[:, 1].sum(dim=0)
 
 
 def vocab_parallel_logps(

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from megadpo.data.pack import PackedBatch
 from megadpo.model.moe_balance import LoadBalance, TokenSets
+from megadpo.parallel import send
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ def plan_routing(batch: PackedBatch, config: TransformerConfig, balance: LoadBal
     """The routing of `batch` on this rank, once a micro-batch.
 
     balance: None for a model that is not being trained. Collectives: with the 'allgather' dispatcher, the maximum of one
-    number over the ranks that share experts: it wants as many tokens from each, and packs differ in length.
+    number over the ranks that share experts: it wants as many tokens from each, and packs differ in length. The answer
+    is waited for.
     """
     groups = get_default_pg_collection()
     shards = groups.tp.size() if config.sequence_parallel else 1
@@ -52,7 +54,7 @@ def plan_routing(batch: PackedBatch, config: TransformerConfig, balance: LoadBal
 
     def mine(whole: torch.Tensor) -> torch.Tensor:
         part = whole[..., rank * local : (rank + 1) * local]
-        return F.pad(part, (0, filled - local)).to(batch.tokens.device)
+        return send(F.pad(part, (0, filled - local)), batch.tokens.device)
 
     sets = None
     if balance is not None and balance.enabled:

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from megadpo.data.pack import PackedBatch, Segment
+from megadpo.parallel import send
 
 Kind = Literal["none", "aux_loss", "seq_aux_loss"]
 
@@ -70,7 +71,7 @@ class LoadBalance:
         sizes = members.sum(dim=1)
         weights = sizes if self.kind == "aux_loss" else torch.ones_like(sizes)
         device = self._sums.device
-        return TokenSets(members, sizes.to(device), weights.to(device))
+        return TokenSets(members, send(sizes, device), send(weights, device))
 
     def attach(
         self,

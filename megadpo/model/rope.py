@@ -6,6 +6,8 @@ Frequencies are computed in float32 as transformers does, so that logps agree to
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -78,20 +80,64 @@ def _yarn(plain: torch.Tensor, arch: Architecture) -> tuple[torch.Tensor, float]
 
 
 class RotaryTable(torch.nn.Module):
-    """cos and sin at given positions. Holds no parameter and nothing in the state dict."""
+    """The rotation at given positions. Holds no parameter and nothing in the state dict."""
 
-    def __init__(self, arch: Architecture, device: torch.device) -> None:
+    def __init__(self, arch: Architecture, device: torch.device, *, fused: bool = False) -> None:
+        """fused: by Transformer Engine's kernel, which needs CUDA, and has no factor on cos and sin (YaRN's): with one,
+        torch's operations do it."""
         super().__init__()
         inverse, self.factor = inverse_frequencies(arch)
+        self.fused = fused and self.factor == 1.0
         self.inverse: torch.Tensor
         self.register_buffer("inverse", inverse.to(device), persistent=False)
 
     @torch.no_grad()
-    def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """positions [T] int64 -> cos, sin [T, 1, D/2] in `dtype`, the angles in float32 whatever the dtype."""
+    def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> Rotation:
+        """positions [T] int64 -> what turns tokens at these positions, the angles in float32 whatever the dtype."""
         angles = positions.to(torch.float32)[:, None] * self.inverse.float()[None, :]
+        if self.fused:
+            # One sequence of T tokens: the kernel then takes row i of the angles for token i.
+            return FusedRotation(torch.cat([angles, angles], dim=-1)[:, None, None, :], _one_sequence(positions))
         cos, sin = angles.cos() * self.factor, angles.sin() * self.factor
-        return cos[:, None, :].to(dtype), sin[:, None, :].to(dtype)
+        return PlainRotation(cos[:, None, :].to(dtype), sin[:, None, :].to(dtype))
+
+
+def _one_sequence(tokens: torch.Tensor) -> torch.Tensor:
+    """[0, T] int32 on the tokens' device, without a copy from the host."""
+    return torch.arange(2, dtype=torch.int32, device=tokens.device) * tokens.numel()
+
+
+class Rotation(Protocol):
+    """Turns x [T, H, D] by the positions of its tokens; shared by all layers of a micro-batch."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class PlainRotation:
+    """By torch's operations, on any device."""
+
+    cos: torch.Tensor
+    """[T, 1, D/2], constants as sin is: no gradient flows to them."""
+    sin: torch.Tensor
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return rotate(x, self.cos, self.sin)
+
+
+@dataclass(frozen=True)
+class FusedRotation:
+    """By one kernel of Transformer Engine's, forward and backward."""
+
+    angles: torch.Tensor
+    """[T, 1, 1, D] float32, both halves alike."""
+    cu_seqlens: torch.Tensor
+    """[0, T] int32."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        from transformer_engine.pytorch.attention.rope import apply_rotary_pos_emb
+
+        return apply_rotary_pos_emb(x, self.angles, tensor_format="thd", fused=True, cu_seqlens=self.cu_seqlens)
 
 
 class _Rotate(torch.autograd.Function):

@@ -27,6 +27,7 @@ from megadpo.model.attention import PackedAttention
 from megadpo.model.moe import PackMoELayer, PackRouter, PackTransformerLayer
 from megadpo.model.moe_balance import LoadBalance
 from megadpo.model.norm import RMSNorm
+from megadpo.model.spec_te import te_layer_spec, te_modules
 
 
 def local_layer_spec(config: TransformerConfig, balance: LoadBalance | None = None) -> ModuleSpec:
@@ -56,7 +57,9 @@ def local_layer_spec(config: TransformerConfig, balance: LoadBalance | None = No
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=MLP, submodules=_mlp()) if balance is None else _experts(config, balance),
+            mlp=ModuleSpec(module=MLP, submodules=_mlp())
+            if balance is None
+            else ModuleSpec(module=PackMoELayer, submodules=_experts(balance)),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=names,
         ),
@@ -71,32 +74,36 @@ def _mlp() -> MLPSubmodules:
     )
 
 
-def _experts(config: TransformerConfig, balance: LoadBalance) -> ModuleSpec:
-    """Experts one by one, or (`moe_grouped_gemm`) in Transformer Engine's grouped kernel."""
-    experts = ModuleSpec(module=SequentialMLP, submodules=_mlp())
-    if config.moe_grouped_gemm:
-        from megatron.core.extensions.transformer_engine import (
-            TEColumnParallelGroupedLinear,
-            TERowParallelGroupedLinear,
-        )
-        from megatron.core.transformer.moe.experts import TEGroupedMLP
-
-        linears = MLPSubmodules(linear_fc1=TEColumnParallelGroupedLinear, linear_fc2=TERowParallelGroupedLinear)
-        experts = ModuleSpec(module=TEGroupedMLP, submodules=linears)
-    return ModuleSpec(
-        module=PackMoELayer,
-        submodules=MoESubmodules(
-            router=functools.partial(PackRouter, balance=balance),
-            experts=experts,
-            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=_mlp()),
-        ),
+def _experts(balance: LoadBalance) -> MoESubmodules:
+    """The router, and experts one by one."""
+    return MoESubmodules(
+        router=functools.partial(PackRouter, balance=balance),
+        experts=ModuleSpec(module=SequentialMLP, submodules=_mlp()),
+        shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=_mlp()),
     )
 
 
 def block_spec(
-    config: TransformerConfig, pp_rank: int, chunk: int | None, balance: LoadBalance | None
+    config: TransformerConfig,
+    pp_rank: int,
+    chunk: int | None,
+    balance: LoadBalance | None,
+    *,
+    fuse_weight_gradient: bool = False,
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, or of its model chunk number `chunk` where it has several, and the final norm
-    (built where the model ends)."""
+    (built where the model ends): whose they are is `config.transformer_impl`.
+
+    fuse_weight_gradient: of Transformer Engine's layers; the local ones go by config.gradient_accumulation_fusion.
+    """
     count = get_num_layers_to_build(config, vp_stage=chunk, pp_rank=pp_rank)
-    return TransformerBlockSubmodules(layer_specs=[local_layer_spec(config, balance)] * count, layer_norm=RMSNorm)
+    if config.transformer_impl == "local":
+        return TransformerBlockSubmodules(layer_specs=[local_layer_spec(config, balance)] * count, layer_norm=RMSNorm)
+    spec = te_layer_spec(
+        config,
+        fuse_weight_gradient=fuse_weight_gradient,
+        experts=None if balance is None else _experts(balance),
+        layer=PackTransformerLayer,
+        moe=PackMoELayer,
+    )
+    return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=te_modules().norm)

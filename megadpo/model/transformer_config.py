@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.nn import functional as F
 from megadpo.config.architecture import Architecture
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema_policy import PolicyConfig
+from megadpo.model.implementation import INSTALL, choose_implementation, has_apex_kernel
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -19,8 +19,12 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 def transformer_config(
     arch: Architecture, policy: PolicyConfig, device: torch.device, *, recompute: bool = True
 ) -> TransformerConfig:
-    """The TransformerConfig of `arch` under `policy`; `recompute=False` for a model that never sees a backward."""
+    """The TransformerConfig of `arch` under `policy`; `recompute=False` for a model that never sees a backward.
+
+    Raises ConfigError where the config asks for Transformer Engine and it is not to be had.
+    """
     megatron = policy.megatron_cfg
+    implementation = choose_implementation(policy, device)
     dtype = DTYPES[policy.precision]
     pipeline, chunks = megatron.pipeline_model_parallel_size, megatron.virtual_pipeline_model_parallel_size
     config = TransformerConfig(
@@ -54,9 +58,12 @@ def transformer_config(
         num_layers_in_last_pipeline_stage=megatron.num_layers_in_last_pipeline_stage,
         variable_seq_lengths=pipeline > 1,  # packs differ in length
         moe_token_dispatcher_type="alltoall",  # variable_seq_lengths insists on it, for dense models too
-        **_experts(arch, policy),
+        **_experts(arch, policy, implementation.is_transformer_engine),
         perform_initialization=False,  # every weight comes from a file
-        gradient_accumulation_fusion=_has_fused_weight_gradient(),
+        transformer_impl=implementation.name,
+        # Of megatron-core's own linear layers; Transformer Engine's fuse without apex (model/spec_te.py).
+        gradient_accumulation_fusion=has_apex_kernel() and megatron.gradient_accumulation_fusion is not False,
+        **_float8(policy),
         # megatron-core's fused SwiGLU is compiled for GPUs; on CPUs the spec brings its own (model/activation.py)
         bias_activation_fusion=megatron.bias_activation_fusion and device.type == "cuda",
         use_te_activation_func=megatron.bias_activation_fusion and device.type != "cuda",
@@ -73,7 +80,13 @@ def transformer_config(
     return config
 
 
-def _experts(arch: Architecture, policy: PolicyConfig) -> dict[str, Any]:
+def _float8(policy: PolicyConfig) -> dict[str, Any]:
+    """Which layers: all linear ones of the decoder. megatron-core enters the recipe around each layer."""
+    fp8 = policy.megatron_cfg.fp8_cfg
+    return {"fp8": fp8.fp8, "fp8_recipe": fp8.fp8_recipe} if fp8.enabled else {}
+
+
+def _experts(arch: Architecture, policy: PolicyConfig, has_te: bool) -> dict[str, Any]:
     """The experts of `arch`. Load balancing and padding are model/moe.py's."""
     megatron, moe = policy.megatron_cfg, arch.moe
     if moe is None:
@@ -87,35 +100,23 @@ def _experts(arch: Architecture, policy: PolicyConfig) -> dict[str, Any]:
         "moe_router_load_balancing_type": "none",
         "moe_shared_expert_intermediate_size": moe.shared_ffn_hidden_size,
         "moe_shared_expert_gate": moe.shared_ffn_hidden_size is not None,
-        "moe_grouped_gemm": uses_grouped_gemm(policy),
+        "moe_grouped_gemm": uses_grouped_gemm(policy, has_te),
         "expert_model_parallel_size": megatron.expert_model_parallel_size,
         "expert_tensor_parallel_size": megatron.expert_tensor_parallel_size,
     }
 
 
-def uses_grouped_gemm(policy: PolicyConfig) -> bool:
-    """Whether a rank's experts run in one kernel: where Transformer Engine is, unless the config says no.
+def uses_grouped_gemm(policy: PolicyConfig, has_te: bool) -> bool:
+    """Whether a rank's experts run in one kernel: with Transformer Engine's layers, unless the config says no.
 
-    Raises ConfigError where the config asks for it and Transformer Engine is absent.
+    Raises ConfigError where the config asks for it without them.
     """
     asked = policy.megatron_cfg.moe_grouped_gemm
-    if asked is False:
-        return False
-    there = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-    if asked and not there:
+    if asked and not has_te:
         where = "policy.megatron_cfg.moe_grouped_gemm"
-        fix = "set it to null or false, or install the 'gpu' extra (pip install megadpo[gpu]) on a machine with CUDA"
-        raise ConfigError(Problem(where, True, "Transformer Engine and a CUDA device", fix))
-    return there
-
-
-def _has_fused_weight_gradient() -> bool:
-    """apex's kernel; without it ColumnParallelLinear raises when the fusion is asked for."""
-    try:
-        import fused_weight_gradient_mlp_cuda  # noqa: F401
-    except ImportError:
-        return False
-    return torch.cuda.is_available()
+        fix = f"set it to null or false, or {INSTALL}, with transformer_impl auto"
+        raise ConfigError(Problem(where, True, "Transformer Engine's layers, on a CUDA device in bfloat16", fix))
+    return has_te if asked is None else asked
 
 
 def _recompute(policy: PolicyConfig) -> dict[str, Any]:

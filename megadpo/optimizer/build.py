@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +12,9 @@ from megatron.core.transformer.module import MegatronModule
 
 from megadpo.config.problems import Problem
 from megadpo.config.schema_policy import PolicyConfig
+from megadpo.model.implementation import INSTALL, implementation_problems, transformer_engine_missing
 from megadpo.model.transformer_config import DTYPES
+from megadpo.optimizer.adam import choose_adam, use_adam
 
 
 def wrap_for_training(chunks: Sequence[MegatronModule], policy: PolicyConfig) -> list[DistributedDataParallel]:
@@ -39,9 +40,15 @@ def wrap_for_training(chunks: Sequence[MegatronModule], policy: PolicyConfig) ->
 def machine_problems(policy: PolicyConfig, device: torch.device) -> list[Problem]:
     """What training by the config needs and this machine lacks; empty where nothing is missing."""
     megatron, optimizer = policy.megatron_cfg, policy.megatron_cfg.optimizer
-    has_cuda, has_te = device.type == "cuda", importlib.util.find_spec("transformer_engine") is not None
-    te = "install transformer_engine[pytorch]"
-    problems = []
+    has_cuda = device.type == "cuda"
+    has_te = has_cuda and transformer_engine_missing() is None
+    te = INSTALL
+    problems = implementation_problems(policy, device)
+    if optimizer.adam_impl == "transformer_engine" and not has_te:
+        reason = transformer_engine_missing() if has_cuda else "no CUDA device"
+        where = "policy.megatron_cfg.optimizer.adam_impl"
+        expected = f"torch or auto, for Transformer Engine is not to be had: {reason}"
+        problems.append(Problem(where, "transformer_engine", expected, f"set it to auto, or {te}"))
     where = "policy.megatron_cfg.optimizer.use_precision_aware_optimizer"
     if optimizer.use_precision_aware_optimizer and not has_cuda:
         problems.append(
@@ -58,12 +65,15 @@ def machine_problems(policy: PolicyConfig, device: torch.device) -> list[Problem
     return problems
 
 
-def build_optimizer(chunks: Sequence[DistributedDataParallel], policy: PolicyConfig) -> MegatronOptimizer:
+def build_optimizer(
+    chunks: Sequence[DistributedDataParallel], policy: PolicyConfig, device: torch.device
+) -> MegatronOptimizer:
     """AdamW (or SGD) with float32 main parameters; biases and norms get no weight decay (megatron-core's default).
 
     Collectives: an all-gather of parameter-group keys over the world.
     """
     optimizer = policy.megatron_cfg.optimizer
+    use_adam(choose_adam(optimizer, device)[0])
     return get_megatron_optimizer(
         OptimizerConfig(
             optimizer=optimizer.optimizer,

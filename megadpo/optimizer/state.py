@@ -31,6 +31,7 @@ def sharded_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], *, 
             part.optimizer.state[_NO_WEIGHTS] = {
                 "step": step.clone()
             }  # distrib_optimizer.py `state_dict` looks for one
+        _same_step_in_every_group(part.optimizer, int(step))
     state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=METADATA)
     for number, part in enumerate(parts):
         if not isinstance(part, DistributedOptimizer) and _is_adam(part.optimizer) and step > 0:
@@ -58,8 +59,10 @@ def _is_adam(inner: torch.optim.Optimizer) -> bool:
 
 
 def _steps_done(optimizer: MegatronOptimizer) -> torch.Tensor:
-    """Steps that torch's AdamW has counted, also for a rank that has nothing to count. float32 scalar on the CPU."""
-    states = [state for part in _parts(optimizer) if part.optimizer for state in part.optimizer.state.values()]
+    """Steps that AdamW has counted, also for a rank that has nothing to count. float32 scalar on the CPU."""
+    inner = [part.optimizer for part in _parts(optimizer) if part.optimizer]
+    states = [state for one in inner for state in one.state.values()]
+    states += [group for one in inner for group in one.param_groups]  # where Transformer Engine's FusedAdam counts
     device = "cuda" if torch.cuda.is_available() else "cpu"
     most = torch.tensor(max((float(s.get("step", 0)) for s in states), default=0.0), device=device)
     torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
@@ -93,6 +96,15 @@ def _let_step_pass(part: DistributedOptimizer) -> None:
         copy_states(part, model_param, {**{k: state[k] for k in ("step",) if k in state}, **tensors})
 
     part._set_main_param_and_optimizer_states = with_step
+
+
+def _same_step_in_every_group(inner: torch.optim.Optimizer | None, step: int) -> None:
+    """FusedAdam counts in its groups, and not in one without parameters: the groups of a rank whose weights are all
+    frozen. Rank 0's count is the one that checkpoints hold, and without it a resumed run would count from 1 again."""
+    if inner is not None and hasattr(inner, "adam_w_mode") and step > 0:
+        for group in inner.param_groups:
+            if not group["params"]:
+                group["step"] = step
 
 
 def _own_step_per_parameter(inner: torch.optim.Optimizer) -> None:

@@ -1,7 +1,7 @@
 """Process groups, the device, and megatron-core on a CPU. The only room that knows megatron-core's parallel_state."""
 
-from megadpo.parallel.device import setup_device
+from megadpo.parallel.device import send, setup_device
 from megadpo.parallel.groups import Layout, ParallelContext, destroy, initialize
 from megadpo.parallel.pipeline import run_pipeline
 
-__all__ = ["Layout", "ParallelContext", "destroy", "initialize", "run_pipeline", "setup_device"]
+__all__ = ["Layout", "ParallelContext", "destroy", "initialize", "run_pipeline", "send", "setup_device"]

@@ -51,11 +51,15 @@ def evaluate_main(arguments: Sequence[str]) -> int:
 
 def run_evaluating(cfg: Config) -> int:
     """Set up, evaluate, tear down. Every rank."""
+    from megadpo.model.implementation import implementation_problems
     from megadpo.parallel import destroy, initialize, setup_device
     from megadpo.train.evaluation import run_evaluation
     from megadpo.train.setup import layout_of
 
-    parallel = initialize(layout_of(cfg), setup_device(cfg.policy.device))
+    device = setup_device(cfg.policy.device)
+    if problems := implementation_problems(cfg.policy, device):
+        raise ConfigError(problems)
+    parallel = initialize(layout_of(cfg), device)
     exit_code = run_evaluation(cfg, parallel)
     destroy()
     return exit_code
@@ -115,7 +119,7 @@ def run_training(cfg: Config) -> int:
     from megadpo.train.loggers import MetricsLogger
     from megadpo.train.loop import train
     from megadpo.train.progress import ProgressLine, print_banner
-    from megadpo.train.report import summarise
+    from megadpo.train.report import choices, summarise
     from megadpo.train.setup import layout_of, prepare
     from megadpo.train.stop import StopWatcher
 
@@ -128,13 +132,14 @@ def run_training(cfg: Config) -> int:
     must_save_by = cfg.checkpointing.checkpoint_must_save_by
     stop = StopWatcher(parallel, None if must_save_by is None else parse_duration_s(must_save_by))
     stop.install()
-    summary = summarise(run)
+    summary, chosen = summarise(run), choices(run)
+    run_config = {**as_dict(cfg), "chosen": chosen}
     with (
-        MetricsLogger(cfg.logger, enabled=first, resumed_step=run.position.step, run_config=as_dict(cfg)) as logger,
+        MetricsLogger(cfg.logger, enabled=first, resumed_step=run.position.step, run_config=run_config) as logger,
         ProgressLine(run.total_steps, start_step=run.position.step, enabled=first) as progress,
     ):
         if first:
-            save_resolved(cfg, os.path.join(cfg.logger.log_dir, "config.yaml"))
+            save_resolved(cfg, os.path.join(cfg.logger.log_dir, "config.yaml"), chosen)
             print_banner(summary)
         exit_code = train(run, logger, progress, stop)
     destroy()

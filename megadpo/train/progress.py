@@ -155,7 +155,12 @@ class RunSummary:
     world_size: int
     device: str
     precision: str
+    layers: str
+    """Whose layers, and why: "local (no CUDA device)"."""
     attention_kernel: str
+    optimizer: str
+    """Whose AdamW, and why."""
+    logprob_kernel: str
     global_batch_pairs: int
     micro_batch: str
     """How a global batch is cut: "packs of at most 4,096 tokens, prompt once" or "2 pairs"."""
@@ -195,7 +200,9 @@ def format_banner(summary: RunSummary) -> str:
         ("parameters", _parameters(summary.num_parameters)),
         ("layout", f"{' x '.join(wide)} ({ranks})" if wide else ranks),
         ("device", f"{summary.device}, {summary.precision}"),
-        ("attention", summary.attention_kernel),
+        ("layers", summary.layers),
+        ("kernels", f"attention {summary.attention_kernel}, log-probabilities {summary.logprob_kernel}"),
+        ("optimizer", summary.optimizer),
         ("batch", f"{summary.global_batch_pairs:,} pairs, in {summary.micro_batch}"),
         ("steps", steps),
         ("data", ", ".join(data)),

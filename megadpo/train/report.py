@@ -7,13 +7,15 @@ import torch.distributed as dist
 
 from megadpo.config.schema import Config
 from megadpo.model.build import count_parameters, is_expert
+from megadpo.model.implementation import choose_implementation, fuses_weight_gradient
+from megadpo.optimizer.adam import adam_name, choose_adam
 from megadpo.train.progress import RunSummary
 from megadpo.train.setup import Run
 
 
 def summarise(run: Run) -> RunSummary:
     """Facts of the run for the banner. All ranks call it. Collectives: an all-reduce of the parameter count."""
-    cfg, parallel = run.cfg, run.parallel
+    cfg, parallel, chosen = run.cfg, run.parallel, choices(run)
     return RunSummary(
         model=cfg.policy.model_name,
         num_parameters=all_parameters(run),
@@ -21,7 +23,10 @@ def summarise(run: Run) -> RunSummary:
         world_size=parallel.world_size,
         device=parallel.device.type,
         precision=cfg.policy.precision,
+        layers=chosen["layers"],
         attention_kernel=run.trainer.model[0].kernel.name,
+        logprob_kernel=run.trainer.model[0].head_name,
+        optimizer=chosen["optimizer"],
         global_batch_pairs=cfg.policy.train_global_batch_size,
         micro_batch=micro_batch_words(cfg),
         total_steps=run.total_steps,
@@ -37,6 +42,30 @@ def summarise(run: Run) -> RunSummary:
         checkpoint_dir=cfg.checkpointing.checkpoint_dir if cfg.checkpointing.enabled else None,
         notes=(*cfg.notes, *run.data.reports),
     )
+
+
+def choices(run: Run) -> dict[str, str]:
+    """What `auto` came to on this machine, and why."""
+    policy, device = run.cfg.policy, run.parallel.device
+    implementation, config = choose_implementation(policy, device), run.trainer.model[0].config
+    kernels: list[str] = [implementation.name]
+    if config.fp8:
+        kernels.append(f"float8 {config.fp8_recipe} {config.fp8}")
+    if implementation.is_transformer_engine and fuses_weight_gradient(policy, implementation):
+        kernels.append("fused weight gradients")
+    if run.trainer.model[0].rotary.fused:
+        kernels.append("fused RoPE")
+    parts = getattr(run.trainer.optimizer, "chained_optimizers", [run.trainer.optimizer])
+    adam = sorted({adam_name(part.optimizer) for part in parts if part.optimizer is not None})
+    why = f" ({choose_adam(policy.megatron_cfg.optimizer, device)[1]})"
+    if policy.megatron_cfg.optimizer.optimizer != "adam":
+        why = ""
+    return {
+        "layers": f"{', '.join(kernels)} ({implementation.reason})",
+        "attention": run.trainer.model[0].kernel.name,
+        "log-probabilities": run.trainer.model[0].head_name,
+        "optimizer": f"{' and '.join(adam)}{why}" if adam else "none: this rank's weights are all frozen",
+    }
 
 
 def layout_sizes(run: Run) -> dict[str, int]:

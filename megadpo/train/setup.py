@@ -100,7 +100,7 @@ def prepare(cfg: Config, parallel: ParallelContext) -> Run:
     if resume is None:
         fill(policy, source, arch, parallel)
     wrapped = wrap_for_training(policy, cfg.policy)
-    optimizer = build_optimizer(wrapped, cfg.policy)
+    optimizer = build_optimizer(wrapped, cfg.policy, parallel.device)
     scheduler = build_scheduler(optimizer, cfg.policy, total_steps)
     trainer = Trainer(
         cfg.dpo,

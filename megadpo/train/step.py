@@ -7,6 +7,7 @@ and data-parallel ranks, which is the mean over the global batch however its pai
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -94,12 +95,14 @@ class Trainer:
         """Train on one global batch. Raises NonFiniteLoss where the config says stop; weights are then untouched.
 
         Collectives: the models' and the pipeline's, gradient reduction over dp, one all-reduce of the metrics over dp
-        and one broadcast over pp. One wait for the device, at the end.
+        and one broadcast over pp. Waits for the device after the last micro-batch only: for the metrics, twice, and for the
+        gradient norm.
         """
         for chunk in self.policy:
             chunk.zero_grad_buffer()
             chunk.train()
         self.optimizer.zero_grad()
+        batch = self._sent(batch)
         if self.balance is not None:
             self.balance.start(num_tokens=batch.num_tokens, num_pairs=batch.num_pairs)
         sums = self._forward_backward(batch)
@@ -122,12 +125,17 @@ class Trainer:
     def evaluate(self, batches: Iterable[GlobalBatch]) -> dict[str, float]:
         """Metrics of the policy on whole global batches, as means over their pairs. Collectives as in `step`."""
         sums = MetricSums(self.parallel.device)
-        for batch in batches:
+        for batch in map(self._sent, batches):
             reference = self._reference_logps(batch.micro_batches)
             policy = answer_logps(self.model, batch.micro_batches, self.parallel)
             for logps, reference_logps, micro_batch in zip(policy, reference, batch.micro_batches, strict=False):
                 sums.add(pair_loss(logps, reference_logps, micro_batch, self.cfg).metrics)
         return self._reduced(sums).means()
+
+    def _sent(self, batch: GlobalBatch) -> GlobalBatch:
+        """The batch with its micro-batches on the device, once for the reference and the policy. The copies are queued
+        and none is waited for."""
+        return dataclasses.replace(batch, micro_batches=[one.to(self.parallel.device) for one in batch.micro_batches])
 
     def _forward_backward(self, batch: GlobalBatch) -> MetricSums:
         """Gradients of the batch into the gradient buffer, finalised; its metrics, reduced."""
@@ -135,7 +143,7 @@ class Trainer:
         sums = MetricSums(self.parallel.device)
 
         def forward_step(iterator: Any, chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
-            micro_batch = next(iterator).to(self.parallel.device)
+            micro_batch = next(iterator)
 
             def loss_function(logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
                 output = pair_loss(logps, next(reference), micro_batch, self.cfg)

@@ -114,7 +114,7 @@ def test_all_problems_are_listed_at_once(refusals):
     found = refusals(
         {
             "dpo": {"seed": -1, "bta": 1, "preference_loss_weight": 0},
-            "policy": {"precision": "fp16", "megatron_cfg": {"fp8_cfg": {"enabled": True}}},
+            "policy": {"precision": "fp16", "megatron_cfg": {"fp8_cfg": {"fp8_param": True}}},
             "checkpointing": {"checkpoint_must_save_by": "soon"},
         }
     )
@@ -124,7 +124,7 @@ def test_all_problems_are_listed_at_once(refusals):
         "dpo.preference_loss_weight",
         "policy.precision",
         "policy.model_name",
-        "policy.megatron_cfg.fp8_cfg.enabled",
+        "policy.megatron_cfg.fp8_cfg.fp8_param",
         "checkpointing.checkpoint_must_save_by",
         "data.train_data_path",
     }

@@ -52,7 +52,6 @@ def test_with_the_fixes_it_loads_and_every_idle_key_is_noted():
         "moe_router_bias_update_rate",
         "dtensor_cfg.{",
         "policy.scheduler",
-        "fp8_cfg.{",
         "gpu_monitoring.{",
         "split",
     ):

@@ -133,6 +133,7 @@ BROKEN = [
         "at least 1024",
     ),
     ({"policy__device": "cpu", "policy__attention_kernel": "varlen"}, "policy.attention_kernel", "sdpa"),
+    ({"policy__device": "cpu", "policy__logprob_kernel": "triton"}, "policy.logprob_kernel", "torch"),
     ({"data__chosen_key": "x", "data__rejected_key": "x"}, "data.rejected_key", "different"),
     ({"data__val_data_paths": {"a/b": "v.jsonl"}}, "data.val_data_paths", "letters"),
     (

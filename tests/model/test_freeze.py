@@ -97,7 +97,7 @@ def trained_names_and_memory(folder, patterns):
     chunks = build_model(arch, policy, parallel, frozen=False)
     freeze(chunks, patterns, arch)
     wrapped = wrap_for_training(chunks, policy)
-    optimizer = build_optimizer(wrapped, policy)
+    optimizer = build_optimizer(wrapped, policy, parallel.device)
     names = {n: p.numel() for n, p in named_global_parameters(chunks[0]) if p.requires_grad}
     held = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     buffers = sum(p.numel() for chunk in wrapped for buffer in chunk.buffers for p in buffer.params)

@@ -178,3 +178,34 @@ def test_fused_kernels_against_float64(name, share_prompt, heads, groups, dim):
     for a, b in zip(got, want, strict=True):
         error = (a.detach().cpu().double() - b.detach()).norm() / b.detach().norm()
         assert error < 1e-2  # bfloat16 rounds at 4e-3
+
+
+PART = (  # what one context-parallel rank holds: queries of 4 segments over keys gathered from two ranks, [0, 640)
+    Segment(0, 100, ((0, 100),)),
+    Segment(100, 180, ((0, 100), (320, 400))),
+    Segment(180, 200, ((0, 100), (320, 400), (400, 540), (100, 120))),
+    Segment(200, 320, ((120, 320), (540, 640))),
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["varlen", "transformer_engine"])
+def test_fused_kernels_with_more_keys_than_queries(name):
+    if name == "transformer_engine":
+        pytest.importorskip("transformer_engine.pytorch")
+    device, generator = torch.device("cuda"), torch.Generator("cuda").manual_seed(0)
+
+    def random(*shape):
+        x = torch.randn(shape, device=device, dtype=torch.bfloat16, generator=generator)
+        return x.requires_grad_()
+
+    q, k, v = random(320, 8, 64), random(640, 2, 64), random(640, 2, 64)
+    upstream = random(320, 8, 64).detach()
+    kernel = choose_kernel(name, device, torch.bfloat16)
+    out = kernel.attend(q, k, v, kernel.plan(PART, device, torch.bfloat16))
+    got = (out, *torch.autograd.grad(out, (q, k, v), upstream))
+    wide = [x.detach().cpu().double().requires_grad_() for x in (q, k, v)]
+    want_out = reference_attention(*wide, PART)
+    want = (want_out, *torch.autograd.grad(want_out, wide, upstream.cpu().double()))
+    for a, b in zip(got, want, strict=True):
+        assert (a.detach().cpu().double() - b.detach()).norm() / b.detach().norm() < 1e-2  # bfloat16 rounds at 4e-3

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from megadpo.config.architecture import read_architecture
-from megadpo.model.rope import RotaryTable, rotate
+from megadpo.model.rope import RotaryTable
 
 SCALINGS = {
     "default": {"rope_type": "default"},
@@ -54,5 +56,36 @@ def test_cos_and_sin_equal_transformers(name, theta, tmp_path):
     x = torch.randn(len(positions), 4, 64)
     cos, sin = theirs(x[None], positions[None])
     want, _ = apply_rotary_pos_emb(x[None].transpose(1, 2), x[None].transpose(1, 2), cos, sin)
-    got = rotate(x, *ours(positions, torch.float32))
+    got = ours(positions, torch.float32)(x)
     torch.testing.assert_close(got, want[0].transpose(0, 1), rtol=1e-6, atol=1e-6)
+
+
+def te_rotation(t, freqs, tensor_format, fused, cu_seqlens):
+    """What Transformer Engine's kernel computes of one packed sequence: row i of the angles for token i."""
+    assert (tensor_format, fused) == ("thd", True) and cu_seqlens.tolist() == [0, len(t)]
+    assert freqs.shape == (len(t), 1, 1, t.shape[-1]) and freqs.dtype == torch.float32
+    x1, x2 = t.chunk(2, dim=-1)
+    return t * freqs[:, 0].cos().to(t.dtype) + torch.cat([-x2, x1], dim=-1) * freqs[:, 0].sin().to(t.dtype)
+
+
+@pytest.mark.parametrize("name", ["default", "llama3", "yarn"])
+def test_the_fused_rotation_is_handed_the_same_angles(name, tmp_path, monkeypatch):
+    config = LlamaConfig(
+        hidden_size=128,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        max_position_embeddings=512,
+        rope_parameters={**SCALINGS[name], "rope_theta": 10000.0},
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(tmp_path)
+    stand_in = types.ModuleType("transformer_engine.pytorch.attention.rope")
+    stand_in.apply_rotary_pos_emb = te_rotation
+    for part in ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.attention"):
+        monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+    monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+    arch, device = read_architecture(tmp_path), torch.device("cpu")
+    plain, fused = RotaryTable(arch, device), RotaryTable(arch, device, fused=True)
+    positions, x = torch.tensor([0, 1, 2, 0, 1, 300, 2]), torch.randn(7, 2, 64)
+    assert fused.fused == (name != "yarn")  # its factor on cos and sin is not in the kernel
+    torch.testing.assert_close(fused(positions, x.dtype)(x), plain(positions, x.dtype)(x), rtol=1e-6, atol=1e-6)

@@ -51,9 +51,10 @@ def test_machines_without_cuda_or_transformer_engine_are_told_why(monkeypatch):
     for options in (aware, offload):
         [problem] = machine_problems(policy_of("x", **options), cpu)
         assert "without CUDA" in problem.expected and problem.where.endswith("use_precision_aware_optimizer")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    missing = "Transformer Engine is not installed"
+    monkeypatch.setattr("megadpo.optimizer.build.transformer_engine_missing", lambda: missing)
     [problem] = machine_problems(policy_of("x", **aware), cuda)
     assert "Transformer Engine" in problem.expected
     assert machine_problems(policy_of("x", **offload), cuda) == []  # HybridDeviceOptimizer does without it
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("megadpo.optimizer.build.transformer_engine_missing", lambda: None)
     assert machine_problems(policy_of("x", **aware), cuda) == []

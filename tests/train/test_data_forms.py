@@ -15,6 +15,7 @@ import torch
 from megadpo.config.schema_dpo import DpoConfig
 from megadpo.data.pack import pack_pairs
 from megadpo.data.pairs import TokenizedPair
+from megadpo.data.rollouts.build import BuildOptions, build_pairs
 from megadpo.train.step import pair_loss
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import make_config, make_model, read_metrics, train
@@ -99,3 +100,66 @@ def test_averages_divide_by_the_tokens_in_the_loss():
     margin = cfg.reference_policy_kl_penalty * ((-6.0 + 9.0) / 3 - (-8.0 + 4.0) / 4)
     torch.testing.assert_close(output.loss_sum, -torch.tensor(margin).sigmoid().log())
     assert output.metrics["sft_loss"][0] == pytest.approx(6.0 / 3)
+
+
+TOOL_CHAT = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}{{ call.function.name }}({{ call.function.arguments.a }}){% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def rollout(task: int, right: bool) -> dict[str, object]:
+    """A row as NeMo Gym writes it: thinks, calls a tool, reads what it says, answers."""
+    said = {"type": "output_text", "text": f"it is {2 * task}" if right else "at sea"}
+    calls = {
+        "type": "function_call",
+        "call_id": "c",
+        "name": "twice",
+        "arguments": json.dumps({"a": task + (not right)}),
+    }
+    return {
+        "responses_create_params": {
+            "input": [{"role": "user", "content": f"what is twice {task}?"}],
+            "tools": [{"type": "function", "name": "twice", "parameters": {"type": "object"}}],
+        },
+        "response": {
+            "output": [
+                {"type": "reasoning", "summary": [{"type": "summary_text", "text": "sum"}]},
+                calls,
+                {"type": "function_call_output", "call_id": "c", "output": str(2 * task)},
+                {"type": "message", "role": "assistant", "content": [said]},
+            ]
+        },
+        "reward": float(right),
+        "_ng_task_index": task,
+    }
+
+
+@pytest.mark.distributed
+def test_pairs_built_from_rollouts_with_tools_train(tmp_path):
+    """From rollouts to a step: the last turn alone in the loss, or the calls before it as well; never a tool's words."""
+    rollouts, pairs = tmp_path / "rollouts.jsonl", tmp_path / "pairs.jsonl"
+    rollouts.write_text("".join(json.dumps(rollout(n, right)) + "\n" for n in range(24) for right in (True, False)))
+    build_pairs([rollouts], pairs, BuildOptions())
+    model = make_model(tmp_path / "model", max_position_embeddings=512)
+    room = {"max_total_sequence_length": 400, "sequence_packing": {"train_mb_tokens": 800}}
+    first = {}
+    for loss_on in ("last_turn", "differing_turns"):
+        folder = tmp_path / loss_on
+        folder.mkdir()
+        config = make_config(
+            folder,
+            model,
+            policy={"tokenizer": {"chat_template": TOOL_CHAT}, **room},
+            data={"train_data_path": str(pairs), "val_data_paths": None, "loss_on": loss_on, "shuffle": False},
+        )
+        assert run_distributed(train, 1, str(config), [], init_process_group=False) == [0]
+        steps = read_metrics(folder / "logs")
+        assert len(steps) == 3 and all(math.isfinite(step["train/grad_norm"]) for step in steps)
+        first[loss_on] = steps[0]
+    last, differing = first["last_turn"], first["differing_turns"]
+    assert last["train/preference_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert differing["train/logps/chosen"] < 1.2 * last["train/logps/chosen"] < 0

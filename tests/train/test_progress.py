@@ -189,7 +189,10 @@ SUMMARY = RunSummary(
     world_size=16,
     device="cuda (NVIDIA H200)",
     precision="bfloat16",
+    layers="transformer_engine (CUDA, bfloat16)",
     attention_kernel="varlen",
+    logprob_kernel="triton",
+    optimizer="FusedAdam of Transformer Engine",
     global_batch_pairs=128,
     micro_batch="packs of at most 16,384 tokens, prompt once",
     total_steps=1500,
@@ -214,7 +217,9 @@ megadpo
   parameters   8,030,261,248 (8.03 B)
   layout       TP 4 x PP 2 x DP 2 (16 ranks)
   device       cuda (NVIDIA H200), bfloat16
-  attention    varlen
+  layers       transformer_engine (CUDA, bfloat16)
+  kernels      attention varlen, log-probabilities triton
+  optimizer    FusedAdam of Transformer Engine
   batch        128 pairs, in packs of at most 16,384 tokens, prompt once
   steps        1,500, resuming after step 500
   data         192,000 training pairs, 1,024 in validation set helpful, 512 in validation set harmless
@@ -235,7 +240,10 @@ def test_the_banner_of_a_small_run() -> None:
         world_size=1,
         device="cpu",
         precision="float32",
+        layers="local",
         attention_kernel="sdpa",
+        logprob_kernel="torch",
+        optimizer="AdamW of torch",
         global_batch_pairs=8,
         micro_batch="2 pairs",
         total_steps=3,

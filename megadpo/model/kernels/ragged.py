@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 
 from megadpo.data.pack import Segment
+from megadpo.parallel import send
 
 
 @dataclass(frozen=True)
@@ -23,22 +25,25 @@ class RaggedPlan:
 
 
 def ragged_plan(segments: tuple[Segment, ...], device: torch.device) -> RaggedPlan:
-    """Built on the CPU and sent over in one copy a tensor, so that no layer waits for the host."""
-    query_lengths = [s.query_end - s.query_start for s in segments]
-    key_lengths = [sum(b - a for a, b in s.keys) for s in segments]
-    index = torch.cat([torch.arange(a, b) for s in segments for a, b in s.keys])
-    plain = bool(len(index) == segments[-1].query_end and (index == torch.arange(len(index))).all())
+    """Built on the CPU and sent over in one copy a tensor, through pinned memory: nothing waits for the device."""
+    query_lengths = [s.query_tokens for s in segments]
+    key_lengths = [s.key_tokens for s in segments]
+    ranges = [keys for s in segments for keys in s.keys]
+    ends = [0, *(end for _, end in ranges)]
+    plain = ends[-1] == segments[-1].query_end and all(a == end for (a, _), end in zip(ranges, ends, strict=False))
 
     def cumulative(lengths: list[int]) -> torch.Tensor:
-        return torch.tensor([0, *lengths]).cumsum(0).int().to(device, non_blocking=True)
+        return send(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), device)
+
+    index = None if plain else send(torch.cat([torch.arange(a, b) for a, b in ranges]), device)
 
     return RaggedPlan(
         cu_seqlens_q=cumulative(query_lengths),
         cu_seqlens_k=cumulative(key_lengths),
         max_seqlen_q=max(query_lengths),
         max_seqlen_k=max(key_lengths),
-        key_tokens=len(index),
-        key_index=None if plain else index.to(device, non_blocking=True),
+        key_tokens=sum(key_lengths),
+        key_index=index,
     )
 
 

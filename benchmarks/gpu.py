@@ -1,0 +1,378 @@
+"""megadpo beside TRL's DPOTrainer on one GPU, and beside itself: pairs/s, tokens/s, MFU, peak memory.
+
+    python benchmarks/gpu.py --model llama-3.1-8b --lengths ultrafeedback --out result.json
+    python benchmarks/gpu.py --model llama-3.2-1b --lengths hh --data hh_train.jsonl \\
+        --ours ours,ours-unshared --out result.json
+    python benchmarks/gpu.py --smoke            # a tiny model on whatever there is, in under a minute
+
+Every run is a fresh process; the contenders take turns until --rounds or --minutes are up; the JSON is rewritten after
+every run. Timed are the steps after the warm-up, reference pass included. What the figures mean: benchmarks/README.md.
+Exit code 0 whatever the ratios; 1 where one of ours fails; 2 without a GPU (but for --smoke).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))  # run as a script, the path starts in benchmarks/
+
+from benchmarks import gpu_inputs, gpu_machine, gpu_report, sides  # noqa: E402
+from benchmarks.gpu_sides import OurSettings, Outcome, our_config, run_ours, run_trl  # noqa: E402
+from benchmarks.trl_worker import Spec  # noqa: E402
+from megadpo.config.architecture import read_architecture  # noqa: E402
+from megadpo.config.schema_megatron import MegatronConfig  # noqa: E402
+
+OURS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "ours-unshared": {"share_prompt": False},
+    "ours-recompute": {"overrides": ("policy.megatron_cfg.activation_checkpointing=true",)},
+    "ours-torch-head": {"overrides": ("policy.logprob_kernel=torch",)},
+    "ours-varlen": {"overrides": ("policy.attention_kernel=varlen",)},
+    "ours-sdpa": {"overrides": ("policy.attention_kernel=sdpa",)},
+    "ours-te-attention": {"overrides": ("policy.attention_kernel=transformer_engine",)},
+    "ours-te-layers": {"overrides": ("policy.megatron_cfg.transformer_impl=transformer_engine",)},
+    "ours-local-layers": {"overrides": ("policy.megatron_cfg.transformer_impl=local",)},
+}
+_SORTED = {"sort_within_global_batch": True}
+_BF16 = {"dtype": "bfloat16"}
+_FUSED = {"optim": "adamw_torch_fused"}
+TRL: dict[str, dict[str, Any]] = {
+    # bf16: weights, gradients and moments in bfloat16, no float32 copy. mixed: float32 weights under autocast, as ours
+    # keeps them. sorted: each global batch longest pair first, so that micro-batches pad less.
+    **{f"trl-bf16-mb{n}": {"micro_batch_pairs": n, **_BF16, "extra": _FUSED} for n in (1, 2, 4, 8, 16)},
+    **{f"trl-bf16-mb{n}-sorted": {"micro_batch_pairs": n, **_BF16, **_SORTED, "extra": _FUSED} for n in (2, 4, 8, 16)},
+    **{f"trl-mixed-mb{n}-sorted": {"micro_batch_pairs": n, **_SORTED, "extra": _FUSED} for n in (1, 2, 4, 8)},
+    **{
+        f"trl-bf16-mb{n}-sorted-liger": {
+            "micro_batch_pairs": n,
+            **_BF16,
+            **_SORTED,
+            "extra": {**_FUSED, "use_liger_kernel": True},
+        }
+        for n in (4, 8, 16)
+    },
+    "trl-bf16-mb8-sorted-checkpointing": {
+        "micro_batch_pairs": 8,
+        **_BF16,
+        **_SORTED,
+        "extra": {**_FUSED, "gradient_checkpointing": True},
+    },
+    "trl-bf16-mb4-sorted-flash": {"micro_batch_pairs": 4, **_BF16, **_SORTED, "attention": "flash_attention_2"},
+    "trl-mb1": {"micro_batch_pairs": 1},
+}
+PACK_TOKENS = {"llama-3.2-1b": 16384, "llama-3.1-8b": 4096, "tiny": 512}
+MARGIN_S = 15.0
+"""Kept back at the end of --minutes: to write, and to clean up."""
+LOSS_TOLERANCE = {"cuda": 5e-2, "cpu": 1e-4}
+"""Relative; in bfloat16 the two round differently from the second step on."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is run, beside who runs it."""
+
+    options: argparse.Namespace
+    machine: dict[str, Any]
+    device: str
+    shape: gpu_inputs.Shape
+    lean: bool
+    lengths: gpu_inputs.Lengths
+    spec: Spec
+    deadline: float
+    """By time.monotonic()."""
+
+    def left_s(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def settings(self, name: str) -> OurSettings:
+        """Of one of OURS: packs of --pack-tokens, or the longest pair where that is more."""
+        share = OURS[name].get("share_prompt", True)
+        prompts, answers = self.lengths[:, 0], self.lengths[:, 1:].sum(axis=1)
+        longest_pair = int(((1 if share else 2) * prompts + answers).max())
+        longest = int((prompts + self.lengths[:, 1:].max(axis=1)).max())
+        overrides = (*OURS[name].get("overrides", ()), *self.options.override)
+        return OurSettings(
+            pack_tokens=max(self.options.pack_tokens, longest_pair),
+            longest_tokens=longest,
+            share_prompt=share,
+            lean=self.lean,
+            overrides=overrides,
+        )
+
+
+def prepare(options: argparse.Namespace, folder: Path, machine: dict[str, Any], deadline: float) -> Job:
+    """Choose layers and optimizer for this GPU's memory, make model and pairs in `folder`."""
+    device = "cuda" if "gpu" in machine else "cpu"
+    whole = gpu_inputs.SHAPES[options.model]
+    memory = machine.get("gpu_memory_bytes", 1 << 40)
+    lean = options.optimizer == "lean"
+    if options.optimizer == "auto":
+        fits = gpu_report.whole_layers(whole, memory, lean=False) == whole.num_layers
+        lean = not fits and machine["versions"]["transformer-engine"] is not None
+    layers = options.layers or gpu_report.whole_layers(whole, memory, lean=lean)
+    shape = dataclasses.replace(whole, num_layers=layers)
+    steps = options.warmup_steps + options.steps
+    count = steps * options.global_batch
+    if options.lengths == "hh":
+        lengths = gpu_inputs.hh_lengths(options.data, count)
+    else:
+        lengths = gpu_inputs.ultrafeedback_lengths(count, scale=0.05 if options.smoke else 1.0)
+    gpu_inputs.write_pairs(lengths, shape.vocab_size, folder / "pairs.jsonl")
+    making = multiprocessing.get_context("spawn").Process(
+        target=gpu_inputs.make_model, args=(shape, folder / "model", torch.device(device))
+    )
+    making.start()
+    making.join()
+    if making.exitcode != 0:
+        raise RuntimeError(f"making the model ended with code {making.exitcode}")
+    spec = Spec(
+        data=str(folder / "pairs.jsonl"),
+        model=str(folder / "model"),
+        output_dir="",
+        steps=steps,
+        global_batch_pairs=options.global_batch,
+        micro_batch_pairs=1,
+        threads=1 if device == "cpu" else min(8, os.cpu_count() or 1),
+        device=device,
+        beta=0.1,
+        learning_rate=1e-6,
+    )
+    return Job(
+        options=options,
+        machine=machine,
+        device=device,
+        shape=shape,
+        lean=lean,
+        lengths=lengths,
+        spec=spec,
+        deadline=deadline,
+    )
+
+
+def contenders(job: Job) -> list[tuple[str, Callable[[], Outcome]]]:
+    """In the order in which they take turns."""
+
+    def ours(name: str) -> Callable[[], Outcome]:
+        return lambda: run_ours(name, job.spec, job.settings(name), job.left_s())
+
+    def theirs(name: str) -> Callable[[], Outcome]:
+        spec = dataclasses.replace(job.spec, **TRL[name])
+        return lambda: run_trl(name, spec, job.options.trl_python, job.left_s())
+
+    return [*((n, ours(n)) for n in job.options.ours), *((n, theirs(n)) for n in job.options.trl)]
+
+
+def absent(job: Job) -> dict[str, str]:
+    """Contenders that can't take part here, and why."""
+    reasons = {}
+    if job.options.trl:
+        command = [job.options.trl_python, "-c", "import trl"]
+        found = subprocess.run(command, capture_output=True, check=False, cwd="/", env=os.environ)
+        if found.returncode != 0:
+            reasons |= dict.fromkeys(job.options.trl, f"TRL is not importable in {job.options.trl_python}")
+    has_key = "transformer_impl" in MegatronConfig.__dataclass_fields__
+    for name in job.options.ours:
+        if not has_key and any("transformer_impl" in text for text in OURS[name].get("overrides", ())):
+            reasons[name] = "policy.megatron_cfg has no transformer_impl here"
+    return reasons
+
+
+def run_rounds(job: Job, failed: dict[str, str], write: Callable[[dict[str, list[Outcome]]], None]) -> None:
+    """Until the rounds are done or the time is up. `failed` gains whoever fails; they take no further turn."""
+    outcomes: dict[str, list[Outcome]] = {}
+    for number in range(1, job.options.rounds + 1):
+        for name, start in contenders(job):
+            took = max((one.seconds for one in outcomes.get(name, [])), default=0.0)
+            if name in failed:
+                continue
+            if job.left_s() < max(1.1 * took, 5.0):
+                print(f"round {number}  {name:36} not started: {job.left_s():.0f} s are left", flush=True)
+                continue
+            outcome = start()
+            outcomes.setdefault(name, []).append(outcome)
+            if outcome.error is not None and not (outcome.error == "timed out" and took):
+                failed[name] = outcome.error
+                print(f"round {number}  {name:36} {outcome.error}", flush=True)
+                if name.startswith("ours"):
+                    print(outcome.log, file=sys.stderr)
+            elif outcome.error is None:
+                speed = outcome.pairs_per_s(job.options.warmup_steps, job.options.global_batch) or 0.0
+                memory = (outcome.peak_allocated_bytes or 0) / gpu_report.GIB
+                text = f"{speed:8.2f} pairs/s {memory:8.2f} GiB  process {outcome.seconds:5.0f} s"
+                print(f"round {number}  {name:36} {text}", flush=True)
+            write(outcomes)
+
+
+def conclusions(job: Job, outcomes: dict[str, list[Outcome]], failed: dict[str, str]) -> dict[str, Any]:
+    """Everything for the JSON file."""
+    arch = read_architecture(Path(job.spec.model))
+    warmup, pairs = job.options.warmup_steps, job.options.global_batch
+    found = []
+    for name, runs in outcomes.items():
+        share = name.startswith("ours") and job.settings(name).share_prompt
+        timed = job.lengths[warmup * pairs :]
+        one = gpu_report.measured(runs, arch, timed, warmup_steps=warmup, pairs_per_step=pairs, share_prompt=share)
+        found += [one] if one is not None else []
+    rate = job.machine["matrix_rate_tflops"]
+    return {
+        "machine": job.machine,
+        "command": sys.argv,
+        "options": {key: str(value) for key, value in vars(job.options).items()},
+        "model": dataclasses.asdict(job.shape) | {"parameters": job.shape.parameters, "name": job.options.model},
+        "layers_left_out": gpu_inputs.SHAPES[job.options.model].num_layers - job.shape.num_layers,
+        "lengths": gpu_report.summary_of(job.lengths),
+        "spec": dataclasses.asdict(job.spec),
+        "our_config": our_config(job.spec, job.settings(job.options.ours[0] if job.options.ours else "ours"), Path()),
+        "contender_settings": {name: (OURS | TRL)[name] for name in (*job.options.ours, *job.options.trl)},
+        "state_bytes": gpu_report.state_bytes(job.shape, lean=job.lean),
+        "measured": [dataclasses.asdict(one) for one in found],
+        "failed": failed,
+        "goals": gpu_report.goals(found, rate),
+        "different_losses": different_losses(job, outcomes),
+        "table": gpu_report.table(found, failed, rate, gpu_machine.datasheet_tflops(job.machine.get("gpu", ""))),
+        "runs": {name: [dataclasses.asdict(one) for one in runs] for name, runs in outcomes.items()},
+    }
+
+
+def different_losses(job: Job, outcomes: dict[str, list[Outcome]]) -> list[str]:
+    """Steps at which somebody's loss is not the first one's: then they did not do the same work."""
+    whole = [run for runs in outcomes.values() for run in runs[:1] if run.error is None]
+    found = []
+    for other in whole[1:]:
+        for step, (a, b) in enumerate(zip(whole[0].losses, other.losses, strict=False), start=1):
+            if not abs(a - b) <= LOSS_TOLERANCE[job.device] * max(abs(a), abs(b)):
+                found.append(f"step {step}: {whole[0].name} {a:.6f}, {other.name} {b:.6f}")
+    return found
+
+
+def plan_of(job: Job) -> dict[str, Any] | None:
+    """What tools/plan.py expects of the first of ours, where there is such a tool and it knows this GPU."""
+    tool = REPOSITORY / "tools" / "plan.py"
+    gpu = next((name for name in ("h100", "h200", "a100", "b200") if name.upper() in job.machine.get("gpu", "")), None)
+    if not tool.exists() or gpu is None or not job.options.ours:
+        return None
+    name = job.options.ours[0]
+    config = Path(job.spec.data).with_name("plan.yaml")
+    config.write_text(json.dumps(our_config(job.spec, job.settings(name), config.parent / "logs")), encoding="utf-8")
+    command = [sys.executable, str(tool), str(config), *job.settings(name).overrides]
+    command += ["--world-size", "1", "--gpu", gpu, "--json"]
+    env = sides.environment(1, {"CUDA_VISIBLE_DEVICES": ""})
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60, check=False)
+        return dict(json.loads(done.stdout))
+    except (json.JSONDecodeError, subprocess.TimeoutExpired) as error:
+        return {"error": str(error)}
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=sorted(gpu_inputs.SHAPES), default="llama-3.2-1b")
+    parser.add_argument("--layers", type=int, help="default: all that fit")
+    parser.add_argument("--lengths", choices=["hh", "ultrafeedback"], default="ultrafeedback")
+    parser.add_argument("--data", type=Path, default=sides.default_data(), help="hh_train.jsonl, for --lengths hh")
+    parser.add_argument("--ours", default="ours", help=f"of {', '.join(OURS)}; '' for none")
+    parser.add_argument("--trl", default=None, help=f"of {', '.join(TRL)}; '' for none")
+    parser.add_argument("--trl-python", default=sys.executable, help="interpreter that has TRL (default: this one)")
+    parser.add_argument("--optimizer", choices=["auto", "full", "lean"], default="auto", help="of ours; see README.md")
+    parser.add_argument("--pack-tokens", type=int, help=f"default: {PACK_TOKENS}")
+    parser.add_argument("--global-batch", type=int, default=32, help="pairs")
+    parser.add_argument("--warmup-steps", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=4, help="timed steps")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=7.5, help="for everything, start to end")
+    parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="for our config")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model and few pairs, to see that everything runs")
+    options = parser.parse_args(arguments)
+    if options.smoke:
+        options.model, options.rounds, options.global_batch, options.warmup_steps, options.steps = "tiny", 1, 4, 1, 1
+        options.trl = "trl-mb1" if options.trl is None else options.trl
+    if options.trl is None:
+        options.trl = "trl-bf16-mb4-sorted,trl-bf16-mb8-sorted"
+    options.ours, options.trl = ([name for name in text.split(",") if name] for text in (options.ours, options.trl))
+    unknown = sorted((set(options.ours) - set(OURS)) | (set(options.trl) - set(TRL)))
+    if unknown:
+        parser.error(f"unknown: {', '.join(unknown)}")
+    if options.lengths == "hh" and not options.data.exists():
+        parser.error(f"no such file: {options.data}; name hh_train.jsonl with --data or MEGADPO_DATA")
+    options.pack_tokens = options.pack_tokens or PACK_TOKENS[options.model]
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    deadline = time.monotonic() + 60 * options.minutes - MARGIN_S
+    if not torch.cuda.is_available() and not options.smoke:
+        print("no CUDA device: nothing to measure; --smoke runs a tiny model on the CPU", file=sys.stderr)
+        return 2
+    # In a process of its own: what it takes of the GPU is gone with it
+    asked = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu_machine"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    machine = json.loads(asked.stdout)
+    folder = gpu_inputs.work_folder(2 * gpu_inputs.SHAPES[options.model].parameters)
+    outcomes: dict[str, list[Outcome]] = {}
+    try:
+        job = prepare(options, folder, machine, deadline)
+        describe(job)
+        failed, plan = absent(job), plan_of(job)
+
+        def write(so_far: dict[str, list[Outcome]]) -> None:
+            outcomes.update(so_far)
+            if options.out:
+                content = conclusions(job, outcomes, failed) | {"plan": plan}
+                options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+        write({})
+        run_rounds(job, failed, write)
+        content = conclusions(job, outcomes, failed)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    conclude(content, plan)
+    if options.smoke:
+        print("A smoke run: everything ran that is said to; the figures mean nothing.")
+    return 1 if any(name.startswith("ours") for name in failed) else 0
+
+
+def describe(job: Job) -> None:
+    """What will run, with everything that was chosen for this machine."""
+    machine, shape = job.machine, job.shape
+    print(f"{machine.get('gpu', 'CPU')}: {machine['matrix_rate_tflops']:.1f} TFLOP/s in products of bf16 matrices")
+    left_out = gpu_inputs.SHAPES[job.options.model].num_layers - shape.num_layers
+    layers = f"{shape.num_layers} layers" + (f", {left_out} LEFT OUT for this GPU's memory" if left_out else "")
+    print(f"{job.options.model}: {layers}, {shape.parameters:,} random parameters")
+    state = gpu_report.state_bytes(shape, lean=job.lean) / gpu_report.GIB
+    what = "bfloat16 moments, no second copy" if job.lean else "float32 weights, gradients and moments"
+    print(f"ours: {what}: {state:.1f} GiB of weights, reference, gradients and optimizer state")
+    print(f"{len(job.lengths)} pairs, {gpu_report.summary_of(job.lengths)}", flush=True)
+
+
+def conclude(content: dict[str, Any], plan: dict[str, Any] | None) -> None:
+    """Print tables, goals and warnings."""
+    print("", *content["table"], "", sep="\n")
+    for goal in content["goals"]:
+        verdict = "met" if goal["met"] else "not met"
+        print(f"{goal['what']}: {goal['value']:.2f} ({goal['against']}); goal {goal['goal']}: {verdict}")
+    if plan and plan.get("stages"):
+        print(f"plan's peak: {plan['stages'][0]['peak_bytes'] / gpu_report.GIB:.1f} GiB")
+    if content["different_losses"]:
+        print("NOT THE SAME WORK, the losses differ:", *content["different_losses"], sep="\n  ")
+
+
+if __name__ == "__main__":
+    sides.end_tidily_when_terminated()
+    sys.exit(main())

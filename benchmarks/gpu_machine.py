@@ -1,0 +1,135 @@
+"""The GPU that a benchmark ran on: what it is, what software it has, and the two rates that everything is held against."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGES = (
+    "torch",
+    "triton",
+    "megatron-core",
+    "transformer-engine",
+    "transformers",
+    "trl",
+    "accelerate",
+    "datasets",
+    "liger-kernel",
+    "flash-attn",
+    "apex",
+    "numpy",
+)
+DATASHEET_BF16_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0, "B200": 2250.0}
+"""Dense, by the vendor's datasheets; SXM parts."""
+
+
+def machine() -> dict[str, Any]:
+    """Hardware, versions, commit and date, for a result's JSON."""
+    cuda = torch.cuda.is_available()
+    found: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "cpu_cores": os.cpu_count(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "commit": _commit(),
+    }
+    if cuda:
+        properties = torch.cuda.get_device_properties(0)
+        found["gpu"] = properties.name
+        found["gpu_memory_bytes"] = properties.total_memory
+        found["gpu_multiprocessors"] = properties.multi_processor_count
+        found["driver"] = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    return found
+
+
+def version(package: str) -> str | None:
+    """Installed version; None where it is not there."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def datasheet_tflops(gpu: str) -> float | None:
+    """Dense bf16 rate of the vendor's datasheet, for the GPUs listed above."""
+    return next((rate for name, rate in DATASHEET_BF16_TFLOPS.items() if name in gpu), None)
+
+
+def milliseconds(work: Any, device: torch.device, *, repeats: int, warmup: int = 3) -> float:
+    """Median over `repeats` calls of `work`, by the device's own clock on CUDA."""
+    for _ in range(warmup):
+        work()
+    if device.type != "cuda":
+        import time
+
+        times = []
+        for _ in range(repeats):
+            started = time.perf_counter()
+            work()
+            times.append(1e3 * (time.perf_counter() - started))
+        return statistics.median(times)
+    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for start, end in marks:
+        start.record()
+        work()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in marks)
+
+
+def matrix_rate_tflops(device: torch.device) -> float:
+    """bf16 products of random 8192 x 8192 matrices (512 on a CPU, in float32): 2 n^3 operations over the median time."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * size**3 / milliseconds(lambda: torch.mm(a, b, out=out), device, repeats=20) / 1e9
+
+
+def copy_rate_gbytes(device: torch.device) -> float:
+    """Device-to-device copy of 4 GiB (16 MiB on a CPU), bytes read and written over the median time."""
+    size = (1 << 32) if device.type == "cuda" else (1 << 24)
+    source = torch.ones(size, device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return 2 * size / milliseconds(lambda: target.copy_(source), device, repeats=10) / 1e6
+
+
+def _commit() -> str:
+    text = _output(["git", "rev-parse", "HEAD"]) or "unknown"
+    return text + (" with changes" if _output(["git", "status", "--short"]) else "")
+
+
+def _output(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip()
+
+
+def main() -> int:
+    """`python benchmarks/gpu_machine.py`: machine and rates as JSON, measured in this process and gone with it."""
+    import json
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    content = machine()
+    content["matrix_rate_tflops"] = matrix_rate_tflops(device)
+    content["copy_rate_gbytes_per_s"] = copy_rate_gbytes(device)
+    print(json.dumps(content))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""What the runs of benchmarks/gpu.py come to: medians, MFU, memory, and the goals."""
+
+from __future__ import annotations
+
+import dataclasses
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from benchmarks.gpu_inputs import Lengths, Shape
+from benchmarks.gpu_sides import Outcome
+from megadpo.config.architecture import Architecture
+from megadpo.data.work import WorkModel, query_keys
+
+GIB = 2**30
+GOALS = {"MFU of the measured rate": 0.60, "pairs/s over TRL's": 2.5, "peak memory over TRL's": 0.6, "shared": 1.3}
+PASSES = 4
+"""Forward, backward (two), and the reference's forward."""
+
+
+def step_flops(arch: Architecture, lengths: Lengths, *, share_prompt: bool) -> float:
+    """Operations that training on these pairs needs: PASSES times a forward pass's matrix products, each multiply and
+    add counted as two; formulas in megadpo/data/work.py. Tokens really computed count, so a shared prompt once; the
+    head counts for answer tokens; nothing that is recomputed counts again, nor does padding."""
+    work = WorkModel.of(arch)
+    prompts, answers = int(lengths[:, 0].sum()), int(lengths[:, 1:].sum())
+    tokens = (1 if share_prompt else 2) * prompts + answers
+    keys = int(query_keys(lengths, share_prompt=share_prompt).sum())
+    return float(PASSES * (work.per_token * tokens + work.per_answer_token * answers + work.per_query_key * keys))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Medians of one contender's rounds."""
+
+    name: str
+    shares_prompts: bool
+    rounds: int
+    pairs_per_s: float
+    lowest_pairs_per_s: float
+    highest_pairs_per_s: float
+    sequence_tokens_per_s: float
+    """Tokens of prompt + answer, both answers, per second: the same pairs count alike for everybody."""
+    computed_tokens_per_s: float
+    """Tokens that went through the layers: a shared prompt once. Of TRL's, padding is left out."""
+    tflops: float
+    """Of `step_flops`, for the tokens it computes."""
+    peak_allocated_bytes: float
+    peak_reserved_bytes: float | None
+
+
+def measured(
+    outcomes: list[Outcome],
+    arch: Architecture,
+    timed: Lengths,
+    *,
+    warmup_steps: int,
+    pairs_per_step: int,
+    share_prompt: bool,
+) -> Measured | None:
+    """None where no round came to an end. timed: lengths of the pairs of the timed steps."""
+    speeds = [s for one in outcomes if (s := one.pairs_per_s(warmup_steps, pairs_per_step)) is not None]
+    if not speeds:
+        return None
+    good = [one for one in outcomes if one.error is None]
+    prompts, answers = float(timed[:, 0].mean()), float(timed[:, 1:].sum(axis=1).mean())
+    flops_per_pair = step_flops(arch, timed, share_prompt=share_prompt) / len(timed)
+    speed = median(speeds)
+    reserved = [one.peak_reserved_bytes for one in good if one.peak_reserved_bytes is not None]
+    return Measured(
+        name=outcomes[0].name,
+        shares_prompts=share_prompt,
+        rounds=len(speeds),
+        pairs_per_s=speed,
+        lowest_pairs_per_s=min(speeds),
+        highest_pairs_per_s=max(speeds),
+        sequence_tokens_per_s=speed * (2 * prompts + answers),
+        computed_tokens_per_s=speed * ((1 if share_prompt else 2) * prompts + answers),
+        tflops=speed * flops_per_pair / 1e12,
+        peak_allocated_bytes=median(one.peak_allocated_bytes or 0 for one in good),
+        peak_reserved_bytes=median(reserved) if reserved else None,
+    )
+
+
+def table(found: list[Measured], failed: dict[str, str], rate_tflops: float, sheet_tflops: float | None) -> list[str]:
+    """Markdown."""
+    lines = [
+        "| | rounds | pairs/s | lowest to highest | tokens/s computed | TFLOP/s | of the measured rate | of the datasheet "
+        "| peak GiB in tensors | taken |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for one in found:
+        reserved = "" if one.peak_reserved_bytes is None else f"{one.peak_reserved_bytes / GIB:.1f}"
+        sheet = "" if sheet_tflops is None else f"{one.tflops / sheet_tflops:.1%}"
+        lines.append(
+            f"| {one.name} | {one.rounds} | {one.pairs_per_s:.2f} | {one.lowest_pairs_per_s:.2f} to "
+            f"{one.highest_pairs_per_s:.2f} | {one.computed_tokens_per_s:,.0f} | {one.tflops:.3g} | "
+            f"{one.tflops / rate_tflops:.1%} | {sheet} | {one.peak_allocated_bytes / GIB:.1f} | {reserved} |"
+        )
+    return lines + [f"| {name} | does not run: {reason} | | | | | | | | |" for name, reason in failed.items()]
+
+
+def goals(found: list[Measured], rate_tflops: float) -> list[dict[str, Any]]:
+    """Each goal that these runs can be held to; TRL's is the fastest that took part, and that same run's memory."""
+    by_name = {one.name: one for one in found}
+    ours, unshared = by_name.get("ours"), by_name.get("ours-unshared")
+    theirs = [one for one in found if one.name.startswith("trl")]
+    values: dict[str, tuple[float, str]] = {}
+    if ours is not None:
+        values["MFU of the measured rate"] = (ours.tflops / rate_tflops, "bf16 matrix products, same run")
+    if ours is not None and theirs:
+        fastest = max(theirs, key=lambda one: one.pairs_per_s)
+        values["pairs/s over TRL's"] = (ours.pairs_per_s / fastest.pairs_per_s, fastest.name)
+        values["peak memory over TRL's"] = (ours.peak_allocated_bytes / fastest.peak_allocated_bytes, fastest.name)
+    if ours is not None and unshared is not None:
+        values["shared"] = (ours.pairs_per_s / unshared.pairs_per_s, unshared.name)
+    return [
+        {
+            "what": what,
+            "value": value,
+            "against": against,
+            "goal": GOALS[what],
+            "met": value <= GOALS[what] if "memory" in what else value >= GOALS[what],
+        }
+        for what, (value, against) in values.items()
+    ]
+
+
+def state_bytes(shape: Shape, *, lean: bool) -> int:
+    """Weights, reference, gradients and optimizer state: 20 bytes a parameter (2 + 2 + 4 + float32 weights 4 + moments
+    8), lean 14 (2 + 2 + 4 + the other half of the weights 2 + moments 4)."""
+    return shape.parameters * (14 if lean else 20)
+
+
+def whole_layers(shape: Shape, memory_bytes: int, *, lean: bool, activations: float = 0.18) -> int:
+    """Layers of `shape` whose state leaves this share of the memory to activations; at least 1."""
+    for layers in range(shape.num_layers, 1, -1):
+        if state_bytes(dataclasses.replace(shape, num_layers=layers), lean=lean) <= (1 - activations) * memory_bytes:
+            return layers
+    return 1
+
+
+def summary_of(lengths: Lengths) -> dict[str, float]:
+    """Mean and most tokens, for the record."""
+    names = ("prompt", "chosen", "rejected")
+    means = {f"mean_{name}": float(value) for name, value in zip(names, lengths.mean(axis=0), strict=True)}
+    return means | {"longest_sequence": float(np.max(lengths[:, 0] + lengths[:, 1:].max(axis=1)))}

@@ -1,0 +1,136 @@
+"""The GPU benchmark, as far as a machine without one can hold it: its inputs, its arithmetic, and a smoke run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import gpu, gpu_head, gpu_inputs, gpu_report
+from benchmarks.gpu_sides import Outcome
+from megadpo.config.architecture import read_architecture
+from megadpo.data.tokenizer import load_tokenizer
+
+TINY = gpu_inputs.SHAPES["tiny"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    gpu_inputs.make_model(TINY, folder, torch.device("cpu"))
+    return folder
+
+
+def test_real_shapes_have_the_real_numbers_of_parameters():
+    # as Meta's model cards and `sum(p.numel())` of transformers' models say
+    assert gpu_inputs.SHAPES["llama-3.2-1b"].parameters == 1_235_814_400
+    assert gpu_inputs.SHAPES["llama-3.1-8b"].parameters == 8_030_261_248
+
+
+def test_a_made_model_opens_in_transformers(model):
+    from transformers import AutoModelForCausalLM
+
+    loaded, said = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True)
+    assert not said["missing_keys"] and not said["unexpected_keys"]
+    assert sum(p.numel() for p in loaded.parameters()) == TINY.parameters
+    assert loaded.dtype == torch.bfloat16
+
+
+def test_text_has_exactly_the_tokens_asked_for(model, tmp_path):
+    lengths = gpu_inputs.ultrafeedback_lengths(20, scale=0.1)
+    gpu_inputs.write_pairs(lengths, TINY.vocab_size, tmp_path / "pairs.jsonl")
+    tokenizer = load_tokenizer(str(model))
+    for line, (prompt, chosen, rejected) in zip((tmp_path / "pairs.jsonl").open(), lengths.tolist(), strict=True):
+        row = json.loads(line)
+        assert len(tokenizer(row["prompt"])["input_ids"]) == prompt
+        for answer, count in (("chosen", chosen), ("rejected", rejected)):
+            ids = tokenizer(row["prompt"] + row[answer] + "</s>")["input_ids"]
+            assert len(ids) == prompt + count and ids[-1] == gpu_inputs.EOS
+            assert gpu_inputs.PAD not in ids
+
+
+def test_lengths_are_like_ultrafeedbacks():
+    lengths = gpu_inputs.ultrafeedback_lengths(4000)
+    assert 140 < lengths[:, 0].mean() < 160
+    assert 330 < lengths[:, 1:].mean() < 370
+    assert (lengths[:, 0] + lengths[:, 1:].max(axis=1)).max() <= 2048 + 8
+    assert lengths.min() >= 2
+
+
+def test_flops_are_those_of_the_formula(model):
+    arch = read_architecture(model)
+    lengths = np.array([[5, 3, 2], [1, 1, 4]])
+    weights = sum(math.prod(size) for name, size in gpu_inputs.weight_shapes(TINY) if "proj" in name)
+    head = TINY.hidden_size * TINY.vocab_size
+    key = 2 * TINY.num_layers * TINY.num_heads * TINY.head_dim
+    # prompt 5 sees 15 keys; answers of 3 and 2 after it 6 + 7 + 8 and 6 + 7; then 1; 2 and 2 + 3 + 4 + 5
+    shared = 2 * 4 * (weights * 16 + head * 10 + key * (15 + 21 + 13 + 1 + 2 + 14))
+    assert gpu_report.step_flops(arch, lengths, share_prompt=True) == shared
+    repeated = shared + 2 * 4 * (weights * 6 + key * (15 + 1))
+    assert gpu_report.step_flops(arch, lengths, share_prompt=False) == repeated
+
+
+def test_layers_are_left_out_only_where_memory_is_short():
+    whole, h200 = gpu_inputs.SHAPES["llama-3.1-8b"], 150_754_820_096  # 143771 MiB
+    assert gpu_report.whole_layers(whole, h200, lean=True) == 32
+    fewer = gpu_report.whole_layers(whole, h200, lean=False)
+    assert 20 <= fewer < 32
+    fits = gpu_report.state_bytes(dataclasses.replace(whole, num_layers=fewer), lean=False)
+    assert fits <= 0.82 * h200 < fits + 20 * 218_112_000  # and one more would not
+    assert gpu_report.whole_layers(gpu_inputs.SHAPES["llama-3.2-1b"], h200, lean=False) == 16
+
+
+def outcome(name, step_s, peak, error=None):
+    return Outcome(name, 60.0, [9.0, step_s, step_s], [0.69] * 3, peak, peak, error, "")
+
+
+def test_goals_are_held_to_the_fastest_of_trls(model):
+    arch, lengths = read_architecture(model), np.array([[10, 5, 5]] * 8)
+
+    def measured(share, *outcomes):
+        return gpu_report.measured(list(outcomes), arch, lengths, warmup_steps=1, pairs_per_step=4, share_prompt=share)
+
+    ours = measured(True, outcome("ours", 1.0, 60), outcome("ours", 2.0, 60), outcome("ours", 1.0, 60))
+    slow, fast = measured(False, outcome("trl-a", 8.0, 10)), measured(False, outcome("trl-b", 4.0, 100))
+    assert measured(False, outcome("trl-c", 4.0, 100, error="out of memory")) is None
+    assert ours.pairs_per_s == 4.0 and ours.computed_tokens_per_s == 80.0
+    values = {goal["what"]: goal for goal in gpu_report.goals([ours, slow, fast], rate_tflops=1.0)}
+    assert values["pairs/s over TRL's"]["value"] == 4.0 and values["pairs/s over TRL's"]["met"]
+    assert values["peak memory over TRL's"]["value"] == 0.6 and values["peak memory over TRL's"]["met"]
+    assert not values["MFU of the measured rate"]["met"]
+
+
+def test_a_smoke_run_ends_well_without_trl(tmp_path, capsys):
+    out = tmp_path / "result.json"
+    arguments = ["--smoke", "--trl", "trl-mb1", "--trl-python", "/bin/false", "--out", str(out)]
+    assert gpu.main(arguments) == 0, capsys.readouterr().err
+    content = json.loads(out.read_text())
+    (measured,) = content["measured"]
+    assert measured["name"] == "ours" and measured["pairs_per_s"] > 0
+    assert "TRL is not importable" in content["failed"]["trl-mb1"]
+    assert content["machine"]["matrix_rate_tflops"] > 0 and content["command"]
+
+
+def test_without_time_nothing_is_started(tmp_path, capsys):
+    assert gpu.main(["--smoke", "--trl", "", "--minutes", "0.1", "--out", str(tmp_path / "r.json")]) == 0
+    assert "not started" in capsys.readouterr().out
+    assert json.loads((tmp_path / "r.json").read_text())["measured"] == []
+
+
+def test_the_heads_smoke_run_says_what_does_not_run(tmp_path, capsys):
+    assert gpu_head.main(["--smoke", "--out", str(tmp_path / "head.json")]) == 0
+    (result,) = json.loads((tmp_path / "head.json").read_text())["results"]
+    assert result["heads"]["torch"]["both_ms"] > 0
+    if not torch.cuda.is_available():
+        assert "CUDA" in result["heads"]["triton"]["not_run"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only where there is no GPU")
+@pytest.mark.parametrize("command", [gpu.main, gpu_head.main])
+def test_without_a_gpu_nothing_is_measured(command, capsys):
+    assert command([]) == 2
+    assert "no CUDA device" in capsys.readouterr().err

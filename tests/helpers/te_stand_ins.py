@@ -1,0 +1,143 @@
+"""Stand-ins for Transformer Engine's modules on a CPU: megatron-core's wrappers' arguments and parameter names, computed
+by megatron-core's own layers. What only the real ones can show is in tests/gpu."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+from megadpo.model.norm import RMSNorm, _RmsNorm
+
+
+class _EmptyState:
+    """As TransformerEngineBaseModule.get_extra_state without float8: a tensor of no bytes."""
+
+    def get_extra_state(self):
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_extra_state(self, state):
+        assert state is None or state.numel() == 0
+
+
+class StandInNorm(_EmptyState, RMSNorm):
+    def __init__(self, config, hidden_size, eps=1e-5):
+        super().__init__(config, hidden_size, eps)
+
+
+class StandInColumn(_EmptyState, ColumnParallelLinear):
+    def __init__(
+        self,
+        input_size,
+        output_size,
+        *,
+        config,
+        init_method,
+        gather_output,
+        bias,
+        skip_bias_add,
+        is_expert,
+        skip_weight_param_allocation=False,
+        tp_comm_buffer_name=None,
+        tp_group=None,
+        stride=1,
+    ):
+        assert not gather_output and not skip_weight_param_allocation
+        super().__init__(
+            input_size,
+            output_size,
+            config=config,
+            init_method=init_method,
+            bias=bias,
+            gather_output=False,
+            skip_bias_add=skip_bias_add,
+            is_expert=is_expert,
+            tp_group=tp_group,
+            stride=stride,
+        )
+
+
+class StandInNormColumn(StandInColumn):
+    def __init__(self, input_size, output_size, *, config, **options):
+        super().__init__(input_size, output_size, config=config, **options)
+        self.layer_norm_weight = torch.nn.Parameter(torch.ones(input_size, dtype=config.params_dtype))
+        self.layer_norm_weight.sequence_parallel = config.sequence_parallel
+        self.eps = config.layernorm_epsilon
+
+    def forward(self, x):
+        return super().forward(_RmsNorm.apply(x, self.layer_norm_weight, self.eps))
+
+
+class StandInRow(_EmptyState, RowParallelLinear):
+    def __init__(
+        self,
+        input_size,
+        output_size,
+        *,
+        config,
+        init_method,
+        bias,
+        input_is_parallel,
+        skip_bias_add,
+        is_expert,
+        tp_comm_buffer_name=None,
+        tp_group=None,
+    ):
+        super().__init__(
+            input_size,
+            output_size,
+            config=config,
+            init_method=init_method,
+            bias=bias,
+            input_is_parallel=input_is_parallel,
+            skip_bias_add=skip_bias_add,
+            is_expert=is_expert,
+            tp_group=tp_group,
+        )
+
+
+class StandInGrouped(torch.nn.Module):
+    """weight0, weight1, ...: of tensor-parallel size 1."""
+
+    def __init__(
+        self,
+        num_gemms,
+        input_size,
+        output_size,
+        *,
+        config,
+        init_method,
+        bias,
+        skip_bias_add,
+        is_expert,
+        tp_comm_buffer_name=None,
+        pg_collection=None,
+    ):
+        super().__init__()
+        assert is_expert and not bias
+        self.num_gemms = num_gemms
+        for number in range(num_gemms):
+            weight = torch.nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
+            self.register_parameter(f"weight{number}", weight)
+
+    def forward(self, x, m_splits):
+        parts = x.split(m_splits)
+        return torch.cat([part @ getattr(self, f"weight{i}").t() for i, part in enumerate(parts)]), None
+
+
+def use_stand_ins(patch: pytest.MonkeyPatch) -> None:
+    """In this process: Transformer Engine's layers are chosen, and are these."""
+    from megadpo.model import build, implementation, spec, spec_te, transformer_config
+    from megadpo.train import report
+
+    modules = spec_te.TeModules(
+        StandInNormColumn, StandInColumn, StandInRow, StandInNorm, StandInGrouped, StandInGrouped
+    )
+    chosen = implementation.Implementation("transformer_engine", "stand-ins")
+    for module in (spec, spec_te):
+        patch.setattr(module, "te_modules", lambda: modules)
+    for module in (build, transformer_config, report):
+        patch.setattr(module, "choose_implementation", lambda policy, device: chosen)
+    # Neither Transformer Engine's kernels nor apex's are here.
+    patch.setattr(build, "fuses_weight_gradient", lambda policy, implementation: False)
+    patch.setattr(report, "fuses_weight_gradient", lambda policy, implementation: False)

@@ -1,0 +1,206 @@
+"""The fused head against float64: on CPUs through Triton's interpreter where Triton is installed, on GPUs compiled.
+
+Bounds, said before anything was measured: float32 keeps 24 bits, and a sum of 48 to 4096 products loses a few of them:
+1e-5. In bfloat16 the inputs are rounded before both computations, logits and sums are float32: logps to 1e-5 too; the
+gradient of each logit is rounded to bfloat16 once and so is the result, each by at most 2^-8 of itself: 4e-3 in norm,
+and 8e-3 in Triton 3.6's interpreter, which cuts digits off where GPUs round.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from megadpo.config.problems import ConfigError
+from megadpo.model.head import vocab_parallel_logps
+from megadpo.model.head_choice import choose_head
+from tests.helpers.distributed import run_distributed
+from tests.model.head_fused_worker import Case, make_inputs, relative_errors
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+BOUNDS = {
+    "float32": {"logps": 1e-5, "hidden": 1e-5, "weight": 1e-5},
+    "bfloat16": {"logps": 1e-5, "hidden": 4e-3, "weight": 4e-3},
+}
+NUMPY_MOST = (2, 4)
+
+
+def why_not_interpreted() -> str | None:
+    """Triton's interpreter converts one-element arrays to numbers, which numpy refuses from 2.4 on (seen with 3.6.0)."""
+    if importlib.util.find_spec("triton") is None:
+        return "needs Triton, for its interpreter"
+    numpy = tuple(int(part) for part in np.__version__.split(".")[:2])
+    return f"Triton's interpreter needs numpy below 2.4, here {np.__version__}" if numpy >= NUMPY_MOST else None
+
+
+needs_interpreter = pytest.mark.skipif(why_not_interpreted() is not None, reason=str(why_not_interpreted()))
+
+# Several blocks, the last one thinner; several steps of a kernel in each; a target in every place
+SMALL = Case(most_logits=23 * 256, kernel_columns=64)
+CASES = [
+    Case(),
+    SMALL,
+    dataclasses.replace(SMALL, dtype="bfloat16"),
+    dataclasses.replace(SMALL, vocab=384),
+    dataclasses.replace(SMALL, rows=1, vocab=5),
+    dataclasses.replace(SMALL, frozen="weight"),
+    dataclasses.replace(SMALL, frozen="hidden", dtype="bfloat16"),
+    dataclasses.replace(SMALL, chunk_tokens=1),
+    dataclasses.replace(SMALL, scale=20.0),  # logits of some hundreds: only a running maximum keeps them finite
+]
+
+
+def interpreted(cases: list[Case], folder: Path) -> list[list[dict[str, float]]]:
+    """Errors by rank and case; all cases have one world size."""
+    (folder / "cases.json").write_text(json.dumps([dataclasses.asdict(case) for case in cases]), encoding="utf-8")
+    files = [str(folder / "cases.json"), str(folder / "results")]
+    command = [sys.executable, "-m", "tests.model.head_fused_worker", *files]
+    path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    ranks = range(cases[0].world_size)
+    return [json.loads((folder / f"results.{rank}").read_text(encoding="utf-8")) for rank in ranks]
+
+
+def within_bounds(case: Case, errors: dict[str, float]) -> bool:
+    slack = 2 if case.device == "cpu" and case.dtype == "bfloat16" else 1
+    return all(error < slack * BOUNDS[case.dtype][name] for name, error in errors.items())
+
+
+@needs_interpreter
+def test_logps_and_gradients_equal_float64(tmp_path):
+    (found,) = interpreted(CASES, tmp_path)
+    wrong = [(case, errors) for case, errors in zip(CASES, found, strict=True) if not within_bounds(case, errors)]
+    assert not wrong
+
+
+@needs_interpreter
+@pytest.mark.distributed
+def test_the_same_over_two_shards(tmp_path):
+    cases = [dataclasses.replace(SMALL, world_size=2, dtype=dtype) for dtype in ("float32", "bfloat16")]
+    for found in interpreted(cases, tmp_path):
+        assert all(within_bounds(case, errors) for case, errors in zip(cases, found, strict=True)), found
+
+
+def test_a_block_keeps_to_memory_and_to_whole_tiles():
+    from_module = pytest.importorskip("megadpo.model.head_fused", reason="needs Triton")
+    for rows, vocab, chunk in [(8192, 128256, 1024), (100_000, 128256, 1024), (5, 32000, 64), (0, 512, 1), (7, 5, 1)]:
+        columns = from_module.block_columns(rows, vocab, chunk)
+        assert columns == vocab or columns % from_module.COLUMN_MULTIPLE == 0
+        floor = from_module.COLUMN_MULTIPLE * rows
+        assert rows * columns <= max(floor, min(from_module.MOST_LOGITS, chunk * vocab))
+        assert 1 <= columns <= vocab
+
+
+def test_on_a_cpu_the_head_is_torchs():
+    assert choose_head("auto", torch.device("cpu")) == ("torch", vocab_parallel_logps)
+    assert choose_head("torch", torch.device("cuda")) == ("torch", vocab_parallel_logps)
+    with pytest.raises(ConfigError, match="policy.logprob_kernel.*CUDA"):
+        choose_head("triton", torch.device("cpu"))
+
+
+def peak_of_a_head(vocab: int, rows: int, hidden_size: int, which: str) -> int:
+    """Bytes that forward and backward take at most beside the inputs and the gradients they return."""
+    device = torch.device("cuda")
+    _, head = choose_head(which, device)
+    hidden = torch.randn(rows, hidden_size, device=device, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(vocab, hidden_size, device=device, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(0, vocab, (rows,), device=device)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    group = dist.group.WORLD
+    assert group is not None
+    logps = head(hidden, weight, targets, vocab_start=0, group=group, chunk_tokens=1024)
+    logps.sum().backward()
+    returned = hidden.numel() * 2 + weight.numel() * 2
+    return torch.cuda.max_memory_allocated() - before - returned
+
+
+@pytest.fixture
+def cuda_group(tmp_path):
+    """A group of one for tests in this process: compiled kernels, no interpreter."""
+    assert os.environ.get("TRITON_INTERPRET", "0") != "1", "unset TRITON_INTERPRET: these tests run compiled kernels"
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case",
+    [
+        *CASES,
+        Case(rows=3000, hidden=2048, vocab=128256, dtype="bfloat16", scale=0.02),
+        Case(rows=700, hidden=4096, vocab=32003, dtype="bfloat16", scale=0.02, most_logits=1 << 22),
+        Case(rows=300, hidden=512, vocab=50257, dtype="float32", scale=0.05, most_logits=1 << 22),
+    ],
+)
+@pytest.mark.usefixtures("cuda_group")
+def test_compiled_kernels_against_float64(case, monkeypatch):
+    from megadpo.model import head_fused, head_triton
+
+    monkeypatch.setattr(head_fused, "MOST_LOGITS", head_fused.MOST_LOGITS)  # put back what the case sets
+    monkeypatch.setattr(head_triton, "BLOCK_COLUMNS", head_triton.BLOCK_COLUMNS)
+    case = dataclasses.replace(case, device="cuda")
+    assert dist.group.WORLD is not None
+    errors = relative_errors(case, dist.group.WORLD)
+    assert within_bounds(case, errors), errors
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda_group")
+def test_memory_does_not_grow_with_the_vocabulary():
+    small, large = (peak_of_a_head(vocab, 4096, 1024, "triton") for vocab in (64_000, 256_000))
+    assert large < 1.02 * small
+    assert large < 1.1 * (6 * (1 << 27) + 4096 * 1024 * 6)  # the block twice over, and the gradient of hidden
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda_group")
+def test_no_wait_for_the_device():
+    device = torch.device("cuda")
+    _, head = choose_head("triton", device)
+    hidden, weight, targets, upstream = (x.to(device) for x in make_inputs(Case(dtype="bfloat16")))
+    hidden.requires_grad_()
+    weight.requires_grad_()
+
+    def once() -> None:
+        logps = head(hidden, weight, targets, vocab_start=0, group=dist.group.WORLD, chunk_tokens=1024)
+        logps.backward(upstream)
+
+    once()  # compiles, and asks once what torch can add
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        once()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.distributed
+def test_nothing_on_the_gpu_to_predict():
+    """A pack without pairs has no answer tokens; a grid of no programs must not be launched."""
+    assert run_distributed(no_tokens, 1) == [(0, 0.0)]
+
+
+def no_tokens() -> tuple[int, float]:
+    device = torch.device("cuda")
+    _, head = choose_head("triton", device)
+    hidden = torch.zeros(0, 8, device=device, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.ones(40, 8, device=device, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.zeros(0, device=device, dtype=torch.int64)
+    logps = head(hidden, weight, targets, vocab_start=0, group=dist.group.WORLD, chunk_tokens=8)
+    logps.sum().backward()
+    assert weight.grad is not None
+    return logps.numel(), float(weight.grad.abs().sum())
