@@ -213,6 +213,8 @@ def test_fewer_pairs_than_a_global_batch_are_refused_in_training(pairs: PairData
     ("changes", "message"),
     [
         ({"dp_rank": 2, "dp_size": 2}, "dp_rank"),
+        ({"cp_rank": 2, "cp_size": 2, "pad_to_multiple": 2}, "cp_rank"),
+        ({"cp_rank": 0, "cp_size": 2, "pad_to_multiple": 3}, "padded to 3"),
         ({"global_batch_size": 0}, "global_batch_size"),
         ({"budget_tokens": None}, "either"),
         ({"pairs_per_micro_batch": 2}, "either"),

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 
 from megadpo.data.loader import GlobalBatchLoader
+from megadpo.data.pack import PackedBatch
 from megadpo.data.pairs import TokenizedPair
 from megadpo.data.statistics import as_seen, batch_fills, lengths, share_chosen_longer
 from megadpo.data.work import WorkModel
@@ -32,6 +33,25 @@ def test_lengths_are_those_of_the_pairs(tmp_path: Path) -> None:
     assert share_chosen_longer(pairs) == np.mean([pair.chosen_tokens > pair.rejected_tokens for pair in pairs])
 
 
+def test_fills_say_how_even_context_parallel_ranks_are(tmp_path: Path) -> None:
+    pairs = dataset(tmp_path, 23)
+
+    def loader(cp_rank: int) -> GlobalBatchLoader:
+        return GlobalBatchLoader(
+            pairs, global_batch_size=8, shuffle=False, seed=1, dp_rank=0, dp_size=1, share_prompt=True, pad_token_id=2,
+            pad_to_multiple=2, budget_tokens=160, drop_last=True, cp_rank=cp_rank, cp_size=2,
+        )  # fmt: skip
+
+    def attention_work(pack: PackedBatch) -> int:
+        return sum(s.key_tokens - back for s in pack.segments for back in range(s.query_tokens))
+
+    by_rank = [list(loader(rank).batches(0)) for rank in range(2)]
+    for fill, *batches in zip(batch_fills(loader(0), 99), *by_rank, strict=True):
+        work = [[attention_work(pack) for pack in batch.micro_batches] for batch in batches]
+        worst = max(2 * max(pack) / sum(pack) for pack in zip(*work, strict=True))
+        assert fill.context_imbalance == pytest.approx(worst) and 1 <= worst <= 1.1
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_fills_are_those_of_the_batches(tmp_path: Path, packed: bool) -> None:
     pairs = dataset(tmp_path, 23)
@@ -53,6 +73,7 @@ def test_fills_are_those_of_the_batches(tmp_path: Path, packed: bool) -> None:
         assert fill.fill == (pytest.approx(fill.tokens / room) if packed else None)
         work = [loader(0).work[[row for p in b.micro_batches for row in p.pair_indices]].sum() for b in batches]
         assert fill.imbalance == pytest.approx(1 - min(work) / max(work))
+        assert fill.context_imbalance is None
 
 
 @pytest.mark.parametrize("share_prompt", [True, False])
