@@ -1,5 +1,6 @@
 # make demo       makes data and a small model, trains it, shows what it learned (5 minutes on 2 cores, after the install)
 # make test       every test that needs no GPU and takes less than a minute
+# make test-layouts  every pair of layouts against one process; writes docs/layouts.md
 # make test-long  the slow ones as well
 # make gpu-test   the tests that need a CUDA device
 # make lint       ruff and mypy
@@ -12,7 +13,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-long gpu-test lint clean
+.PHONY: demo test test-layouts test-long gpu-test lint clean
 
 # pip is given constraints.txt, so torch is the version named there and never just the newest.
 $(STAMP): setup.py constraints.txt
@@ -26,10 +27,13 @@ demo: $(STAMP)
 	$(BIN)/python tools/demo.py
 
 test: $(STAMP)
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu and not layouts"
+
+test-layouts: $(STAMP)
+	$(PYTEST) --dist load -p tests.layouts.plugin --write-layouts -m layouts tests/layouts/test_whole.py
 
 test-long: $(STAMP)
-	$(PYTEST) -m "not gpu"
+	$(PYTEST) -m "not gpu and not layouts"
 
 gpu-test: $(STAMP)
 	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \

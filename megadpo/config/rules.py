@@ -198,6 +198,18 @@ def _precision_aware(cfg: Config) -> Iterator[Problem]:
             yield Problem(where, True, expected, f"set it to false, or {other}")
 
 
+@_rule(f"{_OPT}.optimizer", f"{_OPT}.use_distributed_optimizer", f"{_OPT}.use_precision_aware_optimizer")
+def _distributed_optimizer(cfg: Config) -> Iterator[Problem]:
+    optimizer, where = cfg.policy.megatron_cfg.optimizer, f"{_OPT}.use_distributed_optimizer"
+    if (
+        optimizer.use_precision_aware_optimizer or not optimizer.use_distributed_optimizer
+    ):  # the former has its own rule
+        return
+    if optimizer.optimizer != "adam":
+        expected = f"false with {_OPT}.optimizer {optimizer.optimizer}: megatron-core shards Adam's state only"
+        yield Problem(where, True, expected, f"set it to false, or {_OPT}.optimizer: adam")
+
+
 @_rule(
     f"{_OPT}.use_precision_aware_optimizer",
     f"{_OPT}.exp_avg_dtype",

@@ -59,6 +59,7 @@ BROKEN = [
     ({VPP: 2}, "policy.megatron_cfg.virtual_pipeline_model_parallel_size", "1 with pipeline_model_parallel_size 1"),
     (AWARE, AWARE_FIELD, "resumes is not proved"),
     ({**AWARE, SAVE: False, OPT + "optimizer": "sgd"}, AWARE_FIELD, "sgd"),
+    ({OPT + "optimizer": "sgd"}, "policy.megatron_cfg.optimizer.use_distributed_optimizer", "Adam"),
     ({**AWARE, SAVE: False, OPT + "use_distributed_optimizer": False}, AWARE_FIELD, "use_distributed_optimizer"),
     ({**AWARE, SAVE: False, "policy__device": "cpu"}, AWARE_FIELD, "CUDA"),
     ({OPT + "exp_avg_dtype": "bfloat16"}, "policy.megatron_cfg.optimizer.exp_avg_dtype", "float32"),
@@ -177,7 +178,7 @@ KEPT = [
     {"checkpointing__checkpoint_must_save_by": "00:03:45:00"},
     {"cluster__gpus_per_node": 8, "cluster__num_nodes": 2},
     {"policy__precision": "float32"},
-    {OPT + "optimizer": "sgd"},
+    {OPT + "optimizer": "sgd", OPT + "use_distributed_optimizer": False},
 ]
 
 

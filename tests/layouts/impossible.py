@@ -67,6 +67,13 @@ IMPOSSIBLE: tuple[Impossible, ...] = (
     Impossible("dense", 1, {**_PARTS, f"{MEG}.recompute_method": "block"}, f"{MEG}.recompute_method"),
     Impossible("dense", 1, {**_PARTS, f"{MEG}.recompute_num_layers": 2}, f"{MEG}.recompute_num_layers"),
     Impossible("dense", 1, {f"{MEG}.activation_checkpointing": True, _MODULES: ["mlp"]}, _MODULES),
+    Impossible("dense", 1, {f"{MEG}.activation_checkpointing": True, f"{MEG}.recompute_num_layers": 3},
+               f"{MEG}.recompute_num_layers"),
+    Impossible("tied", 2, {f"{MEG}.activation_checkpointing": True, f"{MEG}.recompute_num_layers": 4, _PP: 2, _VPP: 2},
+               f"{MEG}.recompute_num_layers"),
+    # What megatron-core's distributed optimizer can't shard
+    Impossible("dense", 2, {f"{MEG}.optimizer.optimizer": "sgd", f"{MEG}.optimizer.use_distributed_optimizer": True},
+               f"{MEG}.optimizer.use_distributed_optimizer"),
     # What the layers don't have, and what leaves nothing to train
     Impossible("MoE", 1, {**_PARTS, _MODULES: ["mlp"]}, _MODULES),
     Impossible("dense", 1, {**_PARTS, _MODULES: ["moe"]}, _MODULES),

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from tests.helpers.distributed import run_distributed
+from tests.helpers.overrides import BALANCE, DIST, EP2, ETP2, PP2, SP, TP2
 from tests.helpers.runs import make_config, make_model, read_metrics, train
-from tests.train.test_layouts import DIST, PP2, SP, TP2
-from tests.train.test_moe_layouts import BALANCE, EP2, ETP2
 from tests.train.test_resume import COSINE, SAVING, bits, go
 
 
