@@ -37,6 +37,7 @@ class Option:
 _TP2 = {f"{MEG}.tensor_model_parallel_size": 2}
 _PP2 = {f"{MEG}.pipeline_model_parallel_size": 2}
 _RECOMPUTE = {f"{MEG}.activation_checkpointing": True}
+_FULL = {**_RECOMPUTE, f"{MEG}.recompute_granularity": "full"}
 _SELECTIVE = {**_RECOMPUTE, f"{MEG}.recompute_granularity": "selective"}
 _MODULES = f"{MEG}.recompute_modules"
 _DIST = {f"{MEG}.optimizer.use_distributed_optimizer": True}
@@ -57,9 +58,9 @@ OPTIONS: tuple[Option, ...] = (
     Option("overlap reduce", "DP with overlap_grad_reduce, several buckets", _REDUCE, data_parallel=2),
     Option("overlap gather", "dist. optimizer with overlap_grad_reduce and overlap_param_gather",
            {**_DIST, **_REDUCE, f"{DDP}.overlap_param_gather": True}, data_parallel=2),
-    Option("recompute full", "activation_checkpointing, full, uniform", _RECOMPUTE),
+    Option("recompute full", "activation_checkpointing, full, uniform", {**_FULL, f"{MEG}.recompute_method": "uniform"}),
     Option("recompute block", "activation_checkpointing, full, block: the first layer of each stage",
-           {**_RECOMPUTE, f"{MEG}.recompute_method": "block"}),
+           {**_FULL, f"{MEG}.recompute_method": "block"}),
     Option("recompute parts", "activation_checkpointing, selective: core_attn, layernorm and mlp (with experts: moe)",
            {**_SELECTIVE, _MODULES: ["core_attn", "layernorm", "mlp"]},
            moe_overrides={_MODULES: ["core_attn", "layernorm", "moe"]}),
