@@ -135,10 +135,13 @@ def _uniform_recomputation(cfg: Config, arch: Architecture) -> Iterator[Problem]
     size, full = megatron.recompute_num_layers, megatron.recompute_granularity == "full"
     if not megatron.activation_checkpointing or not full or megatron.recompute_method != "uniform" or stages is None:
         return
-    chunks = [layers // megatron.virtual_pipeline_model_parallel_size for layers in stages]
+    per_stage = megatron.virtual_pipeline_model_parallel_size
+    if any(layers % per_stage for layers in stages):  # another problem's
+        return
+    chunks = [layers // per_stage for layers in stages]
     if any(layers % size for layers in chunks):
-        possible = [n for n in range(1, max(1, min(chunks)) + 1) if not any(layers % n for layers in chunks)]
-        each = "chunk of a pipeline stage" if megatron.virtual_pipeline_model_parallel_size > 1 else "pipeline stage"
+        possible = [n for n in range(1, min(chunks) + 1) if not any(layers % n for layers in chunks)]
+        each = "chunk of a pipeline stage" if per_stage > 1 else "pipeline stage"
         expected = f"with recompute_method uniform a divisor of the layers of every {each}, here {_sum(chunks)}"
         fix = f"set it to {' or '.join(map(str, possible))}, or recompute_method: block"
         yield Problem(f"{_MEG}.recompute_num_layers", size, expected, fix)

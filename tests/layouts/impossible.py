@@ -1,4 +1,4 @@
-"""Layouts that can't be: each must be refused by name, before any process group is made."""
+"""Layouts that can't be: each must be refused by name, with its reason, before any process group is made."""
 
 from __future__ import annotations
 

@@ -11,8 +11,9 @@ from megadpo.config.problems import ConfigError, Problem
 from megadpo.train.command import checked_config
 from tests.helpers.equal_runs import Outcome, assert_equal_runs, run
 from tests.helpers.runs import make_config
-from tests.layouts.matrix import MOST_PROCESSES, Case
-from tests.layouts.models import Model
+from tests.layouts.impossible import IMPOSSIBLE
+from tests.layouts.matrix import MOST_PROCESSES, Case, as_overrides
+from tests.layouts.models import MODELS, Model
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class Bench:
         except ConfigError as error:
             return error.problems
         return []
+
+    def impossible(self) -> list[list[Problem]]:
+        """The check's answers to IMPOSSIBLE, in its order."""
+        models = {model.name: model for model in MODELS}
+        return [self.problems(models[i.model], as_overrides(i.values), i.world_size) for i in IMPOSSIBLE]
 
     def run(self, name: str, model: Model, world_size: int, overrides: Sequence[str]) -> Outcome:
         folder = self.folder / model.name / "runs" / name

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from megadpo.config.problems import Problem
 from tests.helpers.equal_runs import TOLERANCE
 from tests.layouts.impossible import IMPOSSIBLE, Impossible
 from tests.layouts.matrix import MOST_PROCESSES, Case, all_cases, as_overrides, larger_cases, options_of
@@ -41,8 +42,9 @@ option alone.
 """
 
 
-def render(results: Mapping[str, Proved], run: str) -> str:
-    """The page. `results`: by case name, all of them; `run`: one line on when and with what."""
+def render(results: Mapping[str, Proved], impossible: Sequence[Sequence[Problem]], run: str) -> str:
+    """The page. `results`: by case name, all of them; `impossible`: the check's answers to IMPOSSIBLE; `run`: one line
+    on when and with what."""
     reasons = list(dict.fromkeys(reason for case in all_cases() for reason in results[case.name].refused))
     shown = {case.name: _cell(case, results[case.name], reasons) for case in all_cases()}
     ran = [found.relative for found in results.values() if found.relative is not None]
@@ -66,9 +68,15 @@ def render(results: Mapping[str, Proved], run: str) -> str:
     lines += ["", "## Three and more at once", ""]
     lines += _rows(["model", "options", "processes", "difference"], larger)
     lines += ["", "## Reasons", "", *(f"- **R{number}** {_escaped(r)}" for number, r in enumerate(reasons, start=1))]
-    lines += ["", "## Refused by themselves", "", "Each names the field first.", ""]
-    impossible = [[i.model, str(i.world_size), _settings(i), f"`{i.field}`"] for i in IMPOSSIBLE]
-    lines += _rows(["model", "processes", "settings", "refused at"], impossible)
+    lines += [
+        "",
+        "## Can't be laid out",
+        "",
+        "Each is refused at the key that is named, which expects what follows.",
+        "",
+    ]
+    refusals = [_refusal(i, problems) for i, problems in zip(IMPOSSIBLE, impossible, strict=True)]
+    lines += _rows(["model", "processes", "settings", "refused at", "expected"], refusals)
     return "\n".join(lines) + "\n"
 
 
@@ -118,8 +126,13 @@ def _together(case: Case) -> str:
     return " + ".join(option.name for option in case.options)
 
 
-def _settings(impossible: Impossible) -> str:
-    return "<br>".join(f"`{one.removeprefix('policy.megatron_cfg.')}`" for one in as_overrides(impossible.values))
+def _refusal(impossible: Impossible, problems: Sequence[Problem]) -> list[str]:
+    def short(text: str) -> str:
+        return f"`{text.removeprefix('policy.megatron_cfg.')}`"
+
+    settings = "<br>".join(short(one) for one in as_overrides(impossible.values))
+    expected = "<br>".join(_escaped(problem.expected) for problem in problems)
+    return [impossible.model, str(impossible.world_size), settings, short(impossible.field), expected]
 
 
 def _escaped(text: str) -> str:
