@@ -1,5 +1,6 @@
 # make demo       makes data and a small model, trains it, shows what it learned (5 minutes on 2 cores, after the install)
 # make test       every test that needs no GPU and takes less than a minute
+# make test-layouts  every pair of layouts against one process; writes docs/layouts.md
 # make test-long  the slow ones as well
 # make gpu-test   the tests that need a CUDA device (says so and passes where there is none)
 # make gpu-bench  benchmarks/gpu_session.sh: check, GPU tests, head, 8B and 1B beside TRL; results in GPU_OUT
@@ -19,7 +20,7 @@ GPU_OUT ?= gpu_results
 GPU_HERE = $(GPU_PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-long gpu-test gpu-bench lint clean
+.PHONY: demo test test-layouts test-long gpu-test gpu-bench lint clean
 
 # pip is given constraints.txt, so torch is the version named there and never just the newest.
 $(STAMP): setup.py constraints.txt
@@ -33,10 +34,13 @@ demo: $(STAMP)
 	$(BIN)/python tools/demo.py
 
 test: $(STAMP)
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu and not layouts"
+
+test-layouts: $(STAMP)
+	$(PYTEST) --dist load -p tests.layouts.plugin --write-layouts -m layouts tests/layouts/test_whole.py
 
 test-long: $(STAMP)
-	$(PYTEST) -m "not gpu"
+	$(PYTEST) -m "not gpu and not layouts"
 
 gpu-test: $(GPU_STAMP)
 	@if $(GPU_HERE); then $(GPU_PYTHON) -m pytest -m gpu; \

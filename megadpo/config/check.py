@@ -71,6 +71,7 @@ def check_layout(cfg: Config, arch: Architecture | None, world_size: int | None)
         problems += fp8_problems(cfg, arch)
         problems += _pipeline_parallel(cfg, arch)
         problems += _virtual_pipeline(cfg, arch)
+        problems += _uniform_recomputation(cfg, arch)
         problems += _sequence_length(cfg, arch)
     if world_size is not None:
         problems += _world(cfg, world_size)
@@ -124,10 +125,32 @@ def _virtual_pipeline(cfg: Config, arch: Architecture) -> Iterator[Problem]:
         return
     possible = [n for n in range(1, min(stages) + 1) if not any(layers % n for layers in stages)]
     where = f"{_MEG}.virtual_pipeline_model_parallel_size"
-    expected = f"a divisor of the layers of every pipeline stage, here {' + '.join(map(str, stages))}"
+    expected = f"a divisor of the layers of every pipeline stage, here {_sum(stages)}"
     yield Problem(
         where, chunks, expected, f"set it to {' or '.join(map(str, possible))}, or divide the layers otherwise"
     )
+
+
+def _uniform_recomputation(cfg: Config, arch: Architecture) -> Iterator[Problem]:
+    """megatron-core goes past the end of a chunk whose layers don't divide (transformer_block.py, `uniform`)."""
+    megatron, stages = cfg.policy.megatron_cfg, layers_per_stage(cfg, arch.num_layers)
+    size, full = megatron.recompute_num_layers, megatron.recompute_granularity == "full"
+    if not megatron.activation_checkpointing or not full or megatron.recompute_method != "uniform" or stages is None:
+        return
+    per_stage = megatron.virtual_pipeline_model_parallel_size
+    if any(layers % per_stage for layers in stages):  # another problem's
+        return
+    chunks = [layers // per_stage for layers in stages]
+    if any(layers % size for layers in chunks):
+        possible = [n for n in range(1, min(chunks) + 1) if not any(layers % n for layers in chunks)]
+        each = "chunk of a pipeline stage" if per_stage > 1 else "pipeline stage"
+        expected = f"with recompute_method uniform a divisor of the layers of every {each}, here {_sum(chunks)}"
+        fix = f"set it to {' or '.join(map(str, possible))}, or recompute_method: block"
+        yield Problem(f"{_MEG}.recompute_num_layers", size, expected, fix)
+
+
+def _sum(counts: list[int]) -> str:
+    return " + ".join(map(str, counts))
 
 
 def _sequence_length(cfg: Config, arch: Architecture) -> Iterator[Problem]:

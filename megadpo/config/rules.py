@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from megadpo.config.metric import METRICS, parse_duration_s, parse_metric_name
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
+from megadpo.config.schema_megatron import MegatronConfig
 
 _MEG = "policy.megatron_cfg"
 _OPT = f"{_MEG}.optimizer"
@@ -142,6 +143,29 @@ def _pipeline_stages(cfg: Config) -> Iterator[Problem]:
             yield Problem(f"{_MEG}.{name}", value, "null with pipeline_model_parallel_size 1", fix)
 
 
+@rule(
+    f"{_MEG}.activation_checkpointing",
+    f"{_MEG}.recompute_granularity",
+    f"{_MEG}.recompute_method",
+    f"{_MEG}.recompute_num_layers",
+    f"{_MEG}.recompute_modules",
+)
+def _recomputation(cfg: Config) -> Iterator[Problem]:
+    """What the granularity gives no effect; megatron-core refuses the numbers too (transformer_config.py:1180)."""
+    megatron, usual = cfg.policy.megatron_cfg, MegatronConfig()
+    if not megatron.activation_checkpointing:
+        return
+    unused = {"selective": ("recompute_method", "recompute_num_layers"), "full": ("recompute_modules",)}
+    for name in unused[megatron.recompute_granularity]:
+        value, default = getattr(megatron, name), getattr(usual, name)
+        if value != default:
+            other = "full" if megatron.recompute_granularity == "selective" else "selective"
+            expected = (
+                f"{default!r}, the default: recompute_granularity {megatron.recompute_granularity} has no use for it"
+            )
+            yield Problem(f"{_MEG}.{name}", value, expected, f"remove it, or set {_MEG}.recompute_granularity: {other}")
+
+
 @rule(f"{_MEG}.freeze_moe_router", f"{_MEG}.moe_router_load_balancing_type", f"{_MEG}.moe_per_layer_logging")
 def _load_balancing(cfg: Config) -> Iterator[Problem]:
     megatron = cfg.policy.megatron_cfg
@@ -194,6 +218,18 @@ def _precision_aware(cfg: Config) -> Iterator[Problem]:
     ):
         if broken:
             yield Problem(where, True, expected, f"set it to false, or {other}")
+
+
+@rule(f"{_OPT}.optimizer", f"{_OPT}.use_distributed_optimizer", f"{_OPT}.use_precision_aware_optimizer")
+def _distributed_optimizer(cfg: Config) -> Iterator[Problem]:
+    optimizer, where = cfg.policy.megatron_cfg.optimizer, f"{_OPT}.use_distributed_optimizer"
+    if (
+        optimizer.use_precision_aware_optimizer or not optimizer.use_distributed_optimizer
+    ):  # the former has its own rule
+        return
+    if optimizer.optimizer != "adam":
+        expected = f"false with {_OPT}.optimizer {optimizer.optimizer}: megatron-core shards Adam's state only"
+        yield Problem(where, True, expected, f"set it to false, or {_OPT}.optimizer: adam")
 
 
 @rule(

@@ -183,6 +183,7 @@ def data_settings(cfg: Config) -> dict[str, object]:
         "data.shuffle": cfg.data.shuffle,
         "policy.train_global_batch_size": cfg.policy.train_global_batch_size,
         "policy.freeze": list(cfg.policy.freeze),
+        "policy.megatron_cfg.freeze_moe_router": cfg.policy.megatron_cfg.freeze_moe_router,
     }
 
 

@@ -27,6 +27,8 @@ PP = MEG + "pipeline_model_parallel_size"
 CP = MEG + "context_parallel_size"
 TP_FIELD, PP_FIELD = TP.replace("__", "."), PP.replace("__", ".")
 VPP = MEG + "virtual_pipeline_model_parallel_size"
+UNIFORM, UNIFORM_LAYERS = {MEG + "activation_checkpointing": True}, MEG + "recompute_num_layers"
+UNIFORM_FIELD = "policy.megatron_cfg.recompute_num_layers"
 VPP_FIELD = VPP.replace("__", ".")
 FIRST, LAST = MEG + "num_layers_in_first_pipeline_stage", MEG + "num_layers_in_last_pipeline_stage"
 
@@ -41,6 +43,9 @@ POSSIBLE = [
     ({PP: 4, FIRST: 7, LAST: 5}, {}, 4),
     ({TP: 2}, {"tie_word_embeddings": True}, 2),
     ({PP: 4, VPP: 4}, {}, 4),
+    ({**UNIFORM, UNIFORM_LAYERS: 4, PP: 2, VPP: 4}, {}, 2),
+    ({UNIFORM_LAYERS: 3}, {}, 1),
+    ({**UNIFORM, UNIFORM_LAYERS: 3, MEG + "recompute_method": "block"}, {}, 1),
     ({PP: 2, VPP: 4, FIRST: 12, LAST: 20}, {}, 2),
     ({PP: 2, VPP: 2, "policy__sequence_packing__enabled": False}, {}, 2),
     ({"policy__max_total_sequence_length": 131072}, {}, 1),
@@ -99,6 +104,10 @@ IMPOSSIBLE = [
         ["policy.max_total_sequence_length"],
         "4096",
     ),
+    ({**UNIFORM, UNIFORM_LAYERS: 3}, {}, 1, [UNIFORM_FIELD], "here 32"),
+    ({**UNIFORM, UNIFORM_LAYERS: 4, PP: 2, FIRST: 10}, {}, 2, [UNIFORM_FIELD], "10 + 22"),
+    ({**UNIFORM, UNIFORM_LAYERS: 8, PP: 2, VPP: 4}, {}, 2, [UNIFORM_FIELD], "chunk of a pipeline stage, here 4 + 4"),
+    ({**UNIFORM, UNIFORM_LAYERS: 2, PP: 2, VPP: 3}, {}, 2, [VPP_FIELD], "16 + 16"),
     ({TP: 2}, {}, 3, [TP_FIELD + " x pipeline_model_parallel_size"], "3 processes"),
     ({TP: 4, PP: 2}, {}, 4, [TP_FIELD + " x pipeline_model_parallel_size"], "4 processes"),
     ({"policy__train_global_batch_size": 3}, {}, 4, ["policy.train_global_batch_size"], "at least 4"),

@@ -9,6 +9,7 @@ OPT = MEG + "optimizer__"
 SCHED = MEG + "scheduler__"
 DDP = MEG + "distributed_data_parallel_config__"
 VPP = MEG + "virtual_pipeline_model_parallel_size"
+SELECTIVE = {MEG + "activation_checkpointing": True, MEG + "recompute_granularity": "selective"}
 AWARE, SAVE = {OPT + "use_precision_aware_optimizer": True}, "checkpointing__save_optimizer"
 AWARE_FIELD = "policy.megatron_cfg.optimizer.use_precision_aware_optimizer"
 SETS = {"default": "v.jsonl", "my_set": "w.jsonl"}
@@ -83,6 +84,14 @@ BROKEN = [
     ({VPP: 2}, "policy.megatron_cfg.virtual_pipeline_model_parallel_size", "1 with pipeline_model_parallel_size 1"),
     (AWARE, AWARE_FIELD, "resumes is not proved"),
     ({**AWARE, SAVE: False, OPT + "optimizer": "sgd"}, AWARE_FIELD, "sgd"),
+    ({**SELECTIVE, MEG + "recompute_method": "block"}, "policy.megatron_cfg.recompute_method", "no use"),
+    ({**SELECTIVE, MEG + "recompute_num_layers": 2}, "policy.megatron_cfg.recompute_num_layers", "no use"),
+    (
+        {MEG + "activation_checkpointing": True, MEG + "recompute_modules": ["mlp"]},
+        "policy.megatron_cfg.recompute_modules",
+        "no use",
+    ),
+    ({OPT + "optimizer": "sgd"}, "policy.megatron_cfg.optimizer.use_distributed_optimizer", "Adam"),
     ({**AWARE, SAVE: False, OPT + "use_distributed_optimizer": False}, AWARE_FIELD, "use_distributed_optimizer"),
     ({**AWARE, SAVE: False, "policy__device": "cpu"}, AWARE_FIELD, "CUDA"),
     ({OPT + "exp_avg_dtype": "bfloat16"}, "policy.megatron_cfg.optimizer.exp_avg_dtype", "float32"),
@@ -202,7 +211,10 @@ KEPT = [
     {"checkpointing__checkpoint_must_save_by": "00:03:45:00"},
     {"cluster__gpus_per_node": 8, "cluster__num_nodes": 2},
     {"policy__precision": "float32"},
-    {OPT + "optimizer": "sgd"},
+    {**SELECTIVE, MEG + "recompute_modules": ["mlp"]},
+    {MEG + "activation_checkpointing": True, MEG + "recompute_method": "block", MEG + "recompute_num_layers": 2},
+    {MEG + "recompute_modules": ["mlp"], MEG + "recompute_method": "block"},
+    {OPT + "optimizer": "sgd", OPT + "use_distributed_optimizer": False},
 ]
 
 

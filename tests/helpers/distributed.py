@@ -32,7 +32,13 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 POLL_S = 0.02
 GRACE_S = 1.0  # after the first failure: time for another rank to write down what it saw, before all are killed
 TAIL_CHARACTERS = 4000
-PRELOADED = ["megadpo.train.command", "megadpo.train.evaluation", "megadpo.train.loop", "tests.helpers.runs"]
+PRELOADED = [
+    "megadpo.train.command",
+    "megadpo.train.evaluation",
+    "megadpo.train.loop",
+    "tests.helpers.equal_runs",
+    "transformers.models.auto.tokenization_auto",  # imported where a tokenizer is loaded, so by every rank of a run
+]
 
 
 class DistributedError(AssertionError):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.helpers.distributed import run_distributed
+from tests.helpers.overrides import CP2, PP2, SP, TP2, VPP2
 from tests.helpers.runs import make_config, make_model, read_metrics, train
-from tests.train.test_layouts import CP2, PP2, SP, TP2, VPP2
 
 
 def evaluate(config, overrides):

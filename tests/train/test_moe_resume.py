@@ -6,10 +6,16 @@ import pytest
 import torch
 
 from tests.helpers.distributed import run_distributed
+from tests.helpers.overrides import BALANCE, DIST, EP2, ETP2, PP2, SP, TP2
 from tests.helpers.runs import make_config, make_model, read_metrics, train
-from tests.train.test_layouts import DIST, PP2, SP, TP2
-from tests.train.test_moe_layouts import BALANCE, EP2, ETP2
 from tests.train.test_resume import COSINE, SAVING, bits, go
+
+ROUTERS = [
+    "policy.megatron_cfg.freeze_moe_router=true",
+    "policy.megatron_cfg.moe_router_load_balancing_type=none",
+    "policy.megatron_cfg.moe_aux_loss_coeff=null",
+]
+FROZEN = [*ROUTERS, 'policy.freeze=[model.embed_tokens.weight,"model.layers.{0..1}.*"]']
 
 
 @pytest.fixture(scope="module")
@@ -67,15 +73,10 @@ def test_from_an_imported_folder_with_frozen_routers(model, tmp_path):
 
     import_hf(model, tmp_path / "megatron")
     made = folder_for(tmp_path / "run", model)
-    frozen = [
-        "policy.megatron_cfg.freeze_moe_router=true",
-        "policy.megatron_cfg.moe_router_load_balancing_type=none",
-        "policy.megatron_cfg.moe_aux_loss_coeff=null",
-    ]
     from_import = [f"policy.model_name={tmp_path / 'megatron'}"]
-    go(made / "config.yaml", 2, [EP2, *frozen, *from_import], 2)
+    go(made / "config.yaml", 2, [EP2, *ROUTERS, *from_import], 2)
     again = folder_for(tmp_path / "again", model)
-    go(again / "config.yaml", 1, frozen, 2)
+    go(again / "config.yaml", 1, ROUTERS, 2)
     for mine, theirs in zip(read_metrics(made / "logs"), read_metrics(again / "logs"), strict=True):
         assert mine["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-5)
         assert "train/moe_aux_loss" not in mine
@@ -89,3 +90,21 @@ def test_refused_before_any_process_group(model, tmp_path, capfd):
     config = make_config(tmp_path, model)
     overrides = [TP2, "policy.megatron_cfg.expert_model_parallel_size=3"]
     assert run_distributed(train, 1, str(config), overrides, init_process_group=False) == [2]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("optimizer", [[], [DIST]], ids=["", "distributed_optimizer"])
+def test_resume_with_frozen_routers_and_layers(optimizer, model, tmp_path):
+    """The first stage has nothing to train, the second everything but its routers; then the experts move."""
+    whole, parts = folder_for(tmp_path / "whole", model), folder_for(tmp_path / "parts", model)
+    go(whole / "config.yaml", 1, [*FROZEN, *optimizer], 5)
+    go(parts / "config.yaml", 2, [*FROZEN, *optimizer, PP2], 2)
+    go(parts / "config.yaml", 2, [*FROZEN, *optimizer, EP2], 4)
+    go(parts / "config.yaml", 1, [*FROZEN, *optimizer], 5)
+    for mine, theirs in zip(read_metrics(parts / "logs"), read_metrics(whole / "logs"), strict=True):
+        for name in ("train/loss", "train/grad_norm"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-5), (mine["step"], name)
+    for others in (ROUTERS, FROZEN[1:]):  # layers that were frozen, and then routers, are to be trained
+        overrides = [*others, *optimizer, "dpo.max_num_steps=6", "dpo.max_num_epochs=2"]
+        codes = run_distributed(train, 1, str(parts / "config.yaml"), overrides, init_process_group=False)
+        assert codes == [2]

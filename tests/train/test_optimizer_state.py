@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.helpers.distributed import run_distributed
+from tests.helpers.overrides import DIST, MEG
 from tests.helpers.runs import make_config, make_model, read_metrics, train
-from tests.train.test_layouts import DIST, MEG
 
 OPT = f"{MEG}.optimizer"
 AWARE = f"{OPT}.use_precision_aware_optimizer=true"

@@ -8,8 +8,8 @@ import json
 import pytest
 
 from tests.helpers.distributed import run_distributed
+from tests.helpers.overrides import CP2, DIST, PP2, SP, TP2, VPP2
 from tests.helpers.runs import make_config, make_model, make_pairs, read_metrics, train
-from tests.train.test_layouts import CP2, DIST, PP2, SP, TP2, VPP2
 
 BF16 = "policy.precision=bfloat16"
 SAVING = {"enabled": True, "save_period": 2}

@@ -1,0 +1,21 @@
+"""A small choice of the matrix, for `make test`: refused with a reason, or equal to one process to 1e-5."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.layouts.matrix import core_cases
+from tests.layouts.models import MODELS
+from tests.layouts.options import OPTIONS
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", core_cases(), ids=lambda case: case.name)
+def test_equals_one_process_or_is_refused(case, bench):
+    bench.prove(case)
+
+
+def test_every_option_is_in_the_core_with_another():
+    pairs = [case for case in core_cases() if len(case.options) == 2]
+    assert {option.name for case in pairs for option in case.options} == {option.name for option in OPTIONS}
+    assert {case.model.name for case in pairs} == {model.name for model in MODELS}

@@ -1,0 +1,42 @@
+"""What can't be laid out is refused with its reason before any process group is made."""
+
+from __future__ import annotations
+
+import pytest
+
+from megadpo.train import command
+from tests.layouts.impossible import IMPOSSIBLE
+from tests.layouts.matrix import all_cases, as_overrides
+from tests.layouts.models import MODELS
+
+
+def refused_start(bench, monkeypatch, capsys, model, world_size, overrides):
+    """What a rank of torchrun prints that is refused; fails where it goes on to make process groups."""
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(command, "run_training", lambda cfg: pytest.fail(f"{overrides} on {world_size} is let run"))
+    config = str(bench.config(model))
+    capsys.readouterr()
+    assert command.main([config, *overrides]) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("one", IMPOSSIBLE, ids=lambda one: f"{one.model}-{one.world_size}-{as_overrides(one.values)}")
+def test_refused_by_name(one, bench, monkeypatch, capsys):
+    model = next(model for model in MODELS if model.name == one.model)
+    printed = refused_start(bench, monkeypatch, capsys, model, one.world_size, as_overrides(one.values))
+    count, *problems = printed.splitlines()
+    assert count == f"refused, {len(problems)} problem(s):"
+    assert all(problem.startswith(f"  {one.field}: got ") for problem in problems), printed
+
+
+def test_refused_pairs_of_the_matrix(bench, monkeypatch, capsys):
+    """Each distinct reason once."""
+    seen = set()
+    for case in all_cases():
+        reasons = tuple(map(str, bench.problems(case.model, case.overrides, case.world_size)))
+        if reasons and reasons not in seen:
+            seen.add(reasons)
+            printed = refused_start(bench, monkeypatch, capsys, case.model, case.world_size, case.overrides)
+            assert all(reason in printed for reason in reasons)
+    assert seen
