@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from megadpo.config import rules_gpu  # noqa: F401  its rules register themselves
+from megadpo.config import rules_gpu, rules_layout, rules_optimizer, rules_run  # noqa: F401  they register themselves
 from megadpo.config.derive import derive
 from megadpo.config.files import read_tree
 from megadpo.config.foreign import KNOWN_PATHS, strip_foreign

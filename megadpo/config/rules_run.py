@@ -1,0 +1,146 @@
+"""What must hold between the fields of loss, data, kernels, checkpoints and cluster."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from megadpo.config.metric import METRICS, parse_duration_s, parse_metric_name
+from megadpo.config.problems import ConfigError, Problem
+from megadpo.config.rules import rule
+from megadpo.config.schema import Config
+
+
+@rule("dpo.preference_loss_weight", "dpo.sft_loss_weight")
+def _some_loss(cfg: Config) -> Iterator[Problem]:
+    if cfg.dpo.preference_loss_weight == 0 and cfg.dpo.sft_loss_weight == 0:
+        fix = "set dpo.preference_loss_weight: 1, or dpo.sft_loss_weight: 1 for SFT"
+        yield Problem("dpo.preference_loss_weight", 0.0, "a positive loss weight, this one or sft_loss_weight", fix)
+
+
+@rule("dpo.reference.mode", "dpo.preference_loss_weight", "dpo.reference.model_name")
+def _reference(cfg: Config) -> Iterator[Problem]:
+    reference = cfg.dpo.reference
+    if reference.mode != "none":
+        return
+    if cfg.dpo.preference_loss_weight != 0:
+        fix = "set dpo.reference.mode: resident, or dpo.preference_loss_weight: 0"
+        yield Problem("dpo.reference.mode", "none", "resident, since the preference loss needs a reference", fix)
+    if reference.model_name is not None:
+        fix = "set dpo.reference.mode: resident, or remove the name"
+        yield Problem("dpo.reference.model_name", reference.model_name, "null with dpo.reference.mode none", fix)
+
+
+@rule("data.max_input_seq_length", "policy.max_total_sequence_length")
+def _input_length(cfg: Config) -> Iterator[Problem]:
+    length, longest = cfg.data.max_input_seq_length, cfg.policy.max_total_sequence_length
+    if length > longest:
+        expected = f"at most policy.max_total_sequence_length ({longest})"
+        yield Problem("data.max_input_seq_length", length, expected, "remove it, or raise the other")
+
+
+@rule(
+    "policy.sequence_packing.train_mb_tokens",
+    "policy.sequence_packing.enabled",
+    "policy.max_total_sequence_length",
+    "data.max_input_seq_length",
+)
+def _pack_budget(cfg: Config) -> Iterator[Problem]:
+    # A pair is never split. Whether each one fits, both answers together, is checked when the data is read.
+    packing = cfg.policy.sequence_packing
+    longest = min(cfg.data.max_input_seq_length, cfg.policy.max_total_sequence_length)
+    if packing.enabled and packing.train_mb_tokens < longest:
+        where = "policy.sequence_packing.train_mb_tokens"
+        expected = f"at least {longest}, as data.max_input_seq_length, and more for a pair's other answer"
+        yield Problem(where, packing.train_mb_tokens, expected, "raise it, or lower data.max_input_seq_length")
+
+
+@rule("policy.attention_kernel", "policy.device")
+def _kernel(cfg: Config) -> Iterator[Problem]:
+    kernel = cfg.policy.attention_kernel
+    if cfg.policy.device == "cpu" and kernel in ("varlen", "transformer_engine"):
+        yield Problem("policy.attention_kernel", kernel, "auto, cpu or sdpa on policy.device cpu", "set it to auto")
+    if cfg.policy.device == "cuda" and kernel == "cpu":
+        yield Problem("policy.attention_kernel", kernel, "another kernel on policy.device cuda", "set it to auto")
+
+
+@rule("policy.logprob_kernel", "policy.device")
+def _head(cfg: Config) -> Iterator[Problem]:
+    kernel = cfg.policy.logprob_kernel
+    if cfg.policy.device == "cpu" and kernel == "triton":
+        yield Problem("policy.logprob_kernel", kernel, "auto or torch on policy.device cpu", "set it to auto")
+
+
+@rule("data.prompt_key", "data.chosen_key", "data.rejected_key")
+def _columns(cfg: Config) -> Iterator[Problem]:
+    keys = (cfg.data.prompt_key, cfg.data.chosen_key, cfg.data.rejected_key)
+    if len(set(keys)) < len(keys):
+        fix = "name prompt, chosen and rejected apart"
+        yield Problem("data.rejected_key", ", ".join(keys), "three different keys", fix)
+
+
+@rule("data.dataset_name", "data.prompt_key", "data.chosen_key", "data.rejected_key")
+def _unread_keys(cfg: Config) -> Iterator[Problem]:
+    name = cfg.data.dataset_name
+    if name is None or name == "BinaryPreferenceDataset":
+        return
+    answers_read = name in ("Tulu3Preference", "ImplicitPrompt")
+    for key, default in (("prompt_key", "prompt"), ("chosen_key", "chosen"), ("rejected_key", "rejected")):
+        value = getattr(cfg.data, key)
+        if value != default and not (answers_read and key != "prompt_key"):
+            fix = "remove it, or set data.dataset_name: BinaryPreferenceDataset"
+            yield Problem(f"data.{key}", value, f"{default}, since {name} has field names of its own", fix)
+
+
+@rule("data.val_data_paths")
+def _validation_names(cfg: Config) -> Iterator[Problem]:
+    for name in cfg.data.val_data_paths or {}:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            expected = "letters, digits, dot, dash and underscore: the name becomes part of metrics and file names"
+            yield Problem("data.val_data_paths", name, expected, "rename this validation set")
+
+
+@rule(
+    "checkpointing.metric_name",
+    "checkpointing.enabled",
+    "checkpointing.higher_is_better",
+    "data.val_data_paths",
+    "dpo.val_period",
+)
+def _metric(cfg: Config) -> Iterator[Problem]:
+    checkpointing = cfg.checkpointing
+    if not checkpointing.enabled or checkpointing.metric_name is None:
+        return
+    try:
+        metric = parse_metric_name(checkpointing.metric_name, list(cfg.data.val_data_paths or {}))
+    except ConfigError as error:
+        yield from error.problems
+        return
+    if metric.prefix != "train" and cfg.dpo.val_period == 0:
+        fix = "set dpo.val_period to checkpointing.save_period, or checkpointing.metric_name to train:loss or null"
+        expected = "a metric that is measured before a save; dpo.val_period 0 never validates"
+        yield Problem("checkpointing.metric_name", checkpointing.metric_name, expected, fix)
+    higher = METRICS[metric.metric]
+    if higher is not None and higher != checkpointing.higher_is_better:
+        where, wanted = "checkpointing.higher_is_better", str(higher).lower()
+        yield Problem(where, checkpointing.higher_is_better, f"{wanted} for {metric.metric}", f"set it to {wanted}")
+
+
+@rule("cluster.gpus_per_node", "cluster.num_nodes")
+def _cluster(cfg: Config) -> Iterator[Problem]:
+    for name, other in (("gpus_per_node", "num_nodes"), ("num_nodes", "gpus_per_node")):
+        if getattr(cfg.cluster, name) is None and getattr(cfg.cluster, other) is not None:
+            fix = f"set both, or neither: torchrun decides; cluster.{other} is {getattr(cfg.cluster, other)}"
+            yield Problem(f"cluster.{name}", None, f"a number beside cluster.{other}", fix)
+
+
+@rule("checkpointing.checkpoint_must_save_by")
+def _must_save_by(cfg: Config) -> Iterator[Problem]:
+    text = cfg.checkpointing.checkpoint_must_save_by
+    if text is None:
+        return
+    try:
+        parse_duration_s(text)
+    except ValueError:
+        where = "checkpointing.checkpoint_must_save_by"
+        yield Problem(where, text, "DD:HH:MM:SS, hours below 24", 'for example "00:03:45:00"')
