@@ -191,15 +191,19 @@ def test_masked_and_counted_tokens_are_those_of_their_turns(
     else:
         pair = text_pair((user("hi"),), tuple(mine), tuple(others))
     done = encode(pair, None if plain else CHATML, loss_on="differing_turns" if differing else "last_turn")
-    counted = [m for n, m in enumerate(mine) if m["role"] == "assistant" and (differing or n == len(mine) - 1)]
+    last_turn = len(mine) - 1
+    numbers = [n for n in range(len(mine)) if mine[n]["role"] == "assistant"]
     if differing:
-        counted = [m for m in counted if not (mine.index(m) < len(others) and others[mine.index(m)] == m)]
+        numbers = [n for n in numbers if mine[n] != (others[n] if n < len(others) else None)]
+    else:
+        numbers = [last_turn]
+    counted = [mine[n] for n in numbers]
     if done.chosen_mask is None:
         assert len(mine) == 1
         return
     text = "".join(in_loss(done.chosen_ids, done.chosen_mask))
     if plain:
-        last = "</s>" if counted[-1] is mine[-1] else ""
+        last = "</s>" if numbers[-1] == last_turn else ""
         assert text == "".join(" " + m["content"].strip() for m in counted) + last
     else:
         assert text == "".join(m["content"] + "<|im_end|>\n" for m in counted)

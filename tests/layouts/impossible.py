@@ -9,6 +9,7 @@ from tests.layouts.options import DDP, MEG
 
 _TP, _PP = f"{MEG}.tensor_model_parallel_size", f"{MEG}.pipeline_model_parallel_size"
 _VPP, _SP = f"{MEG}.virtual_pipeline_model_parallel_size", f"{MEG}.sequence_parallel"
+_CP = f"{MEG}.context_parallel_size"
 _PRODUCT = f"{_TP} x pipeline_model_parallel_size"
 _EP, _ETP = f"{MEG}.expert_model_parallel_size", f"{MEG}.expert_tensor_parallel_size"
 _FIRST, _LAST = f"{MEG}.num_layers_in_first_pipeline_stage", f"{MEG}.num_layers_in_last_pipeline_stage"
@@ -44,6 +45,9 @@ IMPOSSIBLE: tuple[Impossible, ...] = (
     Impossible("dense", 1, {_TP: 2}, _PRODUCT),
     Impossible("dense", 3, {_PP: 2}, _PRODUCT),
     Impossible("tied", 2, {_TP: 2, _PP: 2}, _PRODUCT),
+    Impossible("dense", 3, {_CP: 2}, f"{_PRODUCT} x context_parallel_size"),
+    Impossible("dense", 2, {_CP: 2, "policy.make_sequence_length_divisible_by": 3},
+               "policy.make_sequence_length_divisible_by"),
     Impossible("MoE", 1, {_EP: 2}, f"{_EP} x expert_tensor_parallel_size"),
     Impossible("MoE", 2, {_EP: 2, _ETP: 2}, f"{_EP} x expert_tensor_parallel_size"),
     Impossible("MoE", 4, {_EP: 4, _PP: 2}, f"{_EP} x expert_tensor_parallel_size"),
