@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 _FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "rand", "randn", "tensor", "zeros", "zeros_like")
 _enabled = False
@@ -84,6 +85,9 @@ def _redirect_devices() -> None:
 
         return call
 
+    # `with torch.device(...)`, which transformers loads under, knows its functions by identity, and lists them when first
+    # used: they have to be listed before they are replaced
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, redirected(getattr(torch, name)))
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]

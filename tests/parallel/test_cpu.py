@@ -30,6 +30,8 @@ with torch.cuda.stream(torch.cuda.Stream()):
     torch.cuda.current_stream().wait_stream(torch.cuda.default_stream()); torch.cuda.Event().record(); torch.cuda.synchronize()
 torch.zeros(1).record_stream(torch.cuda.current_stream())
 assert torch.zeros(1).cuda().device.type == "cpu"
+with torch.device("meta"):
+    assert torch.empty(2).device.type == torch.arange(2).device.type == "meta", "transformers loads models so"
 """
 
 
