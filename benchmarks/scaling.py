@@ -31,6 +31,7 @@ from megadpo.config.architecture import read_architecture  # noqa: E402
 from megadpo.data.work import WorkModel, query_keys  # noqa: E402
 
 FORWARDS = 4
+VOCAB = 2048
 WARMUP_STEPS, TIMED_STEPS = 1, 3
 
 
@@ -79,8 +80,9 @@ class Pairs:
 
 
 def make_model(folder: Path, size: str) -> int:
-    """The model's parameters; tokenizers of one vocabulary are the same whatever the size."""
-    return make_llama.make(make_llama.made_pairs(4000), folder, make_llama.SIZES[size])
+    """Its parameters. Made-up words give a vocabulary of VOCAB at most, so all sizes have that."""
+    shape = dataclasses.replace(make_llama.SIZES[size], vocab_size=VOCAB)
+    return make_llama.make(make_llama.made_pairs(4000), folder, shape)
 
 
 def write_pairs(case: Case, model: Path, path: Path) -> Pairs:
@@ -157,12 +159,16 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         ]
         lines += ["|---|---|---|---|---|---|---|---|"]
         lines += [
-            f"| {r['value']} | {r['tokens_a_pair']:,.0f} | {r['gflop_a_pair']:,.2f} | {r['step_s']:.2f} |"
+            f"| {r['value']}{_millions(r)} | {r['tokens_a_pair']:,.0f} | {r['gflop_a_pair']:,.2f} | {r['step_s']:.2f} |"
             f" {r['pairs_per_s']:.2f} | {r['tokens_per_s']:,.0f} | {r['gflops_per_s']:,.0f} | {r['rank_peak_gib']:.2f} |"
             for r in rows
             if r["series"] == series
         ]
     return lines
+
+
+def _millions(row: dict[str, Any]) -> str:
+    return f", {row['parameters'] / 1e6:.1f}M" if row["series"] == "size" else ""
 
 
 def main(arguments: list[str] | None = None) -> int:
