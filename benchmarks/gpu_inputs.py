@@ -11,7 +11,6 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,77 +26,34 @@ Lengths = npt.NDArray[np.int64]
 """[pairs, 3]: tokens of prompt, chosen and rejected, EOS counted in each answer."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """Sizes of a Llama as its config.json states them."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape(make_llama.LlamaSize):
+    """Sizes of a Llama 3 as its config.json states them."""
 
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    ffn_hidden_size: int
-    vocab_size: int
-    tied: bool
     rope_factor: float
 
     @property
     def parameters(self) -> int:
         """Tied embeddings once."""
-        return sum(math.prod(shape) for _, shape in weight_shapes(self))
+        return sum(math.prod(shape) for _, shape in make_llama.weight_shapes(self))
 
 
 SHAPES = {
     # https://huggingface.co/meta-llama/Llama-3.2-1B and /Llama-3.1-8B, config.json
-    "llama-3.2-1b": Shape(2048, 16, 32, 8, 64, 8192, 128256, True, 32.0),
-    "llama-3.1-8b": Shape(4096, 32, 32, 8, 128, 14336, 128256, False, 8.0),
-    "tiny": Shape(64, 2, 4, 2, 16, 128, 512, True, 8.0),
+    "llama-3.2-1b": Shape(2048, 16, 32, 8, 8192, 128256, tied=True, rope_factor=32.0),
+    "llama-3.1-8b": Shape(4096, 32, 32, 8, 14336, 128256, tied=False, rope_factor=8.0),
+    "tiny": Shape(64, 2, 4, 2, 128, 512, tied=True, rope_factor=8.0),
 }
-
-
-def weight_shapes(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the tensors of a model.safetensors."""
-    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    yield "model.embed_tokens.weight", (shape.vocab_size, shape.hidden_size)
-    for layer in range(shape.num_layers):
-        prefix = f"model.layers.{layer}."
-        yield prefix + "input_layernorm.weight", (shape.hidden_size,)
-        yield prefix + "self_attn.q_proj.weight", (queries, shape.hidden_size)
-        yield prefix + "self_attn.k_proj.weight", (keys, shape.hidden_size)
-        yield prefix + "self_attn.v_proj.weight", (keys, shape.hidden_size)
-        yield prefix + "self_attn.o_proj.weight", (shape.hidden_size, queries)
-        yield prefix + "post_attention_layernorm.weight", (shape.hidden_size,)
-        yield prefix + "mlp.gate_proj.weight", (shape.ffn_hidden_size, shape.hidden_size)
-        yield prefix + "mlp.up_proj.weight", (shape.ffn_hidden_size, shape.hidden_size)
-        yield prefix + "mlp.down_proj.weight", (shape.hidden_size, shape.ffn_hidden_size)
-    yield "model.norm.weight", (shape.hidden_size,)
-    if not shape.tied:
-        yield "lm_head.weight", (shape.vocab_size, shape.hidden_size)
 
 
 def hugging_face_config(shape: Shape) -> dict[str, Any]:
     """config.json, but for the ids of the special tokens, which are our tokenizer's."""
     rope = {"factor": shape.rope_factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     rope |= {"original_max_position_embeddings": 8192, "rope_type": "llama3", "rope_theta": 500000.0}
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.ffn_hidden_size,
-        "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_kv_heads,
-        "head_dim": shape.head_dim,
-        "vocab_size": shape.vocab_size,
+    return make_llama.hugging_face_config(shape) | {
         "max_position_embeddings": 131072,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-5,
         "rope_theta": 500000.0,
         "rope_scaling": rope,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "mlp_bias": False,
-        "tie_word_embeddings": shape.tied,
         "bos_token_id": BOS,
         "eos_token_id": EOS,
         "pad_token_id": PAD,
@@ -116,7 +72,7 @@ def make_model(shape: Shape, folder: Path, device: torch.device, seed: int = 1) 
     generator = torch.Generator(device).manual_seed(seed)
     index: dict[str, str] = {}
     files: dict[str, dict[str, torch.Tensor]] = {}
-    for name, size in weight_shapes(shape):
+    for name, size in make_llama.weight_shapes(shape):
         file = f"model-{name.split('.')[2] if '.layers.' in name else 'ends'}.safetensors"
         tensor = torch.ones(size, dtype=torch.bfloat16)
         if len(size) > 1:

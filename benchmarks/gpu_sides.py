@@ -59,46 +59,26 @@ class OurSettings:
 
 def our_config(spec: Spec, settings: OurSettings, log_dir: Path) -> dict[str, Any]:
     """The run in megadpo's words."""
-    optimizer: dict[str, Any] = {
-        "lr": spec.learning_rate,
-        "weight_decay": spec.weight_decay,
-        "adam_beta1": spec.adam_beta1,
-        "adam_beta2": spec.adam_beta2,
-        "adam_eps": spec.adam_epsilon,
-        "use_distributed_optimizer": settings.lean,
-    }
+    optimizer: dict[str, Any] = {"use_distributed_optimizer": settings.lean}
     if settings.lean:
         moments = {"exp_avg_dtype": "bfloat16", "exp_avg_sq_dtype": "bfloat16"}
         optimizer |= {"use_precision_aware_optimizer": True, **moments}
-    return {
-        "policy": {
-            "model_name": spec.model,
-            "train_global_batch_size": spec.global_batch_pairs,
+    return sides.config_of(
+        spec,
+        log_dir,
+        policy={
             "max_total_sequence_length": settings.longest_tokens,
             "precision": "bfloat16" if spec.device == "cuda" else "float32",
-            "max_grad_norm": spec.max_grad_norm,
             "device": spec.device,
             "sequence_packing": {
                 "enabled": True,
                 "share_prompt": settings.share_prompt,
                 "train_mb_tokens": settings.pack_tokens,
             },
-            "megatron_cfg": {
-                "optimizer": optimizer,
-                "scheduler": {"lr_decay_style": "constant", "lr_warmup_iters": 0},
-            },
         },
-        "dpo": {
-            "max_num_epochs": 1,
-            "max_num_steps": spec.steps,
-            "val_period": 0,
-            "val_at_start": False,
-            "reference_policy_kl_penalty": spec.beta,
-        },
-        "data": {"train_data_path": spec.data, "shuffle": False, "on_too_long": "refuse"},
-        "checkpointing": {"enabled": False},
-        "logger": {"log_dir": str(log_dir)},
-    }
+        megatron={},
+        optimizer=optimizer,
+    )
 
 
 def run_ours(name: str, spec: Spec, settings: OurSettings, timeout_s: float) -> Outcome:

@@ -30,6 +30,8 @@ class LlamaSize:
     num_kv_heads: int
     ffn_hidden_size: int
     vocab_size: int
+    tied: bool = False
+    """The embedding is the output layer as well."""
 
     @property
     def head_dim(self) -> int:
@@ -154,7 +156,8 @@ def weight_shapes(size: LlamaSize) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield prefix + "mlp.up_proj.weight", (size.ffn_hidden_size, size.hidden_size)
         yield prefix + "mlp.down_proj.weight", (size.hidden_size, size.ffn_hidden_size)
     yield "model.norm.weight", (size.hidden_size,)
-    yield "lm_head.weight", (size.vocab_size, size.hidden_size)
+    if not size.tied:
+        yield "lm_head.weight", (size.vocab_size, size.hidden_size)
 
 
 def make_weights(size: LlamaSize, folder: Path, seed: int) -> int:
@@ -196,7 +199,7 @@ def hugging_face_config(size: LlamaSize) -> dict[str, Any]:
         "attention_bias": False,
         "attention_dropout": 0.0,
         "mlp_bias": False,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": size.tied,
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,

@@ -183,31 +183,45 @@ def our_config(spec: Spec, layout: Layout, log_dir: Path, longest: tuple[int, in
         packing["train_mb_tokens"] = layout.pack_tokens or (
             longest_pair if layout.share_prompt else 2 * longest_sequence
         )
+    return config_of(
+        spec,
+        log_dir,
+        policy={
+            "train_micro_batch_size": spec.micro_batch_pairs,
+            "max_total_sequence_length": longest[0],
+            "precision": "float32",
+            "device": "cpu",
+            "sequence_packing": packing,
+        },
+        megatron={
+            "tensor_model_parallel_size": layout.tensor_parallel,
+            "pipeline_model_parallel_size": layout.pipeline_parallel,
+            "sequence_parallel": layout.sequence_parallel,
+            "activation_checkpointing": layout.recompute,
+        },
+        optimizer={"use_distributed_optimizer": layout.data_parallel > 1},
+    )
+
+
+def config_of(
+    spec: Spec, log_dir: Path, *, policy: dict[str, Any], megatron: dict[str, Any], optimizer: dict[str, Any]
+) -> dict[str, Any]:
+    """`spec` in megadpo's config, with what a benchmark adds to three of its sections."""
+    adamw = {
+        "lr": spec.learning_rate,
+        "weight_decay": spec.weight_decay,
+        "adam_beta1": spec.adam_beta1,
+        "adam_beta2": spec.adam_beta2,
+        "adam_eps": spec.adam_epsilon,
+    }
+    constant = {"lr_decay_style": "constant", "lr_warmup_iters": 0}
     return {
         "policy": {
             "model_name": spec.model,
             "train_global_batch_size": spec.global_batch_pairs,
-            "train_micro_batch_size": spec.micro_batch_pairs,
-            "max_total_sequence_length": longest[0],
-            "precision": "float32",
             "max_grad_norm": spec.max_grad_norm,
-            "device": "cpu",
-            "sequence_packing": packing,
-            "megatron_cfg": {
-                "tensor_model_parallel_size": layout.tensor_parallel,
-                "pipeline_model_parallel_size": layout.pipeline_parallel,
-                "sequence_parallel": layout.sequence_parallel,
-                "activation_checkpointing": layout.recompute,
-                "optimizer": {
-                    "lr": spec.learning_rate,
-                    "weight_decay": spec.weight_decay,
-                    "adam_beta1": spec.adam_beta1,
-                    "adam_beta2": spec.adam_beta2,
-                    "adam_eps": spec.adam_epsilon,
-                    "use_distributed_optimizer": layout.data_parallel > 1,
-                },
-                "scheduler": {"lr_decay_style": "constant", "lr_warmup_iters": 0},
-            },
+            **policy,
+            "megatron_cfg": {**megatron, "optimizer": adamw | optimizer, "scheduler": constant},
         },
         "dpo": {
             "max_num_epochs": 1,

@@ -53,7 +53,7 @@ class PolicyConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
     attention_kernel: Literal["auto", "cpu", "sdpa", "varlen", "transformer_engine"] = "auto"
-    """sdpa: everywhere. varlen: torch's flash attention on CUDA. transformer_engine: CUDA with TE installed."""
+    """cpu: CPUs. sdpa: everywhere. varlen: torch's flash attention on CUDA. transformer_engine: CUDA with TE installed."""
     sequence_packing: SequencePackingConfig = field(default_factory=SequencePackingConfig)
     make_sequence_length_divisible_by: PositiveInt = 1
     """A pack is padded to a multiple of this. Left out or null: context_parallel_size, with sequence_parallel times

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_head, gpu_inputs, gpu_report
+from benchmarks import gpu, gpu_head, gpu_inputs, gpu_report, make_llama
 from benchmarks.gpu_sides import Outcome
 from megadpo.config.architecture import read_architecture
 from megadpo.data.tokenizer import load_tokenizer
@@ -64,7 +64,7 @@ def test_lengths_are_like_ultrafeedbacks():
 def test_flops_are_those_of_the_formula(model):
     arch = read_architecture(model)
     lengths = np.array([[5, 3, 2], [1, 1, 4]])
-    weights = sum(math.prod(size) for name, size in gpu_inputs.weight_shapes(TINY) if "proj" in name)
+    weights = sum(math.prod(size) for name, size in make_llama.weight_shapes(TINY) if "proj" in name)
     head = TINY.hidden_size * TINY.vocab_size
     key = 2 * TINY.num_layers * TINY.num_heads * TINY.head_dim
     # prompt 5 sees 15 keys; answers of 3 and 2 after it 6 + 7 + 8 and 6 + 7; then 1; 2 and 2 + 3 + 4 + 5
