@@ -36,7 +36,7 @@ from megadpo.data.cache import TokenCache
 from megadpo.data.cache_key import cache_key
 from megadpo.data.dataset import DataSettings, PairDataset
 from megadpo.data.encode import Sink, Summary
-from megadpo.data.loader import GlobalBatchLoader
+from megadpo.data.loader import DataRank, GlobalBatchLoader
 from megadpo.data.plan import plan_global_batch
 from megadpo.data.tokenizer import load_tokenizer, pad_token_id
 from megadpo.data.tokens import DataReport
@@ -271,7 +271,7 @@ def start(places: Places, count: int, rank: int, size: int) -> dict[str, float]:
     lap("dataset")
     pad = pad_token_id(tokenizer)
     loader = GlobalBatchLoader.from_config(
-        dataset, cfg, arch, dp_rank=rank, dp_size=size, pad_token_id=pad, training=True
+        dataset, cfg, arch, pad_token_id=pad, training=True, rank=DataRank(dp_rank=rank, dp_size=size)
     )
     lap("loader")
     batches = loader.batches(epoch=0)

@@ -75,7 +75,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def show(options: argparse.Namespace, console: Console) -> None:
     """Raises UserError."""
     from megadpo.data.dataset import load_datasets
-    from megadpo.data.loader import GlobalBatchLoader
+    from megadpo.data.loader import DataRank, GlobalBatchLoader
     from megadpo.data.tokenizer import load_tokenizer, pad_token_id
     from megadpo.model.source import resolve_source, tokenizer_source
 
@@ -92,11 +92,9 @@ def show(options: argparse.Namespace, console: Console) -> None:
         dataset,
         cfg,
         arch,
-        dp_rank=0,
-        dp_size=dp_size,
         pad_token_id=pad,
         training=training,
-        cp_size=cfg.policy.megatron_cfg.context_parallel_size,
+        rank=DataRank(dp_size=dp_size, cp_size=cfg.policy.megatron_cfg.context_parallel_size),
     )
     position = _position(dataset, options.pair)
     for note in cfg.notes:
@@ -159,11 +157,11 @@ def show_packs(console: Console, loader: GlobalBatchLoader, count: int) -> None:
     fills = batch_fills(loader, count)
     budget = loader.budget_tokens
     packs = f"packs of at most {budget:,} tokens" if budget else f"{loader.pairs_per_micro_batch} pairs a micro-batch"
-    title = f"Global batches of {loader.global_batch_size} pairs: {packs}, {loader.dp_size} data-parallel rank(s)"
+    title = f"Global batches of {loader.global_batch_size} pairs: {packs}, {loader.rank.dp_size} data-parallel rank(s)"
     table = Table("batch", box=None, pad_edge=False)
     columns = ["pairs", "tokens", "micro-batches a rank", "filled", "least loaded rank does"]
-    if loader.cp_size > 1:
-        title += f", {loader.cp_size} context-parallel ranks"
+    if loader.rank.cp_size > 1:
+        title += f", {loader.rank.cp_size} context-parallel ranks"
         columns.append("attention of the busiest context rank")
     for column in columns:
         table.add_column(column, justify="right")

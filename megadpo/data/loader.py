@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from megadpo.config.architecture import Architecture
     from megadpo.config.schema import Config
 
-__all__ = ["GlobalBatch", "GlobalBatchLoader", "PairDataset"]
+__all__ = ["DataRank", "GlobalBatch", "GlobalBatchLoader", "PairDataset"]
 
 PREFETCH_BATCHES = 2
 """Global batches packed ahead of need."""
@@ -52,6 +52,27 @@ class GlobalBatch:
     """Number of the batch in its epoch. (epoch, batch + 1) is where a resumed run goes on."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class DataRank:
+    """Which part of every global batch a rank gets; by default all of it. Raises ValueError for a rank out of range."""
+
+    dp_rank: int = 0
+    dp_size: int = 1
+    """Ranks that share out the micro-batches."""
+    cp_rank: int = 0
+    cp_size: int = 1
+    """Ranks that share out the tokens of each micro-batch."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dp_rank < self.dp_size:
+            raise ValueError(f"dp_rank {self.dp_rank} of dp_size {self.dp_size}")
+        if not 0 <= self.cp_rank < self.cp_size:
+            raise ValueError(f"cp_rank {self.cp_rank} of cp_size {self.cp_size}")
+
+
+WHOLE = DataRank()
+
+
 class GlobalBatchLoader:
     """The global batches of a data set, epoch by epoch."""
 
@@ -62,8 +83,6 @@ class GlobalBatchLoader:
         global_batch_size: int,
         shuffle: bool,
         seed: int,
-        dp_rank: int,
-        dp_size: int,
         share_prompt: bool,
         pad_token_id: int,
         pad_to_multiple: int = 1,
@@ -74,8 +93,7 @@ class GlobalBatchLoader:
         limit_batches: int | None = None,
         num_workers: int = 1,
         work_model: WorkModel | None = None,
-        cp_rank: int = 0,
-        cp_size: int = 1,
+        rank: DataRank = WHOLE,
     ) -> None:
         """Sizes count pairs. Exactly one of `budget_tokens` (sequence packing) and `pairs_per_micro_batch` is given.
 
@@ -86,14 +104,11 @@ class GlobalBatchLoader:
         num_workers: 0 packs in the caller; any other number packs ahead in one background thread, which is enough:
             packing takes a thousandth of a step.
         work_model: ranks get the same work by it (with budget_tokens only); None: as many tokens each.
-        cp_rank, cp_size: every pack is cut over that many context-parallel ranks, and this one's part comes out;
-            pad_to_multiple is a multiple of cp_size.
+        rank: whose micro-batches come out; pad_to_multiple is a multiple of its cp_size.
         Raises DataError for pairs longer than budget_tokens, and for a data set that drop_last leaves nothing of.
         """
-        if not 0 <= dp_rank < dp_size:
-            raise ValueError(f"dp_rank {dp_rank} of dp_size {dp_size}")
-        if not 0 <= cp_rank < cp_size or pad_to_multiple % cp_size:
-            raise ValueError(f"cp_rank {cp_rank} of cp_size {cp_size}, packs padded to {pad_to_multiple} tokens")
+        if pad_to_multiple % rank.cp_size:
+            raise ValueError(f"packs padded to {pad_to_multiple} tokens can't be cut over cp_size {rank.cp_size}")
         if global_batch_size < 1:
             raise ValueError(f"global_batch_size must be at least 1, got {global_batch_size}")
         if (budget_tokens is None) == (pairs_per_micro_batch is None):
@@ -102,10 +117,7 @@ class GlobalBatchLoader:
         self.global_batch_size = global_batch_size
         self.shuffle = shuffle
         self.seed = seed
-        self.dp_rank = dp_rank
-        self.dp_size = dp_size
-        self.cp_rank = cp_rank
-        self.cp_size = cp_size
+        self.rank = rank
         self.share_prompt = share_prompt
         self.pad_token_id = pad_token_id
         self.pad_to_multiple = pad_to_multiple
@@ -137,12 +149,9 @@ class GlobalBatchLoader:
         cfg: Config,
         arch: Architecture,
         *,
-        dp_rank: int,
-        dp_size: int,
         pad_token_id: int,
         training: bool,
-        cp_rank: int = 0,
-        cp_size: int = 1,
+        rank: DataRank = WHOLE,
     ) -> GlobalBatchLoader:
         """Training: the config's order, whole global batches only. Validation: file order, every pair."""
         packing = cfg.policy.sequence_packing
@@ -152,8 +161,6 @@ class GlobalBatchLoader:
             global_batch_size=cfg.policy.train_global_batch_size if training else cfg.dpo.val_global_batch_size,
             shuffle=cfg.data.shuffle and training,
             seed=cfg.dpo.seed,
-            dp_rank=dp_rank,
-            dp_size=dp_size,
             # without packing a micro-batch is rows, each with its own prompt
             share_prompt=packing.enabled and packing.share_prompt,
             pad_token_id=pad_token_id,
@@ -165,8 +172,7 @@ class GlobalBatchLoader:
             micro_batch_multiple=micro_batch_multiple(cfg),
             num_workers=cfg.data.num_workers,
             work_model=WorkModel.of(arch),
-            cp_rank=cp_rank,
-            cp_size=cp_size,
+            rank=rank,
         )
 
     def order(self, epoch: int) -> npt.NDArray[np.int64]:
@@ -196,7 +202,7 @@ class GlobalBatchLoader:
                 positions,
                 plan_global_batch(
                     self.lengths[positions],
-                    num_ranks=self.dp_size,
+                    num_ranks=self.rank.dp_size,
                     budget_tokens=self.budget_tokens,
                     pairs_per_micro_batch=self.pairs_per_micro_batch,
                     work=self.work[positions],
@@ -207,7 +213,7 @@ class GlobalBatchLoader:
     def _make(self, epoch: int, start_batch: int) -> Iterator[GlobalBatch]:
         for batch, (positions, plan) in enumerate(self.plans(epoch, start_batch), start=start_batch):
             yield GlobalBatch(
-                micro_batches=[self.pack(positions[numbers]) for numbers in plan[self.dp_rank]],
+                micro_batches=[self.pack(positions[numbers]) for numbers in plan[self.rank.dp_rank]],
                 num_pairs=len(positions),
                 num_tokens=int(self.lengths[positions].sum()),
                 pair_indices=self.dataset.arrays.rows[positions].tolist(),
@@ -225,7 +231,7 @@ class GlobalBatchLoader:
             pad_to_multiple=self.pad_to_multiple,
             pad_token_id=self.pad_token_id,
         )
-        return context_part(whole, self.cp_rank, self.cp_size)
+        return context_part(whole, self.rank.cp_rank, self.rank.cp_size)
 
     def _refuse_longer_than_budget(self) -> None:
         if self.budget_tokens is None:

@@ -76,7 +76,7 @@ def batch_fills(loader: GlobalBatchLoader, count: int) -> list[BatchFill]:
     for batch, (positions, plan) in enumerate(islice(loader.plans(epoch=0), count)):
         tokens, work = loader.lengths[positions], loader.work[positions]
         rank_work = [int(work[[number for pack in rank for number in pack]].sum()) for rank in plan]
-        parts = [loader.pack(positions[pack]).part for rank in plan for pack in rank if loader.cp_size > 1]
+        parts = [loader.pack(positions[pack]).part for rank in plan for pack in rank if loader.rank.cp_size > 1]
         room = None if loader.budget_tokens is None else loader.budget_tokens * len(plan) * len(plan[0])
         fills.append(
             BatchFill(

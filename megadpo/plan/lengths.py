@@ -50,5 +50,5 @@ def _read(cfg: Config, arch: Architecture) -> tuple[Lengths, str]:
         told = [Problem(one.where, one.value, one.expected, f"{one.fix}; or {fix}") for one in error.problems]
         raise ConfigError(told) from error
     pairs = PairDataset(cfg, tokenizer, cfg.data.train_data_path)
-    loader = GlobalBatchLoader.from_config(pairs, cfg, arch, dp_rank=0, dp_size=1, pad_token_id=0, training=True)
+    loader = GlobalBatchLoader.from_config(pairs, cfg, arch, pad_token_id=0, training=True)
     return pairs.arrays.text_tokens()[loader.order(0)], f"from {pairs.report.path}, {len(pairs)} pairs"

@@ -93,6 +93,7 @@ def checked_config(path: str, overrides: Sequence[str], world_size: int | None, 
 
 def check_data(cfg: Config) -> int:
     """The rest of --check: weight files complete by their headers, data files read and tokenised."""
+    from megadpo.data.loader import DataRank
     from megadpo.model.source import resolve_source
     from megadpo.model.weights.hf_folder import HfWeights
     from megadpo.model.weights.tables import weight_table
@@ -104,7 +105,7 @@ def check_data(cfg: Config) -> int:
         problems = HfWeights.open(source.hf_files, table := weight_table(arch)).problems(table)
         if problems:
             raise ConfigError(problems)
-    data = load_data(cfg, arch, source, {"dp_rank": 0, "dp_size": 1})
+    data = load_data(cfg, arch, source, DataRank())
     for line in [*cfg.notes, *data.reports]:
         print(line)
     print(f"{cfg.dpo.total_steps(data.train_loader.batches_per_epoch)} steps; no problem found")

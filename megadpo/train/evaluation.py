@@ -24,7 +24,7 @@ from megadpo.objective import metric_names
 from megadpo.parallel import ParallelContext
 from megadpo.reference import ResidentReference
 from megadpo.train.metrics import MetricSums
-from megadpo.train.setup import build_reference, fill, ranks_of, seed_everything
+from megadpo.train.setup import build_reference, data_rank, fill, seed_everything
 from megadpo.train.step import pair_loss
 
 
@@ -49,10 +49,10 @@ class Evaluator:
         arch = read_architecture(source.hf_files)
         tokenizer = load_tokenizer(str(tokenizer_source(cfg, source)))
         datasets = load_datasets(cfg, cfg.data.val_data_paths or {}, tokenizer, arch.vocab_size)
-        ranks = {**ranks_of(parallel), "pad_token_id": pad_token_id(tokenizer)}
         whole = dataclasses.replace(cfg, dpo=dataclasses.replace(cfg.dpo, val_batches=0))  # evaluation means every pair
+        pad, rank = pad_token_id(tokenizer), data_rank(parallel)
         self.loaders = {
-            name: GlobalBatchLoader.from_config(data, whole, arch, training=False, **ranks)
+            name: GlobalBatchLoader.from_config(data, whole, arch, pad_token_id=pad, training=False, rank=rank)
             for name, data in datasets.items()
         }
         self.policy = ResidentReference(build_model(arch, cfg.policy, parallel, frozen=True), parallel)

@@ -8,8 +8,8 @@ import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from megadpo.config.metric import parse_metric_name
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
 from megadpo.data.dataset import PairDataset, load_datasets
-from megadpo.data.loader import GlobalBatch, GlobalBatchLoader
+from megadpo.data.loader import DataRank, GlobalBatch, GlobalBatchLoader
 from megadpo.data.tokenizer import load_tokenizer, pad_token_id
 from megadpo.model.build import build_model
 from megadpo.model.freeze import freeze
@@ -32,9 +32,6 @@ from megadpo.optimizer import build_optimizer, build_scheduler, wrap_for_trainin
 from megadpo.parallel import ParallelContext
 from megadpo.reference import ResidentReference
 from megadpo.train.step import Trainer
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ def prepare(cfg: Config, parallel: ParallelContext) -> Run:
     seed_everything(cfg.dpo.seed, parallel)
     source = resolve_source(cfg.policy.model_name, "policy.model_name")
     arch = read_architecture(source.hf_files)
-    data = load_data(cfg, arch, source, ranks_of(parallel))
+    data = load_data(cfg, arch, source, data_rank(parallel))
     total_steps = cfg.dpo.total_steps(data.train_loader.batches_per_epoch)
     resume = find_resume(cfg, data)
 
@@ -121,28 +118,25 @@ def seed_everything(seed: int, parallel: ParallelContext) -> None:
     model_parallel_cuda_manual_seed(seed)
 
 
-def ranks_of(parallel: ParallelContext) -> dict[str, int]:
-    """Which part of the data this rank gets, as GlobalBatchLoader takes it."""
-    return {
-        "dp_rank": parallel.dp_rank,
-        "dp_size": parallel.dp_size,
-        "cp_rank": parallel.cp_rank,
-        "cp_size": parallel.cp_size,
-    }
+def data_rank(parallel: ParallelContext) -> DataRank:
+    """Which part of the data this rank gets."""
+    return DataRank(
+        dp_rank=parallel.dp_rank, dp_size=parallel.dp_size, cp_rank=parallel.cp_rank, cp_size=parallel.cp_size
+    )
 
 
-def load_data(cfg: Config, arch: Architecture, source: ModelSource, ranks: Mapping[str, int]) -> RunData:
-    """Read, tokenise and deal out every data file of the config; ranks: `ranks_of`. Raises DataError with every problem
+def load_data(cfg: Config, arch: Architecture, source: ModelSource, rank: DataRank) -> RunData:
+    """Read, tokenise and deal out every data file of the config, to `rank` its part. Raises DataError with every problem
     of every file."""
     tokenizer = load_tokenizer(str(tokenizer_source(cfg, source)))
     paths = {"": cfg.data.train_data_path, **(cfg.data.val_data_paths or {})}
     datasets = load_datasets(cfg, paths, tokenizer, arch.vocab_size)
     train = datasets.pop("")
-    ranks = {**ranks, "pad_token_id": pad_token_id(tokenizer)}
-    train_loader = GlobalBatchLoader.from_config(train, cfg, arch, training=True, **ranks)
-    loaders = {
-        name: GlobalBatchLoader.from_config(data, cfg, arch, training=False, **ranks) for name, data in datasets.items()
-    }
+    make_loader = partial(
+        GlobalBatchLoader.from_config, cfg=cfg, arch=arch, pad_token_id=pad_token_id(tokenizer), rank=rank
+    )
+    train_loader = make_loader(train, training=True)
+    loaders = {name: make_loader(data, training=False) for name, data in datasets.items()}
     reports = [str(data.report) for data in (train, *datasets.values())]
     if train_loader.dropped_pairs_per_epoch:
         reports.append(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from megadpo.config.problems import DataError
 from megadpo.data.dataset import DataSettings, PairDataset, TokenizedPairs
-from megadpo.data.loader import GlobalBatch, GlobalBatchLoader
+from megadpo.data.loader import DataRank, GlobalBatch, GlobalBatchLoader
 from megadpo.data.pack import PackedBatch, pack_pairs
 from megadpo.data.pairs import TokenizedPair
 from megadpo.data.tokens import TokenArrays, TokenizedFile
@@ -29,20 +29,22 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> PairDataset:
     return dataset(tmp_path_factory.mktemp("data"), 23)
 
 
+RANK = ("dp_rank", "dp_size", "cp_rank", "cp_size")
+
+
 def loader(pairs: TokenizedPairs, **changes: Any) -> GlobalBatchLoader:
     defaults: dict[str, Any] = {
         "global_batch_size": 4,
         "shuffle": True,
         "seed": 7,
-        "dp_rank": 0,
-        "dp_size": 1,
         "share_prompt": True,
         "pad_token_id": 2,
         "budget_tokens": 160,
         "drop_last": True,
         "num_workers": 0,
     }
-    return GlobalBatchLoader(pairs, **{**defaults, **changes})
+    rank = {name: changes.pop(name) for name in RANK if name in changes}
+    return GlobalBatchLoader(pairs, **{**defaults, **changes}, rank=DataRank(**rank))
 
 
 def equal_batches(some: list[PackedBatch], others: list[PackedBatch]) -> bool:

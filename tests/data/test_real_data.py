@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megadpo.data.context import CONTEXT_BALANCE
 from megadpo.data.dataset import DataSettings, PairDataset
-from megadpo.data.loader import GlobalBatchLoader
+from megadpo.data.loader import DataRank, GlobalBatchLoader
 from megadpo.data.plan import plan_global_batch
 from megadpo.data.rebalance import BALANCE
 from megadpo.data.work import WorkModel
@@ -74,13 +74,12 @@ def test_an_epoch_is_complete_and_its_ranks_do_the_same_work(
             global_batch_size=64,
             shuffle=True,
             seed=42,
-            dp_rank=rank,
-            dp_size=dp_size,
             share_prompt=share_prompt,
             pad_token_id=0,
             budget_tokens=4096,
             drop_last=True,
             work_model=LLAMA_8B,
+            rank=DataRank(dp_rank=rank, dp_size=dp_size),
         )
         for rank in range(dp_size)
     ]
@@ -106,8 +105,9 @@ def test_context_parallel_ranks_have_even_work(
     in_large_vocabulary: PairDataset, ranks: int, share_prompt: bool
 ) -> None:
     loader = GlobalBatchLoader(
-        in_large_vocabulary, global_batch_size=400, shuffle=True, seed=3, dp_rank=0, dp_size=1, drop_last=True,
-        share_prompt=share_prompt, pad_token_id=0, pad_to_multiple=ranks, budget_tokens=4096, cp_size=ranks,
+        in_large_vocabulary, global_batch_size=400, shuffle=True, seed=3, drop_last=True,
+        share_prompt=share_prompt, pad_token_id=0, pad_to_multiple=ranks, budget_tokens=4096,
+        rank=DataRank(cp_size=ranks),
     )  # fmt: skip
     parts = [pack.part for batch in loader.batches(0) for pack in batch.micro_batches]
     imbalance = [part.most_work / part.mean_work for part in parts if part is not None]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from megadpo.data.loader import GlobalBatchLoader
+from megadpo.data.loader import DataRank, GlobalBatchLoader
 from megadpo.data.pack import PackedBatch
 from megadpo.data.pairs import TokenizedPair
 from megadpo.data.statistics import as_seen, batch_fills, lengths, share_chosen_longer
@@ -38,8 +38,8 @@ def test_fills_say_how_even_context_parallel_ranks_are(tmp_path: Path) -> None:
 
     def loader(cp_rank: int) -> GlobalBatchLoader:
         return GlobalBatchLoader(
-            pairs, global_batch_size=8, shuffle=False, seed=1, dp_rank=0, dp_size=1, share_prompt=True, pad_token_id=2,
-            pad_to_multiple=2, budget_tokens=160, drop_last=True, cp_rank=cp_rank, cp_size=2,
+            pairs, global_batch_size=8, shuffle=False, seed=1, share_prompt=True, pad_token_id=2,
+            pad_to_multiple=2, budget_tokens=160, drop_last=True, rank=DataRank(cp_rank=cp_rank, cp_size=2),
         )  # fmt: skip
 
     def attention_work(pack: PackedBatch) -> int:
@@ -58,9 +58,9 @@ def test_fills_are_those_of_the_batches(tmp_path: Path, packed: bool) -> None:
 
     def loader(rank: int) -> GlobalBatchLoader:
         return GlobalBatchLoader(
-            pairs, global_batch_size=8, shuffle=True, seed=1, dp_rank=rank, dp_size=2, share_prompt=packed,
+            pairs, global_batch_size=8, shuffle=True, seed=1, share_prompt=packed,
             pad_token_id=2, budget_tokens=160 if packed else None, pairs_per_micro_batch=None if packed else 2,
-            drop_last=True, work_model=MODEL,
+            drop_last=True, work_model=MODEL, rank=DataRank(dp_rank=rank, dp_size=2),
         )  # fmt: skip
 
     fills = batch_fills(loader(0), 99)
