@@ -45,7 +45,7 @@ class Reader:
             fix = "write its keys below it, or leave the section out"
             self._problem(path, raw, "a section (keys with values)", fix)
             raw = {}
-        hints = _hints(cls)  # type: ignore[arg-type]
+        hints = field_types(cls)  # type: ignore[arg-type]
         values: dict[str, Any] = {}
         for field in dataclasses.fields(cls):  # type: ignore[arg-type]
             where = f"{path}.{field.name}" if path else field.name
@@ -163,11 +163,17 @@ def nearest_name(where: str, siblings: list[str], known_paths: frozenset[str]) -
 
 def dotted_paths(cls: type, prefix: str = "") -> Iterator[str]:
     """Every key of dataclass `cls`, sections included, as dotted paths."""
-    for name, annotation in _hints(cls).items():
+    for name, annotation in field_types(cls).items():
         yield f"{prefix}{name}"
-        option = _unwrap(annotation)[0][0]
-        if dataclasses.is_dataclass(option):
-            yield from dotted_paths(option, f"{prefix}{name}.")  # type: ignore[arg-type]
+        below = section_of(annotation)
+        if below is not None:
+            yield from dotted_paths(below, f"{prefix}{name}.")
+
+
+def section_of(annotation: Any) -> type | None:
+    """The dataclass of a key that is a section; None for a value."""
+    option = _unwrap(annotation)[0][0]
+    return option if dataclasses.is_dataclass(option) else None  # type: ignore[return-value]
 
 
 def describe(annotation: Any) -> str:
@@ -208,7 +214,8 @@ def _type_fix(kind: type, raw: object) -> str:
 
 
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
+def field_types(cls: type) -> dict[str, Any]:
+    """The keys of dataclass `cls` and their annotations."""
     hints = typing.get_type_hints(cls, include_extras=True)
     # compare=False marks what the loader adds and no file may set.
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.compare}

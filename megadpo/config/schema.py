@@ -73,12 +73,14 @@ class CheckpointingConfig:
     """`checkpointing`."""
 
     enabled: bool = True
+    """false: nothing is saved, and nothing resumed."""
     checkpoint_dir: Text = "results/dpo"
     """Holds step_<N>/ folders. A run started again here resumes from the newest complete one."""
     metric_name: str | None = None
     """What makes a checkpoint good: `validation-<name>_loss`, NeMo RL's `val:validation-<name>_loss`, `train:loss`.
     null: the newest are the best."""
     higher_is_better: bool = False
+    """Of metric_name: true for accuracies and margins, false for losses."""
     keep_top_k: PositiveInt | None = None
     """Best checkpoints to keep, the newest always among the kept. null: all."""
     save_period: PositiveInt = 50
@@ -94,8 +96,11 @@ class WandbConfig:
     """`logger.wandb`."""
 
     project: Text | None = None
+    """null: wandb's own default."""
     name: Text | None = None
+    """Of the run. null: wandb makes one up."""
     entity: Text | None = None
+    """User or team. null: the logged-in user's default."""
     mode: Literal["online", "offline"] | None = None
     """null: what the environment variable WANDB_MODE says."""
 
@@ -113,8 +118,11 @@ class LoggerConfig:
     """`logger`. metrics.jsonl and the resolved config are always written to log_dir."""
 
     log_dir: Text = "logs"
+    """Folder of metrics.jsonl and config.yaml."""
     wandb_enabled: bool = False
+    """Log to Weights & Biases as well, by logger.wandb."""
     tensorboard_enabled: bool = False
+    """Write TensorBoard's event files as well."""
     mlflow_enabled: bool = False
     """Only false."""
     swanlab_enabled: bool = False
@@ -132,7 +140,9 @@ class ClusterConfig:
     """`cluster`. torchrun decides the world; these, where set, must agree with it."""
 
     gpus_per_node: PositiveInt | None = None
+    """null: as many ranks a node as torchrun starts."""
     num_nodes: PositiveInt | None = None
+    """null: as many nodes as torchrun joins."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,9 +27,13 @@ class OptimizerConfig:
     params_dtype: Literal["float32"] = "float32"
     """Dtype of the main parameters."""
     adam_beta1: Proportion = 0.9
+    """Decay of Adam's first moment."""
     adam_beta2: Proportion = 0.98
+    """Decay of Adam's second moment."""
     adam_eps: PositiveFloat = 1e-8
+    """Added to the root of Adam's second moment."""
     sgd_momentum: Proportion = 0.9
+    """With optimizer sgd."""
     use_distributed_optimizer: bool = True
     """Shard main parameters and moments over the data-parallel ranks."""
     use_precision_aware_optimizer: bool = False
@@ -64,6 +68,7 @@ class SchedulerConfig:
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
     """How weight decay goes from start to end; constant needs them equal."""
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    """How the rate goes from lr down to min_lr after the warm-up; constant: it stays."""
     lr_decay_iters: PositiveInt | None = None
     """Step at which the rate has come down to min_lr, warm-up included. null: the run's last step."""
     lr_warmup_iters: CountOrZero = 0
@@ -95,6 +100,7 @@ class Fp8Config:
     the reference alike; embeddings, norms, attention, routers and the head stay in bfloat16. See docs/gpu.md."""
 
     enabled: bool = False
+    """Needs Transformer Engine and a Hopper GPU or newer."""
     fp8: Literal["e4m3", "hybrid"] = "e4m3"
     """e4m3: everywhere. hybrid: e4m3 forward, e5m2 for gradients."""
     fp8_recipe: Literal["blockwise", "tensorwise"] = "blockwise"
@@ -111,7 +117,10 @@ class MegatronConfig:
     enabled: bool = True
     """Only true: there is no other back end."""
     tensor_model_parallel_size: PositiveInt = 1
+    """Ranks that share out every matrix of a layer, and the vocabulary."""
     pipeline_model_parallel_size: PositiveInt = 1
+    """Stages that share out the layers."""
+
     context_parallel_size: PositiveInt = 1
     """Ranks that share out the tokens of each micro-batch, cut for equal attention work. See docs/context_parallel.md."""
     expert_model_parallel_size: PositiveInt = 1
@@ -126,7 +135,7 @@ class MegatronConfig:
     """null: an even split."""
     virtual_pipeline_model_parallel_size: PositiveInt = 1
     """Model chunks on each pipeline stage, which take turns (megatron-core's interleaved schedule): a smaller bubble for
-    more sends. Left out or null: 1."""
+    more sends. null: 1."""
     pipeline_dtype: Precision = "bfloat16"
     """Must say what policy.precision says. Left out or null: taken from there."""
 
@@ -137,6 +146,7 @@ class MegatronConfig:
     recompute_method: Literal["uniform", "block"] = "uniform"
     """With full: keep the input of every recompute_num_layers layers, or recompute the first ones of a stage."""
     recompute_num_layers: PositiveInt = 1
+    """With full: the layers that recompute_method speaks of."""
     recompute_modules: tuple[Literal["core_attn", "layernorm", "mlp", "moe", "shared_experts"], ...] = ("core_attn",)
     """With selective: megatron-core's names. mlp: of dense layers; moe: a whole layer of experts."""
 

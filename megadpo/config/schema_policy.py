@@ -59,7 +59,7 @@ class PolicyConfig:
     """A pack is padded to a multiple of this. Left out or null: context_parallel_size, with sequence_parallel times
     tensor_model_parallel_size."""
     logprob_chunk_size: PositiveInt = 1024
-    """Answer tokens projected onto the vocabulary at a time. Left out or null: 1024."""
+    """Answer tokens projected onto the vocabulary at a time. null: 1024."""
     logprob_kernel: Literal["auto", "torch", "triton"] = "auto"
     """The head. auto: triton on CUDA, which takes blocks of the vocabulary with as many logits, else torch."""
     freeze: tuple[Text, ...] = ()

@@ -1,0 +1,56 @@
+"""Every key is on docs/config.md and in tools/config_keys.py, with what it means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megadpo.config.catalogue import NO_EFFECT, REFUSED, page, sections
+from megadpo.config.load import load_config
+from megadpo.config.reader import dotted_paths
+from megadpo.config.schema import Config
+from tools.config_keys import main
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_the_page_is_that_of_the_schema() -> None:
+    written = (DOCS / "config.md").read_text(encoding="utf-8")
+    assert written == page(), "write it again: python tools/config_keys.py --write docs/config.md"
+
+
+def test_every_key_is_there_once_with_a_meaning() -> None:
+    keys = [key for section in sections() for key in section.keys]
+    above = {section.path for section in sections()}
+    assert sorted(key.path for key in keys) == sorted(set(dotted_paths(Config)) - above)
+    assert [key.path for key in keys if not key.meaning] == []
+
+
+def test_a_key_of_nemo_rl_is_on_the_page_with_its_reason() -> None:
+    written = page()
+    for path, reason in [*((one.path, one.reason) for one in REFUSED), *NO_EFFECT.items()]:
+        (line,) = [line for line in written.splitlines() if line.startswith(f"| `{path}` |")]
+        assert reason in line
+
+
+def test_defaults_are_those_of_a_config_that_leaves_everything_out(tmp_path: Path) -> None:
+    least = {"policy.model_name": "a", "data.train_data_path": "b"}
+    shown = {key.path: key.default for section in sections() for key in section.keys}
+    shown = {path: default for path, default in shown.items() if default not in ("derived", "required")}
+    assert len(shown) > 80
+    written = {}
+    for name, values in (("least", least), ("all", {**shown, **least})):
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(f"policy: {{model_name: {least['policy.model_name']}}}")
+        written[name] = load_config(file, [f"{path}={value}" for path, value in values.items()])
+    assert written["all"] == written["least"]
+
+
+def test_keys_are_found_by_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["adam_beta1"]) == 0
+    shown = capsys.readouterr().out
+    assert "policy.megatron_cfg.optimizer.adam_beta1: a number >= 0 and < 1; default 0.9" in shown
+    assert shown.count("default") == 1
+    assert main(["no_such_word"]) == 1
+    assert "no key has no_such_word" in capsys.readouterr().err

@@ -1,0 +1,42 @@
+"""The keys of a config: python tools/config_keys.py [WORD ...]
+
+Prints every key with its type, default and meaning, or those with one of the words in their name or meaning.
+`--write FILE` writes the whole page as Markdown instead (docs/config.md). Exit code 1 where no key has any of the words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from megadpo.config.catalogue import page, sections
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the keys or write the page; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="tools/config_keys.py", description="What can be set in a config.")
+    parser.add_argument("words", nargs="*", help="only keys with one of these in their name or meaning")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write every key to FILE as Markdown, print nothing")
+    options = parser.parse_args(arguments)
+    if options.write is not None:
+        options.write.write_text(page(), encoding="utf-8")
+        return 0
+    words = [word.lower() for word in options.words]
+    keys = [key for section in sections() for key in section.keys]
+    found = [key for key in keys if not words or any(word in f"{key.path} {key.meaning}".lower() for word in words)]
+    console = Console(highlight=False)
+    for key in found:
+        console.print(Text.assemble((key.path, "bold"), f": {key.expected}; default {key.default}"))
+        console.print(Text(f"    {key.meaning}"))
+    if not found:
+        print(f"no key has {' or '.join(options.words)} in its name or meaning", file=sys.stderr)
+    return 0 if found else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
