@@ -84,8 +84,8 @@ class Evaluator:
 
 
 def metrics_of(means: dict[str, float], scores: list[PairScore], *, has_reference: bool) -> dict[str, float | None]:
-    """`accuracy`: share of pairs whose chosen answer the policy itself finds likelier. With a reference also
-    rewards/*; without one those and preference_loss are left out, and `loss` is that of the SFT part alone."""
+    """`accuracy`: share of pairs whose chosen answer the policy itself finds likelier. Without a
+    reference rewards/*, preference_loss and loss are left out."""
     likelier = [s.policy_chosen_logps > s.policy_rejected_logps for s in scores]
     margins = [s.policy_chosen_logps - s.policy_rejected_logps for s in scores]
     extra = {"pairs": len(scores), "accuracy": _mean(likelier), "logps/margins": _mean(margins)}
