@@ -15,6 +15,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # run as a script, the path starts in benchmarks/
@@ -44,19 +45,53 @@ LONGEST_TOKENS = (2048, 4096)  # a sequence, a pair
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """A model and data. `made`: pairs made by `make_llama.made_pairs` instead of those of --data."""
+    """A model, data and a loss. `made`: pairs made by `make_llama.made_pairs` instead of those of --data."""
 
     size: str
     made: bool
     add_bos: bool
     micro_batch_pairs: int
+    loss: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Arguments of TRL's DPOConfig that both sides have under one name; {}: loss_type sigmoid."""
+    average: bool = False
+    """TRL takes means over an answer's tokens in this loss."""
+
+    @property
+    def overrides(self) -> list[str]:
+        """`loss` in megadpo's config."""
+        average = ["dpo.preference_average_log_probs=true", "dpo.sft_average_log_probs=false"] if self.average else []
+        return [f"dpo.{name}={value}" for name, value in self.loss.items()] + average
 
 
+LOSSES: dict[str, dict[str, Any]] = {
+    "hinge": {},
+    "ipo": {},
+    "exo_pair": {"label_smoothing": 0.001},
+    "nca_pair": {},
+    "robust": {"label_smoothing": 0.1},
+    "bco_pair": {},
+    "sppo_hard": {},
+    "apo_zero": {},
+    "apo_down": {},
+    "discopop": {"discopop_tau": 0.05},
+}
+"""Every loss that TRL's DPOTrainer has too, beside sigmoid."""
+DIVERGENCES: dict[str, dict[str, Any]] = {
+    "forward_kl": {},
+    "js_divergence": {},
+    "alpha_divergence": {"f_alpha_divergence_coef": 0.5},
+}
 CASES = {
     "hh-small": Case(size="small", made=False, add_bos=False, micro_batch_pairs=4),
     "hh-tiny": Case(size="tiny", made=False, add_bos=False, micro_batch_pairs=4),
     "made-tiny": Case(size="tiny", made=True, add_bos=True, micro_batch_pairs=8),
 }
+for _name, _options in LOSSES.items():
+    CASES[f"made-tiny-{_name}"] = dataclasses.replace(
+        CASES["made-tiny"], loss={"loss_type": _name, **_options}, average=_name == "ipo"
+    )
+for _name, _options in DIVERGENCES.items():
+    CASES[f"made-tiny-{_name}"] = dataclasses.replace(CASES["made-tiny"], loss={"f_divergence_type": _name, **_options})
 
 
 def prepare(case: Case, data: Path, folder: Path) -> Spec:
@@ -82,6 +117,7 @@ def prepare(case: Case, data: Path, folder: Path) -> Spec:
         weight_decay=1.0,
         adam_beta2=0.98,
         max_grad_norm=1.0,
+        extra=case.loss | ({"loss_type": [case.loss["loss_type"]]} if "loss_type" in case.loss else {}),
     )
 
 
@@ -149,7 +185,7 @@ def store(case_name: str, spec: Spec, side: sides.Side) -> None:
         "command": f"python benchmarks/parity_trl.py --case {case_name} --trl-python TRL_VENV/bin/python --store",
         "versions": side.details["versions"],
         **fingerprints(spec),
-        "dpo_config": side.details["dpo_config"],
+        **({"differs": CASES[case_name].loss} if CASES[case_name].loss else {"dpo_config": side.details["dpo_config"]}),
         "steps": [{name: step[name] for name in kept} for step in side.steps],
     }
     STORED.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -197,7 +233,7 @@ def run_case(options: argparse.Namespace, case: Case) -> tuple[bool, dict[str, l
         written["TRL"] = theirs = their_side(options, spec)
         for layout_name in options.layouts:
             layout = LAYOUTS[layout_name]
-            side = sides.run_ours(spec, layout, longest=LONGEST_TOKENS)
+            side = sides.run_ours(spec, layout, longest=LONGEST_TOKENS, overrides=case.overrides)
             written[layout_name] = side.steps
             lines, fits = compare(theirs, side.steps)
             print(f"\n{options.case}, {layout}:", *lines, sep="\n", flush=True)

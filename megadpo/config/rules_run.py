@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from megadpo.config.losses import LOSS_OPTIONS, LOSS_TRAITS
 from megadpo.config.metric import METRICS, parse_duration_s, parse_metric_name
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.rules import rule
 from megadpo.config.schema import Config
+from megadpo.config.schema_dpo import DpoConfig
 
 
 @rule("dpo.preference_loss_weight", "dpo.sft_loss_weight")
@@ -18,17 +20,57 @@ def _some_loss(cfg: Config) -> Iterator[Problem]:
         yield Problem("dpo.preference_loss_weight", 0.0, "a positive loss weight, this one or sft_loss_weight", fix)
 
 
-@rule("dpo.reference.mode", "dpo.preference_loss_weight", "dpo.reference.model_name")
+@rule("dpo.reference.mode", "dpo.preference_loss_weight", "dpo.reference.model_name", "dpo.loss_type")
 def _reference(cfg: Config) -> Iterator[Problem]:
     reference = cfg.dpo.reference
     if reference.mode != "none":
         return
-    if cfg.dpo.preference_loss_weight != 0:
+    if cfg.dpo.preference_loss_weight != 0 and cfg.dpo.loss_traits.needs_reference:
         fix = "set dpo.reference.mode: resident, or dpo.preference_loss_weight: 0"
         yield Problem("dpo.reference.mode", "none", "resident, since the preference loss needs a reference", fix)
     if reference.model_name is not None:
         fix = "set dpo.reference.mode: resident, or remove the name"
         yield Problem("dpo.reference.model_name", reference.model_name, "null with dpo.reference.mode none", fix)
+
+
+@rule("dpo.reference.mode", "dpo.loss_type", "dpo.preference_average_log_probs")
+def _reads_of_the_loss(cfg: Config) -> Iterator[Problem]:
+    loss, traits = cfg.dpo.loss_type, cfg.dpo.loss_traits
+    if not traits.needs_reference and cfg.dpo.reference.mode != "none":
+        expected = f"none with dpo.loss_type {loss}, which has no reference to pay memory and time for"
+        yield Problem("dpo.reference.mode", cfg.dpo.reference.mode, expected, "set dpo.reference.mode: none")
+    if traits.needs_average and not cfg.dpo.preference_average_log_probs:
+        expected = f"true with dpo.loss_type {loss}, which is defined on means over an answer's tokens"
+        yield Problem("dpo.preference_average_log_probs", False, expected, "set it to true")
+
+
+@rule("dpo.loss_type", "dpo.label_smoothing")
+def _label_smoothing(cfg: Config) -> Iterator[Problem]:
+    if cfg.dpo.loss_type == "exo_pair" and cfg.dpo.label_smoothing == 0:
+        expected = "more than 0 with dpo.loss_type exo_pair, which takes its logarithm"
+        yield Problem("dpo.label_smoothing", 0.0, expected, "set it to 0.001, as in the paper")
+
+
+@rule("dpo.f_divergence_type", "dpo.f_alpha_divergence_coef")
+def _alpha_divergence(cfg: Config) -> Iterator[Problem]:
+    where, coefficient = "dpo.f_alpha_divergence_coef", cfg.dpo.f_alpha_divergence_coef
+    if cfg.dpo.f_divergence_type == "alpha_divergence":
+        if coefficient == 1:
+            fix = "set dpo.f_divergence_type: reverse_kl, or another coefficient"
+            yield Problem(where, coefficient, "other than 1, where the divergence is reverse_kl", fix)
+    elif coefficient != DpoConfig.f_alpha_divergence_coef and where.rpartition(".")[2] in cfg.dpo.loss_traits.options:
+        fix = "remove it, or set dpo.f_divergence_type: alpha_divergence"
+        yield Problem(where, coefficient, "nothing without dpo.f_divergence_type alpha_divergence", fix)
+
+
+@rule("dpo.loss_type", *(f"dpo.{option}" for option in LOSS_OPTIONS))
+def _unread_loss_options(cfg: Config) -> Iterator[Problem]:
+    for option in LOSS_OPTIONS:
+        value = getattr(cfg.dpo, option)
+        if value != getattr(DpoConfig, option) and option not in cfg.dpo.loss_traits.options:
+            readers = [loss for loss, traits in LOSS_TRAITS.items() if option in traits.options]
+            expected = f"nothing with dpo.loss_type {cfg.dpo.loss_type}; read by {', '.join(readers)}"
+            yield Problem(f"dpo.{option}", value, expected, "remove it, or choose one of these losses")
 
 
 @rule("data.max_input_seq_length", "policy.max_total_sequence_length")

@@ -1,11 +1,12 @@
-"""The `dpo:` section. Names and defaults are NeMo RL's; loss_type, on_nonfinite_loss and reference are our own."""
+"""The `dpo:` section. Names and defaults are NeMo RL's; the losses' are TRL's; on_nonfinite_loss and reference are our own."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from megadpo.config.types import CountOrZero, FloatOrZero, PositiveFloat, PositiveInt, Text
+from megadpo.config.losses import LOSS_TRAITS, LossTraits, LossType
+from megadpo.config.types import CountOrZero, FloatOrZero, PositiveFloat, PositiveInt, Range, Text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +14,8 @@ class ReferenceConfig:
     """`dpo.reference`: the frozen model that the policy is compared with."""
 
     mode: Literal["resident", "none"] = "resident"
-    """resident: a sharded copy beside the policy. none: no reference at all, for preference_loss_weight 0 (SFT)."""
+    """resident: a sharded copy beside the policy. none: no reference at all, for losses that
+    read none (cpo, simpo, orpo) and for preference_loss_weight 0 (SFT)."""
     model_name: Text | None = None
     """Hugging Face folder or hub name, or Megatron checkpoint folder. null: what the policy started from."""
 
@@ -52,11 +54,26 @@ class DpoConfig:
     sft_loss_weight: FloatOrZero = 0.0
     """Coefficient of the SFT loss on the chosen answer."""
 
-    loss_type: Literal["sigmoid"] = "sigmoid"
-    """sigmoid: -log sigmoid(beta x margin), equation 7 of arXiv:2305.18290."""
+    loss_type: LossType = "sigmoid"
+    """The preference loss, by TRL's names: docs/losses.md has each one's formula and source. sigmoid is DPO's."""
+    label_smoothing: Annotated[float, Range(ge=0, lt=0.5)] = 0.0
+    """Share of pairs taken to be labelled the wrong way round, in sigmoid (conservative DPO), robust, exo_pair and cpo."""
+    simpo_gamma: FloatOrZero = 0.5
+    """Margin that simpo aims at, in units of beta x mean log-probability."""
+    discopop_tau: Annotated[float, Range(gt=0, le=1)] = 0.05
+    """Temperature at which discopop goes from one of its parts to the other."""
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
+    """What keeps the policy near the reference in sigmoid, hinge, ipo, exo_pair, robust and discopop. reverse_kl: DPO's."""
+    f_alpha_divergence_coef: float = 0.5
+    """With alpha_divergence: the coefficient a of ((pi / pi_ref)^(a - 1) - 1) / (a - 1); not 1, which is reverse_kl."""
     on_nonfinite_loss: Literal["stop", "skip"] = "stop"
     """A NaN or infinite loss: stop and name the pairs of the batch, or skip the update and count it."""
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+
+    @property
+    def loss_traits(self) -> LossTraits:
+        """What `loss_type` reads."""
+        return LOSS_TRAITS[self.loss_type]
 
     def total_steps(self, batches_per_epoch: int) -> int:
         """Optimizer steps of the whole run, given the global batches in one pass over the data."""

@@ -1,4 +1,4 @@
-"""NeMo RL's DPO objective on log-probabilities of pairs, as sums and counts.
+"""NeMo RL's DPO objective on log-probabilities of pairs, as sums and counts; its preference loss is one of losses.py.
 
     loss = preference_loss_weight x preference_loss + sft_loss_weight x sft_loss
 
@@ -51,16 +51,14 @@ def dpo_loss(
     (at least 1; read only where a per-token mean is configured). Computed in the widest of the inputs' dtypes and at
     least fp32. P = 0 gives zero sums that still carry (zero) gradient, so a rank without pairs can run backward.
 
-    The reference may be None only with `preference_loss_weight: 0` or a loss that reads none; the metrics that need it
-    are then absent. It is treated as a constant.
+    The reference may be None only with `preference_loss_weight: 0` or a loss that reads none. It is a constant.
 
-    Metrics: loss, preference_loss, sft_loss, rewards/{chosen,rejected,margins,accuracies}, logps/{chosen,rejected}.
-    rewards are beta x r, r being the log-ratio as the loss sees it (the per-token mean under
-    `preference_average_log_probs`), so that preference_loss = -log sigmoid(margin) always; NeMo RL logs them without
-    beta. accuracies counts chosen reward > rejected reward, a tie as wrong (as NeMo RL and TRL do). logps are always
-    sums over the answer's tokens.
+    Metrics: `metric_names`. rewards are beta x r, r being the log-ratio as the loss sees it (the per-token mean under
+    `preference_average_log_probs`), so that -log sigmoid(margin) is sigmoid's loss; NeMo RL logs them without beta. In
+    losses without a reference r is the policy's own log-probability. accuracies counts chosen reward > rejected reward,
+    a tie as wrong (as NeMo RL and TRL do). logps are always sums over the answer's tokens.
 
-    Raises ValueError for a shape other than [P], an unknown loss, or a missing reference that the loss needs.
+    Raises ValueError for a shape other than [P], or a missing reference that the loss needs.
     """
     _check_shapes(
         policy_chosen_logps,
@@ -73,14 +71,12 @@ def dpo_loss(
     dtype = _compute_dtype(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
     policy_chosen, policy_rejected = policy_chosen_logps.to(dtype), policy_rejected_logps.to(dtype)
     chosen_tokens, rejected_tokens = chosen_tokens.to(dtype), rejected_tokens.to(dtype)
-    scores = _pair_scores(
-        policy_chosen,
-        policy_rejected,
-        None if reference_chosen_logps is None else reference_chosen_logps.detach().to(dtype),
-        None if reference_rejected_logps is None else reference_rejected_logps.detach().to(dtype),
-        chosen_tokens,
-        rejected_tokens,
-        average=cfg.preference_average_log_probs,
+    by_chosen, by_rejected = (chosen_tokens, rejected_tokens) if cfg.preference_average_log_probs else (1, 1)
+    scores = PairScores(
+        policy_chosen / by_chosen,
+        policy_rejected / by_rejected,
+        None if reference_chosen_logps is None else reference_chosen_logps.detach().to(dtype) / by_chosen,
+        None if reference_rejected_logps is None else reference_rejected_logps.detach().to(dtype) / by_rejected,
     )
 
     # A part with weight 0 stays out of the sum (and of the graph): 0 x inf would be nan.
@@ -99,7 +95,7 @@ def dpo_loss(
         loss_sum = loss_sum + cfg.sft_loss_weight * sft.sum()
     metrics["sft_loss"] = sft.sum()
 
-    metrics.update(_reward_sums(scores, cfg.reference_policy_kl_penalty))
+    metrics.update(_reward_sums(scores, cfg))
     metrics["logps/chosen"] = policy_chosen.sum()
     metrics["logps/rejected"] = policy_rejected.sum()
 
@@ -114,17 +110,14 @@ def dpo_loss(
 
 def _preference_losses(scores: PairScores, cfg: DpoConfig) -> Tensor | None:
     """[P] losses of `cfg.loss_type`, or None where they can't be had (no reference) and aren't asked for (weight 0)."""
-    if cfg.loss_type not in LOSSES:
-        raise ValueError(f"dpo.loss_type: got {cfg.loss_type!r}; expected one of {sorted(LOSSES)}")
-    loss = LOSSES[cfg.loss_type]
-    if loss.needs_reference and scores.reference_chosen_logps is None:
+    if cfg.loss_traits.needs_reference and scores.reference_chosen_logps is None:
         if cfg.preference_loss_weight != 0:
             raise ValueError(
                 f"dpo.loss_type {cfg.loss_type!r} needs the reference's log-probabilities; without a reference "
                 "dpo.preference_loss_weight must be 0"
             )
         return None
-    return loss.per_pair(scores, cfg)
+    return LOSSES[cfg.loss_type](scores, cfg)
 
 
 def _sft_losses(policy_chosen_logps: Tensor, chosen_tokens: Tensor, cfg: DpoConfig) -> Tensor:
@@ -132,39 +125,21 @@ def _sft_losses(policy_chosen_logps: Tensor, chosen_tokens: Tensor, cfg: DpoConf
     return -policy_chosen_logps / chosen_tokens if cfg.sft_average_log_probs else -policy_chosen_logps
 
 
-def _reward_sums(scores: PairScores, beta: float) -> dict[str, Tensor]:
-    """Sums over the pairs of the DPO paper's implicit rewards, beta x log-ratio; empty without a reference."""
-    if scores.reference_chosen_logps is None:
+def _reward_sums(scores: PairScores, cfg: DpoConfig) -> dict[str, Tensor]:
+    """Sums over the pairs of the implicit rewards; empty where the loss wants a reference and there is none."""
+    if not cfg.loss_traits.needs_reference:
+        chosen, rejected = scores.policy_chosen_logps.detach(), scores.policy_rejected_logps.detach()
+    elif scores.reference_chosen_logps is not None:
+        chosen, rejected = scores.chosen_logratios.detach(), scores.rejected_logratios.detach()
+    else:
         return {}
-    chosen_rewards = beta * scores.chosen_logratios.detach()
-    rejected_rewards = beta * scores.rejected_logratios.detach()
+    chosen, rejected = cfg.reference_policy_kl_penalty * chosen, cfg.reference_policy_kl_penalty * rejected
     return {
-        "rewards/chosen": chosen_rewards.sum(),
-        "rewards/rejected": rejected_rewards.sum(),
-        "rewards/margins": (chosen_rewards - rejected_rewards).sum(),
-        "rewards/accuracies": (chosen_rewards > rejected_rewards).to(chosen_rewards.dtype).sum(),
+        "rewards/chosen": chosen.sum(),
+        "rewards/rejected": rejected.sum(),
+        "rewards/margins": (chosen - rejected).sum(),
+        "rewards/accuracies": (chosen > rejected).to(chosen.dtype).sum(),
     }
-
-
-def _pair_scores(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    reference_chosen: Tensor | None,
-    reference_rejected: Tensor | None,
-    chosen_tokens: Tensor,
-    rejected_tokens: Tensor,
-    *,
-    average: bool,
-) -> PairScores:
-    """The log-probabilities as the preference loss sees them: sums, or (average) means over the answer's tokens."""
-    if not average:
-        return PairScores(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
-    return PairScores(
-        policy_chosen / chosen_tokens,
-        policy_rejected / rejected_tokens,
-        None if reference_chosen is None else reference_chosen / chosen_tokens,
-        None if reference_rejected is None else reference_rejected / rejected_tokens,
-    )
 
 
 def _compute_dtype(*logps: Tensor | None) -> torch.dtype:
@@ -186,9 +161,9 @@ def _check_shapes(policy_chosen_logps: Tensor, *others: Tensor | None) -> None:
         raise ValueError(f"every tensor must be [P], one entry per pair; got shapes {shapes}")
 
 
-def metric_names(*, has_reference: bool) -> list[str]:
+def metric_names(cfg: DpoConfig, *, has_reference: bool) -> list[str]:
     """Every name in `LossOutput.metrics`, for a rank that computes no loss but takes part in the reduction."""
     names = ["loss", "sft_loss", "logps/chosen", "logps/rejected"]
-    if has_reference:
+    if has_reference or not cfg.loss_traits.needs_reference:
         names += ["preference_loss", *(f"rewards/{part}" for part in ("chosen", "rejected", "margins", "accuracies"))]
     return sorted(names)

@@ -59,8 +59,9 @@ class Evaluator:
         fill(self.policy.model, source, arch, parallel)
         named = cfg.dpo.reference.model_name is not None
         self.reference = build_reference(cfg, source, arch, parallel) if named else None
-        # Without a reference there is no preference loss: its weight is 0 for the objective, whatever the config says.
-        self.dpo = cfg.dpo if named else dataclasses.replace(cfg.dpo, preference_loss_weight=0.0)
+        self.has_preference_loss = named or not cfg.dpo.loss_traits.needs_reference
+        # Where it can't be had its weight is 0 for the objective, whatever the config says.
+        self.dpo = cfg.dpo if self.has_preference_loss else dataclasses.replace(cfg.dpo, preference_loss_weight=0.0)
 
     def evaluate(self, name: str) -> tuple[dict[str, float | None], list[PairScore]]:
         """Metrics of one set, the same on every rank, and its pairs in file order (on every rank as well).
@@ -76,20 +77,24 @@ class Evaluator:
             for logps, reference_logps, micro_batch in zip(policy, reference, batch.micro_batches, strict=False):
                 sums.add(pair_loss(logps, reference_logps, micro_batch, self.dpo).metrics)
                 mine += _scores(micro_batch.pair_indices.tolist(), logps, reference_logps)
-        sums.reduce(self.parallel.total_from_last_stage, metric_names(has_reference=self.reference is not None))
+        sums.reduce(
+            self.parallel.total_from_last_stage, metric_names(self.dpo, has_reference=self.reference is not None)
+        )
         gathered: list[Any] = [None] * self.parallel.world_size
         dist.all_gather_object(gathered, mine if self.parallel.tp_rank == self.parallel.cp_rank == 0 else [])
         scores = sorted((score for rank in gathered for score in rank), key=lambda score: score.index)
-        return metrics_of(sums.means(), scores, has_reference=self.reference is not None), scores
+        return metrics_of(sums.means(), scores, has_preference_loss=self.has_preference_loss), scores
 
 
-def metrics_of(means: dict[str, float], scores: list[PairScore], *, has_reference: bool) -> dict[str, float | None]:
-    """`accuracy`: share of pairs whose chosen answer the policy itself finds likelier. Without a
-    reference rewards/*, preference_loss and loss are left out."""
+def metrics_of(
+    means: dict[str, float], scores: list[PairScore], *, has_preference_loss: bool
+) -> dict[str, float | None]:
+    """`accuracy`: share of pairs whose chosen answer the policy itself finds likelier. Without
+    the reference that the loss needs, rewards/*, preference_loss and loss are left out."""
     likelier = [s.policy_chosen_logps > s.policy_rejected_logps for s in scores]
     margins = [s.policy_chosen_logps - s.policy_rejected_logps for s in scores]
     extra = {"pairs": len(scores), "accuracy": _mean(likelier), "logps/margins": _mean(margins)}
-    if not has_reference:
+    if not has_preference_loss:
         means = {key: value for key, value in means.items() if key != "loss"}
     return {**means, **extra}
 

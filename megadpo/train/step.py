@@ -164,7 +164,7 @@ class Trainer:
 
     def _reduced(self, sums: MetricSums, also: Sequence[str] = ()) -> MetricSums:
         """Totals over data-parallel ranks, from the last pipeline stage to all. also: names beside the objective's."""
-        names = [*metric_names(has_reference=self.reference is not None), *also]
+        names = [*metric_names(self.cfg, has_reference=self.reference is not None), *also]
         sums.reduce(self.parallel.total_from_last_stage, names)
         return sums
 

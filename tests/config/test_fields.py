@@ -31,7 +31,7 @@ BAD_VALUES = [
     ("dpo__reference_policy_kl_penalty", float("nan"), "a number"),
     ("dpo__reference_policy_kl_penalty", float("inf"), "a number"),
     ("dpo__reference_policy_kl_penalty", 10**400, "a number"),
-    ("dpo__loss_type", "ipo", "sigmoid"),
+    ("dpo__loss_type", "kto", "sigmoid"),
     ("dpo__reference__mode", False, "one of resident, none"),
     ("policy__model_name", "  ", "text"),
     ("policy__model_name", 7, "text"),

@@ -22,6 +22,27 @@ BROKEN = [
     ({OPT + "clip_grad": 2.0}, "policy.megatron_cfg.optimizer.clip_grad", "policy.max_grad_norm"),
     ({"dpo__preference_loss_weight": 0}, "dpo.preference_loss_weight", "positive"),
     ({"dpo__reference__mode": "none"}, "dpo.reference.mode", "resident"),
+    ({"dpo__loss_type": "cpo"}, "dpo.reference.mode", "none with dpo.loss_type cpo"),
+    (
+        {"dpo__loss_type": "simpo", "dpo__reference__mode": "none"},
+        "dpo.preference_average_log_probs",
+        "true with dpo.loss_type simpo",
+    ),
+    ({"dpo__loss_type": "exo_pair"}, "dpo.label_smoothing", "more than 0"),
+    ({"dpo__loss_type": "hinge", "dpo__label_smoothing": 0.1}, "dpo.label_smoothing", "sigmoid, exo_pair, robust, cpo"),
+    ({"dpo__simpo_gamma": 1.0}, "dpo.simpo_gamma", "read by simpo"),
+    ({"dpo__discopop_tau": 0.1}, "dpo.discopop_tau", "read by discopop"),
+    (
+        {"dpo__loss_type": "bco_pair", "dpo__f_divergence_type": "js_divergence"},
+        "dpo.f_divergence_type",
+        "nothing with dpo.loss_type bco_pair",
+    ),
+    ({"dpo__f_alpha_divergence_coef": 0.3}, "dpo.f_alpha_divergence_coef", "nothing without"),
+    (
+        {"dpo__f_divergence_type": "alpha_divergence", "dpo__f_alpha_divergence_coef": 1},
+        "dpo.f_alpha_divergence_coef",
+        "reverse_kl",
+    ),
     (
         {
             "dpo__reference": {"mode": "none", "model_name": "x"},

@@ -19,16 +19,32 @@ NEEDS_HH = pytest.mark.skipif(
 
 
 def assert_same_as_trl(case_name: str, layout_name: str, folder: Path) -> None:
-    spec = parity_trl.prepare(parity_trl.CASES[case_name], HH_DATA, folder)
+    case = parity_trl.CASES[case_name]
+    spec = parity_trl.prepare(case, HH_DATA, folder)
     theirs = parity_trl.check_stored(case_name, spec)
     layout = parity_trl.LAYOUTS[layout_name]
-    ours = sides.run_ours(spec, layout, longest=parity_trl.LONGEST_TOKENS).steps
+    ours = sides.run_ours(spec, layout, longest=parity_trl.LONGEST_TOKENS, overrides=case.overrides).steps
     lines, good = parity_trl.compare(theirs, ours)
     assert good, "\n".join(lines)
 
 
 def test_one_process_on_made_pairs(tmp_path: Path) -> None:
     assert_same_as_trl("made-tiny", "one", tmp_path)
+
+
+FAST = ("ipo", "alpha_divergence")
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        pytest.param(loss, marks=[] if loss in FAST else pytest.mark.slow)
+        for loss in (*parity_trl.LOSSES, *parity_trl.DIVERGENCES)
+    ],
+)
+def test_other_losses_on_made_pairs(loss: str, tmp_path: Path) -> None:
+    """Every one is held to its formula in tests/objective; here with all that is around it."""
+    assert_same_as_trl(f"made-tiny-{loss}", "one", tmp_path)
 
 
 @NEEDS_HH

@@ -54,5 +54,11 @@ def test_evaluation_equals_validation_and_file_order(tmp_path):
     alone = pairs(tmp_path)
     assert all(row["reference_chosen_logps"] is None for row in alone)
     assert "validation-held_out/rewards/margins" not in json.loads((tmp_path / "logs/evaluation.json").read_text())
+    free = [named[0], "dpo.loss_type=cpo", "dpo.reference.mode=none"]
+    assert run_distributed(evaluate, 1, str(config), free, init_process_group=False) == [0]
+    of_the_policy = json.loads((tmp_path / "logs/evaluation.json").read_text())
+    margins = of_the_policy["validation-held_out/logps/margins"]
+    assert of_the_policy["validation-held_out/rewards/margins"] == pytest.approx(0.1 * margins, rel=1e-5)
+    assert of_the_policy["validation-held_out/loss"] > 0
     for a, b in zip(four_ranks, alone, strict=True):
         torch.testing.assert_close(a["policy_chosen_logps"], b["policy_chosen_logps"], rtol=1e-5, atol=1e-4)

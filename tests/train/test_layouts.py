@@ -95,6 +95,15 @@ def test_context_parallel_equals_one_process(layout, model, one_process, tmp_pat
         assert mine["train/num_tokens"] == alone["train/num_tokens"]
 
 
+@pytest.mark.distributed
+def test_a_loss_without_a_reference(model, tmp_path):
+    """simpo, with stages that see no loss and yet take part in its reduction; rewards are the policy's own."""
+    simpo = {"loss_type": "simpo", "preference_average_log_probs": True, "reference": {"mode": "none"}}
+    one = run(tmp_path / "one", model, 1, [], dpo=simpo)
+    assert one.metrics[0]["train/rewards/margins"] != 0 and one.metrics[0]["train/preference_loss"] > 0
+    assert_equal_runs(run(tmp_path / "tp2_sp_pp2", model, 4, [TP2, SP, PP2], dpo=simpo), one)
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_context_parallel_with_the_plain_kernel(model, one_process, tmp_path):

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from megadpo.checkpoint import TrainingPosition
+from megadpo.config.schema_dpo import DpoConfig
 from megadpo.data.loader import GlobalBatch
 from megadpo.objective import metric_names
 from megadpo.train.evaluation import metrics_of
@@ -16,7 +17,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="u
 
 
 def test_every_name_of_a_step_is_on_the_page_and_no_other() -> None:
-    objective = metric_names(has_reference=True)
+    objective = metric_names(DpoConfig(), has_reference=True)
     outcome = StepOutcome(dict.fromkeys([*objective, CONTEXT_IMBALANCE], 0.0), grad_norm=0.0, lr=0.0, updated=True)
     batch = GlobalBatch(micro_batches=[], num_pairs=1, num_tokens=1, pair_indices=[0], epoch=0, batch=0)
     before = TrainingPosition(step=0, epoch=0, batch=0, data_fingerprint="", data_settings={})
@@ -28,5 +29,5 @@ def test_every_name_of_a_step_is_on_the_page_and_no_other() -> None:
 
 
 def test_every_name_of_an_evaluation_is_on_the_page() -> None:
-    names = set(metrics_of({}, [], has_reference=True))
+    names = set(metrics_of({}, [], has_preference_loss=True))
     assert {f"validation-<name>/{name}" for name in names} == set(re.findall(r"\| `(validation-.+?)`", PAGE))
