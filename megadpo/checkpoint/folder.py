@@ -5,22 +5,26 @@
                               rng/           random-number states, one file a rank
                               config.yaml    the resolved config of the run
                               megadpo.json   written last inside; holds the TrainingPosition
-A checkpoint under construction is called .step_<N>.partial and is renamed when whole.
+A checkpoint under construction is called .step_<N>.partial and is renamed when whole; one that goes is renamed to
+.deleted.step_<N> first.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from megadpo.checkpoint.position import TrainingPosition
+from megadpo.config.problems import ConfigError, Problem
 
 FORMAT = 1
-STEP_FOLDER = re.compile(r"step_(\d+)$")
+DELETED_PREFIX = ".deleted."
+STEP_FOLDER = re.compile(r"step_\d+")
 
 
 @dataclass(frozen=True)
@@ -56,11 +60,17 @@ def read_info(path: Path) -> CheckpointInfo:
 
 
 def complete_checkpoints(folder: Path) -> list[CheckpointInfo]:
-    """Complete checkpoints in `folder`, by step. A folder without megadpo.json is not one of ours, or not complete."""
+    """Complete checkpoints in `folder`, by step. A folder without megadpo.json is not one of ours, or not complete.
+    Raises ConfigError for one that megadpo.json doesn't make a run's checkpoint."""
     found = []
     for path in folder.glob("step_*"):
-        if STEP_FOLDER.search(path.name) and (path / "megadpo.json").is_file():
-            found.append(read_info(path))
+        if STEP_FOLDER.fullmatch(path.name) and (path / "megadpo.json").is_file():
+            try:
+                found.append(read_info(path))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                expected = f"the record of a checkpoint that a run has finished ({type(error).__name__}: {error})"
+                fix = "move the folder away from the run's checkpoints"
+                raise ConfigError(Problem(str(path / "megadpo.json"), "another one", expected, fix)) from error
     return sorted(found, key=lambda info: info.position.step)
 
 
@@ -91,5 +101,15 @@ def prune_checkpoints(
     kept = {info.path for info in sorted(found, key=goodness, reverse=True)[:keep_top_k]} | {found[-1].path}
     gone = [info.path for info in found if info.path not in kept]
     for path in gone:
-        shutil.rmtree(path)
+        delete(path)
     return gone
+
+
+def delete(checkpoint: Path) -> None:
+    """Take a checkpoint away whole: under its own name there is never a part of it, whenever the process dies. What can't
+    be deleted (a file that another node has open, say) stays under the other name until the next call."""
+    aside = checkpoint.parent / f"{DELETED_PREFIX}{checkpoint.name}"
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(checkpoint, aside)
+    for left in checkpoint.parent.glob(f"{DELETED_PREFIX}step_*"):
+        shutil.rmtree(left, ignore_errors=True)

@@ -19,7 +19,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 
-from megadpo.checkpoint.folder import FORMAT, partial_folder
+from megadpo.checkpoint.folder import FORMAT, delete, partial_folder
 from megadpo.checkpoint.position import TrainingPosition
 from megadpo.config.load import save_resolved
 from megadpo.config.schema import Config
@@ -80,7 +80,7 @@ def save_checkpoint(
         }
         _write_durably(partial / "megadpo.json", json.dumps(record, indent=1))
         if final.exists():  # the same step again, after a resume from an older checkpoint
-            shutil.rmtree(final)
+            delete(final)
         os.replace(partial, final)
         _sync_folder(folder)
     dist.barrier()

@@ -105,6 +105,8 @@ def parse_architecture(raw: Mapping[str, Any], where: str = "config.json") -> Ar
         fix = f"model_type {raw.get('model_type')!r} is not supported; choose a model of a supported architecture"
         raise ConfigError(Problem(f"{where}: architectures", shown, expected, fix))
 
+    if raw.get("model_type") not in (None, family):  # by which transformers chooses the class
+        report("model_type", raw["model_type"], f"{family}, of the class {hf_class}", _RESTORE)
     sizes = _sizes(raw, family, report)
     if not problems:
         _check_divisors(raw, sizes, report)
@@ -149,7 +151,7 @@ def parse_architecture(raw: Mapping[str, Any], where: str = "config.json") -> Ar
 def _with_theta(raw: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
     """`raw` with the class's own rope_theta where config.json has none (10000 is everybody's, and read_rope's)."""
     default = _DEFAULTS[family].get("rope_theta")
-    return raw if default is None or "rope_parameters" in raw else {"rope_theta": default, **raw}
+    return raw if default is None else {"rope_theta": default, **raw}
 
 
 def _read_json(folder: Path, path: Path) -> dict[str, Any]:

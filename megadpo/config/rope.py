@@ -35,6 +35,7 @@ _KEYS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
 }
 _EVERYWHERE = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
 _NOT_POSITIVE = frozenset({"truncate"})
+_TRAINED_LENGTH = "original_max_position_embeddings"
 
 
 def read_rope(
@@ -51,6 +52,11 @@ def read_rope(
     if not isinstance(given, Mapping):
         report(spelling, given, "a JSON object or null", "restore the model's own config.json")
         return 10000.0, None
+    other = raw.get("rope_scaling") or {}
+    if spelling == "rope_parameters" and not _says_the_same(other, given):
+        # transformers 5 reads rope_scaling then, and loses rope_parameters' rope_theta.
+        report("rope_scaling", other, f"none beside rope_parameters {given}", "merge it into rope_parameters")
+        return 10000.0, None
     theta = given.get("rope_theta", raw.get("rope_theta"))
     theta = 10000.0 if theta is None else theta
     if isinstance(theta, bool) or not isinstance(theta, (int, float)) or theta <= 0:
@@ -66,6 +72,8 @@ def read_rope(
         return float(theta), None
     required, optional = _KEYS[rope_type]
     values = {key: value for key, value in given.items() if key not in _EVERYWHERE and value is not None}
+    if _TRAINED_LENGTH in optional and raw.get(_TRAINED_LENGTH) is not None:
+        values[_TRAINED_LENGTH] = raw[_TRAINED_LENGTH]  # outside, it goes before the one inside (transformers 5)
     sound = True
     for key in sorted(required - values.keys()):
         report(f"{spelling}.{key}", None, f"a number, for rope_type {rope_type}", "restore the model's own config.json")
@@ -81,6 +89,13 @@ def read_rope(
     if not sound or rope_type in ("default", "dynamic"):
         return float(theta), None
     return float(theta), _with_defaults(rope_type, values, max_position_embeddings)
+
+
+def _says_the_same(other: object, given: Mapping[str, Any]) -> bool:
+    """Whether `other`, in transformers 4's spelling, has nothing that `given` has not."""
+    if not isinstance(other, Mapping):
+        return False
+    return all(given.get("rope_type" if key == "type" else key) == value for key, value in other.items())
 
 
 def _positive(value: object) -> bool:

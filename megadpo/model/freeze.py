@@ -89,6 +89,23 @@ def _torn(frozen: set[str], table: WeightTable) -> Iterator[tuple[str, str]]:
                 f"{' and '.join(bias.hf)} frozen with their weights: megatron-core gives a bias no gradient alone"
             )
             yield expected, "name the biases too, or train the weights as well"
+    yield from _torn_experts(frozen, table)
+
+
+def _torn_experts(frozen: set[str], table: WeightTable) -> Iterator[tuple[str, str]]:
+    """The experts of a layer are one tensor in checkpoints, optimizer state included, which megatron-core refuses to
+    save with parts missing."""
+    experts: dict[tuple[str, int | None], list[Entry]] = {}
+    for entry in table.entries:
+        if entry.expert is not None:
+            experts.setdefault((entry.row.megatron, entry.layer), []).append(entry)
+    for entries in experts.values():
+        left = [entry.expert for entry in entries if not frozen & set(entry.hf)]
+        if 0 < len(left) < len(entries):
+            kind = entries[0].hf[0].replace("experts.0.", "experts.{e}.")
+            expected = f"all experts of a layer or none; {kind} leaves {', '.join(map(str, left))} to train"
+            yield expected, "name every expert of the layer (experts.*), or freeze other weights"
+            return  # once: the other layers' and projections' are mostly of the same pattern
 
 
 def _bias_of(entry: Entry, table: WeightTable) -> Entry | None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
+
+_SAMPLES, _SAMPLE_BYTES = 32, 2048
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,21 @@ def resolve_source(name: str, field: str, *, weights: bool = True) -> ModelSourc
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ConfigError([Problem(field, name, f"{expected}; there is no such folder", "correct the path")])
     return ModelSource(hf_files=_from_hub(name, field, expected, weights), megatron=None)
+
+
+def weights_fingerprint(source: ModelSource) -> str:
+    """sha256 over the sizes of the weight files and a few bytes from all over each: what tells the models of one
+    architecture apart, without reading them. The same for a copy of the folder, whatever its name."""
+    files = source.hf_files.glob("*.safetensors") if source.megatron is None else source.megatron.glob("model/*.distcp")
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for sample in range(_SAMPLES):
+                file.seek(size * sample // _SAMPLES)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def tokenizer_source(cfg: Config, source: ModelSource) -> Path | str:

@@ -10,6 +10,7 @@ from megadpo.checkpoint import TrainingPosition, prune_checkpoints, save_checkpo
 from megadpo.data.loader import GlobalBatch
 from megadpo.train.loggers import MetricsLogger
 from megadpo.train.progress import ProgressLine
+from megadpo.train.resume import require_owner
 from megadpo.train.setup import Run, position_after
 from megadpo.train.step import StepOutcome
 from megadpo.train.stop import StopWatcher
@@ -105,6 +106,8 @@ def save_and_prune(run: Run, position: TrainingPosition) -> None:
     """Save this position, then delete what `keep_top_k` no longer keeps."""
     saving = run.cfg.checkpointing
     folder = Path(saving.checkpoint_dir)
+    if run.owner is not None:
+        require_owner(folder, run.owner)
     save_checkpoint(
         folder,
         position,

@@ -42,7 +42,7 @@ def summarise(run: Run) -> RunSummary:
         reference=reference_words(cfg),
         log_dir=cfg.logger.log_dir,
         checkpoint_dir=cfg.checkpointing.checkpoint_dir if cfg.checkpointing.enabled else None,
-        notes=(*cfg.notes, *run.data.reports),
+        notes=(*cfg.notes, *run.notes, *run.data.reports),
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +14,9 @@ import numpy as np
 import torch
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megadpo.checkpoint import CheckpointInfo, TrainingPosition, load_training_state, load_weights, newest_checkpoint
+from megadpo.checkpoint import TrainingPosition, load_training_state, load_weights
 from megadpo.config.architecture import Architecture, read_architecture
 from megadpo.config.metric import parse_metric_name
-from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
 from megadpo.data.dataset import PairDataset, load_datasets
 from megadpo.data.loader import DataRank, GlobalBatch, GlobalBatchLoader
@@ -31,6 +29,7 @@ from megadpo.model.weights.load import load_hf_weights, place_of
 from megadpo.optimizer import build_optimizer, build_scheduler, wrap_for_training
 from megadpo.parallel import ParallelContext
 from megadpo.reference import ResidentReference
+from megadpo.train.resume import changes, claim, data_settings, find_resume, reference_source
 from megadpo.train.step import Trainer
 
 
@@ -57,6 +56,10 @@ class Run:
     position: TrainingPosition
     """Where to go on: zeros for a new run."""
     total_steps: int
+    notes: list[str]
+    """One line for each thing to know about a resume."""
+    owner: str | None
+    """What `claim` gave the rank that saves."""
 
     @property
     def ranking_metric(self) -> str | None:
@@ -76,7 +79,8 @@ def prepare(cfg: Config, parallel: ParallelContext) -> Run:
     arch = read_architecture(source.hf_files)
     data = load_data(cfg, arch, source, data_rank(parallel))
     total_steps = cfg.dpo.total_steps(data.train_loader.batches_per_epoch)
-    resume = find_resume(cfg, data)
+    settings = data_settings(cfg, source, parallel)
+    resume = find_resume(cfg, data.train, settings, parallel)
 
     policy = build_model(arch, cfg.policy, parallel, frozen=False)
     freeze(policy, cfg.policy.freeze, arch)
@@ -95,7 +99,7 @@ def prepare(cfg: Config, parallel: ParallelContext) -> Run:
         log_balance_per_layer=cfg.policy.megatron_cfg.moe_per_layer_logging,
     )
     position = TrainingPosition(
-        step=0, epoch=0, batch=0, data_fingerprint=data.train.fingerprint, data_settings=data_settings(cfg)
+        step=0, epoch=0, batch=0, data_fingerprint=data.train.fingerprint, data_settings=settings
     )
     if resume is not None:
         load_training_state(
@@ -107,7 +111,10 @@ def prepare(cfg: Config, parallel: ParallelContext) -> Run:
             some_frozen=bool(cfg.policy.freeze),
         )
         position = resume.position
-    return Run(cfg, parallel, source, data, trainer, position, total_steps)
+    notes = [] if resume is None else changes(cfg, resume)
+    saves = cfg.checkpointing.enabled and parallel.rank == 0
+    owner = claim(Path(cfg.checkpointing.checkpoint_dir)) if saves else None
+    return Run(cfg, parallel, source, data, trainer, position, total_steps, notes, owner)
 
 
 def seed_everything(seed: int, parallel: ParallelContext) -> None:
@@ -152,9 +159,8 @@ def build_reference(
     """The frozen reference of `dpo.reference`, loaded; None where the mode is 'none'."""
     if cfg.dpo.reference.mode == "none":
         return None
-    source = policy_source
-    if cfg.dpo.reference.model_name is not None:
-        source = resolve_source(cfg.dpo.reference.model_name, "dpo.reference.model_name")
+    source = reference_source(cfg, policy_source)
+    if source != policy_source:
         arch = read_architecture(source.hf_files)
     model = build_model(arch, cfg.policy, parallel, frozen=True)
     fill(model, source, arch, parallel)
@@ -167,51 +173,6 @@ def fill(model: Sequence[PairModel], source: ModelSource, arch: Architecture, pa
         load_weights(model, source.megatron)
     else:
         load_hf_weights(model, arch, source.hf_files, place_of(parallel))
-
-
-def data_settings(cfg: Config) -> dict[str, object]:
-    """What, beside the pairs themselves, must stay as it was: it decides which pairs a step sees, and which weights the
-    optimizer holds."""
-    return {
-        "dpo.seed": cfg.dpo.seed,
-        "data.shuffle": cfg.data.shuffle,
-        "policy.train_global_batch_size": cfg.policy.train_global_batch_size,
-        "policy.freeze": list(cfg.policy.freeze),
-        "policy.megatron_cfg.freeze_moe_router": cfg.policy.megatron_cfg.freeze_moe_router,
-    }
-
-
-def find_resume(cfg: Config, data: RunData) -> CheckpointInfo | None:
-    """The checkpoint to go on from, or None. Raises ConfigError where it saw other data, or saw it in another order."""
-    if not cfg.checkpointing.enabled:
-        return None
-    require_writable(Path(cfg.checkpointing.checkpoint_dir), "checkpointing.checkpoint_dir")
-    info = newest_checkpoint(Path(cfg.checkpointing.checkpoint_dir))
-    if info is None:
-        return None
-    fix = f"restore what {info.path} was trained with, or start anew in another checkpointing.checkpoint_dir"
-    problems = []
-    if info.position.data_fingerprint != data.train.fingerprint:
-        expected = f"the pairs and tokenisation that {info.path} was trained on"
-        problems.append(Problem("data.train_data_path", data.train.report.path, expected, fix))
-    now = data_settings(cfg)
-    for field, before in info.position.data_settings.items():
-        if now[field] != before:
-            problems.append(Problem(field, now[field], f"{before}, as in {info.path}", fix))
-    if problems:
-        raise ConfigError(problems)
-    return info
-
-
-def require_writable(folder: Path, field: str) -> None:
-    """Make `folder` and write a file there, so that hours of training don't end at the first save."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"x")
-    except OSError as error:
-        fix = "choose another folder, or make room and set its permissions"
-        raise ConfigError([Problem(field, str(folder), f"a folder that can be written ({error})", fix)]) from error
 
 
 def position_after(position: TrainingPosition, *, batches_per_epoch: int, skipped: bool) -> TrainingPosition:

@@ -20,6 +20,7 @@ LLAMA = {
     "intermediate_size": 128,
     "vocab_size": 256,
 }
+POSITIONS = "max_position_embeddings"
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 
 
@@ -48,6 +49,23 @@ def test_plain_llama():
 def test_families_differ_in_biases_and_norms(name, family, qkv_bias, qk_norm):
     arch = parse_architecture({**LLAMA, "architectures": [name], "model_type": family})
     assert (arch.family, arch.qkv_bias, arch.qk_norm) == (family, qkv_bias, qk_norm)
+
+
+def test_mixtral_has_a_theta_of_its_own():
+    mixtral = {**LLAMA, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
+    for said, theta in (({}, 1e6), ({"rope_parameters": {"rope_type": "default"}}, 1e6), ({"rope_theta": 5e5}, 5e5)):
+        assert parse_architecture({**mixtral, **said}).rope_theta == theta
+
+
+def test_rope_twice_is_taken_where_both_say_the_same():
+    twice = {"rope_parameters": {**YARN, "rope_theta": 1e6}, "rope_scaling": {**YARN, "type": "yarn"}}
+    arch = parse_architecture({**LLAMA, **twice})
+    assert arch.rope_theta == 1e6 and arch.rope_scaling is not None
+
+
+def test_the_trained_length_outside_goes_first():
+    arch = parse_architecture({**LLAMA, "rope_scaling": YARN, "original_max_position_embeddings": 4096})
+    assert arch.rope_scaling["original_max_position_embeddings"] == 4096
 
 
 def test_without_architectures_the_model_type_decides():
@@ -134,7 +152,8 @@ SLIDING = [
 
 @pytest.mark.parametrize(("name", "said", "window"), SLIDING)
 def test_sliding_window(name, said, window):
-    assert parse_architecture({**LLAMA, "architectures": [name], **said}).sliding_window == window
+    raw = {key: value for key, value in LLAMA.items() if key != "model_type"}
+    assert parse_architecture({**raw, "architectures": [name], **said}).sliding_window == window
 
 
 REFUSED = [
@@ -158,6 +177,9 @@ REFUSED = [
     ({"rope_scaling": {"type": "linear", "factor": 2, "twist": 1}}, ["rope_scaling.twist"]),
     ({"rope_scaling": "yarn"}, ["rope_scaling"]),
     ({"rope_theta": "big"}, ["rope_theta"]),
+    ({"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": YARN}, ["rope_scaling"]),
+    ({"rope_scaling": YARN, "original_max_position_embeddings": -1}, [f"rope_scaling.original_{POSITIONS}"]),
+    ({"model_type": "phi3"}, ["model_type"]),
     ({"rope_theta": -1.0}, ["rope_theta"]),
     ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
     ({"layer_types": ["linear_attention"]}, ["layer_types"]),

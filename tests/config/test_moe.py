@@ -13,14 +13,15 @@ MEG = "policy__megatron_cfg__"
 QWEN3 = {
     **LLAMA,
     "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
     "num_experts": 8,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 48,
     "norm_topk_prob": True,
     "max_position_embeddings": 4096,
 }
-MIXTRAL = {**LLAMA, "architectures": ["MixtralForCausalLM"], "num_local_experts": 8}
-QWEN2 = {**QWEN3, "architectures": ["Qwen2MoeForCausalLM"], "norm_topk_prob": False}
+MIXTRAL = {**LLAMA, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 8}
+QWEN2 = {**QWEN3, "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "norm_topk_prob": False}
 
 
 def test_the_three_families():

@@ -109,7 +109,7 @@ def test_the_sides_of_every_matrix(recipe, tp, changes, odd, config):
 
 
 def test_experts_are_not_run_in_float8(config):
-    experts = {**QWEN3, **SHAPE, "architectures": QWEN3["architectures"]}
+    experts = {**QWEN3, **SHAPE, "architectures": QWEN3["architectures"], "model_type": QWEN3["model_type"]}
     [problem] = check_layout(
         config(policy__megatron_cfg={"fp8_cfg": {"enabled": True}}), parse_architecture(experts), None
     )

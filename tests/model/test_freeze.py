@@ -22,6 +22,9 @@ SHAPE = {
     "max_position_embeddings": 128,
 }
 LLAMA = parse_architecture({"architectures": ["LlamaForCausalLM"], **SHAPE})
+QWEN3_MOE = parse_architecture(
+    {"architectures": ["Qwen3MoeForCausalLM"], **SHAPE, "num_experts": 4, "num_experts_per_tok": 2}
+)
 QWEN2 = parse_architecture({"architectures": ["Qwen2ForCausalLM"], **SHAPE})
 
 
@@ -48,6 +51,10 @@ def test_possible(patterns):
     assert freeze_problems(patterns, LLAMA) == []
 
 
+def test_all_experts_of_a_layer_can_be_frozen():
+    assert freeze_problems(["model.layers.{0..3}.mlp.experts.*", "*.experts.*.down_proj.weight"], QWEN3_MOE) == []
+
+
 @pytest.mark.parametrize(
     ("patterns", "arch", "words"),
     [
@@ -62,6 +69,7 @@ def test_possible(patterns):
         ),
         (["model.layers.3.mlp.up_proj.weight"], LLAMA, "they are one parameter here (mlp.linear_fc1.weight)"),
         (["*.self_attn.*.weight"], QWEN2, "gives a bias no gradient alone"),
+        (["*.experts.{0..1}.*"], QWEN3_MOE, "model.layers.0.mlp.experts.{e}.gate_proj.weight leaves 2, 3 to train"),
         (["model.*", "lm_head.weight"], LLAMA, "leave a weight to train"),
     ],
 )

@@ -34,6 +34,11 @@ def launch(config: Path, *overrides: str, ranks: int = 1) -> subprocess.Popen[st
     )
 
 
+def children(process: subprocess.Popen[str]) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 150
     while time.monotonic() < deadline and process.poll() is None:
@@ -126,12 +131,14 @@ def test_checkpoint_folder_that_cannot_be_written_is_refused_before_training(mod
 
 @pytest.mark.distributed
 def test_sigterm_saves_and_the_next_start_goes_on(model, tmp_path):
+    """To every process, as Slurm sends it; torchrun then sends its workers another."""
     config = make_config(
         tmp_path, model, dpo={"max_num_steps": None, "max_num_epochs": 400}, checkpointing={"enabled": True}
     )
     process = launch(config, ranks=2)
     wait_for_step(tmp_path, 3, process)
-    os.killpg(process.pid, signal.SIGTERM)
+    for pid in [*children(process), process.pid]:
+        os.kill(pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "stopped after step" in output
@@ -148,9 +155,9 @@ def test_a_rank_that_dies_ends_the_run(model, tmp_path):
     config = make_config(tmp_path, model, dpo={"max_num_steps": None, "max_num_epochs": 400})
     process = launch(config, ranks=2)
     wait_for_step(tmp_path, 2, process)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    assert len(children) == 2
-    os.kill(int(children[1]), signal.SIGKILL)
+    ranks = children(process)
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
     died = time.monotonic()
     output, _ = process.communicate(timeout=90)
     assert process.returncode != 0 and time.monotonic() - died < 60

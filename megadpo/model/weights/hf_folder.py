@@ -18,6 +18,8 @@ from megadpo.model.weights.tables import WeightTable
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+ROWS_COMPARED = 4096
 HARMLESS_ENDINGS = ("rotary_emb.inv_freq", "attn.masked_bias", "lm_head.weight")
 """What transformers passes over too: buffers that its old versions saved beside the weights (computed, never learnt),
 and the head of a tied model, a copy of the embedding (an untied model's head is in its table)."""
@@ -90,7 +92,8 @@ class HfWeights:
         return cls(folder, tensors if table is None else _experts_apart(tensors, table))
 
     def problems(self, table: WeightTable) -> list[Problem]:
-        """Every difference between these tensors and what `table` wants: missing, of another shape, unused."""
+        """Every difference between these tensors and what `table` wants: missing, of another shape, unused; and a head
+        that is not the embedding where it should be."""
         wanted = table.hf_shapes
         problems = [_missing(self.folder, name) for name in wanted if name not in self.tensors]
         for name, tensor in self.tensors.items():
@@ -104,7 +107,25 @@ class HfWeights:
             elif name not in wanted and not name.endswith(HARMLESS_ENDINGS):
                 fix = "use a model whose weights are those of its config.json (no adapters, no quantisation)"
                 problems.append(Problem(where, "a tensor that nothing uses", "only the weights of the model", fix))
-        return problems
+        return problems + self._untied_head(wanted)
+
+    def _untied_head(self, wanted: Mapping[str, Shape]) -> list[Problem]:
+        """A tied model's folder may hold its head too, if that is the embedding: transformers leaves the two apart where
+        their numbers differ. Reads both, a few rows at a time."""
+        names = [EMBEDDING, HEAD]
+        if HEAD in wanted or EMBEDDING not in wanted or not self.tensors.keys() >= set(names):
+            return []
+        embedding, head = (self.tensors[name] for name in names)
+        if embedding.shape == head.shape:
+            dtype = self.dtype(names)
+            with self.slices(names) as sources:
+                starts = range(0, head.shape[0], ROWS_COMPARED)
+                rows = ((slice(start, start + ROWS_COMPARED),) for start in starts)
+                if all(torch.equal(*(source[index].to(dtype) for source in sources)) for index in rows):
+                    return []
+        expected = f"the same as {EMBEDDING}, or not there: config.json says tie_word_embeddings"
+        fix = "set tie_word_embeddings to false in config.json if the model has a head of its own"
+        return [Problem(f"{head.file}: {HEAD}", "another tensor", expected, fix)]
 
     def dtype(self, names: Sequence[str]) -> torch.dtype:
         """The dtype that holds all of these tensors exactly (theirs, in every ordinary folder)."""

@@ -160,8 +160,14 @@ def test_buffers_of_old_transformers_are_passed_over(copy):
 
 def test_a_tied_model_saved_with_its_head(folders, tmp_path):
     folder = Path(shutil.copytree(folders["llama_tied"], tmp_path / "model"))
-    rewrite(folder, lm_head__weight=torch.zeros(64, 24))
+    head = read_tensors(folder)["model.embed_tokens.weight"].clone()
+    rewrite(folder, lm_head__weight=head)
     load_hf_weights([], read_architecture(folder), folder, Place())
+    head[63, 23] += 1  # transformers takes it for a head of its own
+    for other in (head, head[:63]):
+        rewrite(folder, lm_head__weight=other)
+        [line] = refusal(folder, folder)
+        assert "lm_head.weight" in line and "tie_word_embeddings" in line
     # An untied model's head is a weight like any other.
     assert any("lm_head" in line for line in refusal(folders["llama_tied"], folders["llama"]))
 

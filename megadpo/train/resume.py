@@ -1,0 +1,180 @@
+"""Where a run goes on: the checkpoint that every rank agrees on, or a refusal that says what has changed since."""
+
+from __future__ import annotations
+
+import socket
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import yaml
+
+from megadpo.checkpoint import CheckpointInfo, newest_checkpoint
+from megadpo.config.load import as_dict
+from megadpo.config.problems import ConfigError, Problem, UserError
+from megadpo.config.schema import Config
+from megadpo.data.dataset import PairDataset
+from megadpo.model.source import ModelSource, resolve_source, weights_fingerprint
+from megadpo.parallel import ParallelContext
+
+FIELD = "checkpointing.checkpoint_dir"
+OWNER_FILE = ".run"
+SEEN_WITHIN_S = 30.0
+"""How long a network file system may take to show a new file on another node."""
+REFERENCE = "dpo.reference"
+
+
+def find_resume(
+    cfg: Config, data: PairDataset, settings: dict[str, Any], parallel: ParallelContext
+) -> CheckpointInfo | None:
+    """The newest checkpoint, as rank 0 sees it, or None; settings: `data_settings` of this run.
+
+    Raises ConfigError, on every rank, where the folder can't be written or isn't the same one on every node, and where
+    the checkpoint saw other data, in another order, or another reference. Collectives: two broadcasts and an all-gather.
+    """
+    if not cfg.checkpointing.enabled:
+        return None
+    folder = Path(cfg.checkpointing.checkpoint_dir)
+    require_shared(folder, parallel)
+    info = from_first_rank(parallel, lambda: newest_checkpoint(folder))
+    if info is None:
+        return None
+    fix = f"restore what {info.path} was trained with, or start anew in another {FIELD}"
+    problems = []
+    if info.position.data_fingerprint != data.fingerprint:
+        expected = f"the pairs and tokenisation that {info.path} was trained on"
+        problems.append(Problem("data.train_data_path", data.report.path, expected, fix))
+    for field, before in info.position.data_settings.items():
+        if field == REFERENCE and settings[field] != before:
+            problems.append(_other_reference(cfg, info, fix))
+        elif settings[field] != before:
+            problems.append(Problem(field, settings[field], f"{before}, as in {info.path}", fix))
+    if problems:
+        raise ConfigError(problems)
+    return info
+
+
+def data_settings(cfg: Config, source: ModelSource, parallel: ParallelContext) -> dict[str, Any]:
+    """What, beside the pairs themselves, must stay as it was: it decides which pairs a step sees, which weights the
+    optimizer holds, and what the policy is compared with. Collectives: a broadcast."""
+    return {
+        "dpo.seed": cfg.dpo.seed,
+        "data.shuffle": cfg.data.shuffle,
+        "policy.train_global_batch_size": cfg.policy.train_global_batch_size,
+        "policy.freeze": list(cfg.policy.freeze),
+        "policy.megatron_cfg.freeze_moe_router": cfg.policy.megatron_cfg.freeze_moe_router,
+        REFERENCE: from_first_rank(parallel, lambda: _reference_fingerprint(cfg, source)),
+    }
+
+
+def reference_source(cfg: Config, policy_source: ModelSource) -> ModelSource:
+    """Where the reference's weights are: `dpo.reference.model_name`, or what the policy started from."""
+    if cfg.dpo.reference.model_name is None:
+        return policy_source
+    return resolve_source(cfg.dpo.reference.model_name, "dpo.reference.model_name")
+
+
+def changes(cfg: Config, info: CheckpointInfo) -> list[str]:
+    """One line for each setting of the objective, the optimizer and its schedule that differs from the run that wrote
+    `info`: allowed, but not in silence."""
+    before = dict(_flat(yaml.safe_load((info.path / "config.yaml").read_text()), ""))
+    watched = ("dpo.", "policy.max_grad_norm", "policy.megatron_cfg.optimizer.", "policy.megatron_cfg.scheduler.")
+    return [
+        f"resumed from {info.path.name} with {key} {value!r}, which was {before[key]!r}"
+        for key, value in _flat(as_dict(cfg), "")
+        if key.startswith(watched) and key in before and before[key] != value
+    ]
+
+
+def require_shared(folder: Path, parallel: ParallelContext) -> None:
+    """Make `folder` and see that every rank can write there, and sees there what rank 0 writes, so that hours of
+    training don't end at the first save. Raises ConfigError on every rank. Collectives: a broadcast, an all-gather."""
+    name = from_first_rank(parallel, lambda: _write_mark(folder))
+    problem = _look_for(folder, folder / name)
+    found: list[str | None] = [None] * parallel.world_size
+    dist.all_gather_object(found, problem)
+    if parallel.rank == 0:
+        (folder / name).unlink(missing_ok=True)
+    if unusable := sorted({one for one in found if one is not None}):
+        expected = f"a folder that every node can write, the same one on all ({'; '.join(unusable)})"
+        raise ConfigError([Problem(FIELD, str(folder), expected, "choose one on a shared file system")])
+
+
+def claim(folder: Path) -> str:
+    """Mark `folder` as this run's, for `require_owner`; rank 0 only. The run that started last owns it."""
+    token = f"{uuid.uuid4().hex} on {socket.gethostname()}"
+    (folder / OWNER_FILE).write_text(token + "\n")
+    return token
+
+
+def require_owner(folder: Path, token: str) -> None:
+    """Raises RuntimeError where another run has started in `folder` since `claim`: two that save there at once would mix
+    their files, and a requeued job may start while the old one is still ending."""
+    mark = folder / OWNER_FILE
+    if mark.exists() and (now := mark.read_text().strip()) != token:
+        raise RuntimeError(f"another run has started in {folder} ({now}); this one ends without saving over it")
+
+
+def from_first_rank(parallel: ParallelContext, get: Any) -> Any:
+    """`get()` as rank 0 sees it, for every rank: nodes of a network file system may see different things. UserErrors are
+    raised on every rank. Collectives: a broadcast of a pickled object."""
+    shared: list[Any] = [None, None]
+    if parallel.rank == 0:
+        try:
+            shared[0] = get()
+        except UserError as error:
+            shared[1] = error.problems
+    dist.broadcast_object_list(shared, src=0)
+    if shared[1] is not None:
+        raise ConfigError(shared[1])
+    return shared[0]
+
+
+def _reference_fingerprint(cfg: Config, source: ModelSource) -> str | None:
+    return None if cfg.dpo.reference.mode == "none" else weights_fingerprint(reference_source(cfg, source))
+
+
+def _other_reference(cfg: Config, info: CheckpointInfo, fix: str) -> Problem:
+    named = cfg.dpo.reference.model_name
+    field, value = (f"{REFERENCE}.model_name", named) if named else ("policy.model_name", cfg.policy.model_name)
+    if cfg.dpo.reference.mode == "none":
+        field, value = f"{REFERENCE}.mode", "none"
+    return Problem(field, value, f"the reference that {info.path} was trained against, or none as there", fix)
+
+
+def _write_mark(folder: Path) -> str:
+    name = f".seen-by-all-{uuid.uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    except OSError as error:
+        fix = "choose another folder, or make room and set its permissions"
+        raise ConfigError([Problem(FIELD, str(folder), f"a folder that can be written ({error})", fix)]) from error
+    return name
+
+
+def _look_for(folder: Path, mark: Path) -> str | None:
+    """What this rank can't do there, or None."""
+    host, deadline = socket.gethostname(), time.monotonic() + SEEN_WITHIN_S
+    while not mark.exists():
+        if time.monotonic() > deadline:
+            return f"{host} does not see what rank 0 writes there"
+        time.sleep(0.2)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except OSError as error:
+        return f"{host}: {error}"
+    return None
+
+
+def _flat(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    if not isinstance(tree, dict):
+        yield prefix, tree
+        return
+    for name, value in tree.items():
+        yield from _flat(value, f"{prefix}.{name}" if prefix else str(name))

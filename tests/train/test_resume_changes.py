@@ -1,0 +1,118 @@
+"""What may not change between a run and its resume is refused, what may is said, and two runs don't share a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from megadpo.checkpoint.folder import complete_checkpoints, delete
+from megadpo.config.problems import ConfigError
+from megadpo.model.source import ModelSource, weights_fingerprint
+from megadpo.train.resume import claim, require_owner
+from tests.helpers.distributed import run_distributed
+from tests.helpers.runs import make_config, make_model, train
+
+
+def other_model(model: Path, folder: Path) -> Path:
+    """The same but for one matrix."""
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1.01
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def train_and_read(config: str, overrides: list[str]) -> tuple[int, str]:
+    """Target for run_distributed: the exit code, and what was printed on both streams."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        code = train(config, overrides)
+    return code, " ".join(printed.getvalue().split())
+
+
+@pytest.mark.distributed
+def test_another_reference_is_refused_and_other_settings_are_said(tmp_path):
+    model = make_model(tmp_path / "model")
+    other = other_model(model, tmp_path / "other")
+    config = make_config(tmp_path, model, checkpointing={"enabled": True, "save_period": 2})
+
+    def go(*overrides: str) -> tuple[int, str]:
+        [outcome] = run_distributed(train_and_read, 1, str(config), list(overrides), init_process_group=False)
+        return outcome
+
+    assert go("dpo.max_num_steps=1")[0] == 0
+    moved = f"policy.model_name={shutil.move(model, tmp_path / 'moved')}"
+    sft = ["dpo.reference.mode=none", "dpo.preference_loss_weight=0", "dpo.sft_loss_weight=1"]
+    for field, overrides in (
+        ("policy.model_name", [f"policy.model_name={other}"]),
+        ("dpo.reference.model_name", [moved, f"dpo.reference.model_name={other}"]),
+        ("dpo.reference.mode", [moved, *sft]),
+    ):
+        code, printed = go(*overrides)
+        assert code == 2 and f"{field}: got" in printed and "step_1 was trained against" in printed
+    code, printed = go(moved, "dpo.reference_policy_kl_penalty=0.2")
+    assert code == 0 and "dpo.reference_policy_kl_penalty 0.2, which was 0.1" in printed
+
+
+def test_fingerprints_tell_models_of_one_shape_apart(tmp_path):
+    model = make_model(tmp_path / "model")
+    other, copy = other_model(model, tmp_path / "other"), shutil.copytree(model, tmp_path / "copy")
+    one, two, three = (weights_fingerprint(ModelSource(folder, None)) for folder in (model, other, copy))
+    assert one == three != two
+
+
+def resume_in_two_folders(first: str, second: str) -> str:
+    """Each rank given a folder of its own, as nodes without a shared file system have."""
+    from megadpo.parallel import Layout, initialize, setup_device
+    from megadpo.train import resume
+
+    resume.SEEN_WITHIN_S = 0.5
+    parallel = initialize(Layout(), setup_device("cpu"))
+    try:
+        resume.require_shared(Path((first, second)[dist.get_rank()]), parallel)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.distributed
+def test_a_folder_that_is_not_shared_is_refused_by_every_rank(tmp_path):
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    assert run_distributed(resume_in_two_folders, 2, a, a, init_process_group=False) == ["", ""]
+    assert not list(Path(a).iterdir())
+    for message in run_distributed(resume_in_two_folders, 2, a, b, init_process_group=False):
+        assert "does not see what rank 0 writes" in message and "shared file system" in message
+
+
+def test_the_run_that_started_last_owns_the_folder(tmp_path):
+    first = claim(tmp_path)
+    require_owner(tmp_path, first)
+    second = claim(tmp_path)
+    require_owner(tmp_path, second)
+    with pytest.raises(RuntimeError, match="another run has started"):
+        require_owner(tmp_path, first)
+
+
+def test_a_folder_that_is_no_checkpoint_of_a_run_is_named(tmp_path):
+    (tmp_path / "step_0").mkdir()
+    (tmp_path / "step_0/megadpo.json").write_text(json.dumps({"format": 1, "dtype": "float32", "step": 0}))
+    with pytest.raises(ConfigError, match=r"step_0/megadpo.json"):
+        complete_checkpoints(tmp_path)
+
+
+def test_what_is_deleted_is_never_there_in_part(tmp_path, monkeypatch):
+    (tmp_path / "step_3/model").mkdir(parents=True)
+    monkeypatch.setattr("shutil.rmtree", lambda path, ignore_errors: None)  # killed before it got far
+    delete(tmp_path / "step_3")
+    assert not (tmp_path / "step_3").exists()
+    monkeypatch.undo()
+    (tmp_path / "step_4").mkdir()
+    delete(tmp_path / "step_4")
+    assert not list(tmp_path.iterdir())
