@@ -19,6 +19,8 @@ from megadpo.data.reader_text import Rows, csv_rows, json_rows, jsonl_rows
 MOST_PROBLEMS = 20
 """A source with more problems than this is not read to its end."""
 
+_OTHER_COMPRESSIONS = (".bz2", ".xz", ".lz4", ".zip", ".7z")
+
 OnBadRow = Literal["refuse", "drop"]
 
 _FILE_ROWS: dict[str, Callable[[Path], Rows]] = {
@@ -148,13 +150,17 @@ def _rows_of(source: DataSource) -> Rows:
         got = f"the file {source.path} with a subset or split"
         fix = f"write {source.path} alone"
         raise DataError(Problem(str(source), got, "a file, which is read whole; only folders have splits", fix))
-    compressed = path.name.lower().endswith(COMPRESSIONS)
+    compressed = path.name.lower().endswith((*COMPRESSIONS, *_OTHER_COMPRESSIONS))
     if suffix is None or (compressed and suffix in (".parquet", ".arrow")):
         kinds = ", ".join(FILE_SUFFIXES)
         expected = f"a name that ends in one of {kinds} (text also with {' or '.join(COMPRESSIONS)}), or org/name"
-        got = "a compressed columnar file" if suffix else "a file of unknown kind" if path.exists() else "no such file"
-        fix = "uncompress it" if suffix else "rename the file by its kind, or check the path or hub name"
-        raise DataError(Problem(str(source), got, expected, f"{fix} in data.train_data_path or data.val_data_paths"))
+        where = "data.train_data_path or data.val_data_paths"
+        got, fix = "no such file", f"check the path or hub name in {where}"
+        if suffix is not None or (compressed and path.exists()):
+            got, fix = "a compressed columnar file" if suffix else "a file of unknown compression", "uncompress it"
+        elif path.exists():
+            got, fix = "a file of unknown kind", f"rename the file by its kind, in {where} too"
+        raise DataError(Problem(str(source), got, expected, fix))
     return _FILE_ROWS[suffix](path)
 
 

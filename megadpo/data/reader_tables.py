@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megadpo.config.data_source import DataSource
+from megadpo.config.data_source import DataSource, file_suffix
 from megadpo.config.problems import DataError, Problem
 from megadpo.data.formats_messages import Place
-from megadpo.data.reader_text import Rows
+from megadpo.data.reader_text import Rows, json_rows, jsonl_rows
 
 _BATCH_ROWS = 256
 _DIGEST_BYTES = 2**22
 _ARROW_FILE = b"ARROW1"
+_MOST_FILES = 20
+_NO_DATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
 def parquet_rows(path: Path) -> Rows:
@@ -73,13 +77,42 @@ def file_digest(path: Path) -> str:
 
 def _numbered(path: str, batches: Iterator[Any]) -> Rows:
     """Rows with their places; pyarrow's record batches or tables of any size, of which few rows at a time are made
-    Python objects."""
+    Python objects. Raises DataError where two columns have one name."""
     number = 0
+    readers: dict[str, Callable[[Any], Any]] | None = None
     for batch in batches:
+        if readers is None:
+            _require_own_names(path, batch.schema.names)
+            readers = {field.name: _reader(field.type) for field in batch.schema}
         for start in range(0, batch.num_rows, _BATCH_ROWS):
             for row in batch.slice(start, _BATCH_ROWS).to_pylist():
-                yield Place(path, number + 1, number), {key: _without_nulls(value) for key, value in row.items()}
+                yield Place(path, number + 1, number), {key: readers[key](value) for key, value in row.items()}
                 number += 1
+
+
+def _require_own_names(path: str, names: list[str]) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        fix = "rename or remove one of them: only one could be read"
+        raise DataError([Problem(path, f"two columns {name!r}", "columns with different names", fix) for name in twice])
+
+
+def _reader(kind: Any) -> Callable[[Any], Any]:
+    """What makes a row's value of one of pyarrow's, by its type: without nulls, and with JSON read. `datasets` keeps
+    columns of mixed types as JSON text, a string among them in quotes."""
+    import pyarrow.types
+
+    if getattr(kind, "extension_name", "") == "arrow.json":
+        return lambda value: _without_nulls(json.loads(value)) if isinstance(value, str) else value
+    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+        inner = _reader(kind.value_type)
+        return lambda value: value if value is None else [inner(one) for one in value]
+    if pyarrow.types.is_struct(kind):
+        inside = {field.name: _reader(field.type) for field in kind}
+        return lambda value: (
+            value if value is None else {key: inside[key](one) for key, one in value.items() if one is not None}
+        )
+    return _without_nulls
 
 
 def _without_nulls(value: Any) -> Any:
@@ -104,15 +137,71 @@ def _load_dataset(source: DataSource) -> Any:
         if Path(source.path).is_dir():
             # For a folder with a README, `datasets` goes on with what it cached before a file of it changed
             cache = Path(datasets.config.HF_DATASETS_CACHE) / f"megadpo-{dataset_digest(source)[:32]}"
-            return datasets.load_dataset(source.path, source.subset, split=split, cache_dir=str(cache))
+            builder = datasets.load_dataset_builder(source.path, source.subset, cache_dir=str(cache))
+            files = {str(name): [Path(file) for file in of] for name, of in (builder.config.data_files or {}).items()}
+            return _load_folder(source, split, files, str(cache))
         return datasets.load_dataset(source.path, source.subset, split=split)
+    except DataError:
+        raise
     except Exception as error:
         raise DataError(_not_loaded(source, split, error)) from error
 
 
+def _load_folder(source: DataSource, split: str, files: dict[str, list[Path]], cache: str) -> Any:
+    """A folder's split, of `files`: what `datasets` found for each. Raises DataError for data files that it takes for
+    no split's, and for rows that can't be read, each with file and line."""
+    import datasets
+
+    if problems := _left_out(Path(source.path), [file for of in files.values() for file in of]):
+        raise DataError(problems)
+    try:
+        return datasets.load_dataset(source.path, source.subset, split=split, cache_dir=cache)
+    except datasets.exceptions.DatasetGenerationError as error:
+        broken = _broken_rows(files.get(split.partition("[")[0], []))
+        raise DataError(broken or [_not_loaded(source, split, error)]) from error
+
+
+def _left_out(folder: Path, read: list[Path]) -> list[Problem]:
+    """The data files of a folder that belong to no split. A README with `configs:` chooses files on purpose."""
+    readme = folder / "README.md"
+    if readme.is_file() and "\nconfigs:" in readme.read_text(encoding="utf-8", errors="replace"):
+        return []
+    known = {file.resolve() for file in read}
+    expected = "a file that one of the folder's splits reads"
+    fix = "move it away, or give the files of a split one kind and that split's name, such as train-1.jsonl"
+    return [
+        Problem(str(file), "a file that would not be read", expected, fix)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+        and file_suffix(file.name) is not None
+        and file.name not in _NO_DATA
+        and not any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)
+        and file.resolve() not in known
+    ][:_MOST_FILES]
+
+
+def _broken_rows(files: list[Path]) -> list[Problem]:
+    """What is wrong in JSON files that `datasets` could not read: it names neither file nor line."""
+    problems: list[Problem] = []
+    for file in files:
+        reader = {".jsonl": jsonl_rows, ".json": json_rows}.get(file_suffix(file.name) or "")
+        if reader is None:
+            continue
+        try:
+            problems += [row for _, row in reader(file) if isinstance(row, Problem)][:_MOST_FILES]
+        except (OSError, EOFError) as error:
+            fix = "write the file again: it is cut off or damaged, or not what its name says"
+            problems.append(Problem(str(file), str(error), "a file that can be read", fix))
+    return problems[:_MOST_FILES]
+
+
 def _not_loaded(source: DataSource, split: str, error: Exception) -> Problem:
+    while error.__cause__ is not None and type(error).__name__ == "DatasetGenerationError":
+        error = error.__cause__  # type: ignore[assignment]  # its own text says only that something failed
     lines = str(error).strip().splitlines()
-    said = f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
+    said = (
+        f"{type(error).__name__}: {' ... '.join(dict.fromkeys([lines[0], lines[-1]])) if lines else 'no reason given'}"
+    )
     if Path(source.path).exists():
         expected = "a folder of data files, or one that save_to_disk wrote"
         fix = "name a folder that holds such files, or a file, in data.train_data_path and data.val_data_paths"

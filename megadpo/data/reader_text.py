@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from megadpo.config.problems import Problem
-from megadpo.data.formats_messages import Place
+from megadpo.data.formats_messages import Place, type_name
 
 MAX_LINE_BYTES = 64 * 2**20
 """A longer line is refused unread: it is a file without line ends, or no pair that a model could train on."""
@@ -26,6 +26,9 @@ Rows = Iterator[tuple[Place, dict[str, object] | Problem]]
 _ZSTD_PIECE_BYTES = 2**14
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
+_HALF_BYTE = re.compile("[\udc80-\udcff]")
+"""What errors="surrogateescape" makes of a byte that is no UTF-8."""
+_COMPRESSED = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
 _CSV_NUMBERS = ("overall_preference",)
 
 
@@ -103,9 +106,9 @@ def json_rows(path: Path) -> Rows:
     except UnicodeDecodeError as error:
         start = content.rfind(b"\n", 0, error.start) + 1
         place = Place(str(path), content.count(b"\n", 0, error.start) + 1, 0)
-        yield place, _not_utf8(place, content[error.start], error.start - start)
+        yield place, _not_utf8(place, content[error.start], error.start - start, content)
         return
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=_object)
     position, line, counted, row, in_list = 0, 1, 0, 0, False
     after_value = False
     while True:
@@ -130,7 +133,7 @@ def json_rows(path: Path) -> Rows:
             except (ValueError, RecursionError) as error:
                 if isinstance(error, json.JSONDecodeError):
                     place = Place(str(path), error.lineno, row)
-                yield place, _broken_json(place, _said(error))
+                yield place, _broken_json(place, error)
                 return
             after_value = True
             row += 1
@@ -141,7 +144,7 @@ def csv_rows(path: Path) -> Rows:
     """The first line names the columns. Cells are strings, but for lists of messages and the like, written as JSON."""
     csv.field_size_limit(MAX_LINE_BYTES)  # the module's own limit, 131,072 characters, is for the whole process
     with open_bytes(path) as file:
-        # Bytes that are no UTF-8 become half characters, which the formats refuse by line
+        # Bytes that are no UTF-8 become half characters, which are refused by line
         lines = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.reader(lines, strict=True)
         header: list[str] = []
@@ -161,11 +164,20 @@ def csv_rows(path: Path) -> Rows:
                 continue
             if not header:
                 header = cells
+                if twice := [name for number, name in enumerate(header) if name in header[:number]]:
+                    fix = "rename or remove one of them: only one could be read"
+                    got = f"two columns {twice[0]!r}"
+                    yield place, Problem(str(place), got, "columns with different names", fix)
+                    return
                 continue
             row += 1
             if len(cells) != len(header):
                 got, fix = f"{len(cells)} cells", "quote cells that hold commas or line ends"
                 yield place, Problem(str(place), got, f"{len(header)} cells, as the first line names", fix)
+                continue
+            strange = next((byte for cell in cells if (byte := _HALF_BYTE.search(cell))), None)
+            if strange is not None:
+                yield place, _not_utf8(place, ord(strange[0]) - 0xDC00, strange.start())
                 continue
             yield place, {name: _cell(name, cell) for name, cell in zip(header, cells, strict=True)}
 
@@ -185,11 +197,11 @@ def _lines(file: Iterable[bytes]) -> Iterator[bytes | None]:
 def _json_row(line: bytes, place: Place) -> dict[str, object] | Problem:
     """The line as a JSON object, or what is wrong with it."""
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
-        return _not_utf8(place, line[error.start], error.start)
+        return _not_utf8(place, line[error.start], error.start, line)
     except (ValueError, RecursionError) as error:
-        return _broken_json(place, _said(error), one_a_line=True)
+        return _broken_json(place, error, one_a_line=True)
     return value if isinstance(value, dict) else _no_object(value, place, one_a_line=True)
 
 
@@ -209,26 +221,35 @@ def _cell(name: str, cell: str) -> object:
     return cell
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises ValueError for a key that is there twice: which of the two is meant, nobody knows."""
+    read = dict(pairs)
+    if len(read) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for number, key in enumerate(keys) if key in keys[:number])
+        raise ValueError(f"the key {twice!r} twice in one object")
+    return read
+
+
 def _end_of_space(text: str, position: int) -> int:
     match = _JSON_SPACE.match(text, position)
     return position if match is None else match.end()
 
 
-def _said(error: Exception) -> str:
-    return str(error) if isinstance(error, json.JSONDecodeError) else type(error).__name__
-
-
-def _broken_json(place: Place, said: str, *, one_a_line: bool = False) -> Problem:
+def _broken_json(place: Place, error: Exception | str, *, one_a_line: bool = False) -> Problem:
+    said = "nested too deeply" if isinstance(error, RecursionError) else str(error)
     fix = "close what it opens, and remove comments and commas before brackets"
     if one_a_line:
         fix = "put the whole object on this line and close what it opens, or name the file .json if rows span lines"
+    if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
+        fix = "mend or remove the row"  # a key that is there twice, a number of thousands of digits
     return Problem(str(place), f"broken JSON ({said})", "one JSON object a line" if one_a_line else "JSON", fix)
 
 
 def _no_object(value: object, place: Place, *, one_a_line: bool = False) -> Problem:
     return Problem(
         where=str(place),
-        value=f"a JSON {type(value).__name__}",
+        value=f"a JSON {type_name(value)}",
         expected="one JSON object a line" if one_a_line else "a JSON object for each pair",
         fix="write each pair as an object, one a line (a file of one big list is named .json)"
         if one_a_line
@@ -236,13 +257,15 @@ def _no_object(value: object, place: Place, *, one_a_line: bool = False) -> Prob
     )
 
 
-def _not_utf8(place: Place, byte: int, column: int) -> Problem:
-    return Problem(
-        where=str(place),
-        value=f"the byte 0x{byte:02x} at column {column + 1}",
-        expected="UTF-8",
-        fix="write the file in UTF-8, for instance with iconv -t UTF-8",
-    )
+def _not_utf8(place: Place, byte: int, column: int, content: bytes = b"") -> Problem:
+    """content: the file's, or its first lines, from its beginning where place is line 1."""
+    fix = "write the file in UTF-8, for instance with iconv -f WINDOWS-1252 -t UTF-8, or what else it is written in"
+    for mark, ending in _COMPRESSED.items():
+        if content.startswith(mark):
+            fix = f"the file is compressed: give its name the ending {ending}"
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        fix = "write the file in UTF-8: iconv -f UTF-16 -t UTF-8"
+    return Problem(where=str(place), value=f"the byte 0x{byte:02x} at column {column + 1}", expected="UTF-8", fix=fix)
 
 
 def _too_long_a_line(place: Place) -> Problem:

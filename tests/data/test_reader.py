@@ -95,9 +95,11 @@ def test_a_bad_field_is_refused_at_its_line(tmp_path: Path, changes: dict[str, A
         (b'{"prompt": "a", "chosen": ', "broken JSON"),
         (b'{"prompt": "caf\xe9"}', "the byte 0xe9 at column 16"),
         (b"[1, 2]", "a JSON list"),
-        (b"[" * 100_000, "broken JSON (RecursionError)"),
-        (b'{"prompt": ' + b"9" * 10_000 + b"}", "broken JSON (ValueError)"),
+        (b"[" * 100_000, "broken JSON (nested too deeply)"),
+        (b'{"prompt": ' + b"9" * 10_000 + b"}", "broken JSON (Exceeds the limit"),
         (b"{}", "an empty object"),
+        (b'{"prompt": "a", "chosen": "b", "chosen": "c", "rejected": "d"}', "the key 'chosen' twice"),
+        (b"null", "a JSON null"),
     ],
 )
 def test_a_broken_line_is_refused_at_its_number(tmp_path: Path, line: bytes, expected: str) -> None:

@@ -186,6 +186,46 @@ def test_a_folder_without_data_and_a_split_that_is_not_there(tmp_path: Path) -> 
     assert "'valid'" in refusal(f"{saved}@valid")
 
 
+@pytest.mark.parametrize(
+    ("files", "left_out"),
+    [
+        ({"a.jsonl": 1, "b.csv": 1}, ["b.csv"]),
+        ({"train.jsonl": 1, "more.jsonl": 1, "valid.jsonl": 1}, ["more.jsonl"]),
+        ({"train/a.jsonl": 1, "test/b.jsonl": 1, "other/c.jsonl": 1, "other/d.jsonl": 1}, ["other/c.jsonl", "other/d.jsonl"]),
+        ({"train-1.jsonl": 1, "train-2.jsonl": 1, "dataset_infos.json": 0, ".hidden.jsonl": 1, "notes.txt": 0}, []),
+    ],
+)  # fmt: skip
+def test_a_folders_file_that_no_split_reads_is_refused(
+    files: dict[str, int], left_out: list[str], tmp_path: Path
+) -> None:
+    for name, rows in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        content = comma_separated(PLAIN[:rows]) if name.endswith(".csv") else jsonl(PLAIN[:rows]) or b"{}"
+        (tmp_path / name).write_bytes(content)
+    if left_out:
+        said = refusal(tmp_path).splitlines()
+        assert [line.split(": ")[0] for line in said] == [str(tmp_path / name) for name in left_out]
+    else:
+        assert len(read_pairs(tmp_path)) == 2
+
+
+def test_a_folders_column_of_mixed_types_keeps_its_texts(tmp_path: Path) -> None:
+    # `datasets` makes JSON text of such a column, in which "bad" is in quotes and 3 is not
+    write_rows(tmp_path / "p.jsonl", [row(0, rejected="bad"), row(1, rejected=3)])
+    assert "p.jsonl" not in refusal(tmp_path) and f"{tmp_path}:2: got \"field 'rejected' of type int" in refusal(
+        tmp_path
+    )
+    messages = [{"role": "assistant", "content": "bad"}]
+    write_rows(tmp_path / "p.jsonl", [row(0, rejected="bad"), row(1, rejected=messages)])
+    assert [pair.rejected for pair in read_pairs(tmp_path)] == ["bad", tuple(messages)]
+
+
+def test_a_folders_broken_row_is_named_by_file_and_line(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_bytes(jsonl(PLAIN) + b"{broken\n" + jsonl(PLAIN) + b"{too\n")
+    said = refusal(tmp_path).splitlines()
+    assert [line.split(": ")[0] for line in said] == [f"{tmp_path / 'p.jsonl'}:{line}" for line in (6, 12)]
+
+
 def test_a_digest_follows_the_rows_and_not_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -211,6 +251,12 @@ def broken(name: str, content: bytes, folder: Path) -> str:
     return refusal(folder / name).replace(str(folder) + "/", "")
 
 
+def two_columns_of_one_name() -> bytes:
+    sink, names = io.BytesIO(), ["prompt", "chosen", "chosen", "rejected"]
+    pa.parquet.write_table(pa.Table.from_arrays([pa.array([text]) for text in "abcd"], names=names), sink)
+    return sink.getvalue()
+
+
 BROKEN = [
     ("p.json", b'[{"prompt": 1}, {]', "p.json:1: "),
     ("p.json", json.dumps(PLAIN[:1]).encode()[:-1] + b"\n\n,\n{]", "p.json:4: got 'broken JSON"),
@@ -234,6 +280,13 @@ BROKEN = [
     ("p.jsonl.zst", jsonl(PLAIN), "cut off or damaged"),
     ("p.parquet.gz", gzip.compress(parquet(PLAIN)), "uncompress it"),
     ("p.txt", jsonl(PLAIN), "rename the file by its kind"),
+    ("p.jsonl.bz2", b"", "uncompress it"),
+    ("p.jsonl", gzip.compress(jsonl(PLAIN)), "give its name the ending .gz"),
+    ("p.jsonl", jsonl(PLAIN).decode().encode("utf-16"), "iconv -f UTF-16"),
+    ("p.csv", b"prompt,chosen,chosen,rejected\na,b,x,c\n", "p.csv:1: got 'two columns 'chosen'"),
+    ("p.csv", b"prompt,chosen,rejected\na,caf\xe9,c", "the byte 0xe9 at column 4"),
+    ("p.json", b'[{"prompt": "a", "prompt": "b"}]', "p.json:1: got 'broken JSON (the key 'prompt' twice"),
+    ("p.parquet", two_columns_of_one_name(), "two columns 'chosen'"),
 ]
 
 
