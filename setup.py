@@ -57,6 +57,8 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ruff>=0.12",
+            # Runs the head's GPU kernels in its interpreter. torch brings its own for CUDA, and none for CPUs.
+            'triton>=3.6; platform_system == "Linux" and platform_machine == "x86_64"',
             "types-PyYAML>=6.0",
             "wandb>=0.19",
         ],

@@ -99,31 +99,31 @@ def _project(hidden: torch.Tensor, block: torch.Tensor, buffer: torch.Tensor) ->
     out = buffer[: hidden.shape[0] * block.shape[0]].view(hidden.shape[0], block.shape[0])
     if hidden.dtype == torch.float32:
         return torch.mm(hidden, block.t(), out=out)
-    if hidden.is_cuda:
-        return torch.mm(hidden, block.t(), out_dtype=torch.float32, out=out)
-    return torch.mm(hidden.float(), block.t().float(), out=out)  # tests only: CPUs have no product of mixed dtypes
+    if hidden.is_cpu:  # tests only: CPUs have no product of mixed dtypes
+        return torch.mm(hidden.float(), block.t().float(), out=out)
+    return torch.mm(hidden, block.t(), out_dtype=torch.float32, out=out)
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total [A, h] float32 += a [A, C] @ b [C, h], summed in float32."""
-    if a.dtype == torch.float32:
-        total.addmm_(a, b)
-    elif _adds_to_float32(total.device):
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    elif total.is_cuda:
-        total += torch.mm(a, b, out_dtype=torch.float32)
-    else:
+    if a.dtype == torch.float32 or a.is_cpu:
         total.addmm_(a.float(), b.float())
+    else:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
 @functools.cache
-def _adds_to_float32(device: torch.device) -> bool:
-    """Whether torch adds a product of bfloat16 matrices to a float32 one; its releases differ in what they accept."""
-    if device.type != "cuda":
-        return False
-    total, ones = torch.ones(16, 16, device=device), torch.ones(16, 16, device=device, dtype=torch.bfloat16)
+def multiplies_into_float32(device: torch.device) -> bool:
+    """Whether torch multiplies bfloat16 matrices into a float32 one on this device, and adds to it, unrounded between.
+
+    CUDA builds do from 2.10 on (https://github.com/pytorch/pytorch/pull/167931); others refuse. Waits for the device.
+    """
+    a = torch.ones(16, 16, device=device, dtype=torch.bfloat16)
+    b = a.clone().fill_diagonal_(256.0)
+    total = torch.full((16, 16), 2.0**-10, device=device)
     try:
-        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
-    except RuntimeError:
+        product = torch.mm(a, b, out_dtype=torch.float32, out=torch.empty_like(total))
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):  # refused, or no such argument
         return False
-    return bool((total == 17).all())
+    return bool((product == 271.0).all() & (total == 271.0 + 2.0**-10).all())  # neither is a bfloat16

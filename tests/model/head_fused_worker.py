@@ -33,6 +33,9 @@ class Case:
     """'weight' or 'hidden': wants no gradient."""
     scale: float = 0.2
     """Standard deviation of the weight."""
+    spoiled: float | None = None
+    """What one row of `hidden` or of the weight holds in one place: nan must come out where float64 gives nan."""
+    spoils: str = "hidden"
     seed: int = 0
 
 
@@ -42,6 +45,8 @@ def make_inputs(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, t
     dtype = getattr(torch, case.dtype)
     hidden = torch.randn(case.rows, case.hidden, generator=generator).to(dtype)
     weight = (torch.randn(case.vocab, case.hidden, generator=generator) * case.scale).to(dtype)
+    if case.spoiled is not None:
+        {"hidden": hidden, "weight": weight}[case.spoils][1, 3] = case.spoiled
     targets = torch.randint(0, case.vocab, (case.rows,), generator=generator)
     return hidden, weight, targets, torch.randn(case.rows, generator=generator)
 
@@ -55,7 +60,8 @@ def written_out(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def relative_errors(case: Case, group: dist.ProcessGroup) -> dict[str, float]:
-    """Of this rank's logps and gradients: |ours - float64| / |float64|; 0 for what is frozen and has no gradient."""
+    """Of this rank's logps and gradients: |ours - float64| / |float64| over what is finite, inf where that is not the
+    same in both; 0 for what is frozen and has no gradient."""
     from megadpo.model import head_fused, head_triton
 
     head_fused.MOST_LOGITS = case.most_logits or head_fused.MOST_LOGITS
@@ -76,7 +82,15 @@ def relative_errors(case: Case, group: dist.ProcessGroup) -> dict[str, float]:
     wanted = {"logps": want_logps, "hidden": want_hidden, "weight": want_weight[mine]}
     got = {"logps": logps.detach(), "hidden": hidden.grad, "weight": shard.grad}
     assert (got.pop(case.frozen, None)) is None
-    return {name: float((got[name].double() - wanted[name]).norm() / wanted[name].norm()) for name in got}
+    return {name: relative_error(got[name].double(), wanted[name]) for name in got}
+
+
+def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    finite = wanted.isfinite()
+    if not torch.equal(got.isfinite(), finite):
+        return float("inf")
+    apart, size = (got[finite] - wanted[finite]).norm(), wanted[finite].norm()
+    return float(apart / size) if apart > 0 else 0.0  # 0 of 0 is no error: no rows, no finite values
 
 
 def work(rank: int, world_size: int, store: str, cases: list[dict[str, Any]], results: str) -> None:

@@ -9,21 +9,24 @@ and 8e-3 in Triton 3.6's interpreter, which cuts digits off where GPUs round.
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 
 from megadpo.config.problems import ConfigError
 from megadpo.model.head import vocab_parallel_logps
 from megadpo.model.head_choice import choose_head
+from megadpo.plan.trace import LiveBytes
 from tests.helpers.distributed import run_distributed
 from tests.model.head_fused_worker import Case, make_inputs, relative_errors
 
@@ -32,15 +35,16 @@ BOUNDS = {
     "float32": {"logps": 1e-5, "hidden": 1e-5, "weight": 1e-5},
     "bfloat16": {"logps": 1e-5, "hidden": 4e-3, "weight": 4e-3},
 }
-NUMPY_MOST = (2, 4)
 
 
 def why_not_interpreted() -> str | None:
-    """Triton's interpreter converts one-element arrays to numbers, which numpy refuses from 2.4 on (seen with 3.6.0)."""
+    """Triton's interpreter turned one-element arrays into numbers before 3.7, which numpy refuses from 2.4 on."""
     if importlib.util.find_spec("triton") is None:
         return "needs Triton, for its interpreter"
-    numpy = tuple(int(part) for part in np.__version__.split(".")[:2])
-    return f"Triton's interpreter needs numpy below 2.4, here {np.__version__}" if numpy >= NUMPY_MOST else None
+    triton, numpy = (Version(importlib.metadata.version(name)) for name in ("triton", "numpy"))
+    if triton < Version("3.7") and numpy >= Version("2.4"):
+        return f"the interpreter of Triton {triton} fails with numpy {numpy}: take Triton 3.7, or numpy below 2.4"
+    return None
 
 
 needs_interpreter = pytest.mark.skipif(why_not_interpreted() is not None, reason=str(why_not_interpreted()))
@@ -57,6 +61,13 @@ CASES = [
     dataclasses.replace(SMALL, frozen="hidden", dtype="bfloat16"),
     dataclasses.replace(SMALL, chunk_tokens=1),
     dataclasses.replace(SMALL, scale=20.0),  # logits of some hundreds: only a running maximum keeps them finite
+    dataclasses.replace(SMALL, rows=0),
+    dataclasses.replace(SMALL, rows=0, dtype="bfloat16"),
+]
+SPOILED = [
+    dataclasses.replace(SMALL, spoiled=value, spoils=spoils, dtype=dtype)
+    for value in (math.inf, math.nan, 1e30)
+    for spoils, dtype in (("hidden", "float32"), ("weight", "float32"), ("hidden", "bfloat16"))
 ]
 
 
@@ -80,15 +91,19 @@ def within_bounds(case: Case, errors: dict[str, float]) -> bool:
 
 @needs_interpreter
 def test_logps_and_gradients_equal_float64(tmp_path):
-    (found,) = interpreted(CASES, tmp_path)
-    wrong = [(case, errors) for case, errors in zip(CASES, found, strict=True) if not within_bounds(case, errors)]
+    cases = [*CASES, *SPOILED]
+    (found,) = interpreted(cases, tmp_path)
+    wrong = [(case, errors) for case, errors in zip(cases, found, strict=True) if not within_bounds(case, errors)]
     assert not wrong
 
 
 @needs_interpreter
 @pytest.mark.distributed
 def test_the_same_over_two_shards(tmp_path):
-    cases = [dataclasses.replace(SMALL, world_size=2, dtype=dtype) for dtype in ("float32", "bfloat16")]
+    """A context-parallel rank may have no answer tokens at all; a row that is no number is none on either shard."""
+    odd = [dataclasses.replace(SMALL, rows=0), dataclasses.replace(SMALL, spoiled=math.nan)]
+    cases = [SMALL, dataclasses.replace(SMALL, dtype="bfloat16"), dataclasses.replace(SMALL, vocab=701), *odd]
+    cases = [dataclasses.replace(case, world_size=2) for case in cases]
     for found in interpreted(cases, tmp_path):
         assert all(within_bounds(case, errors) for case, errors in zip(cases, found, strict=True)), found
 
@@ -125,6 +140,42 @@ def test_a_block_keeps_to_memory_and_to_whole_tiles():
         floor = from_module.COLUMN_MULTIPLE * rows
         assert rows * columns <= max(floor, min(from_module.MOST_LOGITS, chunk * vocab))
         assert 1 <= columns <= vocab
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_memory_is_what_the_module_says(dtype, monkeypatch):
+    """Counted on tensors without values, through the products that GPUs run: their arguments are held as well."""
+    head_fused = pytest.importorskip("megadpo.model.head_fused", reason="needs Triton")
+    for kernel in ("fold_block", "differentiate_block"):
+        monkeypatch.setattr(head_fused, kernel, lambda *_: None)
+    monkeypatch.setattr(head_fused, "combine_shards", lambda parts, group: (parts[0], parts[1]))
+    rows, vocab, hidden_size = 4096, 128256, 1024
+    hidden = torch.empty(rows, hidden_size, device="meta", dtype=dtype, requires_grad=True)
+    weight = torch.empty(vocab, hidden_size, device="meta", dtype=dtype, requires_grad=True)
+    targets = torch.empty(rows, device="meta", dtype=torch.int64)
+    a_row = 64 * rows  # sums, targets and the like
+    block = rows * head_fused.block_columns(rows, vocab, 1024)
+    assert 0.9 * head_fused.MOST_LOGITS < block <= head_fused.MOST_LOGITS
+    with LiveBytes([hidden, weight, targets]) as live:
+        logps = head_fused.fused_vocab_parallel_logps(
+            hidden, weight, targets, vocab_start=0, group=None, chunk_tokens=1024
+        )
+        assert 4 * block < live.peak <= 4 * block + a_row
+        assert live.now <= a_row  # kept for backward
+        live.peak = live.now
+        logps.backward(torch.ones_like(logps))
+    at_most = 4 * block + 4 * hidden.numel() + dtype.itemsize * weight.numel() + a_row
+    if dtype != torch.float32:  # gradients of the logits, and of hidden, beside the float32 ones
+        at_most += dtype.itemsize * (block + hidden.numel())
+    assert 0.99 * at_most < live.peak <= at_most
+
+
+def test_torch_without_the_products_is_refused_with_the_fix(monkeypatch):
+    head_fused = pytest.importorskip("megadpo.model.head_fused", reason="needs Triton")
+    assert not head_fused.multiplies_into_float32(torch.device("cpu"))  # torch itself refuses there
+    monkeypatch.setattr(head_fused, "multiplies_into_float32", lambda device: False)
+    with pytest.raises(ConfigError, match="policy.logprob_kernel: got 'auto'.*bfloat16.*use 'torch'"):
+        choose_head("auto", torch.device("cuda"))
 
 
 def test_on_a_cpu_the_head_is_torchs():
