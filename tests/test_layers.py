@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "parallel": {"config"},
     "model": {"config", "parallel", "data.pack"},
     "optimizer": {"config", "parallel", "model"},
-    "reference": {"config", "parallel", "model", "data.pack"},
+    "reference": {"config", "parallel", "model", "data.pack", "data.loader"},
     "checkpoint": {"config", "parallel", "model", "optimizer"},
     "train": {"config", "data", "objective", "parallel", "model", "optimizer", "reference", "checkpoint"},
     "plan": {"config", "data", "parallel", "model", "optimizer"},

@@ -33,6 +33,14 @@ def _reference(cfg: Config) -> Iterator[Problem]:
         yield Problem("dpo.reference.model_name", reference.model_name, "null with dpo.reference.mode none", fix)
 
 
+@rule("dpo.reference.mode", "dpo.reference.cache_dir")
+def _reference_cache(cfg: Config) -> Iterator[Problem]:
+    reference = cfg.dpo.reference
+    if reference.cache_dir is not None and reference.mode != "cached":
+        fix = "set dpo.reference.mode: cached, or remove the folder"
+        yield Problem("dpo.reference.cache_dir", reference.cache_dir, f"null with mode {reference.mode}", fix)
+
+
 @rule("dpo.reference.mode", "dpo.loss_type", "dpo.preference_average_log_probs")
 def _reads_of_the_loss(cfg: Config) -> Iterator[Problem]:
     loss, traits = cfg.dpo.loss_type, cfg.dpo.loss_traits

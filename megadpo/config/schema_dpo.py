@@ -13,11 +13,14 @@ from megadpo.config.types import CountOrZero, FloatOrZero, PositiveFloat, Positi
 class ReferenceConfig:
     """`dpo.reference`: the frozen model that the policy is compared with."""
 
-    mode: Literal["resident", "none"] = "resident"
-    """resident: a sharded copy beside the policy. none: no reference at all, for losses that
+    mode: Literal["resident", "cached", "none"] = "resident"
+    """resident: a sharded copy beside the policy. cached: its log-probabilities of every pair, computed before training
+    and kept in a file (docs/reference.md). none: no reference at all, for losses that
     read none (cpo, simpo, orpo) and for preference_loss_weight 0 (SFT)."""
     model_name: Text | None = None
     """Hugging Face folder or hub name, or Megatron checkpoint folder. null: what the policy started from."""
+    cache_dir: Text | None = None
+    """With mode cached: the folder of the log-probabilities. null: checkpointing.checkpoint_dir/reference."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,14 @@ epoch runs 8 more for its order; token ids stay where the data set has them.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from megadpo.config.check import micro_batch_multiple
 from megadpo.config.problems import DataError, Problem
@@ -129,6 +131,8 @@ class GlobalBatchLoader:
         """int64 [pairs]: tokens that each pair takes in a pack."""
         self.work = self.lengths
         """int64 [pairs]: what ranks are balanced by."""
+        self.reference_logps: npt.NDArray[np.float32] | None = None
+        """[pairs, 2], where they were computed beforehand (dpo.reference.mode cached): come with each micro-batch."""
         if work_model is not None:
             self.work = work_model.pair_work(dataset.arrays.text_tokens(), share_prompt=share_prompt)
         # Padding may not take a pack over the budget
@@ -195,9 +199,13 @@ class GlobalBatchLoader:
 
     def plans(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[npt.NDArray[np.int64], Plan]]:
         """For each global batch, int64 [pairs] positions of the data set, and how all ranks deal them out."""
-        order = self.order(epoch)
-        for batch in range(start_batch, self.batches_per_epoch):
-            positions = order[batch * self.global_batch_size : (batch + 1) * self.global_batch_size]
+        size = self.global_batch_size
+        yield from self.plans_of(self.order(epoch)[start_batch * size : self.batches_per_epoch * size])
+
+    def plans_of(self, order: npt.NDArray[np.int64]) -> Iterator[tuple[npt.NDArray[np.int64], Plan]]:
+        """The same for the positions of `order`, one global batch after another; the last one may be smaller."""
+        for start in range(0, len(order), self.global_batch_size):
+            positions = order[start : start + self.global_batch_size]
             yield (
                 positions,
                 plan_global_batch(
@@ -231,6 +239,9 @@ class GlobalBatchLoader:
             pad_to_multiple=self.pad_to_multiple,
             pad_token_id=self.pad_token_id,
         )
+        if self.reference_logps is not None:
+            known = torch.from_numpy(self.reference_logps[positions].reshape(-1))
+            whole = dataclasses.replace(whole, reference_logps=known)
         return context_part(whole, self.rank.cp_rank, self.rank.cp_size)
 
     def _refuse_longer_than_budget(self) -> None:

@@ -62,7 +62,7 @@ class ContextPart:
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """One micro-batch of P pairs, or the part of it that a context-parallel rank holds. All tensors are int64.
+    """One micro-batch of P pairs, or the part of it that a context-parallel rank holds. Tensors are int64.
 
     Of a part, T and A count the part's tokens; pairs, `answer_tokens` and `num_tokens` are the whole micro-batch's."""
 
@@ -87,6 +87,8 @@ class PackedBatch:
     """T without the padding."""
     part: ContextPart | None = None
     """None: the whole run is here."""
+    reference_logps: torch.Tensor | None = None
+    """[2P] float32: the reference's, where they were computed beforehand; rows as in `answer_tokens`."""
 
     @property
     def num_pairs(self) -> int:
@@ -136,6 +138,7 @@ class PackedBatch:
             answer_index=move(self.answer_index),
             answer_tokens=move(self.answer_tokens),
             pair_indices=move(self.pair_indices),
+            reference_logps=None if self.reference_logps is None else move(self.reference_logps),
             part=self.part and dataclasses.replace(self.part, answer_tokens=move(self.part.answer_tokens)),
         )
 

@@ -24,8 +24,10 @@ from megadpo.objective import metric_names
 from megadpo.parallel import ParallelContext
 from megadpo.reference import ResidentReference
 from megadpo.train.metrics import MetricSums
-from megadpo.train.setup import build_reference, data_rank, fill, seed_everything
+from megadpo.train.reference import build_reference
+from megadpo.train.setup import data_rank, seed_everything
 from megadpo.train.step import pair_loss
+from megadpo.train.weights import fill
 
 
 @dataclasses.dataclass(frozen=True)

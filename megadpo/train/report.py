@@ -112,6 +112,9 @@ def loss_words(cfg: Config) -> str:
 
 
 def reference_words(cfg: Config) -> str:
-    if cfg.dpo.reference.mode == "none":
-        return "none"
-    return cfg.dpo.reference.model_name or "resident copy of policy.model_name"
+    named = cfg.dpo.reference.model_name
+    return {
+        "none": "none",
+        "cached": f"log-probabilities of {named or 'policy.model_name'}, computed before training",
+        "resident": named or "resident copy of policy.model_name",
+    }[cfg.dpo.reference.mode]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megadpo.checkpoint import TrainingPosition, load_training_state, load_weights
+from megadpo.checkpoint import TrainingPosition, load_training_state
 from megadpo.config.architecture import Architecture, read_architecture
 from megadpo.config.metric import parse_metric_name
 from megadpo.config.schema import Config
@@ -23,14 +23,13 @@ from megadpo.data.loader import DataRank, GlobalBatch, GlobalBatchLoader
 from megadpo.data.tokenizer import load_tokenizer, pad_token_id
 from megadpo.model.build import build_model
 from megadpo.model.freeze import freeze
-from megadpo.model.gpt import PairModel
 from megadpo.model.source import ModelSource, resolve_source, tokenizer_source
-from megadpo.model.weights.load import load_hf_weights, place_of
 from megadpo.optimizer import build_optimizer, build_scheduler, wrap_for_training
 from megadpo.parallel import ParallelContext
-from megadpo.reference import ResidentReference
-from megadpo.train.resume import changes, claim, data_settings, find_resume, reference_source
+from megadpo.train.reference import attach_logps, build_reference
+from megadpo.train.resume import changes, claim, data_settings, find_resume
 from megadpo.train.step import Trainer
+from megadpo.train.weights import fill
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,13 @@ def prepare(cfg: Config, parallel: ParallelContext) -> Run:
     settings = data_settings(cfg, source, parallel)
     resume = find_resume(cfg, data.train, settings, parallel)
 
+    notes: list[str] = []
+    reference = None
+    if cfg.dpo.reference.mode == "cached":  # before there is a policy, so that the two never share the memory
+        notes = attach_logps(cfg, source, arch, parallel, data.train_loader, data.validation, total_steps)
+    elif cfg.dpo.reference.mode == "resident":
+        reference = build_reference(cfg, source, arch, parallel)
+
     policy = build_model(arch, cfg.policy, parallel, frozen=False)
     freeze(policy, cfg.policy.freeze, arch)
     if resume is None:
@@ -93,7 +99,7 @@ def prepare(cfg: Config, parallel: ParallelContext) -> Run:
         cfg.dpo,
         parallel,
         policy=wrapped,
-        reference=build_reference(cfg, source, arch, parallel),
+        reference=reference,
         optimizer=optimizer,
         scheduler=scheduler,
         log_balance_per_layer=cfg.policy.megatron_cfg.moe_per_layer_logging,
@@ -111,7 +117,7 @@ def prepare(cfg: Config, parallel: ParallelContext) -> Run:
             some_frozen=bool(cfg.policy.freeze),
         )
         position = resume.position
-    notes = [] if resume is None else changes(cfg, resume)
+    notes += [] if resume is None else changes(cfg, resume)
     saves = cfg.checkpointing.enabled and parallel.rank == 0
     owner = claim(Path(cfg.checkpointing.checkpoint_dir)) if saves else None
     return Run(cfg, parallel, source, data, trainer, position, total_steps, notes, owner)
@@ -151,28 +157,6 @@ def load_data(cfg: Config, arch: Architecture, source: ModelSource, rank: DataRa
             f"of {cfg.policy.train_global_batch_size} and are left out"
         )
     return RunData(train, train_loader, loaders, reports)
-
-
-def build_reference(
-    cfg: Config, policy_source: ModelSource, arch: Architecture, parallel: ParallelContext
-) -> ResidentReference | None:
-    """The frozen reference of `dpo.reference`, loaded; None where the mode is 'none'."""
-    if cfg.dpo.reference.mode == "none":
-        return None
-    source = reference_source(cfg, policy_source)
-    if source != policy_source:
-        arch = read_architecture(source.hf_files)
-    model = build_model(arch, cfg.policy, parallel, frozen=True)
-    fill(model, source, arch, parallel)
-    return ResidentReference(model, parallel)
-
-
-def fill(model: Sequence[PairModel], source: ModelSource, arch: Architecture, parallel: ParallelContext) -> None:
-    """Load the weights that `source` names into the chunks of this rank."""
-    if source.megatron is not None:
-        load_weights(model, source.megatron)
-    else:
-        load_hf_weights(model, arch, source.hf_files, place_of(parallel))
 
 
 def position_after(position: TrainingPosition, *, batches_per_epoch: int, skipped: bool) -> TrainingPosition:

@@ -159,12 +159,12 @@ class Trainer:
 
     def _reference_logps(self, micro_batches: Sequence[PackedBatch]) -> list[torch.Tensor | None]:
         if self.reference is None:
-            return [None] * len(micro_batches)
+            return [one.reference_logps for one in micro_batches]  # computed beforehand, or None
         return list(self.reference.logps(micro_batches))
 
     def _reduced(self, sums: MetricSums, also: Sequence[str] = ()) -> MetricSums:
         """Totals over data-parallel ranks, from the last pipeline stage to all. also: names beside the objective's."""
-        names = [*metric_names(self.cfg, has_reference=self.reference is not None), *also]
+        names = [*metric_names(self.cfg, has_reference=self.cfg.reference.mode != "none"), *also]
         sums.reduce(self.parallel.total_from_last_stage, names)
         return sums
 

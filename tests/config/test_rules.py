@@ -23,6 +23,7 @@ BROKEN = [
     ({"dpo__preference_loss_weight": 0}, "dpo.preference_loss_weight", "positive"),
     ({"dpo__reference__mode": "none"}, "dpo.reference.mode", "resident"),
     ({"dpo__loss_type": "cpo"}, "dpo.reference.mode", "none with dpo.loss_type cpo"),
+    ({"dpo__reference__cache_dir": "x"}, "dpo.reference.cache_dir", "null with mode resident"),
     (
         {"dpo__loss_type": "simpo", "dpo__reference__mode": "none"},
         "dpo.preference_average_log_probs",

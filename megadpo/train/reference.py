@@ -1,0 +1,124 @@
+"""What the policy is compared with: a copy of the model beside it, or log-probabilities computed before training."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from megadpo.config.architecture import Architecture, read_architecture
+from megadpo.config.problems import ConfigError, Problem
+from megadpo.config.schema import Config
+from megadpo.data.loader import GlobalBatchLoader
+from megadpo.model.build import build_model
+from megadpo.model.source import ModelSource, weights_fingerprint
+from megadpo.parallel import ParallelContext
+from megadpo.reference import LogpsCache, ResidentReference, compute_missing, positions_by_use
+from megadpo.reference.cached import Table
+from megadpo.train.resume import from_first_rank, reference_source
+from megadpo.train.weights import fill
+
+Positions = npt.NDArray[np.int64]
+FORMAT = 1
+"""Counted up by a change after which the same model gives other log-probabilities."""
+
+
+def build_reference(
+    cfg: Config, policy_source: ModelSource, arch: Architecture, parallel: ParallelContext
+) -> ResidentReference:
+    """The frozen reference of `dpo.reference`, loaded."""
+    source, arch = _source(cfg, policy_source, arch)
+    model = build_model(arch, cfg.policy, parallel, frozen=True)
+    fill(model, source, arch, parallel)
+    return ResidentReference(model, parallel)
+
+
+def attach_logps(
+    cfg: Config,
+    policy_source: ModelSource,
+    arch: Architecture,
+    parallel: ParallelContext,
+    training: GlobalBatchLoader,
+    validation: Mapping[str, GlobalBatchLoader],
+    total_steps: int,
+) -> list[str]:
+    """Give the loaders the reference's log-probabilities of every pair that the run will see: from the files of
+    `dpo.reference.cache_dir`, and computed, and written there, where those lack some. The model is gone afterwards.
+
+    Returns a line a data set. Raises ConfigError where the folder can't be written. Collectives: a broadcast a data
+    set, and where something is computed those of the model and of `compute_missing`.
+    """
+    folder = Path(cfg.dpo.reference.cache_dir or Path(cfg.checkpointing.checkpoint_dir) / "reference")
+    model = from_first_rank(parallel, lambda: _describe(cfg, policy_source, arch))
+    reference: ResidentReference | None = None
+    lines = []
+    for name, loader, steps in [("train", training, total_steps), *((n, v, None) for n, v in validation.items())]:
+        cache = LogpsCache(folder / f"{name}-{_digest({**model, 'data': loader.dataset.fingerprint})}.safetensors")
+        positions = positions_by_use(loader, steps)
+        table = from_first_rank(parallel, partial(cache.read, len(loader.dataset)))
+        known = _known(table, positions)
+        if known < len(positions):
+            if reference is None:
+                from_first_rank(parallel, partial(_require_writable, folder))
+                reference = build_reference(cfg, policy_source, arch, parallel)
+            keep = partial(_keep, cache, name, positions) if parallel.rank == 0 else _ignore
+            table = compute_missing(reference, loader, positions, table, parallel, after_some=keep)
+        loader.reference_logps = table
+        lines.append(f"reference log-probabilities of {name}: {known} of {len(positions)} pairs from {cache.path}")
+    if reference is not None and parallel.device.type == "cuda":
+        del reference
+        torch.cuda.empty_cache()
+    return lines
+
+
+def _source(cfg: Config, policy_source: ModelSource, arch: Architecture) -> tuple[ModelSource, Architecture]:
+    source = reference_source(cfg, policy_source)
+    return source, arch if source == policy_source else read_architecture(source.hf_files)
+
+
+def _describe(cfg: Config, policy_source: ModelSource, arch: Architecture) -> dict[str, str]:
+    """What the numbers depend on, beside the data; not the layout, which changes them by rounding only."""
+    source, arch = _source(cfg, policy_source, arch)
+    fp8 = cfg.policy.megatron_cfg.fp8_cfg
+    return {
+        "format": str(FORMAT),
+        "weights": weights_fingerprint(source),
+        "architecture": repr(arch),
+        "precision": cfg.policy.precision,
+        "fp8": f"{fp8.fp8} {fp8.fp8_recipe}" if fp8.enabled else "",
+    }
+
+
+def _digest(description: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _require_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except OSError as error:
+        fix = "choose another dpo.reference.cache_dir"
+        where = "dpo.reference.cache_dir"
+        raise ConfigError([Problem(where, str(folder), f"a folder that can be written ({error})", fix)]) from error
+
+
+def _known(table: Table, positions: Positions) -> int:
+    return int((~np.isnan(table[positions]).any(axis=1)).sum())
+
+
+def _keep(cache: LogpsCache, name: str, positions: Positions, table: Table) -> None:
+    cache.write(table)
+    print(f"reference log-probabilities of {name}: {_known(table, positions)} of {len(positions)} pairs", flush=True)
+
+
+def _ignore(_: Table) -> None:
+    """The ranks that don't write."""

@@ -1,0 +1,127 @@
+"""dpo.reference.mode cached: a resident reference's numbers, computed once, in any layout, and never another model's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from megadpo.config.problems import ConfigError
+from megadpo.reference import LogpsCache
+from tests.helpers.distributed import run_distributed
+from tests.helpers.equal_runs import assert_equal_runs, run
+from tests.helpers.overrides import CP2, PP2, SP, TP2, VPP2
+from tests.helpers.runs import make_config, make_model, read_metrics, train
+
+CACHED = {"reference": {"mode": "cached"}}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def resident(model, tmp_path_factory):
+    return run(tmp_path_factory.mktemp("resident") / "run", model, 1, [])
+
+
+@pytest.mark.distributed
+def test_the_same_bits_as_a_resident_reference(model, resident, tmp_path):
+    """In the first epoch, in the same layout: the same packs."""
+    got = run(tmp_path / "cached", model, 1, [], dpo=CACHED)
+    for mine, theirs in zip(got.metrics, resident.metrics, strict=True):
+        assert without_times(mine) == without_times(theirs)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", [(4, [TP2, SP, PP2, VPP2]), (4, [CP2])], ids=["tp2_sp_pp2_vpp2", "dp2_cp2"])
+def test_any_layout_equals_one_process(layout, model, resident, tmp_path):
+    assert_equal_runs(run(tmp_path / "run", model, *layout, dpo=CACHED), resident)
+
+
+class Runs:
+    """Runs of two steps that share a folder for the log-probabilities."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder, self.model = folder, model
+        self.count = 0
+
+    def __call__(self, *, ranks: int = 1, overrides: tuple[str, ...] = (), **dpo: Any) -> list[dict[str, Any]]:
+        """The logged steps, without times."""
+        folder = self.folder / str(self.count)
+        self.count += 1
+        folder.mkdir()
+        config = make_config(folder, self.model, pairs=27, dpo={"max_num_steps": 2, **CACHED, **dpo})
+        cache = f"dpo.reference.cache_dir={self.folder / 'cache'}"
+        codes = run_distributed(train, ranks, str(config), [cache, *overrides], init_process_group=False)
+        assert codes == [0] * ranks
+        return [without_times(row) for row in read_metrics(folder / "logs")]
+
+    def files(self, name: str = "train") -> list[Path]:
+        return sorted((self.folder / "cache").glob(f"{name}-*.safetensors"))
+
+
+def without_times(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if not name.startswith("timing/")}
+
+
+@pytest.mark.distributed
+def test_a_later_run_reads_the_file_and_computes_what_it_lacks(model, tmp_path):
+    runs = Runs(tmp_path, model)
+    first = runs()
+    (file,) = runs.files()
+    table = load_file(file)["logps"]
+    assert table.shape == (27, 2)
+    used = ~np.isnan(table).any(axis=1)
+    assert used.sum() == 16, "two steps of eight pairs, and no more is computed"
+
+    marked = table.copy()
+    marked[np.flatnonzero(used)[0]] += [100, 0]  # read, it shows; computed anew, it would not
+    save_file({"logps": marked}, file)
+    shifted = runs()
+    assert any(a["train/loss"] != b["train/loss"] for a, b in zip(first, shifted, strict=True))
+
+    marked[used] = np.where(np.arange(16)[:, None] < 5, np.nan, table[used])
+    save_file({"logps": marked}, file)
+    for again, before in zip(runs(ranks=2, overrides=(PP2,)), first, strict=True):
+        assert again["train/loss"] == pytest.approx(before["train/loss"], rel=1e-5)
+    np.testing.assert_allclose(load_file(file)["logps"], table, rtol=1e-6)
+
+
+@pytest.mark.distributed
+def test_another_reference_has_a_file_of_its_own(model, tmp_path):
+    runs = Runs(tmp_path, model)
+    runs()
+    other = make_model(tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    save_file({**weights, "model.norm.weight": 2 * weights["model.norm.weight"]}, other / "model.safetensors")
+    against_other = runs(reference={"mode": "cached", "model_name": str(other)})
+    assert len(runs.files()) == 2
+    assert abs(against_other[0]["train/rewards/margins"]) > 1e-3
+
+
+@pytest.mark.parametrize("content", ["short", "torn"])
+def test_a_file_that_is_no_such_table_is_refused(content, tmp_path):
+    cache = LogpsCache(tmp_path / "train-x.safetensors")
+    cache.write(np.zeros((5 if content == "short" else 27, 2), dtype=np.float32))
+    if content == "torn":
+        cache.path.write_bytes(cache.path.read_bytes()[:-7])
+    with pytest.raises(ConfigError, match=r"train-x.safetensors.*float32 \(27, 2\).*delete the file"):
+        cache.read(27)
+
+
+@pytest.mark.distributed
+def test_later_epochs_have_every_pair(model, tmp_path):
+    """27 pairs in batches of 8: 3 are left out of each epoch, others in each."""
+    runs = Runs(tmp_path, model)
+    cached = runs(max_num_epochs=3, max_num_steps=None)
+    (file,) = runs.files()
+    assert (~np.isnan(load_file(file)["logps"])).all(axis=1).sum() > 24
+    no_cache = ("dpo.reference.mode=resident", "dpo.reference.cache_dir=null")
+    resident = runs(max_num_epochs=3, max_num_steps=None, overrides=no_cache)
+    for mine, theirs in zip(cached, resident, strict=True):
+        assert mine["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-5)
