@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megadpo.checkpoint import TrainingPosition, load_training_state, load_weights
 from megadpo.config.architecture import Architecture, read_architecture
 from megadpo.config.metric import parse_metric_name
+from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
 from megadpo.data.dataset import PairDataset, load_datasets
 from megadpo.data.loader import GlobalBatch, GlobalBatchLoader
@@ -24,12 +25,12 @@ from megadpo.data.tokenizer import load_tokenizer, pad_token_id
 from megadpo.model.build import build_model
 from megadpo.model.freeze import freeze
 from megadpo.model.gpt import PairModel
-from megadpo.model.source import ModelSource, resolve_source, tokenizer_source
+from megadpo.model.source import ModelSource, reference_source, resolve_source, tokenizer_source
 from megadpo.model.weights.load import load_hf_weights, place_of
 from megadpo.optimizer import build_optimizer, build_scheduler, wrap_for_training
 from megadpo.parallel import ParallelContext
 from megadpo.reference import ResidentReference
-from megadpo.train.resume import changes, claim, data_settings, find_resume, reference_source
+from megadpo.train.resume import changes, claim, data_settings, find_resume
 from megadpo.train.step import Trainer
 
 if TYPE_CHECKING:
@@ -144,6 +145,7 @@ def load_data(cfg: Config, arch: Architecture, source: ModelSource, ranks: Mappi
     tokenizer = load_tokenizer(str(tokenizer_source(cfg, source)))
     paths = {"": cfg.data.train_data_path, **(cfg.data.val_data_paths or {})}
     datasets = load_datasets(cfg, paths, tokenizer, arch.vocab_size)
+    require_reference_vocabulary(cfg, source, datasets.values())
     train = datasets.pop("")
     ranks = {**ranks, "pad_token_id": pad_token_id(tokenizer)}
     train_loader = GlobalBatchLoader.from_config(train, cfg, arch, training=True, **ranks)
@@ -157,6 +159,19 @@ def load_data(cfg: Config, arch: Architecture, source: ModelSource, ranks: Mappi
             f"of {cfg.policy.train_global_batch_size} and are left out"
         )
     return RunData(train, train_loader, loaders, reports)
+
+
+def require_reference_vocabulary(cfg: Config, policy_source: ModelSource, datasets: Iterable[PairDataset]) -> None:
+    """Raises ConfigError for a reference that lacks some of the pairs' tokens: under tensor parallelism no shard of its
+    embedding would hold them, and its log-probabilities be nonsense without an error."""
+    source, name = reference_source(cfg, policy_source), cfg.dpo.reference.model_name
+    if source == policy_source:  # whose vocabulary the pairs have been held against
+        return
+    vocab_size = read_architecture(source.hf_files).vocab_size
+    largest = max(data.max_token_id for data in datasets)
+    if largest >= vocab_size:
+        expected = f"a model that has the pairs' token ids, up to {largest}; its vocabulary has {vocab_size}"
+        raise ConfigError(Problem("dpo.reference.model_name", name, expected, "name one with the policy's tokenizer"))
 
 
 def build_reference(
