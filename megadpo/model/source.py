@@ -39,6 +39,13 @@ def resolve_source(name: str, field: str, *, weights: bool = True) -> ModelSourc
     return ModelSource(hf_files=_from_hub(name, field, expected, weights), megatron=None)
 
 
+def reference_source(cfg: Config, policy_source: ModelSource) -> ModelSource:
+    """Where the reference's weights are: `dpo.reference.model_name`, or what the policy started from."""
+    if cfg.dpo.reference.model_name is None:
+        return policy_source
+    return resolve_source(cfg.dpo.reference.model_name, "dpo.reference.model_name")
+
+
 def weights_fingerprint(source: ModelSource) -> str:
     """sha256 over the sizes of the weight files and a few bytes from all over each: what tells the models of one
     architecture apart, without reading them. The same for a copy of the folder, whatever its name."""

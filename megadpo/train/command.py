@@ -23,7 +23,7 @@ OTHERS_WAIT_S = 20.0
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Check or train; returns the exit code. A refusal is printed by each node's first rank only."""
+    """Check or train; returns the exit code. A refusal is printed by each node's first rank."""
     options = parse(arguments)
     quiet_libraries()
     try:
@@ -80,12 +80,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def checked_config(path: str, overrides: Sequence[str], world_size: int | None, purpose: Purpose = "train") -> Config:
     """The config, held against the model's config.json and the world. Raises ConfigError with every problem."""
     from megadpo.model.freeze import freeze_problems
-    from megadpo.model.source import resolve_source
+    from megadpo.model.source import reference_source, resolve_source
 
     cfg = load_config(path, overrides, purpose=purpose)
     source = resolve_source(cfg.policy.model_name, "policy.model_name")
     arch = read_architecture(source.hf_files)
     problems = check_layout(cfg, arch, world_size) + freeze_problems(cfg.policy.freeze, arch)
+    if (reference := reference_source(cfg, source)) != source:
+        # the reference runs in the policy's layout, so its own shape must allow that too
+        for one in check_layout(cfg, read_architecture(reference.hf_files), None):
+            problems.append(dataclasses.replace(one, expected=f"{one.expected} (dpo.reference.model_name's)"))
     if problems:
         raise ConfigError(problems)
     return dataclasses.replace(cfg, notes=(*cfg.notes, *unused_by_dense(cfg, arch)))
@@ -148,13 +152,12 @@ def run_training(cfg: Config) -> int:
 
 def refuse(error: UserError) -> int:
     """Print every problem on stderr, once a node; the other ranks wait so that torchrun doesn't stop the one that
-    prints. Returns EXIT_REFUSED."""
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        print(f"refused, {len(error.problems)} problem(s):", file=sys.stderr)
-        for problem in error.problems:
-            print(f"  {problem}", file=sys.stderr, flush=True)
-    else:
+    prints. A rank that is still there after that is the only one to know, and prints too. Returns EXIT_REFUSED."""
+    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
         time.sleep(OTHERS_WAIT_S)
+    print(f"refused, {len(error.problems)} problem(s):", file=sys.stderr)
+    for problem in error.problems:
+        print(f"  {problem}", file=sys.stderr, flush=True)
     return EXIT_REFUSED
 
 

@@ -24,7 +24,8 @@ from megadpo.objective import metric_names
 from megadpo.parallel import ParallelContext
 from megadpo.reference import ResidentReference
 from megadpo.train.metrics import MetricSums
-from megadpo.train.reference import build_reference
+from megadpo.train.reference import build_reference, require_reference_vocabulary
+from megadpo.train.resume import require_writable
 from megadpo.train.setup import data_rank, seed_everything
 from megadpo.train.step import pair_loss
 from megadpo.train.weights import fill
@@ -51,6 +52,7 @@ class Evaluator:
         arch = read_architecture(source.hf_files)
         tokenizer = load_tokenizer(str(tokenizer_source(cfg, source)))
         datasets = load_datasets(cfg, cfg.data.val_data_paths or {}, tokenizer, arch.vocab_size)
+        require_reference_vocabulary(cfg, source, datasets.values())
         whole = dataclasses.replace(cfg, dpo=dataclasses.replace(cfg.dpo, val_batches=0))  # evaluation means every pair
         pad, rank = pad_token_id(tokenizer), data_rank(parallel)
         self.loaders = {
@@ -102,15 +104,16 @@ def metrics_of(
 
 
 def write_scores(path: Path, scores: list[PairScore]) -> None:
-    """pairs-<name>.jsonl: one object a pair, in file order."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(dataclasses.asdict(score)) + "\n" for score in scores))
+    """pairs-<name>.jsonl: one object a pair, in file order. null for what is not finite, which JSON has no word for."""
+    path.write_text("".join(json.dumps(_finite(dataclasses.asdict(score))) + "\n" for score in scores))
 
 
 def run_evaluation(cfg: Config, parallel: ParallelContext) -> int:
     """Evaluate every set of `data.val_data_paths`; rank 0 writes and prints. Returns the exit code."""
-    evaluator = Evaluator(cfg, parallel)
     log_dir = Path(cfg.logger.log_dir)
+    if parallel.rank == 0:
+        require_writable(log_dir, "logger.log_dir")
+    evaluator = Evaluator(cfg, parallel)
     record: dict[str, float | None] = {}
     for name in evaluator.loaders:
         started = time.perf_counter()
@@ -122,8 +125,7 @@ def run_evaluation(cfg: Config, parallel: ParallelContext) -> int:
             shown = "  ".join(f"{metric} {value:.4f}" for metric, value in metrics.items() if value is not None)
             print(f"{name}: {shown}  ({seconds:.1f} s)", flush=True)
     if parallel.rank == 0:
-        finite = {key: value if value is not None and math.isfinite(value) else None for key, value in record.items()}
-        (log_dir / "evaluation.json").write_text(json.dumps(finite, indent=1) + "\n")
+        (log_dir / "evaluation.json").write_text(json.dumps(_finite(record), indent=1) + "\n")
     return 0
 
 
@@ -132,6 +134,10 @@ def _scores(rows: list[int], logps: torch.Tensor, reference: torch.Tensor | None
     reference_values = [None] * len(values) if reference is None else reference.tolist()
     for i, row in enumerate(rows):
         yield PairScore(row, values[2 * i], values[2 * i + 1], reference_values[2 * i], reference_values[2 * i + 1])
+
+
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value if value is not None and math.isfinite(value) else None for key, value in record.items()}
 
 
 def _mean(values: list[Any]) -> float:

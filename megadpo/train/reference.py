@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -16,13 +15,14 @@ import torch
 from megadpo.config.architecture import Architecture, read_architecture
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
+from megadpo.data.dataset import PairDataset
 from megadpo.data.loader import GlobalBatchLoader
 from megadpo.model.build import build_model
-from megadpo.model.source import ModelSource, weights_fingerprint
+from megadpo.model.source import ModelSource, reference_source, weights_fingerprint
 from megadpo.parallel import ParallelContext
 from megadpo.reference import LogpsCache, ResidentReference, compute_missing, positions_by_use
 from megadpo.reference.cached import Table
-from megadpo.train.resume import from_first_rank, reference_source
+from megadpo.train.resume import from_first_rank, require_writable
 from megadpo.train.weights import fill
 
 Positions = npt.NDArray[np.int64]
@@ -38,6 +38,19 @@ def build_reference(
     model = build_model(arch, cfg.policy, parallel, frozen=True)
     fill(model, source, arch, parallel)
     return ResidentReference(model, parallel)
+
+
+def require_reference_vocabulary(cfg: Config, policy_source: ModelSource, datasets: Iterable[PairDataset]) -> None:
+    """Raises ConfigError for a reference that lacks some of the pairs' tokens: under tensor parallelism no shard of its
+    embedding would hold them, and its log-probabilities be nonsense without an error."""
+    source, name = reference_source(cfg, policy_source), cfg.dpo.reference.model_name
+    if source == policy_source:  # whose vocabulary the pairs have been held against
+        return
+    vocab_size = read_architecture(source.hf_files).vocab_size
+    largest = max(data.max_token_id for data in datasets)
+    if largest >= vocab_size:
+        expected = f"a model that has the pairs' token ids, up to {largest}; its vocabulary has {vocab_size}"
+        raise ConfigError(Problem("dpo.reference.model_name", name, expected, "name one with the policy's tokenizer"))
 
 
 def attach_logps(
@@ -66,7 +79,7 @@ def attach_logps(
         known = _known(table, positions)
         if known < len(positions):
             if reference is None:
-                from_first_rank(parallel, partial(_require_writable, folder))
+                from_first_rank(parallel, partial(require_writable, folder, "dpo.reference.cache_dir"))
                 reference = build_reference(cfg, policy_source, arch, parallel)
             keep = partial(_keep, cache, name, positions) if parallel.rank == 0 else _ignore
             table = compute_missing(reference, loader, positions, table, parallel, after_some=keep)
@@ -98,17 +111,6 @@ def _describe(cfg: Config, policy_source: ModelSource, arch: Architecture) -> di
 
 def _digest(description: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _require_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"x")
-    except OSError as error:
-        fix = "choose another dpo.reference.cache_dir"
-        where = "dpo.reference.cache_dir"
-        raise ConfigError([Problem(where, str(folder), f"a folder that can be written ({error})", fix)]) from error
 
 
 def _known(table: Table, positions: Positions) -> int:

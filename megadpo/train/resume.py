@@ -18,7 +18,7 @@ from megadpo.config.load import as_dict
 from megadpo.config.problems import ConfigError, Problem, UserError
 from megadpo.config.schema import Config
 from megadpo.data.dataset import PairDataset
-from megadpo.model.source import ModelSource, resolve_source, weights_fingerprint
+from megadpo.model.source import ModelSource, reference_source, weights_fingerprint
 from megadpo.parallel import ParallelContext
 
 FIELD = "checkpointing.checkpoint_dir"
@@ -69,13 +69,6 @@ def data_settings(cfg: Config, source: ModelSource, parallel: ParallelContext) -
         "policy.megatron_cfg.freeze_moe_router": cfg.policy.megatron_cfg.freeze_moe_router,
         REFERENCE: from_first_rank(parallel, lambda: _reference_fingerprint(cfg, source)),
     }
-
-
-def reference_source(cfg: Config, policy_source: ModelSource) -> ModelSource:
-    """Where the reference's weights are: `dpo.reference.model_name`, or what the policy started from."""
-    if cfg.dpo.reference.model_name is None:
-        return policy_source
-    return resolve_source(cfg.dpo.reference.model_name, "dpo.reference.model_name")
 
 
 def changes(cfg: Config, info: CheckpointInfo) -> list[str]:
@@ -146,14 +139,21 @@ def _other_reference(cfg: Config, info: CheckpointInfo, fix: str) -> Problem:
     return Problem(field, value, f"the reference that {info.path} was trained against, or none as there", fix)
 
 
-def _write_mark(folder: Path) -> str:
-    name = f".seen-by-all-{uuid.uuid4().hex}"
+def require_writable(folder: Path, field: str) -> None:
+    """Make `folder` and write a file there. Raises ConfigError naming `field`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("x")
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
     except OSError as error:
         fix = "choose another folder, or make room and set its permissions"
-        raise ConfigError([Problem(FIELD, str(folder), f"a folder that can be written ({error})", fix)]) from error
+        raise ConfigError([Problem(field, str(folder), f"a folder that can be written ({error})", fix)]) from error
+
+
+def _write_mark(folder: Path) -> str:
+    require_writable(folder, FIELD)
+    name = f".seen-by-all-{uuid.uuid4().hex}"
+    (folder / name).touch()
     return name
 
 
@@ -165,10 +165,9 @@ def _look_for(folder: Path, mark: Path) -> str | None:
             return f"{host} does not see what rank 0 writes there"
         time.sleep(0.2)
     try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"x")
-    except OSError as error:
-        return f"{host}: {error}"
+        require_writable(folder, FIELD)
+    except ConfigError as error:
+        return f"{host}: {error.problems[0].expected}"
     return None
 
 

@@ -26,7 +26,7 @@ from megadpo.model.freeze import freeze
 from megadpo.model.source import ModelSource, resolve_source, tokenizer_source
 from megadpo.optimizer import build_optimizer, build_scheduler, wrap_for_training
 from megadpo.parallel import ParallelContext
-from megadpo.train.reference import attach_logps, build_reference
+from megadpo.train.reference import attach_logps, build_reference, require_reference_vocabulary
 from megadpo.train.resume import changes, claim, data_settings, find_resume
 from megadpo.train.step import Trainer
 from megadpo.train.weights import fill
@@ -144,6 +144,7 @@ def load_data(cfg: Config, arch: Architecture, source: ModelSource, rank: DataRa
     tokenizer = load_tokenizer(str(tokenizer_source(cfg, source)))
     paths = {"": cfg.data.train_data_path, **(cfg.data.val_data_paths or {})}
     datasets = load_datasets(cfg, paths, tokenizer, arch.vocab_size)
+    require_reference_vocabulary(cfg, source, datasets.values())
     train = datasets.pop("")
     make_loader = partial(
         GlobalBatchLoader.from_config, cfg=cfg, arch=arch, pad_token_id=pad_token_id(tokenizer), rank=rank

@@ -62,3 +62,18 @@ def test_evaluation_equals_validation_and_file_order(tmp_path):
     assert of_the_policy["validation-held_out/loss"] > 0
     for a, b in zip(four_ranks, alone, strict=True):
         torch.testing.assert_close(a["policy_chosen_logps"], b["policy_chosen_logps"], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.distributed
+def test_log_dir_that_cannot_be_written_is_refused_first(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    config = make_config(tmp_path, make_model(tmp_path / "model"), logger={"log_dir": str(tmp_path / "file/logs")})
+    assert run_distributed(evaluate, 1, str(config), [], init_process_group=False) == [2]
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+    from megadpo.train.evaluation import PairScore, write_scores
+
+    write_scores(tmp_path / "pairs.jsonl", [PairScore(0, float("nan"), -1.0, float("-inf"), None)])
+    text = (tmp_path / "pairs.jsonl").read_text()
+    assert list(json.loads(text).values()) == [0, None, -1.0, None, None]
