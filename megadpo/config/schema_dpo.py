@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megadpo.config.types import CountOrZero, FloatOrZero, PositiveFloat, PositiveInt, Text
+from megadpo.config.types import CountOrZero, FloatOrZero, PositiveFloat, PositiveInt, Seed, Text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class DpoConfig:
     """Validate before the first step."""
     val_at_end: bool = False
     """Validate after the last step."""
-    seed: CountOrZero = 42
+    seed: Seed = 42
     """Seed of the data order and of every random number of the run."""
 
     reference_policy_kl_penalty: PositiveFloat = 0.05

@@ -189,7 +189,7 @@ def test_kwargs_that_no_template_reads_are_refused_each() -> None:
 
 
 def test_text_that_is_no_template_is_one_problem_of_the_setting() -> None:
-    with pytest.raises(ConfigError, match="chat_template: .* a Jinja template; Jinja says: .* line 2"):
+    with pytest.raises(ConfigError, match="chat_template: .* a Jinja template; Jinja says: .*line 2"):
         PairTokenizer(tiny_tokenizer(), chat_template="{{ a }}\n{{ bad")
 
 
