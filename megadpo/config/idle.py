@@ -46,7 +46,7 @@ def _idle(cfg: Config) -> Iterator[tuple[str, str]]:
     else:
         yield "policy.sequence_packing.share_prompt", "policy.sequence_packing.enabled is false"
     if not cfg.data.val_data_paths:
-        for name in ("val_period", "val_batches", "val_global_batch_size", "val_at_start", "val_at_end"):
+        for name in ("val_batches", "val_global_batch_size", "val_at_end"):
             yield f"dpo.{name}", "there is no validation set in data.val_data_paths"
 
 
