@@ -14,12 +14,11 @@ from megadpo.config.schema import Config
 Made = TypeVar("Made")
 
 
-def check(path: str, overrides: Sequence[str], world_size: int | None) -> int:
+def check(path: str, overrides: Sequence[str], checked_config: Callable[[], Config]) -> int:
     """Print what the data files hold and the number of steps. Raises ConfigError: the config's problems first, since it
-    says where the rest is, and then those of model folder, layout, weight files and data together."""
+    says where the rest is, and then those of model folder, layout, weight files and data together. checked_config: loads it and checks folder and layout."""
     from megadpo.data.tokenizer import load_tokenizer
     from megadpo.model.source import resolve_source, tokenizer_source
-    from megadpo.train.command import checked_config
     from megadpo.train.setup import RunData, load_data
 
     problems: list[Problem] = []
@@ -32,7 +31,7 @@ def check(path: str, overrides: Sequence[str], world_size: int | None) -> int:
             return None
 
     cfg = load_config(path, overrides)
-    cfg = attempt(lambda: checked_config(path, overrides, world_size)) or cfg
+    cfg = attempt(checked_config) or cfg
     source = attempt(lambda: resolve_source(cfg.policy.model_name, "policy.model_name"))
     arch = None if source is None else attempt(lambda: read_architecture(source.hf_files))
     tokenizer = None if source is None else attempt(lambda: load_tokenizer(str(tokenizer_source(cfg, source))))

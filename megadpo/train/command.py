@@ -18,6 +18,7 @@ from megadpo.config.load import Purpose, as_dict, load_config, save_resolved
 from megadpo.config.metric import parse_duration_s
 from megadpo.config.problems import EXIT_REFUSED, ConfigError, UserError
 from megadpo.config.schema import Config
+from megadpo.train.check import check
 
 OTHERS_WAIT_S = 20.0
 
@@ -27,11 +28,12 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     quiet_libraries()
     try:
-        if options.check:
-            from megadpo.train.check import check
+        world_size = options.world_size or (None if options.check else int(os.environ.get("WORLD_SIZE", "1")))
 
-            return check(options.config, options.overrides, options.world_size)
-        return run_training(checked_config(options.config, options.overrides, int(os.environ.get("WORLD_SIZE", "1"))))
+        def checked() -> Config:
+            return checked_config(options.config, options.overrides, world_size)
+
+        return check(options.config, options.overrides, checked) if options.check else run_training(checked())
     except UserError as error:
         return refuse(error)
 
