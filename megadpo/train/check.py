@@ -15,8 +15,11 @@ Made = TypeVar("Made")
 
 
 def check(path: str, overrides: Sequence[str], checked_config: Callable[[], Config]) -> int:
-    """Print what the data files hold and the number of steps. Raises ConfigError: the config's problems first, since it
-    says where the rest is, and then those of model folder, layout, weight files and data together. checked_config: loads it and checks folder and layout."""
+    """Print what the data files hold and the number of steps.
+
+    checked_config: loads the config and holds it against model folder and layout. Raises ConfigError: the config's
+    problems first, since it says where the rest is, then those of model folder, layout, weight files and data together.
+    """
     from megadpo.data.tokenizer import load_tokenizer
     from megadpo.model.source import resolve_source, tokenizer_source
     from megadpo.train.setup import RunData, load_data
