@@ -69,7 +69,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--world-size", type=int, default=None, help="processes of the run (default: cluster, else one copy)"
     )
     parser.add_argument("--all-tokens", action="store_true", help="show long segments whole")
-    return parser.parse_intermixed_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
+    if options.batches < 0:
+        parser.error(f"--batches {options.batches}: a number of batches, 0 for none")
+    if options.world_size is not None and options.world_size < 1:
+        parser.error(f"--world-size {options.world_size}: say how many processes there will be, 1 or more")
+    return options
 
 
 def show(options: argparse.Namespace, console: Console) -> None:

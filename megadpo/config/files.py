@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,29 +44,87 @@ def _read_with_defaults(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(parents, list) or not all(isinstance(one, str) for one in parents):
         expected = "a path or a list of paths, relative to this file"
         raise ConfigError(Problem(f"{path}: defaults", parents, expected, "write defaults: base.yaml"))
+    problems = list(_bad_markers(tree, f"{path}: "))
     merged: dict[str, Any] = {}
     for parent in parents:
-        merged = _merge(merged, _read_with_defaults(path.parent / os.path.expanduser(parent), (*below, here)))
+        try:
+            read = _read_with_defaults(path.parent / os.path.expanduser(parent), (*below, here))
+        except ConfigError as error:
+            problems += error.problems
+        else:
+            merged = _merge(merged, read)
+    if problems:
+        raise ConfigError(problems)
     return _merge(merged, tree)
+
+
+def _bad_markers(tree: dict[str, Any], where: str) -> Iterator[Problem]:
+    """Each `_override_` that says neither true nor false."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            marker = value.get(_REPLACE, True)
+            if not isinstance(marker, bool):
+                fix = "write true to replace the section of the defaults, or remove it"
+                yield Problem(f"{where}{key}.{_REPLACE}", marker, "true or false", fix)
+            yield from _bad_markers(value, f"{where}{key}.")
 
 
 def _read_yaml(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     where = f"{below[-1]}: defaults" if below else "config"
     try:
-        # OmegaConf's loader refuses duplicate keys and reads 5e-6 as a number.
-        loaded = OmegaConf.load(path)
+        content = path.read_bytes()
     except OSError as error:
         problem = Problem(where, str(path), f"a readable YAML file ({error.strerror})", "check the path")
         raise ConfigError(problem) from error
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        got = f"the byte 0x{content[error.start]:02x}"
+        raise ConfigError(Problem(f"{path}:{line}", got, "UTF-8", "save the file in UTF-8")) from error
+    try:
+        bad = [Problem(f"{path}:{line}", *words) for line, *words in _bad_keys(text)]
+        tree = {} if bad else _parsed(text)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
         mark = getattr(error, "problem_mark", None)
-        line = f"{path}:{mark.line + 1}" if mark is not None else str(path)
+        at = f"{path}:{mark.line + 1}" if mark is not None else str(path)
         what = getattr(error, "problem", None) or _first_line(error)
-        raise ConfigError(Problem(line, what, "valid YAML", "correct the line")) from error
-    tree = OmegaConf.to_container(loaded, resolve=False)
+        raise ConfigError(Problem(at, what, "valid YAML", "correct the line")) from error
+    if bad:
+        raise ConfigError(bad)
     if not isinstance(tree, dict):
         raise ConfigError(Problem(str(path), type(tree).__name__, "a mapping of sections", "write section: ... lines"))
-    return {str(key): value for key, value in tree.items()}
+    return tree
+
+
+def _parsed(text: str) -> Any:
+    """The YAML text as plain data. Raises YAMLError and OmegaConfBaseException."""
+    try:
+        # OmegaConf's loader refuses duplicate keys and reads 5e-6 as a number.
+        return OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
+    except OSError:  # what it says of a file that holds neither a mapping nor a list
+        return yaml.safe_load(text)
+
+
+def _bad_keys(text: str) -> Iterator[tuple[int, str, str, str]]:
+    """(line, what is there, expected, fix) of each key that YAML takes for something else than the text it looks like.
+
+    `no: norwegian.jsonl` would be named False, and of `1: a` and `01: b` only one be left.
+    """
+    nodes = [yaml.compose(text, Loader=yaml.SafeLoader)]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        if not isinstance(node, yaml.MappingNode):
+            continue
+        for key, value in node.value:
+            nodes.append(value)
+            kind = key.tag.rpartition(":")[2]
+            whole = kind == "int" and key.value.isascii() and key.value.isdigit() and str(int(key.value)) == key.value
+            if kind not in ("str", "merge") and not whole:
+                shown = key.value if isinstance(key, yaml.ScalarNode) else "a list or mapping"
+                yield key.start_mark.line + 1, f"the key {shown}", f"text; YAML reads it as {kind}", "put it in quotes"
 
 
 def _merge(base: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
@@ -86,15 +145,18 @@ def apply_override(tree: dict[str, Any], override: str, problems: list[Problem])
     """Apply `a.b=c`; Hydra's `+a.b=c` and `++a.b=c` mean the same, since the schema knows the keys; `~a.b` removes."""
     form = "key=value, as policy.precision=float32"
     name, equals, text = override.partition("=")
-    remove = name.startswith("~")
-    name = name.lstrip("+~").strip()
+    sign = next((one for one in ("++", "+", "~") if name.startswith(one)), "")
+    name = name.removeprefix(sign).strip()
     path = name.split(".")
-    if not all(path) or (not equals and not remove):
+    if not all(path) or name[:1] in "+~" or (not equals and sign != "~"):
         problems.append(Problem("command line", override, form, "write it so"))
         return
-    if remove:
-        if not _removed(tree, path):
-            problems.append(Problem("command line", override, "a key that the file sets", "remove this argument"))
+    known = len(problems)
+    value = _override_value(name, override, text, problems) if equals else None
+    if len(problems) > known:
+        return
+    if sign == "~":
+        problems += _remove(tree, path, override, value, has_value=bool(equals))
         return
     holder = tree
     for depth, part in enumerate(path[:-1]):
@@ -105,26 +167,34 @@ def apply_override(tree: dict[str, Any], override: str, problems: list[Problem])
             problems.append(Problem("command line", override, f"{at} to be a section", f"it is {holder[part]!r}"))
             return
         holder = holder[part]
+    holder[path[-1]] = value
+
+
+def _override_value(name: str, override: str, text: str, problems: list[Problem]) -> Any:
+    """What `text` means as YAML; anything with a problem."""
     try:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+        bad = [Problem(f"command line: {name}", *words) for _, *words in _bad_keys(text)]
+        tree = OmegaConf.to_container(OmegaConf.from_dotlist([] if bad else [f"value={text}"]), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        problems.append(Problem("command line", override, f"a YAML value ({_first_line(error)})", "quote the value"))
-        return
-    assert isinstance(value, dict)
-    holder[path[-1]] = value["value"]
+        fix = f"""correct the value, or put it in quotes, inside those of the shell: '{name}="..."'"""
+        bad, tree = [Problem("command line", override, f"a YAML value ({_first_line(error)})", fix)], {}
+    problems += bad
+    assert isinstance(tree, dict)
+    return tree.get("value")
 
 
-def _removed(tree: dict[str, Any], path: list[str]) -> bool:
-    """Delete the key at `path`; False where there is none."""
+def _remove(tree: dict[str, Any], path: list[str], override: str, value: object, *, has_value: bool) -> list[Problem]:
+    """Delete the key at `path`, which must hold `value` where one is given, as in Hydra."""
     holder: Any = tree
     for part in path[:-1]:
-        holder = holder.get(part)
-        if not isinstance(holder, dict):
-            return False
-    if path[-1] not in holder:
-        return False
+        holder = holder.get(part) if isinstance(holder, dict) else None
+    if not isinstance(holder, dict) or path[-1] not in holder:
+        return [Problem("command line", override, "a key that the file sets", "remove this argument")]
+    if has_value and holder[path[-1]] != value:
+        fix = f"correct the value, or write ~{'.'.join(path)} alone"
+        return [Problem("command line", override, f"the value that is removed, {holder[path[-1]]!r}", fix)]
     del holder[path[-1]]
-    return True
+    return []
 
 
 def _resolve(node: Any, path: str, problems: list[Problem], depth: int) -> Any:

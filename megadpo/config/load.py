@@ -15,6 +15,7 @@ from megadpo.config import rules_gpu, rules_layout, rules_optimizer, rules_run  
 from megadpo.config.derive import derive
 from megadpo.config.files import read_tree
 from megadpo.config.foreign import KNOWN_PATHS, strip_foreign
+from megadpo.config.idle import idle_notes
 from megadpo.config.nemo_data import SECTION_PATHS, translate_data
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.reader import Reader, dotted_paths
@@ -87,7 +88,7 @@ def _build(tree: dict[str, Any], problems: list[Problem], purpose: Purpose) -> C
     problems += [one for one in _missing_data(cfg, purpose) if not covered(one.where, bad)]
     if problems:
         raise ConfigError(problems)
-    return dataclasses.replace(cfg, notes=tuple(notes))
+    return dataclasses.replace(cfg, notes=(*notes, *idle_notes(cfg)))
 
 
 def _missing_data(cfg: Config, purpose: Purpose) -> list[Problem]:

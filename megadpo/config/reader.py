@@ -26,6 +26,10 @@ _ELSEWHERE = {
     "per_device_train_batch_size": "policy.train_micro_batch_size",
     "warmup_steps": "policy.megatron_cfg.scheduler.lr_warmup_iters",
     "output_dir": "checkpointing.checkpoint_dir",
+    "num_epochs": "dpo.max_num_epochs",
+    "pretrained_model": "policy.model_name",
+    "train_file": "data.train_data_path",
+    "validation_file": "data.val_data_paths",
 }
 
 
@@ -117,7 +121,7 @@ class Reader:
             except OverflowError:
                 return self._problem(where, raw, expected, "write a finite number")
         if type(value) is not kind:
-            return self._problem(where, raw, expected, _type_fix(kind, raw))
+            return self._problem(where, raw, expected, _type_fix(kind, raw, where))
         if kind is float and not math.isfinite(value):
             return self._problem(where, raw, expected, "write a finite number")
         for bound in bounds:
@@ -136,12 +140,23 @@ class Reader:
 
     def _unknown(self, where: str, value: object, siblings: list[str]) -> None:
         fix = "remove it"
+        name = where.rpartition(".")[2]
+        near_section = difflib.get_close_matches(name, siblings, n=1, cutoff=0.7)
+        if isinstance(value, Mapping) and value and not near_section and name not in self._sections:
+            for key, one in value.items():  # somebody else's section: each of its keys has a place of its own
+                self._unknown(f"{where}.{key}", one, [])
+            return
         nearest = nearest_name(where, siblings, self.known_paths)
         if nearest:
             fix = f"did you mean {nearest}? Otherwise remove it"
         elif siblings and len(siblings) <= 12:
             fix = f"remove it; known here: {', '.join(siblings)}"
         self._problem(where, value, "a known key; this one is not", fix)
+
+    @functools.cached_property
+    def _sections(self) -> frozenset[str]:
+        """The last names of all sections."""
+        return frozenset(path.split(".")[-2] for path in self.known_paths if "." in path)
 
     def _problem(self, where: str, value: object, expected: str, fix: str) -> None:
         self.problems.append(Problem(where, value, expected, fix))
@@ -203,13 +218,14 @@ def _literal(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _type_fix(kind: type, raw: object) -> str:
+def _type_fix(kind: type, raw: object, where: str) -> str:
     if kind is bool:
         return "write true or false, without quotes"
     if kind is str:
-        return "put it in quotes" if isinstance(raw, (int, float)) else "write text"
-    if kind is int and isinstance(raw, float) and raw.is_integer():
-        return f"write {int(raw)}"
+        quotes = f"""put it in quotes; on the command line inside those of the shell: '{where}="..."'"""
+        return quotes if isinstance(raw, (int, float)) else "write text"
+    if kind is int and isinstance(raw, float):
+        return f"write {int(raw)}" if raw.is_integer() else "write a whole number"
     return "write a number, without quotes"
 
 

@@ -86,6 +86,9 @@ def _recomputation(cfg: Config) -> Iterator[Problem]:
     megatron, usual = cfg.policy.megatron_cfg, MegatronConfig()
     if not megatron.activation_checkpointing:
         return
+    if megatron.recompute_granularity == "selective" and not megatron.recompute_modules:
+        fix = f"name a module, such as core_attn, or set {_MEG}.activation_checkpointing: false"
+        yield Problem(f"{_MEG}.recompute_modules", [], "what to recompute, with activation_checkpointing", fix)
     unused = {"selective": ("recompute_method", "recompute_num_layers"), "full": ("recompute_modules",)}
     for name in unused[megatron.recompute_granularity]:
         value, default = getattr(megatron, name), getattr(usual, name)

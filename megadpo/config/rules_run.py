@@ -89,6 +89,22 @@ def _input_length(cfg: Config) -> Iterator[Problem]:
         yield Problem("data.max_input_seq_length", length, expected, "remove it, or raise the other")
 
 
+SHORTEST_LIMIT = 3
+"""BOS, one prompt token, one answer token: what a cut leaves at least."""
+
+
+@rule("data.max_input_seq_length", "policy.max_total_sequence_length")
+def _shortest_limit(cfg: Config) -> Iterator[Problem]:
+    for where, value in (
+        ("policy.max_total_sequence_length", cfg.policy.max_total_sequence_length),
+        ("data.max_input_seq_length", cfg.data.max_input_seq_length),
+    ):
+        if value < SHORTEST_LIMIT:
+            expected = f"at least {SHORTEST_LIMIT}: BOS, a prompt token and an answer token"
+            yield Problem(where, value, expected, "raise it")
+            return  # the second follows the first
+
+
 @rule(
     "policy.sequence_packing.train_mb_tokens",
     "policy.sequence_packing.enabled",
@@ -184,13 +200,17 @@ def _cluster(cfg: Config) -> Iterator[Problem]:
             yield Problem(f"cluster.{name}", None, f"a number beside cluster.{other}", fix)
 
 
-@rule("checkpointing.checkpoint_must_save_by")
+@rule("checkpointing.checkpoint_must_save_by", "checkpointing.enabled")
 def _must_save_by(cfg: Config) -> Iterator[Problem]:
-    text = cfg.checkpointing.checkpoint_must_save_by
+    text, where = cfg.checkpointing.checkpoint_must_save_by, "checkpointing.checkpoint_must_save_by"
     if text is None:
         return
     try:
-        parse_duration_s(text)
+        seconds = parse_duration_s(text)
     except ValueError:
-        where = "checkpointing.checkpoint_must_save_by"
-        yield Problem(where, text, "DD:HH:MM:SS, hours below 24", 'for example "00:03:45:00"')
+        seconds = 0
+    if seconds == 0:
+        yield Problem(where, text, "DD:HH:MM:SS, hours below 24, more than 0", 'for example "00:03:45:00"')
+    if not cfg.checkpointing.enabled:
+        fix = "set it to null, or checkpointing.enabled: true"
+        yield Problem(where, text, "null with checkpointing.enabled false: a run that stops would begin again", fix)

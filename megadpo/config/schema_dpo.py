@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from megadpo.config.losses import LOSS_TRAITS, LossTraits, LossType
-from megadpo.config.types import CountOrZero, FloatOrZero, PositiveFloat, PositiveInt, Range, Text
+from megadpo.config.types import CountOrZero, FloatOrZero, PositiveFloat, PositiveInt, Range, Seed, Text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class DpoConfig:
     """Validate before the first step."""
     val_at_end: bool = False
     """Validate after the last step."""
-    seed: CountOrZero = 42
+    seed: Seed = 42
     """Seed of the data order and of every random number of the run."""
 
     reference_policy_kl_penalty: PositiveFloat = 0.05

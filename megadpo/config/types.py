@@ -26,7 +26,10 @@ class Range:
 
     def __str__(self) -> str:
         bounds = [(">=", self.ge), (">", self.gt), ("<=", self.le), ("<", self.lt)]
-        return " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
+        shown = [
+            (sign, bound if isinstance(bound, int) else f"{bound:g}") for sign, bound in bounds if bound is not None
+        ]
+        return " and ".join(f"{sign} {bound}" for sign, bound in shown)
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class NotEmpty:
 
 PositiveInt = Annotated[int, Range(ge=1)]
 CountOrZero = Annotated[int, Range(ge=0)]
+Seed = Annotated[int, Range(ge=0, le=2**31 - 1)]
+"""Random generators take 32 bits, and each rank adds a little to it."""
 PositiveFloat = Annotated[float, Range(gt=0)]
 FloatOrZero = Annotated[float, Range(ge=0)]
 Proportion = Annotated[float, Range(ge=0, lt=1)]

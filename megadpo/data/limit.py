@@ -9,13 +9,11 @@ from typing import Literal
 import numpy as np
 
 from megadpo.config.problems import DataError, Problem
+from megadpo.config.rules_run import SHORTEST_LIMIT
 from megadpo.data.pairs import TokenizedPair
 from megadpo.data.reader import MOST_PROBLEMS
 
 OnTooLong = Literal["refuse", "drop", "truncate"]
-
-SHORTEST_LIMIT = 3
-"""BOS, one prompt token, one answer token."""
 
 
 @dataclass

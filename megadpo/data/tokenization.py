@@ -33,13 +33,14 @@ from megadpo.data.tokenization_turns import (
     plain_pieces,
     prompt_messages,
 )
-from megadpo.data.tokenizer import OWN_TEMPLATE, require_eos, resolve_chat_template
+from megadpo.data.tokenizer import OWN_TEMPLATE, require_eos, resolve_chat_template, template_variables
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BATCH_PAIRS = 128  # pairs per tokenizer call: enough for its threads; it takes 70 kB a pair until it returns
 _RESERVED_KWARGS = ("tokenize", "add_generation_prompt", "continue_final_message", "chat_template", "conversation")
+_NO_TEMPLATE = "there is no chat template"
 
 
 @dataclass
@@ -83,7 +84,9 @@ class PairTokenizer:
         self.chat_template = resolve_chat_template(tokenizer, chat_template)
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.loss_on = loss_on
-        self._check_kwargs()
+        variables = frozenset() if self.chat_template is None else template_variables(self.chat_template)
+        self._reads_tools = "tools" in variables
+        self._check_kwargs(variables)
         added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         special = sorted({*tokenizer.all_special_tokens, *added}, key=lambda token: (-len(token), token))
         self._only_special = re.compile("(?:" + "|".join([*map(re.escape, special), r"\s"]) + ")*")
@@ -115,6 +118,13 @@ class PairTokenizer:
     # Text
 
     def _texts(self, pair: PreferencePair) -> _Texts | Problem:
+        if pair.tools and not self._reads_tools:
+            return Problem(
+                where=pair.source,
+                value="field 'tools'",
+                expected="no tools, since " + ("the chat template reads none" if self.chat_template else _NO_TEMPLATE),
+                fix="remove the field, or set policy.tokenizer.chat_template to one that reads tools",
+            )
         made = self._plain_texts(pair) if self.chat_template is None else self._chat_texts(pair)
         if isinstance(made, _Texts):
             for name, pieces in zip(("chosen", "rejected"), made.answers, strict=True):
@@ -241,20 +251,20 @@ class PairTokenizer:
         suffix = self._suffix_tokens if special_tokens else 0
         return [np.array(ids[: len(ids) - suffix], dtype=np.int32) for ids in encoded]
 
-    def _check_kwargs(self) -> None:
-        taken = [name for name in self.chat_template_kwargs if name in _RESERVED_KWARGS]
-        if taken:
-            raise ConfigError(
-                [
-                    Problem(
-                        where=f"policy.tokenizer.chat_template_kwargs.{name}",
-                        value=self.chat_template_kwargs[name],
-                        expected="a variable of the template",
-                        fix="remove it: the line between prompt and answer is drawn with it",
-                    )
-                    for name in taken
-                ]
-            )
+    def _check_kwargs(self, variables: frozenset[str]) -> None:
+        """Refuses what draws the line between prompt and answer, and what the template would not read."""
+        problems = []
+        for name, value in self.chat_template_kwargs.items():
+            expected, fix = "a variable of the template", "correct the name, or remove it"
+            if name in _RESERVED_KWARGS:
+                fix = "remove it: the line between prompt and answer is drawn with it"
+            elif self.chat_template is None:
+                expected, fix = f"none, since {_NO_TEMPLATE}", "remove it, or set policy.tokenizer.chat_template"
+            elif name in variables:
+                continue
+            problems.append(Problem(f"policy.tokenizer.chat_template_kwargs.{name}", value, expected, fix))
+        if problems:
+            raise ConfigError(problems)
 
 
 def _is_prefix(ids: TokenIds, whole: TokenIds) -> bool:

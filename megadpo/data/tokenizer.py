@@ -83,6 +83,30 @@ def resolve_chat_template(tokenizer: PreTrainedTokenizerBase, setting: str | Non
     return setting
 
 
+def template_variables(template: str) -> frozenset[str]:
+    """The names that a chat template reads. Raises ConfigError for text that is no Jinja template."""
+    import jinja2
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+    from jinja2.parser import Parser
+
+    class Generation(Extension):
+        """transformers' `{% generation %}` around what the assistant said."""
+
+        tags = {"generation"}  # noqa: RUF012  as the base class declares it
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    try:
+        parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", Generation]).parse(template)
+    except jinja2.TemplateSyntaxError as error:
+        said = f"{error.message} (line {error.lineno} of the template)"
+        raise ConfigError(_template_problem(template, f"a Jinja template; Jinja says: {said}")) from error
+    return frozenset(name.name for name in parsed.find_all(nodes.Name) if name.ctx == "load")
+
+
 def _template_problem(value: str, expected: str) -> Problem:
     return Problem(
         where="policy.tokenizer.chat_template",

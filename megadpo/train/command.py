@@ -18,6 +18,7 @@ from megadpo.config.load import Purpose, as_dict, load_config, save_resolved
 from megadpo.config.metric import parse_duration_s
 from megadpo.config.problems import EXIT_REFUSED, ConfigError, UserError
 from megadpo.config.schema import Config
+from megadpo.train.check import check
 
 OTHERS_WAIT_S = 20.0
 
@@ -28,8 +29,11 @@ def main(arguments: Sequence[str]) -> int:
     quiet_libraries()
     try:
         world_size = options.world_size or (None if options.check else int(os.environ.get("WORLD_SIZE", "1")))
-        cfg = checked_config(options.config, options.overrides, world_size)
-        return check_data(cfg) if options.check else run_training(cfg)
+
+        def checked() -> Config:
+            return checked_config(options.config, options.overrides, world_size)
+
+        return check(options.config, options.overrides, checked) if options.check else run_training(checked())
     except UserError as error:
         return refuse(error)
 
@@ -74,6 +78,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_intermixed_args(arguments)
     if options.world_size is not None and not options.check:
         parser.error("--world-size goes with --check; a run takes its size from torchrun")
+    if options.world_size is not None and options.world_size < 1:
+        parser.error(f"--world-size {options.world_size}: say how many ranks there will be, 1 or more")
     return options
 
 
@@ -93,27 +99,6 @@ def checked_config(path: str, overrides: Sequence[str], world_size: int | None, 
     if problems:
         raise ConfigError(problems)
     return dataclasses.replace(cfg, notes=(*cfg.notes, *unused_by_dense(cfg, arch)))
-
-
-def check_data(cfg: Config) -> int:
-    """The rest of --check: weight files complete by their headers, data files read and tokenised."""
-    from megadpo.data.loader import DataRank
-    from megadpo.model.source import resolve_source
-    from megadpo.model.weights.hf_folder import HfWeights
-    from megadpo.model.weights.tables import weight_table
-    from megadpo.train.setup import load_data
-
-    source = resolve_source(cfg.policy.model_name, "policy.model_name")
-    arch = read_architecture(source.hf_files)
-    if source.megatron is None:
-        problems = HfWeights.open(source.hf_files, table := weight_table(arch)).problems(table)
-        if problems:
-            raise ConfigError(problems)
-    data = load_data(cfg, arch, source, DataRank())
-    for line in [*cfg.notes, *data.reports]:
-        print(line)
-    print(f"{cfg.dpo.total_steps(data.train_loader.batches_per_epoch)} steps; no problem found")
-    return 0
 
 
 def run_training(cfg: Config) -> int:

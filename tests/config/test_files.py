@@ -168,6 +168,7 @@ OVERRIDES = [
     ("+dpo.seed=7", ("dpo", "seed"), 7),
     ("++dpo.seed=7", ("dpo", "seed"), 7),
     ("~dpo.seed", ("dpo", "seed"), 42),
+    ("~dpo.seed=5", ("dpo", "seed"), 42),
     ("policy.megatron_cfg.optimizer.lr=5e-7", ("policy", "megatron_cfg", "optimizer", "lr"), 5e-7),
     ("dpo.max_num_steps=null", ("dpo", "max_num_steps"), None),
     ("dpo.val_at_start=false", ("dpo", "val_at_start"), False),
@@ -187,7 +188,11 @@ def test_override(write, override, path, wanted):
 
 
 @pytest.mark.parametrize(
-    "override", ["dpo.seed", "=3", "dpo..seed=3", "~dpo.gone", "dpo.seed.x=3", "dpo.seed=[1", "~nosection.x"]
+    "override",
+    [
+        *("dpo.seed", "=3", "dpo..seed=3", "~dpo.gone", "dpo.seed.x=3", "dpo.seed=[1", "~nosection.x"),
+        *("~dpo.seed=6", "+~dpo.seed=5", "+++dpo.seed=5"),
+    ],
 )
 def test_bad_override_is_shown_as_written(write, override):
     problems = problems_of(write("c.yaml", SMALL + "dpo: {seed: 5}\n"), override)
@@ -197,3 +202,57 @@ def test_bad_override_is_shown_as_written(write, override):
 def test_unknown_override_key_is_refused_like_any_other(write):
     (problem,) = problems_of(write("c.yaml", SMALL), "+dpo.sed=3")
     assert problem.where == "dpo.sed" and "dpo.seed" in problem.fix
+
+
+KEYS = 'data: {train_data_path: t, val_data_paths: {1: a, 01: b, no: c, 1.5: d, null: e, ok: f, "yes": g}}\n'
+
+
+def test_keys_that_yaml_takes_for_something_else_are_named_with_their_line(write):
+    path = write("c.yaml", "policy: {model_name: m}\n" + KEYS)
+    problems = problems_of(path)
+    assert {one.where for one in problems} == {f"{path}:2"} and {one.fix for one in problems} == {"put it in quotes"}
+    assert [one.value for one in problems] == [f"the key {name}" for name in ("01", "no", "1.5", "null")]
+    (problem,) = problems_of(write("d.yaml", SMALL), "data.val_data_paths={no: a}")
+    assert problem.where == "command line: data.val_data_paths" and "reads it as bool" in problem.expected
+
+
+def test_every_missing_default_and_odd_marker_is_listed(write):
+    path = write("c.yaml", SMALL + "defaults: [no1.yaml, no2.yaml]\ndpo: {_override_: maybe}\n")
+    problems = problems_of(path)
+    assert [one.where for one in problems] == [f"{path}: dpo._override_", f"{path}: defaults", f"{path}: defaults"]
+    assert [str(one.value).rpartition("/")[2] for one in problems] == ["maybe", "no1.yaml", "no2.yaml"]
+
+
+def test_a_file_in_another_encoding_is_named_with_its_line(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(SMALL.encode() + "# caf\u00e9\n".encode("latin-1"))
+    (problem,) = problems_of(path)
+    assert (problem.where, problem.value, problem.expected) == (f"{path}:3", "the byte 0xe9", "UTF-8")
+
+
+def test_somebody_elses_section_is_refused_key_by_key(write):
+    text = "loss_fn: {reference_policy_kl_penalty: 0.1, deep: {lr: 1}}\ntraining: {num_epochs: 3}\n"
+    problems = {one.where: one.fix for one in problems_of(write("c.yaml", SMALL + text))}
+    assert sorted(problems) == ["loss_fn.deep.lr", "loss_fn.reference_policy_kl_penalty", "training.num_epochs"]
+    assert "did you mean dpo.reference_policy_kl_penalty?" in problems["loss_fn.reference_policy_kl_penalty"]
+    assert "policy.megatron_cfg.optimizer.lr" in problems["loss_fn.deep.lr"]
+    assert "dpo.max_num_epochs" in problems["training.num_epochs"]
+
+
+IDLE = {
+    "policy.megatron_cfg.optimizer.sgd_momentum": "0.5",
+    "policy.megatron_cfg.optimizer.min_lr": "1.0e-7",
+    "policy.megatron_cfg.scheduler.lr_decay_iters": "10",
+    "policy.megatron_cfg.scheduler.lr_warmup_init": "1.0e-7",
+    "policy.train_micro_batch_size": "4",
+    "dpo.val_at_end": "true",
+}
+
+
+def test_options_without_effect_are_noted_each(write):
+    path = write("c.yaml", SMALL)
+    notes = load_config(path, [f"{name}={value}" for name, value in IDLE.items()]).notes
+    assert [note.split(": ")[0] for note in notes] == list(IDLE) and all("has no effect: " in note for note in notes)
+    assert load_config(path).notes == ()
+    off = ["policy.sequence_packing.enabled=false", "policy.train_micro_batch_size=4", "data.val_data_paths=v.jsonl"]
+    assert load_config(path, [*off, "dpo.val_at_end=true"]).notes == ()

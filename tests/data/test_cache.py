@@ -122,7 +122,8 @@ def test_the_key_changes_with_every_input(path: Path, tmp_path: Path, monkeypatc
         key(max_total_sequence_length=201),
         key(on_too_long="drop"),
         key(chat_template=str(template)),
-        key(chat_template=CHATML, chat_template_kwargs={"enable_thinking": False}),
+        key(chat_template=CHATML + "{{ mood }}", chat_template_kwargs={"mood": 1}),
+        key(chat_template=CHATML + "{{ mood }}", chat_template_kwargs={"mood": 2}),
         key(keys=FieldKeys("prompt", "chosen", "worse")),
     ]
     assert len(set(keys)) == len(keys) and key() == keys[0]

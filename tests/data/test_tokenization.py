@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -175,6 +176,29 @@ def test_template_kwargs_reach_the_template() -> None:
 def test_kwargs_that_draw_the_line_are_not_the_users(name: str) -> None:
     with pytest.raises(ConfigError, match=f"chat_template_kwargs.{name}"):
         PairTokenizer(tiny_tokenizer(chat_template=CHATML), chat_template_kwargs={name: True})
+
+
+def test_kwargs_that_no_template_reads_are_refused_each() -> None:
+    template = "{% set deep = deep | default(0) %}{% generation %}{{ mood }}{{ deep }}{% endgeneration %}" + CHATML
+    tokenizer = tiny_tokenizer(chat_template=template)
+    with pytest.raises(ConfigError) as refused:
+        PairTokenizer(tokenizer, chat_template_kwargs={"mod": 1, "mood": 1, "deep": 1, "enable_thinkng": False})
+    assert [one.where.rpartition(".")[2] for one in refused.value.problems] == ["mod", "enable_thinkng"]
+    with pytest.raises(ConfigError, match="there is no chat template"):
+        PairTokenizer(tokenizer, chat_template=None, chat_template_kwargs={"mood": 1})
+
+
+def test_text_that_is_no_template_is_one_problem_of_the_setting() -> None:
+    with pytest.raises(ConfigError, match="chat_template: .* a Jinja template; Jinja says: .*line 2"):
+        PairTokenizer(tiny_tokenizer(), chat_template="{{ a }}\n{{ bad")
+
+
+def test_tools_that_the_model_would_not_be_told_of_are_refused() -> None:
+    pair = dataclasses.replace(text_pair("a", "b", "c"), tools=({"name": "add"},))
+    (said,) = refusal(tiny_tokenizer(), pair)
+    assert "pairs.jsonl:1: got \"field 'tools'\"; expected no tools, since there is no chat template" in said
+    (said,) = refusal(tiny_tokenizer(chat_template=CHATML), pair)
+    assert "since the chat template reads none" in said
 
 
 def test_ids_that_merge_over_the_templates_line_keep_the_prompt() -> None:

@@ -58,11 +58,17 @@ def test_check_lists_every_problem_and_exits_2(model, tmp_path):
     config = make_config(tmp_path, model)
     (tmp_path / "train.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n{broken\n')
     check = [sys.executable, "launch/train.py", str(config), "--check"]
+    rows = ["train.jsonl:1", "train.jsonl:2"]
     for overrides, expected in (
         (["dpo.max_num_step=3", "policy.precision=half"], ["dpo.max_num_step", "max_num_steps", "policy.precision"]),
-        (["--world-size", "3", "policy.megatron_cfg.tensor_model_parallel_size=3"], ["attention heads", "vocab"]),
-        ([], ["train.jsonl:1", "train.jsonl:2"]),
-        (["policy.model_name=/no/such/folder"], ["policy.model_name", "/no/such/folder"]),
+        (
+            ["--world-size", "3", "policy.megatron_cfg.tensor_model_parallel_size=3"],
+            ["attention heads", "vocab", *rows],
+        ),
+        ([], rows),
+        (["policy.model_name=/no/such/folder"], ["policy.model_name", "/no/such/folder", *rows]),
+        (["policy.tokenizer.name=/no/such/folder"], ["policy.tokenizer.name", *rows]),
+        (["--world-size", "0"], ["--world-size 0"]),
     ):
         done = subprocess.run([*check, *overrides], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
         assert done.returncode == 2, done.stderr

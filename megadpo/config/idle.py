@@ -1,0 +1,57 @@
+"""Options that other options leave without effect: accepted, since files carry them along, but said."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from megadpo.config.schema import Config
+from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
+
+_MEG = "policy.megatron_cfg"
+_OPT = f"{_MEG}.optimizer"
+_SCHED = f"{_MEG}.scheduler"
+
+
+def idle_notes(cfg: Config) -> list[str]:
+    """One line for each option that is not at its default and can change nothing in this config.
+
+    Settings of a part that is switched off as a whole (`wandb_enabled: false`, `checkpointing.enabled: false`) are not
+    spoken of: they wait for the switch.
+    """
+    usual = Config(policy=PolicyConfig(model_name="", tokenizer=TokenizerConfig(name="")))
+    notes = []
+    for path, reason in _idle(cfg):
+        value = _at(cfg, path)
+        if value != _at(usual, path):
+            notes.append(f"{path}: {value!r} has no effect: {reason}")
+    return notes
+
+
+def _idle(cfg: Config) -> Iterator[tuple[str, str]]:
+    """Each option without effect in `cfg`, and why."""
+    optimizer, schedule = cfg.policy.megatron_cfg.optimizer, cfg.policy.megatron_cfg.scheduler
+    adam = ("adam_beta1", "adam_beta2", "adam_eps")
+    for name in adam if optimizer.optimizer != "adam" else ("sgd_momentum",):
+        yield f"{_OPT}.{name}", f"{_OPT}.optimizer is {optimizer.optimizer}"
+    if schedule.lr_decay_style == "constant":
+        for path in (f"{_OPT}.min_lr", f"{_SCHED}.lr_decay_iters"):
+            yield path, f"{_SCHED}.lr_decay_style is constant"
+    if schedule.lr_warmup_iters == 0:
+        yield f"{_SCHED}.lr_warmup_init", f"{_SCHED}.lr_warmup_iters is 0"
+    if cfg.policy.sequence_packing.enabled:
+        reason = "with policy.sequence_packing.enabled, train_mb_tokens decides"
+        for path in ("policy.train_micro_batch_size", "dpo.val_micro_batch_size"):
+            yield path, reason
+    else:
+        yield "policy.sequence_packing.share_prompt", "policy.sequence_packing.enabled is false"
+    if not cfg.data.val_data_paths:
+        for name in ("val_batches", "val_global_batch_size", "val_at_end"):
+            yield f"dpo.{name}", "there is no validation set in data.val_data_paths"
+
+
+def _at(cfg: Config, path: str) -> object:
+    value: Any = cfg
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
