@@ -15,6 +15,7 @@ from megadpo.config.schema_policy import PolicyConfig
 from megadpo.model.implementation import INSTALL, implementation_problems, transformer_engine_missing
 from megadpo.model.transformer_config import DTYPES
 from megadpo.optimizer.adam import choose_adam, use_adam
+from megadpo.optimizer.step import use_norm_without_waits
 
 
 def wrap_for_training(chunks: Sequence[MegatronModule], policy: PolicyConfig) -> list[DistributedDataParallel]:
@@ -74,6 +75,7 @@ def build_optimizer(
     """
     optimizer = policy.megatron_cfg.optimizer
     use_adam(choose_adam(optimizer, device)[0])
+    use_norm_without_waits()
     return get_megatron_optimizer(
         OptimizerConfig(
             optimizer=optimizer.optimizer,
