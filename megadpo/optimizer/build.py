@@ -99,7 +99,7 @@ def build_optimizer(
             clip_grad=policy.max_grad_norm,
         ),
         list(chunks),
-        use_gloo_process_groups=torch.cuda.is_available(),  # on a CPU the groups are gloo already
+        use_gloo_process_groups=device.type == "cuda",  # as in parallel/groups.py; a plan has none on any machine
     )
 
 

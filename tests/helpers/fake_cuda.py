@@ -40,7 +40,14 @@ WAITING = {
 }
 # Operations whose arguments stand on two devices by design: copies, and indices, which CUDA fetches itself.
 TWO_DEVICES = {aten.copy_, aten._to_copy, aten.set_}
-SCALARS = {aten._foreach_add_, aten._foreach_mul_, aten._foreach_div_, aten.index_put_, aten._index_put_impl_, aten.fill_}
+SCALARS = {
+    aten._foreach_add_,
+    aten._foreach_mul_,
+    aten._foreach_div_,
+    aten.index_put_,
+    aten._index_put_impl_,
+    aten.fill_,
+}
 COALESCED = {
     torch.ops.c10d.allreduce_coalesced_,
     torch.ops.c10d.reduce_scatter_tensor_coalesced_,
@@ -174,7 +181,9 @@ def _check_collective(func: Any, args: Any, tensors: Iterable[torch.Tensor]) -> 
     group = next(dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject) and _is_group(arg))
     cuda = group.group_name not in _gloo_groups
     if any(tensor.is_cuda != cuda for tensor in tensors):
-        raise WrongDevice(f"{func} of {'a CPU' if cuda else 'a CUDA'} tensor in a group of {'nccl' if cuda else 'gloo'}")
+        raise WrongDevice(
+            f"{func} of {'a CPU' if cuda else 'a CUDA'} tensor in a group of {'nccl' if cuda else 'gloo'}"
+        )
 
 
 def _is_group(value: torch.ScriptObject) -> bool:
@@ -183,7 +192,7 @@ def _is_group(value: torch.ScriptObject) -> bool:
 
 def install(*, rank: int = 0, world_size: int = 1) -> None:
     """CUDA is there, one GPU of it, and NCCL: a pretend world whose collectives return at once."""
-    import torch._dynamo  # noqa: F401  looks at torch's functions by identity, so before they are replaced
+    import torch._dynamo
 
     torch.compiler.set_stance("force_eager")
     _install_tensors()
@@ -220,7 +229,9 @@ def _install_tensors() -> None:
     torch.Tensor.cuda = lambda self, *_, **options: self.to(CUDA, **options)
 
     def tensor(data: Any, *, device: Any = None, requires_grad: bool = False, **options: Any) -> torch.Tensor:
-        data = tree_map(lambda value: value.item() if isinstance(value, torch.Tensor) and value.is_cuda else value, data)
+        data = tree_map(
+            lambda value: value.item() if isinstance(value, torch.Tensor) and value.is_cuda else value, data
+        )
         made = make(data, **options)  # on the CPU, then copied, and the copy waited for
         return (made if device is None else made.to(device)).requires_grad_(requires_grad)
 
@@ -269,7 +280,10 @@ def _install_runtime() -> None:
     for module in (cuda, cuda.random):
         module.get_rng_state = lambda *_: torch.get_rng_state()
         module.set_rng_state = lambda state, *_: None
-    random._get_cuda_rng_state, random._set_cuda_rng_state = lambda *_, **__: torch.get_rng_state(), lambda *_, **__: None
+    random._get_cuda_rng_state, random._set_cuda_rng_state = (
+        lambda *_, **__: torch.get_rng_state(),
+        lambda *_, **__: None,
+    )
 
 
 def assert_(holds: bool, value: Any) -> None:
