@@ -43,8 +43,8 @@ def load_training_state(
     """Restore weights, optimizer, schedule and random-number states of the run that wrote `info`.
 
     some_frozen: whether the run freezes weights, on any rank. In the same layout the following losses are the same bits;
-    in another, random-number states start from the seed anew. Collectives: those of dist_checkpointing.load. Raises
-    ConfigError where the optimizer state is of another kind or absent.
+    in another, or from a GPU to a CPU, random-number states start from the seed anew. Collectives: those of
+    dist_checkpointing.load. Raises ConfigError where the optimizer state is of another kind or absent.
     """
     _check_optimizer(info, optimizer)
     weights = _wanted_weights(model)
@@ -60,7 +60,9 @@ def load_training_state(
     scheduler.num_steps = 0
     scheduler.step(increment=info.position.step)
     if info.layout == layout_name(parallel):
-        _restore_rng(torch.load(info.path / "rng" / f"rank_{parallel.rank}.pt", weights_only=False))
+        state = torch.load(info.path / "rng" / f"rank_{parallel.rank}.pt", weights_only=False)
+        if state.get("device", parallel.device.type) == parallel.device.type:
+            _restore_rng(state)
 
 
 def _wanted_weights(model: Sequence[MegatronModule], *, per_layer: bool = False) -> dict[str, Any]:

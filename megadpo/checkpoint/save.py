@@ -63,7 +63,7 @@ def save_checkpoint(
         whose = sharded_weights(model, per_layer=True) if cfg.policy.freeze else weights
         state["optimizer"] = sharded_state(optimizer, whose, is_loading=False)
     dist_checkpointing.save(state, str(partial / "model"))
-    torch.save(_rng_state(), partial / "rng" / f"rank_{parallel.rank}.pt")
+    torch.save(_rng_state(parallel.device.type), partial / "rng" / f"rank_{parallel.rank}.pt")
     dist.barrier()
 
     if parallel.rank == 0:
@@ -133,8 +133,9 @@ def optimizer_format(optimizer: MegatronOptimizer | None) -> str:
     return "+".join(f"{type(p).__name__}({type(p.optimizer).__name__})" for p in parts)
 
 
-def _rng_state() -> dict[str, Any]:
+def _rng_state(device_type: str) -> dict[str, Any]:
     return {
+        "device": device_type,  # generators of GPUs and CPUs don't take each other's states
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),

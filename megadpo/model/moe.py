@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection, topk_routing_with_score_function
 from megatron.core.transformer.moe.router import TopKRouter
@@ -74,6 +75,9 @@ class PackRouter(TopKRouter):
     def __init__(self, config: TransformerConfig, pg_collection: Any = None, *, balance: LoadBalance) -> None:
         super().__init__(config, pg_collection)
         self.balance = balance
+        # moe_utils.py:1192 uses the name on any machine, although the import that defines it needs Transformer Engine
+        if not hasattr(moe_utils, "te_general_gemm"):
+            moe_utils.te_general_gemm = None
 
     def routing(self, logits: torch.Tensor, padding_mask: Routing | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """logits [t, 1, E] -> weights [t, E] in the router's dtype, and which experts each token goes to [t, E] bool."""

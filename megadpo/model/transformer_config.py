@@ -54,6 +54,7 @@ def transformer_config(
         # Batched sends and receives between the same two ranks pair up wrongly in the interleaved schedule.
         overlap_p2p_comm=chunks > 1,
         batch_p2p_comm=chunks == 1,
+        batch_p2p_sync=False,  # it stops the host at every transfer, for a bug of older PyTorch's
         num_layers_in_first_pipeline_stage=megatron.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=megatron.num_layers_in_last_pipeline_stage,
         variable_seq_lengths=pipeline > 1,  # packs differ in length

@@ -15,6 +15,7 @@ from megadpo.config.schema_policy import PolicyConfig
 from megadpo.model.implementation import INSTALL, implementation_problems, transformer_engine_missing
 from megadpo.model.transformer_config import DTYPES
 from megadpo.optimizer.adam import choose_adam, use_adam
+from megadpo.optimizer.step import use_norm_without_waits
 
 
 def wrap_for_training(chunks: Sequence[MegatronModule], policy: PolicyConfig) -> list[DistributedDataParallel]:
@@ -74,6 +75,7 @@ def build_optimizer(
     """
     optimizer = policy.megatron_cfg.optimizer
     use_adam(choose_adam(optimizer, device)[0])
+    use_norm_without_waits()
     return get_megatron_optimizer(
         OptimizerConfig(
             optimizer=optimizer.optimizer,
@@ -97,7 +99,7 @@ def build_optimizer(
             clip_grad=policy.max_grad_norm,
         ),
         list(chunks),
-        use_gloo_process_groups=torch.cuda.is_available(),  # on a CPU the groups are gloo already
+        use_gloo_process_groups=device.type == "cuda",  # as in parallel/groups.py; a plan has none on any machine
     )
 
 

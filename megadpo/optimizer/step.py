@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, clip_grads
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.utils import local_multi_tensor_l2_norm
+
+
+def use_norm_without_waits() -> None:
+    """For the rest of the process: without Transformer Engine or apex, megatron-core reads the norm of every parameter's
+    gradient off the GPU by itself (utils.py `local_multi_tensor_l2_norm`)."""
+    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = _l2_norm
+
+
+def _l2_norm(
+    chunk_size: int, flag: torch.Tensor, tensors: list[list[torch.Tensor]], per_tensor: bool, *_: Any
+) -> tuple[torch.Tensor, None]:
+    """The norm of all tensors together, [1] on their device, where it stays: what multi_tensor_l2norm gives."""
+    return torch.nn.utils.get_total_norm(tensors[0]).reshape(1), None
 
 
 @torch.no_grad()

@@ -140,7 +140,7 @@ def _redirect_rng() -> None:
 def _patch_megatron_modules() -> None:
     """What megatron-core took by name at import, and so has to be replaced in its own modules."""
     from megatron.core.tensor_parallel import random as mcore_random
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    from megatron.core.transformer.moe import token_dispatcher
 
     # random.py:589-687 asks Transformer Engine about float8 whenever a layer norm is recomputed; on a CPU there is none.
     mcore_random.FP8GlobalStateManager = _NoFloat8
@@ -150,9 +150,6 @@ def _patch_megatron_modules() -> None:
     # random.py:41-110 reaches for torch.cuda.default_generators and torch._C._cuda_setRNGState.
     mcore_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     mcore_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    # moe_utils.py uses the name unconditionally although the import that defines it needs Transformer Engine.
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
 
     # token_dispatcher.py:876-889 turns split sizes into numpy arrays as it copies them off the GPU; left as tensors,
     # torch's all_to_all_single refuses them.

@@ -9,6 +9,8 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
+from megadpo.parallel.transfers import KnownShapes, pipeline_groups
+
 
 def run_pipeline(
     chunks: Sequence[torch.nn.Module],
@@ -30,15 +32,20 @@ def run_pipeline(
     hold_back = None if forward_only else _reductions_to_hold_back(chunks)
     # megatron-core enters no_sync in a forward-only run too, and leaves it to the garbage collector to come out again.
     config.no_sync_func = hold_back
+    transfers: dict[str, Any] = {}
+    if config.pipeline_model_parallel_size > 1:
+        tokens = [micro_batch.tokens.numel() for micro_batch in micro_batches]
+        transfers = {"p2p_communicator": KnownShapes(config, tokens, len(chunks)), "pg_collection": pipeline_groups()}
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=[iter(micro_batches) for _ in chunks],
         model=list(chunks),
         num_microbatches=len(micro_batches),
-        seq_length=1,  # packs differ in length: the pipeline sends each shape ahead (variable_seq_lengths)
+        seq_length=1,  # packs differ in length: see KnownShapes
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
+        **transfers,
     )
 
 

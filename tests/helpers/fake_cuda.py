@@ -81,9 +81,12 @@ class FakeCuda(TorchDispatchMode):
                 return FakeWork().boxed()
         elif on_gpu and func.overloadpacket not in TWO_DEVICES:
             _check_devices(func, [tensor for tensor in tensors if not tensor.is_cuda])
-        if func in self.answers and (answer := self.answers[func](*args, **kwargs)) is not None:
-            self.wait()
-            return answer
+        if func in self.answers:
+            with _own_names():
+                answer = self.answers[func](*args, **kwargs)
+            if answer is not None:
+                self.wait()
+                return answer
         if func is aten._to_copy.default and (on_gpu or kwargs.get("device") == META):
             return self._copied(args[0], kwargs)
         if func is aten.copy_.default and args[0].is_cuda != args[1].is_cuda:
@@ -119,7 +122,8 @@ def place() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if {"megadpo", "megatron"} & set(path.parts[-5:-1]):
+        named = not frame.f_code.co_name.startswith("<")
+        if named and {"megadpo", "megatron"} & set(path.parts[-5:-1]):
             return f"{path.name}:{frame.f_code.co_name}"
         frame = frame.f_back
     return "elsewhere"
@@ -168,6 +172,7 @@ def _indexes_by_mask(func: Any, args: Any) -> bool:
 # ---- what torch and its process groups have to be told
 
 _gloo_groups: set[str] = set()
+_rank, _world_size = 0, 1
 
 
 def _check_collective(func: Any, args: Any, tensors: Iterable[torch.Tensor]) -> None:
@@ -192,7 +197,14 @@ def install(*, rank: int = 0, world_size: int = 1) -> None:
     torch.compiler.set_stance("force_eager")
     _install_tensors()
     _install_runtime()
-    _install_groups(rank, world_size)
+    _install_groups()
+
+
+def be(rank: int, world_size: int) -> None:
+    """Whom the next `init_process_group` makes this process."""
+    global _rank, _world_size
+    _gloo_groups.clear()
+    _rank, _world_size = rank, world_size
 
 
 def _install_tensors() -> None:
@@ -278,14 +290,14 @@ def assert_(holds: bool, value: Any) -> None:
     assert holds, value
 
 
-def _install_groups(rank: int, world_size: int) -> None:
+def _install_groups() -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     init, new_group = dist.init_process_group, dist.new_group
 
     def pretend_world(backend: str, **_: Any) -> None:
         assert backend == "nccl", backend
-        init("fake", store=FakeStore(), rank=rank, world_size=world_size)
+        init("fake", store=FakeStore(), rank=_rank, world_size=_world_size)
 
     def pretend_group(*args: Any, backend: str | None = None, **options: Any) -> Any:
         group = new_group(*args, **{**options, "backend": "fake", "pg_options": None})

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -303,3 +304,13 @@ def test_job_is_bf16_by_precision(small):
         said="",
     )
     assert not job.bf16
+
+
+def test_a_plan_is_made_beside_a_gpu_too(small, monkeypatch, capsys):
+    """A plan's groups talk to nobody, so it must not ask for those that training has on GPUs only."""
+    from megadpo.parallel.cpu import enable_cpu
+
+    enable_cpu()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert main([str(small), "--world-size", "2", f"{MEG}.optimizer.use_distributed_optimizer=true"]) == 0
+    assert "GiB" in capsys.readouterr().out

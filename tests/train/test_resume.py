@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from tests.helpers.distributed import run_distributed
 from tests.helpers.overrides import CP2, DIST, PP2, SP, TP2, VPP2
@@ -142,3 +143,16 @@ def test_keep_top_k_keeps_the_best_and_the_newest(tmp_path):
     assert [info.position.step for info in complete_checkpoints(tmp_path)] == [2, 4, 5]
     prune_checkpoints(tmp_path, keep_top_k=1, metric=None, higher_is_better=False)
     assert [info.position.step for info in complete_checkpoints(tmp_path)] == [5]
+
+
+@pytest.mark.distributed
+def test_a_checkpoint_of_a_gpu_goes_on_on_a_cpu(model, tmp_path):
+    """A CPU refuses the state of a GPU's generator, which is 16 bytes long."""
+    config = make_config(tmp_path, model, checkpointing=SAVING)
+    go(config, 1, [], 2)
+    file = tmp_path / "checkpoints" / "step_2" / "rng" / "rank_0.pt"
+    state = torch.load(file, weights_only=False)
+    assert state["device"] == "cpu"
+    torch.save({**state, "device": "cuda", "cuda": torch.zeros(16, dtype=torch.uint8)}, file)
+    go(config, 1, [], 3)
+    assert len(bits(tmp_path, range(1, 4))) == 3

@@ -1,0 +1,49 @@
+"""The device of a rank on a machine with GPUs, of which there is none here: torch.cuda answers as one would."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megadpo.config.problems import ConfigError
+from megadpo.parallel import setup_device
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """Two GPUs, and where set_device went."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    before = torch.get_float32_matmul_precision()
+    yield chosen
+    torch.set_float32_matmul_precision(before)
+
+
+def test_a_rank_takes_the_gpu_of_its_number_on_the_node(two_gpus, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    device = setup_device("auto")
+    assert device == torch.device("cuda", 1) and two_gpus == [device]
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_more_processes_than_gpus_are_refused_on_every_rank(rank, two_gpus, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match="at most the 2 GPUs.*--nproc-per-node 2"):
+        setup_device("cuda")
+    assert not two_gpus
+
+
+def test_products_in_float32_are_not_in_tf32(two_gpus, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    torch.set_float32_matmul_precision("high")  # as NVIDIA's containers have it
+    setup_device("cuda")
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_cpu_run_beside_gpus_is_refused(two_gpus):
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES"):
+        setup_device("cpu")
