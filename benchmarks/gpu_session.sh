@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in parts of at most 8 minutes each and 28 together, with results in one folder:
+# Everything that wants a GPU, in parts of at most 8 minutes each, the default ones 29 together, with results in one folder:
 #
 #   benchmarks/gpu_session.sh --out DIR [--wheels DIR] [--data hh_train.jsonl] [PART ...]
 #
