@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import subprocess
 
 import numpy as np
 import pytest
@@ -135,6 +136,17 @@ def test_float8_is_left_out_where_it_cannot_run_and_says_why(machine, blockwise,
     for name, reason in (("ours-fp8", blockwise), ("ours-fp8-tensorwise", tensorwise)):
         assert (reason is None and name not in missing) or reason in missing[name]
     assert gpu_contenders.nothing_to_compare(options, missing) == (blockwise is not None and tensorwise is not None)
+
+
+def test_float8_that_cannot_run_costs_no_session(monkeypatch, tmp_path, capsys):
+    said = subprocess.CompletedProcess([], 0, stdout=json.dumps(HOPPER | WITHOUT_TE), stderr="")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *_, **__: said)
+    monkeypatch.setattr(gpu, "prepare", lambda *_, **__: pytest.fail("nothing is to be made"))
+    out = tmp_path / "fp8.json"
+    assert gpu.main(["--ours", "ours,ours-fp8", "--trl", "", "--out", str(out)]) == 0
+    assert "ours-fp8: float8 needs Transformer Engine" in capsys.readouterr().out
+    assert list(json.loads(out.read_text())["failed"]) == ["ours-fp8"]
 
 
 def test_what_is_compared_without_float8_is_run_all_the_same():
