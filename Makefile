@@ -3,7 +3,7 @@
 # make test-layouts  every pair of layouts against one process; writes docs/layouts.md
 # make test-long  the slow ones as well
 # make gpu-test   the tests that need a CUDA device (says so and passes where there is none)
-# make gpu-bench  benchmarks/gpu_session.sh: check, GPU tests, head, 8B and 1B beside TRL; results in GPU_OUT
+# make gpu-bench  benchmarks/gpu_session.sh: check, GPU tests, head, 8B and 1B beside TRL, float8; results in GPU_OUT
 # make lint       ruff and mypy
 
 PYTHON ?= python3

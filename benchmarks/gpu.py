@@ -3,6 +3,7 @@
     python benchmarks/gpu.py --model llama-3.1-8b --lengths ultrafeedback --out result.json
     python benchmarks/gpu.py --model llama-3.2-1b --lengths hh --data hh_train.jsonl \\
         --ours ours,ours-unshared --out result.json
+    python benchmarks/gpu.py --model llama-3.1-8b --ours ours,ours-fp8 --trl '' --out result.json
     python benchmarks/gpu.py --smoke            # a tiny model on whatever there is, in under a minute
 
 Every run is a fresh process; the contenders take turns until --rounds or --minutes are up; the JSON is rewritten after
@@ -21,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,54 +32,22 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # run as a script, the path starts in benchmarks/
 
 from benchmarks import gpu_inputs, gpu_machine, gpu_report, sides  # noqa: E402
-from benchmarks.gpu_sides import OurSettings, Outcome, our_config, run_ours, run_trl  # noqa: E402
+from benchmarks.gpu_contenders import FLOAT8, OURS, TRL, absent, nothing_to_compare  # noqa: E402
+from benchmarks.gpu_sides import TIMED_OUT, OurSettings, Outcome, our_config, run_ours, run_trl  # noqa: E402
 from benchmarks.trl_worker import Spec  # noqa: E402
 from megadpo.config.architecture import read_architecture  # noqa: E402
-from megadpo.config.schema_megatron import MegatronConfig  # noqa: E402
 
-OURS: dict[str, dict[str, Any]] = {
-    "ours": {},
-    "ours-unshared": {"share_prompt": False},
-    "ours-recompute": {"overrides": ("policy.megatron_cfg.activation_checkpointing=true",)},
-    "ours-torch-head": {"overrides": ("policy.logprob_kernel=torch",)},
-    "ours-varlen": {"overrides": ("policy.attention_kernel=varlen",)},
-    "ours-sdpa": {"overrides": ("policy.attention_kernel=sdpa",)},
-    "ours-te-attention": {"overrides": ("policy.attention_kernel=transformer_engine",)},
-    "ours-te-layers": {"overrides": ("policy.megatron_cfg.transformer_impl=transformer_engine",)},
-    "ours-local-layers": {"overrides": ("policy.megatron_cfg.transformer_impl=local",)},
-}
-_SORTED = {"sort_within_global_batch": True}
-_BF16 = {"dtype": "bfloat16"}
-_FUSED = {"optim": "adamw_torch_fused"}
-TRL: dict[str, dict[str, Any]] = {
-    # bf16: weights, gradients and moments in bfloat16, no float32 copy. mixed: float32 weights under autocast, as ours
-    # keeps them. sorted: each global batch longest pair first, so that micro-batches pad less.
-    **{f"trl-bf16-mb{n}": {"micro_batch_pairs": n, **_BF16, "extra": _FUSED} for n in (1, 2, 4, 8, 16)},
-    **{f"trl-bf16-mb{n}-sorted": {"micro_batch_pairs": n, **_BF16, **_SORTED, "extra": _FUSED} for n in (2, 4, 8, 16)},
-    **{f"trl-mixed-mb{n}-sorted": {"micro_batch_pairs": n, **_SORTED, "extra": _FUSED} for n in (1, 2, 4, 8)},
-    **{
-        f"trl-bf16-mb{n}-sorted-liger": {
-            "micro_batch_pairs": n,
-            **_BF16,
-            **_SORTED,
-            "extra": {**_FUSED, "use_liger_kernel": True},
-        }
-        for n in (4, 8, 16)
-    },
-    "trl-bf16-mb8-sorted-checkpointing": {
-        "micro_batch_pairs": 8,
-        **_BF16,
-        **_SORTED,
-        "extra": {**_FUSED, "gradient_checkpointing": True},
-    },
-    "trl-bf16-mb4-sorted-flash": {"micro_batch_pairs": 4, **_BF16, **_SORTED, "attention": "flash_attention_2"},
-    "trl-mb1": {"micro_batch_pairs": 1},
-}
 PACK_TOKENS = {"llama-3.2-1b": 16384, "llama-3.1-8b": 4096, "tiny": 512}
 MARGIN_S = 15.0
 """Kept back at the end of --minutes: to write, and to clean up."""
+LEAST_S = 5.0
+"""No run is shorter."""
+ASIDE_S = 60.0
+"""For making the model, however little is left, and at most for tools/plan.py, after the runs."""
 LOSS_TOLERANCE = {"cuda": 5e-2, "cpu": 1e-4}
 """Relative; in bfloat16 the two round differently from the second step on."""
+FLOAT8_TOLERANCE = 1e-2
+"""Of float8's losses against `ours`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,6 +67,9 @@ class Job:
     def left_s(self) -> float:
         return self.deadline - time.monotonic()
 
+    def run_limit_s(self) -> float:
+        return min(self.left_s(), 60 * self.options.run_minutes)
+
     def settings(self, name: str) -> OurSettings:
         """Of one of OURS: packs of --pack-tokens, or the longest pair where that is more."""
         share = OURS[name].get("share_prompt", True)
@@ -114,8 +86,11 @@ class Job:
         )
 
 
-def prepare(options: argparse.Namespace, folder: Path, machine: dict[str, Any], deadline: float) -> Job:
-    """Choose layers and optimizer for this GPU's memory, make model and pairs in `folder`."""
+def prepare(
+    options: argparse.Namespace, folder: Path, machine: dict[str, Any], deadline: float, *, float8: bool
+) -> Job:
+    """Choose layers and optimizer for this GPU's memory, make model and pairs in `folder`. float8: somebody computes in
+    it, and keeps float8 copies of the weights beside them; all have as many layers."""
     device = "cuda" if "gpu" in machine else "cpu"
     whole = gpu_inputs.SHAPES[options.model]
     memory = machine.get("gpu_memory_bytes", 1 << 40)
@@ -123,9 +98,9 @@ def prepare(options: argparse.Namespace, folder: Path, machine: dict[str, Any], 
     fused = machine["versions"]["transformer-engine"] is not None
     spare = 0.18 if fused else 0.30  # torch's own AdamW makes lists as large as the weights
     if options.optimizer == "auto":
-        fits = gpu_report.whole_layers(whole, memory, lean=False, spare=spare) == whole.num_layers
+        fits = gpu_report.whole_layers(whole, memory, lean=False, float8=float8, spare=spare) == whole.num_layers
         lean = not fits and fused
-    layers = options.layers or gpu_report.whole_layers(whole, memory, lean=lean, spare=spare)
+    layers = options.layers or gpu_report.whole_layers(whole, memory, lean=lean, float8=float8, spare=spare)
     shape = dataclasses.replace(whole, num_layers=layers)
     steps = options.warmup_steps + options.steps
     count = steps * options.global_batch
@@ -138,9 +113,12 @@ def prepare(options: argparse.Namespace, folder: Path, machine: dict[str, Any], 
         target=gpu_inputs.make_model, args=(shape, folder / "model", torch.device(device))
     )
     making.start()
-    making.join()
+    making.join(max(ASIDE_S, deadline - time.monotonic()))
+    if making.exitcode is None:
+        making.kill()
+        making.join()
     if making.exitcode != 0:
-        raise RuntimeError(f"making the model ended with code {making.exitcode}")
+        raise RuntimeError(f"making the model ended with code {making.exitcode}, or not within --minutes")
     spec = Spec(
         data=str(folder / "pairs.jsonl"),
         model=str(folder / "model"),
@@ -169,57 +147,64 @@ def contenders(job: Job) -> list[tuple[str, Callable[[], Outcome]]]:
     """In the order in which they take turns."""
 
     def ours(name: str) -> Callable[[], Outcome]:
-        return lambda: run_ours(name, job.spec, job.settings(name), job.left_s())
+        return lambda: run_ours(name, job.spec, job.settings(name), job.run_limit_s())
 
     def theirs(name: str) -> Callable[[], Outcome]:
         spec = dataclasses.replace(job.spec, **TRL[name])
-        return lambda: run_trl(name, spec, job.options.trl_python, job.left_s())
+        return lambda: run_trl(name, spec, job.options.trl_python, job.run_limit_s())
 
     return [*((n, ours(n)) for n in job.options.ours), *((n, theirs(n)) for n in job.options.trl)]
 
 
-def absent(job: Job) -> dict[str, str]:
-    """Contenders that can't take part here, and why."""
-    reasons = {}
-    if job.options.trl:
-        command = [job.options.trl_python, "-c", "import trl"]
-        found = subprocess.run(command, capture_output=True, check=False, cwd="/", env=os.environ)
-        if found.returncode != 0:
-            reasons |= dict.fromkeys(job.options.trl, f"TRL is not importable in {job.options.trl_python}")
-    has_key = "transformer_impl" in MegatronConfig.__dataclass_fields__
-    for name in job.options.ours:
-        if not has_key and any("transformer_impl" in text for text in OURS[name].get("overrides", ())):
-            reasons[name] = "policy.megatron_cfg has no transformer_impl here"
-    return reasons
-
-
-def run_rounds(job: Job, failed: dict[str, str], write: Callable[[dict[str, list[Outcome]]], None]) -> None:
-    """Until the rounds are done or the time is up. `failed` gains whoever fails; they take no further turn."""
+def run_rounds(
+    job: Job, failed: dict[str, str], left_out: dict[str, str], write: Callable[[dict[str, list[Outcome]]], None]
+) -> None:
+    """Until the rounds are done or the time is up. `failed` gains whoever fails; they take no further turn. `left_out`
+    gains whoever the time did not suffice for even once."""
     outcomes: dict[str, list[Outcome]] = {}
     for number in range(1, job.options.rounds + 1):
         for name, start in contenders(job):
-            took = max((one.seconds for one in outcomes.get(name, [])), default=0.0)
             if name in failed:
                 continue
-            if job.left_s() < max(1.1 * took, 5.0):
-                print(f"round {number}  {name:36} not started: {job.left_s():.0f} s are left", flush=True)
+            needed, left = seconds_needed(name, outcomes), job.left_s()
+            ran = bool(outcomes.get(name))
+            if left < needed:
+                print(f"round {number}  {name:36} not started: {left:.0f} s are left, {needed:.0f} needed", flush=True)
+                if not ran:
+                    left_out[name] = f"not started: {left:.0f} s were left, {needed:.0f} needed"
+                    write(outcomes)
                 continue
             outcome = start()
             outcomes.setdefault(name, []).append(outcome)
-            if outcome.error is not None and not (outcome.error == "timed out" and took):
-                failed[name] = outcome.error
-                print(f"round {number}  {name:36} {outcome.error}", flush=True)
-                if name.startswith("ours"):
-                    print(outcome.log, file=sys.stderr)
-            elif outcome.error is None:
+            if outcome.error is None:
+                left_out.pop(name, None)
                 speed = outcome.pairs_per_s(job.options.warmup_steps, job.options.global_batch) or 0.0
                 memory = (outcome.peak_allocated_bytes or 0) / gpu_report.GIB
                 text = f"{speed:8.2f} pairs/s {memory:8.2f} GiB  process {outcome.seconds:5.0f} s"
                 print(f"round {number}  {name:36} {text}", flush=True)
+            elif outcome.error == TIMED_OUT and left < 60 * job.options.run_minutes:
+                print(f"round {number}  {name:36} stopped: the time was up", flush=True)
+                if not ran:
+                    left_out[name] = f"stopped after {outcome.seconds:.0f} s: the time was up"
+            else:
+                failed[name] = outcome.error
+                print(f"round {number}  {name:36} {outcome.error}", flush=True)
+                if name.startswith("ours"):
+                    print(outcome.log, file=sys.stderr)
             write(outcomes)
 
 
-def conclusions(job: Job, outcomes: dict[str, list[Outcome]], failed: dict[str, str]) -> dict[str, Any]:
+def seconds_needed(name: str, outcomes: Mapping[str, list[Outcome]]) -> float:
+    """For a run of `name`: a tenth more than its own longest, or what the shortest of the others took."""
+    took = {other: [one.seconds for one in runs if one.error is None] for other, runs in outcomes.items()}
+    if took.get(name):
+        return 1.1 * max(took[name])
+    return min((seconds for runs in took.values() for seconds in runs), default=LEAST_S)
+
+
+def conclusions(
+    job: Job, outcomes: dict[str, list[Outcome]], failed: dict[str, str], left_out: dict[str, str]
+) -> dict[str, Any]:
     """Everything for the JSON file."""
     arch = read_architecture(Path(job.spec.model))
     warmup, pairs = job.options.warmup_steps, job.options.global_batch
@@ -243,38 +228,50 @@ def conclusions(job: Job, outcomes: dict[str, list[Outcome]], failed: dict[str, 
         "state_bytes": gpu_report.state_bytes(job.shape, lean=job.lean),
         "measured": [dataclasses.asdict(one) for one in found],
         "failed": failed,
+        "left_out": left_out,
+        "float8": gpu_report.float8_beside(found, _losses(outcomes), FLOAT8, FLOAT8_TOLERANCE),
         "goals": gpu_report.goals(found, rate),
         "different_losses": different_losses(job, outcomes),
-        "table": gpu_report.table(found, failed, rate, gpu_machine.datasheet_tflops(job.machine.get("gpu", ""))),
+        "table": gpu_report.table(
+            found, failed | left_out, rate, gpu_machine.datasheet_tflops(job.machine.get("gpu", ""))
+        ),
         "runs": {name: [dataclasses.asdict(one) for one in runs] for name, runs in outcomes.items()},
     }
 
 
-def different_losses(job: Job, outcomes: dict[str, list[Outcome]]) -> list[str]:
-    """Steps at which somebody's loss is not the first one's: then they did not do the same work."""
-    whole = [run for runs in outcomes.values() for run in runs[:1] if run.error is None]
+def _losses(outcomes: Mapping[str, list[Outcome]]) -> dict[str, list[float]]:
+    """By step, of everybody's first run that came to its end."""
+    whole = {name: next((run for run in runs if run.error is None), None) for name, runs in outcomes.items()}
+    return {name: run.losses for name, run in whole.items() if run is not None}
+
+
+def different_losses(job: Job, outcomes: Mapping[str, list[Outcome]]) -> list[str]:
+    """Steps at which somebody's loss is not the first one's: then they did not do the same work. Float8's losses are
+    held to a tolerance of their own (gpu_report.float8_beside)."""
+    losses = {name: values for name, values in _losses(outcomes).items() if name not in FLOAT8}
     found = []
-    for other in whole[1:]:
-        for step, (a, b) in enumerate(zip(whole[0].losses, other.losses, strict=False), start=1):
+    first = next(iter(losses), "")
+    for other in list(losses)[1:]:
+        for step, (a, b) in enumerate(zip(losses[first], losses[other], strict=False), start=1):
             if not abs(a - b) <= LOSS_TOLERANCE[job.device] * max(abs(a), abs(b)):
-                found.append(f"step {step}: {whole[0].name} {a:.6f}, {other.name} {b:.6f}")
+                found.append(f"step {step}: {first} {a:.6f}, {other} {b:.6f}")
     return found
 
 
 def plan_of(job: Job) -> dict[str, Any] | None:
-    """What tools/plan.py expects of the first of ours, where there is such a tool and it knows this GPU."""
+    """What tools/plan.py expects of the first of ours, where it knows this GPU and time is left."""
     tool = REPOSITORY / "tools" / "plan.py"
     gpu = next((name for name in ("h100", "h200", "a100", "b200") if name.upper() in job.machine.get("gpu", "")), None)
-    if not tool.exists() or gpu is None or not job.options.ours:
+    if gpu is None or not job.options.ours or job.left_s() < LEAST_S:
         return None
     name = job.options.ours[0]
     config = Path(job.spec.data).with_name("plan.yaml")
     config.write_text(json.dumps(our_config(job.spec, job.settings(name), config.parent / "logs")), encoding="utf-8")
     command = [sys.executable, str(tool), str(config), *job.settings(name).overrides]
     command += ["--world-size", "1", "--gpu", gpu, "--json"]
-    env = sides.environment(1, {"CUDA_VISIBLE_DEVICES": ""})
+    env, timeout_s = sides.environment(1, {"CUDA_VISIBLE_DEVICES": ""}), min(ASIDE_S, job.left_s())
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout_s, check=False)
         return dict(json.loads(done.stdout))
     except (json.JSONDecodeError, subprocess.TimeoutExpired) as error:
         return {"error": str(error)}
@@ -296,6 +293,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="timed steps")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=7.5, help="for everything, start to end")
+    parser.add_argument("--run-minutes", type=float, default=4.0, help="for one run; a longer one is ended and fails")
     parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="for our config")
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--smoke", action="store_true", help="a tiny model and few pairs, to see that everything runs")
@@ -309,6 +307,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     unknown = sorted((set(options.ours) - set(OURS)) | (set(options.trl) - set(TRL)))
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}")
+    if set(options.ours) & set(FLOAT8) and "ours" not in options.ours:
+        parser.error("float8 is held against bfloat16: name 'ours' in --ours as well")
     if options.lengths == "hh" and not options.data.exists():
         parser.error(f"no such file: {options.data}; name hh_train.jsonl with --data or MEGADPO_DATA")
     options.pack_tokens = options.pack_tokens or PACK_TOKENS[options.model]
@@ -326,28 +326,42 @@ def main(arguments: list[str] | None = None) -> int:
         [sys.executable, "-m", "benchmarks.gpu_machine"], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
     machine = json.loads(asked.stdout)
+    missing = absent(options, machine)
+    if nothing_to_compare(options, missing):
+        print("nothing is measured:", *(f"{name}: {reason}" for name, reason in missing.items()), sep="\n  ")
+        save(options.out, {"machine": machine, "command": sys.argv, "measured": [], "failed": missing})
+        return 0
+    failed, left_out = dict(missing), dict[str, str]()
+    float8 = any(name in FLOAT8 and name not in missing for name in options.ours)
     folder = gpu_inputs.work_folder(2 * gpu_inputs.SHAPES[options.model].parameters)
     outcomes: dict[str, list[Outcome]] = {}
     try:
-        job = prepare(options, folder, machine, deadline)
+        job = prepare(options, folder, machine, deadline, float8=float8)
         describe(job)
-        failed, plan = absent(job), plan_of(job)
 
         def write(so_far: dict[str, list[Outcome]]) -> None:
             outcomes.update(so_far)
-            if options.out:
-                content = conclusions(job, outcomes, failed) | {"plan": plan}
-                options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            save(options.out, conclusions(job, outcomes, failed, left_out))
 
         write({})
-        run_rounds(job, failed, write)
-        content = conclusions(job, outcomes, failed)
+        run_rounds(job, failed, left_out, write)
+        plan = plan_of(job)
+        content = conclusions(job, outcomes, failed, left_out) | {"plan": plan}
+        save(options.out, content)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     conclude(content, plan)
     if options.smoke:
         print("A smoke run: everything ran that is said to; the figures mean nothing.")
-    return 1 if any(name.startswith("ours") for name in failed) else 0
+    return 1 if any(name.startswith("ours") for name in failed.keys() - missing.keys()) else 0
+
+
+def save(path: Path | None, content: dict[str, Any]) -> None:
+    """Whole or not at all: whatever ends this process, the file holds the runs that had ended."""
+    if path is not None:
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        part.replace(path)
 
 
 def describe(job: Job) -> None:
@@ -369,6 +383,10 @@ def conclude(content: dict[str, Any], plan: dict[str, Any] | None) -> None:
     for goal in content["goals"]:
         verdict = "met" if goal["met"] else "not met"
         print(f"{goal['what']}: {goal['value']:.2f} ({goal['against']}); goal {goal['goal']}: {verdict}")
+    for one in content["float8"]:
+        verdict = "within" if one["within"] else "NOT WITHIN"
+        apart = f"losses at most {one['losses_apart']:.2%} apart, {verdict} {FLOAT8_TOLERANCE:.0%}"
+        print(f"{one['name']} ({one['recipe']}): {one['speed_up']:.2f} times the speed of ours; {apart}")
     if plan and plan.get("stages"):
         print(f"plan's peak: {plan['stages'][0]['peak_bytes'] / gpu_report.GIB:.1f} GiB")
     if content["different_losses"]:

@@ -53,6 +53,7 @@ def machine() -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(0)
         found["gpu"] = properties.name
         found["gpu_memory_bytes"] = properties.total_memory
+        found["gpu_compute_capability"] = [properties.major, properties.minor]
         found["gpu_multiprocessors"] = properties.multi_processor_count
         found["driver"] = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
@@ -135,16 +136,38 @@ def goals(found: list[Measured], rate_tflops: float) -> list[dict[str, Any]]:
     ]
 
 
-def state_bytes(shape: Shape, *, lean: bool) -> int:
+def float8_beside(
+    found: list[Measured], losses: Mapping[str, list[float]], recipes: Mapping[str, str], tolerance: float
+) -> list[dict[str, Any]]:
+    """Speed of each float8 contender over `ours`, and the furthest that a step's loss is from `ours`, relative. Neither
+    has a goal but `tolerance`, for the losses."""
+    by_name = {one.name: one for one in found}
+    if "ours" not in by_name:
+        return []
+    result = []
+    for name, recipe in recipes.items():
+        if name not in by_name:
+            continue
+        pairs = zip(losses["ours"], losses[name], strict=False)
+        apart = float(np.max([abs(a - b) / abs(a) for a, b in pairs]))  # nan stays nan
+        speed_up = by_name[name].pairs_per_s / by_name["ours"].pairs_per_s
+        one = {"name": name, "recipe": recipe, "speed_up": speed_up, "losses_apart": apart}
+        result.append(one | {"tolerance": tolerance, "within": apart <= tolerance})
+    return result
+
+
+def state_bytes(shape: Shape, *, lean: bool, float8: bool = False) -> int:
     """Weights, reference, gradients and optimizer state: 20 bytes a parameter (2 + 2 + 4 + float32 weights 4 + moments
-    8), lean 14 (2 + 2 + 4 + the other half of the weights 2 + moments 4)."""
-    return shape.parameters * (14 if lean else 20)
+    8), lean 14 (2 + 2 + 4 + the other half of the weights 2 + moments 4). float8: 3 more, for the policy's weights in
+    both orders and the reference's in one."""
+    return shape.parameters * ((14 if lean else 20) + (3 if float8 else 0))
 
 
-def whole_layers(shape: Shape, memory_bytes: int, *, lean: bool, spare: float = 0.18) -> int:
+def whole_layers(shape: Shape, memory_bytes: int, *, lean: bool, float8: bool = False, spare: float = 0.18) -> int:
     """Layers of `shape` whose state leaves this share of the memory to activations and passing needs; at least 1."""
     for layers in range(shape.num_layers, 1, -1):
-        if state_bytes(dataclasses.replace(shape, num_layers=layers), lean=lean) <= (1 - spare) * memory_bytes:
+        state = state_bytes(dataclasses.replace(shape, num_layers=layers), lean=lean, float8=float8)
+        if state <= (1 - spare) * memory_bytes:
             return layers
     return 1
 

@@ -19,6 +19,7 @@ from benchmarks.trl_worker import Spec
 
 LOG_CHARACTERS = 6000
 OUT_OF_MEMORY = "out of memory"
+TIMED_OUT = "timed out"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,14 +135,14 @@ def _run(command: Sequence[str], threads: int, timeout_s: float) -> tuple[float,
             if process.wait(timeout=timeout_s) != 0:
                 error = f"exit code {process.returncode}"
         except subprocess.TimeoutExpired:
-            error = "timed out"
+            error = TIMED_OUT
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         output.seek(0)
         log = output.read().decode(errors="replace")
-    if error is not None and error != "timed out":
+    if error is not None and error != TIMED_OUT:
         words = [line.strip() for line in log.splitlines() if any(map(str.isalpha, line))]
         memory = "OutOfMemoryError" in log or "CUDA out of memory" in log
         error = OUT_OF_MEMORY if memory else f"{error}: {words[-1][:300] if words else ''}"

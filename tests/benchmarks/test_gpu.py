@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import subprocess
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_head, gpu_inputs, gpu_report, make_llama
+from benchmarks import gpu, gpu_contenders, gpu_head, gpu_inputs, gpu_report, make_llama
 from benchmarks.gpu_sides import Outcome
 from megadpo.config.architecture import read_architecture
+from megadpo.config.load import load_config
 from megadpo.data.tokenizer import load_tokenizer
 
 TINY = gpu_inputs.SHAPES["tiny"]
@@ -85,6 +87,8 @@ def test_layers_are_left_out_only_where_memory_is_short():
     fits = gpu_report.state_bytes(dataclasses.replace(whole, num_layers=fewer), lean=False)
     assert fits <= 0.82 * h200 < fits + 20 * 218_112_000  # and one more would not
     assert gpu_report.whole_layers(gpu_inputs.SHAPES["llama-3.2-1b"], h200, lean=False) == 16
+    # float8 keeps 3 bytes a parameter more: 17 x 7.05e9 in 0.82 of 150.8e9
+    assert gpu_report.whole_layers(whole, h200, lean=True, float8=True) == 28
 
 
 def outcome(name, step_s, peak, error=None):
@@ -109,6 +113,142 @@ def test_goals_are_held_to_the_fastest_of_trls(model):
     against = {goal["what"]: goal["against"] for goal in gpu_report.goals([ours, fast, mixed], rate_tflops=1.0)}
     assert against["pairs/s over TRL's"] == "trl-b"
     assert against["peak memory over TRL's" + gpu_report.ALIKE] == "trl-mixed-a"
+
+
+HOPPER = {"gpu": "NVIDIA H200", "gpu_compute_capability": [9, 0], "cuda": "13.0"}
+WITH_TE, WITHOUT_TE = ({"versions": {"transformer-engine": version}} for version in ("2.11.0", None))
+
+
+@pytest.mark.parametrize(
+    ("machine", "blockwise", "tensorwise"),
+    [
+        (HOPPER | WITH_TE, None, None),
+        (HOPPER | WITHOUT_TE, "Transformer Engine", "Transformer Engine"),
+        (HOPPER | WITH_TE | {"gpu_compute_capability": [8, 0]}, "has 8.0", "has 8.0"),
+        (HOPPER | WITH_TE | {"cuda": "12.8"}, "CUDA 12.9", None),
+        (WITH_TE, "needs a GPU", "needs a GPU"),
+    ],
+)
+def test_float8_is_left_out_where_it_cannot_run_and_says_why(machine, blockwise, tensorwise):
+    options = gpu.parse(["--ours", "ours,ours-fp8,ours-fp8-tensorwise", "--trl", ""])
+    missing = gpu_contenders.absent(options, machine)
+    assert "ours" not in missing
+    for name, reason in (("ours-fp8", blockwise), ("ours-fp8-tensorwise", tensorwise)):
+        assert (reason is None and name not in missing) or reason in missing[name]
+    assert gpu_contenders.nothing_to_compare(options, missing) == (blockwise is not None and tensorwise is not None)
+
+
+def test_float8_that_cannot_run_costs_no_session(monkeypatch, tmp_path, capsys):
+    said = subprocess.CompletedProcess([], 0, stdout=json.dumps(HOPPER | WITHOUT_TE), stderr="")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *_, **__: said)
+    monkeypatch.setattr(gpu, "prepare", lambda *_, **__: pytest.fail("nothing is to be made"))
+    out = tmp_path / "fp8.json"
+    assert gpu.main(["--ours", "ours,ours-fp8", "--trl", "", "--out", str(out)]) == 0
+    assert "ours-fp8: float8 needs Transformer Engine" in capsys.readouterr().out
+    assert list(json.loads(out.read_text())["failed"]) == ["ours-fp8"]
+
+
+def test_what_is_compared_without_float8_is_run_all_the_same():
+    missing = {"ours-fp8": "no Transformer Engine"}
+    for asked in (["--ours", "ours,ours-fp8"], ["--ours", "ours", "--trl", ""], ["--ours", "ours"]):
+        options = gpu.parse(asked)
+        assert not gpu_contenders.nothing_to_compare(options, missing | dict.fromkeys(options.trl, "no TRL"))
+    with pytest.raises(SystemExit):
+        gpu.parse(["--ours", "ours-fp8", "--trl", ""])
+
+
+def test_float8_configs_are_accepted_up_to_the_device(model, tmp_path):
+    """With the benchmark's own config: packs' length, layers and recipe are checked before anything runs on a GPU."""
+    for name, recipe in gpu_contenders.FLOAT8.items():
+        sizes = {"steps": 6, "global_batch_pairs": 32, "micro_batch_pairs": 1}
+        spec = gpu.Spec(data="pairs.jsonl", model=str(model), output_dir="", device="cuda", **sizes)
+        settings = gpu.OurSettings(pack_tokens=4096, longest_tokens=2056, lean=True)
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(json.dumps(gpu.our_config(spec, settings, tmp_path / "logs")))
+        cfg = load_config(path, gpu_contenders.OURS[name]["overrides"])
+        assert cfg.policy.megatron_cfg.fp8_cfg.enabled and cfg.policy.megatron_cfg.fp8_cfg.fp8_recipe == recipe
+
+
+def test_float8_is_held_to_a_hundredth_of_ours_loss(model):
+    arch, lengths = read_architecture(model), np.array([[10, 5, 5]] * 8)
+    recipes = gpu_contenders.FLOAT8
+    found = [
+        gpu_report.measured([one], arch, lengths, warmup_steps=1, pairs_per_step=4, share_prompt=True)
+        for one in (outcome("ours", 2.0, 60), outcome("ours-fp8", 1.6, 60), outcome("ours-fp8-tensorwise", 1.0, 60))
+    ]
+    losses = {"ours": [0.69, 0.6], "ours-fp8": [0.69, 0.605], "ours-fp8-tensorwise": [0.69, math.nan]}
+    blockwise, tensorwise = gpu_report.float8_beside(found, losses, recipes, 1e-2)
+    assert (blockwise["speed_up"], tensorwise["speed_up"]) == (1.25, 2.0)
+    assert blockwise["within"] and 0.008 < blockwise["losses_apart"] < 0.009
+    assert not tensorwise["within"]
+    losses["ours-fp8"] = [0.69, 0.61]
+    assert not gpu_report.float8_beside(found, losses, recipes, 1e-2)[0]["within"]
+    assert gpu_report.float8_beside(found[1:], losses, recipes, 1e-2) == []
+
+
+class Clock:
+    """Runs that take as long as they say, in a session of so many seconds."""
+
+    def __init__(self, session_s, run_minutes=4.0, rounds=3):
+        self.now, self.session_s, self.started = 0.0, session_s, []
+        arguments = ["--trl", "", "--rounds", str(rounds), "--run-minutes", str(run_minutes)]
+        self.options = gpu.parse([*arguments, "--model", "tiny"])
+
+    def left_s(self):
+        return self.session_s - self.now
+
+    def contender(self, name, seconds, error=None):
+        def start():
+            self.started.append(name)
+            limit = min(self.left_s(), 60 * self.options.run_minutes)
+            self.now += min(seconds, limit)
+            failed = "timed out" if seconds > limit else error
+            return dataclasses.replace(outcome(name, 1.0, 10, failed), seconds=min(seconds, limit))
+
+        return name, start
+
+
+def held(monkeypatch, clock, *contenders):
+    failed, left_out, written = {}, {}, []
+    monkeypatch.setattr(gpu, "contenders", lambda job: list(contenders))
+    gpu.run_rounds(clock, failed, left_out, lambda outcomes: written.append({n: len(r) for n, r in outcomes.items()}))
+    return failed, left_out, written
+
+
+def test_whoever_the_time_does_not_suffice_for_is_named(monkeypatch):
+    clock = Clock(100)
+    failed, left_out, written = held(monkeypatch, clock, *(clock.contender(n, 40) for n in ("ours", "b", "c", "d")))
+    assert clock.started == ["ours", "b"]  # 20 s are left, and nobody took less than 40
+    assert failed == {} and sorted(left_out) == ["c", "d"] and "20 s were left, 40 needed" in left_out["c"]
+    assert written[:2] == [{"ours": 1}, {"ours": 1, "b": 1}]  # after every run
+
+
+def test_a_first_run_that_the_end_of_time_cuts_off_is_no_failure(monkeypatch):
+    clock = Clock(100)
+    failed, left_out, written = held(monkeypatch, clock, clock.contender("ours", 40), clock.contender("slow", 90))
+    assert failed == {} and "the time was up" in left_out["slow"]
+    assert written[-1]["ours"] == 1
+
+
+def test_a_run_that_hangs_is_ended_and_the_others_still_run(monkeypatch):
+    clock = Clock(1000, run_minutes=2.0, rounds=2)
+    contenders = (
+        clock.contender("hangs", 9999),
+        clock.contender("ours", 40),
+        clock.contender("breaks", 5, "no memory"),
+    )
+    failed, left_out, _ = held(monkeypatch, clock, *contenders)
+    assert failed == {"hangs": "timed out", "breaks": "no memory"} and left_out == {}
+    assert clock.started == ["hangs", "ours", "breaks", "ours"]
+
+
+def test_a_file_of_results_is_whole_or_the_one_before(tmp_path):
+    path = tmp_path / "result.json"
+    gpu.save(path, {"runs": 1})
+    with pytest.raises(TypeError):
+        gpu.save(path, {"runs": object()})
+    assert json.loads(path.read_text()) == {"runs": 1}
 
 
 def test_a_smoke_run_ends_well_without_trl(tmp_path, capsys):
