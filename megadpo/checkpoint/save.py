@@ -52,7 +52,8 @@ def save_checkpoint(
     final = folder / f"step_{position.step}"
     partial = partial_folder(final)
     if parallel.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in folder.glob(partial_folder(folder / "step_*").name):  # what a killed run began, whatever its step
+            shutil.rmtree(left, ignore_errors=True)
         (partial / "model").mkdir(parents=True)
         (partial / "rng").mkdir()
     dist.barrier()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from megadpo.checkpoint import TrainingPosition, prune_checkpoints, save_checkpoint
@@ -25,7 +26,10 @@ def train(run: Run, logger: MetricsLogger, progress: ProgressLine, stop: StopWat
     steps_per_epoch = run.data.train_loader.batches_per_epoch
     position = run.position
     if position.step == 0 and dpo.val_at_start:
-        position = validate(run, position, logger, progress, also_log={})
+        position = validate(run, position, logger, progress, stop, also_log={})
+        if (exit_code := stop.agreed()) is not None:
+            progress.message("stopped before the first step")
+            return exit_code
     saved_step = position.step
 
     while position.step < run.total_steps:
@@ -40,13 +44,14 @@ def train(run: Run, logger: MetricsLogger, progress: ProgressLine, stop: StopWat
 
             exit_code = stop.agreed()
             last = position.step == run.total_steps
-            save = saving.enabled and (last or exit_code is not None or position.step % saving.save_period == 0)
+            due = last or position.step % saving.save_period == 0
             # a signal leaves 30 seconds: save at once, unranked
-            if exit_code is None and validation_due(run, position.step, last=last, save=save):
-                position = validate(run, position, logger, progress, also_log=record)
+            if exit_code is None and validation_due(run, position.step, last=last, save=saving.enabled and due):
+                position = validate(run, position, logger, progress, stop, also_log=record)
+                exit_code = stop.agreed()
             else:
                 logger.log(position.step, record)
-            if save:
+            if saving.enabled and (due or exit_code is not None):
                 save_and_prune(run, position)
                 saved_step = position.step
             if exit_code is not None and not last:
@@ -85,14 +90,25 @@ def validation_due(run: Run, step: int, *, last: bool, save: bool) -> bool:
 
 
 def validate(
-    run: Run, position: TrainingPosition, logger: MetricsLogger, progress: ProgressLine, *, also_log: dict[str, float]
+    run: Run,
+    position: TrainingPosition,
+    logger: MetricsLogger,
+    progress: ProgressLine,
+    stop: StopWatcher,
+    *,
+    also_log: dict[str, float],
 ) -> TrainingPosition:
-    """Evaluate every validation set, log one line for the step together with `also_log`, remember the metrics."""
+    """Evaluate every validation set, log one line for the step together with `also_log`, remember the metrics. A reason
+    to stop breaks it off: what was measured by then of a set counts for nothing, and the caller asks `stop` again."""
     started = time.perf_counter()
     record: dict[str, float] = {}
     for name in run.data.validation:
         set_started = time.perf_counter()
-        metrics = run.trainer.evaluate(run.validation_batches(name))
+        try:
+            metrics = run.trainer.evaluate(until_stopped(run.validation_batches(name), stop))
+        except Stopped:
+            progress.message(f"validation on {name} broken off")
+            break
         record |= {f"validation-{name}/{metric}": value for metric, value in metrics.items()}
         progress.validation(position.step, name, metrics, time.perf_counter() - set_started)
     if record:
@@ -100,6 +116,18 @@ def validate(
     if record or also_log:
         logger.log(position.step, also_log | record)
     return dataclasses.replace(position, metrics=position.metrics | record)
+
+
+class Stopped(Exception):
+    """There is a reason to stop."""
+
+
+def until_stopped(batches: Iterator[GlobalBatch], stop: StopWatcher) -> Iterator[GlobalBatch]:
+    """`batches`, as long as no rank has a reason to stop. Raises Stopped. Collectives: an all-reduce a batch."""
+    for batch in batches:
+        if stop.agreed() is not None:
+            raise Stopped
+        yield batch
 
 
 def save_and_prune(run: Run, position: TrainingPosition) -> None:

@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+from tests.helpers.distributed import run_distributed
+from tests.helpers.runs import make_config, make_model, read_metrics, train
+
 PROGRAM = """
 import signal
 from megadpo.train import stop
@@ -24,3 +27,54 @@ def test_only_a_later_signal_ends_the_process(window_s, code, words):
     program = [sys.executable, "-c", PROGRAM.format(window_s=window_s)]
     done = subprocess.run(program, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip()) == (code, words), done.stderr
+
+
+def train_and_signal_in_validation(config: str, overrides: list[str], validations: int) -> int:
+    """Target for run_distributed: SIGTERM comes to the last rank at its `validations`-th global batch of validation."""
+    import torch.distributed as dist
+
+    from megadpo.train.step import Trainer
+
+    reference_logps, seen = Trainer._reference_logps, []
+
+    def counted(self, micro_batches):
+        if not in_step:
+            seen.append(1)
+            if len(seen) == validations and dist.get_rank() == dist.get_world_size() - 1:
+                signal.raise_signal(signal.SIGTERM)
+        return reference_logps(self, micro_batches)
+
+    in_step: list[int] = []
+    forward_backward = Trainer._forward_backward
+
+    def marked(self, batch):
+        in_step.append(1)
+        try:
+            return forward_backward(self, batch)
+        finally:
+            in_step.clear()
+
+    Trainer._reference_logps, Trainer._forward_backward = counted, marked
+    return train(config, overrides)
+
+
+@pytest.mark.distributed
+def test_a_signal_in_validation_breaks_it_off_and_saves(tmp_path):
+    """A set may take minutes, and torchrun grants 30 seconds."""
+    config = make_config(
+        tmp_path,
+        make_model(tmp_path / "model"),
+        dpo={"max_num_steps": 4, "val_period": 2, "val_global_batch_size": 1, "val_batches": 0},
+        checkpointing={"enabled": True, "save_period": 2},
+    )
+    codes = run_distributed(train_and_signal_in_validation, 2, str(config), [], 3, init_process_group=False)
+    assert codes == [143, 143]
+    assert (tmp_path / "checkpoints/step_2/megadpo.json").is_file()
+    assert [(r["step"], "validation-held_out/loss" in r) for r in read_metrics(tmp_path / "logs")] == [
+        (1, False),
+        (2, False),
+    ]
+
+    started = ["dpo.val_at_start=true", f"checkpointing.checkpoint_dir={tmp_path / 'new'}"]
+    codes = run_distributed(train_and_signal_in_validation, 2, str(config), started, 1, init_process_group=False)
+    assert codes == [143, 143] and not list((tmp_path / "new").glob("step_*"))
