@@ -161,7 +161,7 @@ def build_reference(
     source = policy_source
     if cfg.dpo.reference.model_name is not None:
         source = resolve_source(cfg.dpo.reference.model_name, "dpo.reference.model_name")
-        arch = read_architecture(source.hf_files)
+        arch = read_architecture(source.hf_files, "dpo.reference.model_name")
     model = build_model(arch, cfg.policy, parallel, frozen=True)
     fill(model, source, arch, parallel)
     return ResidentReference(model, parallel)
