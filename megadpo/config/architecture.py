@@ -80,14 +80,14 @@ class Architecture:
     """The experts of every layer; None: a dense model."""
 
 
-def read_architecture(folder: str | Path) -> Architecture:
-    """Read `folder`/config.json, in transformers 4's or 5's spelling.
+def read_architecture(folder: str | Path, field: str = "policy.model_name") -> Architecture:
+    """Read `folder`/config.json, in transformers 4's or 5's spelling. field: what names the folder, for messages.
 
     Raises ConfigError with every reason why the model can't be run: folder or file missing, broken JSON, a class that
     is not supported, or a setting that this code doesn't compute.
     """
     path = Path(folder) / "config.json"
-    return parse_architecture(_read_json(Path(folder), path), str(path))
+    return parse_architecture(_read_json(Path(folder), path, field), str(path))
 
 
 def parse_architecture(raw: Mapping[str, Any], where: str = "config.json") -> Architecture:
@@ -154,12 +154,12 @@ def _with_theta(raw: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
     return raw if default is None else {"rope_theta": default, **raw}
 
 
-def _read_json(folder: Path, path: Path) -> dict[str, Any]:
+def _read_json(folder: Path, path: Path, field: str) -> dict[str, Any]:
     hint = "give a Hugging Face model folder (config.json, *.safetensors, tokenizer files)"
     if not folder.is_dir():
-        raise ConfigError(Problem("policy.model_name", str(folder), "an existing folder", hint))
+        raise ConfigError(Problem(field, str(folder), "an existing folder", hint))
     if not path.is_file():
-        raise ConfigError(Problem("policy.model_name", str(folder), "a folder that holds config.json", hint))
+        raise ConfigError(Problem(field, str(folder), "a folder that holds config.json", hint))
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -171,9 +171,12 @@ def nearest_name(where: str, siblings: list[str], known_paths: frozenset[str]) -
     near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.7)
     if near:
         return f"{section}.{near[0]}" if section else near[0]
-    leaves: dict[str, str] = {path.rpartition(".")[2]: path for path in sorted(known_paths, reverse=True)}
-    near = difflib.get_close_matches(name, list(leaves), n=1, cutoff=0.8)
-    return leaves[near[0]] if near else None
+    leaves: dict[str, list[str]] = {}
+    for path in known_paths:
+        leaves.setdefault(path.rpartition(".")[2], []).append(path)
+    near = difflib.get_close_matches(name, sorted(leaves), n=1, cutoff=0.8)
+    # a name that several sections have, such as name or enabled, says nothing about which is meant
+    return leaves[near[0]][0] if near and len(leaves[near[0]]) == 1 else None
 
 
 def dotted_paths(cls: type, prefix: str = "") -> Iterator[str]:

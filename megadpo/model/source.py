@@ -34,6 +34,8 @@ def resolve_source(name: str, field: str, *, weights: bool = True) -> ModelSourc
     if folder.is_dir():
         return ModelSource(hf_files=folder, megatron=None)
     expected = "a Hugging Face folder or hub name, or a Megatron checkpoint folder"
+    if folder.is_file():
+        raise ConfigError([Problem(field, name, f"{expected}; this is a file", "name the folder it is in")])
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ConfigError([Problem(field, name, f"{expected}; there is no such folder", "correct the path")])
     return ModelSource(hf_files=_from_hub(name, field, expected, weights), megatron=None)

@@ -37,7 +37,7 @@ def architectures(cfg: Config) -> tuple[Architecture, Architecture | None]:
     problems: list[Problem] = []
     for field, name in named.items():
         try:
-            found.append(read_architecture(model_folder(name, field)))
+            found.append(read_architecture(model_folder(name, field), field))
         except ConfigError as error:
             problems += error.problems
     if problems:

@@ -94,7 +94,7 @@ def checked_config(path: str, overrides: Sequence[str], world_size: int | None, 
     problems = check_layout(cfg, arch, world_size) + freeze_problems(cfg.policy.freeze, arch)
     if (reference := reference_source(cfg, source)) != source:
         # the reference runs in the policy's layout, so its own shape must allow that too
-        for one in check_layout(cfg, read_architecture(reference.hf_files), None):
+        for one in check_layout(cfg, read_architecture(reference.hf_files, "dpo.reference.model_name"), None):
             problems.append(dataclasses.replace(one, expected=f"{one.expected} (dpo.reference.model_name's)"))
     if problems:
         raise ConfigError(problems)

@@ -46,7 +46,7 @@ def require_reference_vocabulary(cfg: Config, policy_source: ModelSource, datase
     source, name = reference_source(cfg, policy_source), cfg.dpo.reference.model_name
     if source == policy_source:  # whose vocabulary the pairs have been held against
         return
-    vocab_size = read_architecture(source.hf_files).vocab_size
+    vocab_size = read_architecture(source.hf_files, "dpo.reference.model_name").vocab_size
     largest = max(data.max_token_id for data in datasets)
     if largest >= vocab_size:
         expected = f"a model that has the pairs' token ids, up to {largest}; its vocabulary has {vocab_size}"
@@ -93,7 +93,7 @@ def attach_logps(
 
 def _source(cfg: Config, policy_source: ModelSource, arch: Architecture) -> tuple[ModelSource, Architecture]:
     source = reference_source(cfg, policy_source)
-    return source, arch if source == policy_source else read_architecture(source.hf_files)
+    return source, arch if source == policy_source else read_architecture(source.hf_files, "dpo.reference.model_name")
 
 
 def _describe(cfg: Config, policy_source: ModelSource, arch: Architecture) -> dict[str, str]:

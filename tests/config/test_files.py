@@ -230,10 +230,14 @@ def test_a_file_in_another_encoding_is_named_with_its_line(tmp_path):
     assert (problem.where, problem.value, problem.expected) == (f"{path}:3", "the byte 0xe9", "UTF-8")
 
 
+TRAINING = ["training.name", "training.num_epochs"]
+
+
 def test_somebody_elses_section_is_refused_key_by_key(write):
-    text = "loss_fn: {reference_policy_kl_penalty: 0.1, deep: {lr: 1}}\ntraining: {num_epochs: 3}\n"
+    text = "loss_fn: {reference_policy_kl_penalty: 0.1, deep: {lr: 1}}\ntraining: {num_epochs: 3, name: x}\n"
     problems = {one.where: one.fix for one in problems_of(write("c.yaml", SMALL + text))}
-    assert sorted(problems) == ["loss_fn.deep.lr", "loss_fn.reference_policy_kl_penalty", "training.num_epochs"]
+    assert sorted(problems) == ["loss_fn.deep.lr", "loss_fn.reference_policy_kl_penalty", *TRAINING]
+    assert problems["training.name"] == "remove it", "several sections have a name"
     assert "did you mean dpo.reference_policy_kl_penalty?" in problems["loss_fn.reference_policy_kl_penalty"]
     assert "policy.megatron_cfg.optimizer.lr" in problems["loss_fn.deep.lr"]
     assert "dpo.max_num_epochs" in problems["training.num_epochs"]

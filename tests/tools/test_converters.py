@@ -35,6 +35,6 @@ def test_refusals_exit_with_2_and_name_the_problem(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     empty = str(tmp_path / "empty")
     assert hf_to_megatron.main(["--hf", empty, "--megatron", str(tmp_path / "megatron")]) == 2
-    assert "config.json" in capsys.readouterr().err
+    assert "  --hf: got " in (said := capsys.readouterr().err) and "config.json" in said
     assert megatron_to_hf.main(["--megatron", empty, "--hf", str(tmp_path / "hf")]) == 2
     assert "no megadpo.json" in capsys.readouterr().err

@@ -60,7 +60,7 @@ def import_hf(hf: str | Path, megatron: str | Path, dtype: torch.dtype | None = 
     is needed.
     Raises ConfigError with every problem of the folder, or where `megatron` exists and isn't empty.
     """
-    table = weight_table(read_architecture(hf))
+    table = weight_table(read_architecture(hf, "--hf"))
     weights = HfWeights.open(hf, table)
     problems = weights.problems(table) + _target_problems(megatron)
     if problems:
@@ -85,7 +85,7 @@ def export_hf(megatron: str | Path, hf: str | Path, max_file_bytes: int = MAX_FI
         problems.append(Problem(str(megatron), f"no {INFO_FILE}", "a Megatron checkpoint folder", fix))
     if problems:
         raise ConfigError(problems)
-    table = weight_table(read_architecture(megatron / HF_FOLDER))
+    table = weight_table(read_architecture(megatron / HF_FOLDER, "--megatron"))
     stored = DistFolder(megatron / MODEL_FOLDER)
     regions = stored.find(table.entries)
     specs = [
