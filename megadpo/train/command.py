@@ -16,7 +16,7 @@ from megadpo.config.check import check_layout
 from megadpo.config.check_moe import unused_by_dense
 from megadpo.config.load import Purpose, as_dict, load_config, save_resolved
 from megadpo.config.metric import parse_duration_s
-from megadpo.config.problems import EXIT_REFUSED, ConfigError, UserError
+from megadpo.config.problems import EXIT_REFUSED, ConfigError, Problem, UserError
 from megadpo.config.schema import Config
 
 OTHERS_WAIT_S = 20.0
@@ -97,17 +97,20 @@ def checked_config(path: str, overrides: Sequence[str], world_size: int | None, 
 
 def check_data(cfg: Config) -> int:
     """The rest of --check: weight files complete by their headers, data files read and tokenised."""
-    from megadpo.model.source import resolve_source
+    from megadpo.model.source import reference_source, resolve_source
     from megadpo.model.weights.hf_folder import HfWeights
     from megadpo.model.weights.tables import weight_table
     from megadpo.train.setup import load_data
 
     source = resolve_source(cfg.policy.model_name, "policy.model_name")
     arch = read_architecture(source.hf_files)
-    if source.megatron is None:
-        problems = HfWeights.open(source.hf_files, table := weight_table(arch)).problems(table)
-        if problems:
-            raise ConfigError(problems)
+    problems: list[Problem] = []
+    for one in dict.fromkeys((source, reference_source(cfg, source))):
+        if one.megatron is None:
+            table = weight_table(read_architecture(one.hf_files))
+            problems += HfWeights.open(one.hf_files, table).problems(table)
+    if problems:
+        raise ConfigError(problems)
     data = load_data(cfg, arch, source, {"dp_rank": 0, "dp_size": 1})
     for line in [*cfg.notes, *data.reports]:
         print(line)
