@@ -88,7 +88,7 @@ class CheckpointingConfig:
     checkpoint_must_save_by: str | None = None
     """DD:HH:MM:SS after the start: save, then stop. null: no limit."""
     save_optimizer: bool = True
-    """false: weights only; a resumed run starts its optimizer anew."""
+    """false: weights only, to export or to start another run from; no run resumes from them."""
 
 
 @dataclass(frozen=True, kw_only=True)

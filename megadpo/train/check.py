@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from megadpo.config.architecture import Architecture, read_architecture
+from megadpo.config.architecture import read_architecture
 from megadpo.config.load import load_config
 from megadpo.config.problems import ConfigError, DataError, Problem, UserError
 from megadpo.config.schema import Config
+
+if TYPE_CHECKING:
+    from megadpo.model.source import ModelSource
 
 Made = TypeVar("Made")
 
@@ -22,7 +24,7 @@ def check(path: str, overrides: Sequence[str], checked_config: Callable[[], Conf
     """
     from megadpo.data.loader import DataRank
     from megadpo.data.tokenizer import load_tokenizer
-    from megadpo.model.source import resolve_source, tokenizer_source
+    from megadpo.model.source import reference_source, resolve_source, tokenizer_source
     from megadpo.train.setup import RunData, load_data
 
     problems: list[Problem] = []
@@ -40,8 +42,10 @@ def check(path: str, overrides: Sequence[str], checked_config: Callable[[], Conf
     arch = None if source is None else attempt(lambda: read_architecture(source.hf_files))
     tokenizer = None if source is None else attempt(lambda: load_tokenizer(str(tokenizer_source(cfg, source))))
     data: RunData | None = None
-    if source is not None and source.megatron is None and arch is not None:
-        problems += _weight_problems(source.hf_files, arch)
+    if source is not None and arch is not None:
+        reference = attempt(lambda: reference_source(cfg, source)) or source
+        for one in dict.fromkeys((source, reference)):
+            problems += _weight_problems(one)
     if source is None or arch is None or tokenizer is None:
         attempt(lambda: _read_rows(cfg))
     else:
@@ -54,13 +58,16 @@ def check(path: str, overrides: Sequence[str], checked_config: Callable[[], Conf
     return 0
 
 
-def _weight_problems(hf_files: Path, arch: Architecture) -> list[Problem]:
+def _weight_problems(source: ModelSource) -> list[Problem]:
     """Weight files complete, by their headers."""
     from megadpo.model.weights.hf_folder import HfWeights
     from megadpo.model.weights.tables import weight_table
 
+    if source.megatron is not None:
+        return []
     try:
-        return list(HfWeights.open(hf_files, table := weight_table(arch)).problems(table))
+        table = weight_table(read_architecture(source.hf_files))
+        return list(HfWeights.open(source.hf_files, table).problems(table))
     except UserError as error:
         return error.problems
 

@@ -79,7 +79,7 @@ def changes(cfg: Config, info: CheckpointInfo) -> list[str]:
     return [
         f"resumed from {info.path.name} with {key} {value!r}, which was {before[key]!r}"
         for key, value in _flat(as_dict(cfg), "")
-        if key.startswith(watched) and key in before and before[key] != value
+        if key.startswith(watched) and not key.startswith("dpo.val_") and key in before and before[key] != value
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from megadpo.train.command import main
 from tests.helpers.overrides import PP2, TP2
@@ -17,6 +18,9 @@ def models(tmp_path_factory):
     make_model(folder / "one_group", num_key_value_heads=1)
     make_model(folder / "three_layers", num_hidden_layers=3)
     make_hf_folder(folder / "few_tokens", "llama", vocab_size=100)
+    tensors = load_file(make_model(folder / "cut_short") / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "cut_short/model.safetensors")
     return folder
 
 
@@ -27,6 +31,7 @@ def models(tmp_path_factory):
         ("three_layers", [PP2], "a divisor of the model's 3 layers (dpo.reference.model_name's)"),
         # under tensor parallelism its log-probabilities were nonsense without an error
         ("few_tokens", [TP2], "its vocabulary has 100"),
+        ("cut_short", [], "expected model.norm.weight"),
         ("one_group", [], ""),
     ],
 )
