@@ -5,7 +5,7 @@ cuda:0. CPU tensors are real, as they are beside a GPU. What a GPU would refuse 
 host wait for it is written down in `FakeCuda.waits` and answered with ones. `install` changes torch for good: call it in
 a process of its own (tests/helpers/distributed.py), before megadpo sets up its device.
 
-torch's own FakeTensorMode does the first half, but not on a build without CUDA: autograd asks for CUDA's device guard.
+torch's own FakeTensorMode does the first half, but no backward on a build without CUDA, whose device guard autograd wants.
 """
 
 from __future__ import annotations
@@ -27,33 +27,17 @@ CUDA, META = torch.device("cuda", 0), torch.device("meta")
 aten = torch.ops.aten
 
 # What the host waits for on a GPU: its result is a number for Python, or its shape depends on values.
-WAITING = {
-    aten._local_scalar_dense,
-    aten.nonzero,
-    aten.masked_select,
-    aten._unique2,
-    aten.unique_dim,
-    aten.unique_consecutive,
-    aten.equal,
-    aten.bincount,
-    aten.repeat_interleave,
-}
-# Operations whose arguments stand on two devices by design: copies, and indices, which CUDA fetches itself.
+_NAMES = (
+    "_local_scalar_dense nonzero masked_select _unique2 unique_dim unique_consecutive equal bincount repeat_interleave"
+)
+WAITING = {getattr(aten, name) for name in _NAMES.split()}
+# Arguments on two devices: copies by design; these take a number from the CPU, as whatever is tagged pointwise does.
 TWO_DEVICES = {aten.copy_, aten._to_copy, aten.set_}
-SCALARS = {
-    aten._foreach_add_,
-    aten._foreach_mul_,
-    aten._foreach_div_,
-    aten.index_put_,
-    aten._index_put_impl_,
-    aten.fill_,
-}
-COALESCED = {
-    torch.ops.c10d.allreduce_coalesced_,
-    torch.ops.c10d.reduce_scatter_tensor_coalesced_,
-    torch.ops.c10d.allgather_into_tensor_coalesced_,
-}
-"""Collectives that torch knows no way to pretend on meta tensors."""
+_NAMES = "_foreach_add_ _foreach_mul_ _foreach_div_ index_put_ _index_put_impl_ fill_"
+NUMBERS = {getattr(aten, name) for name in _NAMES.split()}
+# Collectives that torch has no pretence of on meta tensors.
+_NAMES = "allreduce_coalesced_ reduce_scatter_tensor_coalesced_ allgather_into_tensor_coalesced_"
+COALESCED = {getattr(torch.ops.c10d, name) for name in _NAMES.split()}
 
 
 class WrongDevice(RuntimeError):
@@ -156,7 +140,7 @@ def _named_device(options: dict[str, Any]) -> dict[str, Any]:
 
 def _check_devices(func: Any, on_cpu: list[torch.Tensor]) -> None:
     """CUDA takes a number from a CPU tensor where an operation goes element by element, and nowhere else."""
-    numbers = torch.Tag.pointwise in func.tags or func.overloadpacket in SCALARS
+    numbers = torch.Tag.pointwise in func.tags or func.overloadpacket in NUMBERS
     if any(tensor.dim() > 0 or not numbers for tensor in on_cpu):
         raise WrongDevice(f"{func} has arguments on cuda:0 and on the CPU ({[tuple(t.shape) for t in on_cpu]})")
 
@@ -172,13 +156,15 @@ def _indexes_by_mask(func: Any, args: Any) -> bool:
 # ---- what torch and its process groups have to be told
 
 _gloo_groups: set[str] = set()
+_chosen: list[torch.device] = []  # by set_device
 _rank, _world_size = 0, 1
 
 
 def _check_collective(func: Any, args: Any, tensors: Iterable[torch.Tensor]) -> None:
     if func.overloadpacket is torch.ops.c10d.barrier:
         return
-    group = next(dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject) and _is_group(arg))
+    boxes = [arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type())]
+    group = dist.ProcessGroup.unbox(boxes[0])
     cuda = group.group_name not in _gloo_groups
     if any(tensor.is_cuda != cuda for tensor in tensors):
         raise WrongDevice(
@@ -186,14 +172,8 @@ def _check_collective(func: Any, args: Any, tensors: Iterable[torch.Tensor]) -> 
         )
 
 
-def _is_group(value: torch.ScriptObject) -> bool:
-    return "ProcessGroup" in str(value._type())
-
-
-def install(*, rank: int = 0, world_size: int = 1) -> None:
-    """CUDA is there, one GPU of it, and NCCL: a pretend world whose collectives return at once."""
-    import torch._dynamo
-
+def install() -> None:
+    """CUDA is there, one GPU of it, and NCCL: a pretend world, in which collectives return at once."""
     torch.compiler.set_stance("force_eager")
     _install_tensors()
     _install_runtime()
@@ -214,7 +194,6 @@ def _install_tensors() -> None:
         lambda self: CUDA if is_meta.__get__(self) and not _own_name else device.__get__(self)
     )
     torch.Tensor.is_cuda = property(lambda self: is_meta.__get__(self))
-    torch.Tensor.get_device = lambda self: 0 if self.is_cuda else -1
     torch.Tensor.type = lambda self, *args: (
         base.type(self, *args) if args else type_name(self).replace(".meta.", ".cuda.")
     )
@@ -266,28 +245,18 @@ def _install_runtime() -> None:
     cuda = torch.cuda
     cuda.is_available, cuda.device_count = lambda: True, lambda: 1
     cuda._lazy_init, cuda.is_initialized = lambda: None, lambda: True
-    cuda.set_device = lambda device: assert_(torch.device(device) == CUDA, device)
+    cuda.set_device = _chosen.append
     cuda.current_device = lambda: CUDA
-    cuda.get_device_capability, cuda.get_device_name = lambda *_: (9, 0), lambda *_: "a pretend GPU"
+    cuda.get_device_capability = lambda *_: (9, 0)
     cuda.synchronize = _waits
     cuda.Stream = cuda.Event = cuda.current_stream = cuda.default_stream = _Stream
     cuda.stream = lambda *_: contextlib.nullcontext()
     cuda.empty_cache = cuda.manual_seed = cuda.manual_seed_all = lambda *_: None
-    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
-        setattr(cuda, name, lambda *_: 0)
     from megatron.core.tensor_parallel import random
 
-    for module in (cuda, cuda.random):
-        module.get_rng_state = lambda *_: torch.get_rng_state()
-        module.set_rng_state = lambda state, *_: None
-    random._get_cuda_rng_state, random._set_cuda_rng_state = (
-        lambda *_, **__: torch.get_rng_state(),
-        lambda *_, **__: None,
-    )
-
-
-def assert_(holds: bool, value: Any) -> None:
-    assert holds, value
+    for owner, name in ((cuda, "{}_rng_state"), (cuda.random, "{}_rng_state"), (random, "_{}_cuda_rng_state")):
+        setattr(owner, name.format("get"), lambda *_, **__: torch.get_rng_state())
+        setattr(owner, name.format("set"), lambda *_, **__: None)
 
 
 def _install_groups() -> None:
@@ -296,7 +265,7 @@ def _install_groups() -> None:
     init, new_group = dist.init_process_group, dist.new_group
 
     def pretend_world(backend: str, **_: Any) -> None:
-        assert backend == "nccl", backend
+        assert backend == "nccl" and _chosen[-1:] == [CUDA], "set_device comes first, and then NCCL"
         init("fake", store=FakeStore(), rank=_rank, world_size=_world_size)
 
     def pretend_group(*args: Any, backend: str | None = None, **options: Any) -> Any:

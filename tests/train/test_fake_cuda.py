@@ -189,7 +189,7 @@ def found(tmp_path_factory):
     calls = {}
     for name, (model, place, policy) in cases.items():
         (folder / f"run_{name}").mkdir()
-        policy = {"device": "cuda", "precision": "bfloat16", **policy}
+        policy = {"device": "cuda", "precision": "bfloat16", "logprob_kernel": "torch", **policy}
         layers = 4 if name == "vpp" else 2
         config = make_config(folder / f"run_{name}", models[model, layers], pairs=8, policy=policy)
         calls[name] = (str(config), place, breaks.get(name))
