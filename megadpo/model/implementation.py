@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from dataclasses import dataclass
 from typing import Literal
@@ -70,6 +71,11 @@ def implementation_problems(policy: PolicyConfig, device: torch.device) -> list[
     if megatron.gradient_accumulation_fusion and _why_local(policy, device) is not None and not has_apex_kernel():
         expected = "false or null without Transformer Engine's layers or apex's fused_weight_gradient_mlp_cuda"
         problems.append(Problem(where, True, expected, f"set it to null, or {INSTALL} on a machine with CUDA"))
+    # megatron-core asserts this of every model it builds (language_module.py `_set_attention_backend`), and sets them
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        if (value := os.environ.get(name, "1")) != "1":
+            fix = f"unset {name}; policy.attention_kernel chooses the kernel"
+            problems.append(Problem(f"environment variable {name}", value, "unset or 1", fix))
     return problems
 
 

@@ -127,3 +127,13 @@ def test_without_transformer_engine_the_reason_is_the_import_error():
         assert implementation.transformer_engine_missing() == MISSING
     else:
         pytest.skip("Transformer Engine is installed")
+
+
+@pytest.mark.parametrize("name", ["NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"])
+def test_switches_that_megatron_core_would_stop_at_are_refused(name, monkeypatch):
+    """Its assertion, in every model it builds, speaks of an argument that megadpo hasn't."""
+    monkeypatch.setenv(name, "0")
+    [problem] = implementation_problems(policy_of(), CPU)
+    assert problem.where == f"environment variable {name}" and problem.fix.startswith(f"unset {name}")
+    monkeypatch.setenv(name, "1")  # as megatron-core leaves it
+    assert implementation_problems(policy_of(), CPU) == []

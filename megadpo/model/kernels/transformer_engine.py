@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 import torch
 import transformer_engine.pytorch as te
 
+from megadpo.config.problems import ConfigError, Problem
 from megadpo.data.pack import Segment
 from megadpo.model.kernels.ragged import RaggedPlan, gather_keys, ragged_plan
+
+
+class _NoUnfused(torch.nn.Module):
+    """Takes the place of the backend that DotProductAttention falls back to without a word where no fused kernel fits:
+    it pads every segment to the longest, keeps all scores, and waits for the GPU at every segment."""
+
+    def forward(self, *_: Any, **__: Any) -> NoReturn:
+        expected = (
+            "a kernel that Transformer Engine has fused attention for on this GPU; for this model it found none"
+            " (NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 print why)"
+        )
+        raise ConfigError([Problem("policy.attention_kernel", "transformer_engine", expected, "use 'varlen'")])
 
 
 class TransformerEngineKernel:
@@ -27,9 +42,17 @@ class TransformerEngineKernel:
         heads, groups, dim = q.shape[1], k.shape[1], q.shape[2]
         mask = "padding_causal" if plan.key_index is None else "padding_causal_bottom_right"
         if (heads, groups, dim) not in self._modules:
-            self._modules[heads, groups, dim] = te.DotProductAttention(
-                heads, dim, num_gqa_groups=groups, attention_dropout=0.0, qkv_format="thd", attn_mask_type=mask
+            module = te.DotProductAttention(
+                heads,
+                dim,
+                num_gqa_groups=groups,
+                attention_dropout=0.0,
+                qkv_format="thd",
+                attn_mask_type=mask,
+                attention_type="cross",  # a segment of a shared prompt has more keys than queries
             ).to(q.device)
+            module.unfused_attention = _NoUnfused()
+            self._modules[heads, groups, dim] = module
         out = self._modules[heads, groups, dim](
             q,
             k,
