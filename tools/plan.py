@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     quiet_libraries()
     try:
         job = prepare(options)
-        return search(job, options) if options.suggest else show(job, options)
+        return search(job, options) if options.suggest is not None else show(job, options)
     except UserError as error:
         return refuse(error)
 
@@ -58,7 +58,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         type=int,
         nargs="?",
         const=SUGGESTIONS,
-        default=0,
+        default=None,
         metavar="N",
         help=f"show the N (default {SUGGESTIONS}) best layouts for this world instead of the config's own",
     )
@@ -72,7 +72,7 @@ def prepare(options: argparse.Namespace) -> Job:
     problems = [] if options.picture is None else check_picture(options.picture)
     if options.world_size < 1:
         problems.append(Problem("--world-size", options.world_size, "1 or more", "say how many ranks there will be"))
-    if options.suggest < 0:
+    if options.suggest is not None and options.suggest < 1:
         problems.append(Problem("--suggest", options.suggest, "1 or more", "say how many layouts to show"))
     try:
         assumed = parse_assumptions(options.assume)
@@ -82,7 +82,7 @@ def prepare(options: argparse.Namespace) -> Job:
         raise ConfigError(problems)
     cfg = load_config(options.config, options.overrides)
     on_cpu = cfg.policy.device == "cpu"
-    if on_cpu and (options.gpu or options.suggest):
+    if on_cpu and (options.gpu or options.suggest is not None):
         what = "--gpu" if options.gpu else "--suggest"
         fix = f"add policy.device=auto, or leave {what} out: memory is planned for CPUs, time isn't"
         raise ConfigError(Problem("policy.device", "cpu", f"auto or cuda with {what}", fix))

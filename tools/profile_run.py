@@ -54,6 +54,8 @@ def run(options: argparse.Namespace) -> int:
     for name, path in (("--out", options.out), ("--trace", options.trace)):
         if path is not None and not path.absolute().parent.is_dir():
             problems.append(Problem(name, str(path), "a file in a folder that is there", "make the folder first"))
+    if options.out.suffix not in (".png", ".svg"):
+        problems.append(Problem("--out", str(options.out), "a name that ends in .png or .svg", "rename it"))
     if problems:
         raise ConfigError(problems)
     profile = profile_run(cfg, warmup=options.warmup, steps=options.steps, trace=options.trace)

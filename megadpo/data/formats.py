@@ -91,11 +91,14 @@ def _fields(
 def _missing(row: Row, key: str, wanted: list[str], config_key: str | None, place: Place) -> Problem:
     names = ", ".join(repr(name) for name in wanted[:-1]) + f" and {wanted[-1]!r}"
     renamed = f", or say in data.{config_key} what the file calls it" if config_key else ""
+    fix = f"add the field{renamed}, or name the rows' format in data.dataset_name (docs/data.md lists them)"
+    if "responses_create_params" in row:
+        fix = "make pairs of these rollouts: python tools/build_pairs.py ROLLOUTS.jsonl -o PAIRS.jsonl"
     return Problem(
         where=str(place),
         value=f"no field {key!r}, only {some_keys(row)}",
         expected=f"an object with the fields {names}",
-        fix=f"add the field{renamed}, or name the rows' format in data.dataset_name (docs/data.md lists them)",
+        fix=fix,
     )
 
 

@@ -162,9 +162,10 @@ def _load_folder(source: DataSource, split: str, files: dict[str, list[Path]], c
 
 
 def _left_out(folder: Path, read: list[Path]) -> list[Problem]:
-    """The data files of a folder that belong to no split. A README with `configs:` chooses files on purpose."""
+    """The data files of a folder that belong to no split. A clone of a hub dataset, known by the header of its README,
+    is read as the hub's own: its authors have chosen."""
     readme = folder / "README.md"
-    if readme.is_file() and "\nconfigs:" in readme.read_text(encoding="utf-8", errors="replace"):
+    if readme.is_file() and readme.read_text(encoding="utf-8", errors="replace").startswith("---"):
         return []
     known = {file.resolve() for file in read}
     expected = "a file that one of the folder's splits reads"

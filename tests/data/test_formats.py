@@ -293,3 +293,10 @@ def test_bad_rows_can_be_left_out_and_counted(tmp_path: Path) -> None:
     many = ReadCounts()
     assert len(read(tmp_path, ranked(0, 1), *[ranked(1, 1)] * 50, on_bad_row="drop", counts=many)) == 1
     assert many.dropped_bad_rows == 50 and len(many.bad_rows) == 20
+
+
+def test_rollouts_are_sent_to_the_tool_that_makes_pairs_of_them(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "r.jsonl", [{"responses_create_params": {}, "reward": 1.0}])
+    with pytest.raises(DataError) as refused:
+        read_pairs(path)
+    assert all("tools/build_pairs.py" in problem.fix for problem in refused.value.problems)

@@ -209,6 +209,15 @@ def test_a_folders_file_that_no_split_reads_is_refused(
         assert len(read_pairs(tmp_path)) == 2
 
 
+def test_a_clone_of_a_hub_dataset_is_read_as_the_hub_reads_it(tmp_path: Path) -> None:
+    for name in ("train.jsonl", "red_team.jsonl"):
+        write_rows(tmp_path / name, PLAIN[:1])
+    (tmp_path / "README.md").write_text("# mine\n")
+    assert "red_team.jsonl" in refusal(tmp_path)
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert len(read_pairs(tmp_path)) == 1
+
+
 def test_a_folders_column_of_mixed_types_keeps_its_texts(tmp_path: Path) -> None:
     # `datasets` makes JSON text of such a column, in which "bad" is in quotes and 3 is not
     write_rows(tmp_path / "p.jsonl", [row(0, rejected="bad"), row(1, rejected=3)])

@@ -231,6 +231,11 @@ def test_too_little_memory_is_refused_after_it_was_shown(small, capsys):
     assert "peak" in shown.out and "activation_checkpointing: true" in shown.err and "pipeline stage 0" in shown.err
 
 
+def test_no_suggestions_are_refused(small, capsys):
+    assert main([small, "--world-size", "1", "--suggest", "0"]) == 2
+    assert "--suggest: got 0; expected 1 or more" in capsys.readouterr().err
+
+
 def test_suggestions_are_ranked_and_can_be_pasted(small, capsys, tmp_path):
     picture = tmp_path / "layout.svg"
     arguments = [small, "--world-size", "4", "--lengths", "300,106,106", "--json", "--picture", str(picture)]

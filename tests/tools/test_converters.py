@@ -38,3 +38,8 @@ def test_refusals_exit_with_2_and_name_the_problem(tmp_path, capsys):
     assert "  --hf: got " in (said := capsys.readouterr().err) and "config.json" in said
     assert megatron_to_hf.main(["--megatron", empty, "--hf", str(tmp_path / "hf")]) == 2
     assert "no megadpo.json" in capsys.readouterr().err
+    for step in (50, 100, 9):
+        (tmp_path / f"empty/step_{step}").mkdir()
+        (tmp_path / f"empty/step_{step}/megadpo.json").touch()
+    assert megatron_to_hf.main(["--megatron", empty, "--hf", str(tmp_path / "hf")]) == 2
+    assert f"such as {empty}/step_100" in capsys.readouterr().err

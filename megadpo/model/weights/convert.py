@@ -82,6 +82,9 @@ def export_hf(megatron: str | Path, hf: str | Path, max_file_bytes: int = MAX_FI
     problems = _target_problems(hf)
     if not is_megatron_folder(megatron):
         fix = "give a folder that tools/hf_to_megatron.py or a training run has finished writing"
+        steps = [folder for folder in megatron.glob("step_*") if is_megatron_folder(folder)]
+        if steps:
+            fix = f"name one of the checkpoints in it, such as {max(steps, key=lambda one: (len(one.name), one.name))}"
         problems.append(Problem(str(megatron), f"no {INFO_FILE}", "a Megatron checkpoint folder", fix))
     if problems:
         raise ConfigError(problems)
