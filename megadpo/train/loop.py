@@ -55,7 +55,12 @@ def train(run: Run, logger: MetricsLogger, progress: ProgressLine, stop: StopWat
                 save_and_prune(run, position)
                 saved_step = position.step
             if exit_code is not None and not last:
-                progress.message(f"stopped after step {position.step}, newest checkpoint: step {saved_step}")
+                kept = (
+                    f"newest checkpoint: step {saved_step}"
+                    if saving.enabled
+                    else "checkpointing is off, nothing is kept"
+                )
+                progress.message(f"stopped after step {position.step}, {kept}")
                 return exit_code
             if last or position.batch == 0:
                 break  # the run, or the epoch, is done
