@@ -279,4 +279,6 @@ def _install_groups() -> None:
         objects[:] = [own] * len(objects)
 
     dist.init_process_group, dist.new_group = pretend_world, pretend_group
-    dist.all_gather_object = all_gather_object  # with NCCL it goes by the GPU that set_device has named
+    # with NCCL they go by the GPU that set_device has named; nobody is there to say what rank 0 has
+    dist.all_gather_object = all_gather_object
+    dist.broadcast_object_list = lambda objects, *_, **__: _waits()
