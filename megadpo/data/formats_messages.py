@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -36,6 +37,7 @@ def read_text(value: object, key: str, place: Place, *, is_prompt: bool) -> tupl
     be is the format's business."""
     if isinstance(value, str):
         problem = string_problem(value, f"field {key!r}", place, may_be_empty=is_prompt)
+        problem = problem or _quoted_problem(value, key, place)
         return (None, [problem]) if problem else (value, [])
     if not isinstance(value, list):
         return None, [
@@ -62,6 +64,22 @@ def read_text(value: object, key: str, place: Place, *, is_prompt: bool) -> tupl
         problem = _last_answer_problem(messages, key, place)
         problems = [problem] if problem else []
     return (None, problems) if problems else (tuple(messages), [])
+
+
+def _quoted_problem(text: str, key: str, place: Place) -> Problem | None:
+    """A list of messages as JSON text would be learned as text, braces and all."""
+    if not re.match(r"\s*\[\s*\{", text):
+        return None
+    try:
+        read = json.loads(text)
+    except ValueError:
+        return None
+    if not all(isinstance(one, dict) and "role" in one and "content" in one for one in read):
+        return None
+    expected = "the list itself, as JSON and Parquet hold it (cells of CSV are read so)"
+    return Problem(
+        str(place), f"field {key!r}: messages as JSON text", expected, "decode the field: json.loads in Python"
+    )
 
 
 def roles_of(messages: tuple[Message, ...]) -> list[str]:

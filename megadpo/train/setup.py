@@ -7,7 +7,6 @@ import dataclasses
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megadpo.checkpoint import TrainingPosition, load_training_state
 from megadpo.config.architecture import Architecture, read_architecture
 from megadpo.config.metric import parse_metric_name
+from megadpo.config.problems import DataError, Problem
 from megadpo.config.schema import Config
 from megadpo.data.dataset import PairDataset, load_datasets
 from megadpo.data.loader import DataRank, GlobalBatch, GlobalBatchLoader
@@ -145,13 +145,20 @@ def load_data(cfg: Config, arch: Architecture, source: ModelSource, rank: DataRa
     paths = {"": cfg.data.train_data_path, **(cfg.data.val_data_paths or {})}
     datasets = load_datasets(cfg, paths, tokenizer, arch.vocab_size)
     require_reference_vocabulary(cfg, source, datasets.values())
-    train = datasets.pop("")
-    make_loader = partial(
-        GlobalBatchLoader.from_config, cfg=cfg, arch=arch, pad_token_id=pad_token_id(tokenizer), rank=rank
-    )
-    train_loader = make_loader(train, training=True)
-    loaders = {name: make_loader(data, training=False) for name, data in datasets.items()}
-    reports = [str(data.report) for data in (train, *datasets.values())]
+    pad = pad_token_id(tokenizer)
+    loaders: dict[str, GlobalBatchLoader] = {}
+    problems: list[Problem] = []
+    for name, data in datasets.items():
+        try:
+            loaders[name] = GlobalBatchLoader.from_config(
+                data, cfg, arch, pad_token_id=pad, training=name == "", rank=rank
+            )
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(problems)
+    train, train_loader = datasets[""], loaders.pop("")
+    reports = [str(data.report) for data in datasets.values()]
     if train_loader.dropped_pairs_per_epoch:
         reports.append(
             f"{train.report.path}: {train_loader.dropped_pairs_per_epoch} pairs an epoch don't fill a last global batch "

@@ -206,6 +206,8 @@ BAD_ROWS = [
     ({"prompt": "q", "chosen": "a", "rejected": "b", "images": ["x.png"]}, "field 'images'"),
     ({"prompt": "q", "chosen": "a", "rejected": "b", "tools": "curl"}, "field 'tools'"),
     ({"text": "x"}, "no field 'prompt'"),
+    ({"prompt": json.dumps([ASK]), "chosen": "a", "rejected": "b"}, "'prompt': messages as JSON text"),
+    ({"prompt": "q", "chosen": "\n " + json.dumps([GOOD]), "rejected": "b"}, "'chosen': messages as JSON text"),
     (
         {"prompt": [user("a"), {"role": "user", "content": [{"type": "image", "image": "x"}]}], "chosen": "a"},
         "parts other than text",

@@ -77,6 +77,17 @@ def test_check_lists_every_problem_and_exits_2(model, tmp_path):
         assert "Traceback" not in done.stderr
 
 
+def test_check_lists_what_fits_in_no_batch_of_every_set(model, tmp_path, capsys):
+    from megadpo.train.command import main
+
+    config = make_config(tmp_path, model)
+    overrides = ["policy.sequence_packing.train_mb_tokens=45",
+                 "policy.max_total_sequence_length=45", "data.on_too_long=drop"]  # fmt: skip
+    assert main([str(config), "--check", *overrides]) == 2
+    refused = capsys.readouterr().err
+    assert all(f"{name}.jsonl:" in refused for name in ("train", "valid")), refused
+
+
 def spoiled(model: Path, folder: Path) -> Path:
     """The model with one NaN where only one token's embedding is."""
     import shutil
