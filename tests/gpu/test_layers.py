@@ -1,16 +1,16 @@
 """Transformer Engine's layers on a GPU: logps and gradients against float64, beside the local layers.
 
-The bounds were set before any run, from bfloat16's rounding: a value is rounded by up to 2^-9 = 2.0e-3 of itself.
-A residual stream through 4 layers takes about 6 roundings a layer that are independent of each other, so the final
+The bounds were set before any run on a GPU, from bfloat16's rounding: a value is rounded by up to 2^-9 = 2.0e-3 of
+itself. A residual stream through 4 layers takes about 6 roundings a layer that are independent of each other, so the final
 hidden state is off by about sqrt(24) x 2.0e-3 / sqrt(3) = 5.6e-3 of its norm.
 
 - logps: the logits of this model (weights of 0.02, hidden size 512) have a standard deviation of 0.45 nats, so one
-  token's logp is off by about 0.45 x 5.6e-3 x sqrt(2) = 3.6e-3, and a sum over n tokens by sqrt(n) times that. Bound:
-  4 times as much, 0.015 sqrt(n) nats.
+  token's logp is off by about 0.45 x 5.6e-3 x sqrt(2) = 3.6e-3, and a sum over n tokens by sqrt(n) times that. Bound
+  for the root mean square of six answers' errors: 0.01 sqrt(n) nats, 2.8 times as much.
 - gradients: backward rounds as often as forward, on values that forward has rounded: about sqrt(3) x 5.6e-3 = 1e-2 of a
   parameter's gradient norm. Bound: 4e-2 for each parameter.
-- Transformer Engine's fused kernels round less often than the local ones: its error may be 1.5 times the local one's
-  where that is larger than the expected error above, no more.
+- Beside the local layers: a gradient's error may be 1.5 times the local one's. Of root mean squares of six, two
+  of equal rounding are apart by up to 2.5 times in 98 of 100 draws (F distribution, 6 and 6): a logp error's bound.
 - float8 (e4m3, 3 bits of mantissa) rounds each factor of a product by up to 2^-4, 0.036 in the mean square, both
   factors: 5e-2 a product, which sums over 512 channels do not average away in the relative norm. 4 layers of 4
   products feed the residual stream, each a part of it: bounds 0.15 sqrt(n) nats, and 0.4 of a gradient's norm.
@@ -79,7 +79,7 @@ def on_gpu(folder, share_prompt=True, **options):
 
 
 def errors(result, want_logps, want_gradients):
-    """Largest logp error over sqrt(tokens), and each gradient's relative error."""
+    """Root mean square of the logps' errors over sqrt(tokens), and each gradient's relative error."""
     tokens = torch.tensor([n for _, *answers in LENGTHS for n in answers], dtype=torch.float64)
     logps, gradients = result[:2]
     assert set(gradients) == set(want_gradients)
@@ -88,7 +88,7 @@ def errors(result, want_logps, want_gradients):
         for name, want in want_gradients.items()
         if want.norm() > 0
     }
-    return float(((logps - want_logps).abs() / tokens.sqrt()).max()), relative
+    return float(((logps - want_logps).square() / tokens).mean().sqrt()), relative
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen2", "qwen3"])
@@ -104,8 +104,8 @@ def test_against_float64_and_the_local_layers(case, share_prompt, tmp_path):
     print(f"{case}: logps off by {local_logp:.1e} (local), {te_logp:.1e} (TE) nats / sqrt(tokens); worst gradient "
           f"{max(local_gradients.values()):.1e}, {max(te_gradients.values()):.1e}; "
           f"peak {local[3] >> 20}, {te[3] >> 20} MiB")  # fmt: skip
-    assert te_logp < 0.015 and local_logp < 0.015
-    assert te_logp < 1.5 * max(local_logp, EXPECTED_LOGP)
+    assert te_logp < 0.01 and local_logp < 0.01
+    assert te_logp < 2.5 * max(local_logp, EXPECTED_LOGP)
     for name, error in te_gradients.items():
         assert error < 4e-2, name
         assert error < 1.5 * max(local_gradients[name], EXPECTED_GRADIENT), name
@@ -120,7 +120,7 @@ def test_either_attention_kernel_under_either_layers(kernel, tmp_path):
     for implementation in ("local", "transformer_engine"):
         found = on_gpu(folder, transformer_impl=implementation, attention_kernel=kernel)
         logp, gradients = errors(found, *want)
-        assert logp < 0.015 and max(gradients.values()) < 4e-2
+        assert logp < 0.01 and max(gradients.values()) < 4e-2
 
 
 @pytest.mark.parametrize("options", [{"gradient_accumulation_fusion": False}, {"apply_rope_fusion": False}])
@@ -129,7 +129,7 @@ def test_each_fusion_can_be_switched_off(options, tmp_path):
     folder = make_gpu_model(tmp_path / "model")
     want = float64_logps_and_gradients(folder, random_pairs(LENGTHS, VOCAB), WEIGHTS)
     logp, gradients = errors(on_gpu(folder, transformer_impl="transformer_engine", **options), *want)
-    assert logp < 0.015 and max(gradients.values()) < 4e-2
+    assert logp < 0.01 and max(gradients.values()) < 4e-2
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
