@@ -2,9 +2,9 @@
 
 Bounds, set before any run. Two bfloat16 runs that round differently part slowly: a loss near ln 2 whose logratios are
 off by 0.015 sqrt(n) nats at the worst (4 times what tests/gpu/test_layers.py expects), n up to 15 tokens here, beta
-0.1, differs by 0.1 x 0.06 / 2 = 3e-3 a pair, and pairs are averaged. So 50 losses may differ by 5e-3 in the mean; float8's by 1%.
-Kernels of attention add up their gradients in any order on a GPU, so what follows a resume's first
-step is the same to rounding, not to the bit.
+0.1, differs by 0.1 x 0.06 / 2 = 3e-3 a pair, and pairs are averaged. So 50 losses may differ by 5e-3 in the mean;
+float8's by 1%. Kernels of attention add up their gradients in any order on a GPU, so what follows a resume's first step
+is the same to rounding, not to the bit.
 """
 
 from __future__ import annotations
