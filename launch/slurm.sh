@@ -2,12 +2,12 @@
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
-#SBATCH --signal=TERM@120
+#SBATCH --signal=USR1@600
 # One torchrun a node on Slurm. Options of sbatch before the script, those of launch/train.py after it:
 #
 #   sbatch --nodes=4 launch/slurm.sh configs/dpo_megatron.yaml data.train_data_path=pairs.jsonl
 #
-# Two minutes before the time limit every rank gets SIGTERM: it finishes its step, saves, and ends with code 143. Sent
+# Ten minutes before the time limit every rank gets SIGUSR1: it finishes its step, saves, and ends with code 143. Sent
 # again, the job goes on from there. MEGADPO_ENTRY=launch/evaluate.py runs an evaluation instead; where the image or the
 # environment has to be entered first, MEGADPO_PREFIX="apptainer exec --nv megadpo.sif" (any command prefix) does it.
 set -euo pipefail
@@ -23,7 +23,7 @@ gpus=${SLURM_GPUS_ON_NODE:-8}
 port=$((20000 + SLURM_JOB_ID % 10000)) # two jobs may share a node
 
 # shellcheck disable=SC2086  # MEGADPO_PREFIX is several words
-exec srun --kill-on-bad-exit=1 ${MEGADPO_PREFIX:-} torchrun \
+exec srun --kill-on-bad-exit=1 ${MEGADPO_PREFIX:-} launch/torchrun.sh \
     --nnodes "$SLURM_JOB_NUM_NODES" \
     --nproc-per-node "$gpus" \
     --rdzv-backend c10d \

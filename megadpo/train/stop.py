@@ -30,11 +30,13 @@ class StopWatcher:
         self._signalled_at_s: float | None = None
 
     def install(self) -> None:
-        """Catch SIGTERM (Slurm, torchrun, a preempted node) and SIGINT: the step in progress is finished and saved.
+        """Catch SIGTERM (torchrun, a preempted node), SIGUSR1 (launch/torchrun.sh, Slurm) and SIGINT: the step in progress
+        is finished and saved.
 
-        A signal that comes more than SAME_SIGNAL_S after the first ends the process at once.
+        Ctrl-C more than SAME_SIGNAL_S after the first signal ends the process at once: somebody does not want to wait.
+        What else comes later, Slurm's SIGTERM at the time limit say, leaves it saving; SIGKILL follows by itself.
         """
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._on_signal)
 
     def agreed(self) -> int | None:
@@ -49,6 +51,6 @@ class StopWatcher:
         now_s = time.monotonic()
         if self._signalled_at_s is None:
             self._signalled_at_s = now_s
-        elif now_s - self._signalled_at_s > SAME_SIGNAL_S:
+        elif number == signal.SIGINT and now_s - self._signalled_at_s > SAME_SIGNAL_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)

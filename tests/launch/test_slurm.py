@@ -38,7 +38,7 @@ def test_one_torchrun_a_node_meets_at_the_first(slurm):
     done = slurm("configs/a.yaml", "dpo.seed=1 2", **JOB)
     assert done.returncode == 0, done.stderr
     words = done.stdout.splitlines()
-    assert words[:2] == ["--kill-on-bad-exit=1", "torchrun"]
+    assert words[:2] == ["--kill-on-bad-exit=1", "launch/torchrun.sh"]
     options = dict(zip(words[2:12:2], words[3:12:2], strict=True))
     assert options == {
         "--nnodes": "2",
@@ -53,7 +53,7 @@ def test_one_torchrun_a_node_meets_at_the_first(slurm):
 def test_prefix_and_entry(slurm):
     done = slurm("c.yaml", **JOB, MEGADPO_PREFIX="apptainer exec x.sif", MEGADPO_ENTRY="launch/evaluate.py")
     words = done.stdout.splitlines()
-    assert words[1:5] == ["apptainer", "exec", "x.sif", "torchrun"]
+    assert words[1:5] == ["apptainer", "exec", "x.sif", "launch/torchrun.sh"]
     assert words[-2:] == ["launch/evaluate.py", "c.yaml"]
 
 

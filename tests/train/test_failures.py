@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,13 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SAVING = {"enabled": True, "save_period": 1}
 
 
-def launch(config: Path, *overrides: str, ranks: int = 1) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+
+
+def launch(config: Path, *overrides: str, ranks: int = 1, launcher: Sequence[str] = TORCHRUN) -> subprocess.Popen[str]:
+    command = [*launcher, "--standalone", "--nproc-per-node", str(ranks)]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where torchrun is
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return subprocess.Popen(
         [*command, "launch/train.py", str(config), *overrides],
         cwd=REPOSITORY,
@@ -34,8 +39,8 @@ def launch(config: Path, *overrides: str, ranks: int = 1) -> subprocess.Popen[st
     )
 
 
-def children(process: subprocess.Popen[str]) -> list[int]:
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+def children(pid: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
     return [int(pid) for pid in found.stdout.split()]
 
 
@@ -155,7 +160,7 @@ def test_sigterm_saves_and_the_next_start_goes_on(model, tmp_path):
     )
     process = launch(config, ranks=2)
     wait_for_step(tmp_path, 3, process)
-    for pid in [*children(process), process.pid]:
+    for pid in [*children(process.pid), process.pid]:
         os.kill(pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0
@@ -169,11 +174,28 @@ def test_sigterm_saves_and_the_next_start_goes_on(model, tmp_path):
 
 
 @pytest.mark.distributed
+def test_the_patient_launcher_lets_ranks_save_and_keeps_torchrun(model, tmp_path):
+    """SIGUSR1 to every process, as Slurm sends it before the time limit; torchrun alone would die of it."""
+    config = make_config(
+        tmp_path, model, dpo={"max_num_steps": None, "max_num_epochs": 400}, checkpointing={"enabled": True}
+    )
+    process = launch(config, ranks=2, launcher=["launch/torchrun.sh"])
+    wait_for_step(tmp_path, 2, process)
+    (torchrun,) = children(process.pid)
+    for pid in [*children(torchrun), torchrun, process.pid]:
+        os.kill(pid, signal.SIGUSR1)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 1 and "exitcode  : 143" in output
+    stopped = read_metrics(tmp_path / "logs")[-1]["step"]
+    assert [p.name for p in (tmp_path / "checkpoints").glob("step_*")] == [f"step_{stopped}"]
+
+
+@pytest.mark.distributed
 def test_a_rank_that_dies_ends_the_run(model, tmp_path):
     config = make_config(tmp_path, model, dpo={"max_num_steps": None, "max_num_epochs": 400})
     process = launch(config, ranks=2)
     wait_for_step(tmp_path, 2, process)
-    ranks = children(process)
+    ranks = children(process.pid)
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
     died = time.monotonic()

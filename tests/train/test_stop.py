@@ -1,4 +1,4 @@
-"""Signals: one request to stop, however often it is delivered; a later one means at once."""
+"""Signals: one request to stop, however often it is delivered; a later Ctrl-C means at once."""
 
 from __future__ import annotations
 
@@ -16,15 +16,23 @@ import signal
 from megadpo.train import stop
 stop.SAME_SIGNAL_S = {window_s}
 stop.StopWatcher(None, None).install()
-for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+for number in ({first}, signal.SIGTERM, signal.SIGUSR1, {last}):
     signal.raise_signal(number)
 print("alive")
 """
 
 
-@pytest.mark.parametrize(("window_s", "code", "words"), [(10.0, 0, "alive"), (-1.0, -signal.SIGTERM, "")])
-def test_only_a_later_signal_ends_the_process(window_s, code, words):
-    program = [sys.executable, "-c", PROGRAM.format(window_s=window_s)]
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("last", "window_s", "code", "words"),
+    [
+        (signal.SIGINT, 10.0, 0, "alive"),
+        (signal.SIGTERM, -1.0, 0, "alive"),
+        (signal.SIGINT, -1.0, -signal.SIGINT, ""),
+    ],
+)
+def test_only_a_later_ctrl_c_ends_the_process(first, last, window_s, code, words):
+    program = [sys.executable, "-c", PROGRAM.format(window_s=window_s, first=int(first), last=int(last))]
     done = subprocess.run(program, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip()) == (code, words), done.stderr
 
