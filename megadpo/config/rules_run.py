@@ -172,6 +172,8 @@ def _validation_names(cfg: Config) -> Iterator[Problem]:
     "checkpointing.higher_is_better",
     "data.val_data_paths",
     "dpo.val_period",
+    "dpo.reference.mode",
+    "dpo.loss_type",
 )
 def _metric(cfg: Config) -> Iterator[Problem]:
     checkpointing = cfg.checkpointing
@@ -185,6 +187,11 @@ def _metric(cfg: Config) -> Iterator[Problem]:
     if metric.prefix != "train" and cfg.dpo.val_period == 0:
         fix = "set dpo.val_period to checkpointing.save_period, or checkpointing.metric_name to train:loss or null"
         expected = "a metric that is measured before a save; dpo.val_period 0 never validates"
+        yield Problem("checkpointing.metric_name", checkpointing.metric_name, expected, fix)
+    without_rewards = cfg.dpo.reference.mode == "none" and cfg.dpo.loss_traits.needs_reference
+    if without_rewards and metric.metric.startswith(("rewards/", "preference_loss")):
+        expected = "a metric that is measured; without a reference loss, sft_loss and logps/ are"
+        fix = "choose one of these, e.g. validation-<name>_sft_loss"
         yield Problem("checkpointing.metric_name", checkpointing.metric_name, expected, fix)
     higher = METRICS[metric.metric]
     if higher is not None and higher != checkpointing.higher_is_better:

@@ -49,9 +49,9 @@ class DpoConfig:
     reference_policy_kl_penalty: PositiveFloat = 0.05
     """Beta of the DPO loss: the weight of staying near the reference."""
     preference_average_log_probs: bool = False
-    """Divide each answer's logratio by its tokens in the preference loss."""
+    """Means of log-probabilities over an answer's tokens in the preference loss and the rewards, instead of sums."""
     sft_average_log_probs: bool = False
-    """Divide each answer's logps by its tokens in the SFT loss. Left out or null: as preference_average_log_probs."""
+    """The same in the SFT loss. Left out or null: as preference_average_log_probs."""
     preference_loss_weight: FloatOrZero = 1.0
     """Coefficient of the preference loss."""
     sft_loss_weight: FloatOrZero = 0.0

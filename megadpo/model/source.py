@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
 
 _SAMPLES, _SAMPLE_BYTES = 32, 2048
+_TENSOR_SAMPLES, _TENSOR_SAMPLE_BYTES = 2, 1024
 
 
 @dataclass(frozen=True)
@@ -48,19 +51,54 @@ def reference_source(cfg: Config, policy_source: ModelSource) -> ModelSource:
     return resolve_source(cfg.dpo.reference.model_name, "dpo.reference.model_name")
 
 
-def weights_fingerprint(source: ModelSource) -> str:
+def weights_fingerprint(source: ModelSource, *, every_tensor: bool = False) -> str:
     """sha256 over the sizes of the weight files and a few bytes from all over each: what tells the models of one
-    architecture apart, without reading them. The same for a copy of the folder, whatever its name."""
+    architecture apart, without reading them. The same for a copy of the folder, whatever its name.
+
+    every_tensor: and a few bytes of each tensor, since a run that trains routers, norms or a few layers only may change
+    none of the others.
+    """
     files = source.hf_files.glob("*.safetensors") if source.megatron is None else source.megatron.glob("model/*.distcp")
+    inside = _tensors_by_file(source.megatron / "model") if every_tensor and source.megatron is not None else {}
     digest = hashlib.sha256()
     for path in sorted(files):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
+        places = [(size * sample // _SAMPLES, _SAMPLE_BYTES) for sample in range(_SAMPLES)]
+        if every_tensor:
+            tensors = inside.get(path.name, []) if source.megatron is not None else _tensors_of_file(path)
+            for start, length in tensors:
+                samples = (start + length * sample // _TENSOR_SAMPLES for sample in range(_TENSOR_SAMPLES))
+                places += [(sample, _TENSOR_SAMPLE_BYTES) for sample in samples]
         with path.open("rb") as file:
-            for sample in range(_SAMPLES):
-                file.seek(size * sample // _SAMPLES)
-                digest.update(file.read(_SAMPLE_BYTES))
+            for start, length in places:
+                file.seek(start)
+                digest.update(file.read(length))
     return digest.hexdigest()
+
+
+def _tensors_of_file(path: Path) -> Iterator[tuple[int, int]]:
+    """Where each tensor of a safetensors file begins, and its bytes. None of a broken file: loading it says what is
+    wrong. Source of the format: https://github.com/huggingface/safetensors#format."""
+    try:
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(header_bytes, path.stat().st_size)))
+        places = sorted(tensor["data_offsets"] for name, tensor in header.items() if name != "__metadata__")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return
+    for start, end in places:
+        yield 8 + header_bytes + start, end - start
+
+
+def _tensors_by_file(folder: Path) -> dict[str, list[tuple[int, int]]]:
+    """The same of each file of a Megatron folder, by its name."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    found: dict[str, list[tuple[int, int]]] = {}
+    for place in (FileSystemReader(folder).read_metadata().storage_data or {}).values():
+        found.setdefault(place.relative_path, []).append((place.offset, place.length))
+    return {name: sorted(places) for name, places in found.items()}
 
 
 def tokenizer_source(cfg: Config, source: ModelSource) -> Path | str:

@@ -8,6 +8,7 @@ have the same numbers but for rounding.
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,9 +40,9 @@ class LogpsCache:
 
     def read(self, num_pairs: int) -> Table:
         """[num_pairs, 2], NaN where nothing is known. Raises ConfigError for a file that isn't such a table."""
-        if not self.path.exists():
-            return np.full((num_pairs, 2), np.nan, dtype=np.float32)
         try:
+            if not self.path.exists():
+                return np.full((num_pairs, 2), np.nan, dtype=np.float32)
             table: Table = load_file(self.path)["logps"]
             fits = table.shape == (num_pairs, 2) and table.dtype == np.float32
             found = f"{table.dtype} {table.shape}"
@@ -53,11 +54,17 @@ class LogpsCache:
         return table
 
     def write(self, table: Table) -> None:
-        """Replace the file as a whole."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        save_file({"logps": table}, aside)
-        os.replace(aside, self.path)
+        """Replace the file as a whole. Raises ConfigError where there is no room for it."""
+        # a name of its own: runs that share the folder may write at once
+        aside = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"logps": table}, aside)
+            os.replace(aside, self.path)
+        except (OSError, SafetensorError) as error:
+            aside.unlink(missing_ok=True)
+            fix = "make room, or set dpo.reference.cache_dir to another folder"
+            raise ConfigError(Problem(str(self.path), str(error), "a file that can be written", fix)) from error
 
 
 def positions_by_use(loader: GlobalBatchLoader, steps: int | None) -> npt.NDArray[np.int64]:
@@ -100,6 +107,7 @@ def compute_missing(
         logps = reference.logps([loader.pack(pack) for pack in packs])
         if parallel.tp_rank == parallel.cp_rank == 0:  # the others have the same numbers
             mine += zip(packs, logps, strict=False)  # no logps but on the last pipeline stage
+        loader.dataset.release()
         done.append(chosen)
         if number % SAVE_EVERY_BATCHES == 0 or number == batches:
             _share(table, np.concatenate(done), mine, parallel.device)

@@ -53,12 +53,19 @@ class StepProfile:
 
 
 def profile_run(cfg: Config, *, warmup: int, steps: int, trace: Path | None) -> StepProfile:
-    """Build the run of `cfg` from its start, take `warmup` steps, and record `steps` more. Nothing is saved or logged.
+    """Build the run of `cfg` from its start, take `warmup` steps, and record `steps` more. Nothing is saved or logged, but
+    the log-probabilities of a cached reference for these steps.
 
     trace: where rank 0 writes the timeline for Perfetto or chrome://tracing (.json or .json.gz); None: nowhere.
     Collectives: the run's.
     """
-    cfg = dataclasses.replace(cfg, checkpointing=dataclasses.replace(cfg.checkpointing, enabled=False))
+    cfg = dataclasses.replace(
+        cfg,
+        checkpointing=dataclasses.replace(cfg.checkpointing, enabled=False),
+        # a cached reference is computed beforehand for every pair that the run will see
+        dpo=dataclasses.replace(cfg.dpo, max_num_steps=warmup + steps),
+        data=dataclasses.replace(cfg.data, val_data_paths=None),
+    )
     device = setup_device(cfg.policy.device)
     run = prepare(cfg, initialize(layout_of(cfg), device))
     batches = run.data.train_loader.batches(0)

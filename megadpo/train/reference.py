@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -53,6 +54,12 @@ def require_reference_vocabulary(cfg: Config, policy_source: ModelSource, datase
         raise ConfigError(Problem("dpo.reference.model_name", name, expected, "name one with the policy's tokenizer"))
 
 
+def cache_folder(cfg: Config) -> Path:
+    """Where the log-probabilities are kept; ~ is the home folder, as in data.cache_dir."""
+    named = cfg.dpo.reference.cache_dir
+    return Path(cfg.checkpointing.checkpoint_dir) / "reference" if named is None else Path(named).expanduser()
+
+
 def attach_logps(
     cfg: Config,
     policy_source: ModelSource,
@@ -65,10 +72,10 @@ def attach_logps(
     """Give the loaders the reference's log-probabilities of every pair that the run will see: from the files of
     `dpo.reference.cache_dir`, and computed, and written there, where those lack some. The model is gone afterwards.
 
-    Returns a line a data set. Raises ConfigError where the folder can't be written. Collectives: a broadcast a data
-    set, and where something is computed those of the model and of `compute_missing`.
+    Returns a line a data set. Raises ConfigError, on every rank, where the folder can't be written. Collectives: a
+    broadcast a data set, and where something is computed one a write, those of the model and of `compute_missing`.
     """
-    folder = Path(cfg.dpo.reference.cache_dir or Path(cfg.checkpointing.checkpoint_dir) / "reference")
+    folder = cache_folder(cfg)
     model = from_first_rank(parallel, lambda: _describe(cfg, policy_source, arch))
     reference: ResidentReference | None = None
     lines = []
@@ -81,13 +88,15 @@ def attach_logps(
             if reference is None:
                 from_first_rank(parallel, partial(require_writable, folder, "dpo.reference.cache_dir"))
                 reference = build_reference(cfg, policy_source, arch, parallel)
-            keep = partial(_keep, cache, name, positions) if parallel.rank == 0 else _ignore
+            keep = partial(_keep, cache, name, positions, parallel)
             table = compute_missing(reference, loader, positions, table, parallel, after_some=keep)
         loader.reference_logps = table
         lines.append(f"reference log-probabilities of {name}: {known} of {len(positions)} pairs from {cache.path}")
-    if reference is not None and parallel.device.type == "cuda":
+    if reference is not None:
         del reference
-        torch.cuda.empty_cache()
+        gc.collect()  # a layer that refers to itself would otherwise keep its weights for as long as it likes
+        if parallel.device.type == "cuda":
+            torch.cuda.empty_cache()
     return lines
 
 
@@ -102,7 +111,7 @@ def _describe(cfg: Config, policy_source: ModelSource, arch: Architecture) -> di
     fp8 = cfg.policy.megatron_cfg.fp8_cfg
     return {
         "format": str(FORMAT),
-        "weights": weights_fingerprint(source),
+        "weights": weights_fingerprint(source, every_tensor=True),
         "architecture": repr(arch),
         "precision": cfg.policy.precision,
         "fp8": f"{fp8.fp8} {fp8.fp8_recipe}" if fp8.enabled else "",
@@ -117,10 +126,8 @@ def _known(table: Table, positions: Positions) -> int:
     return int((~np.isnan(table[positions]).any(axis=1)).sum())
 
 
-def _keep(cache: LogpsCache, name: str, positions: Positions, table: Table) -> None:
-    cache.write(table)
-    print(f"reference log-probabilities of {name}: {_known(table, positions)} of {len(positions)} pairs", flush=True)
-
-
-def _ignore(_: Table) -> None:
-    """The ranks that don't write."""
+def _keep(cache: LogpsCache, name: str, positions: Positions, parallel: ParallelContext, table: Table) -> None:
+    from_first_rank(parallel, partial(cache.write, table))
+    if parallel.rank == 0:
+        known = f"{_known(table, positions)} of {len(positions)} pairs"
+        print(f"reference log-probabilities of {name}: {known}", flush=True)

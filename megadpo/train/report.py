@@ -106,6 +106,8 @@ def loss_words(cfg: Config) -> str:
     words = f"{dpo.loss_type}, beta {dpo.reference_policy_kl_penalty:g}"
     changed = [option for option in LOSS_OPTIONS if getattr(dpo, option) != getattr(DpoConfig, option)]
     words += "".join(f", {option} {getattr(dpo, option)}" for option in changed)
+    if dpo.preference_average_log_probs:
+        words += ", means over tokens"
     if (dpo.preference_loss_weight, dpo.sft_loss_weight) != (1, 0):
         words += f", weights: preference {dpo.preference_loss_weight:g}, sft {dpo.sft_loss_weight:g}"
     return words

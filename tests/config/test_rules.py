@@ -189,6 +189,14 @@ BROKEN = [
         "true",
     ),
     (
+        {
+            "checkpointing": {"metric_name": "train:accuracy", "higher_is_better": True},
+            "dpo": {"preference_loss_weight": 0, "sft_loss_weight": 1, "reference": {"mode": "none"}},
+        },
+        "checkpointing.metric_name",
+        "sft_loss and logps/",
+    ),
+    (
         {"checkpointing__metric_name": "train:loss", "checkpointing__higher_is_better": True},
         "checkpointing.higher_is_better",
         "false",
@@ -244,6 +252,10 @@ KEPT = [
     {"checkpointing__metric_name": "val:validation-my_set_loss", "data__val_data_paths": SETS},
     {"checkpointing__metric_name": "val_loss", "checkpointing__enabled": False},
     {"checkpointing__metric_name": "train:accuracy", "checkpointing__higher_is_better": True},
+    {
+        "checkpointing": {"metric_name": "train:accuracy", "higher_is_better": True},
+        "dpo": {"loss_type": "cpo", "reference": {"mode": "none"}},
+    },
     {"checkpointing__checkpoint_must_save_by": "00:03:45:00"},
     {"cluster__gpus_per_node": 8, "cluster__num_nodes": 2},
     {"policy__precision": "float32"},

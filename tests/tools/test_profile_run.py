@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from megadpo.train.profile import summary
 from tests.helpers.runs import make_config, make_model
@@ -35,6 +37,16 @@ def test_it_names_the_three_largest_costs(tmp_path):
     with gzip.open(trace) as file:
         assert json.load(file)["traceEvents"]
     assert not (tmp_path / "logs").exists() and not (tmp_path / "checkpoints").exists()
+
+
+def test_a_cached_reference_is_computed_for_the_recorded_steps_only(tmp_path):
+    config = make_config(tmp_path, make_model(tmp_path / "model"), dpo={"max_num_steps": None})
+    cached = ["dpo.reference.mode=cached", f"dpo.reference.cache_dir={tmp_path / 'logps'}"]
+    done = command(config, *cached, "--out", tmp_path / "profile.png", "--warmup", 1, "--steps", 1)
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "logps").iterdir()
+    assert (~np.isnan(load_file(file)["logps"])).all(axis=1).sum() == 16
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_what_it_cannot_do_is_refused_together(tmp_path):

@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
+from megadpo.config.load import load_config
 from megadpo.config.problems import ConfigError
 from megadpo.reference import LogpsCache
+from megadpo.train.reference import cache_folder
 from tests.helpers.distributed import run_distributed
 from tests.helpers.equal_runs import assert_equal_runs, run
 from tests.helpers.overrides import CP2, PP2, SP, TP2, VPP2
@@ -114,6 +117,14 @@ def test_a_file_that_is_no_such_table_is_refused(content, tmp_path):
         cache.read(27)
 
 
+def test_the_folder_may_be_below_the_home_folder(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    config = str(make_config(tmp_path, model, dpo=CACHED))
+    assert cache_folder(load_config(config, [])) == tmp_path / "checkpoints" / "reference"
+    named = load_config(config, ["dpo.reference.cache_dir=~/logps"])
+    assert cache_folder(named) == tmp_path / "home" / "logps"
+
+
 @pytest.mark.distributed
 def test_later_epochs_have_every_pair(model, tmp_path):
     """27 pairs in batches of 8: 3 are left out of each epoch, others in each."""
@@ -125,3 +136,73 @@ def test_later_epochs_have_every_pair(model, tmp_path):
     resident = runs(max_num_epochs=3, max_num_steps=None, overrides=no_cache)
     for mine, theirs in zip(cached, resident, strict=True):
         assert mine["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-5)
+
+
+def train_until_the_second_write(config: str, overrides: list[str]) -> int:
+    """Target for run_distributed: a run whose folder is full, from the second write on."""
+    from megadpo.reference import cached
+
+    written, save = [], cached.save_file
+    cached.SAVE_EVERY_BATCHES = 1
+
+    def save_file(tensors: Any, path: Path) -> None:
+        written.append(path)
+        save(tensors, path)
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+
+    cached.save_file = save_file
+    return train(config, overrides)
+
+
+@pytest.mark.distributed
+def test_a_full_folder_ends_every_rank_and_the_next_start_goes_on(model, tmp_path):
+    config = make_config(tmp_path, model, dpo=CACHED)
+    two = [PP2, f"dpo.reference.cache_dir={tmp_path / 'cache'}"]
+    assert run_distributed(train_until_the_second_write, 2, str(config), two, init_process_group=False) == [2, 2]
+    (file,) = (tmp_path / "cache").iterdir()
+    assert (~np.isnan(load_file(file)["logps"])).all(axis=1).sum() == 8
+    assert run_distributed(train, 2, str(config), two, init_process_group=False) == [0, 0]
+    interrupted = read_metrics(tmp_path / "logs")
+    whole = [PP2, "dpo.reference.mode=resident", f"logger.log_dir={tmp_path / 'whole'}"]
+    assert run_distributed(train, 2, str(config), whole, init_process_group=False) == [0, 0]
+    for mine, theirs in zip(interrupted, read_metrics(tmp_path / "whole"), strict=True):
+        assert without_times(mine) == without_times(theirs)
+
+
+def model_after_attaching(config: str) -> tuple[int, list[bool]]:
+    """Target for run_distributed: weights of the reference, and which of them are still there, without collecting."""
+    import gc
+    import weakref
+
+    from megadpo.config.architecture import read_architecture
+    from megadpo.model.source import resolve_source
+    from megadpo.parallel import initialize, layout_of, setup_device
+    from megadpo.train import reference, setup
+    from megadpo.train.command import checked_config
+
+    cfg = checked_config(config, [], 1)
+    parallel = initialize(layout_of(cfg), setup_device("cpu"))
+    source = resolve_source(cfg.policy.model_name, "policy.model_name")
+    arch = read_architecture(source.hf_files)
+    data = setup.load_data(cfg, arch, source, setup.data_rank(parallel))
+    weights: list[weakref.ref[torch.Tensor]] = []
+    build = reference.build_reference
+
+    def build_reference(*arguments: Any) -> Any:
+        made = build(*arguments)
+        made.itself = made  # as a layer may refer to itself
+        weights.extend(weakref.ref(one) for chunk in made.model for one in chunk.parameters())
+        return made
+
+    reference.build_reference = build_reference
+    gc.disable()
+    reference.attach_logps(cfg, source, arch, parallel, data.train_loader, data.validation, 3)
+    return len(weights), [one() is not None for one in weights]
+
+
+@pytest.mark.distributed
+def test_the_model_is_gone_before_the_policy_is_built(model, tmp_path):
+    config = make_config(tmp_path, model, dpo=CACHED)
+    [(count, left)] = run_distributed(model_after_attaching, 1, str(config), init_process_group=False)
+    assert count > 0 and not any(left)

@@ -7,11 +7,16 @@ import math
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from rich.console import Console
 
+from megadpo.config.schema import Config
+from megadpo.config.schema_dpo import DpoConfig
 from megadpo.train.progress import ProgressLine, RunSummary, TimeLeft, format_banner, print_banner
+from megadpo.train.report import loss_words
 
 STEP = {
     "epoch": 0,
@@ -258,3 +263,13 @@ def test_the_banner_of_a_small_run() -> None:
     assert "  steps        3" in lines
     assert "  data         24 training pairs" in lines
     assert "  checkpoints  none" in lines
+
+
+def test_the_banner_names_what_changes_the_loss() -> None:
+    def words_of(dpo: DpoConfig) -> str:
+        return loss_words(cast(Config, SimpleNamespace(dpo=dpo)))
+
+    assert words_of(DpoConfig()) == "sigmoid, beta 0.05"
+    simpo = DpoConfig(loss_type="simpo", simpo_gamma=1.4, preference_average_log_probs=True, sft_loss_weight=0.5)
+    words = "simpo, beta 0.05, simpo_gamma 1.4, means over tokens, weights: preference 1, sft 0.5"
+    assert words_of(simpo) == words

@@ -9,7 +9,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from megadpo.checkpoint.folder import complete_checkpoints, delete
@@ -67,6 +69,24 @@ def test_fingerprints_tell_models_of_one_shape_apart(tmp_path):
     other, copy = other_model(model, tmp_path / "other"), shutil.copytree(model, tmp_path / "copy")
     one, two, three = (weights_fingerprint(ModelSource(folder, None)) for folder in (model, other, copy))
     assert one == three != two
+
+
+def test_a_fingerprint_of_every_tensor_sees_the_smallest_one(tmp_path):
+    """A norm among megabytes, as a run with everything else frozen changes it; in both kinds of folder."""
+    folders = [tmp_path / name for name in ("one", "other")]
+    for number, folder in enumerate(folders):
+        (folder / "model").mkdir(parents=True)
+        tensors = {f"layers.{i}": torch.zeros(90_001 + i) for i in range(10)} | {"layers.3.norm": torch.ones(5)}
+        tensors["layers.3.norm"] += number
+        save_file(tensors, folder / "model.safetensors")
+        dcp.save(tensors, checkpoint_id=folder / "model", no_dist=True)
+    for kind in (None, "megatron"):
+        sources = [ModelSource(folder, folder if kind else None) for folder in folders]
+        one, other = (weights_fingerprint(source, every_tensor=True) for source in sources)
+        assert one != other
+        again = weights_fingerprint(sources[0], every_tensor=True)
+        assert one == again
+        assert len({weights_fingerprint(source) for source in sources}) == 1, "as the samples of a whole file miss it"
 
 
 def resume_in_two_folders(first: str, second: str) -> str:
