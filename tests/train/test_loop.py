@@ -1,4 +1,4 @@
-"""When a validation is due, and what a step logs."""
+"""When a validation is due, what a step logs, and what a save is given."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from types import SimpleNamespace
 import pytest
 
 from megadpo.checkpoint import TrainingPosition
+from megadpo.config.schema import CheckpointingConfig
 from megadpo.config.schema_dpo import DpoConfig
 from megadpo.data.loader import GlobalBatch
-from megadpo.train.loop import step_record, validation_due
+from megadpo.train import loop
+from megadpo.train.loop import save_and_prune, step_record, validation_due
+from megadpo.train.resume import claim
 from megadpo.train.step import StepOutcome
 
 
@@ -51,3 +54,28 @@ def test_a_step_counts_what_was_skipped_and_divides_by_its_seconds(updated):
         "timing/train/tokens_per_s": 15.0,
         "timing/train/pairs_per_s": 2.0,
     }
+
+
+def test_a_save_is_pruned_and_never_made_in_another_runs_folder(tmp_path, monkeypatch):
+    done = {}
+    monkeypatch.setattr(loop, "save_checkpoint", lambda *place, **what: done.update(place=place, what=what))
+    monkeypatch.setattr(loop, "prune_checkpoints", lambda folder, **how: done.update(how=how))
+    saving = {"checkpoint_dir": str(tmp_path), "keep_top_k": 3, "higher_is_better": True, "save_optimizer": False}
+    run = SimpleNamespace(
+        cfg=SimpleNamespace(checkpointing=CheckpointingConfig(**saving)),
+        owner=claim(tmp_path),
+        parallel=SimpleNamespace(rank=0),
+        ranking_metric="validation-a/loss",
+        source=SimpleNamespace(hf_files="files"),
+        trainer=SimpleNamespace(model_to_save=lambda: "whole", optimizer="adam", scheduler="cosine"),
+    )
+    position = TrainingPosition(step=7, epoch=0, batch=7)
+    save_and_prune(run, position)
+    assert done["place"] == (tmp_path, position, run.parallel)
+    assert done["what"]["model"] == "whole" and done["what"]["optimizer"] is None
+    assert done["how"] == {"keep_top_k": 3, "metric": "validation-a/loss", "higher_is_better": True}
+    done.clear()
+    claim(tmp_path)
+    with pytest.raises(RuntimeError, match="another run has started"):
+        save_and_prune(run, position)
+    assert done == {}
