@@ -21,6 +21,7 @@ SETS = ["default", "my", "my_set"]
         ("val:validation-default_rewards/margins", "validation-default/rewards/margins"),
         ("validation-default_rewards_chosen_mean", "validation-default/rewards/chosen"),
         ("train:loss", "train/loss"),
+        (" train:loss\n", "train/loss"),
         ("train_loss", "train/loss"),
         ("train/preference_loss", "train/preference_loss"),
         ("train:rewards/accuracies", "train/rewards/accuracies"),
@@ -33,17 +34,19 @@ def test_metric_name(text, key):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "loss", "val_loss", "val:loss", "validation-gone_loss", "train:bleu", "training_loss"]
+    "text", ["", "loss", "val_loss", "val:loss", "validation-gone_loss", "train:bleu", "training_loss", "trian_loss"]
 )
 def test_metric_name_refused(text):
     with pytest.raises(ConfigError) as caught:
         parse_metric_name(text, SETS)
     (problem,) = caught.value.problems
     assert problem.where == "checkpointing.metric_name" and problem.value == text
+    assert problem.expected.startswith("a metric among") == (text == "train:bleu")
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("00:00:00:01", 1), ("00:03:45:00", 13500), ("1:0:0:0", 86400), ("10:23:59:59", 950399)]
+    ("text", "seconds"),
+    [("00:00:00:01", 1), ("00:03:45:00", 13500), ("1:0:0:0", 86400), (" 00:00:01:00 ", 60), ("10:23:59:59", 950399)],
 )
 def test_duration(text, seconds):
     assert parse_duration_s(text) == seconds

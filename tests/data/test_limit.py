@@ -31,6 +31,8 @@ def test_no_pair_stays_over_the_limit_and_short_ones_stay_as_they_are(
     assert equal_pairs(dropped.pairs, short) and dropped.dropped_too_long == len(pairs) - len(short)
     cut = limit(pairs, max_tokens, "truncate")
     assert all(pair.longest_sequence_tokens <= max_tokens for pair in cut.pairs)
+    masks = [mask for pair in cut.pairs for mask in (pair.chosen_mask, pair.rejected_mask)]
+    assert all(mask is None or mask.any() for mask in masks)
     dropped_pairs = cut.dropped_equal_after_truncation + cut.dropped_unanswered_after_truncation
     assert len(cut.pairs) + dropped_pairs == len(pairs)
     assert cut.truncated + dropped_pairs == len(pairs) - len(short)

@@ -13,6 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megadpo.config import build_config
+from megadpo.config.architecture import parse_architecture
 from megadpo.config.problems import DataError
 from megadpo.data.dataset import DataSettings, PairDataset, TokenizedPairs
 from megadpo.data.loader import DataRank, GlobalBatch, GlobalBatchLoader
@@ -21,6 +23,7 @@ from megadpo.data.pairs import TokenizedPair
 from megadpo.data.tokens import TokenArrays, TokenizedFile
 from megadpo.data.work import WorkModel
 from tests.data.builders import dataset, ids, row, write_rows
+from tests.data.test_work import LLAMA_8B
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 
@@ -144,6 +147,43 @@ def test_training_drops_the_rest_and_says_how_much_and_validation_does_not(pairs
 def test_validation_may_be_limited(pairs: PairDataset, limit: int | None, batches: int) -> None:
     limited = loader(pairs, drop_last=False, shuffle=False, limit_batches=limit)
     assert limited.batches_per_epoch == len(list(limited.batches(0))) == batches
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_training_shuffles_whole_batches_and_validation_takes_the_files_order(pairs: PairDataset, packed: bool) -> None:
+    cfg = build_config(
+        {
+            "policy": {
+                "model_name": "some/model",
+                "train_global_batch_size": 6,
+                "train_micro_batch_size": 3,
+                "max_total_sequence_length": 90,
+                "make_sequence_length_divisible_by": 4,
+                "sequence_packing": {"enabled": packed, "train_mb_tokens": 181},
+            },
+            "dpo": {"seed": 5, "val_global_batch_size": 4, "val_micro_batch_size": 2, "val_batches": 2},
+            "data": {"train_data_path": "train.jsonl", "num_workers": 0},
+        }
+    )
+    arch = parse_architecture(LLAMA_8B)
+    expected = {
+        True: loader(pairs, seed=5).order(0)[:18].tolist(),
+        False: list(range(8)),
+    }
+    for training, size in ((True, 6), (False, 4)):
+        made = GlobalBatchLoader.from_config(pairs, cfg, arch, pad_token_id=2, training=training)
+        batches = list(made.batches(0))
+        assert [index for batch in batches for index in batch.pair_indices] == expected[training]
+        assert {batch.num_pairs for batch in batches} == {size}
+        packs = [pack for batch in batches for pack in batch.micro_batches]
+        assert all(pack.tokens.numel() % 4 == 0 for pack in packs)
+        work = WorkModel.of(arch).pair_work(pairs.arrays.text_tokens(), share_prompt=packed)
+        assert made.work.tolist() == work.tolist()
+        if packed:
+            assert made.budget_tokens == 180
+        else:
+            assert {pack.num_pairs for pack in packs} == {size // 2}
+        assert {len(pack.segments) >= 3 * pack.num_pairs for pack in packs} == {packed}
 
 
 def test_packs_stay_within_the_budget_with_their_padding(pairs: PairDataset) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import random
 import shutil
@@ -82,6 +84,14 @@ def train(config: str, overrides: list[str]) -> int:
     from megadpo.train.command import main
 
     return main([config, *overrides])
+
+
+def train_and_read(config: str, overrides: list[str]) -> tuple[int, str]:
+    """Target for run_distributed: the exit code, and what was printed on both streams."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        code = train(config, overrides)
+    return code, " ".join(printed.getvalue().split())
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -1,13 +1,21 @@
-"""Gradient buffers and optimizers as the config asks for them, and machines that can't give them."""
+"""Gradient buffers, optimizers and schedules as the config asks for them, and machines that can't give them."""
 
 from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from megadpo.config.schema_megatron import DistributedDataParallelConfig, MegatronConfig, OptimizerConfig
+from megadpo.config.schema_megatron import (
+    DistributedDataParallelConfig,
+    MegatronConfig,
+    OptimizerConfig,
+    SchedulerConfig,
+)
 from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
-from megadpo.optimizer import machine_problems
+from megadpo.optimizer import build, machine_problems
 from tests.helpers.distributed import run_distributed
 from tests.model.weights.hf_models import make_hf_folder
 
@@ -58,3 +66,47 @@ def test_machines_without_cuda_or_transformer_engine_are_told_why(monkeypatch):
     assert machine_problems(policy_of("x", **offload), cuda) == []  # HybridDeviceOptimizer does without it
     monkeypatch.setattr("megadpo.optimizer.build.transformer_engine_missing", lambda: None)
     assert machine_problems(policy_of("x", **aware), cuda) == []
+
+
+def test_every_option_of_the_optimizer_reaches_megatron_core(monkeypatch):
+    monkeypatch.setattr(build, "get_megatron_optimizer", lambda config, chunks, **_: (config, chunks))
+    options = {
+        "lr": 3e-4, "min_lr": 2e-5, "weight_decay": 0.03, "adam_beta1": 0.8, "adam_beta2": 0.7, "adam_eps": 1e-6,
+        "sgd_momentum": 0.6, "use_distributed_optimizer": False, "exp_avg_dtype": "bfloat16", "optimizer": "sgd",
+        "use_precision_aware_optimizer": True, "optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5,
+        "overlap_cpu_optimizer_d2h_h2d": True,
+    }  # fmt: skip
+    rest = {"bf16", "fp16", "params_dtype", "clip_grad", "adam_impl", "exp_avg_sq_dtype"}
+    assert options.keys() | rest == {field.name for field in dataclasses.fields(OptimizerConfig)}
+    policy = dataclasses.replace(policy_of("x", **options), max_grad_norm=0.7, precision="float32")
+    monkeypatch.setattr("megatron.core.optimizer.OptimizerConfig.__post_init__", lambda self: None)
+    config, chunks = build.build_optimizer(["chunk"], policy, torch.device("cpu"))
+    assert chunks == ["chunk"]
+    wanted = {**options, "exp_avg_dtype": torch.bfloat16, "exp_avg_sq_dtype": torch.float32}
+    assert {name: getattr(config, name) for name in wanted} == wanted
+    assert (config.clip_grad, config.bf16, config.params_dtype) == (0.7, False, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "rates", "decays"),
+    [
+        ({}, 4, [1.0, 1.0, 1.0, 1.0, 1.0], [0.1] * 5),
+        ({"lr_warmup_iters": 2, "lr_warmup_init": 0.2}, 4, [0.2, 0.6, 1.0, 1.0, 1.0], [0.1] * 5),
+        ({"lr_decay_style": "linear"}, 4, [1.0, 0.8, 0.6, 0.4, 0.2], [0.1] * 5),
+        ({"lr_decay_style": "linear", "lr_decay_iters": 2}, 4, [1.0, 0.6, 0.2, 0.2, 0.2], [0.1] * 5),
+        ({"lr_decay_style": "cosine", "lr_warmup_iters": 1}, 3, [0.0, 1.0, 0.6, 0.2], [0.1] * 4),
+        ({"weight_decay_incr_style": "linear", "end_weight_decay": 0.3}, 4, [1.0] * 5, [0.1, 0.15, 0.2, 0.25, 0.3]),
+    ],
+)
+def test_rate_and_weight_decay_of_each_step(schedule, steps, rates, decays):
+    policy = policy_of("x", lr=1.0, min_lr=0.2)
+    policy = dataclasses.replace(
+        policy, megatron_cfg=dataclasses.replace(policy.megatron_cfg, scheduler=SchedulerConfig(**schedule))
+    )
+    group = {"lr": None, "weight_decay": None, "wd_mult": 1.0, "lr_mult": 1.0, "params": []}
+    scheduler = build.build_scheduler(SimpleNamespace(param_groups=[group]), policy, steps)
+    found = []
+    for _ in rates:
+        found.append((group["lr"], group["weight_decay"]))
+        scheduler.step(increment=1)
+    assert found == [pytest.approx(pair) for pair in zip(rates, decays, strict=True)]

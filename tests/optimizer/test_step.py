@@ -14,9 +14,9 @@ from megadpo.parallel.cpu import enable_cpu
 class OnePart:
     """What guarded_step uses of megatron-core's optimizers, around one parameter."""
 
-    def __init__(self, parameter, *, decoupled):
+    def __init__(self, parameter, *, decoupled, clip_grad=1.0):
         self.parameter = parameter
-        self.config = SimpleNamespace(clip_grad=1.0, use_precision_aware_optimizer_no_fp8_or_ds_fp8=decoupled)
+        self.config = SimpleNamespace(clip_grad=clip_grad, use_precision_aware_optimizer_no_fp8_or_ds_fp8=decoupled)
         self.stepped = False
 
     def prepare_grads(self):
@@ -34,7 +34,7 @@ class OnePart:
 
 
 @pytest.mark.parametrize("decoupled", [False, True])
-@pytest.mark.parametrize("value", [3.0, float("nan")])
+@pytest.mark.parametrize("value", [3.0, float("nan"), float("-inf")])
 def test_clips_and_steps_or_leaves_everything(decoupled, value):
     if not torch.cuda.is_available():
         enable_cpu()
@@ -47,3 +47,11 @@ def test_clips_and_steps_or_leaves_everything(decoupled, value):
         left = parameter.decoupled_grad if decoupled else parameter.grad
         assert norm == 6.0
         torch.testing.assert_close(left.norm(), torch.tensor(1.0), rtol=1e-5, atol=0)
+
+
+def test_without_a_limit_gradients_stay_as_they_are():
+    parameter = torch.nn.Parameter(torch.zeros(4))
+    parameter.grad = torch.full((4,), 3.0)
+    part = OnePart(parameter, decoupled=False, clip_grad=0.0)
+    assert guarded_step(part) == (6.0, True) and part.stepped
+    assert parameter.grad.tolist() == [3.0] * 4

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from megadpo.config.load import load_config
 from megadpo.config.problems import ConfigError
-from megadpo.reference import LogpsCache
+from megadpo.reference import LogpsCache, positions_by_use
 from megadpo.train.reference import cache_folder
 from tests.helpers.distributed import run_distributed
 from tests.helpers.equal_runs import assert_equal_runs, run
@@ -105,6 +108,18 @@ def test_another_reference_has_a_file_of_its_own(model, tmp_path):
     against_other = runs(reference={"mode": "cached", "model_name": str(other)})
     assert len(runs.files()) == 2
     assert abs(against_other[0]["train/rewards/margins"]) > 1e-3
+
+
+@given(st.data(), st.integers(1, 20), st.integers(1, 5), st.integers(0, 30) | st.none())
+def test_positions_are_those_of_the_steps_each_where_it_is_first_taken(data, pairs, size, steps):
+    per_epoch = data.draw(st.integers(1, -(-pairs // size)))
+    orders = [np.random.default_rng(epoch).permutation(pairs) for epoch in range(31)]
+    loader = SimpleNamespace(
+        dataset=range(pairs), batches_per_epoch=per_epoch, global_batch_size=size, order=orders.__getitem__
+    )
+    batches = [divmod(step, per_epoch) for step in range(per_epoch if steps is None else steps)]
+    taken = [position for epoch, batch in batches for position in orders[epoch][batch * size : (batch + 1) * size]]
+    assert positions_by_use(loader, steps).tolist() == list(dict.fromkeys(taken))
 
 
 @pytest.mark.parametrize("content", ["short", "torn"])

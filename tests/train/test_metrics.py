@@ -67,6 +67,7 @@ def test_the_order_is_that_of_the_sorted_names() -> None:
     other.add({"b": (2.0, 20.0)})
     assert one.names() == other.names() == ["a", "b"]
     assert one.pack().tolist() == other.pack().tolist() == [1.0, 2.0, 10.0, 20.0]
+    assert one.pack(["c", "b", "a"]).tolist() == [1.0, 2.0, 0.0, 10.0, 20.0, 0.0]
     assert one.pack().dtype == torch.float64
     assert list(one.means()) == ["a", "b"]
 

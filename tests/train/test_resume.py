@@ -8,9 +8,11 @@ import json
 import pytest
 import torch
 
+from megadpo.checkpoint.folder import complete_checkpoints, newest_checkpoint, prune_checkpoints
+from megadpo.config.problems import ConfigError
 from tests.helpers.distributed import run_distributed
 from tests.helpers.overrides import CP2, DIST, PP2, SP, TP2, VPP2
-from tests.helpers.runs import make_config, make_model, make_pairs, read_metrics, train
+from tests.helpers.runs import make_config, make_model, make_pairs, read_metrics, train, train_and_read
 
 BF16 = "policy.precision=bfloat16"
 SAVING = {"enabled": True, "save_period": 2}
@@ -25,6 +27,7 @@ CASES = {
     "cp2_distributed_optimizer": (2, [CP2, DIST]),
     "dp2_pp2_vpp2_bf16_distributed_optimizer": (4, [PP2, VPP2, BF16, DIST]),
 }
+METRIC = "validation-a/loss"
 NAMES = ("train/loss", "train/grad_norm", "train/rewards/margins", "train/lr")
 COSINE = {"megatron_cfg": {"scheduler": {"lr_decay_style": "cosine", "lr_warmup_iters": 2, "lr_decay_iters": 8}}}
 
@@ -92,12 +95,12 @@ def test_resume_in_another_layout(stages, model, tmp_path):
 
 
 @pytest.mark.distributed
-def test_resume_on_other_data_is_refused(model, tmp_path, capfd):
+def test_resume_on_other_data_is_refused(model, tmp_path):
     config = make_config(tmp_path, model, checkpointing=SAVING)
     go(config, 1, [], 2)
     make_pairs(tmp_path / "train.jsonl", 40, seed=9)
-    codes = run_distributed(train, 1, str(config), ["dpo.seed=7"], init_process_group=False)
-    assert codes == [2]
+    [(code, printed)] = run_distributed(train_and_read, 1, str(config), ["dpo.seed=7"], init_process_group=False)
+    assert code == 2 and "data.train_data_path: got" in printed and "dpo.seed: got 7" in printed
     assert (tmp_path / "checkpoints/step_2/megadpo.json").is_file()
 
 
@@ -129,20 +132,47 @@ def test_checkpoint_of_several_ranks_exports_to_hugging_face(model, tmp_path):
     assert read_metrics(again / "logs")[0]["train/logps/chosen"] == pytest.approx(first["train/logps/chosen"], rel=1e-5)
 
 
-def test_keep_top_k_keeps_the_best_and_the_newest(tmp_path):
-    from megadpo.checkpoint.folder import complete_checkpoints, prune_checkpoints
+def make_records(folder, losses, **changes):
+    """Checkpoints as `prune_checkpoints` sees them: step -> loss, {} for none."""
+    for step, loss in losses.items():
+        (folder / f"step_{step}").mkdir()
+        position = {"step": step, "epoch": 0, "batch": step, "metrics": loss if loss == {} else {METRIC: loss}}
+        record = {"format": 1, "world_size": 1, "layout": "", "has_optimizer": True, "optimizer_format": "", **changes}
+        (folder / f"step_{step}/megadpo.json").write_text(json.dumps({**record, "position": position}))
 
-    for step, loss in ((1, 0.5), (2, 0.3), (3, float("nan")), (4, 0.4), (5, 0.9)):
-        folder = tmp_path / f"step_{step}"
-        folder.mkdir()
-        position = {"step": step, "epoch": 0, "batch": step, "metrics": {"validation-a/loss": loss}}
-        record = {"format": 1, "world_size": 1, "layout": "", "has_optimizer": True, "optimizer_format": ""}
-        (folder / "megadpo.json").write_text(json.dumps({**record, "position": position}))
-    (tmp_path / ".step_6.partial").mkdir()
-    prune_checkpoints(tmp_path, keep_top_k=2, metric="validation-a/loss", higher_is_better=False)
-    assert [info.position.step for info in complete_checkpoints(tmp_path)] == [2, 4, 5]
-    prune_checkpoints(tmp_path, keep_top_k=1, metric=None, higher_is_better=False)
-    assert [info.position.step for info in complete_checkpoints(tmp_path)] == [5]
+
+@pytest.mark.parametrize(
+    ("keep_top_k", "metric", "higher_is_better", "left"),
+    [
+        (2, METRIC, False, [2, 8, 10]),
+        (2, METRIC, True, [7, 9, 10]),  # of 7 and 1, which are as good, the newer
+        (5, METRIC, True, [1, 2, 7, 8, 9, 10]),  # none, null and NaN are the worst either way
+        (7, METRIC, False, [1, 2, 6, 7, 8, 9, 10]),
+        (2, None, False, [9, 10]),
+        (9, None, False, [1, 2, 3, 4, 6, 7, 8, 9, 10]),
+        (None, None, False, [1, 2, 3, 4, 6, 7, 8, 9, 10]),
+    ],
+)
+def test_keep_top_k_keeps_the_best_and_the_newest(keep_top_k, metric, higher_is_better, left, tmp_path):
+    nan = float("nan")
+    losses = {1: 0.6, 2: 0.3, 3: {}, 4: None, 6: nan, 7: 0.6, 8: 0.4, 9: 0.9, 10: nan}
+    make_records(tmp_path, losses)
+    (tmp_path / ".step_11.partial").mkdir()
+    (tmp_path / "step_12").mkdir()
+    (tmp_path / "step_13_mine").mkdir()
+    (tmp_path / "step_13_mine/megadpo.json").write_text("{}")
+    gone = prune_checkpoints(tmp_path, keep_top_k=keep_top_k, metric=metric, higher_is_better=higher_is_better)
+    assert [info.position.step for info in complete_checkpoints(tmp_path)] == left
+    assert gone == [tmp_path / f"step_{step}" for step in losses if step not in left]
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None and newest.path == tmp_path / "step_10"
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path):
+    assert newest_checkpoint(tmp_path) is None
+    make_records(tmp_path, {3: 0.5}, format=2)
+    with pytest.raises(ConfigError, match="format 2, this version reads 1"):
+        newest_checkpoint(tmp_path)
 
 
 @pytest.mark.distributed

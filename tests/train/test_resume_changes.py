@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import shutil
 from pathlib import Path
@@ -19,7 +17,7 @@ from megadpo.config.problems import ConfigError
 from megadpo.model.source import ModelSource, weights_fingerprint
 from megadpo.train.resume import claim, require_owner
 from tests.helpers.distributed import run_distributed
-from tests.helpers.runs import make_config, make_model, train
+from tests.helpers.runs import make_config, make_model, train_and_read
 
 
 def other_model(model: Path, folder: Path) -> Path:
@@ -29,14 +27,6 @@ def other_model(model: Path, folder: Path) -> Path:
     tensors["model.layers.1.mlp.up_proj.weight"] *= 1.01
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
-
-
-def train_and_read(config: str, overrides: list[str]) -> tuple[int, str]:
-    """Target for run_distributed: the exit code, and what was printed on both streams."""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        code = train(config, overrides)
-    return code, " ".join(printed.getvalue().split())
 
 
 @pytest.mark.distributed

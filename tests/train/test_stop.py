@@ -37,6 +37,39 @@ def test_only_a_later_ctrl_c_ends_the_process(first, last, window_s, code, words
     assert (done.returncode, done.stdout.strip()) == (code, words), done.stderr
 
 
+def agreed_of_ranks(late: list[bool], signalled: list[bool]) -> int | None:
+    """Target for run_distributed: what this rank is told."""
+    import os
+
+    import torch.distributed as dist
+
+    from megadpo.parallel import Layout, initialize, setup_device
+    from megadpo.train.stop import StopWatcher
+
+    parallel = initialize(Layout(), setup_device("cpu"))
+    handler = signal.getsignal(signal.SIGTERM)
+    watcher = StopWatcher(parallel, must_save_by_s=0.0 if late[dist.get_rank()] else 3600.0)
+    watcher.install()
+    if signalled[dist.get_rank()]:
+        os.kill(os.getpid(), signal.SIGTERM)
+    told = watcher.agreed()
+    signal.signal(signal.SIGTERM, handler)
+    return told
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("late", "signalled", "code"),
+    [
+        ([False, False], [False, False], None),
+        ([False, True], [False, False], 75),
+        ([True, False], [False, True], 143),  # a signal is the more urgent
+    ],
+)
+def test_every_rank_is_told_the_most_urgent_reason_of_any(late, signalled, code):
+    assert run_distributed(agreed_of_ranks, 2, late, signalled, init_process_group=False) == [code, code]
+
+
 def train_and_signal_in_validation(config: str, overrides: list[str], validations: int) -> int:
     """Target for run_distributed: SIGTERM comes to the last rank at its `validations`-th global batch of validation."""
     import torch.distributed as dist

@@ -1,0 +1,81 @@
+"""When a validation is due, what a step logs, and what a save is given."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from megadpo.checkpoint import TrainingPosition
+from megadpo.config.schema import CheckpointingConfig
+from megadpo.config.schema_dpo import DpoConfig
+from megadpo.data.loader import GlobalBatch
+from megadpo.train import loop
+from megadpo.train.loop import save_and_prune, step_record, validation_due
+from megadpo.train.resume import claim
+from megadpo.train.step import StepOutcome
+
+
+@pytest.mark.parametrize(
+    ("period", "at_end", "ranked_by", "step", "last", "save", "due"),
+    [
+        (2, False, None, 4, False, False, True),
+        (2, False, None, 3, False, False, False),
+        (0, False, None, 4, False, True, False),
+        (0, True, None, 3, True, False, True),
+        (0, True, None, 3, False, True, False),
+        (2, False, None, 3, True, True, False),
+        (0, False, "validation-a/loss", 3, False, True, True),
+        (0, False, "validation-a/loss", 3, True, False, False),
+        (0, False, "train/loss", 3, True, True, False),
+    ],
+)
+def test_validation_is_due(period, at_end, ranked_by, step, last, save, due):
+    cfg = SimpleNamespace(dpo=DpoConfig(val_period=period, val_at_end=at_end))
+    for sets in ({"a": None}, {}):
+        run = SimpleNamespace(cfg=cfg, data=SimpleNamespace(validation=sets), ranking_metric=ranked_by)
+        assert validation_due(run, step, last=last, save=save) == (due and bool(sets))
+
+
+@pytest.mark.parametrize("updated", [True, False])
+def test_a_step_counts_what_was_skipped_and_divides_by_its_seconds(updated):
+    outcome = StepOutcome({"loss": 0.5}, grad_norm=3.0, lr=0.1, updated=updated)
+    batch = GlobalBatch(micro_batches=[], num_pairs=4, num_tokens=30, pair_indices=[], epoch=1, batch=2)
+    before = TrainingPosition(step=7, epoch=1, batch=2, skipped_steps=2)
+    assert step_record(batch, outcome, before, seconds=2.0) == {
+        "epoch": 1,
+        "train/loss": 0.5,
+        "train/grad_norm": 3.0,
+        "train/lr": 0.1,
+        "train/num_pairs": 4,
+        "train/num_tokens": 30,
+        "train/skipped_steps": 2 if updated else 3,
+        "timing/train/step_time_s": 2.0,
+        "timing/train/tokens_per_s": 15.0,
+        "timing/train/pairs_per_s": 2.0,
+    }
+
+
+def test_a_save_is_pruned_and_never_made_in_another_runs_folder(tmp_path, monkeypatch):
+    done = {}
+    monkeypatch.setattr(loop, "save_checkpoint", lambda *place, **what: done.update(place=place, what=what))
+    monkeypatch.setattr(loop, "prune_checkpoints", lambda folder, **how: done.update(how=how))
+    saving = {"checkpoint_dir": str(tmp_path), "keep_top_k": 3, "higher_is_better": True, "save_optimizer": False}
+    run = SimpleNamespace(
+        cfg=SimpleNamespace(checkpointing=CheckpointingConfig(**saving)),
+        owner=claim(tmp_path),
+        parallel=SimpleNamespace(rank=0),
+        ranking_metric="validation-a/loss",
+        source=SimpleNamespace(hf_files="files"),
+        trainer=SimpleNamespace(model_to_save=lambda: "whole", optimizer="adam", scheduler="cosine"),
+    )
+    position = TrainingPosition(step=7, epoch=0, batch=7)
+    save_and_prune(run, position)
+    assert done["place"] == (tmp_path, position, run.parallel)
+    assert done["what"]["model"] == "whole" and done["what"]["optimizer"] is None
+    assert done["how"] == {"keep_top_k": 3, "metric": "validation-a/loss", "higher_is_better": True}
+    done.clear()
+    claim(tmp_path)
+    with pytest.raises(RuntimeError, match="another run has started"):
+        save_and_prune(run, position)
+    assert done == {}
