@@ -92,6 +92,10 @@ def attach_logps(
             table = compute_missing(reference, loader, positions, table, parallel, after_some=keep)
         loader.reference_logps = table
         lines.append(f"reference log-probabilities of {name}: {known} of {len(positions)} pairs from {cache.path}")
+        broken = positions[~np.isfinite(table[positions]).all(axis=1)]
+        if len(broken):
+            rows = ", ".join(str(row) for row in loader.dataset.arrays.rows[broken[:3]])
+            lines.append(f"  not finite for {len(broken)} pairs of {name}, the first in rows {rows} (from 0)")
     if reference is not None:
         del reference
         gc.collect()  # a layer that refers to itself would otherwise keep its weights for as long as it likes

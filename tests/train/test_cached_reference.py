@@ -21,6 +21,7 @@ from tests.helpers.distributed import run_distributed
 from tests.helpers.equal_runs import assert_equal_runs, run
 from tests.helpers.overrides import CP2, PP2, SP, TP2, VPP2
 from tests.helpers.runs import make_config, make_model, read_metrics, train
+from tests.train.test_resume_changes import train_and_read
 
 CACHED = {"reference": {"mode": "cached"}}
 
@@ -130,6 +131,17 @@ def test_a_file_that_is_no_such_table_is_refused(content, tmp_path):
         cache.path.write_bytes(cache.path.read_bytes()[:-7])
     with pytest.raises(ConfigError, match=r"train-x.safetensors.*float32 \(27, 2\).*delete the file"):
         cache.read(27)
+
+
+@pytest.mark.distributed
+def test_a_reference_without_finite_numbers_is_said_before_the_first_step(model, tmp_path):
+    broken = make_model(tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    save_file({**weights, "model.norm.weight": np.nan * weights["model.norm.weight"]}, broken / "model.safetensors")
+    config = make_config(tmp_path, model, dpo={**CACHED, "on_nonfinite_loss": "skip"})
+    overrides = [f"dpo.reference.model_name={broken}"]
+    [(code, printed)] = run_distributed(train_and_read, 1, str(config), overrides, init_process_group=False)
+    assert code == 0 and "not finite for 24 pairs of train, the first in rows" in printed
 
 
 def test_the_folder_may_be_below_the_home_folder(model, tmp_path, monkeypatch):
