@@ -22,7 +22,7 @@ NO_EFFECT: dict[str, str] = {
     "policy.sequence_packing.microbatch_order": "the loss doesn't depend on the order of packs",
     "policy.sequence_packing.logprob_mb_tokens": "the reference runs on the training packs",
     "policy.sequence_packing.sequence_length_round": "packs are padded to policy.make_sequence_length_divisible_by",
-    f"{MEG}.empty_unused_memory_level": "the reference stays resident, so no memory is handed back between phases",
+    f"{MEG}.empty_unused_memory_level": "no memory is handed back between phases: nothing else runs between them",
     f"{MEG}.converter_type": "the architecture is read from config.json",
     f"{MEG}.force_overwrite_initial_ckpt": "Hugging Face files are read directly, no converted copy is kept",
     f"{MEG}.force_reconvert_from_hf": "Hugging Face files are read directly, no converted copy is kept",

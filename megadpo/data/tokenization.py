@@ -268,7 +268,7 @@ class PairTokenizer:
 
 
 def _is_prefix(ids: TokenIds, whole: TokenIds) -> bool:
-    return len(ids) <= len(whole) and np.array_equal(whole[: len(ids)], ids)
+    return np.array_equal(whole[: len(ids)], ids)
 
 
 def _suffix_tokens(tokenizer: PreTrainedTokenizerBase) -> int:

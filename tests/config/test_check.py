@@ -105,7 +105,7 @@ IMPOSSIBLE = [
         "4096",
     ),
     ({**UNIFORM, UNIFORM_LAYERS: 3}, {}, 1, [UNIFORM_FIELD], "here 32"),
-    ({**UNIFORM, UNIFORM_LAYERS: 4, PP: 2, FIRST: 10}, {}, 2, [UNIFORM_FIELD], "10 + 22"),
+    ({**UNIFORM, UNIFORM_LAYERS: 4, PP: 2, FIRST: 10}, {}, 2, [UNIFORM_FIELD], "every pipeline stage, here 10 + 22"),
     ({**UNIFORM, UNIFORM_LAYERS: 8, PP: 2, VPP: 4}, {}, 2, [UNIFORM_FIELD], "chunk of a pipeline stage, here 4 + 4"),
     ({**UNIFORM, UNIFORM_LAYERS: 2, PP: 2, VPP: 3}, {}, 2, [VPP_FIELD], "16 + 16"),
     ({TP: 2}, {}, 3, [TP_FIELD + " x pipeline_model_parallel_size"], "3 processes"),
@@ -138,6 +138,19 @@ def test_everything_at_once(config):
     assert fix == "set it to 1 or 2 or 4 or 8"
 
 
+@pytest.mark.parametrize(
+    ("changes", "fix"),
+    [
+        ({PP: 5}, "set it to one of 1, 2, 4, 8, 16, 32, or choose"),
+        ({PP: 2, VPP: 3}, "set it to 1 or 2 or 4 or 8 or 16, or divide"),
+        ({**UNIFORM, UNIFORM_LAYERS: 5, PP: 2, VPP: 2}, "set it to 1 or 2 or 4 or 8, or recompute_method"),
+    ],
+)
+def test_a_fix_names_every_number_that_is_possible(config, changes, fix):
+    [problem] = check_layout(config(**changes), LLAMA_8B, None)
+    assert problem.fix.startswith(fix)
+
+
 def test_what_is_not_known_is_not_checked(config):
     impossible = config(**{TP: 16, PP: 5})
     assert check_layout(impossible, None, None) == []
@@ -154,6 +167,7 @@ def test_what_is_not_known_is_not_checked(config):
         ({PP: 4, FIRST: 7, LAST: 5}, [7, 10, 10, 5]),
         ({PP: 2, FIRST: 15, LAST: 17}, [15, 17]),
         ({PP: 5}, None),
+        ({PP: 3, FIRST: 16, LAST: 16}, None),
     ],
 )
 def test_layers_per_stage(config, changes, stages):

@@ -12,6 +12,8 @@ def test_smallest_config_has_nemo_rls_defaults(config):
     assert (cfg.dpo.val_period, cfg.dpo.val_batches, cfg.dpo.reference_policy_kl_penalty) == (25, 8, 0.05)
     assert (cfg.policy.train_global_batch_size, cfg.policy.precision) == (128, "bfloat16")
     assert cfg.policy.megatron_cfg.optimizer.lr == 5e-6
+    assert cfg.policy.sequence_packing.train_mb_tokens == 2 * cfg.policy.max_total_sequence_length
+    assert cfg.policy.make_sequence_length_divisible_by == 1
     assert cfg.notes == ()
 
 

@@ -16,6 +16,7 @@ ADAM = f"{MEG}.optimizer.adam_impl"
 LAYERNORM = {"activation_checkpointing": True, "recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
 TE = {"transformer_impl": "transformer_engine"}
 ON = {"fp8_cfg": {"enabled": True}}
+SEQUENCE_PARALLEL = {"tensor_model_parallel_size": 4, "sequence_parallel": True}
 
 
 def test_defaults(config):
@@ -46,6 +47,7 @@ def test_defaults(config):
         ({"megatron_cfg": {"fp8_cfg": {"amax": 1}}}, f"{MEG}.fp8_cfg.amax"),
         ({"megatron_cfg": {"fp4_cfg": {"enabled": True}}}, f"{MEG}.fp4_cfg.enabled"),
         ({"megatron_cfg": ON, "make_sequence_length_divisible_by": 64}, PAD),
+        ({"megatron_cfg": ON | SEQUENCE_PARALLEL, "make_sequence_length_divisible_by": 128}, PAD),
         ({"megatron_cfg": {"cuda_graph_impl": "local"}}, f"{MEG}.cuda_graph_impl"),
         ({"megatron_cfg": {"gradient_accumulation_fusion": True}, "device": "cpu"}, f"{MEG}.gradient_accumulation_fusion"),
         ({"megatron_cfg": {"optimizer": {"adam_impl": "transformer_engine"}}, "device": "cpu"}, ADAM),

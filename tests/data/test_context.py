@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megadpo.data.context import CONTEXT_BALANCE, context_part, cut_run
+from megadpo.data.context import CONTEXT_BALANCE, _cut_in, _work_before, context_part, cut_run
 from megadpo.data.pack import PackedBatch, Segment, pack_pairs
 from megadpo.data.pairs import TokenizedPair
 from tests.data.builders import tokenized_pairs
@@ -44,6 +46,9 @@ def test_every_query_is_on_one_rank_and_sees_what_it_saw(
         assert part.padding_tokens == whole.padding_tokens
         ends = [0, *(segment.query_end for segment in part.segments)]
         assert [segment.query_start for segment in part.segments] == ends[:-1] and ends[-1] == part.tokens.numel()
+        ranges = [pairwise(segment.keys) for segment in part.segments]
+        joined = all(before[1] != after[0] for pairs in ranges for before, after in pairs)
+        assert joined or size == 1, "neighbours are one range"
         for query, place in enumerate(part.run_index.tolist()):
             assert gathered[visible(part, query)].tolist() == visible(whole, place)
 
@@ -81,9 +86,22 @@ def test_one_long_sequence_is_cut_zigzag() -> None:
 
 
 def test_many_short_pairs_are_cut_once_a_rank() -> None:
-    whole = pack(pairs_of_lengths([(40, 20, 20)] * 64), multiple=4)
+    """Even where more cuts would be more even still."""
+    whole = pack(pairs_of_lengths([(40, 20, 20)] * 66), multiple=4)
     cut = cut_run(whole.segments, 4)
-    assert cut.owners == [0, 1, 2, 3] and cut.imbalance < 1.02
+    assert cut.owners == [0, 1, 2, 3] and 1 < cut.imbalance < 1.02
+
+
+@given(tokenized_pairs(), st.booleans(), st.integers(1, 4), st.data())
+def test_ranks_hold_as_many_tokens_in_blocks_of_any_number(
+    pairs: list[TokenizedPair], share_prompt: bool, size: int, data: st.DataObject
+) -> None:
+    segments = pack(pairs, share_prompt=share_prompt, multiple=size).segments
+    total = segments[-1].query_end
+    blocks = size * data.draw(st.integers(1, total // size))
+    cut = _cut_in(blocks, total, size, _work_before(segments))
+    held = [sum(end - start for start, end in cut.held_by(rank)) for rank in range(size)]
+    assert held == [total // size] * size
 
 
 LENGTHS = st.tuples(st.integers(8, 3000), st.integers(4, 1200), st.integers(4, 1200))

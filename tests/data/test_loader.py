@@ -241,6 +241,7 @@ def test_a_pair_over_the_budget_is_refused_at_its_line_with_the_need(tmp_path: P
     needed = -(-tokens // 4) * 4
     assert f"raise it to {needed} or more" in problem.fix
     loader(long, budget_tokens=needed, global_batch_size=1, pad_to_multiple=4)
+    loader(long, budget_tokens=tokens, global_batch_size=1)
     with pytest.raises(DataError, match="share_prompt"):
         loader(long, budget_tokens=needed, global_batch_size=1, share_prompt=False)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,6 +19,7 @@ def make_inputs(dtype=torch.float64):
     hidden = torch.randn(ROWS, HIDDEN, dtype=torch.float64, generator=generator).to(dtype)
     weight = torch.randn(VOCAB, HIDDEN, dtype=torch.float64, generator=generator).to(dtype)
     targets = torch.randint(0, VOCAB, (ROWS,), generator=generator)
+    targets[:6] = torch.tensor([0, 9, 10, 19, 20, 39])  # the ends of shards
     upstream = torch.randn(ROWS, dtype=torch.float64, generator=generator).to(dtype)
     return hidden, weight, targets, upstream
 
@@ -53,6 +56,24 @@ def test_logps_and_gradients_equal_log_softmax(world_size, chunk_tokens):
         torch.testing.assert_close(logps, want_logps, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(grad_hidden, want_hidden, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(torch.cat([r[2] for r in results]), want_weight, rtol=1e-11, atol=1e-12)
+
+
+def in_bfloat16():
+    """One target's gradient is 256 times the others'. Logits are 0, so that each row's share is half its gradient."""
+    hidden = torch.ones(257, 1, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.zeros(257, dtype=torch.int64)
+    logps = vocab_parallel_logps(hidden, weight, targets, vocab_start=0, group=dist.group.WORLD, chunk_tokens=1)
+    logps.backward(torch.tensor([256.0] + [1.0] * 256))
+    return logps.detach(), weight.grad
+
+
+@pytest.mark.distributed
+def test_bfloat16_is_summed_in_float32():
+    """Over the vocabulary, and over chunks: in bfloat16, 128 + 0.5 is 128."""
+    ((logps, grad_weight),) = run_distributed(in_bfloat16, 1)
+    torch.testing.assert_close(logps, torch.full((257,), -math.log(2)))
+    assert grad_weight.dtype == torch.bfloat16 and grad_weight.tolist() == [[256.0], [-256.0]]
 
 
 def extreme_logits():

@@ -104,7 +104,7 @@ def test_the_attached_gradient_is_the_losses(kind):
 
 
 def test_metrics_are_means_over_layers(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, **_: None)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, **_: tensor.mul_(2))  # two ranks, the same sums
     batch, options = pack(True), balance()
     assert balance_metrics([balance("none")], per_layer=True) == {}
     options.start(num_tokens=batch.num_tokens, num_pairs=3)
@@ -115,6 +115,6 @@ def test_metrics_are_means_over_layers(monkeypatch):
     layers = [metrics[f"moe_aux_loss_layer_{n}"] for n in range(3)]
     assert len(set(layers)) == 3 and metrics["moe_aux_loss"] == pytest.approx(sum(layers) / 3)
     want = balance_loss((logits * 2).softmax(-1), options.sets(batch), topk=TOPK, group=None) / batch.num_tokens
-    assert layers[1] == pytest.approx(float(want), rel=1e-6)
+    assert layers[1] == pytest.approx(2 * float(want), rel=1e-6)
     options.start(num_tokens=1, num_pairs=1)
     assert balance_metrics([options], per_layer=False) == {"moe_aux_loss": 0.0}

@@ -87,6 +87,13 @@ def test_every_option_of_the_optimizer_reaches_megatron_core(monkeypatch):
     assert (config.clip_grad, config.bf16, config.params_dtype) == (0.7, False, torch.float32)
 
 
+def schedule_of(steps, *, lr=1.0, **schedule):
+    megatron = MegatronConfig(optimizer=OptimizerConfig(lr=lr, min_lr=0.2), scheduler=SchedulerConfig(**schedule))
+    policy = dataclasses.replace(policy_of("x"), megatron_cfg=megatron)
+    group = {"lr": None, "weight_decay": None, "wd_mult": 1.0, "lr_mult": 1.0, "params": []}
+    return group, build.build_scheduler(SimpleNamespace(param_groups=[group]), policy, steps)
+
+
 @pytest.mark.parametrize(
     ("schedule", "steps", "rates", "decays"),
     [
@@ -99,14 +106,17 @@ def test_every_option_of_the_optimizer_reaches_megatron_core(monkeypatch):
     ],
 )
 def test_rate_and_weight_decay_of_each_step(schedule, steps, rates, decays):
-    policy = policy_of("x", lr=1.0, min_lr=0.2)
-    policy = dataclasses.replace(
-        policy, megatron_cfg=dataclasses.replace(policy.megatron_cfg, scheduler=SchedulerConfig(**schedule))
-    )
-    group = {"lr": None, "weight_decay": None, "wd_mult": 1.0, "lr_mult": 1.0, "params": []}
-    scheduler = build.build_scheduler(SimpleNamespace(param_groups=[group]), policy, steps)
+    group, scheduler = schedule_of(steps, **schedule)
     found = []
     for _ in rates:
         found.append((group["lr"], group["weight_decay"]))
         scheduler.step(increment=1)
     assert found == [pytest.approx(pair) for pair in zip(rates, decays, strict=True)]
+
+
+def test_a_resumed_schedule_goes_on_counting_and_follows_its_own_config():
+    _, before = schedule_of(4, lr_decay_style="linear")
+    before.step(increment=2)
+    group, after = schedule_of(8, lr=0.6, lr_decay_style="linear")
+    after.load_state_dict(before.state_dict())
+    assert after.num_steps == 2 and group["lr"] == pytest.approx(0.6 - 0.4 * 2 / 8)
