@@ -62,8 +62,8 @@ def train(run: Run, logger: MetricsLogger, progress: ProgressLine, stop: StopWat
                 )
                 progress.message(f"stopped after step {position.step}, {kept}")
                 return exit_code
-            if last or position.batch == 0:
-                break  # the run, or the epoch, is done
+            if last:
+                break
             started = time.perf_counter()
     return 0
 

@@ -60,6 +60,7 @@ def test_all_experts_of_a_layer_can_be_frozen():
     [
         (["model.layers.12.*"], LLAMA, "matches a weight's Hugging Face name"),
         (["embedding"], LLAMA, "matches a weight's Hugging Face name"),
+        (["embedding"], dataclasses.replace(LLAMA, tie_word_embeddings=True), "matches a weight's Hugging Face name"),
         (["model.layers.{3..1}.*"], LLAMA, "matches a weight's Hugging Face name"),
         (["lm_head.weight"], dataclasses.replace(LLAMA, tie_word_embeddings=True), "model.embed_tokens.weight, which"),
         (
@@ -77,6 +78,11 @@ def test_refused(patterns, arch, words):
     problems = freeze_problems(patterns, arch)
     assert len(problems) == 1 and words in problems[0].expected
     assert problems[0].where == "policy.freeze" and problems[0].fix
+
+
+def test_a_pattern_without_a_match_is_told_the_layers():
+    [problem] = freeze_problems(["model.layers.12.*"], LLAMA)
+    assert "model.layers.0 to 11: model.layers.{0..11}.*" in problem.fix
 
 
 def test_every_problem_at_once():

@@ -1,4 +1,4 @@
-"""When a validation is due, what a step logs, and what a save is given."""
+"""When a run validates, saves and stops, what a step logs, and what a save is given."""
 
 from __future__ import annotations
 
@@ -79,3 +79,48 @@ def test_a_save_is_pruned_and_never_made_in_another_runs_folder(tmp_path, monkey
     with pytest.raises(RuntimeError, match="another run has started"):
         save_and_prune(run, position)
     assert done == {}
+
+
+@pytest.mark.parametrize(
+    ("stopped_at", "enabled", "code", "saved"),
+    [
+        (None, True, 0, [3, 5]),
+        (2, True, 143, [2]),
+        (3, True, 143, [3]),
+        (5, True, 0, [3, 5]),  # the run is done all the same
+        (2, False, 143, []),
+        (None, False, 0, []),
+    ],
+)
+def test_a_run_saves_by_its_period_at_its_end_and_where_it_is_stopped(stopped_at, enabled, code, saved, monkeypatch):
+    """Five steps, four an epoch, of which the first was done before."""
+    begun, logged, saves, said = [], [], [], []
+
+    def batches(epoch, start):
+        begun.append((epoch, start))
+        for number in range(start, 4):
+            yield GlobalBatch(micro_batches=[], num_pairs=2, num_tokens=8, pair_indices=[], epoch=epoch, batch=number)
+
+    run = SimpleNamespace(
+        cfg=SimpleNamespace(
+            dpo=DpoConfig(val_period=1), checkpointing=CheckpointingConfig(save_period=3, enabled=enabled)
+        ),
+        data=SimpleNamespace(train_loader=SimpleNamespace(batches_per_epoch=4, batches=batches), validation={}),
+        position=TrainingPosition(step=1, epoch=0, batch=1),
+        total_steps=5,
+        trainer=SimpleNamespace(step=lambda batch: StepOutcome({"loss": 0.5}, grad_norm=1.0, lr=0.1, updated=True)),
+        ranking_metric=None,
+    )
+    monkeypatch.setattr(loop, "save_and_prune", lambda run, position: saves.append(position))
+    logger = SimpleNamespace(log=lambda step, record: logged.append(step))
+    progress = SimpleNamespace(step=lambda step, record: None, message=said.append)
+    stop = SimpleNamespace(agreed=lambda: 143 if len(logged) + 2 == stopped_at else None)  # before the step is logged
+    assert loop.train(run, logger, progress, stop) == code
+    assert [position.step for position in saves] == saved
+    last = stopped_at if code else 5
+    assert logged == list(range(2, last + 1))
+    assert begun == [(0, 1), (1, 0)][: 2 if last > 4 else 1]
+    assert len(said) == (code == 143) and (not said or f"step {last}" in said[0])
+    if saves:
+        assert saves[-1].metrics["train/loss"] == 0.5
+        assert (saves[-1].epoch, saves[-1].batch) == divmod(last, 4)
