@@ -60,6 +60,17 @@ def test_virtual_pipeline_with_tied_embeddings(name, six_layers, tmp_path):
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("stages", [2, 3])
+def test_many_packs_of_different_lengths_through_virtual_stages(stages, six_layers, tmp_path):
+    """Several groups of micro-batches, each stage expecting the shapes of its own next one (parallel/transfers.py)."""
+    model, _ = six_layers
+    small = ["policy.sequence_packing.train_mb_tokens=100", "policy.train_global_batch_size=12"]
+    one = run(tmp_path / "one", model, 1, small)
+    pipeline = [f"{MEG}.pipeline_model_parallel_size={stages}", VPP3 if stages == 2 else VPP2]
+    assert_equal_runs(run(tmp_path / "run", model, stages, [*small, *pipeline]), one)
+
+
+@pytest.mark.distributed
 def test_ranks_without_a_pair(model, tmp_path):
     one = run(tmp_path / "one", model, 1, EMPTY_PACKS)
     assert_equal_runs(run(tmp_path / "dp4", model, 4, EMPTY_PACKS), one)
