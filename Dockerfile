@@ -1,7 +1,8 @@
 # docker build -t megadpo .
 # docker run --rm --gpus 1 --ipc=host megadpo python3 tools/demo.py --device cuda --ranks 1      # smoke test: torchrun
 # docker run --rm --gpus all --ipc=host --ulimit memlock=-1 -v /data:/data megadpo \
-#     torchrun --nproc-per-node 8 launch/train.py configs/dpo_megatron.yaml data.train_data_path=/data/pairs.jsonl
+#     torchrun --nproc-per-node 8 launch/train.py configs/dpo_megatron.yaml \
+#       data.train_data_path=/data/pairs.jsonl data.val_data_paths=/data/held_out.jsonl
 #
 # The image has Python 3.12, PyTorch 2.11, Transformer Engine and apex, compiled for each other. Model weights and data
 # are mounted, never built in. See docs/container.md.

@@ -5,7 +5,8 @@
 #SBATCH --signal=USR1@600
 # One torchrun a node on Slurm. Options of sbatch before the script, those of launch/train.py after it:
 #
-#   sbatch --nodes=4 launch/slurm.sh configs/dpo_megatron.yaml data.train_data_path=pairs.jsonl
+#   sbatch --nodes=4 launch/slurm.sh configs/dpo_megatron.yaml \
+#       data.train_data_path=pairs.jsonl data.val_data_paths=held_out.jsonl
 #
 # Ten minutes before the time limit every rank gets SIGUSR1: it finishes its step, saves, and ends with code 143. Sent
 # again, the job goes on from there. MEGADPO_ENTRY=launch/evaluate.py runs an evaluation instead; where the image or the
