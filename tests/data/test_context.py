@@ -89,7 +89,7 @@ def test_many_short_pairs_are_cut_once_a_rank() -> None:
     """Even where more cuts would be more even still."""
     whole = pack(pairs_of_lengths([(40, 20, 20)] * 66), multiple=4)
     cut = cut_run(whole.segments, 4)
-    assert cut.owners == [0, 1, 2, 3] and 1 < cut.imbalance < 1.02
+    assert sorted(cut.owners) == [0, 1, 2, 3] and 1 < cut.imbalance < 1.02
 
 
 @given(tokenized_pairs(), st.booleans(), st.integers(1, 4), st.data())
