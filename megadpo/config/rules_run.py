@@ -59,14 +59,14 @@ def _label_smoothing(cfg: Config) -> Iterator[Problem]:
         yield Problem("dpo.label_smoothing", 0.0, expected, "set it to 0.001, as in the paper")
 
 
-@rule("dpo.f_divergence_type", "dpo.f_alpha_divergence_coef")
+@rule("dpo.loss_type", "dpo.f_divergence_type", "dpo.f_alpha_divergence_coef")
 def _alpha_divergence(cfg: Config) -> Iterator[Problem]:
     where, coefficient = "dpo.f_alpha_divergence_coef", cfg.dpo.f_alpha_divergence_coef
     if cfg.dpo.f_divergence_type == "alpha_divergence":
         if coefficient == 1:
             fix = "set dpo.f_divergence_type: reverse_kl, or another coefficient"
             yield Problem(where, coefficient, "other than 1, where the divergence is reverse_kl", fix)
-    elif coefficient != DpoConfig.f_alpha_divergence_coef and where.rpartition(".")[2] in cfg.dpo.loss_traits.options:
+    elif coefficient != DpoConfig.f_alpha_divergence_coef and "f_divergence_type" in cfg.dpo.loss_traits.options:
         fix = "remove it, or set dpo.f_divergence_type: alpha_divergence"
         yield Problem(where, coefficient, "nothing without dpo.f_divergence_type alpha_divergence", fix)
 

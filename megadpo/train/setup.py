@@ -56,7 +56,7 @@ class Run:
     """Where to go on: zeros for a new run."""
     total_steps: int
     notes: list[str]
-    """One line for each thing to know about a resume."""
+    """One line for each thing to know about a cached reference and a resume."""
     owner: str | None
     """What `claim` gave the rank that saves."""
 
