@@ -32,16 +32,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megadpo.config.architecture import read_architecture
 from megadpo.config.load import build_config
 from megadpo.config.schema import Config
-from megadpo.data.cache import TokenCache
-from megadpo.data.cache_key import cache_key
-from megadpo.data.dataset import DataSettings, PairDataset
-from megadpo.data.encode import Sink, Summary
-from megadpo.data.loader import DataRank, GlobalBatchLoader
-from megadpo.data.plan import plan_global_batch
-from megadpo.data.tokenizer import load_tokenizer, pad_token_id
-from megadpo.data.tokens import DataReport
-from megadpo.data.work import WorkModel
-from megadpo.data.workers import usable_cores
+from megadpo.data.batches.deal import plan_global_batch
+from megadpo.data.batches.loader import DataRank, GlobalBatchLoader
+from megadpo.data.batches.work import WorkModel
+from megadpo.data.tokens.arrays import DataReport
+from megadpo.data.tokens.cache import TokenCache
+from megadpo.data.tokens.cache_key import cache_key
+from megadpo.data.tokens.dataset import DataSettings, PairDataset
+from megadpo.data.tokens.encode import Sink, Summary
+from megadpo.data.tokens.tokenizer import load_tokenizer, pad_token_id
+from megadpo.data.tokens.workers import usable_cores
 
 VOCAB = 8192
 BUDGET = 4096

@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.gpu_inputs import Lengths, Shape
 from benchmarks.gpu_sides import Outcome
 from megadpo.config.architecture import Architecture
-from megadpo.data.work import WorkModel, query_keys
+from megadpo.data.batches.work import WorkModel, query_keys
 
 GIB = 2**30
 GOALS = {"MFU of the measured rate": 0.60, "pairs/s over TRL's": 2.5, "peak memory over TRL's": 0.6, "shared": 1.3}
@@ -23,7 +23,7 @@ PASSES = 4
 
 def step_flops(arch: Architecture, lengths: Lengths, *, share_prompt: bool) -> float:
     """Operations that training on these pairs needs: PASSES times a forward pass's matrix products, each multiply and
-    add counted as two; formulas in megadpo/data/work.py. Tokens really computed count, so a shared prompt once; the
+    add counted as two; formulas in megadpo/data/batches/work.py. Tokens really computed count, so a shared prompt once; the
     head counts for answer tokens; nothing that is recomputed counts again, nor does padding."""
     work = WorkModel.of(arch)
     prompts, answers = int(lengths[:, 0].sum()), int(lengths[:, 1:].sum())

@@ -4,7 +4,7 @@
 
 One thing varies at a time around a base (`Case`'s defaults); every run is `launch/train.py` in a process of its own, the
 cases take turns, and medians over the rounds count. Pairs are made up, of equal lengths. Operations are counted as in
-megadpo/data/work.py, four times a forward pass (reference, policy, and twice that backward); recomputation in the head's
+megadpo/data/batches/work.py, four times a forward pass (reference, policy, and twice that backward); recomputation in the head's
 backward and padding don't count. Memory is the most that one rank ever held (VmHWM).
 """
 
@@ -28,7 +28,7 @@ from benchmarks import make_llama, sides  # noqa: E402
 from benchmarks.trl_worker import Spec  # noqa: E402
 from benchmarks.vs_trl import GIB, QUIET_SHARE, machine  # noqa: E402
 from megadpo.config.architecture import read_architecture  # noqa: E402
-from megadpo.data.work import WorkModel, query_keys  # noqa: E402
+from megadpo.data.batches.work import WorkModel, query_keys  # noqa: E402
 
 FORWARDS = 4
 VOCAB = 2048

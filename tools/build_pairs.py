@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megadpo.config.problems import UserError
-from megadpo.data.rollouts.command import run
+from megadpo.rollouts.command import run
 from megadpo.train.command import refuse
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megadpo.collect.command import collect
 from megadpo.config.problems import UserError
-from megadpo.data.collect.command import collect
 from megadpo.train.command import refuse
 
 

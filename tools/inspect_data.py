@@ -34,9 +34,9 @@ from megadpo.train.command import refuse
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from megadpo.data.dataset import PairDataset
-    from megadpo.data.loader import GlobalBatchLoader
+    from megadpo.data.batches.loader import GlobalBatchLoader
     from megadpo.data.statistics import SeenSegment, SeenToken
+    from megadpo.data.tokens.dataset import PairDataset
 
 Written: TypeAlias = "tuple[SeenToken, str]"
 """A token and its text."""
@@ -79,9 +79,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def show(options: argparse.Namespace, console: Console) -> None:
     """Raises UserError."""
-    from megadpo.data.dataset import load_datasets
-    from megadpo.data.loader import DataRank, GlobalBatchLoader
-    from megadpo.data.tokenizer import load_tokenizer, pad_token_id
+    from megadpo.data.batches.loader import DataRank, GlobalBatchLoader
+    from megadpo.data.tokens.dataset import load_datasets
+    from megadpo.data.tokens.tokenizer import load_tokenizer, pad_token_id
     from megadpo.model.source import resolve_source, tokenizer_source
 
     cfg = load_config(options.config, options.overrides, purpose="train" if options.set == TRAIN else "evaluate")
@@ -185,7 +185,7 @@ def show_packs(console: Console, loader: GlobalBatchLoader, count: int) -> None:
     console.print(Text(title, style="bold"))
     console.print(table)
     console.print(
-        f"{len(fills)} of the epoch's {loader.batches_per_epoch:,} batches; work is counted as in megadpo/data/work.py"
+        f"{len(fills)} of the epoch's {loader.batches_per_epoch:,} batches; work is counted as in megadpo/data/batches/work.py"
     )
 
 

@@ -12,8 +12,8 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megadpo.config.foreign_no_effect import NO_EFFECT
-from megadpo.config.foreign_refused import REFUSED
+from megadpo.config.nemo_rl.no_effect import NO_EFFECT
+from megadpo.config.nemo_rl.refused import REFUSED
 from megadpo.config.reader import describe, field_types, section_of
 from megadpo.config.schema import Config
 

@@ -14,9 +14,9 @@ import yaml
 from megadpo.config import rules_gpu, rules_layout, rules_optimizer, rules_run  # noqa: F401  they register themselves
 from megadpo.config.derive import derive
 from megadpo.config.files import read_tree
-from megadpo.config.foreign import KNOWN_PATHS, strip_foreign
-from megadpo.config.idle import idle_notes
-from megadpo.config.nemo_data import SECTION_PATHS, translate_data
+from megadpo.config.nemo_rl.data_section import SECTION_PATHS, translate_data
+from megadpo.config.nemo_rl.strip import KNOWN_PATHS, strip_foreign
+from megadpo.config.no_effect import idle_notes
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.reader import Reader, dotted_paths
 from megadpo.config.rules import broken_rules, covered

@@ -8,10 +8,10 @@ from itertools import islice
 import numpy as np
 import numpy.typing as npt
 
-from megadpo.data.dataset import TokenizedPairs
-from megadpo.data.loader import GlobalBatchLoader
-from megadpo.data.pack import PackedBatch, pack_pairs
+from megadpo.data.batches.loader import GlobalBatchLoader
+from megadpo.data.batches.pack import PackedBatch, pack_pairs
 from megadpo.data.pairs import TokenizedPair
+from megadpo.data.tokens.dataset import TokenizedPairs
 
 
 @dataclass(frozen=True)

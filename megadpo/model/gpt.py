@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megadpo.config.architecture import Architecture
-from megadpo.data.pack import PackedBatch
+from megadpo.data.batches.pack import PackedBatch
 from megadpo.model.attention import PackContext
 from megadpo.model.context import sum_over_context
 from megadpo.model.head import sum_per_answer

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.nn import functional as F
 
-from megadpo.data.pack import PackedBatch
+from megadpo.data.batches.pack import PackedBatch
 from megadpo.model.moe_balance import LoadBalance, TokenSets
 from megadpo.parallel import send
 

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from megadpo.data.pack import PackedBatch, Segment
+from megadpo.data.batches.pack import PackedBatch, Segment
 from megadpo.parallel import send
 
 Kind = Literal["none", "aux_loss", "seq_aux_loss"]

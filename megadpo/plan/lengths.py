@@ -36,9 +36,9 @@ def _parse(stated: str) -> tuple[int, int, int]:
 
 def _read(cfg: Config, arch: Architecture) -> tuple[Lengths, str]:
     """Tokenise the training file as training does, and put the pairs into the order of its first epoch."""
-    from megadpo.data.dataset import PairDataset
-    from megadpo.data.loader import GlobalBatchLoader
-    from megadpo.data.tokenizer import load_tokenizer
+    from megadpo.data.batches.loader import GlobalBatchLoader
+    from megadpo.data.tokens.dataset import PairDataset
+    from megadpo.data.tokens.tokenizer import load_tokenizer
 
     name = cfg.policy.tokenizer.name
     if name == cfg.policy.model_name:

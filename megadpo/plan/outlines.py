@@ -14,7 +14,7 @@ from megatron.core.transformer.moe import token_dispatcher
 
 from megadpo.config.architecture import Architecture
 from megadpo.config.schema import Config
-from megadpo.data.pack import Segment
+from megadpo.data.batches.pack import Segment
 from megadpo.model import build, moe
 from megadpo.parallel.pretend import META
 

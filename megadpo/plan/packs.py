@@ -12,8 +12,8 @@ from megadpo.config.architecture import Architecture
 from megadpo.config.check import micro_batch_multiple
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
-from megadpo.data.plan import plan_global_batch
-from megadpo.data.work import WorkModel, query_keys
+from megadpo.data.batches.deal import plan_global_batch
+from megadpo.data.batches.work import WorkModel, query_keys
 
 Lengths = npt.NDArray[np.int64]
 """int64 [N, 3]: tokens of prompt, chosen and rejected of each pair."""

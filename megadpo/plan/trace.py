@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 from megadpo.config.architecture import Architecture
 from megadpo.config.schema import Config
 from megadpo.config.schema_policy import PolicyConfig
-from megadpo.data.context import context_part
-from megadpo.data.pack import PackedBatch, pack_pairs
+from megadpo.data.batches.cut import context_part
+from megadpo.data.batches.pack import PackedBatch, pack_pairs
 from megadpo.data.pairs import TokenizedPair
 from megadpo.model.build import build_model, is_expert
 from megadpo.model.freeze import freeze

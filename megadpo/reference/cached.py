@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from megadpo.config.problems import ConfigError, Problem
-from megadpo.data.loader import GlobalBatchLoader
+from megadpo.data.batches.loader import GlobalBatchLoader
 from megadpo.parallel import ParallelContext
 from megadpo.reference.resident import ResidentReference
 

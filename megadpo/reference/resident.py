@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megadpo.data.pack import PackedBatch
+from megadpo.data.batches.pack import PackedBatch
 from megadpo.model.gpt import PairModel
 from megadpo.parallel import ParallelContext, run_pipeline
 

@@ -22,8 +22,8 @@ def check(path: str, overrides: Sequence[str], checked_config: Callable[[], Conf
     checked_config: loads the config and holds it against model folder and layout. Raises ConfigError: the config's
     problems first, since it says where the rest is, then those of model folder, layout, weight files and data together.
     """
-    from megadpo.data.loader import DataRank
-    from megadpo.data.tokenizer import load_tokenizer
+    from megadpo.data.batches.loader import DataRank
+    from megadpo.data.tokens.tokenizer import load_tokenizer
     from megadpo.model.source import reference_source, resolve_source, tokenizer_source
     from megadpo.train.setup import RunData, load_data
 
@@ -74,8 +74,8 @@ def _weight_problems(source: ModelSource) -> list[Problem]:
 
 def _read_rows(cfg: Config) -> None:
     """The data files without a tokenizer, where there is none. Raises DataError."""
-    from megadpo.data.formats import FieldKeys
-    from megadpo.data.reader import iterate_pairs
+    from megadpo.data.formats.recognise import FieldKeys
+    from megadpo.data.sources.rows import iterate_pairs
 
     problems: list[Problem] = []
     keys = FieldKeys(cfg.data.prompt_key, cfg.data.chosen_key, cfg.data.rejected_key)

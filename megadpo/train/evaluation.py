@@ -15,9 +15,9 @@ import torch.distributed as dist
 
 from megadpo.config.architecture import read_architecture
 from megadpo.config.schema import Config
-from megadpo.data.dataset import load_datasets
-from megadpo.data.loader import GlobalBatchLoader
-from megadpo.data.tokenizer import load_tokenizer, pad_token_id
+from megadpo.data.batches.loader import GlobalBatchLoader
+from megadpo.data.tokens.dataset import load_datasets
+from megadpo.data.tokens.tokenizer import load_tokenizer, pad_token_id
 from megadpo.model.build import build_model
 from megadpo.model.source import resolve_source, tokenizer_source
 from megadpo.objective import metric_names

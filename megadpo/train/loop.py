@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megadpo.checkpoint import TrainingPosition, prune_checkpoints, save_checkpoint
-from megadpo.data.loader import GlobalBatch
+from megadpo.data.batches.loader import GlobalBatch
 from megadpo.train.loggers import MetricsLogger
 from megadpo.train.progress import ProgressLine
 from megadpo.train.resume import require_owner

@@ -16,8 +16,8 @@ import torch
 from megadpo.config.architecture import Architecture, read_architecture
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
-from megadpo.data.dataset import PairDataset
-from megadpo.data.loader import GlobalBatchLoader
+from megadpo.data.batches.loader import GlobalBatchLoader
+from megadpo.data.tokens.dataset import PairDataset
 from megadpo.model.build import build_model
 from megadpo.model.source import ModelSource, reference_source, weights_fingerprint
 from megadpo.parallel import ParallelContext

@@ -18,9 +18,9 @@ from megadpo.config.architecture import Architecture, read_architecture
 from megadpo.config.metric import parse_metric_name
 from megadpo.config.problems import DataError, Problem
 from megadpo.config.schema import Config
-from megadpo.data.dataset import PairDataset, load_datasets
-from megadpo.data.loader import DataRank, GlobalBatch, GlobalBatchLoader
-from megadpo.data.tokenizer import load_tokenizer, pad_token_id
+from megadpo.data.batches.loader import DataRank, GlobalBatch, GlobalBatchLoader
+from megadpo.data.tokens.dataset import PairDataset, load_datasets
+from megadpo.data.tokens.tokenizer import load_tokenizer, pad_token_id
 from megadpo.model.build import build_model
 from megadpo.model.freeze import freeze
 from megadpo.model.source import ModelSource, resolve_source, tokenizer_source

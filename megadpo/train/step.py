@@ -19,8 +19,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megadpo.config.schema_dpo import DpoConfig
-from megadpo.data.loader import GlobalBatch
-from megadpo.data.pack import PackedBatch
+from megadpo.data.batches.loader import GlobalBatch
+from megadpo.data.batches.pack import PackedBatch
 from megadpo.model.gpt import PairModel
 from megadpo.model.moe_balance import balance_metrics
 from megadpo.objective import LossOutput, dpo_loss, metric_names

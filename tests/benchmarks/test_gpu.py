@@ -15,7 +15,7 @@ from benchmarks import gpu, gpu_contenders, gpu_head, gpu_inputs, gpu_report, ma
 from benchmarks.gpu_sides import Outcome
 from megadpo.config.architecture import read_architecture
 from megadpo.config.load import load_config
-from megadpo.data.tokenizer import load_tokenizer
+from megadpo.data.tokens.tokenizer import load_tokenizer
 
 TINY = gpu_inputs.SHAPES["tiny"]
 

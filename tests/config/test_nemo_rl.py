@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from megadpo.config import ConfigError, build_config, load_config
-from megadpo.config.foreign_no_effect import NO_EFFECT
-from megadpo.config.foreign_refused import REFUSED
 from megadpo.config.load import _SCHEMA_PATHS
+from megadpo.config.nemo_rl.no_effect import NO_EFFECT
+from megadpo.config.nemo_rl.refused import REFUSED
 
 NEMO = Path(__file__).with_name("nemo_rl_dpo.yaml")
 MEG = "policy.megatron_cfg"

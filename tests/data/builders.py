@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from megadpo.data.dataset import DataSettings, PairDataset
 from megadpo.data.pairs import LossMask, PreferencePair, TokenIds, TokenizedPair
+from megadpo.data.tokens.dataset import DataSettings, PairDataset
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 _ids = st.lists(st.integers(1, 99), min_size=1, max_size=7)

@@ -13,12 +13,12 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from megadpo.data.context import CONTEXT_BALANCE
-from megadpo.data.dataset import DataSettings, PairDataset
-from megadpo.data.loader import DataRank, GlobalBatchLoader
-from megadpo.data.plan import plan_global_batch
-from megadpo.data.rebalance import BALANCE
-from megadpo.data.work import WorkModel
+from megadpo.data.batches.cut import CONTEXT_BALANCE
+from megadpo.data.batches.deal import plan_global_batch
+from megadpo.data.batches.loader import DataRank, GlobalBatchLoader
+from megadpo.data.batches.rebalance import BALANCE
+from megadpo.data.batches.work import WorkModel
+from megadpo.data.tokens.dataset import DataSettings, PairDataset
 from tests.helpers.tiny_tokenizer import CHATML, tiny_tokenizer
 
 FOLDER = Path(os.environ.get("MEGADPO_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megadpo.config.problems import DataError
-from megadpo.data.reader import read_pairs
+from megadpo.data.sources.rows import read_pairs
 
 GYM_REQUIRED_FORMAT = """\
 {

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from megadpo.data.loader import DataRank, GlobalBatchLoader
-from megadpo.data.pack import PackedBatch
+from megadpo.data.batches.loader import DataRank, GlobalBatchLoader
+from megadpo.data.batches.pack import PackedBatch
+from megadpo.data.batches.work import WorkModel
 from megadpo.data.pairs import TokenizedPair
 from megadpo.data.statistics import as_seen, batch_fills, lengths, share_chosen_longer
-from megadpo.data.work import WorkModel
 from tests.data.builders import dataset, ids, tokenized_pairs
 
 MODEL = WorkModel(per_token=1000, per_answer_token=100, per_query_key=5)

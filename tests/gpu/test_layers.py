@@ -37,7 +37,7 @@ def measured(folder, options, share_prompt):
     from megadpo.config.architecture import read_architecture
     from megadpo.config.schema_megatron import Fp8Config, MegatronConfig
     from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
-    from megadpo.data.pack import pack_pairs
+    from megadpo.data.batches.pack import pack_pairs
     from megadpo.model.build import build_model
     from megadpo.model.weights.load import load_hf_weights, named_global_parameters, place_of
     from megadpo.model.weights.tables import weight_table

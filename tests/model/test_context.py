@@ -9,8 +9,8 @@ import time
 import pytest
 import torch
 
-from megadpo.data.context import context_part
-from megadpo.data.pack import pack_pairs
+from megadpo.data.batches.cut import context_part
+from megadpo.data.batches.pack import pack_pairs
 from megadpo.model.kernels.ragged import gather_keys, ragged_plan
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import make_model

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megadpo.config.problems import ConfigError
-from megadpo.data.pack import pack_pairs
+from megadpo.data.batches.pack import pack_pairs
 from tests.model.test_kernels import random_pairs, reference_attention
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megadpo.config.problems import ConfigError
-from megadpo.data.context import context_part
-from megadpo.data.pack import Segment, pack_pairs
+from megadpo.data.batches.cut import context_part
+from megadpo.data.batches.pack import Segment, pack_pairs
 from megadpo.data.pairs import TokenizedPair
 from megadpo.model.kernels import choose_kernel
 from megadpo.model.kernels.cpu import CpuKernel

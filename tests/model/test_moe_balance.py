@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megadpo.data.pack import pack_pairs
+from megadpo.data.batches.pack import pack_pairs
 from megadpo.model.moe_balance import LoadBalance, TokenSets, answer_sequences, balance_loss, balance_metrics
 from tests.model.test_kernels import random_pairs
 

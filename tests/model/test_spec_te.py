@@ -44,7 +44,7 @@ def test_stand_ins_take_what_megatron_cores_wrappers_take(name):
 def both_implementations(folder, layout, share_prompt):
     """Parameter gradients by Hugging Face table entry, and logps, of the local layers and of the stand-ins."""
     from megadpo.config.architecture import read_architecture
-    from megadpo.data.pack import pack_pairs
+    from megadpo.data.batches.pack import pack_pairs
     from megadpo.model.build import build_model
     from megadpo.model.weights.load import load_hf_weights, named_global_parameters, place_of
     from megadpo.model.weights.tables import weight_table

@@ -12,8 +12,8 @@ import torch
 
 from megadpo.config.load import load_config
 from megadpo.config.schema import Config
-from megadpo.data.context import context_part
-from megadpo.data.loader import GlobalBatch
+from megadpo.data.batches.cut import context_part
+from megadpo.data.batches.loader import GlobalBatch
 from megadpo.optimizer import guarded_step
 from megadpo.parallel import initialize, layout_of, setup_device
 from megadpo.plan.packs import Lengths

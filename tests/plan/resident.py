@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megadpo.data.loader import GlobalBatch
+from megadpo.data.batches.loader import GlobalBatch
 from megadpo.plan.packs import full_pack
 from megadpo.plan.trace import empty_pack
 from tests.plan import measured

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from megadpo.config.load import load_config
 from megadpo.config.problems import ConfigError
-from megadpo.data.pack import pack_pairs
+from megadpo.data.batches.pack import pack_pairs
+from megadpo.data.batches.work import query_keys
 from megadpo.data.pairs import TokenizedPair
-from megadpo.data.work import query_keys
 from megadpo.plan.activations import Estimate, FullPack
 from megadpo.plan.flops import forward_flops
 from megadpo.plan.freezing import trainable_share

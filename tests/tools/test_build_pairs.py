@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.rollouts.builders import current, write
 from tests.helpers.distributed import REPOSITORY
+from tests.rollouts.builders import current, write
 from tools import build_pairs
 
 

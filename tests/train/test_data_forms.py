@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from megadpo.config.schema_dpo import DpoConfig
-from megadpo.data.pack import pack_pairs
+from megadpo.data.batches.pack import pack_pairs
 from megadpo.data.pairs import TokenizedPair
-from megadpo.data.rollouts.build import BuildOptions, build_pairs
+from megadpo.rollouts.build import BuildOptions, build_pairs
 from megadpo.train.step import pair_loss
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import make_config, make_model, read_metrics, train

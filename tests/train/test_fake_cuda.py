@@ -63,7 +63,7 @@ EXPERTS = {
 
 
 def leave_positions_on_the_cpu(patch):
-    from megadpo.data.pack import PackedBatch
+    from megadpo.data.batches.pack import PackedBatch
 
     to = PackedBatch.to
     patch.setattr(PackedBatch, "to", lambda b, device: dataclasses.replace(to(b, device), positions=b.positions))

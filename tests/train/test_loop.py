@@ -9,7 +9,7 @@ import pytest
 from megadpo.checkpoint import TrainingPosition
 from megadpo.config.schema import CheckpointingConfig
 from megadpo.config.schema_dpo import DpoConfig
-from megadpo.data.loader import GlobalBatch
+from megadpo.data.batches.loader import GlobalBatch
 from megadpo.train import loop
 from megadpo.train.loop import save_and_prune, step_record, validation_due
 from megadpo.train.resume import claim

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megadpo.checkpoint import TrainingPosition
 from megadpo.config.schema_dpo import DpoConfig
-from megadpo.data.loader import GlobalBatch
+from megadpo.data.batches.loader import GlobalBatch
 from megadpo.objective import metric_names
 from megadpo.train.evaluation import metrics_of
 from megadpo.train.loop import step_record

@@ -33,7 +33,7 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
 
 def packs_of(dp_rank: int) -> list[Any]:
     """Every pair in each pack on the first data-parallel rank; others have fewer, so that lengths differ, then none."""
-    from megadpo.data.pack import pack_pairs
+    from megadpo.data.batches.pack import pack_pairs
 
     counts = (len(LENGTHS), len(LENGTHS)) if dp_rank == 0 else (2, 0)
     pairs = some_pairs()

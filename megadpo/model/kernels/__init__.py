@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from megadpo.config.problems import ConfigError, Problem
-from megadpo.data.pack import Segment
+from megadpo.data.batches.pack import Segment
 
 KERNELS = ("cpu", "sdpa", "varlen", "transformer_engine")
 

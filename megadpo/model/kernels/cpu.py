@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megadpo.data.pack import Segment
+from megadpo.data.batches.pack import Segment
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

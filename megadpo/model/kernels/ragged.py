@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megadpo.data.pack import Segment
+from megadpo.data.batches.pack import Segment
 from megadpo.parallel import send
 
 

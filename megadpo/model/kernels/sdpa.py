@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from megadpo.data.pack import Segment
+from megadpo.data.batches.pack import Segment
 
 
 @dataclass(frozen=True)

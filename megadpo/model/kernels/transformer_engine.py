@@ -8,7 +8,7 @@ import torch
 import transformer_engine.pytorch as te
 
 from megadpo.config.problems import ConfigError, Problem
-from megadpo.data.pack import Segment
+from megadpo.data.batches.pack import Segment
 from megadpo.model.kernels.ragged import RaggedPlan, gather_keys, ragged_plan
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
-from megadpo.data.pack import Segment
+from megadpo.data.batches.pack import Segment
 from megadpo.model.kernels.ragged import RaggedPlan, gather_keys, ragged_plan
 
 

@@ -1,0 +1,184 @@
+"""POST with retries: httpx for the connection, tenacity for the back-off.
+
+Sent again: a refused or broken connection, a time-out, 408, 425, 429, any 5xx, and a body that is no JSON object. The
+wait is the server's `Retry-After` where it gives one (RFC 9110, 10.2.3), else doubles from `retry_wait_s` to a minute,
+with jitter, so that many requests do not return at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import email.utils
+import math
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import httpx
+import tenacity
+
+from megadpo.collect.failure import RolloutFailure
+
+_CONNECT_S = 10.0
+_LONGEST_WAIT_S = 60.0
+_LONGEST_RETRY_AFTER_S = 3600.0
+_PASSING = {408, 425, 429}
+_SHOWN = 300
+
+
+class TryAgain(Exception):
+    """A failure that may pass."""
+
+    def __init__(self, reason: str, *, status: int | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.status = status
+        self.retry_after_s = retry_after_s
+
+
+class JsonClient:
+    """Sends JSON to one server. Use as an async context manager.
+
+    kind: what a failure is called, see RolloutFailure. on_retry: called with the reason before each wait.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        kind: str,
+        timeout_s: float,
+        max_attempts: int,
+        retry_wait_s: float,
+        connections: int,
+        api_key: str | None = None,
+        on_retry: Callable[[str], None] = lambda reason: None,
+    ) -> None:
+        self._kind = kind
+        self._timeout_s = timeout_s
+        self._max_attempts = max_attempts
+        self._retry_wait_s = retry_wait_s
+        self._secret = api_key
+        self._on_retry = on_retry
+        self._http = httpx.AsyncClient(
+            base_url=base_url.rstrip("/") + "/",
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            # The whole request has its limit in _send: httpx's would begin anew with every byte.
+            timeout=httpx.Timeout(None, connect=min(_CONNECT_S, timeout_s)),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=connections),
+        )
+
+    async def __aenter__(self) -> JsonClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._http.aclose()
+
+    async def post(self, path: str, body: Any, read: Callable[[dict[str, Any]], Any] = lambda answer: answer) -> Any:
+        """POST until there is an answer; what `read` makes of it. `read` may raise TryAgain, or ValueError for an answer
+        that is of no use. Raises RolloutFailure when it is to be given up."""
+        return await self._retried("POST", path, body, read, self._max_attempts, self._timeout_s)
+
+    async def get(self, path: str, *, max_attempts: int, timeout_s: float) -> Any:
+        """GET, in the same way."""
+        return await self._retried("GET", path, None, lambda answer: answer, max_attempts, timeout_s)
+
+    async def _retried(
+        self,
+        method: str,
+        path: str,
+        body: Any,
+        read: Callable[[dict[str, Any]], Any],
+        max_attempts: int,
+        timeout_s: float,
+    ) -> Any:
+        attempts = 0
+        try:
+            async for attempt in tenacity.AsyncRetrying(
+                retry=tenacity.retry_if_exception_type(TryAgain),
+                stop=tenacity.stop_after_attempt(max_attempts),
+                wait=self._wait_s,
+                before_sleep=self._note_retry,
+                reraise=True,
+            ):
+                attempts += 1
+                with attempt:
+                    return read(await self._send(method, path, body, timeout_s))
+        except TryAgain as error:
+            raise self._failure(error.reason, error.status, attempts) from error
+        except ValueError as error:
+            raise self._failure(str(error), None, attempts) from error
+        except RolloutFailure as error:
+            error.attempts = attempts
+            raise
+        raise AssertionError("tenacity ends with a result or an exception")
+
+    async def _send(self, method: str, path: str, body: Any, timeout_s: float) -> dict[str, Any]:
+        try:
+            request = self._http.request(method, path, json=body)
+            response = await asyncio.wait_for(request, timeout_s)
+        except (asyncio.TimeoutError, TimeoutError) as error:
+            raise TryAgain(f"no answer in {timeout_s:g} s") from error
+        except httpx.RequestError as error:  # connections, and bodies cut short
+            raise TryAgain(f"{type(error).__name__}: {error or 'connection lost'}") from error
+        status = response.status_code
+        if status in _PASSING or status >= 500:
+            retry_after_s = retry_after(response.headers.get("Retry-After"))
+            if retry_after_s is not None and retry_after_s > _LONGEST_RETRY_AFTER_S:
+                raise self._failure(f"HTTP {status}, to be tried again in {retry_after_s:.0f} s only", status, 1)
+            raise TryAgain(f"HTTP {status}: {_shown(response)}", status=status, retry_after_s=retry_after_s)
+        if not response.is_success:
+            raise self._failure(f"HTTP {status}: {_shown(response)}", status, 1)
+        try:
+            answer = response.json()
+        except (ValueError, RecursionError):
+            answer = None
+        if not isinstance(answer, dict):
+            raise TryAgain(f"HTTP {status} without a JSON object: {_shown(response)}", status=status)
+        return answer
+
+    def _wait_s(self, state: tenacity.RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        jitter = tenacity.wait_random(0, self._retry_wait_s)
+        backoff = (tenacity.wait_exponential(self._retry_wait_s, _LONGEST_WAIT_S) + jitter)(state)
+        if isinstance(error, TryAgain) and error.retry_after_s is not None:
+            return error.retry_after_s + min(backoff, self._retry_wait_s) / 10
+        return backoff
+
+    def _note_retry(self, state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        self._on_retry(self._without_secret(str(error)))
+
+    def _failure(self, reason: str, status: int | None, attempts: int) -> RolloutFailure:
+        return RolloutFailure(self._kind, self._without_secret(reason), status=status, attempts=attempts)
+
+    def _without_secret(self, text: str) -> str:
+        """Servers repeat a key that they refuse."""
+        return text.replace(self._secret, "(key)") if self._secret else text
+
+
+def retry_after(value: str | None) -> float | None:
+    """Seconds to wait by a `Retry-After` header, a number or a date; None where there is none or it makes no sense."""
+    if value is None:
+        return None
+    with contextlib.suppress(ValueError):
+        seconds = float(value)
+        return max(seconds, 0.0) if math.isfinite(seconds) else None
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
+        return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
+    return None
+
+
+def _shown(response: httpx.Response) -> str:
+    try:
+        answer = response.json()
+        error = answer.get("error", answer) if isinstance(answer, dict) else answer
+        text = str(error.get("message", error)) if isinstance(error, dict) else str(error)
+    except (ValueError, RecursionError):
+        text = response.text
+    text = " ".join(text.split())
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."

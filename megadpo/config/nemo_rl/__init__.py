@@ -1,0 +1,1 @@
+"""NeMo RL's keys that this config has not got: refused, noted, or translated."""

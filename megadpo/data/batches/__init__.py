@@ -1,0 +1,1 @@
+"""Token ids -> micro-batches: order, deal, pack, cut, prefetch."""

@@ -1,0 +1,233 @@
+"""Which pairs of a global batch share a micro-batch, and on which data-parallel rank.
+
+Every rank computes the same plan from the pairs' lengths and work alone, so nothing is communicated. Positions in the
+global batch go out. Packs are bounded by tokens (memory); ranks are compared by work (time): attention costs a long
+pair more per token than a short one. See work.py.
+
+With a token budget, three ways to deal pairs to ranks x m packs are known, each from the longest pair down:
+  global  best fit over the packs of all ranks, which are then dealt out to the ranks, the most work first
+  even    the pair goes to the rank with the least work, there to the emptiest pack (LPT: packs of equal size)
+  tight   the pair goes to the rank with the least work, there to the fullest pack that still takes it
+`global` says how many packs are enough; then fewer micro-batches per rank are tried as long as one of the three
+succeeds. Within one m the first that is balanced is taken. If none is, pairs are moved and swapped between the ranks;
+and if that doesn't suffice either, balance is worth one more micro-batch per rank.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from megadpo.data.batches.rebalance import BALANCE, Packs, rebalance
+
+Plan = list[list[list[int]]]
+"""[rank][micro-batch][pair] -> position in the global batch."""
+
+
+def plan_global_batch(
+    lengths: Sequence[int] | np.ndarray,
+    *,
+    num_ranks: int,
+    budget_tokens: int | None = None,
+    pairs_per_micro_batch: int | None = None,
+    work: Sequence[int] | np.ndarray | None = None,
+    micro_batch_multiple: int = 1,
+) -> Plan:
+    """Deals the positions 0 .. len(lengths) - 1 to ranks and micro-batches, each exactly once.
+
+    work: what each pair costs, whole numbers >= 0 in any unit; None: its length. With a token budget the ranks' sums of
+    it are within BALANCE of each other, where exchanges of a few pairs can make them so.
+    Exactly one of `budget_tokens` (packs of at most that many tokens) and `pairs_per_micro_batch` (that many pairs in
+    a micro-batch, in order, whatever their lengths) is given. All ranks get the same number of micro-batches, a multiple
+    of `micro_batch_multiple`; some may be empty where there are too few pairs. Deterministic. Raises ValueError for a
+    pair longer than the budget, and for another number of works than lengths.
+    """
+    if num_ranks < 1:
+        raise ValueError(f"num_ranks must be at least 1, got {num_ranks}")
+    if (budget_tokens is None) == (pairs_per_micro_batch is None):
+        raise ValueError("give either budget_tokens or pairs_per_micro_batch")
+    if micro_batch_multiple < 1:
+        raise ValueError(f"micro_batch_multiple must be at least 1, got {micro_batch_multiple}")
+    if pairs_per_micro_batch is not None:
+        return _by_count(len(lengths), num_ranks, pairs_per_micro_batch, micro_batch_multiple)
+    assert budget_tokens is not None
+    costs = lengths if work is None else work
+    if len(costs) != len(lengths):
+        raise ValueError(f"work of {len(costs)} pairs for {len(lengths)} lengths")
+    job = _Job([int(length) for length in lengths], [int(cost) for cost in costs], num_ranks, budget_tokens)
+    return _by_tokens(job, micro_batch_multiple)
+
+
+def _by_count(num_pairs: int, num_ranks: int, pairs_per_micro_batch: int, multiple: int) -> Plan:
+    """Contiguous ranges of positions; ranks differ by at most one pair."""
+    if pairs_per_micro_batch < 1:
+        raise ValueError(f"pairs_per_micro_batch must be at least 1, got {pairs_per_micro_batch}")
+    bounds = [num_pairs * rank // num_ranks for rank in range(num_ranks + 1)]
+    most = max(end - start for start, end in pairwise(bounds))
+    micro_batches = _rounded_up(max(1, -(-most // pairs_per_micro_batch)), multiple)
+    return [
+        [
+            list(range(min(first, end), min(first + pairs_per_micro_batch, end)))
+            for first in range(start, start + micro_batches * pairs_per_micro_batch, pairs_per_micro_batch)
+        ]
+        for start, end in pairwise(bounds)
+    ]
+
+
+def _by_tokens(job: _Job, multiple: int) -> Plan:
+    per_rank = max(1, -(-len(job.best_fit) // job.num_ranks))
+    best = _best_packs(job, per_rank)
+    assert best is not None, "best fit has just packed them"
+    at_least = max(1, -(-sum(job.lengths) // (job.num_ranks * job.budget)))
+    while per_rank > at_least:
+        fewer = _best_packs(job, per_rank - 1)
+        if fewer is None:
+            break
+        best, per_rank = fewer, per_rank - 1
+    if per_rank % multiple:  # spread over the packs that must be there, rather than full ones and empty ones
+        per_rank = _rounded_up(per_rank, multiple)
+        best = _best_packs(job, per_rank)
+        assert best is not None, "fewer packs have just held them"
+    if best.imbalance() > BALANCE:
+        more = _best_packs(job, per_rank + multiple)
+        if more is not None and more.imbalance() <= BALANCE:
+            best = more
+    return _in_order(best)
+
+
+def _rounded_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+class _Job:
+    """The pairs of a global batch, longest first, and best fit decreasing with as many packs as it takes: at most
+    11/9 of the fewest possible (Johnson 1974)."""
+
+    def __init__(self, lengths: list[int], work: list[int], num_ranks: int, budget: int) -> None:
+        longest = max(lengths, default=0)
+        if longest > budget:
+            raise ValueError(f"a pair of {longest} tokens does not fit into budget_tokens {budget}")
+        self.lengths = lengths
+        self.work = work
+        self.num_ranks = num_ranks
+        self.budget = budget
+        self.order = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
+        self.best_fit: list[list[int]] = []
+        rooms = _Rooms()
+        for position in self.order:
+            number = rooms.take(lengths[position])
+            if number is None:
+                number = len(self.best_fit)
+                self.best_fit.append([])
+                rooms.put(budget - lengths[position], number)
+            self.best_fit[number].append(position)
+
+    def empty_packs(self, per_rank: int) -> Packs:
+        return Packs.empty(self.lengths, self.work, self.num_ranks, per_rank, self.budget)
+
+
+class _Rooms:
+    """Packs by the tokens they have room for. Sizes are few (at most the budget), so a sorted list of them is fast
+    however many packs there are."""
+
+    def __init__(self) -> None:
+        self._sizes: list[int] = []
+        self._packs: dict[int, list[int]] = {}
+
+    def put(self, room: int, pack: int) -> None:
+        if room not in self._packs:
+            insort(self._sizes, room)
+            self._packs[room] = []
+        self._packs[room].append(pack)
+
+    def take(self, length: int) -> int | None:
+        """Takes `length` from the pack with the least room that has as much; None if none has."""
+        at = bisect_left(self._sizes, length)
+        if at == len(self._sizes):
+            return None
+        room = self._sizes[at]
+        pack = self._packs[room].pop()
+        if not self._packs[room]:
+            del self._packs[room], self._sizes[at]
+        self.put(room - length, pack)
+        return pack
+
+
+def _best_packs(job: _Job, per_rank: int) -> Packs | None:
+    """The pairs on num_ranks x per_rank packs, as well balanced as the three ways allow; None if none fits them."""
+    found: list[Packs] = []
+    for way in (_pack_even, _pack_tight, _pack_global):
+        packs = way(job, per_rank)
+        if packs is None:
+            continue
+        if packs.imbalance() <= BALANCE:
+            return packs
+        found.append(packs)
+    for packs in found:
+        rebalance(packs)
+    return min(found, key=Packs.imbalance, default=None)
+
+
+def _pack_even(job: _Job, per_rank: int) -> Packs | None:
+    packs = job.empty_packs(per_rank)
+    ranks = [(0, rank) for rank in range(job.num_ranks)]
+    emptiest = [[(0, number) for number in range(per_rank)] for _ in ranks]
+    for position in job.order:
+        length = job.lengths[position]
+        rank_work, rank = ranks[0]
+        pack_tokens, number = emptiest[rank][0]
+        if pack_tokens + length > job.budget:
+            return None
+        packs.add(rank, number, position)
+        heapq.heapreplace(ranks, (rank_work + job.work[position], rank))
+        heapq.heapreplace(emptiest[rank], (pack_tokens + length, number))
+    return packs
+
+
+def _pack_tight(job: _Job, per_rank: int) -> Packs | None:
+    packs = job.empty_packs(per_rank)
+    ranks = [(0, rank) for rank in range(job.num_ranks)]  # kept sorted
+    rooms = [_Rooms() for _ in ranks]
+    for rank_rooms in rooms:
+        for number in reversed(range(per_rank)):
+            rank_rooms.put(job.budget, number)
+    for position in job.order:
+        for place, (rank_work, rank) in enumerate(ranks):
+            pack = rooms[rank].take(job.lengths[position])
+            if pack is not None:
+                packs.add(rank, pack, position)
+                del ranks[place]
+                insort(ranks, (rank_work + job.work[position], rank))
+                break
+        else:
+            return None
+    return packs
+
+
+def _pack_global(job: _Job, per_rank: int) -> Packs | None:
+    if len(job.best_fit) > job.num_ranks * per_rank:
+        return None
+    packs = job.empty_packs(per_rank)
+    work = [sum(job.work[position] for position in pack) for pack in job.best_fit]
+    ranks = [(0, 0, rank) for rank in range(job.num_ranks)]  # work, packs dealt so far, rank
+    for number in sorted(range(len(work)), key=lambda number: (-work[number], number)):
+        rank_work, dealt, rank = heapq.heappop(ranks)
+        for position in job.best_fit[number]:
+            packs.add(rank, dealt, position)
+        if dealt + 1 < per_rank:
+            heapq.heappush(ranks, (rank_work + work[number], dealt + 1, rank))
+    return packs
+
+
+def _in_order(packs: Packs) -> Plan:
+    """Largest pack first, so that what is too much for the memory shows at once; pairs of a pack in batch order."""
+    plan = []
+    for rank_pairs, rank_tokens in zip(packs.pairs, packs.tokens, strict=True):
+        first = [min(pairs, default=-1) for pairs in rank_pairs]
+        numbers = sorted(range(len(rank_pairs)), key=lambda number: (-rank_tokens[number], first[number]))
+        plan.append([sorted(rank_pairs[number]) for number in numbers])
+    return plan

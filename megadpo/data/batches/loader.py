@@ -1,0 +1,277 @@
+"""Global batches of packed pairs, for one data-parallel rank.
+
+Order of an epoch: a function of (seed, epoch) alone, so that neither the number of ranks nor where a run was
+interrupted changes which pairs share a global batch. Every rank knows all lengths, plans the whole global batch alike
+and packs only its own micro-batches: no communication. Held per pair: its length and its work, 16 bytes, and while an
+epoch runs 8 more for its order; token ids stay where the data set has them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from megadpo.config.check import micro_batch_multiple
+from megadpo.config.problems import DataError, Problem
+from megadpo.data.batches.cut import context_part
+from megadpo.data.batches.deal import Plan, plan_global_batch
+from megadpo.data.batches.pack import PackedBatch, pack_pairs
+from megadpo.data.batches.prefetch import Prefetcher
+from megadpo.data.batches.work import WorkModel
+from megadpo.data.sources.rows import MOST_PROBLEMS
+from megadpo.data.tokens.dataset import PairDataset, TokenizedPairs
+
+if TYPE_CHECKING:
+    from megadpo.config.architecture import Architecture
+    from megadpo.config.schema import Config
+
+__all__ = ["DataRank", "GlobalBatch", "GlobalBatchLoader", "PairDataset"]
+
+PREFETCH_BATCHES = 2
+"""Global batches packed ahead of need."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlobalBatch:
+    """One rank's part of a global batch, and what all ranks know of the whole."""
+
+    micro_batches: list[PackedBatch]
+    """This rank's, on the CPU; as many on every rank."""
+    num_pairs: int
+    """Pairs of the whole global batch, over all ranks: what the loss is a mean over."""
+    num_tokens: int
+    """Packed tokens of the whole global batch without padding; a shared prompt counts once."""
+    pair_indices: list[int]
+    """Rows of the data file, of the whole global batch, in the order of the epoch."""
+    epoch: int
+    batch: int
+    """Number of the batch in its epoch. (epoch, batch + 1) is where a resumed run goes on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRank:
+    """Which part of every global batch a rank gets; by default all of it. Raises ValueError for a rank out of range."""
+
+    dp_rank: int = 0
+    dp_size: int = 1
+    """Ranks that share out the micro-batches."""
+    cp_rank: int = 0
+    cp_size: int = 1
+    """Ranks that share out the tokens of each micro-batch."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dp_rank < self.dp_size:
+            raise ValueError(f"dp_rank {self.dp_rank} of dp_size {self.dp_size}")
+        if not 0 <= self.cp_rank < self.cp_size:
+            raise ValueError(f"cp_rank {self.cp_rank} of cp_size {self.cp_size}")
+
+
+WHOLE = DataRank()
+
+
+class GlobalBatchLoader:
+    """The global batches of a data set, epoch by epoch."""
+
+    def __init__(
+        self,
+        dataset: TokenizedPairs,
+        *,
+        global_batch_size: int,
+        shuffle: bool,
+        seed: int,
+        share_prompt: bool,
+        pad_token_id: int,
+        pad_to_multiple: int = 1,
+        budget_tokens: int | None = None,
+        pairs_per_micro_batch: int | None = None,
+        micro_batch_multiple: int = 1,
+        drop_last: bool,
+        limit_batches: int | None = None,
+        num_workers: int = 1,
+        work_model: WorkModel | None = None,
+        rank: DataRank = WHOLE,
+    ) -> None:
+        """Sizes count pairs. Exactly one of `budget_tokens` (sequence packing) and `pairs_per_micro_batch` is given.
+
+        budget_tokens: most tokens of a micro-batch, padding included.
+        micro_batch_multiple: every rank gets a multiple of this many micro-batches, empty ones among them if need be.
+        drop_last: leave out the last, incomplete global batch of an epoch (training); else it comes as it is.
+        limit_batches: at most this many batches of an epoch (dpo.val_batches); None or 0 or less: all.
+        num_workers: 0 packs in the caller; any other number packs ahead in one background thread, which is enough:
+            packing takes a thousandth of a step.
+        work_model: ranks get the same work by it (with budget_tokens only); None: as many tokens each.
+        rank: whose micro-batches come out; pad_to_multiple is a multiple of its cp_size.
+        Raises DataError for pairs longer than budget_tokens, and for a data set that drop_last leaves nothing of.
+        """
+        if pad_to_multiple % rank.cp_size:
+            raise ValueError(f"packs padded to {pad_to_multiple} tokens can't be cut over cp_size {rank.cp_size}")
+        if global_batch_size < 1:
+            raise ValueError(f"global_batch_size must be at least 1, got {global_batch_size}")
+        if (budget_tokens is None) == (pairs_per_micro_batch is None):
+            raise ValueError("give either budget_tokens or pairs_per_micro_batch")
+        self.dataset = dataset
+        self.global_batch_size = global_batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.rank = rank
+        self.share_prompt = share_prompt
+        self.pad_token_id = pad_token_id
+        self.pad_to_multiple = pad_to_multiple
+        self.pairs_per_micro_batch = pairs_per_micro_batch
+        self.micro_batch_multiple = micro_batch_multiple
+        self.drop_last = drop_last
+        self.num_workers = num_workers
+        self.lengths = dataset.packed_tokens(share_prompt=share_prompt)
+        """int64 [pairs]: tokens that each pair takes in a pack."""
+        self.work = self.lengths
+        """int64 [pairs]: what ranks are balanced by."""
+        self.reference_logps: npt.NDArray[np.float32] | None = None
+        """[pairs, 2], where they were computed beforehand (dpo.reference.mode cached): come with each micro-batch."""
+        if work_model is not None:
+            self.work = work_model.pair_work(dataset.arrays.text_tokens(), share_prompt=share_prompt)
+        # Padding may not take a pack over the budget
+        self.budget_tokens = None if budget_tokens is None else budget_tokens // pad_to_multiple * pad_to_multiple
+        self._refuse_longer_than_budget()
+        whole, rest = divmod(len(dataset), global_batch_size)
+        batches = whole if drop_last or not rest else whole + 1
+        if batches == 0:
+            raise DataError(_too_few_pairs(dataset, global_batch_size))
+        self.batches_per_epoch = batches if limit_batches is None or limit_batches < 1 else min(batches, limit_batches)
+        self.dropped_pairs_per_epoch = rest if drop_last else 0
+        """Pairs that drop_last leaves out of each epoch: other ones in each, where shuffled."""
+
+    @classmethod
+    def from_config(
+        cls,
+        dataset: TokenizedPairs,
+        cfg: Config,
+        arch: Architecture,
+        *,
+        pad_token_id: int,
+        training: bool,
+        rank: DataRank = WHOLE,
+    ) -> GlobalBatchLoader:
+        """Training: the config's order, whole global batches only. Validation: file order, every pair."""
+        packing = cfg.policy.sequence_packing
+        pairs = cfg.policy.train_micro_batch_size if training else cfg.dpo.val_micro_batch_size
+        return cls(
+            dataset,
+            global_batch_size=cfg.policy.train_global_batch_size if training else cfg.dpo.val_global_batch_size,
+            shuffle=cfg.data.shuffle and training,
+            seed=cfg.dpo.seed,
+            # without packing a micro-batch is rows, each with its own prompt
+            share_prompt=packing.enabled and packing.share_prompt,
+            pad_token_id=pad_token_id,
+            pad_to_multiple=cfg.policy.make_sequence_length_divisible_by,
+            budget_tokens=packing.train_mb_tokens if packing.enabled else None,
+            pairs_per_micro_batch=None if packing.enabled else pairs,
+            drop_last=training,
+            limit_batches=None if training else cfg.dpo.val_batches,
+            micro_batch_multiple=micro_batch_multiple(cfg),
+            num_workers=cfg.data.num_workers,
+            work_model=WorkModel.of(arch),
+            rank=rank,
+        )
+
+    def order(self, epoch: int) -> npt.NDArray[np.int64]:
+        """int64 [pairs]: positions of the data set in the order of the epoch."""
+        if not self.shuffle:
+            return np.arange(len(self.dataset), dtype=np.int64)
+        generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, epoch])))
+        return generator.permutation(len(self.dataset))
+
+    def batches(self, epoch: int, start_batch: int = 0) -> Iterator[GlobalBatch]:
+        """The batches of an epoch from number `start_batch` on. Leaving the iterator early ends its thread."""
+        if not 0 <= start_batch <= self.batches_per_epoch:
+            raise ValueError(f"start_batch {start_batch} of an epoch of {self.batches_per_epoch} batches")
+        made = self._make(epoch, start_batch)
+        if self.num_workers == 0:
+            yield from made
+        else:
+            with Prefetcher(made, PREFETCH_BATCHES) as ahead:
+                yield from ahead
+
+    def plans(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[npt.NDArray[np.int64], Plan]]:
+        """For each global batch, int64 [pairs] positions of the data set, and how all ranks deal them out."""
+        size = self.global_batch_size
+        yield from self.plans_of(self.order(epoch)[start_batch * size : self.batches_per_epoch * size])
+
+    def plans_of(self, order: npt.NDArray[np.int64]) -> Iterator[tuple[npt.NDArray[np.int64], Plan]]:
+        """The same for the positions of `order`, one global batch after another; the last one may be smaller."""
+        for start in range(0, len(order), self.global_batch_size):
+            positions = order[start : start + self.global_batch_size]
+            yield (
+                positions,
+                plan_global_batch(
+                    self.lengths[positions],
+                    num_ranks=self.rank.dp_size,
+                    budget_tokens=self.budget_tokens,
+                    pairs_per_micro_batch=self.pairs_per_micro_batch,
+                    work=self.work[positions],
+                    micro_batch_multiple=self.micro_batch_multiple,
+                ),
+            )
+
+    def _make(self, epoch: int, start_batch: int) -> Iterator[GlobalBatch]:
+        for batch, (positions, plan) in enumerate(self.plans(epoch, start_batch), start=start_batch):
+            yield GlobalBatch(
+                micro_batches=[self.pack(positions[numbers]) for numbers in plan[self.rank.dp_rank]],
+                num_pairs=len(positions),
+                num_tokens=int(self.lengths[positions].sum()),
+                pair_indices=self.dataset.arrays.rows[positions].tolist(),
+                epoch=epoch,
+                batch=batch,
+            )
+            # A touched page maps 64 KiB and more around it, so a few hundred batches would map the whole file
+            self.dataset.release()
+
+    def pack(self, positions: npt.NDArray[np.int64]) -> PackedBatch:
+        """These positions of the data set as one micro-batch; under context parallelism this rank's part of it."""
+        whole = pack_pairs(
+            [self.dataset[int(position)] for position in positions],
+            share_prompt=self.share_prompt,
+            pad_to_multiple=self.pad_to_multiple,
+            pad_token_id=self.pad_token_id,
+        )
+        if self.reference_logps is not None:
+            known = torch.from_numpy(self.reference_logps[positions].reshape(-1))
+            whole = dataclasses.replace(whole, reference_logps=known)
+        return context_part(whole, self.rank.cp_rank, self.rank.cp_size)
+
+    def _refuse_longer_than_budget(self) -> None:
+        if self.budget_tokens is None:
+            return
+        too_long = np.flatnonzero(self.lengths > self.budget_tokens)
+        if len(too_long) == 0:
+            return
+        longest = int(self.lengths.max())
+        needed = -(-longest // self.pad_to_multiple) * self.pad_to_multiple
+        advice = f"raise it to {needed} or more (the longest of {len(too_long)} such pairs)"
+        if not self.share_prompt:
+            advice += ", or set policy.sequence_packing.share_prompt"
+        raise DataError(
+            [
+                Problem(
+                    where=self.dataset.source_of(int(self.dataset.arrays.rows[position])),
+                    value=f"a pair of {self.lengths[position]} packed tokens",
+                    expected=f"at most policy.sequence_packing.train_mb_tokens, here {self.budget_tokens}",
+                    fix=advice,
+                )
+                for position in too_long[:MOST_PROBLEMS]
+            ]
+        )
+
+
+def _too_few_pairs(dataset: TokenizedPairs, global_batch_size: int) -> Problem:
+    return Problem(
+        where=dataset.report.path,
+        value=f"{len(dataset)} pairs",
+        expected=f"at least one global batch of {global_batch_size}",
+        fix=f"lower policy.train_global_batch_size to {len(dataset)} or less, or add pairs",
+    )

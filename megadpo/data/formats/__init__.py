@@ -1,0 +1,1 @@
+"""Rows -> preference pairs, by format."""

@@ -1,0 +1,1 @@
+"""Pairs -> token ids and loss masks, and the cache that keeps them."""

@@ -1,0 +1,264 @@
+"""Token ids on disk: made once, by one process of a machine, then mapped into the memory of all of them.
+
+A cache is a folder `<key>` in `data.cache_dir`: each array as a file of plain little-endian numbers, and header.json
+with their lengths and sha256, the report of the data file and its fingerprint. It is written aside and renamed, so it
+is complete or absent. Whoever opens it reads it through once (about a second a gigabyte) and holds it against the
+hashes: a flipped bit would be a wrong token in every epoch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import numpy.typing as npt
+
+from megadpo.config.problems import ConfigError, DataError, Problem
+from megadpo.data.tokens.arrays import DataReport, TokenArrays, TokenizedFile
+from megadpo.data.tokens.encode import Sink, Summary
+
+_DTYPES = {"tokens": "<i4", "offsets": "<i8", "rows": "<i8", "lines": "<i8"}
+_HEADER = "header.json"
+_READ_BYTES = 1 << 22
+_REFUSAL_HOLDS_S = 600.0
+"""How long a refused file stays refused without being read again: the processes of one start, one after the other."""
+
+
+class _Damaged(Exception):
+    """A cache that is not what was written."""
+
+
+class TokenCache:
+    """The caches in one folder."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """`folder` is made when something is written to it; ~ is the home folder."""
+        self.folder = Path(folder).expanduser()
+
+    def open_or_build(self, key: str, path: str, build: Callable[[Sink], Summary]) -> TokenizedFile:
+        """The data file `path` from the cache `key`, its arrays mapped read-only.
+
+        Where there is none, or a damaged one, one process of the machine builds it while the others wait. Raises what
+        `build` raises, in the processes that waited as well, and ConfigError for a folder that can't be written.
+        """
+        found = self._open(key, path)
+        if found is not None:
+            return found
+        refusal = self.folder / f"{key}.refused.json"
+        with self._locked(key):
+            found = self._open(key, path, say_why=True)
+            if found is None:
+                _raise_again(refusal, path)
+                try:
+                    self._build(key, build)
+                except DataError as error:
+                    _remember(refusal, path, error)
+                    raise
+                found = self._open(key, path, say_why=True)
+        if found is None:
+            raise self._unusable(
+                "a cache that does not read back as it was written", "a disk that keeps what it is given"
+            )
+        return found
+
+    def _open(self, key: str, path: str, *, say_why: bool = False) -> TokenizedFile | None:
+        """The cache, if it is there and whole."""
+        place = self.folder / key
+        try:
+            return _read(place, key, path)
+        except FileNotFoundError:
+            if not place.exists():
+                return None
+            reason = "a file is missing"
+        except (_Damaged, OSError) as error:
+            reason = str(error)
+        if say_why:
+            print(f"{place}: damaged ({reason}); it is built anew", file=sys.stderr, flush=True)
+        return None
+
+    @contextlib.contextmanager
+    def _locked(self, key: str) -> Iterator[None]:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(self.folder / f"{key}.lock")
+            lock.acquire()
+        except (OSError, NotImplementedError) as error:
+            raise self._unwritable(error) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _build(self, key: str, build: Callable[[Sink], Summary]) -> None:
+        """Writes the cache aside and renames it. Under the lock."""
+        ours = f"{key}.building-{socket.gethostname()}-"
+        for left in self.folder.glob(f"{ours}*"):  # by a process that was killed: the lock says that none is at work
+            shutil.rmtree(left, ignore_errors=True)
+        try:
+            aside = Path(tempfile.mkdtemp(prefix=ours, dir=self.folder))
+        except OSError as error:
+            raise self._unwritable(error) from error
+        try:
+            with _Writer(aside, self._unwritable) as writer:
+                summary = build(writer)
+                writer.finish(key, summary)
+            self._put_in_place(aside, self.folder / key)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def _put_in_place(self, aside: Path, place: Path) -> None:
+        try:
+            if place.exists():  # a damaged one; who has it mapped keeps it
+                shutil.rmtree(place)
+            os.rename(aside, place)
+        except OSError as error:
+            if not place.exists():  # else another machine that sees this folder was faster, with the same content
+                raise self._unwritable(error) from error
+
+    def _unwritable(self, error: Exception) -> ConfigError:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        return self._unusable(str(self.folder), f"a folder that can be written ({reason})")
+
+    def _unusable(self, value: str, expected: str) -> ConfigError:
+        fix = (
+            "make room there, name another folder, or set it to null: then every process tokenises into its own memory"
+        )
+        return ConfigError(Problem("data.cache_dir", value, expected, fix))
+
+
+class _Writer:
+    """The arrays of a cache as files that grow, hashed on the way."""
+
+    def __init__(self, folder: Path, refused: Callable[[Exception], ConfigError]) -> None:
+        self._folder = folder
+        self._refused = refused
+        self._files = {name: (folder / f"{name}.bin").open("wb") for name in _DTYPES}
+        self._hashes = {name: hashlib.sha256() for name in _DTYPES}
+        self._lengths = dict.fromkeys(_DTYPES, 0)
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            with contextlib.suppress(OSError):  # what was not written is known already, or no longer wanted
+                file.close()
+
+    def append(self, name: str, values: npt.NDArray[Any]) -> None:
+        """Raises ConfigError where the disk doesn't take them."""
+        data = np.ascontiguousarray(values.astype(_DTYPES[name], copy=False)).view(np.uint8).data
+        self._hashes[name].update(data)
+        self._lengths[name] += len(values)
+        try:
+            self._files[name].write(data)
+        except OSError as error:
+            raise self._refused(error) from error
+
+    def finish(self, key: str, summary: Summary) -> None:
+        """Everything on the disk, the header last. Raises ConfigError."""
+        header = {
+            "key": key,
+            "report": dataclasses.asdict(summary.report),
+            "fingerprint": summary.fingerprint,
+            "max_token_id": summary.max_token_id,
+            "arrays": {
+                name: {"dtype": dtype, "length": self._lengths[name], "sha256": self._hashes[name].hexdigest()}
+                for name, dtype in _DTYPES.items()
+            },
+        }
+        try:
+            for file in self._files.values():
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
+            (self._folder / _HEADER).write_text(json.dumps({"header": header, "sha256": _json_hash(header)}, indent=1))
+        except OSError as error:
+            raise self._refused(error) from error
+
+
+def _read(place: Path, key: str, path: str) -> TokenizedFile:
+    """Raises FileNotFoundError, OSError or _Damaged."""
+    header = _read_header(place / _HEADER)
+    if header["key"] != key:
+        raise _Damaged(f"{_HEADER} is that of {header['key']}")
+    mapped = {name: _map(place / f"{name}.bin", described) for name, described in header["arrays"].items()}
+    arrays = {
+        name: np.frombuffer(mapped[name], dtype=described["dtype"]) for name, described in header["arrays"].items()
+    }
+    lines = arrays.pop("lines")
+    return TokenizedFile(
+        arrays=TokenArrays(**arrays),
+        lines=lines,
+        report=DataReport(**{**header["report"], "path": path}),
+        fingerprint=header["fingerprint"],
+        max_token_id=header["max_token_id"],
+        release=lambda: mapped["tokens"].madvise(mmap.MADV_DONTNEED),
+    )
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    try:
+        stored = json.loads(path.read_bytes())
+        header: dict[str, Any] = stored["header"]
+        whole = stored["sha256"] == _json_hash(header)
+    except (ValueError, KeyError, TypeError) as error:
+        raise _Damaged(f"{path.name} can't be read") from error
+    if not whole:
+        raise _Damaged(f"{path.name} has been changed")
+    return header
+
+
+def _map(path: Path, described: dict[str, Any]) -> mmap.mmap:
+    """The file of an array, checked and mapped read-only."""
+    expected = described["length"] * np.dtype(described["dtype"]).itemsize
+    size = path.stat().st_size
+    if size != expected or size == 0:
+        raise _Damaged(f"{path.name} has {size} bytes, not {expected}")
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:  # read, not mapped: so its pages count to no process
+        while piece := file.read(_READ_BYTES):
+            digest.update(piece)
+        if digest.hexdigest() != described["sha256"]:
+            raise _Damaged(f"{path.name} has other bytes than were written")
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _json_hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+# A refused file: the processes that waited for its cache say the same, at once
+
+
+def _remember(refusal: Path, path: str, error: DataError) -> None:
+    problems = [dataclasses.asdict(problem) for problem in error.problems]
+    with contextlib.suppress(OSError):
+        refusal.write_text(json.dumps({"path": path, "problems": problems}, default=str))
+
+
+def _raise_again(refusal: Path, path: str) -> None:
+    try:
+        age_s = time.time() - refusal.stat().st_mtime
+        stored = json.loads(refusal.read_bytes())
+        problems = [Problem(**problem) for problem in stored["problems"]]
+        recent = age_s < _REFUSAL_HOLDS_S and stored["path"] == path
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if recent and problems:
+        raise DataError(problems)
+    with contextlib.suppress(OSError):
+        refusal.unlink()

@@ -1,0 +1,352 @@
+"""PreferencePairs -> token ids: where the prompt ends, and what the answer is.
+
+Plain text, as TRL's DPOTrainer: ids(prompt), then what ids(prompt + answer + EOS) adds after them.
+With a chat template: ids(template(prompt), open for the assistant), then what ids(template(prompt + answer)) adds.
+In both, where ids(prompt) is not a prefix (characters on both sides of the line merge to one token), the prompt keeps
+its ids, the answer is tokenised apart, and the pair is counted in the report. (TRL 1.16 moves the line to the left
+there, so that the model no longer sees the prompt as it will at inference.)
+
+An answer of several turns is cut into pieces, each inside or outside the loss (tokenization_turns.py). A cut is drawn
+as the line after the prompt is: by the ids of the text before it, or, where those are no prefix, by tokenising apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from megadpo.config.problems import ConfigError, DataError, Problem
+from megadpo.data.pairs import LossMask, Message, PreferencePair, TokenIds, TokenizedPair
+from megadpo.data.sources.rows import MOST_PROBLEMS, OnBadRow
+from megadpo.data.tokens.tokenizer import OWN_TEMPLATE, require_eos, resolve_chat_template, template_variables
+from megadpo.data.tokens.turns import (
+    LossOn,
+    Piece,
+    RewrittenError,
+    answer_messages,
+    chat_pieces,
+    opens_answer,
+    plain_pieces,
+    prompt_messages,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BATCH_PAIRS = 128  # pairs per tokenizer call: enough for its threads; it takes 70 kB a pair until it returns
+_RESERVED_KWARGS = ("tokenize", "add_generation_prompt", "continue_final_message", "chat_template", "conversation")
+_NO_TEMPLATE = "there is no chat template"
+
+
+@dataclass
+class _Texts:
+    """A pair as the tokenizer gets it: the prompt, and each answer as what follows the prompt."""
+
+    pair: PreferencePair
+    prompt: str
+    answers: tuple[list[Piece], list[Piece]]
+
+
+@dataclass
+class Tokenized:
+    """Pairs in the order given, and how they came about."""
+
+    pairs: list[TokenizedPair] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    """file:line of each."""
+    tokenized_apart: int = 0
+    """Pairs with an answer whose first characters merge with the prompt's last, or such a place inside an answer."""
+    bad_pairs: list[Problem] = field(default_factory=list)
+    """The first MOST_PROBLEMS problems of pairs left out."""
+    dropped_bad_pairs: int = 0
+    """Pairs left out, with `on_bad_row` drop."""
+
+
+class PairTokenizer:
+    """Turns pairs to token ids. Raises ConfigError at once for a tokenizer without EOS, an unusable chat template or
+    chat_template_kwargs that are not the user's to set."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        chat_template: str | None = OWN_TEMPLATE,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        loss_on: LossOn = "last_turn",
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.eos_token_id = require_eos(tokenizer)
+        self.chat_template = resolve_chat_template(tokenizer, chat_template)
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.loss_on = loss_on
+        variables = frozenset() if self.chat_template is None else template_variables(self.chat_template)
+        self._reads_tools = "tools" in variables
+        self._check_kwargs(variables)
+        added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        special = sorted({*tokenizer.all_special_tokens, *added}, key=lambda token: (-len(token), token))
+        self._only_special = re.compile("(?:" + "|".join([*map(re.escape, special), r"\s"]) + ")*")
+        # Some tokenizers end every text with EOS of their own accord; that is no end of the prompt
+        self._suffix_tokens = 0 if self.chat_template is not None else _suffix_tokens(tokenizer)
+
+    def encode(self, pairs: Sequence[PreferencePair], *, on_bad_row: OnBadRow = "refuse") -> Tokenized:
+        """Token ids of all pairs, none cut. Raises DataError with up to MOST_PROBLEMS problems by file:line; with
+        on_bad_row drop such pairs are left out and counted."""
+        done = Tokenized()
+        for start in range(0, len(pairs), _BATCH_PAIRS):
+            texts = []
+            problems = []
+            for pair in pairs[start : start + _BATCH_PAIRS]:
+                made = self._texts(pair)
+                if isinstance(made, Problem):
+                    problems.append(made)
+                else:
+                    texts.append(made)
+            problems.extend(self._encode_batch(texts, done))
+            done.dropped_bad_pairs += len(problems)
+            done.bad_pairs += problems[: MOST_PROBLEMS - len(done.bad_pairs)]
+            if on_bad_row == "refuse" and len(done.bad_pairs) >= MOST_PROBLEMS:
+                break
+        if on_bad_row == "refuse" and done.bad_pairs:
+            raise DataError(done.bad_pairs)
+        return done
+
+    # Text
+
+    def _texts(self, pair: PreferencePair) -> _Texts | Problem:
+        if pair.tools and not self._reads_tools:
+            return Problem(
+                where=pair.source,
+                value="field 'tools'",
+                expected="no tools, since " + ("the chat template reads none" if self.chat_template else _NO_TEMPLATE),
+                fix="remove the field, or set policy.tokenizer.chat_template to one that reads tools",
+            )
+        made = self._plain_texts(pair) if self.chat_template is None else self._chat_texts(pair)
+        if isinstance(made, _Texts):
+            for name, pieces in zip(("chosen", "rejected"), made.answers, strict=True):
+                if not any(piece.in_loss for piece in pieces):
+                    return _nothing_in_loss(pair, name, self.loss_on)
+        return made
+
+    def _chat_texts(self, pair: PreferencePair) -> _Texts | Problem:
+        prompt = prompt_messages(pair)
+        answers = [answer_messages(pair, answer) for answer in (pair.chosen, pair.rejected)]
+        for name, messages in zip(("chosen", "rejected"), answers, strict=True):
+            if self._says_nothing(messages[-1]):
+                return _only_special_tokens(pair, name)
+
+        def render(messages: list[Message], open_for_answer: bool) -> str:
+            return self._render(pair, messages, open_for_answer=open_for_answer)
+
+        try:
+            opened = render(prompt, opens_answer(pair))
+            pieces = [
+                chat_pieces(render, prompt, opened, messages, other, self.loss_on)
+                for messages, other in (answers, answers[::-1])
+            ]
+        except RewrittenError as error:
+            return _rewritten(pair, error)
+        except Exception as error:  # a template may raise anything
+            return _refused_by_template(pair, error)
+        return _Texts(pair, opened, (pieces[0], pieces[1]))
+
+    def _plain_texts(self, pair: PreferencePair) -> _Texts | Problem:
+        prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
+        if not (isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str)):
+            return Problem(
+                where=pair.source,
+                value="messages, and no chat template",
+                expected="plain strings, or a tokenizer with a chat template",
+                fix="set policy.tokenizer.chat_template, use an instruct model's tokenizer, or write strings",
+            )
+        eos = str(self.tokenizer.eos_token)
+        answers = []
+        for name, answer, other in (("chosen", chosen, rejected), ("rejected", rejected, chosen)):
+            pieces = plain_pieces(pair, answer, other, self.loss_on)
+            if self._only_special.fullmatch(pieces[-1].text):
+                return _only_special_tokens(pair, name)
+            last = pieces[-1]
+            answers.append([*pieces[:-1], Piece(last.text.removesuffix(eos) + eos, last.in_loss)])
+        return _Texts(pair, prompt, (answers[0], answers[1]))
+
+    def _says_nothing(self, message: Message) -> bool:
+        """Whether an answer is special tokens and white space only, and calls no tool."""
+        said = str(message.get("content", "")) + str(message.get("reasoning_content", ""))
+        return not message.get("tool_calls") and self._only_special.fullmatch(said) is not None
+
+    def _render(self, pair: PreferencePair, messages: list[Message], *, open_for_answer: bool) -> str:
+        """The conversation through the template. Raises whatever the template raises."""
+        rendered = self.tokenizer.apply_chat_template(
+            cast(Any, messages),
+            tools=cast(Any, None if pair.tools is None else list(pair.tools)),
+            tokenize=False,
+            add_generation_prompt=open_for_answer,
+            chat_template=self.chat_template,
+            **self.chat_template_kwargs,
+        )
+        return cast(str, rendered)
+
+    # Ids
+
+    def _encode_batch(self, texts: list[_Texts], done: Tokenized) -> list[Problem]:
+        """Appends the pairs of `texts` to `done`; returns the problems of those that can't be."""
+        if not texts:
+            return []
+        rows = [text.prompt for text in texts]
+        for number in (0, 1):
+            rows += [text.prompt + "".join(piece.text for piece in text.answers[number]) for text in texts]
+        ids = self._ids(rows, special_tokens=self.chat_template is None)
+        problems = []
+        count = len(texts)
+        for number, text in enumerate(texts):
+            prompt = ids[number]
+            chosen, chosen_mask, chosen_apart = self._answer(text, 0, prompt, ids[count + number])
+            rejected, rejected_mask, rejected_apart = self._answer(text, 1, prompt, ids[2 * count + number])
+            tokenized = TokenizedPair(text.pair.row, prompt, chosen, rejected, chosen_mask, rejected_mask)
+            problem = _token_problem(text.pair, tokenized)
+            if problem is not None:
+                problems.append(problem)
+                continue
+            done.pairs.append(tokenized)
+            done.sources.append(text.pair.source)
+            done.tokenized_apart += chosen_apart or rejected_apart
+        return problems
+
+    def _answer(
+        self, text: _Texts, number: int, prompt: TokenIds, whole: TokenIds
+    ) -> tuple[TokenIds, LossMask | None, bool]:
+        """The answer's ids, which of them are in the loss (None: all), and whether some had to be made apart."""
+        pieces = text.answers[number]
+        before = [prompt]
+        if len(pieces) > 1:
+            ends = list(accumulate((piece.text for piece in pieces), initial=text.prompt))
+            before += self._ids(ends[1:-1], special_tokens=self.chat_template is None)
+        apart = not all(_is_prefix(ids, whole) for ids in before)
+        if apart:
+            parts = self._ids([piece.text for piece in pieces], special_tokens=False)
+            ids = np.concatenate(parts)
+            lengths = [len(part) for part in parts]
+        else:
+            ids = whole[len(prompt) :]
+            lengths = np.diff([*(len(part) for part in before), len(whole)]).tolist()
+        if self.chat_template is None and (len(ids) == 0 or ids[-1] != self.eos_token_id):
+            ids = np.append(ids, np.int32(self.eos_token_id))  # EOS whose text the tokenizer reads as something else
+            lengths[-1] += 1
+        if all(piece.in_loss for piece in pieces):
+            return ids, None, apart
+        return ids, np.repeat(np.array([piece.in_loss for piece in pieces]), lengths), apart
+
+    def _ids(self, texts: list[str], *, special_tokens: bool) -> list[TokenIds]:
+        encoded = self.tokenizer(
+            texts,
+            add_special_tokens=special_tokens,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # a text over model_max_length is on_too_long's business
+        )["input_ids"]
+        suffix = self._suffix_tokens if special_tokens else 0
+        return [np.array(ids[: len(ids) - suffix], dtype=np.int32) for ids in encoded]
+
+    def _check_kwargs(self, variables: frozenset[str]) -> None:
+        """Refuses what draws the line between prompt and answer, and what the template would not read."""
+        problems = []
+        for name, value in self.chat_template_kwargs.items():
+            expected, fix = "a variable of the template", "correct the name, or remove it"
+            if name in _RESERVED_KWARGS:
+                fix = "remove it: the line between prompt and answer is drawn with it"
+            elif self.chat_template is None:
+                expected, fix = f"none, since {_NO_TEMPLATE}", "remove it, or set policy.tokenizer.chat_template"
+            elif name in variables:
+                continue
+            problems.append(Problem(f"policy.tokenizer.chat_template_kwargs.{name}", value, expected, fix))
+        if problems:
+            raise ConfigError(problems)
+
+
+def _is_prefix(ids: TokenIds, whole: TokenIds) -> bool:
+    return np.array_equal(whole[: len(ids)], ids)
+
+
+def _suffix_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens (EOS, usually) the tokenizer appends to every text."""
+    with_special = list(tokenizer("a", add_special_tokens=True)["input_ids"])
+    without = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    for start in range(len(with_special) - len(without) + 1):
+        if with_special[start : start + len(without)] == without:
+            return len(with_special) - start - len(without)
+    return 0
+
+
+def _token_problem(pair: PreferencePair, tokenized: TokenizedPair) -> Problem | None:
+    if tokenized.prompt_tokens == 0:
+        return Problem(
+            where=pair.source,
+            value="a prompt without tokens",
+            expected="at least one token before the answers, which predicts their first",
+            fix="give the pair a prompt, or use a tokenizer that begins a text with BOS",
+        )
+    for name, tokens in (("chosen", tokenized.chosen_tokens), ("rejected", tokenized.rejected_tokens)):
+        if tokens == 0:
+            return Problem(
+                where=pair.source,
+                value=f"a {name} answer without tokens after the chat template",
+                expected="a template that writes the answer after the prompt",
+                fix="mend policy.tokenizer.chat_template",
+            )
+    if np.array_equal(tokenized.chosen_ids, tokenized.rejected_ids):
+        return Problem(
+            where=pair.source,
+            value="answers that differ as text, but not as tokens",
+            expected="two different answers",
+            fix="remove the row: its answers differ only in what tokenizer or chat template drop, such as white space",
+        )
+    for name, mask in (("chosen", tokenized.chosen_mask), ("rejected", tokenized.rejected_mask)):
+        if mask is not None and not mask.any():
+            return Problem(
+                where=pair.source,
+                value=f"a {name} answer without tokens in the loss",
+                expected="at least one, in an assistant turn that data.loss_on names",
+                fix="remove the row, or set data.loss_on: last_turn",
+            )
+    return None
+
+
+def _rewritten(pair: PreferencePair, error: RewrittenError) -> Problem:
+    return Problem(
+        where=pair.source,
+        value=f"a chat template that writes {error.what} differently once more follows",
+        expected="what stands before a turn to be what the whole conversation begins with, as at inference",
+        fix="set policy.tokenizer.chat_template_kwargs (such as enable_thinking) or chat_template so that it is"
+        + ("" if error.what == "the prompt" else ", or set data.loss_on: last_turn"),
+    )
+
+
+def _nothing_in_loss(pair: PreferencePair, name: str, loss_on: LossOn) -> Problem:
+    return Problem(
+        where=pair.source,
+        value=f"a {name} answer without anything in the loss with data.loss_on {loss_on}",
+        expected="an assistant turn that differs from the other answer's, written by the chat template",
+        fix="set data.loss_on: last_turn or mend policy.tokenizer.chat_template, or remove the row",
+    )
+
+
+def _only_special_tokens(pair: PreferencePair, name: str) -> Problem:
+    return Problem(
+        where=pair.source,
+        value=f"a {name} answer of only special tokens",
+        expected="an answer with text in it",
+        fix="give the pair an answer, or remove the row",
+    )
+
+
+def _refused_by_template(pair: PreferencePair, error: Exception) -> Problem:
+    return Problem(
+        where=pair.source,
+        value=f"messages that the chat template refuses: {error}",
+        expected="roles and an order of turns that the template takes",
+        fix="change the row's messages, or set policy.tokenizer.chat_template",
+    )

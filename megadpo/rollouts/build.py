@@ -1,0 +1,232 @@
+"""Rollouts files -> PAIRS.jsonl, PAIRS.rejected.jsonl and a report."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from megadpo.config.problems import DataError, Problem
+from megadpo.rollouts.aside import Aside
+from megadpo.rollouts.group import (
+    Group,
+    GroupBy,
+    Grouping,
+    group_automatically,
+    group_by_input,
+    group_by_task,
+    group_consecutive,
+)
+from megadpo.rollouts.pairing import PairingOptions, RolloutPair, balance_lengths, select_pairs, why_no_pair
+from megadpo.rollouts.read import ReadRollouts, read_rollouts
+from megadpo.rollouts.report import BuildReport, pairs_at_gaps
+from megadpo.rollouts.row import RowOptions, as_text
+from megadpo.rollouts.store import Rollout, TextStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    row: RowOptions = field(default_factory=RowOptions)
+    pairing: PairingOptions = field(default_factory=PairingOptions)
+    group_by: GroupBy = "auto"
+    num_repeats: int | None = None
+    """Group this many consecutive rows, whatever `group_by` says."""
+    dedupe: bool = False
+    """Take equal answers of a group, and equal pairs of the file, once; leave out answers with two rewards."""
+    balance_lengths: bool = False
+
+
+def rejected_path(output: Path) -> Path:
+    """Where what was left out of `output` is written."""
+    return output.with_name(f"{output.name.removesuffix('.jsonl')}.rejected.jsonl")
+
+
+def build_pairs(
+    paths: Sequence[Path], output: Path, options: BuildOptions, on_row: Callable[[], None] = lambda: None
+) -> BuildReport:
+    """Reads `paths`, writes `output` and its rejected file, each whole or not at all; without a single pair `output`
+    is not written. Raises DataError with every problem for files that can't be read or grouped."""
+    rejected = rejected_path(output)
+    try:
+        with TextStore(output.parent) as store, _whole(output) as output_file, _whole(rejected) as rejected_file:
+            aside = Aside(rejected_file.text)
+            read = read_rollouts(paths, store, aside, options.row, on_row)
+            if options.group_by == "task" and options.num_repeats is None:
+                _leave_out_taskless(read, aside)
+            grouping = _grouped(read, options)
+            groups = [_deduplicated(group, aside) for group in grouping.groups] if options.dedupe else grouping.groups
+            pairs = _selected(groups, aside, options)
+            for pair in pairs:
+                row = pair_row(pair, store, text=options.row.text)
+                output_file.text.write(json.dumps(row, ensure_ascii=False) + "\n")
+            output_file.keep = bool(pairs)
+            rejected_file.keep = True
+            return _report(read, grouping, groups, pairs, aside, options)
+    except OSError as error:
+        said = error.strerror or type(error).__name__
+        raise DataError(
+            Problem(str(output), said, "a folder that can be written to", "make the folder, or free space on its disk")
+        ) from error
+
+
+def pair_row(pair: RolloutPair, store: TextStore, *, text: bool) -> dict[str, Any]:
+    """The row as training reads it: prompt and answers as messages (strings with `text`), `tools` if the prompt has
+    any, rewards, and where both answers come from."""
+    prompt = store.get(pair.chosen.prompt)
+    chosen, rejected = store.get(pair.chosen.answer), store.get(pair.rejected.answer)
+    if text:
+        prompt, chosen, rejected = {"prompt": as_text(prompt["prompt"])}, as_text(chosen), as_text(rejected)
+    row = {
+        **prompt,
+        "chosen": chosen,
+        "rejected": rejected,
+        "reward_gap": pair.gap,
+        "chosen_reward": pair.chosen.reward,
+        "rejected_reward": pair.rejected.reward,
+        "chosen_from": _origin(pair.chosen),
+        "rejected_from": _origin(pair.rejected),
+    }
+    if pair.chosen.task is not None:
+        row["task_index"] = pair.chosen.task
+    if pair.chosen.agent:
+        row["agent"] = pair.chosen.agent
+    return row
+
+
+def _origin(rollout: Rollout) -> str:
+    """file:line, and which of the task's rollouts it is where the row says so."""
+    return rollout.where if rollout.rollout_index is None else f"{rollout.where} (rollout {rollout.rollout_index})"
+
+
+def _grouped(read: ReadRollouts, options: BuildOptions) -> Grouping:
+    if options.num_repeats is not None:
+        return group_consecutive(read.rollouts, read.rows, options.num_repeats)
+    if options.group_by == "task":
+        return group_by_task(read.rollouts)
+    if options.group_by == "input":
+        return group_by_input(read.rollouts)
+    return group_automatically(read.rollouts)
+
+
+def _leave_out_taskless(read: ReadRollouts, aside: Aside) -> None:
+    for rollout in read.rollouts:
+        if rollout.task is None:
+            aside.other(rollout.where, "no_task_index")
+    read.rollouts = [rollout for rollout in read.rollouts if rollout.task is not None]
+
+
+def _deduplicated(group: Group, aside: Aside) -> Group:
+    """The group with each answer once, and without answers that were rewarded in two ways."""
+    by_answer: dict[int, list[Rollout]] = {}
+    for rollout in group.rollouts:
+        by_answer.setdefault(rollout.answer, []).append(rollout)
+    kept = []
+    for same in by_answer.values():
+        if len({rollout.reward for rollout in same}) > 1:
+            for rollout in same:
+                aside.other(rollout.where, "contradictory_reward", reward=rollout.reward, equal_to=same[0].where)
+        else:
+            kept.append(same[0])
+            for rollout in same[1:]:
+                aside.other(rollout.where, "duplicate", equal_to=same[0].where)
+    return replace(group, rollouts=kept, deduplicated=len(group.rollouts) - len(kept))
+
+
+def _selected(groups: Sequence[Group], aside: Aside, options: BuildOptions) -> list[RolloutPair]:
+    """All groups' pairs in order; groups without one, and pairs left out afterwards, go aside."""
+    pairs: list[RolloutPair] = []
+    seen: set[tuple[int, int, int]] = set()
+    for number, group in enumerate(groups):
+        selected = select_pairs(group.rollouts, options.pairing, number)
+        if not selected and group.rollouts:  # --dedupe may have left none, and has said so of each
+            aside.other(
+                group.name,
+                _why_no_pair(group, options),
+                rollouts=[rollout.where for rollout in group.rollouts],
+                rewards=[rollout.reward for rollout in group.rollouts],
+            )
+        for pair in selected:
+            same = (pair.chosen.prompt, pair.chosen.answer, pair.rejected.answer)
+            if options.dedupe and same in seen:
+                _leave_out_pair(pair, "duplicate_pair", aside)
+                continue
+            seen.add(same)
+            pairs.append(pair)
+    if options.balance_lengths:
+        pairs, surplus = balance_lengths(pairs, options.pairing.seed)
+        for pair in surplus:
+            _leave_out_pair(pair, "length_balance", aside)
+    return pairs
+
+
+def _why_no_pair(group: Group, options: BuildOptions) -> str:
+    reason = why_no_pair(group.rollouts, options.pairing)
+    if reason == "one_rollout" and group.deduplicated:
+        return "one_answer"
+    return "inputs_differ" if reason == "one_rollout" and group.of_split_task else reason
+
+
+def _leave_out_pair(pair: RolloutPair, reason: str, aside: Aside) -> None:
+    aside.other(f"{pair.chosen.where} over {pair.rejected.where}", reason, reward_gap=pair.gap)
+
+
+def _report(
+    read: ReadRollouts,
+    grouping: Grouping,
+    groups: Sequence[Group],
+    pairs: list[RolloutPair],
+    aside: Aside,
+    options: BuildOptions,
+) -> BuildReport:
+    report = BuildReport(
+        rows=read.rows,
+        rewards=np.array([rollout.reward for rollout in read.rollouts], dtype=np.float64),
+        grouping=grouping.how,
+        group_sizes=Counter(len(group.rollouts) for group in grouping.groups),
+        pairs=pairs,
+        pairing=options.pairing.pairing,
+        left_out=aside.counts,
+        examples=aside.examples,
+        at_gaps=pairs_at_gaps(
+            [group for group in groups if group.rollouts], options.pairing, balance=options.balance_lengths
+        ),
+        min_gap=options.pairing.min_gap,
+        notes=read.notes,
+        split_tasks=grouping.split_tasks,
+    )
+    if not options.dedupe:
+        twins = sum(
+            len(group.rollouts) - len({rollout.answer for rollout in group.rollouts}) for group in grouping.groups
+        )
+        if twins:
+            report.notes["answers that an earlier rollout of their group gave too (--dedupe takes them once)"] = twins
+    return report
+
+
+@dataclass
+class _WholeFile:
+    text: TextIO
+    keep: bool = False
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[_WholeFile]:
+    """A file to write beside `path`, which takes its name at the end if `keep` is set, and is removed otherwise."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as text:
+            made = _WholeFile(text)
+            yield made
+            text.flush()
+            os.fsync(text.fileno())
+        if made.keep:
+            os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

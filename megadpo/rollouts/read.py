@@ -1,0 +1,105 @@
+"""Rollouts files -> Rollouts; rows that can't be used go aside with their reason."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megadpo.config.problems import DataError, Problem
+from megadpo.rollouts.aside import Aside
+from megadpo.rollouts.lines import Line, read_lines
+from megadpo.rollouts.reasons import Unusable
+from megadpo.rollouts.row import Generation, ParsedRow, RowOptions, answer_chars, parse_row
+from megadpo.rollouts.store import Rollout, TextStore
+
+
+@dataclass
+class ReadRollouts:
+    """All files' rollouts, in file order."""
+
+    rollouts: list[Rollout] = field(default_factory=list)
+    rows: dict[str, int] = field(default_factory=dict)
+    """Rows of each file, the unusable too."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """Rollouts that were used, but not as they stand."""
+
+
+def read_rollouts(
+    paths: Sequence[Path],
+    store: TextStore,
+    aside: Aside,
+    options: RowOptions,
+    on_row: Callable[[], None] = lambda: None,
+) -> ReadRollouts:
+    """The rollouts of all files. Raises DataError for files that can't be read and files without rows."""
+    done = ReadRollouts()
+    problems: list[Problem] = []
+    for path in paths:
+        try:
+            _read_file(path, store, aside, options, done, on_row)
+        except DataError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise DataError(problems)
+    return done
+
+
+def _read_file(
+    path: Path, store: TextStore, aside: Aside, options: RowOptions, done: ReadRollouts, on_row: Callable[[], None]
+) -> None:
+    generation: Generation | None = None
+    rows = 0
+    for line in read_lines(path):
+        where = f"{path}:{line.number}"
+        try:
+            parsed = parse_row(_object(line), options)
+            generation = generation or parsed.generation
+            if parsed.generation != generation:
+                raise Unusable(
+                    "mixed_generations", f"{parsed.generation}, in a file that began with rows of {generation}"
+                )
+            done.rollouts.append(_kept(parsed, store, str(path), line.number, rows))
+            done.notes.update(set(parsed.notes))
+        except Unusable as unusable:
+            aside.row(where, unusable.reason, unusable.value, line.content)
+        rows += 1
+        on_row()
+    done.rows[str(path)] = rows
+    if rows == 0:
+        raise DataError(
+            Problem(str(path), "a file without rows", "one rollout a line", "collect rollouts, or leave the file out")
+        )
+
+
+def _object(line: Line) -> dict[str, object]:
+    if line.cut:
+        raise Unusable("line_too_long", f"a line of more than {len(line.content):,} bytes")
+    try:
+        row = json.loads(line.content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise Unusable(
+            "broken_utf8", f"the byte 0x{line.content[error.start]:02x} at column {error.start + 1}"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise Unusable("broken_json", str(error)[:200] or type(error).__name__) from error
+    if not isinstance(row, dict):
+        raise Unusable("not_an_object", f"a JSON {type(row).__name__}")
+    return row
+
+
+def _kept(parsed: ParsedRow, store: TextStore, path: str, line: int, position: int) -> Rollout:
+    return Rollout(
+        path=path,
+        line=line,
+        position=position,
+        reward=parsed.reward,
+        prompt=store.add_prompt(parsed.prompt, parsed.tools),
+        answer=store.add_answer(parsed.answer),
+        answer_chars=answer_chars(parsed.answer),
+        task=parsed.task,
+        rollout_index=parsed.rollout_index,
+        agent=parsed.agent,
+    )

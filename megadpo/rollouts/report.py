@@ -1,0 +1,153 @@
+"""What a build did, in numbers; show.py prints it, chart.py draws it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from megadpo.rollouts.group import Group
+from megadpo.rollouts.pairing import PairingOptions, RolloutPair, balance_lengths, select_pairs
+from megadpo.rollouts.reasons import GROUP_REASONS
+
+_GAPS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+MOST_BINS = 12
+MOST_TASKS = 3
+
+
+@dataclass(frozen=True)
+class Histogram:
+    labels: list[str]
+    counts: list[int]
+
+
+@dataclass(frozen=True)
+class PairsAtGap:
+    min_gap: float
+    pairs: int
+    prompts: int
+    """Groups with at least one pair."""
+
+
+@dataclass
+class BuildReport:
+    """One build of pairs."""
+
+    rows: dict[str, int]
+    """Rows of each file."""
+    rewards: npt.NDArray[np.float64]
+    """Of the usable rollouts [R], in file order."""
+    grouping: str
+    """How rollouts were grouped."""
+    group_sizes: Counter[int]
+    """How many groups have how many rollouts."""
+    pairs: list[RolloutPair]
+    """What was written, in order."""
+    pairing: str
+    """Pairing and its options, as the user gave them."""
+    left_out: Counter[str]
+    """Rows, rollouts, groups and pairs by reason (reasons.py)."""
+    examples: dict[str, list[str]]
+    """First places of each reason."""
+    at_gaps: list[PairsAtGap]
+    """Pairs if --min-gap were another, all else the same; before --dedupe leaves out equal pairs of two groups."""
+    min_gap: float
+    notes: Counter[str] = field(default_factory=Counter)
+    split_tasks: list[str] = field(default_factory=list)
+
+    @property
+    def gaps(self) -> npt.NDArray[np.float64]:
+        """Reward gaps of the pairs [P]."""
+        return np.array([pair.gap for pair in self.pairs], dtype=np.float64)
+
+    @property
+    def length_bias(self) -> tuple[int, int, int]:
+        """Pairs whose chosen answer is longer, as long, shorter (characters)."""
+        sides = Counter(pair.longer for pair in self.pairs)
+        return sides[1], sides[0], sides[-1]
+
+    def counts(self) -> list[tuple[int, str]]:
+        """Each step's count, and what it counts."""
+        rows, usable, groups = sum(self.rows.values()), len(self.rewards), self.group_sizes.total()
+        files = f"{len(self.rows)} files" if len(self.rows) > 1 else "1 file"
+        paired = len({pair.group for pair in self.pairs})
+        # what --dedupe and --balance-lengths emptied is left out rollout by rollout and pair by pair
+        emptied = groups - paired - sum(self.left_out[reason] for reason in GROUP_REASONS)
+        by_parts = f" ({emptied:,} of them lost every rollout or pair)" if emptied else ""
+        used = len({rollout.where for pair in self.pairs for rollout in (pair.chosen, pair.rejected)})
+        return [
+            (rows, f"rows in {files}, {rows - usable:,} of them unusable"),
+            (usable, f"rollouts{_range(self.rewards)}"),
+            (groups, f"groups {self.grouping}{_sizes(self.group_sizes)}"),
+            (paired, f"groups with pairs, {groups - paired:,} without{by_parts}"),
+            (len(self.pairs), f"pairs ({self.pairing}), from {used:,} rollouts"),
+        ]
+
+    def remarks(self) -> list[str]:
+        """What else a user should know before training on the pairs."""
+        remarks = [f"{count:,} {text}" for text, count in self.notes.most_common()]
+        remarks += [f"{text}: a pair needs one prompt, so each is a group" for text in self.split_tasks[:MOST_TASKS]]
+        if len(self.split_tasks) > MOST_TASKS:
+            remarks.append(f"{len(self.split_tasks) - MOST_TASKS:,} more tasks have several inputs")
+        return remarks
+
+
+def _range(rewards: npt.NDArray[np.float64]) -> str:
+    if not len(rewards):
+        return ""
+    return f", reward {rewards.mean():.4g} on average, from {rewards.min():.6g} to {rewards.max():.6g}"
+
+
+def _sizes(group_sizes: Counter[int]) -> str:
+    sizes = sorted(group_sizes)
+    if len(sizes) > 1:
+        return f", of {sizes[0]:,} to {sizes[-1]:,} rollouts"
+    return f", of {sizes[0]:,} rollout{'s' if sizes[0] > 1 else ''}" if sizes else ""
+
+
+def histogram(values: npt.NDArray[np.float64]) -> Histogram:
+    """Each value by itself where there are few (as `sort | uniq -c`; to six digits, so that 0.9 - 0.7 is 0.2), else ten
+    equal bins from least to greatest."""
+    by_label: Counter[str] = Counter()
+    for value, count in zip(*np.unique(values, return_counts=True), strict=True):
+        by_label[f"{value:.6g}"] += int(count)
+        if len(by_label) > MOST_BINS:
+            break
+    else:
+        return Histogram(list(by_label), list(by_label.values()))
+    counts, edges = np.histogram(values, bins=10)
+    return Histogram([f"{low:.4g} .. {high:.4g}" for low, high in pairwise(edges.tolist())], counts.tolist())
+
+
+def pairs_at_gaps(groups: Sequence[Group], options: PairingOptions, *, balance: bool) -> list[PairsAtGap]:
+    """Pairs that other values of min_gap would give, the asked one among them, up to the widest gap there is."""
+    widest = max((_spread(group) for group in groups), default=0.0)
+    scale = 10.0 ** math.ceil(math.log10(widest)) if 1 < widest < math.inf else 1.0
+    others = {round(gap * by, 12) for gap in _GAPS for by in (1.0, scale)}
+    gaps = sorted({options.min_gap, *(gap for gap in others if gap <= widest)})
+    # A greater min_gap takes away from a selection by gap; a random one it draws anew
+    if options.pairing != "random":
+        pairs = _select(groups, replace(options, min_gap=min(gaps)))
+    found = []
+    for gap in gaps:
+        if options.pairing == "random":
+            pairs = _select(groups, replace(options, min_gap=gap))
+        else:
+            pairs = [pair for pair in pairs if pair.gap >= gap]
+        kept = balance_lengths(pairs, options.seed)[0] if balance else pairs
+        found.append(PairsAtGap(gap, len(kept), len({pair.group for pair in kept})))
+    return found
+
+
+def _select(groups: Sequence[Group], options: PairingOptions) -> list[RolloutPair]:
+    return [pair for number, group in enumerate(groups) for pair in select_pairs(group.rollouts, options, number)]
+
+
+def _spread(group: Group) -> float:
+    rewards = [rollout.reward for rollout in group.rollouts]
+    return max(rewards) - min(rewards)
