@@ -11,7 +11,6 @@ import pytest
 import zstandard
 
 from megadpo.config.problems import DataError
-from megadpo.rollouts import lines
 from megadpo.rollouts.aside import Aside
 from megadpo.rollouts.read import ReadRollouts, read_rollouts
 from megadpo.rollouts.row import RowOptions
@@ -73,18 +72,9 @@ def test_both_generations_are_read_from_a_file_each(tmp_path: Path) -> None:
     assert done.rollouts[0].prompt == done.rollouts[1].prompt != done.rollouts[0].answer
 
 
-def test_a_line_is_never_held_larger_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [current("q", "x" * 5000, 1), current("q", "fits", 1)]
-    path = write(tmp_path / "r.jsonl", rows)
-    found = list(lines.read_lines(path, 1000))
-    assert [(line.number, len(line.content), line.cut) for line in found] == [
-        (1, 1000, True),
-        (2, len(json.dumps(rows[1])), False),
-    ]
-    exact = len(json.dumps(rows[1]))
-    assert [line.cut for line in lines.read_lines(path, exact)] == [True, False]
-    monkeypatch.setattr(lines.read_lines, "__defaults__", (1000,))
-    done, aside = read(path)
+def test_a_line_over_the_limit_goes_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megadpo.files.jsonl.MAX_LINE_BYTES", 1000)
+    done, aside = read(write(tmp_path / "r.jsonl", [current("q", "x" * 5000, 1), current("q", "fits", 1)]))
     assert [one.line for one in done.rollouts] == [2] and aside[0]["reason"] == "line_too_long"
 
 

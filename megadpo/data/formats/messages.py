@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 from megadpo.config.problems import Problem
 from megadpo.data.pairs import Message
+from megadpo.files.jsonl import type_name
 
 Text: TypeAlias = str | tuple[Message, ...]
 
@@ -241,8 +242,3 @@ def some_keys(row: Mapping[str, Any]) -> str:
     """The first field names of a row, for a message about it."""
     names = [repr(str(key)[:30]) for key in list(row)[:6]]
     return ", ".join(names) + (", ..." if len(row) > 6 else "") if names else "an empty object"
-
-
-def type_name(value: object) -> str:
-    """A type as a JSON user calls it."""
-    return {type(None): "null", dict: "object", list: "list", bool: "boolean"}.get(type(value), type(value).__name__)
