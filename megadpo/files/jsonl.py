@@ -23,7 +23,7 @@ UNREADABLE = (OSError, EOFError, zlib.error)
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _ZSTD_PIECE_BYTES = 2**14
 
-LineFault: TypeAlias = Literal["line_too_long", "broken_utf8", "broken_json", "not_an_object"]
+LineReason: TypeAlias = Literal["line_too_long", "broken_utf8", "broken_json", "not_an_object"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +37,11 @@ class Line:
 
 
 class LineError(ValueError):
-    """Why a line is no JSON object. Its cause is the error of the decoder, where there was one."""
+    """Why a line is no JSON object. Its text is what the line holds; its cause is the decoder's error, if there was one."""
 
-    def __init__(self, fault: LineFault, found: str) -> None:
+    def __init__(self, reason: LineReason, found: str) -> None:
         super().__init__(found)
-        self.fault = fault
-        self.found = found
-        """For a message: what the line holds instead."""
+        self.reason = reason
 
 
 def open_bytes(path: Path) -> BinaryIO:

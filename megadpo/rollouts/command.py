@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from megadpo.config.problems import ConfigError, DataError, Problem
+from megadpo.files.atomic import write_then_rename
 from megadpo.rollouts.build import BuildOptions, build_pairs, rejected_path
 from megadpo.rollouts.chart import missing_matplotlib, write_png
 from megadpo.rollouts.pairing import PAIRINGS, PairingOptions
@@ -184,13 +185,10 @@ def _flag(name: str) -> str:
 
 
 def _write_report(report: BuildReport, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        (write_png if path.suffix == ".png" else write_html)(report, partial)
-        os.replace(partial, path)
+        with write_then_rename(path) as partial:
+            (write_png if path.suffix == ".png" else write_html)(report, partial)
     except OSError as error:
         said = error.strerror or type(error).__name__
         raise DataError(Problem("--report", said, "a file that can be written", f"name another than {path}")) from error
-    finally:
-        partial.unlink(missing_ok=True)
     print(f"wrote {path}", file=sys.stderr)

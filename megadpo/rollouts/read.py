@@ -1,4 +1,4 @@
-"""Rollouts files -> Rollouts; rows that can't be used go aside with their reason."""
+"""Rollouts files -> Rollouts; rows that can't be used are left out, each with its reason."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 from megadpo.config.problems import DataError, Problem
 from megadpo.files.jsonl import UNREADABLE, Line, LineError, read_lines, read_object
-from megadpo.rollouts.aside import Aside
-from megadpo.rollouts.reasons import Unusable
+from megadpo.messages.chat import MessageError
+from megadpo.rollouts.left_out import LeftOut, Unusable
 from megadpo.rollouts.row import Generation, ParsedRow, RowOptions, answer_chars, parse_row
 from megadpo.rollouts.store import Rollout, TextStore
 
@@ -29,7 +29,7 @@ class ReadRollouts:
 def read_rollouts(
     paths: Sequence[Path],
     store: TextStore,
-    aside: Aside,
+    left_out: LeftOut,
     options: RowOptions,
     on_row: Callable[[], None] = lambda: None,
 ) -> ReadRollouts:
@@ -38,7 +38,7 @@ def read_rollouts(
     problems: list[Problem] = []
     for path in paths:
         try:
-            _read_file(path, store, aside, options, done, on_row)
+            _read_file(path, store, left_out, options, done, on_row)
         except DataError as error:
             problems.extend(error.problems)
     if problems:
@@ -47,7 +47,7 @@ def read_rollouts(
 
 
 def _read_file(
-    path: Path, store: TextStore, aside: Aside, options: RowOptions, done: ReadRollouts, on_row: Callable[[], None]
+    path: Path, store: TextStore, left_out: LeftOut, options: RowOptions, done: ReadRollouts, on_row: Callable[[], None]
 ) -> None:
     generation: Generation | None = None
     rows = 0
@@ -62,10 +62,8 @@ def _read_file(
                 )
             done.rollouts.append(_kept(parsed, store, str(path), line.number, rows))
             done.notes.update(set(parsed.notes))
-        except LineError as error:
-            aside.row(where, error.fault, error.found, line.content)
-        except Unusable as unusable:
-            aside.row(where, unusable.reason, unusable.value, line.content)
+        except (LineError, MessageError, Unusable) as error:
+            left_out.add_row(where, error.reason, str(error), line.content)
         rows += 1
         on_row()
     done.rows[str(path)] = rows

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megadpo.rollouts.group import Group
+from megadpo.rollouts.left_out import GROUP_REASONS
 from megadpo.rollouts.pairing import PairingOptions, RolloutPair, balance_lengths, select_pairs
-from megadpo.rollouts.reasons import GROUP_REASONS
 
 _GAPS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 MOST_BINS = 12
@@ -51,7 +51,7 @@ class BuildReport:
     pairing: str
     """Pairing and its options, as the user gave them."""
     left_out: Counter[str]
-    """Rows, rollouts, groups and pairs by reason (reasons.py)."""
+    """Rows, rollouts, groups and pairs by reason (left_out.py)."""
     examples: dict[str, list[str]]
     """First places of each reason."""
     at_gaps: list[PairsAtGap]

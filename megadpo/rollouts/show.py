@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megadpo.rollouts.reasons import GROUP_REASONS, PAIR_REASONS, REASONS, ROLLOUT_REASONS, ROW_REASONS
+from megadpo.rollouts.left_out import GROUP_REASONS, PAIR_REASONS, REASONS, ROLLOUT_REASONS, ROW_REASONS
 from megadpo.rollouts.report import BuildReport, histogram
 
 _BAR_CHARS = 24

@@ -49,7 +49,7 @@ def test_a_cut_or_damaged_file_is_unreadable(tmp_path: Path, ending: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("content", "fault", "found"),
+    ("content", "reason", "found"),
     [
         (b"[1]", "not_an_object", "a JSON list"),
         (b"null", "not_an_object", "a JSON null"),
@@ -59,10 +59,10 @@ def test_a_cut_or_damaged_file_is_unreadable(tmp_path: Path, ending: str) -> Non
         (b'{"a": "caf\xe9"}', "broken_utf8", "the byte 0xe9 at column 11"),
     ],
 )
-def test_a_line_without_an_object_says_what_it_holds(content: bytes, fault: str, found: str) -> None:
+def test_a_line_without_an_object_says_what_it_holds(content: bytes, reason: str, found: str) -> None:
     with pytest.raises(LineError) as refused:
         read_object(Line(1, content))
-    assert refused.value.fault == fault and found in refused.value.found
+    assert refused.value.reason == reason and found in str(refused.value)
 
 
 def test_a_cut_line_is_not_parsed() -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megadpo.rollouts.left_out import GROUP_REASONS
 from megadpo.rollouts.pairing import (
     PAIRINGS,
     PairingOptions,
@@ -17,7 +18,6 @@ from megadpo.rollouts.pairing import (
     select_pairs,
     why_no_pair,
 )
-from megadpo.rollouts.reasons import GROUP_REASONS
 from megadpo.rollouts.store import Rollout
 from tests.rollouts.builders import rollout
 

@@ -1,4 +1,4 @@
-"""Files of rollouts: what is read, and what goes aside with its file:line."""
+"""Files of rollouts: what is read, and what is left out with its file:line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 from megadpo.config.problems import DataError
-from megadpo.rollouts.aside import Aside
+from megadpo.rollouts.left_out import LeftOut
 from megadpo.rollouts.read import ReadRollouts, read_rollouts
 from megadpo.rollouts.row import RowOptions
 from megadpo.rollouts.store import TextStore
@@ -19,10 +19,10 @@ from tests.rollouts.builders import call, call_output, current, message, older, 
 
 
 def read(*paths: Path, options: RowOptions | None = None) -> tuple[ReadRollouts, list[dict]]:
-    """The rollouts, and the records that went aside."""
-    file = io.StringIO()
+    """The rollouts, and the records of what was left out."""
+    file = io.BytesIO()
     with TextStore(paths[0].parent) as store:
-        done = read_rollouts(paths, store, Aside(file), options or RowOptions())
+        done = read_rollouts(paths, store, LeftOut(file), options or RowOptions())
     return done, [json.loads(line) for line in file.getvalue().splitlines()]
 
 

@@ -178,15 +178,15 @@ def _line_problem(error: jsonl.LineError, line: jsonl.Line, place: Place) -> Pro
     if isinstance(cause, UnicodeDecodeError):
         return _not_utf8(place, line.content[cause.start], cause.start, line.content)
     expected = "one JSON object a line"
-    if error.fault == "line_too_long":
+    if error.reason == "line_too_long":
         expected = "a pair a line, which no model reads at such a length"
         fix = "put each pair on a line of its own, or remove this one"
-    elif error.fault == "not_an_object":
+    elif error.reason == "not_an_object":
         fix = "write each pair as an object, one a line (a file of one big list is named .json)"
     else:
         whole = "put the whole object on this line and close what it opens, or name the file .json if rows span lines"
         fix = _json_fix(cause) or whole
-    return Problem(str(place), error.found, expected, fix)
+    return Problem(str(place), str(error), expected, fix)
 
 
 def _not_utf8(place: Place, byte: int, column: int, content: bytes = b"") -> Problem:
