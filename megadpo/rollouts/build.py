@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +12,14 @@ import numpy as np
 from megadpo.config.problems import DataError, Problem
 from megadpo.files.atomic import write_then_rename
 from megadpo.files.jsonl import to_line
-from megadpo.rollouts.group import (
-    Group,
-    GroupBy,
-    Grouping,
-    group_automatically,
-    group_by_input,
-    group_by_task,
-    group_consecutive,
-)
+from megadpo.rollouts.group import Group, Grouping, group_consecutive, group_rollouts
 from megadpo.rollouts.left_out import LeftOut
-from megadpo.rollouts.pairing import PairingOptions, RolloutPair, balance_lengths, select_pairs, why_no_pair
+from megadpo.rollouts.options import BuildOptions, rejected_path
+from megadpo.rollouts.pairing import RolloutPair, balance_lengths, select_pairs, why_no_pair
 from megadpo.rollouts.read import ReadRollouts, read_rollouts
 from megadpo.rollouts.report import BuildReport, pairs_at_gaps
-from megadpo.rollouts.row import RowOptions, as_text
+from megadpo.rollouts.row import as_text
 from megadpo.rollouts.store import Rollout, TextStore
-
-
-@dataclass(frozen=True, kw_only=True)
-class BuildOptions:
-    row: RowOptions = field(default_factory=RowOptions)
-    pairing: PairingOptions = field(default_factory=PairingOptions)
-    group_by: GroupBy = "auto"
-    num_repeats: int | None = None
-    """Group this many consecutive rows, whatever `group_by` says."""
-    dedupe: bool = False
-    """Take equal answers of a group, and equal pairs of the file, once; leave out answers with two rewards."""
-    balance_lengths: bool = False
-
-
-def rejected_path(output: Path) -> Path:
-    """Where what was left out of `output` is written."""
-    return output.with_name(f"{output.name.removesuffix('.jsonl')}.rejected.jsonl")
 
 
 def build_pairs(
@@ -64,7 +39,10 @@ def build_pairs(
             read = read_rollouts(paths, store, left_out, options.row, on_row)
             if options.group_by == "task" and options.num_repeats is None:
                 _leave_out_taskless(read, left_out)
-            grouping = _grouped(read, options)
+            if options.num_repeats is not None:
+                grouping = group_consecutive(read.rollouts, read.rows, options.num_repeats)
+            else:
+                grouping = group_rollouts(read.rollouts, options.group_by)
             groups = (
                 [_deduplicated(group, left_out) for group in grouping.groups] if options.dedupe else grouping.groups
             )
@@ -108,16 +86,6 @@ def pair_row(pair: RolloutPair, store: TextStore, *, text: bool) -> dict[str, An
 def _origin(rollout: Rollout) -> str:
     """file:line, and which of the task's rollouts it is where the row says so."""
     return rollout.where if rollout.rollout_index is None else f"{rollout.where} (rollout {rollout.rollout_index})"
-
-
-def _grouped(read: ReadRollouts, options: BuildOptions) -> Grouping:
-    if options.num_repeats is not None:
-        return group_consecutive(read.rollouts, read.rows, options.num_repeats)
-    if options.group_by == "task":
-        return group_by_task(read.rollouts)
-    if options.group_by == "input":
-        return group_by_input(read.rollouts)
-    return group_automatically(read.rollouts)
 
 
 def _leave_out_taskless(read: ReadRollouts, left_out: LeftOut) -> None:
@@ -190,26 +158,11 @@ def _report(
     left_out: LeftOut,
     options: BuildOptions,
 ) -> BuildReport:
-    report = BuildReport(
-        rows=read.rows,
-        rewards=np.array([rollout.reward for rollout in read.rollouts], dtype=np.float64),
-        grouping=grouping.how,
-        group_sizes=Counter(len(group.rollouts) for group in grouping.groups),
-        pairs=pairs,
-        pairing=options.pairing.pairing,
-        left_out=left_out.counts,
-        examples=left_out.examples,
-        at_gaps=pairs_at_gaps(
-            [group for group in groups if group.rollouts], options.pairing, balance=options.balance_lengths
-        ),
-        min_gap=options.pairing.min_gap,
-        notes=read.notes,
-        split_tasks=grouping.split_tasks,
-    )
-    if not options.dedupe:
-        twins = sum(
-            len(group.rollouts) - len({rollout.answer for rollout in group.rollouts}) for group in grouping.groups
-        )
-        if twins:
-            report.notes["answers that an earlier rollout of their group gave too (--dedupe takes them once)"] = twins
+    used = [group for group in groups if group.rollouts]
+    at_gaps = pairs_at_gaps(used, options.pairing, balance=options.balance_lengths)
+    rewards = np.array([rollout.reward for rollout in read.rollouts], dtype=np.float64)
+    report = BuildReport(options, read.rows, rewards, grouping, pairs, left_out, at_gaps, read.notes)
+    equal = sum(len(group.rollouts) - len({one.answer for one in group.rollouts}) for group in grouping.groups)
+    if equal and not options.dedupe:
+        report.notes["answers that an earlier rollout of their group gave too (--dedupe takes them once)"] = equal
     return report

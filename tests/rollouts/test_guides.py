@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from megadpo.messages.responses import to_messages
-from megadpo.rollouts.build import BuildOptions, build_pairs
+from megadpo.rollouts.build import build_pairs
+from megadpo.rollouts.options import BuildOptions
 from megadpo.rollouts.pairing import PairingOptions
 from megadpo.rollouts.row import RowOptions
 from tests.rollouts.builders import message, older, write
