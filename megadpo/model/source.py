@@ -93,10 +93,10 @@ def _tensors_of_file(path: Path) -> Iterator[tuple[int, int]]:
 
 def _tensors_by_file(folder: Path) -> dict[str, list[tuple[int, int]]]:
     """The same of each file of a Megatron folder, by its name."""
-    from torch.distributed.checkpoint import FileSystemReader
+    from megadpo.model.weights.safe_files import read_metadata
 
     found: dict[str, list[tuple[int, int]]] = {}
-    for place in (FileSystemReader(folder).read_metadata().storage_data or {}).values():
+    for place in read_metadata(folder).storage_data.values():
         found.setdefault(place.relative_path, []).append((place.offset, place.length))
     return {name: sorted(places) for name, places in found.items()}
 

@@ -28,6 +28,11 @@ from megadpo.model.weights.tables import Entry, WeightTable, weight_table
 MODEL_FOLDER, HF_FOLDER, INFO_FILE = "model", "hf", "megadpo.json"
 FORMAT = 1
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data")
+NEEDED_FILES = {
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.json", "chat_template.jinja", "vocab.json", "vocab.txt", "merges.txt"),
+    *("tokenizer.model", "spiece.model"),
+}
 
 
 def is_megatron_folder(folder: str | Path) -> bool:
@@ -42,15 +47,43 @@ def write_info(folder: str | Path, dtype: torch.dtype, step: int) -> None:
 
 
 def copy_hf_files(source: str | Path, target: str | Path) -> None:
-    """Copy everything of a Hugging Face folder except weights (and hidden files) to `target`, byte for byte."""
+    """Copy everything of a Hugging Face folder except weights (and hidden files) to `target`, byte for byte. Left out: a
+    link out of the folder, whose file is not the model's to hand on."""
     source, target = Path(source), Path(target)
-    for path in sorted(source.rglob("*")):
-        relative = path.relative_to(source)
-        hidden = any(part.startswith(".") for part in relative.parts)
+    for path in _other_files(source):
+        if not _leads_out(path, source):
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+
+
+def linked_out(folder: str | Path) -> list[Problem]:
+    """The links out of a Hugging Face folder among the files that a checkpoint needs; `copy_hf_files` leaves them out."""
+    folder = Path(folder)
+    expected = (
+        "a file of the model folder: checkpoints keep a copy, and links out of the folder are not followed for it"
+    )
+    return [
+        Problem(str(path), f"a link to {path.resolve()}", expected, f"cp --remove-destination {path.resolve()} {path}")
+        for path in _other_files(folder)
+        if path.parent == folder and path.name in NEEDED_FILES and _leads_out(path, folder)
+    ]
+
+
+def _other_files(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         name = path.name.removesuffix(".index.json")
         if path.is_file() and not hidden and not name.endswith(WEIGHT_SUFFIXES):
-            (target / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / relative)
+            yield path
+
+
+def _leads_out(path: Path, folder: Path) -> bool:
+    """Not so in the hub's cache, where a model's files are links from snapshots/<commit>/ to its blobs/."""
+    true, inside = path.resolve(), [folder.resolve()]
+    if inside[0].parent.name == "snapshots":
+        inside.append(inside[0].parents[1] / "blobs")
+    return not any(true.is_relative_to(one) for one in inside)
 
 
 def import_hf(hf: str | Path, megatron: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -62,7 +95,7 @@ def import_hf(hf: str | Path, megatron: str | Path, dtype: torch.dtype | None = 
     """
     table = weight_table(read_architecture(hf, "--hf"))
     weights = HfWeights.open(hf, table)
-    problems = weights.problems(table) + _target_problems(megatron)
+    problems = weights.problems(table) + linked_out(hf) + _target_problems(megatron)
     if problems:
         raise ConfigError(problems)
     with _written_aside(megatron) as folder:

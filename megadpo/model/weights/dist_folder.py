@@ -32,11 +32,10 @@ from torch.futures import Future
 
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.model.weights.layouts import Shape
+from megadpo.model.weights.safe_files import FIX, MetadataGiven, read_metadata
 from megadpo.model.weights.tables import MEGATRON_LAYER, Entry
 
-METADATA_FILE = ".metadata"
 COMMON_FILE = "common.pt"
-_FIX = "use a folder that tools/hf_to_megatron.py or a training run has finished writing"
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,8 @@ class DistFolder:
     def __init__(self, folder: str | Path) -> None:
         """Reads the metadata only. Raises ConfigError where the folder is none, or not finished."""
         self.folder = Path(folder)
-        self._reader = dcp.FileSystemReader(self.folder)
-        try:
-            metadata = self._reader.read_metadata()
-        except (OSError, pickle.UnpicklingError, EOFError) as error:
-            expected = f"a checkpoint of megatron-core, with a file {METADATA_FILE}"
-            raise ConfigError(Problem(str(self.folder), str(error), expected, _FIX)) from error
+        metadata = read_metadata(self.folder)
+        self._reader = MetadataGiven(self.folder, metadata)
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._tensors: Mapping[str, TensorStorageMetadata] = {
             key: stored
@@ -77,10 +72,10 @@ class DistFolder:
         for entry in entries:
             region = self._find(entry)
             if region is None:
-                problems.append(Problem(str(self.folder), "no such tensor", " or ".join(entry.names), _FIX))
+                problems.append(Problem(str(self.folder), "no such tensor", " or ".join(entry.names), FIX))
             elif region.shape != entry.full_shape:
                 expected = f"shape {entry.full_shape}, by hf/config.json"
-                problems.append(Problem(f"{self.folder}: {region.key}", region.shape, expected, _FIX))
+                problems.append(Problem(f"{self.folder}: {region.key}", region.shape, expected, FIX))
             else:
                 regions.append(region)
         if problems:
@@ -113,11 +108,11 @@ class DistFolder:
         items = create_read_items_for_chunk_list(region.key, self._tensors[region.key], [chunk])
         found = sum(math.prod(item.lengths) for item in items)
         if found != target.numel():
-            raise ConfigError(Problem(where, f"{found} numbers", f"{target.numel()} numbers", _FIX))
+            raise ConfigError(Problem(where, f"{found} numbers", f"{target.numel()} numbers", FIX))
         try:
             self._reader.read_data(dcp_planner.LoadPlan(items), _OneTensor(target.view(shape))).wait()
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ConfigError(Problem(where, str(error), "readable .distcp files", _FIX)) from error
+            raise ConfigError(Problem(where, str(error), "readable .distcp files", FIX)) from error
         return target
 
 
