@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factories
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling
@@ -25,18 +29,28 @@ from torch.distributed.checkpoint.planner import ReadItem
 
 from megadpo.checkpoint.folder import CheckpointInfo
 from megadpo.checkpoint.save import EXTRA_STATE, layout_name, optimizer_format, sharded_weights
+from megadpo.checkpoint.verify import require_whole_weights
 from megadpo.config.problems import ConfigError, Problem, UserError
+from megadpo.model.manifest import no_manifest
 from megadpo.model.weights.dist_folder import COMMON_FILE
 from megadpo.model.weights.safe_files import MetadataGiven, read_data, read_metadata
 from megadpo.optimizer.state import load_sharded_state, sharded_state
 from megadpo.parallel import ParallelContext
 
+LOG = logging.getLogger(__name__)
+
 
 def load_weights(model: Sequence[MegatronModule], checkpoint: Path) -> None:
     """Fill this rank's chunks (unwrapped) from a checkpoint folder, whatever layout wrote it, without its optimizer.
 
-    Collectives: those of dist_checkpointing.load. Raises ConfigError for a folder whose tensors are not this model's.
+    What is read is verified first; of a folder without a manifest, rank 0 logs that it can't be. Collectives: those of
+    require_whole_weights and dist_checkpointing.load. Raises ConfigError for a folder that is damaged, or whose tensors
+    are not this model's.
     """
+    whole = _wanted_weights(model)
+    apply_factories(whole)
+    if not require_whole_weights(checkpoint, {part.key for part in nested_values(whole)}) and dist.get_rank() == 0:
+        LOG.warning(no_manifest(checkpoint))
     _fill(model, _load({"weights": _wanted_weights(model)}, checkpoint)["weights"])
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
+from megadpo.model.manifest import INFO_FILE, MANIFEST_FILE, small_files, verify
 
 _SAMPLES, _SAMPLE_BYTES = 32, 2048
 _TENSOR_SAMPLES, _TENSOR_SAMPLE_BYTES = 2, 1024
@@ -29,10 +30,12 @@ def resolve_source(name: str, field: str, *, weights: bool = True) -> ModelSourc
     """Find the folder that `name` means. A hub name is downloaded, or found in the hub's local cache; weights: with
     its safetensors.
 
-    Raises ConfigError naming `field` where there is no such folder or model.
+    Raises ConfigError naming `field` where there is no such folder or model, and naming each damaged file of a Megatron
+    checkpoint that is read before its tensors.
     """
     folder = Path(name)
-    if (folder / "megadpo.json").is_file() and (folder / "hf").is_dir():
+    if (folder / MANIFEST_FILE).is_file() or ((folder / INFO_FILE).is_file() and (folder / "hf").is_dir()):
+        verify(folder, small_files)
         return ModelSource(hf_files=folder / "hf", megatron=folder)
     if folder.is_dir():
         return ModelSource(hf_files=folder, megatron=None)

@@ -14,6 +14,7 @@ import torch
 from torch.distributed.checkpoint import metadata as dcp_metadata
 
 from megadpo.config.problems import ConfigError
+from megadpo.model.manifest import write_manifest
 from megadpo.model.source import ModelSource, weights_fingerprint
 from megadpo.model.weights import export_hf, import_hf
 from megadpo.model.weights.safe_files import read_data, read_metadata
@@ -65,6 +66,7 @@ def test_a_resume_runs_no_code_of_the_checkpoint(case, start, tmp_path):
     name, plant, said = PLANTED[case]
     folder = shutil.copytree(start, tmp_path / "run")
     plant(tmp_path / "proof", folder / "checkpoints/step_1" / name)
+    write_manifest(folder / "checkpoints/step_1")  # as whoever plants code can, too
     overrides = [f"checkpointing.checkpoint_dir={folder}/checkpoints", f"logger.log_dir={folder}/logs"]
     [(code, printed)] = run_distributed(
         train_and_read, 1, str(start / "config.yaml"), overrides, init_process_group=False
@@ -90,6 +92,7 @@ def test_an_evaluation_runs_no_code_of_the_checkpoint(case, start, tmp_path):
     name, plant, said = PLANTED[case]
     step = Path(shutil.copytree(start / "checkpoints/step_1", tmp_path / "step_1"))
     plant(tmp_path / "proof", step / name)
+    write_manifest(step)
     overrides = [f"policy.model_name={step}", f"logger.log_dir={tmp_path}"]
     [(code, printed)] = run_distributed(
         evaluate_and_read, 1, str(start / "config.yaml"), overrides, init_process_group=False
@@ -135,6 +138,7 @@ def test_an_object_among_the_tensors_is_data(tmp_path):
 def test_an_export_and_a_fingerprint_run_no_code_of_the_checkpoint(start, tmp_path):
     step = Path(shutil.copytree(start / "checkpoints/step_1", tmp_path / "step_1"))
     as_metadata(tmp_path / "proof", step / "model/.metadata")
+    write_manifest(step)
     with pytest.raises(ConfigError, match=r"model/\.metadata.*asks for pathlib\.Path\.touch"):
         export_hf(step, tmp_path / "exported")
     with pytest.raises(ConfigError, match=r"model/\.metadata"):

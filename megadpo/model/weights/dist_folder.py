@@ -11,7 +11,7 @@ import io
 import math
 import pickle
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,11 +31,12 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megadpo.config.problems import ConfigError, Problem
+from megadpo.model.manifest import BLOCK_BYTES, Manifest, damage_of
 from megadpo.model.weights.layouts import Shape
-from megadpo.model.weights.safe_files import FIX, MetadataGiven, read_metadata
+from megadpo.model.weights.safe_files import FIX, METADATA_FILE, MetadataGiven, read_metadata
 from megadpo.model.weights.tables import MEGATRON_LAYER, Entry
 
-COMMON_FILE = "common.pt"
+MODEL_FOLDER, COMMON_FILE, TENSOR_SUFFIX = "model", "common.pt", ".distcp"
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,20 @@ class DistFolder:
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ConfigError(Problem(where, str(error), "readable .distcp files", FIX)) from error
         return target
+
+
+def blocks_with(keys: Collection[str], checkpoint: Path, manifest: Manifest) -> dict[str, list[int]]:
+    """For manifest.damages: of the tensors' files, the blocks that hold a part of the tensors `keys`; of the others, all.
+    Raises ConfigError for a damaged .metadata, which says where they are."""
+    if damage := damage_of(checkpoint, manifest, f"{MODEL_FOLDER}/{METADATA_FILE}"):
+        raise ConfigError(damage)
+    blocks = {name: set(range(len(p.xxh3))) for name, p in manifest.items() if not name.endswith(TENSOR_SUFFIX)}
+    for index, place in read_metadata(checkpoint / MODEL_FOLDER).storage_data.items():
+        name = f"{MODEL_FOLDER}/{place.relative_path}"
+        if index.fqn in keys and name in manifest:
+            first, last = place.offset // BLOCK_BYTES, (place.offset + place.length - 1) // BLOCK_BYTES
+            blocks.setdefault(name, set()).update(range(first, last + 1))
+    return {name: sorted(numbers) for name, numbers in blocks.items()}
 
 
 class _OneTensor(DefaultLoadPlanner):
