@@ -30,6 +30,7 @@ setup(
         "safetensors>=0.5",
         "datasets>=4.7",  # Parquet, Arrow, CSV and the hub
         "zstandard>=0.22",  # .zst files
+        "xxhash>=3.2",  # checksums of checkpoints
         "filelock>=3.13",  # one process of a machine tokenises, the others wait
         "httpx>=0.27",  # collect_rollouts.py's client
         "tenacity>=9.0",  # and its retries

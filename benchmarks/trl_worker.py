@@ -146,7 +146,7 @@ def make_trainer(spec: Spec) -> Any:
             self.step_records.append(record)
             self.micro_losses = []
 
-    tokenizer = AutoTokenizer.from_pretrained(spec.model)
+    tokenizer = AutoTokenizer.from_pretrained(spec.model, trust_remote_code=False)
     dataset = Dataset.from_list(load_rows(spec, tokenizer))
     return RecordingTrainer(
         model=spec.model,

@@ -4,27 +4,28 @@
                               hf/            config.json and tokenizer files, as they came from Hugging Face
                               rng/           random-number states, one file a rank
                               config.yaml    the resolved config of the run
-                              megadpo.json   written last inside; holds the TrainingPosition
+                              megadpo.json   holds the TrainingPosition, and says that there is a manifest
+                              manifest.json  written last inside: size and checksums of every other file, and of itself
 A checkpoint under construction is called .step_<N>.partial and is renamed when whole; one that goes is renamed to
-.deleted.step_<N> first.
+.deleted.step_<N> first. So a step_<N> with manifest.json or model/ and without megadpo.json is damaged.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from megadpo.checkpoint.position import TrainingPosition
 from megadpo.config.problems import ConfigError, Problem
+from megadpo.model.manifest import INFO_FILE, MANIFEST_FILE, step_number
 
 FORMAT = 1
 DELETED_PREFIX = ".deleted."
-STEP_FOLDER = re.compile(r"step_\d+")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def partial_folder(final: Path) -> Path:
 
 def read_info(path: Path) -> CheckpointInfo:
     """The record of a complete checkpoint. Raises OSError, ValueError or KeyError for anything else."""
-    record = json.loads((path / "megadpo.json").read_text())
+    record = json.loads((path / INFO_FILE).read_text())
     if record["format"] != FORMAT:
         raise ValueError(f"{path} has checkpoint format {record['format']}, this version reads {FORMAT}")
     return CheckpointInfo(
@@ -59,24 +60,41 @@ def read_info(path: Path) -> CheckpointInfo:
     )
 
 
+def step_folders(folder: Path) -> list[Path]:
+    """What is or was a checkpoint of the run, by step."""
+    parts = (INFO_FILE, MANIFEST_FILE, "model")
+    steps = {number: path for path in folder.glob("step_*") if (number := step_number(path)) is not None}
+    return [steps[number] for number in sorted(steps) if any((steps[number] / part).exists() for part in parts)]
+
+
+def require_info(path: Path) -> CheckpointInfo:
+    """`read_info` of a checkpoint of a run. Raises ConfigError where megadpo.json doesn't make it one."""
+    try:
+        info = read_info(path)
+        if info.position.step != step_number(path):
+            raise ValueError(f"it is of step {info.position.step}")
+        return info
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        expected = f"the record of a checkpoint that a run has finished ({type(error).__name__}: {error})"
+        fix = "move the folder away from the run's checkpoints"
+        raise ConfigError(Problem(str(path / INFO_FILE), "another one", expected, fix)) from error
+
+
 def complete_checkpoints(folder: Path) -> list[CheckpointInfo]:
-    """Complete checkpoints in `folder`, by step. A folder without megadpo.json is not one of ours, or not complete.
-    Raises ConfigError for one that megadpo.json doesn't make a run's checkpoint."""
+    """Complete checkpoints in `folder`, by step; those whose record can't be read are left out."""
     found = []
-    for path in folder.glob("step_*"):
-        if STEP_FOLDER.fullmatch(path.name) and (path / "megadpo.json").is_file():
-            try:
-                found.append(read_info(path))
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                expected = f"the record of a checkpoint that a run has finished ({type(error).__name__}: {error})"
-                fix = "move the folder away from the run's checkpoints"
-                raise ConfigError(Problem(str(path / "megadpo.json"), "another one", expected, fix)) from error
-    return sorted(found, key=lambda info: info.position.step)
+    for path in step_folders(folder):
+        with contextlib.suppress(ConfigError):
+            found.append(require_info(path))
+    return found
 
 
-def newest_checkpoint(folder: Path) -> CheckpointInfo | None:
-    """The complete checkpoint with the highest step, or None."""
-    return max(complete_checkpoints(folder), key=lambda info: info.position.step, default=None)
+def move_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint, so that no run finds it; returns where it is now."""
+    names = (f"{checkpoint.name}.damaged{number}" for number in ["", *range(2, 1000)])
+    aside = next(path for name in names if not (path := checkpoint.parent / name).exists())
+    os.replace(checkpoint, aside)
+    return aside
 
 
 def prune_checkpoints(

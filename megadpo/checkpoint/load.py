@@ -2,32 +2,55 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factories
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import ReadItem
 
 from megadpo.checkpoint.folder import CheckpointInfo
 from megadpo.checkpoint.save import EXTRA_STATE, layout_name, optimizer_format, sharded_weights
-from megadpo.config.problems import ConfigError, Problem
+from megadpo.checkpoint.verify import require_whole_weights
+from megadpo.config.problems import ConfigError, Problem, UserError
+from megadpo.model.manifest import no_manifest
+from megadpo.model.weights.dist_folder import COMMON_FILE
+from megadpo.model.weights.safe_files import MetadataGiven, read_data, read_metadata
 from megadpo.optimizer.state import load_sharded_state, sharded_state
 from megadpo.parallel import ParallelContext
+
+LOG = logging.getLogger(__name__)
 
 
 def load_weights(model: Sequence[MegatronModule], checkpoint: Path) -> None:
     """Fill this rank's chunks (unwrapped) from a checkpoint folder, whatever layout wrote it, without its optimizer.
 
-    Collectives: those of dist_checkpointing.load. Raises ConfigError for a folder whose tensors are not this model's.
+    What is read is verified first; of a folder without a manifest, rank 0 logs that it can't be. Collectives: those of
+    require_whole_weights and dist_checkpointing.load. Raises ConfigError for a folder that is damaged, or whose tensors
+    are not this model's.
     """
+    whole = _wanted_weights(model)
+    apply_factories(whole)
+    if not require_whole_weights(checkpoint, {part.key for part in nested_values(whole)}) and dist.get_rank() == 0:
+        LOG.warning(no_manifest(checkpoint))
     _fill(model, _load({"weights": _wanted_weights(model)}, checkpoint)["weights"])
 
 
@@ -60,7 +83,8 @@ def load_training_state(
     scheduler.num_steps = 0
     scheduler.step(increment=info.position.step)
     if info.layout == layout_name(parallel):
-        state = torch.load(info.path / "rng" / f"rank_{parallel.rank}.pt", weights_only=False)
+        file = info.path / "rng" / f"rank_{parallel.rank}.pt"
+        state = read_data(file, file)
         if state.get("device", parallel.device.type) == parallel.device.type:
             _restore_rng(state)
 
@@ -82,13 +106,62 @@ def _fill(model: Sequence[MegatronModule], weights: dict[str, Any]) -> None:
 
 
 def _load(wanted: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    folder = checkpoint / "model"
     try:
-        return dist_checkpointing.load(wanted, str(checkpoint / "model"), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
-    except (dist_checkpointing.core.CheckpointingException, KeyError, ValueError, RuntimeError) as error:
-        expected = "a Megatron checkpoint of this architecture and dtype"
-        raise ConfigError(
-            [Problem("policy.model_name", str(checkpoint), f"{expected} ({error})", "name the folder it was made from")]
-        ) from error
+        with _nothing_executed(folder):
+            strategies = torch_strategy.TorchDistLoadShardedStrategy(), _DataOnlyCommon()
+            return dist_checkpointing.load(wanted, str(folder), *strategies, strict=StrictHandling.ASSUME_OK_UNEXPECTED)
+    except CheckpointException as error:  # a BaseException around each rank's
+        causes = [cause for cause, _ in error.failures.values()]
+        refusals = [cause.problems for cause in causes if isinstance(cause, UserError)]
+        raise ConfigError(refusals[0]) if refusals else _not_readable(checkpoint, causes[0]) from error
+    except (
+        dist_checkpointing.core.CheckpointingException,
+        *(KeyError, ValueError, RuntimeError, OSError, TypeError, AttributeError),
+    ) as error:
+        raise _not_readable(checkpoint, error) from error
+
+
+def _not_readable(checkpoint: Path, error: BaseException) -> ConfigError:
+    expected = f"a Megatron checkpoint of this architecture and dtype ({error})"
+    return ConfigError(Problem("policy.model_name", str(checkpoint), expected, "name the folder it was made from"))
+
+
+@contextmanager
+def _nothing_executed(folder: Path) -> Iterator[None]:
+    """megatron-core's load with our readers in the places of the two of torch that unpickle whatever a file asks for:
+    .metadata, and objects among the tensors. Raises ConfigError where .metadata is none."""
+    reader = MetadataGiven(folder, read_metadata(folder))
+    ours = {
+        "_get_filesystem_reader": lambda *_, **__: reader,
+        "MCoreLoadPlanner": partial(_DataOnlyPlanner, folder),
+    }
+    theirs = {name: getattr(torch_strategy, name) for name in ours}
+    try:
+        for name, value in ours.items():
+            setattr(torch_strategy, name, value)
+        yield
+    finally:
+        for name, value in theirs.items():
+            setattr(torch_strategy, name, value)
+
+
+class _DataOnlyPlanner(torch_strategy.MCoreLoadPlanner):
+    def __init__(self, folder: Path, **options: Any) -> None:
+        super().__init__(**options)
+        self._folder = folder
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        data = io.BytesIO()
+        torch.save(read_data(value, f"{self._folder}: {read_item.dest_index.fqn}"), data)
+        data.seek(0)
+        super().load_bytes(read_item, data)  # which unpickles anything: of ours there is only data in it
+
+
+class _DataOnlyCommon(TorchCommonLoadStrategy):
+    def load_common(self, checkpoint_dir: str | Path) -> Any:
+        file = Path(checkpoint_dir) / COMMON_FILE
+        return read_data(file, file)
 
 
 def _check_optimizer(info: CheckpointInfo, optimizer: MegatronOptimizer) -> None:

@@ -25,6 +25,7 @@ from megadpo.checkpoint.writer import SaveStrategy
 from megadpo.config.load import save_resolved
 from megadpo.config.schema import Config
 from megadpo.files.atomic import sync, write_then_rename
+from megadpo.model.manifest import FileProof, prove, write_manifest
 from megadpo.model.weights.convert import copy_hf_files
 from megadpo.optimizer.state import METADATA, sharded_state
 from megadpo.parallel import ParallelContext
@@ -48,8 +49,9 @@ def save_checkpoint(
 
     model: the unwrapped chunks of this rank (the DDP wrapper would prefix every key). optimizer None: weights only.
     hf_files: folder whose files, weights apart, go into hf/. Collectives: those of dist_checkpointing.save, and
-    barriers over the world. Raises what the file system raises (a full disk, a folder that can't be written); the
-    partial folder then stays behind, complete checkpoints are untouched, and the next save starts it anew.
+    an all-gather of pickled objects and barriers over the world. Raises what the file system raises (a full disk, a folder
+    that can't be written); the partial folder then stays behind, complete checkpoints are untouched, and the next save
+    starts it anew.
     """
     final = folder / f"step_{position.step}"
     partial = partial_folder(final)
@@ -67,7 +69,7 @@ def save_checkpoint(
         state["optimizer"] = sharded_state(optimizer, whose, is_loading=False)
     dist_checkpointing.save(state, str(partial / "model"), SaveStrategy())
     torch.save(_rng_state(parallel.device.type), partial / "rng" / f"rank_{parallel.rank}.pt")
-    dist.barrier()
+    proofs = _proofs_of_writers(partial, parallel)
 
     if parallel.rank == 0:
         copy_hf_files(hf_files, partial / "hf")
@@ -80,15 +82,26 @@ def save_checkpoint(
             "has_optimizer": optimizer is not None,
             "optimizer_format": optimizer_format(optimizer),
             "position": position.to_json(),
+            "manifest": True,
         }
         with write_then_rename(partial / "megadpo.json") as file:
             file.write_text(json.dumps(record, indent=1))
+        write_manifest(partial, proofs)
         if final.exists():  # the same step again, after a resume from an older checkpoint
             delete(final)
         os.replace(partial, final)
         sync(folder)
     dist.barrier()
     return final
+
+
+def _proofs_of_writers(folder: Path, parallel: ParallelContext) -> dict[str, FileProof]:
+    """Every rank reads what it wrote itself, which its node still has in memory. Collectives: an all-gather of pickled
+    objects, after which all files are there."""
+    mine = [*(folder / "model").glob(f"__{parallel.rank}_*.distcp"), folder / "rng" / f"rank_{parallel.rank}.pt"]
+    found: list[dict[str, FileProof]] = [{} for _ in range(parallel.world_size)]
+    dist.all_gather_object(found, prove(folder, mine))
+    return {name: proof for proofs in found for name, proof in proofs.items()}
 
 
 def sharded_weights(model: Sequence[MegatronModule], *, per_layer: bool = False) -> dict[str, Any]:

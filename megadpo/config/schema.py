@@ -85,6 +85,9 @@ class CheckpointingConfig:
     """Best checkpoints to keep, the newest always among the kept. null: all."""
     save_period: PositiveInt = 50
     """Save every this many steps, and at the end."""
+    on_damage: Literal["stop", "previous"] = "stop"
+    """Where the newest checkpoint is not as it was written: refuse, naming its damaged files, or rename it to
+    step_<N>.damaged and go on from the newest whole one before it."""
     checkpoint_must_save_by: str | None = None
     """DD:HH:MM:SS after the start: save, then stop. null: no limit."""
     save_optimizer: bool = True

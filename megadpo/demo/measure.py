@@ -36,8 +36,8 @@ def score(folder: Path, sums: Sequence[Sum]) -> Score:
     """Open a Hugging Face folder with transformers and score it on every sum."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32).eval()
     chosen = answer_logps(model, tokenizer, [(question(a, b), worked_answer(a, b)) for a, b in sums])
     rejected = answer_logps(model, tokenizer, [(question(a, b), worked_answer(a, b, slip=True)) for a, b in sums])
     answers = greedy_answers(model, tokenizer, [question(a, b) for a, b in sums])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
+from megadpo.model.manifest import INFO_FILE, MANIFEST_FILE, small_files, verify
 
 _SAMPLES, _SAMPLE_BYTES = 32, 2048
 _TENSOR_SAMPLES, _TENSOR_SAMPLE_BYTES = 2, 1024
@@ -29,10 +30,12 @@ def resolve_source(name: str, field: str, *, weights: bool = True) -> ModelSourc
     """Find the folder that `name` means. A hub name is downloaded, or found in the hub's local cache; weights: with
     its safetensors.
 
-    Raises ConfigError naming `field` where there is no such folder or model.
+    Raises ConfigError naming `field` where there is no such folder or model, and naming each damaged file of a Megatron
+    checkpoint that is read before its tensors.
     """
     folder = Path(name)
-    if (folder / "megadpo.json").is_file() and (folder / "hf").is_dir():
+    if (folder / MANIFEST_FILE).is_file() or ((folder / INFO_FILE).is_file() and (folder / "hf").is_dir()):
+        verify(folder, small_files)
         return ModelSource(hf_files=folder / "hf", megatron=folder)
     if folder.is_dir():
         return ModelSource(hf_files=folder, megatron=None)
@@ -93,10 +96,10 @@ def _tensors_of_file(path: Path) -> Iterator[tuple[int, int]]:
 
 def _tensors_by_file(folder: Path) -> dict[str, list[tuple[int, int]]]:
     """The same of each file of a Megatron folder, by its name."""
-    from torch.distributed.checkpoint import FileSystemReader
+    from megadpo.model.weights.safe_files import read_metadata
 
     found: dict[str, list[tuple[int, int]]] = {}
-    for place in (FileSystemReader(folder).read_metadata().storage_data or {}).values():
+    for place in read_metadata(folder).storage_data.values():
         found.setdefault(place.relative_path, []).append((place.offset, place.length))
     return {name: sorted(places) for name, places in found.items()}
 

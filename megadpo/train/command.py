@@ -88,6 +88,7 @@ def checked_config(path: str, overrides: Sequence[str], world_size: int | None, 
     """The config, held against the model's config.json and the world. Raises ConfigError with every problem."""
     from megadpo.model.freeze import freeze_problems
     from megadpo.model.source import reference_source, resolve_source
+    from megadpo.model.weights import linked_out
 
     cfg = load_config(path, overrides, purpose=purpose)
     source = resolve_source(cfg.policy.model_name, "policy.model_name")
@@ -97,6 +98,8 @@ def checked_config(path: str, overrides: Sequence[str], world_size: int | None, 
         # the reference runs in the policy's layout, so its own shape must allow that too
         for one in check_layout(cfg, read_architecture(reference.hf_files, "dpo.reference.model_name"), None):
             problems.append(dataclasses.replace(one, expected=f"{one.expected} (dpo.reference.model_name's)"))
+    if purpose == "train" and cfg.checkpointing.enabled:
+        problems += linked_out(source.hf_files)
     if problems:
         raise ConfigError(problems)
     return dataclasses.replace(cfg, notes=(*cfg.notes, *unused_by_dense(cfg, arch)))

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import tempfile
 import time
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 import yaml
 
-from megadpo.checkpoint import CheckpointInfo, newest_checkpoint
+from megadpo.checkpoint import CheckpointInfo, damages_together
+from megadpo.checkpoint.folder import move_aside, require_info, step_folders
 from megadpo.config.load import as_dict
 from megadpo.config.problems import ConfigError, Problem, UserError
 from megadpo.config.schema import Config
 from megadpo.data.tokens.dataset import PairDataset
+from megadpo.model.manifest import checkpoint_before, no_manifest
 from megadpo.model.source import ModelSource, reference_source, weights_fingerprint
 from megadpo.parallel import ParallelContext
 
@@ -30,19 +34,21 @@ REFERENCE = "dpo.reference"
 
 def find_resume(
     cfg: Config, data: PairDataset, settings: dict[str, Any], parallel: ParallelContext
-) -> CheckpointInfo | None:
-    """The newest checkpoint, as rank 0 sees it, or None; settings: `data_settings` of this run.
+) -> tuple[CheckpointInfo | None, list[str]]:
+    """The newest checkpoint, as rank 0 sees it, or None, and what is to be said of it; settings: `data_settings` of this
+    run.
 
-    Raises ConfigError, on every rank, where the folder can't be written or isn't the same one on every node, and where
-    the checkpoint saw other data, in another order, or another reference. Collectives: two broadcasts and an all-gather.
+    Raises ConfigError, on every rank, where the folder can't be written or isn't the same one on every node, where the
+    checkpoint is damaged, and where it saw other data, in another order, or another reference. Collectives: a broadcast
+    and an all-gather, and those of `newest_whole`.
     """
     if not cfg.checkpointing.enabled:
-        return None
+        return None, []
     folder = Path(cfg.checkpointing.checkpoint_dir)
     require_shared(folder, parallel)
-    info = from_first_rank(parallel, lambda: newest_checkpoint(folder))
+    info, notes = newest_whole(folder, parallel, on_damage=cfg.checkpointing.on_damage)
     if info is None:
-        return None
+        return None, notes
     fix = f"restore what {info.path} was trained with, or start anew in another {FIELD}"
     problems = []
     if info.position.data_fingerprint != data.fingerprint:
@@ -55,7 +61,39 @@ def find_resume(
             problems.append(Problem(field, settings[field], f"{before}, as in {info.path}", fix))
     if problems:
         raise ConfigError(problems)
-    return info
+    return info, notes
+
+
+def newest_whole(
+    folder: Path, parallel: ParallelContext, *, on_damage: Literal["stop", "previous"]
+) -> tuple[CheckpointInfo | None, list[str]]:
+    """The newest checkpoint of the run, verified, and a note for each that was not taken or couldn't be verified.
+
+    on_damage previous: damaged ones are renamed to step_<N>.damaged, and the one before them is taken. Raises ConfigError,
+    on every rank, naming the files of a damaged one; also where none is left. Collectives: two broadcasts and an
+    all-gather of pickled objects, for each damaged one three more.
+    """
+    notes: list[str] = []
+    while (path := from_first_rank(parallel, lambda: next(reversed(step_folders(folder)), None))) is not None:
+        problems, has_manifest = damages_together(path)
+        if not problems:
+            notes += [] if has_manifest else [no_manifest(path)]
+            return from_first_rank(parallel, partial(require_info, path)), notes
+        before = checkpoint_before(path)
+        if on_damage == "stop" or before is None:
+            raise ConfigError(dataclasses.replace(one, fix=_way_on(path, before)) for one in problems)
+        aside = from_first_rank(parallel, partial(move_aside, path))
+        notes.append(f"{path} is damaged ({problems[0].where}: {problems[0].value}); it is now {aside.name}")
+    return None, notes
+
+
+def _way_on(damaged: Path, before: Path | None) -> str:
+    move = f"mv {damaged} {damaged}.damaged"
+    if before is None:
+        return f"copy the checkpoint again from where it is whole; there is none before it: to start anew, {move}"
+    return (
+        f"{move}, and the run goes on from {before}, the one before it; checkpointing.on_damage=previous does the same"
+    )
 
 
 def data_settings(cfg: Config, source: ModelSource, parallel: ParallelContext) -> dict[str, Any]:
@@ -74,7 +112,12 @@ def data_settings(cfg: Config, source: ModelSource, parallel: ParallelContext) -
 def changes(cfg: Config, info: CheckpointInfo) -> list[str]:
     """One line for each setting of the objective, the optimizer and its schedule that differs from the run that wrote
     `info`: allowed, but not in silence."""
-    before = dict(_flat(yaml.safe_load((info.path / "config.yaml").read_text()), ""))
+    file = info.path / "config.yaml"
+    try:
+        before = dict(_flat(yaml.safe_load(file.read_text()), ""))
+    except (OSError, ValueError, yaml.YAMLError) as error:  # of a checkpoint that could not be verified
+        fix = "copy the checkpoint again from where it is whole"
+        raise ConfigError(Problem(str(file), str(error), "the config of the run that wrote it", fix)) from error
     watched = ("dpo.", "policy.max_grad_norm", "policy.megatron_cfg.optimizer.", "policy.megatron_cfg.scheduler.")
     return [
         f"resumed from {info.path.name} with {key} {value!r}, which was {before[key]!r}"

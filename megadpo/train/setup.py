@@ -79,12 +79,11 @@ def prepare(cfg: Config, parallel: ParallelContext) -> Run:
     data = load_data(cfg, arch, source, data_rank(parallel))
     total_steps = cfg.dpo.total_steps(data.train_loader.batches_per_epoch)
     settings = data_settings(cfg, source, parallel)
-    resume = find_resume(cfg, data.train, settings, parallel)
+    resume, notes = find_resume(cfg, data.train, settings, parallel)
 
-    notes: list[str] = []
     reference = None
     if cfg.dpo.reference.mode == "cached":  # before there is a policy, so that the two never share the memory
-        notes = attach_logps(cfg, source, arch, parallel, data.train_loader, data.validation, total_steps)
+        notes += attach_logps(cfg, source, arch, parallel, data.train_loader, data.validation, total_steps)
     elif cfg.dpo.reference.mode == "resident":
         reference = build_reference(cfg, source, arch, parallel)
 

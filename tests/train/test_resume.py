@@ -8,8 +8,9 @@ import json
 import pytest
 import torch
 
-from megadpo.checkpoint.folder import complete_checkpoints, newest_checkpoint, prune_checkpoints
+from megadpo.checkpoint.folder import complete_checkpoints, prune_checkpoints, require_info, step_folders
 from megadpo.config.problems import ConfigError
+from megadpo.model.manifest import write_manifest
 from tests.helpers.distributed import run_distributed
 from tests.helpers.overrides import CP2, DIST, PP2, SP, TP2, VPP2
 from tests.helpers.runs import make_config, make_model, make_pairs, read_metrics, train, train_and_read
@@ -164,15 +165,14 @@ def test_keep_top_k_keeps_the_best_and_the_newest(keep_top_k, metric, higher_is_
     gone = prune_checkpoints(tmp_path, keep_top_k=keep_top_k, metric=metric, higher_is_better=higher_is_better)
     assert [info.position.step for info in complete_checkpoints(tmp_path)] == left
     assert gone == [tmp_path / f"step_{step}" for step in losses if step not in left]
-    newest = newest_checkpoint(tmp_path)
-    assert newest is not None and newest.path == tmp_path / "step_10"
+    assert step_folders(tmp_path)[-1] == tmp_path / "step_10"
 
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path):
-    assert newest_checkpoint(tmp_path) is None
+    assert step_folders(tmp_path) == []
     make_records(tmp_path, {3: 0.5}, format=2)
     with pytest.raises(ConfigError, match="format 2, this version reads 1"):
-        newest_checkpoint(tmp_path)
+        require_info(tmp_path / "step_3")
 
 
 @pytest.mark.distributed
@@ -184,5 +184,6 @@ def test_a_checkpoint_of_a_gpu_goes_on_on_a_cpu(model, tmp_path):
     state = torch.load(file, weights_only=False)
     assert state["device"] == "cpu"
     torch.save({**state, "device": "cuda", "cuda": torch.zeros(16, dtype=torch.uint8)}, file)
+    write_manifest(tmp_path / "checkpoints" / "step_2")
     go(config, 1, [], 3)
     assert len(bits(tmp_path, range(1, 4))) == 3

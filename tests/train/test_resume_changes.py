@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
-from megadpo.checkpoint.folder import complete_checkpoints, delete
+from megadpo.checkpoint.folder import complete_checkpoints, delete, require_info, step_folders
 from megadpo.config.problems import ConfigError
 from megadpo.model.source import ModelSource, weights_fingerprint
 from megadpo.train.resume import claim, require_owner
@@ -115,7 +115,8 @@ def test_a_folder_that_is_no_checkpoint_of_a_run_is_named(tmp_path):
     (tmp_path / "step_0").mkdir()
     (tmp_path / "step_0/megadpo.json").write_text(json.dumps({"format": 1, "dtype": "float32", "step": 0}))
     with pytest.raises(ConfigError, match=r"step_0/megadpo.json"):
-        complete_checkpoints(tmp_path)
+        require_info(step_folders(tmp_path)[-1])
+    assert complete_checkpoints(tmp_path) == []
 
 
 def test_what_is_deleted_is_never_there_in_part(tmp_path, monkeypatch):

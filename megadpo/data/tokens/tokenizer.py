@@ -22,7 +22,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)  # unsaid, it asks "[y/N]"
     except Exception as error:  # transformers raises anything here: OSError, ValueError, KeyError, bare Exception
         raise ConfigError(
             Problem(

@@ -8,6 +8,7 @@ from megadpo.model.weights.convert import (
     export_hf,
     import_hf,
     is_megatron_folder,
+    linked_out,
     write_info,
 )
 from megadpo.model.weights.load import load_hf_weights
@@ -20,6 +21,7 @@ __all__ = [
     "export_hf",
     "import_hf",
     "is_megatron_folder",
+    "linked_out",
     "load_hf_weights",
     "write_info",
 ]

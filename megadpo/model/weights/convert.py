@@ -10,6 +10,7 @@ import contextlib
 import functools
 import itertools
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,37 +21,82 @@ import torch
 
 from megadpo.config.architecture import read_architecture
 from megadpo.config.problems import ConfigError, Problem
-from megadpo.model.weights.dist_folder import DistFolder, PlannedTensor, write_dist_folder
+from megadpo.model.manifest import INFO_FILE, MANIFEST_FILE, damages, no_manifest, read_manifest, write_manifest
+from megadpo.model.weights.dist_folder import (
+    MODEL_FOLDER,
+    TENSOR_SUFFIX,
+    DistFolder,
+    PlannedTensor,
+    blocks_with,
+    write_dist_folder,
+)
 from megadpo.model.weights.hf_folder import DTYPES, HfWeights
 from megadpo.model.weights.hf_writer import MAX_FILE_BYTES, TensorSpec, write_hf_weights
 from megadpo.model.weights.tables import Entry, WeightTable, weight_table
 
-MODEL_FOLDER, HF_FOLDER, INFO_FILE = "model", "hf", "megadpo.json"
+LOG = logging.getLogger(__name__)
+HF_FOLDER = "hf"
 FORMAT = 1
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data")
+NEEDED_FILES = {
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.json", "chat_template.jinja", "vocab.json", "vocab.txt", "merges.txt"),
+    *("tokenizer.model", "spiece.model"),
+}
 
 
 def is_megatron_folder(folder: str | Path) -> bool:
-    """Whether the folder is a Megatron checkpoint of this project (as opposed to a Hugging Face folder)."""
-    return (Path(folder) / INFO_FILE).is_file()
+    """Whether the folder is a Megatron checkpoint of this project (as opposed to a Hugging Face folder), if a damaged
+    one."""
+    return any((Path(folder) / name).is_file() for name in (INFO_FILE, MANIFEST_FILE))
 
 
 def write_info(folder: str | Path, dtype: torch.dtype, step: int) -> None:
-    """Write megadpo.json, which makes `folder` a Megatron checkpoint folder. step: optimizer steps so far."""
-    info = {"format": FORMAT, "dtype": dtype_name(dtype), "step": step}
+    """Write megadpo.json and manifest.json, which make `folder`, finished but for them, a Megatron checkpoint folder.
+    step: optimizer steps so far."""
+    info = {"format": FORMAT, "dtype": dtype_name(dtype), "step": step, "manifest": True}
     (Path(folder) / INFO_FILE).write_text(json.dumps(info) + "\n", encoding="utf-8")
+    write_manifest(Path(folder))
 
 
 def copy_hf_files(source: str | Path, target: str | Path) -> None:
-    """Copy everything of a Hugging Face folder except weights (and hidden files) to `target`, byte for byte."""
+    """Copy everything of a Hugging Face folder except weights (and hidden files) to `target`, byte for byte. Left out: a
+    link out of the folder, whose file is not the model's to hand on."""
     source, target = Path(source), Path(target)
-    for path in sorted(source.rglob("*")):
-        relative = path.relative_to(source)
-        hidden = any(part.startswith(".") for part in relative.parts)
+    for path in _other_files(source):
+        if not _leads_out(path, source):
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+
+
+def linked_out(folder: str | Path) -> list[Problem]:
+    """The links out of a Hugging Face folder among the files that a checkpoint needs; `copy_hf_files` leaves them out."""
+    folder = Path(folder)
+    expected = (
+        "a file of the model folder: checkpoints keep a copy, and links out of the folder are not followed for it"
+    )
+    return [
+        Problem(str(path), f"a link to {path.resolve()}", expected, f"cp --remove-destination {path.resolve()} {path}")
+        for path in _other_files(folder)
+        if path.parent == folder and path.name in NEEDED_FILES and _leads_out(path, folder)
+    ]
+
+
+def _other_files(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         name = path.name.removesuffix(".index.json")
         if path.is_file() and not hidden and not name.endswith(WEIGHT_SUFFIXES):
-            (target / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / relative)
+            yield path
+
+
+def _leads_out(path: Path, folder: Path) -> bool:
+    """Not so in the hub's cache, where a model's files are links from snapshots/<commit>/ to its blobs/."""
+    true, inside = path.resolve(), [folder.resolve()]
+    if inside[0].parent.name == "snapshots":
+        inside.append(inside[0].parents[1] / "blobs")
+    return not any(true.is_relative_to(one) for one in inside)
 
 
 def import_hf(hf: str | Path, megatron: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -62,7 +108,7 @@ def import_hf(hf: str | Path, megatron: str | Path, dtype: torch.dtype | None = 
     """
     table = weight_table(read_architecture(hf, "--hf"))
     weights = HfWeights.open(hf, table)
-    problems = weights.problems(table) + _target_problems(megatron)
+    problems = weights.problems(table) + linked_out(hf) + _target_problems(megatron)
     if problems:
         raise ConfigError(problems)
     with _written_aside(megatron) as folder:
@@ -76,7 +122,7 @@ def export_hf(megatron: str | Path, hf: str | Path, max_file_bytes: int = MAX_FI
 
     Weights go to model.safetensors, or to files of at most `max_file_bytes` and an index; tied embeddings are written
     once. Memory: one Megatron tensor, and one saved shard of it twice. Collectives: none, and no world is needed.
-    Raises ConfigError where `megatron` is no complete checkpoint, or `hf` exists and isn't empty.
+    Raises ConfigError where `megatron` is no complete checkpoint or damaged, or `hf` exists and isn't empty.
     """
     megatron = Path(megatron)
     problems = _target_problems(hf)
@@ -88,9 +134,18 @@ def export_hf(megatron: str | Path, hf: str | Path, max_file_bytes: int = MAX_FI
         problems.append(Problem(str(megatron), f"no {INFO_FILE}", "a Megatron checkpoint folder", fix))
     if problems:
         raise ConfigError(problems)
+    manifest = read_manifest(megatron)
+    if manifest is None:
+        LOG.warning(no_manifest(megatron))
+    elif not_whole := damages(megatron, manifest, blocks_with((), megatron, manifest)):
+        raise ConfigError(not_whole)
     table = weight_table(read_architecture(megatron / HF_FOLDER, "--megatron"))
     stored = DistFolder(megatron / MODEL_FOLDER)
     regions = stored.find(table.entries)
+    if manifest is not None:
+        blocks = blocks_with({region.key for region in regions}, megatron, manifest)
+        if not_whole := damages(megatron, manifest, {n: b for n, b in blocks.items() if n.endswith(TENSOR_SUFFIX)}):
+            raise ConfigError(not_whole)
     specs = [
         TensorSpec(name, shape, region.dtype)
         for entry, region in zip(table.entries, regions, strict=True)

@@ -11,7 +11,7 @@ import io
 import math
 import pickle
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,12 +31,12 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megadpo.config.problems import ConfigError, Problem
+from megadpo.model.manifest import BLOCK_BYTES, Manifest, damage_of
 from megadpo.model.weights.layouts import Shape
+from megadpo.model.weights.safe_files import FIX, METADATA_FILE, MetadataGiven, read_metadata
 from megadpo.model.weights.tables import MEGATRON_LAYER, Entry
 
-METADATA_FILE = ".metadata"
-COMMON_FILE = "common.pt"
-_FIX = "use a folder that tools/hf_to_megatron.py or a training run has finished writing"
+MODEL_FOLDER, COMMON_FILE, TENSOR_SUFFIX = "model", "common.pt", ".distcp"
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,8 @@ class DistFolder:
     def __init__(self, folder: str | Path) -> None:
         """Reads the metadata only. Raises ConfigError where the folder is none, or not finished."""
         self.folder = Path(folder)
-        self._reader = dcp.FileSystemReader(self.folder)
-        try:
-            metadata = self._reader.read_metadata()
-        except (OSError, pickle.UnpicklingError, EOFError) as error:
-            expected = f"a checkpoint of megatron-core, with a file {METADATA_FILE}"
-            raise ConfigError(Problem(str(self.folder), str(error), expected, _FIX)) from error
+        metadata = read_metadata(self.folder)
+        self._reader = MetadataGiven(self.folder, metadata)
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._tensors: Mapping[str, TensorStorageMetadata] = {
             key: stored
@@ -77,10 +73,10 @@ class DistFolder:
         for entry in entries:
             region = self._find(entry)
             if region is None:
-                problems.append(Problem(str(self.folder), "no such tensor", " or ".join(entry.names), _FIX))
+                problems.append(Problem(str(self.folder), "no such tensor", " or ".join(entry.names), FIX))
             elif region.shape != entry.full_shape:
                 expected = f"shape {entry.full_shape}, by hf/config.json"
-                problems.append(Problem(f"{self.folder}: {region.key}", region.shape, expected, _FIX))
+                problems.append(Problem(f"{self.folder}: {region.key}", region.shape, expected, FIX))
             else:
                 regions.append(region)
         if problems:
@@ -113,12 +109,26 @@ class DistFolder:
         items = create_read_items_for_chunk_list(region.key, self._tensors[region.key], [chunk])
         found = sum(math.prod(item.lengths) for item in items)
         if found != target.numel():
-            raise ConfigError(Problem(where, f"{found} numbers", f"{target.numel()} numbers", _FIX))
+            raise ConfigError(Problem(where, f"{found} numbers", f"{target.numel()} numbers", FIX))
         try:
             self._reader.read_data(dcp_planner.LoadPlan(items), _OneTensor(target.view(shape))).wait()
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ConfigError(Problem(where, str(error), "readable .distcp files", _FIX)) from error
+            raise ConfigError(Problem(where, str(error), "readable .distcp files", FIX)) from error
         return target
+
+
+def blocks_with(keys: Collection[str], checkpoint: Path, manifest: Manifest) -> dict[str, list[int]]:
+    """For manifest.damages: of the tensors' files, the blocks that hold a part of the tensors `keys`; of the others, all.
+    Raises ConfigError for a damaged .metadata, which says where they are."""
+    if damage := damage_of(checkpoint, manifest, f"{MODEL_FOLDER}/{METADATA_FILE}"):
+        raise ConfigError(damage)
+    blocks = {name: set(range(len(p.xxh3))) for name, p in manifest.items() if not name.endswith(TENSOR_SUFFIX)}
+    for index, place in read_metadata(checkpoint / MODEL_FOLDER).storage_data.items():
+        name = f"{MODEL_FOLDER}/{place.relative_path}"
+        if index.fqn in keys and name in manifest:
+            first, last = place.offset // BLOCK_BYTES, (place.offset + place.length - 1) // BLOCK_BYTES
+            blocks.setdefault(name, set()).update(range(first, last + 1))
+    return {name: sorted(numbers) for name, numbers in blocks.items()}
 
 
 class _OneTensor(DefaultLoadPlanner):

@@ -180,14 +180,17 @@ def _indexed_names(folder: Path) -> dict[str, list[str] | None]:
         try:
             weight_map = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
             files: dict[str, list[str] | None] = {file: [] for file in sorted(set(weight_map.values()))}
+            outside = [file for file in files if Path(file).is_absolute() or ".." in Path(file).parts]
+            if outside:
+                raise ValueError(f"{outside[0]!r} is not in this folder")
             for name, file in weight_map.items():
                 names = files[file]
                 assert names is not None
                 names.append(name)
             return files
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            expected = 'JSON with a "weight_map" from tensor to file'
-            raise ConfigError(Problem(str(folder / INDEX_FILE), error, expected, _ASK_AGAIN)) from error
+            expected = 'JSON with a "weight_map" from tensor to a file of this folder'
+            raise ConfigError(Problem(str(folder / INDEX_FILE), str(error), expected, _ASK_AGAIN)) from error
     if not folder.is_dir():
         fix = "give a folder in Hugging Face format"
         raise ConfigError(Problem("policy.model_name", str(folder), "an existing folder", fix))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,21 @@ def test_a_tokenizer_without_eos_is_refused_with_the_fix(tmp_path: Path) -> None
     tiny_tokenizer(has_eos=False).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"eos_token is not set.*tokenizer_config\.json"):
         load_tokenizer(str(tmp_path))
+
+
+def test_code_of_a_tokenizers_folder_is_refused_without_a_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers asks "Do you wish to run the custom code? [y/N]" where trust_remote_code isn't said."""
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    config = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own"}))
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "y")
+    with pytest.raises(ConfigError, match=r"policy\.tokenizer\.name"):
+        load_tokenizer(str(tmp_path))
+    assert not asked and not (tmp_path / "ran").exists()
 
 
 def test_padding_falls_back_to_eos() -> None:

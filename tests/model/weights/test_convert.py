@@ -12,6 +12,7 @@ from torch.distributed import checkpoint as dcp
 
 from megadpo.config.architecture import read_architecture
 from megadpo.config.problems import ConfigError
+from megadpo.model.manifest import write_manifest
 from megadpo.model.weights import copy_hf_files, export_hf, import_hf, is_megatron_folder, write_info
 from megadpo.model.weights.convert import MODEL_FOLDER
 from megadpo.model.weights.dist_folder import DistFolder
@@ -156,6 +157,7 @@ def test_layers_under_their_own_keys(folders, imported, tmp_path):
     }
     shutil.rmtree(step / MODEL_FOLDER)
     dcp.save(state, checkpoint_id=step / MODEL_FOLDER, no_dist=True)
+    write_manifest(step)
     export_hf(step, tmp_path / "hf")
     assert_same_tensors(tmp_path / "hf", folders["llama"])
 
@@ -168,7 +170,7 @@ def test_another_dtype_is_said_in_the_config(folders, tmp_path, key):
     (source / "config.json").write_text(json.dumps({**config, key: "float32"}))
     import_hf(source, tmp_path / "megatron", torch.bfloat16)
     info = json.loads((tmp_path / "megatron" / "megadpo.json").read_text())
-    assert info == {"format": 1, "dtype": "bfloat16", "step": 0}
+    assert info == {"format": 1, "dtype": "bfloat16", "step": 0, "manifest": True}
     assert_same_files(tmp_path / "megatron" / "hf", source)
     export_hf(tmp_path / "megatron", tmp_path / "hf")
     assert json.loads((tmp_path / "hf" / "config.json").read_text()) == {**config, key: "bfloat16"}
@@ -233,7 +235,11 @@ def test_a_failed_write_leaves_nothing(folders, tmp_path, monkeypatch):
 
 
 def test_an_import_that_was_broken_later_is_refused_with_the_reason(imported, tmp_path):
+    """One of a version that wrote no manifest, too."""
     broken = Path(shutil.copytree(imported["llama"], tmp_path / "megatron"))
+    (broken / "manifest.json").unlink()
+    info = json.loads((broken / "megadpo.json").read_text())
+    (broken / "megadpo.json").write_text(json.dumps({**info, "manifest": False}))
     (broken / "model" / "__2_0.distcp").unlink()
     (line,) = refusal(export_hf, broken, tmp_path / "hf")
     assert "__2_0.distcp" in line and ".distcp files" in line
@@ -254,6 +260,7 @@ def test_an_import_that_was_broken_later_is_refused_with_the_reason(imported, tm
 def test_a_checkpoint_of_another_architecture_names_every_difference(imported, tmp_path):
     broken = Path(shutil.copytree(imported["llama"], tmp_path / "megatron"))
     edit_config(broken / "hf", intermediate_size=48, num_hidden_layers=5)
+    write_manifest(broken)
     lines = refusal(export_hf, broken, tmp_path / "hf")
     assert sum("got (80, 24); expected shape (96, 24)" in line for line in lines) == 4
     assert sum("no such tensor" in line and "decoder.layers.4." in line for line in lines) == 6

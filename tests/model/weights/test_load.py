@@ -219,12 +219,15 @@ def test_sharded_files_missing_or_wrongly_indexed(sharded, tmp_path):
     assert any("no such tensor" in line and "lm_head.weight" in line for line in lines) and len(lines) == 3
 
 
-@pytest.mark.parametrize("text", ["{", '{"metadata": {}}', '{"weight_map": ["a"]}'])
+OUTSIDE = ['{"weight_map": {"a": "/etc/passwd"}}', '{"weight_map": {"a": "x/../../b.safetensors"}}']
+
+
+@pytest.mark.parametrize("text", ["{", '{"metadata": {}}', '{"weight_map": ["a"]}', *OUTSIDE])
 def test_a_broken_index(sharded, tmp_path, text):
     folder = Path(shutil.copytree(sharded, tmp_path / "model"))
     (folder / "model.safetensors.index.json").write_text(text)
     (line,) = refusal(folder, folder)
-    assert "index.json" in line and "weight_map" in line
+    assert "index.json" in line and "weight_map" in line and ("is not in this folder" in line) == (text in OUTSIDE)
 
 
 def test_headers_alone_answer_the_check(folders):
