@@ -87,21 +87,15 @@ class JsonClient:
 
     async def post(self, path: str, body: Any, read: Callable[[dict[str, Any]], Any] = lambda answer: answer) -> Any:
         """POST until there is an answer; what `read` makes of it. `read` may raise TryAgain, or ValueError for an answer
-        that is of no use. Raises RolloutFailure when it is to be given up."""
-        return await self._retried("POST", path, body, read, self._max_attempts, self._timeout_s)
+        that is of no use. Raises RolloutFailure when no further attempt is made."""
+        return await self._ask("POST", path, body, read, self._max_attempts, self._timeout_s)
 
     async def get(self, path: str, *, max_attempts: int, timeout_s: float) -> Any:
         """GET, in the same way."""
-        return await self._retried("GET", path, None, lambda answer: answer, max_attempts, timeout_s)
+        return await self._ask("GET", path, None, lambda answer: answer, max_attempts, timeout_s)
 
-    async def _retried(
-        self,
-        method: str,
-        path: str,
-        body: Any,
-        read: Callable[[dict[str, Any]], Any],
-        max_attempts: int,
-        timeout_s: float,
+    async def _ask(
+        self, method: str, path: str, body: Any, read: Callable[[Any], Any], max_attempts: int, timeout_s: float
     ) -> Any:
         attempts = 0
         try:

@@ -55,7 +55,7 @@ class Journal:
         self.path = path
         self.done: dict[Key, Entry] = {}
         self.answers: dict[Key, Body] = {}
-        """Responses whose reward is still to be had."""
+        """Responses that lack only their reward."""
         self.finished_rows: int | None = None
         """Rollouts in the output file, where an earlier run has finished it."""
         self._header = dict(header)
@@ -93,7 +93,7 @@ class Journal:
                 self._synced = target
 
     def add_answer(self, key: Key, response: Body) -> None:
-        """Keep an answer whose reward could not be had."""
+        """Keep an answer whose reward failed."""
         if key not in self.answers:
             self._append(to_line({_ANSWER: {TASK_INDEX: key[0], ROLLOUT_INDEX: key[1], "response": response}}))
             self.answers[key] = response

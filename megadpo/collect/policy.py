@@ -45,7 +45,7 @@ async def model_to_ask(client: JsonClient, base_url: str, wanted: str | None) ->
             problem = Problem("policy_api_key_env", failure.reason, "a key that the server takes", fix)
             raise ConfigError(problem) from failure
         if failure.status is None:
-            fix = "start the server, or mend the address; it ends in /v1 for vLLM, SGLang and NIM"
+            fix = "start the server, or correct the address; it ends in /v1 for vLLM, SGLang and NIM"
             found = f"{base_url} ({failure.reason})"
             raise ConfigError(Problem("policy_base_url", found, "a server that answers", fix)) from failure
         names = []

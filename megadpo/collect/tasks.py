@@ -98,7 +98,9 @@ class _Reading:
         if row is not None:
             self._add_row(_prepared(row, where, self._options, self.problems), content, where)
         if len(self.problems) >= MOST_PROBLEMS:
-            more = Problem(where, f"{MOST_PROBLEMS} problems so far", "none", "mend these first: the rest was not read")
+            more = Problem(
+                where, f"{MOST_PROBLEMS} problems so far", "none", "correct these first: the rest was not read"
+            )
             self.problems[MOST_PROBLEMS:] = [more]
 
     def _add_row(self, row: Body, content: bytes, where: str) -> None:
@@ -159,7 +161,7 @@ def _prepared(row: Body, where: str, options: CollectOptions, problems: list[Pro
         row.setdefault("agent_ref", {"name": options.agent_name})
     index = row.get(TASK_INDEX)
     if TASK_INDEX in row and (type(index) is not int or index < 0):
-        problems.append(Problem(f"{where}: {TASK_INDEX}", index, "a whole number >= 0", "mend it or take it out"))
+        problems.append(Problem(f"{where}: {TASK_INDEX}", index, "a whole number >= 0", "correct it or take it out"))
     findings = Findings(where, problems)
     before = len(problems)
     check_params(params, findings)

@@ -92,7 +92,7 @@ def group_consecutive(rollouts: Iterable[Rollout], rows: dict[str, int], num_rep
     if problems:
         more = len(problems) - _MOST_PROBLEMS
         if more > 0:
-            expected, fix = "none", "mend these first, or use --group-by input"
+            expected, fix = "none", "correct these first, or use --group-by input"
             problems[_MOST_PROBLEMS:] = [Problem("--num-repeats", f"{more:,} more such problems", expected, fix)]
         raise DataError(problems)
     named = [Group(f"{group[0].where} ({num_repeats} rows)", group) for group in groups]

@@ -24,14 +24,14 @@ class Reason:
 
 ROW_REASONS: dict[str, Reason] = {
     "line_too_long": Reason(
-        "a line of at most 64 MiB", "split the file by lines, or mend the line that was not closed"
+        "a line of at most 64 MiB", "split the file by lines, or correct the line that was not closed"
     ),
     "broken_utf8": Reason("UTF-8", "write the file in UTF-8, for instance with iconv -t UTF-8"),
-    "broken_json": Reason("one JSON object a line", "mend the line, or collect the rollout again"),
+    "broken_json": Reason("one JSON object a line", "correct the line, or collect the rollout again"),
     "not_an_object": Reason("one JSON object a line", "write each rollout as an object, one a line (JSONL)"),
     "no_reward": Reason("a field 'reward' with a number", "verify the rollout, or collect it again"),
     "reward_not_a_number": Reason("a number as 'reward'", "write the reward as a JSON number"),
-    "reward_not_finite": Reason("a finite reward", "mend the verifier: it divides by zero or overflows"),
+    "reward_not_finite": Reason("a finite reward", "correct the verifier: it divides by zero or overflows"),
     "no_input": Reason(
         "responses_create_params.input as a text or a list of messages", "collect with ng_collect_rollouts' row format"
     ),
@@ -60,7 +60,7 @@ ROW_REASONS: dict[str, Reason] = {
         "tool calls whose arguments are a JSON object", "leave such rollouts out: chat templates write no others"
     ),
     "half_character": Reason("text that UTF-8 can hold", "write both halves of the surrogate pair"),
-    "bad_task_index": Reason("an integer or a string as _ng_task_index", "mend it, or use --group-by input"),
+    "bad_task_index": Reason("an integer or a string as _ng_task_index", "correct it, or use --group-by input"),
     "no_task_index": Reason("_ng_task_index in every row", "use --group-by input, or --num-repeats N"),
     "not_plain_text": Reason(
         "one user message and an answer of plain text, as --text needs", "build without --text, or --reasoning drop"
@@ -71,7 +71,7 @@ ROW_REASONS: dict[str, Reason] = {
 ROLLOUT_REASONS: dict[str, Reason] = {
     "duplicate": Reason("an answer once a group", "nothing: --dedupe keeps the first of equal answers"),
     "contradictory_reward": Reason(
-        "one reward for one answer", "mend the verifier, or build without --dedupe, which would keep all of them"
+        "one reward for one answer", "correct the verifier, or build without --dedupe, which would keep all of them"
     ),
 }
 """Of good rollouts that --dedupe leaves out."""
@@ -91,7 +91,7 @@ GROUP_REASONS: dict[str, Reason] = {
         "a chosen reward of --min-chosen-reward with a gap", "lower it, or leave out what the model can't do yet"
     ),
     "same_answers": Reason(
-        "different answers where rewards differ", "mend the verifier: it rewards one answer in two ways"
+        "different answers where rewards differ", "correct the verifier: it rewards one answer in two ways"
     ),
     "length_ratio": Reason("a pair within --max-length-ratio", "raise it, or collect more answers a prompt"),
 }
