@@ -111,11 +111,11 @@ class Grid:
 
     @property
     def etp_rank(self) -> int:
-        return self.rank % self.stage_ranks % self.expert_tensor
+        return self.rank % self.expert_tensor
 
     @property
     def ep_rank(self) -> int:
-        return self.rank % self.stage_ranks // self.expert_tensor % self.expert
+        return self.rank // self.expert_tensor % self.expert
 
     @property
     def replica(self) -> int:

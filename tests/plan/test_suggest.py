@@ -127,7 +127,10 @@ def candidate(**given):
             ["GiB a rank; the nearest, tensor", "fix: lower policy.sequence_packing.train_mb_tokens"],
         ),
         (["--assume", "reserve_gib=74.505"], ["weights, gradients, optimizer and reference; fix: raise --world-size"]),
-        (["policy.train_global_batch_size=1"], ["the first was refused", "at least 2 pairs"]),
+        (
+            ["policy.sequence_packing.train_mb_tokens=1024", "--lengths", "900,90,90"],
+            ["a layout of this model divides; the first was refused", "room for a pair of 1080 tokens"],
+        ),
     ],
 )
 def test_where_nothing_fits_the_nearest_is_named(small, capsys, arguments, told):
