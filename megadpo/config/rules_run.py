@@ -133,11 +133,12 @@ def _metric(known: Known) -> Iterator[Problem]:
         expected = "a metric that is measured before a save; dpo.val_period 0 never validates"
         yield Problem("checkpointing.metric_name", checkpointing.metric_name, expected, fix)
     without_rewards = known.cfg.dpo.reference.mode == "none" and known.cfg.dpo.loss.reads_reference
-    if without_rewards and metric.metric.startswith(("rewards/", "preference_loss")):
-        expected = "a metric that is measured; without a reference loss, sft_loss and logps/ are"
+    if without_rewards and METRICS[metric.metric].of_the_preference:
+        measured = ", ".join(name for name, one in METRICS.items() if not one.of_the_preference)
+        expected = f"a metric that is measured without a reference: {measured}"
         fix = "choose one of these, e.g. validation-<name>_sft_loss"
         yield Problem("checkpointing.metric_name", checkpointing.metric_name, expected, fix)
-    higher = METRICS[metric.metric]
+    higher = METRICS[metric.metric].higher_is_better
     if higher is not None and higher != checkpointing.higher_is_better:
         where, wanted = "checkpointing.higher_is_better", str(higher).lower()
         yield Problem(where, checkpointing.higher_is_better, f"{wanted} for {metric.metric}", f"set it to {wanted}")

@@ -26,8 +26,8 @@ class ReferenceConfig:
 
     mode: Literal["resident", "cached", "none"] = "resident"
     """resident: a sharded copy beside the policy. cached: its log-probabilities of every pair, computed before training
-    and kept in a file (docs/reference.md). none: no reference at all, for losses that
-    read none (cpo, simpo, orpo) and for preference_loss_weight 0 (SFT)."""
+    and kept in a file (docs/reference.md). none: no reference at all, for losses that read none (docs/losses.md) and for
+    preference_loss_weight 0 (SFT)."""
     model_name: Text | None = None
     """Hugging Face folder or hub name, or Megatron checkpoint folder. null: what the policy started from."""
     cache_dir: Text | None = None
@@ -71,7 +71,7 @@ class DpoConfig:
     loss_type: Annotated[str, OneOf(LOSSES)] = "sigmoid"
     """The preference loss, by TRL's names: docs/losses.md has each one's formula and source. sigmoid is DPO's."""
     loss_options: Annotated[Mapping[str, Any], OptionsOf(LOSSES)] = field(default_factory=LOSSES.defaults)
-    """What some losses read, by name; in a file they are keys of `dpo`."""
+    """Options of the losses, by name; in a file they are keys of `dpo`."""
     on_nonfinite_loss: Literal["stop", "skip"] = "stop"
     """A NaN or infinite loss: stop and name the pairs of the batch, or skip the update and count it."""
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)

@@ -194,7 +194,7 @@ BROKEN = [
             "dpo": {"preference_loss_weight": 0, "sft_loss_weight": 1, "reference": {"mode": "none"}},
         },
         "checkpointing.metric_name",
-        "sft_loss and logps/",
+        "sft_loss, logps/",
     ),
     (
         {"checkpointing__metric_name": "train:loss", "checkpointing__higher_is_better": True},
