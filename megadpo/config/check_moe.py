@@ -1,15 +1,11 @@
-"""Experts: what must hold between their layout, the model and the processes, and what a model without any leaves unused."""
+"""Experts: what must hold between their options and layout, the model and the processes."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 
-from megadpo.config.architecture import Architecture
 from megadpo.config.known import Known, rule
 from megadpo.config.problems import Problem
-from megadpo.config.schema import Config
-from megadpo.config.schema_megatron import MegatronConfig
 
 _MEG = "policy.megatron_cfg"
 
@@ -78,15 +74,3 @@ def _experts_in_the_world(known: Known) -> Iterator[Problem]:
     where = f"{_MEG}.expert_model_parallel_size x expert_tensor_parallel_size"
     expected = f"a product that divides the {stage} processes of each pipeline stage"
     yield Problem(where, f"{ep} x {etp}", expected, "lower one of the two, or start more processes")
-
-
-def unused_by_dense(cfg: Config, arch: Architecture) -> list[str]:
-    """One note for each key about experts that was set for a model without any."""
-    if arch.moe is not None:
-        return []
-    given, usual = cfg.policy.megatron_cfg, MegatronConfig()
-    return [
-        f"{_MEG}.{name}: {getattr(given, name)!r} has no effect: {arch.hf_class} has no experts"
-        for name in (field.name for field in dataclasses.fields(MegatronConfig))
-        if name.startswith(("moe_", "freeze_moe_")) and getattr(given, name) != getattr(usual, name)
-    ]
