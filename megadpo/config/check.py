@@ -121,7 +121,7 @@ def _recomputation(known: Known) -> Iterator[Problem]:
         return
     if megatron.recompute_granularity == "selective" and not megatron.recompute_modules:
         fix = f"name a module, such as core_attn, or set {_MEG}.activation_checkpointing: false"
-        yield Problem(f"{_MEG}.recompute_modules", [], "what to recompute, with activation_checkpointing", fix)
+        yield Problem(f"{_MEG}.recompute_modules", [], "at least one module, with activation_checkpointing true", fix)
     unused = {"selective": ("recompute_method", "recompute_num_layers"), "full": ("recompute_modules",)}
     for name in unused[megatron.recompute_granularity]:
         value, default = getattr(megatron, name), getattr(usual, name)

@@ -17,8 +17,9 @@ def _load_balancing(known: Known) -> Iterator[Problem]:
     if kind == "none":
         for name in ("moe_per_layer_logging", "moe_aux_loss_coeff"):
             if getattr(megatron, name):
+                expected = "left out with moe_router_load_balancing_type none: there is no balancing loss"
                 fix = f"set {_MEG}.moe_router_load_balancing_type: aux_loss or seq_aux_loss, or remove it"
-                yield Problem(f"{_MEG}.{name}", getattr(megatron, name), "nothing to weigh or log with type none", fix)
+                yield Problem(f"{_MEG}.{name}", getattr(megatron, name), expected, fix)
     elif megatron.freeze_moe_router:
         fix = f"set it to none, or {_MEG}.freeze_moe_router: false"
         expected = "none with freeze_moe_router true: a frozen router cannot learn to balance"

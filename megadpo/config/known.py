@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megadpo.config.architecture import Architecture
-from megadpo.config.problems import Problem
+from megadpo.config.problems import Problem, covered
 from megadpo.config.schema import Config
 from megadpo.config.variants import KINDS, option_fields
 
@@ -62,11 +62,6 @@ def find_problems(known: Known, unread: frozenset[str] = frozenset()) -> list[Pr
         known = dataclasses.replace(known, cfg=guarded)
     checks: list[Rule] = [*_RULES, *(kind.problems for kind in KINDS)]
     return [problem for check in checks for problem in _until_unread(check(known))]
-
-
-def covered(path: str, unread: frozenset[str]) -> bool:
-    """True when `path`, a section above it, or something inside it is in `unread`."""
-    return any(path == one or path.startswith(one + ".") or one.startswith((path + ".", path + "[")) for one in unread)
 
 
 class _Unread(Exception):

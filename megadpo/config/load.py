@@ -12,10 +12,10 @@ import yaml
 
 from megadpo.config import check, check_moe, rules_gpu, rules_optimizer, rules_run  # noqa: F401  their rules register
 from megadpo.config.derive import derive
-from megadpo.config.known import Known, covered, find_problems
+from megadpo.config.known import Known, find_problems
 from megadpo.config.nemo_rl.translate import nemo_keys, nemo_paths, translate
 from megadpo.config.no_effect import idle_notes
-from megadpo.config.problems import ConfigError, Problem
+from megadpo.config.problems import ConfigError, Problem, covered
 from megadpo.config.reader import Reader, dotted_paths
 from megadpo.config.schema import Config
 from megadpo.config.tree import read_tree

@@ -94,7 +94,7 @@ class DataConfig:
     train_data_path: str = ""
     """Training pairs: a file (.jsonl, .json, .csv, these also .gz or .zst; .parquet, .arrow), a folder of such, or a
     dataset of the Hugging Face hub. Folders and hub names take `:subset` and `@split` behind them; without a split it
-    is train. Empty only where nothing is trained, or with a dataset_name that is a hub dataset's."""
+    is train. May be empty for evaluation, and with a dataset_name that stands for a dataset of the hub."""
     val_data_paths: dict[str, Text] | None = None
     """Validation sets, {name: as train_data_path}. A single one is taken as {default: it}. null: no validation."""
     dataset_name: (
@@ -117,8 +117,8 @@ class DataConfig:
     rejected_key: Text = "rejected"
     """And the rejected one."""
     loss_on: Literal["last_turn", "differing_turns"] = "last_turn"
-    """Where an answer has several turns: the loss is on the assistant's last one (as in NeMo RL), or on each of the
-    assistant's turns that the other answer has not got at the same place."""
+    """Of an answer with several turns. last_turn: the loss is on the assistant's last one, as in NeMo RL. differing_turns:
+    on each of the assistant's turns that is not the same in the other answer, at the same place."""
     on_bad_row: Literal["refuse", "drop"] = "refuse"
     """A row that can't be used (a tie, equal answers, an empty answer, messages that the template refuses, ...): refuse
     the source and name it, or leave it out and count it."""

@@ -136,9 +136,9 @@ class MegatronConfig:
     recompute_granularity: Literal["full", "selective"] = "full"
     """full: whole layers. selective: recompute_modules only."""
     recompute_method: Literal["uniform", "block"] = "uniform"
-    """With full: keep the input of every recompute_num_layers layers, or recompute the first ones of a stage."""
+    """With full. uniform: keep the input of every group of layers. block: recompute the first layers of a stage only."""
     recompute_num_layers: PositiveInt = 1
-    """With full: the layers that recompute_method speaks of."""
+    """With full: layers of a group (uniform), or how many of a stage are recomputed (block)."""
     recompute_modules: tuple[Literal["core_attn", "layernorm", "mlp", "moe", "shared_experts"], ...] = ("core_attn",)
     """With selective: megatron-core's names. mlp: of dense layers; moe: a whole layer of experts."""
 
@@ -155,8 +155,8 @@ class MegatronConfig:
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens reach their experts' ranks."""
     moe_grouped_gemm: bool | None = None
-    """true: all experts of a rank in one kernel, needs Transformer Engine. false: one by one. null: true where it can
-    be."""
+    """true: all experts of a rank in one kernel, needs Transformer Engine. false: one by one. null: true with Transformer
+    Engine's layers."""
 
     transformer_impl: Literal["auto", "transformer_engine", "local"] = "auto"
     """Whose layers: Transformer Engine's fused ones, or megatron-core's own. auto: Transformer Engine's on CUDA in

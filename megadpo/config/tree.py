@@ -13,7 +13,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megadpo.config.problems import ConfigError, Problem
+from megadpo.config.problems import ConfigError, Problem, first_line
 
 _DEEPEST = 64
 _REPLACE = "_override_"
@@ -119,7 +119,7 @@ def _read_yaml(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         mark = getattr(error, "problem_mark", None)
         at = f"{path}:{mark.line + 1}" if mark is not None else str(path)
-        what = getattr(error, "problem", None) or _first_line(error)
+        what = getattr(error, "problem", None) or first_line(error)
         raise ConfigError(Problem(at, what, "valid YAML", "correct the line")) from error
     if bad:
         raise ConfigError(bad)
@@ -208,7 +208,7 @@ def _override_value(name: str, override: str, text: str, problems: list[Problem]
         tree = OmegaConf.to_container(OmegaConf.from_dotlist([] if bad else [f"value={text}"]), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         fix = f"""correct the value, or put it in quotes, inside those of the shell: '{name}="..."'"""
-        bad, tree = [Problem("command line", override, f"a YAML value ({_first_line(error)})", fix)], {}
+        bad, tree = [Problem("command line", override, f"a YAML value ({first_line(error)})", fix)], {}
     problems += bad
     assert isinstance(tree, dict)
     return tree.get("value")
@@ -243,17 +243,13 @@ def _resolve(node: Any, path: str, problems: list[Problem], depth: int) -> Any:
         try:
             value = node[key]
         except (OmegaConfBaseException, RecursionError) as error:
-            expected = f"an interpolation that resolves ({_first_line(error)})"
+            expected = f"an interpolation that resolves ({first_line(error)})"
             raw = OmegaConf.to_container(node, resolve=False)
             assert isinstance(raw, (dict, list))
             problems.append(Problem(where, raw[key], expected, "correct the ${...}"))
             continue
         plain[str(key)] = _resolve(value, where, problems, depth + 1) if OmegaConf.is_config(value) else value
     return list(plain.values()) if isinstance(node, ListConfig) else plain
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _register_resolvers() -> None:

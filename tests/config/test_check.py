@@ -245,7 +245,7 @@ BROKEN = [
         "policy.megatron_cfg.recompute_modules",
         "no use",
     ),
-    ({**SELECTIVE, MEG + "recompute_modules": []}, "policy.megatron_cfg.recompute_modules", "what to recompute"),
+    ({**SELECTIVE, MEG + "recompute_modules": []}, "policy.megatron_cfg.recompute_modules", "at least one module"),
 ]
 
 
