@@ -1,7 +1,8 @@
 """The keys of a config: python tools/config_keys.py [WORD ...]
 
 Prints every key with its type, default and meaning, or those with one of the words in their name or meaning.
-`--write FILE` writes the whole page as Markdown instead (docs/config.md). Exit code 1 where no key has any of the words.
+`--write docs` writes docs/config.md and the table of losses in docs/losses.md instead. Exit code 1 where no key has any
+of the words.
 """
 
 from __future__ import annotations
@@ -16,17 +17,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.text import Text
 
-from megadpo.config.catalogue import page, sections
+from megadpo.config.catalogue import page, sections, with_losses
 
 
 def main(arguments: Sequence[str]) -> int:
     """Print the keys or write the page; returns the exit code."""
     parser = argparse.ArgumentParser(prog="tools/config_keys.py", description="What can be set in a config.")
     parser.add_argument("words", nargs="*", help="only keys with one of these in their name or meaning")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write every key to FILE as Markdown, print nothing")
+    parser.add_argument("--write", type=Path, metavar="DOCS", help="write the pages in folder DOCS, print nothing")
     options = parser.parse_args(arguments)
     if options.write is not None:
-        options.write.write_text(page(), encoding="utf-8")
+        losses = options.write / "losses.md"
+        losses.write_text(with_losses(losses.read_text(encoding="utf-8")), encoding="utf-8")
+        (options.write / "config.md").write_text(page(), encoding="utf-8")
         return 0
     words = [word.lower() for word in options.words]
     keys = [key for section in sections() for key in section.keys]

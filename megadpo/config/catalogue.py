@@ -1,6 +1,6 @@
-"""Every key of a config with its type, default and meaning, read off the schema: docs/config.md and tools/config_keys.py.
+"""What docs/config.md, the table of docs/losses.md and tools/config_keys.py say, read off the schema and the variants.
 
-A key's meaning is the string below its field in the schema, so that there is one place to write it.
+A key's meaning is the string below its field, a loss's formula and source are in its docstring: one place to write each.
 """
 
 from __future__ import annotations
@@ -9,30 +9,34 @@ import ast
 import dataclasses
 import functools
 import inspect
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megadpo.config.nemo_rl.no_effect import NO_EFFECT
-from megadpo.config.nemo_rl.refused import REFUSED
-from megadpo.config.reader import describe, keys_of, section_of
+from megadpo.config.nemo_rl.translate import NemoKey, nemo_keys
+from megadpo.config.reader import keys_of, section_of
 from megadpo.config.schema import Config
+from megadpo.config.types import describe
+from megadpo.config.variants import LOSSES, option_fields, variant_options
 
 HEAD = """# Every key
 
-Written from the schema by `python tools/config_keys.py --write docs/config.md`; a test compares the two. In a terminal,
+Written from the schema by `python tools/config_keys.py --write docs`; a test compares the two. In a terminal,
 `python tools/config_keys.py lr packing` prints the keys that have one of these words in their name or meaning. A key
 that is not here is refused, with the nearest name that is; NeMo RL's other keys are at the end of this page.
 """
 TOP = "Outside the sections"
-REFUSED_HEAD = """## NeMo RL's keys that have one value here
+LIMITED_HEAD = """## NeMo RL's keys that have fewer values here
 
-Accepted at the values shown, or left out; any other value is refused for the reason given, since it would change the run.
+Accepted at the values shown, which mean what megadpo does anyway, or left out; any other value is refused for the reason
+given, since it would change the run.
 """
 NO_EFFECT_HEAD = """## NeMo RL's keys without effect here
 
 Accepted at any value, with a line in the log: nothing that they say can change a run.
 """
+LOSSES_BEGIN, LOSSES_END = "<!-- losses: written by tools/config_keys.py -->", "<!-- end of the losses -->"
 
 
 @dataclass(frozen=True)
@@ -71,14 +75,38 @@ def page() -> str:
             ]
             table = _table(("key", "value", "default", "meaning"), rows)
             parts.append("\n\n".join(filter(None, [f"## {section.path or TOP}", section.meaning, table])))
-    refused = [
-        (f"`{one.path}`", " or ".join(dict.fromkeys(map(_yaml, one.accepted))), f"{one.reason}; {one.fix}")
-        for one in REFUSED
+    limited = [
+        (f"`{one.path}`", _accepted(one), "; ".join(filter(None, (one.why, one.fix))))
+        for one in nemo_keys().values()
+        if one.accepted is not None or one.in_schema
     ]
-    parts.append(REFUSED_HEAD + "\n" + _table(("key", "accepted", "why not others, and what to do"), refused))
-    no_effect = [(f"`{path}`", reason) for path, reason in NO_EFFECT.items()]
+    parts.append(LIMITED_HEAD + "\n" + _table(("key", "accepted", "why not others, and what to do"), limited))
+    no_effect = [
+        (f"`{one.path}`", one.why) for one in nemo_keys().values() if one.accepted is None and not one.in_schema
+    ]
     parts.append(NO_EFFECT_HEAD + "\n" + _table(("key", "why"), no_effect))
     return "\n".join(parts)
+
+
+def with_losses(text: str) -> str:
+    """docs/losses.md with its table of losses, which stands between two comments, written anew."""
+    begin, rest = text.split(LOSSES_BEGIN)
+    _, end = rest.split(LOSSES_END)
+    rows = []
+    for name in LOSSES.names():
+        loss = LOSSES[name]
+        summary = _one_line((inspect.getdoc(loss) or "").split("\n\n")[0])
+        formula, _, source = summary.replace(", [P]", "", 1).partition(" Source: ")
+        needs = ["no reference"] * (not loss.reads_reference) + ["means over tokens"] * loss.needs_average
+        options = [f"`{option}`" for option in variant_options(loss)]
+        rows.append((f"`{name}`", formula, ", ".join([*needs, *options]), _links(source)))
+    table = _table(("`loss_type`", "loss of one pair", "needs, options", "source"), rows)
+    return f"{begin}{LOSSES_BEGIN}\n{table}{LOSSES_END}{end}"
+
+
+def _links(text: str) -> str:
+    """Addresses in a text as Markdown links."""
+    return re.sub(r"https://(\S+[^\s.,;:])", lambda found: f"[{found[1]}]({found[0]})", text)
 
 
 def _sections(cls: type, path: str) -> Iterator[Section]:
@@ -90,11 +118,19 @@ def _sections(cls: type, path: str) -> Iterator[Section]:
             inner.append((below, where))
         else:
             meaning = key.meaning or _field_docs(key.owner).get(name, "")
+            if readers := [reader for kind in option_fields(cls).values() for reader in kind.readers(name)]:
+                meaning += f" Read by {', '.join(readers)}."
             keys.append(Entry(where, describe(key.annotation), _default(key.default, meaning), meaning))
     meaning = _one_line(inspect.getdoc(cls) or "").removeprefix(f"`{path}`").lstrip(".: ") if path else ""
     yield Section(path, meaning[:1].upper() + meaning[1:], tuple(keys))
     for below, where in inner:
         yield from _sections(below, where)
+
+
+def _accepted(key: NemoKey) -> str:
+    if key.accepted is None:
+        return f"as above, in {key.path.rpartition('.')[0]}"
+    return " or ".join(dict.fromkeys(map(_yaml, key.accepted)))
 
 
 def _default(default: object, meaning: str) -> str:

@@ -1,4 +1,4 @@
-"""`checkpointing.metric_name` and `checkpoint_must_save_by`: the small languages inside strings."""
+"""The metrics of the objective, and the texts of `checkpointing.metric_name` and `checkpoint_must_save_by`."""
 
 from __future__ import annotations
 
@@ -9,28 +9,31 @@ from typing import NamedTuple
 from megadpo.config.problems import ConfigError, Problem
 
 _FIELD = "checkpointing.metric_name"
-METRICS: dict[str, bool | None] = {
-    # name: True when higher is better, False when lower is, None where it depends on what one is after
-    "loss": False,
-    "preference_loss": False,
-    "sft_loss": False,
-    "rewards/chosen": None,
-    "rewards/rejected": None,
-    "rewards/margins": True,
-    "rewards/accuracies": True,
-    "logps/chosen": None,
-    "logps/rejected": None,
+
+
+class Metric(NamedTuple):
+    """A mean over pairs that the objective measures (megadpo/objective/dpo.py)."""
+
+    higher_is_better: bool | None
+    """None where it depends on what one is after."""
+    of_the_preference: bool = False
+    """Not measured where the loss reads a reference and there is none."""
+
+
+METRICS: dict[str, Metric] = {
+    "loss": Metric(False),
+    "sft_loss": Metric(False),
+    "logps/chosen": Metric(None),
+    "logps/rejected": Metric(None),
+    "preference_loss": Metric(False, of_the_preference=True),
+    "rewards/chosen": Metric(None, of_the_preference=True),
+    "rewards/rejected": Metric(None, of_the_preference=True),
+    "rewards/margins": Metric(True, of_the_preference=True),
+    "rewards/accuracies": Metric(True, of_the_preference=True),
 }
-_ALIASES = {
-    "accuracy": "rewards/accuracies",
-    "rewards_accuracies": "rewards/accuracies",
-    "rewards_margins": "rewards/margins",
-    "rewards_chosen": "rewards/chosen",
-    "rewards_rejected": "rewards/rejected",
-    "rewards_chosen_mean": "rewards/chosen",
-    "rewards_rejected_mean": "rewards/rejected",
-    "logps_chosen": "logps/chosen",
-    "logps_rejected": "logps/rejected",
+# NeMo RL's names: rewards_chosen, rewards_chosen_mean, accuracy, ...
+_ALIASES = {"accuracy": "rewards/accuracies"} | {
+    name.replace("/", "_") + end: name for name in METRICS for end in ("", "_mean") if "/" in name
 }
 
 

@@ -1,10 +1,13 @@
-"""Options that other options leave without effect: accepted, since files carry them along, but said."""
+"""Options that other options, or the model, leave without effect: accepted, since files carry them along, with a note."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
+from megadpo.config.architecture import Architecture
 from megadpo.config.schema import Config
+from megadpo.config.schema_megatron import MegatronConfig
 from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
 from megadpo.config.variants import value_at
 
@@ -16,8 +19,8 @@ _SCHED = f"{_MEG}.scheduler"
 def idle_notes(cfg: Config) -> list[str]:
     """One line for each option that is not at its default and can change nothing in this config.
 
-    Settings of a part that is switched off as a whole (`wandb_enabled: false`, `checkpointing.enabled: false`) are not
-    spoken of: they wait for the switch.
+    Settings of a part that is switched off as a whole (`wandb_enabled: false`, `checkpointing.enabled: false`) get no
+    line: they count once it is switched on.
     """
     usual = Config(policy=PolicyConfig(model_name="", tokenizer=TokenizerConfig(name="")))
     notes = []
@@ -48,3 +51,15 @@ def _idle(cfg: Config) -> Iterator[tuple[str, str]]:
     if not cfg.data.val_data_paths:
         for name in ("val_batches", "val_global_batch_size", "val_at_end"):
             yield f"dpo.{name}", "there is no validation set in data.val_data_paths"
+
+
+def unused_by_dense(cfg: Config, arch: Architecture) -> list[str]:
+    """One note for each key about experts that was set for a model without any."""
+    if arch.moe is not None:
+        return []
+    given, usual = cfg.policy.megatron_cfg, MegatronConfig()
+    return [
+        f"{_MEG}.{name}: {getattr(given, name)!r} has no effect: {arch.hf_class} has no experts"
+        for name in (field.name for field in dataclasses.fields(MegatronConfig))
+        if name.startswith(("moe_", "freeze_moe_")) and getattr(given, name) != getattr(usual, name)
+    ]

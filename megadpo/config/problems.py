@@ -50,3 +50,13 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """A data file is refused."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, short enough for a Problem: its first line, or its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def covered(path: str, paths: frozenset[str]) -> bool:
+    """True when `path`, a section above it, or something inside it is in `paths`."""
+    return any(path == one or path.startswith(one + ".") or one.startswith((path + ".", path + "[")) for one in paths)

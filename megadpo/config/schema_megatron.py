@@ -22,10 +22,6 @@ class OptimizerConfig:
     """With scheduler.weight_decay_incr_style linear or cosine, its start and end decide instead."""
     bf16: bool = True
     """Must say what policy.precision says. Left out or null: taken from there."""
-    fp16: bool = False
-    """Only false: float16 training is not offered."""
-    params_dtype: Literal["float32"] = "float32"
-    """Dtype of the main parameters."""
     adam_beta1: Proportion = 0.9
     """Decay of Adam's first moment."""
     adam_beta2: Proportion = 0.98
@@ -106,16 +102,12 @@ class Fp8Config:
     fp8_recipe: Literal["blockwise", "tensorwise"] = "blockwise"
     """blockwise: a scale for each 1 x 128 of the activations and 128 x 128 of the weights. tensorwise: a scale a tensor,
     from its present values."""
-    fp8_param: bool = False
-    """Only false: weights are kept in bfloat16 and quantised once a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MegatronConfig:
     """`policy.megatron_cfg`."""
 
-    enabled: bool = True
-    """Only true: there is no other back end."""
     tensor_model_parallel_size: PositiveInt = 1
     """Ranks that share out every matrix of a layer, and the vocabulary."""
     pipeline_model_parallel_size: PositiveInt = 1
@@ -144,9 +136,9 @@ class MegatronConfig:
     recompute_granularity: Literal["full", "selective"] = "full"
     """full: whole layers. selective: recompute_modules only."""
     recompute_method: Literal["uniform", "block"] = "uniform"
-    """With full: keep the input of every recompute_num_layers layers, or recompute the first ones of a stage."""
+    """With full. uniform: keep the input of every group of layers. block: recompute the first layers of a stage only."""
     recompute_num_layers: PositiveInt = 1
-    """With full: the layers that recompute_method speaks of."""
+    """With full: layers of a group (uniform), or how many of a stage are recomputed (block)."""
     recompute_modules: tuple[Literal["core_attn", "layernorm", "mlp", "moe", "shared_experts"], ...] = ("core_attn",)
     """With selective: megatron-core's names. mlp: of dense layers; moe: a whole layer of experts."""
 
@@ -163,8 +155,8 @@ class MegatronConfig:
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens reach their experts' ranks."""
     moe_grouped_gemm: bool | None = None
-    """true: all experts of a rank in one kernel, needs Transformer Engine. false: one by one. null: true where it can
-    be."""
+    """true: all experts of a rank in one kernel, needs Transformer Engine. false: one by one. null: true with Transformer
+    Engine's layers."""
 
     transformer_impl: Literal["auto", "transformer_engine", "local"] = "auto"
     """Whose layers: Transformer Engine's fused ones, or megatron-core's own. auto: Transformer Engine's on CUDA in

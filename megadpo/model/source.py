@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megadpo.config.problems import ConfigError, Problem
+from megadpo.config.problems import ConfigError, Problem, first_line
 from megadpo.config.schema import Config
 from megadpo.model.manifest import INFO_FILE, MANIFEST_FILE, small_files, verify
 
@@ -117,6 +117,6 @@ def _from_hub(name: str, field: str, expected: str, weights: bool) -> Path:
         patterns = ["*.json", "*.model", "*.jinja", "*.txt", *(["*.safetensors"] if weights else [])]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub client raises a dozen kinds; each means: not to be had
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         fix = "correct the name, log in with `hf auth login`, or download the model and name its folder"
         raise ConfigError([Problem(field, name, f"{expected}; the hub says: {reason}", fix)]) from error

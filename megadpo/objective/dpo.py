@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megadpo.config.schema_dpo import DpoConfig
+from megadpo.config.metric import METRICS
+from megadpo.config.schema import DpoConfig
 from megadpo.objective.losses import Loss, PairScores
 
 
@@ -58,15 +59,9 @@ def dpo_loss(
 
     Raises ValueError for a shape other than [P], or a missing reference that the loss needs.
     """
-    _check_shapes(
-        policy_chosen_logps,
-        policy_rejected_logps,
-        reference_chosen_logps,
-        reference_rejected_logps,
-        chosen_tokens,
-        rejected_tokens,
-    )
-    dtype = _compute_dtype(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    logps = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    _check_shapes(*logps, chosen_tokens, rejected_tokens)
+    dtype = _compute_dtype(*logps)
     policy_chosen, policy_rejected = policy_chosen_logps.to(dtype), policy_rejected_logps.to(dtype)
     chosen_tokens, rejected_tokens = chosen_tokens.to(dtype), rejected_tokens.to(dtype)
     by_chosen, by_rejected = (chosen_tokens, rejected_tokens) if cfg.preference_average_log_probs else (1, 1)
@@ -106,7 +101,7 @@ def dpo_loss(
 
 
 def _preference_losses(scores: PairScores, cfg: DpoConfig) -> Tensor | None:
-    """[P] losses of `cfg.loss_type`, or None where they can't be had (no reference) and aren't asked for (weight 0)."""
+    """[P] losses of `cfg.loss_type`, or None without a reference, where their weight must be 0."""
     if cfg.loss.reads_reference and scores.reference_chosen_logps is None:
         if cfg.preference_loss_weight != 0:
             raise ValueError(
@@ -161,7 +156,5 @@ def _check_shapes(policy_chosen_logps: Tensor, *others: Tensor | None) -> None:
 
 def metric_names(cfg: DpoConfig, *, has_reference: bool) -> list[str]:
     """Every name in `LossOutput.metrics`, for a rank that computes no loss but takes part in the reduction."""
-    names = ["loss", "sft_loss", "logps/chosen", "logps/rejected"]
-    if has_reference or not cfg.loss.reads_reference:
-        names += ["preference_loss", *(f"rewards/{part}" for part in ("chosen", "rejected", "margins", "accuracies"))]
-    return sorted(names)
+    every = has_reference or not cfg.loss.reads_reference
+    return sorted(name for name, metric in METRICS.items() if every or not metric.of_the_preference)

@@ -5,8 +5,10 @@ fields are its options. Normalisation, the SFT term, metrics and reductions (dpo
 over pairs, each from its own log-probabilities: whatever looks at several pairs at once (TRL's aot sorts a micro-batch)
 would change with the layout.
 
-Shapes: P pairs. All log-probabilities are in nats. beta is `dpo.reference_policy_kl_penalty`. r_w and r_l are the
-log-ratios of the chosen and the rejected answer; s_w and s_l what `f_divergence_type` makes of them.
+docs/losses.md has a row for each, from its docstring: the formula up to "Source:", then the source, then what else is to
+know. Shapes: P pairs. All log-probabilities are in nats. w is the chosen answer, l the rejected one. p_w and p_l are the
+policy's log-probabilities, r_w and r_l those minus the reference's, s_w and s_l what `f_divergence_type` makes of r.
+beta is `dpo.reference_policy_kl_penalty`.
 """
 
 from __future__ import annotations
@@ -85,7 +87,7 @@ class SmoothedLoss(Loss):
     """With an option for pairs that are labelled the wrong way round."""
 
     label_smoothing: Annotated[float, Range(ge=0, lt=0.5)] = 0.0
-    """Share of pairs taken to be labelled the wrong way round, in sigmoid (conservative DPO), robust, exo_pair and cpo."""
+    """Share of pairs taken to be labelled the wrong way round."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +95,7 @@ class DivergenceLoss(Loss):
     """With a choice of the divergence that keeps the policy near the reference."""
 
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
-    """What keeps the policy near the reference in sigmoid, hinge, ipo, exo_pair, robust and discopop. reverse_kl: DPO's."""
+    """What keeps the policy near the reference. reverse_kl: DPO's."""
     f_alpha_divergence_coef: float = 0.5
     """With alpha_divergence: the coefficient a of ((pi / pi_ref)^(a - 1) - 1) / (a - 1); not 1, which is reverse_kl."""
 
@@ -135,11 +137,12 @@ class DivergenceLoss(Loss):
 @dataclass(frozen=True, kw_only=True)
 class Sigmoid(SmoothedLoss, DivergenceLoss):
     """-log sigmoid(beta (s_w - s_l)), [P]; with label smoothing e, (1 - e) of it and e of the swapped pair's.
+    Source: equation 7 of Rafailov et al. 2023, https://arxiv.org/abs/2305.18290; smoothed, conservative DPO: Mitchell
+    2023, https://ericmitchell.ai/cdpo.pdf.
 
-    At policy = reference it is ln 2. `logsigmoid` never takes the logarithm of a number that underflowed: far on the
-    wrong side the loss is linear with gradient -beta, far on the right side it is 0 with gradient 0.
-    Source: equation 7 of Rafailov et al. 2023, https://arxiv.org/abs/2305.18290; the same form as NeMo RL's DPO loss
-    and TRL's loss_type "sigmoid". Smoothed: conservative DPO, Mitchell 2023, https://ericmitchell.ai/cdpo.pdf.
+    The same form as NeMo RL's DPO loss and TRL's loss_type "sigmoid". At policy = reference it is ln 2. `logsigmoid` never
+    takes the logarithm of a number that underflowed: far on the wrong side the loss is linear with gradient -beta, far on
+    the right side it is 0 with gradient 0.
     """
 
     def of_pairs(self, scores: PairScores, beta: float) -> Tensor:
@@ -158,8 +161,10 @@ class Hinge(DivergenceLoss):
 @LOSSES.add("ipo")
 @dataclass(frozen=True, kw_only=True)
 class Ipo(DivergenceLoss):
-    """(s_w - s_l - 1 / (2 beta))^2, [P]; beta is the paper's tau. TRL takes means over an answer's tokens here: that is
-    `preference_average_log_probs`. Source: equation 17 of Azar et al. 2023, https://arxiv.org/abs/2310.12036."""
+    """(s_w - s_l - 1 / (2 beta))^2, [P]; beta is the paper's tau.
+    Source: equation 17 of Azar et al. 2023, https://arxiv.org/abs/2310.12036.
+
+    TRL takes means over an answer's tokens here: that is `preference_average_log_probs`."""
 
     def of_pairs(self, scores: PairScores, beta: float) -> Tensor:
         chosen, rejected = self.scores(scores)
@@ -215,7 +220,7 @@ class Robust(SmoothedLoss, DivergenceLoss):
 @LOSSES.add("bco_pair")
 @dataclass(frozen=True, kw_only=True)
 class BcoPair(Loss):
-    """-log sigmoid(beta r_w) - log sigmoid(-beta r_l), [P]; without the paper's running shift, as in TRL's DPOTrainer.
+    """-log sigmoid(beta r_w) - log sigmoid(-beta r_l), [P], without the paper's running shift, as in TRL's DPOTrainer.
     Source: Jung et al. 2024, https://arxiv.org/abs/2404.04656."""
 
     def of_pairs(self, scores: PairScores, beta: float) -> Tensor:
@@ -237,8 +242,8 @@ class SppoHard(Loss):
 @LOSSES.add("apo_zero")
 @dataclass(frozen=True, kw_only=True)
 class ApoZero(Loss):
-    """sigmoid(-beta r_w) + sigmoid(beta r_l), [P]: raises chosen and lowers rejected answers, for chosen ones that are
-    better than the model's own. Source: equation 7 of D'Oosterlinck et al. 2024, https://arxiv.org/abs/2408.06266."""
+    """sigmoid(-beta r_w) + sigmoid(beta r_l), [P], for chosen answers that are better than the model's own: raises them
+    and lowers rejected ones. Source: equation 7 of D'Oosterlinck et al. 2024, https://arxiv.org/abs/2408.06266."""
 
     def of_pairs(self, scores: PairScores, beta: float) -> Tensor:
         chosen, rejected = _rewards(scores, beta)
@@ -248,8 +253,8 @@ class ApoZero(Loss):
 @LOSSES.add("apo_down")
 @dataclass(frozen=True, kw_only=True)
 class ApoDown(Loss):
-    """sigmoid(beta r_w) + sigmoid(-beta (r_w - r_l)), [P]: lowers both, rejected ones more, for chosen answers that are
-    worse than the model's own. Source: equation 8 of D'Oosterlinck et al. 2024, https://arxiv.org/abs/2408.06266."""
+    """sigmoid(beta r_w) + sigmoid(-beta (r_w - r_l)), [P], for chosen answers that are worse than the model's own:
+    lowers both, rejected ones more. Source: equation 8 of D'Oosterlinck et al. 2024, https://arxiv.org/abs/2408.06266."""
 
     def of_pairs(self, scores: PairScores, beta: float) -> Tensor:
         chosen, rejected = _rewards(scores, beta)
@@ -260,9 +265,9 @@ class ApoDown(Loss):
 @dataclass(frozen=True, kw_only=True)
 class Discopop(DivergenceLoss):
     """(1 - w) (-log sigmoid(m)) + w exp(-m), [P]: m = beta (s_w - s_l), w = sigmoid(m / tau), tau `discopop_tau`.
+    Source: equation 5 of Lu et al. 2024, https://arxiv.org/abs/2406.08414.
 
     w exp(-m) is computed as one exponential: apart they are 0 x infinity for m below -88.
-    Source: equation 5 of Lu et al. 2024, https://arxiv.org/abs/2406.08414.
     """
 
     discopop_tau: Annotated[float, Range(gt=0, le=1)] = 0.05
@@ -279,8 +284,8 @@ class Discopop(DivergenceLoss):
 @LOSSES.add("cpo")
 @dataclass(frozen=True, kw_only=True)
 class Cpo(SmoothedLoss):
-    """-log sigmoid(beta (log pi(chosen) - log pi(rejected))), [P]: DPO with a uniform reference. The paper adds the SFT
-    term: `sft_loss_weight: 1`. Source: Xu et al. 2024, https://arxiv.org/abs/2401.08417."""
+    """-log sigmoid(beta (p_w - p_l)), [P]: DPO with a uniform reference. The paper adds the SFT term:
+    `sft_loss_weight: 1`. Source: Xu et al. 2024, https://arxiv.org/abs/2401.08417."""
 
     reads_reference = False
 
@@ -292,8 +297,7 @@ class Cpo(SmoothedLoss):
 @LOSSES.add("simpo")
 @dataclass(frozen=True, kw_only=True)
 class Simpo(Loss):
-    """-log sigmoid(beta (p_w - p_l) - gamma), [P]: p means of log-probabilities over an answer's tokens, gamma
-    `simpo_gamma`. Source: equation 6 of Meng et al. 2024, https://arxiv.org/abs/2405.14734."""
+    """-log sigmoid(beta (p_w - p_l) - gamma), [P]: gamma `simpo_gamma`. Source: equation 6 of Meng et al. 2024, https://arxiv.org/abs/2405.14734."""
 
     reads_reference = False
     needs_average = True
@@ -308,9 +312,8 @@ class Simpo(Loss):
 @LOSSES.add("orpo")
 @dataclass(frozen=True, kw_only=True)
 class Orpo(Loss):
-    """-log sigmoid(log-odds(p_w) - log-odds(p_l)), [P]: p means of log-probabilities over an answer's tokens,
-    log-odds(p) = p - log(1 - e^p). The paper's lambda is `preference_loss_weight`, its first term `sft_loss_weight: 1`;
-    beta is in the logged rewards only. Source: Hong et al. 2024, https://arxiv.org/abs/2403.07691."""
+    """-log sigmoid(log-odds(p_w) - log-odds(p_l)), [P]: log-odds(p) = p - log(1 - e^p). The paper's lambda is
+    `preference_loss_weight`, its first term `sft_loss_weight: 1`; beta is in the logged rewards only. Source: Hong et al. 2024, https://arxiv.org/abs/2403.07691."""
 
     reads_reference = False
     needs_average = True

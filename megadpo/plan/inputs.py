@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megadpo.config.architecture import Architecture, read_architecture
 from megadpo.config.data_source import parse_source
-from megadpo.config.problems import ConfigError, Problem
+from megadpo.config.problems import ConfigError, Problem, first_line
 from megadpo.config.schema import Config
 from megadpo.model.source import resolve_source
 from megadpo.plan.packs import Lengths, stated_lengths
@@ -24,7 +24,7 @@ def model_folder(name: str, field: str) -> Path:
     try:
         return Path(hf_hub_download(name, "config.json")).parent
     except Exception as error:  # the hub client raises a dozen kinds, and each means that the file can't be fetched
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         expected = f"a folder with config.json, or a hub name whose config.json can be fetched; the hub says: {reason}"
         fix = f"put the model's config.json into a folder and set {field} to it; weights are not needed for a plan"
         raise ConfigError(Problem(field, name, expected, fix)) from error

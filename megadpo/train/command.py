@@ -14,9 +14,9 @@ from collections.abc import Sequence
 
 from megadpo.config.architecture import read_architecture
 from megadpo.config.check import check_layout
-from megadpo.config.check_moe import unused_by_dense
 from megadpo.config.load import Purpose, as_dict, load_config, save_resolved
 from megadpo.config.metric import parse_duration_s
+from megadpo.config.no_effect import unused_by_dense
 from megadpo.config.problems import EXIT_REFUSED, ConfigError, UserError
 from megadpo.config.schema import Config
 from megadpo.train.check import check

@@ -1,23 +1,40 @@
-"""Every key is on docs/config.md and in tools/config_keys.py, with what it means."""
+"""Every key is on docs/config.md and in tools/config_keys.py, with what it means; every loss on docs/losses.md."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from megadpo.config.catalogue import NO_EFFECT, REFUSED, page, sections
+from megadpo.config.catalogue import LOSSES_BEGIN, LOSSES_END, page, sections, with_losses
 from megadpo.config.load import load_config
+from megadpo.config.nemo_rl.translate import nemo_keys
 from megadpo.config.reader import dotted_paths
 from megadpo.config.schema import Config
+from megadpo.config.variants import LOSSES, variant_options
 from tools.config_keys import main
 
 DOCS = Path(__file__).parents[2] / "docs"
+AGAIN = "write it again: python tools/config_keys.py --write docs"
 
 
 def test_the_page_is_that_of_the_schema() -> None:
     written = (DOCS / "config.md").read_text(encoding="utf-8")
-    assert written == page(), "write it again: python tools/config_keys.py --write docs/config.md"
+    assert written == page(), AGAIN
+
+
+def test_the_table_of_losses_is_that_of_the_register() -> None:
+    written = (DOCS / "losses.md").read_text(encoding="utf-8")
+    assert written == with_losses(written), AGAIN
+    for name in get_args(variant_options(LOSSES["sigmoid"])["f_divergence_type"].annotation):
+        assert f"| `{name}` |" in written
+
+
+def test_every_loss_has_a_formula_and_a_source() -> None:
+    rows = [line.split(" | ") for line in with_losses(f"{LOSSES_BEGIN}{LOSSES_END}").splitlines()[3:-1]]
+    assert [row[0] for row in rows] == [f"| `{name}`" for name in LOSSES.names()]
+    assert all(len(row) == 4 and row[1] and "](https://" in row[3] for row in rows)
 
 
 def test_every_key_is_there_once_with_a_meaning() -> None:
@@ -29,9 +46,9 @@ def test_every_key_is_there_once_with_a_meaning() -> None:
 
 def test_a_key_of_nemo_rl_is_on_the_page_with_its_reason() -> None:
     written = page()
-    for path, reason in [*((one.path, one.reason) for one in REFUSED), *NO_EFFECT.items()]:
-        (line,) = [line for line in written.splitlines() if line.startswith(f"| `{path}` |")]
-        assert reason in line
+    for key in nemo_keys().values():
+        (line,) = [line for line in written.splitlines() if line.startswith(f"| `{key.path}` |")]
+        assert key.why in line
 
 
 def test_defaults_are_those_of_a_config_that_leaves_everything_out(tmp_path: Path) -> None:

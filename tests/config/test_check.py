@@ -1,4 +1,4 @@
-"""Layouts against model shapes and world sizes."""
+"""Layouts: what must hold of the config alone, with the model's shape, and with the processes."""
 
 from __future__ import annotations
 
@@ -179,3 +179,96 @@ def test_sizes_of_the_world(config):
     assert data_parallel_size(cfg, 24) == 6
     assert stated_world_size(cfg) == 24
     assert stated_world_size(config()) is None
+
+
+OPT = MEG + "optimizer__"
+DDP = MEG + "distributed_data_parallel_config__"
+SELECTIVE = {MEG + "activation_checkpointing": True, MEG + "recompute_granularity": "selective"}
+
+BROKEN = [
+    # changes, where, words of `expected`
+    ({MEG + "sequence_parallel": True}, "policy.megatron_cfg.sequence_parallel", "tensor_model_parallel_size 1"),
+    (
+        {
+            MEG + "sequence_parallel": True,
+            MEG + "tensor_model_parallel_size": 4,
+            "policy__make_sequence_length_divisible_by": 6,
+        },
+        "policy.make_sequence_length_divisible_by",
+        "multiple of tensor_model_parallel_size (4)",
+    ),
+    (
+        {MEG + "context_parallel_size": 4, "policy__make_sequence_length_divisible_by": 2},
+        "policy.make_sequence_length_divisible_by",
+        "multiple of context_parallel_size (4)",
+    ),
+    (
+        {
+            MEG + "context_parallel_size": 2,
+            MEG + "sequence_parallel": True,
+            MEG + "tensor_model_parallel_size": 2,
+            "policy__make_sequence_length_divisible_by": 2,
+        },
+        "policy.make_sequence_length_divisible_by",
+        "multiple of context_parallel_size (2) x tensor_model_parallel_size (2)",
+    ),
+    (
+        {
+            MEG + "context_parallel_size": 1024,
+            "policy__max_total_sequence_length": 512,
+            "policy__sequence_packing__train_mb_tokens": 1000,
+        },
+        "policy.sequence_packing.train_mb_tokens",
+        "at least 1024",
+    ),
+    ({MEG + "num_layers_in_first_pipeline_stage": 3}, "policy.megatron_cfg.num_layers_in_first_pipeline_stage", "null"),
+    ({MEG + "num_layers_in_last_pipeline_stage": 3}, "policy.megatron_cfg.num_layers_in_last_pipeline_stage", "null"),
+    (
+        {DDP + "overlap_param_gather": True},
+        "policy.megatron_cfg.distributed_data_parallel_config.overlap_param_gather",
+        "overlap_grad_reduce",
+    ),
+    (
+        {
+            DDP + "overlap_param_gather": True,
+            DDP + "overlap_grad_reduce": True,
+            OPT + "use_distributed_optimizer": False,
+        },
+        "policy.megatron_cfg.distributed_data_parallel_config.overlap_param_gather",
+        "use_distributed_optimizer",
+    ),
+    ({VPP: 2}, "policy.megatron_cfg.virtual_pipeline_model_parallel_size", "1 with pipeline_model_parallel_size 1"),
+    ({**SELECTIVE, MEG + "recompute_method": "block"}, "policy.megatron_cfg.recompute_method", "no use"),
+    ({**SELECTIVE, MEG + "recompute_num_layers": 2}, "policy.megatron_cfg.recompute_num_layers", "no use"),
+    (
+        {MEG + "activation_checkpointing": True, MEG + "recompute_modules": ["mlp"]},
+        "policy.megatron_cfg.recompute_modules",
+        "no use",
+    ),
+    ({**SELECTIVE, MEG + "recompute_modules": []}, "policy.megatron_cfg.recompute_modules", "at least one module"),
+]
+
+
+@pytest.mark.parametrize(("changes", "where", "expected"), BROKEN)
+def test_broken_rule(refusals, changes, where, expected):
+    found = refusals(**changes)
+    assert list(found) == [where]
+    assert expected in found[where].expected
+    assert found[where].fix
+
+
+KEPT = [
+    {MEG + "pipeline_model_parallel_size": 2, VPP: 2},
+    {MEG + "virtual_pipeline_model_parallel_size": None, "policy__freeze": None},
+    {MEG + "sequence_parallel": True, MEG + "tensor_model_parallel_size": 2},
+    {MEG + "pipeline_model_parallel_size": 2, MEG + "num_layers_in_first_pipeline_stage": 3},
+    {DDP + "overlap_param_gather": True, DDP + "overlap_grad_reduce": True},
+    {**SELECTIVE, MEG + "recompute_modules": ["mlp"]},
+    {MEG + "activation_checkpointing": True, MEG + "recompute_method": "block", MEG + "recompute_num_layers": 2},
+    {MEG + "recompute_modules": ["mlp"], MEG + "recompute_method": "block"},
+]
+
+
+@pytest.mark.parametrize("changes", KEPT)
+def test_what_the_rules_allow(config, changes):
+    assert config(**changes).notes == ()

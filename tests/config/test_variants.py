@@ -28,7 +28,7 @@ from megadpo.objective.losses import Loss
 @LOSSES.add("cubed")
 @dataclass(frozen=True, kw_only=True)
 class Cubed(Loss):
-    """(beta (r_w - r_l) - a)^3, [P]."""
+    """(beta (r_w - r_l) - a)^3, [P]. Source: nobody, https://example.org/cubed."""
 
     cubed_aim: PositiveFloat = 2.0
     """What the margin is compared with."""
@@ -61,7 +61,10 @@ def test_a_loss_from_a_file_outside_is_read_and_documented(plugin: str) -> None:
     cfg = build_config(tree(plugin, loss_type="cubed", cubed_aim=3))
     assert cfg.dpo.loss.cubed_aim == 3.0
     assert as_dict(cfg)["dpo"]["cubed_aim"] == 3.0
-    assert "| `cubed_aim` | a number > 0 | 2.0 | What the margin is compared with. |" in catalogue.page()
+    assert "| `cubed_aim` | a number > 0 | 2.0 | What the margin is compared with. Read by cubed. |" in catalogue.page()
+    table = catalogue.with_losses(f"{catalogue.LOSSES_BEGIN}{catalogue.LOSSES_END}")
+    row = "| `cubed` | (beta (r_w - r_l) - a)^3. | `cubed_aim` | nobody, [example.org/cubed](https://example.org/cubed). |"
+    assert row in table
     assert build_config(as_dict(cfg)) == cfg
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megadpo.config.problems import ConfigError, Problem
+from megadpo.config.problems import ConfigError, Problem, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,7 +28,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
             Problem(
                 where="policy.tokenizer.name",
                 value=name_or_path,
-                expected=f"a folder or hub name with a tokenizer (transformers says: {_first_line(error)})",
+                expected=f"a folder or hub name with a tokenizer (transformers says: {first_line(error)})",
                 fix="name a folder that holds tokenizer.json or tokenizer_config.json; "
                 "without a network a hub name must be in the cache already",
             )
@@ -77,7 +77,7 @@ def resolve_chat_template(tokenizer: PreTrainedTokenizerBase, setting: str | Non
         try:
             return Path(setting).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(_template_problem(setting, f"a template file ({_first_line(error)})")) from error
+            raise ConfigError(_template_problem(setting, f"a template file ({first_line(error)})")) from error
     if "{" not in setting:
         raise ConfigError(_template_problem(setting, "'default', null, a .jinja file or the jinja text itself"))
     return setting
@@ -114,8 +114,3 @@ def _template_problem(value: str, expected: str) -> Problem:
         expected=expected,
         fix="say default for the tokenizer's own template, null for plain text, or give a template",
     )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -6,7 +6,7 @@ import pytest
 
 from megadpo.config import ConfigError, check_layout
 from megadpo.config.architecture import parse_architecture
-from megadpo.config.check_moe import unused_by_dense
+from megadpo.config.no_effect import unused_by_dense
 from tests.config.test_architecture import LLAMA
 
 MEG = "policy__megatron_cfg__"

@@ -1,4 +1,5 @@
-"""YAML files with `defaults:`, command-line overrides and `${...}`, to one plain mapping (OmegaConf, as NeMo RL)."""
+"""A config as one plain mapping, the tree: from YAML files with `defaults:`, command-line overrides and `${...}`
+(OmegaConf, as NeMo RL)."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megadpo.config.problems import ConfigError, Problem
+from megadpo.config.problems import ConfigError, Problem, first_line
 
 _DEEPEST = 64
 _REPLACE = "_override_"
@@ -30,6 +31,36 @@ def read_tree(path: str | Path, overrides: Sequence[str], problems: list[Problem
     _register_resolvers()
     resolved: dict[str, Any] = _resolve(OmegaConf.create(tree), "", problems, 0)
     return resolved
+
+
+def get(tree: dict[str, Any], path: str, default: object = None) -> Any:
+    """The value at a dotted path, or `default` where any part of it is absent."""
+    node: Any = tree
+    for name in path.split("."):
+        if not isinstance(node, dict) or name not in node:
+            return default
+        node = node[name]
+    return node
+
+
+def put(tree: dict[str, Any], path: str, value: object) -> None:
+    """Set a dotted path, making sections; does nothing where a section is something else."""
+    *above, last = path.split(".")
+    node = tree
+    for name in above:
+        inner = node.setdefault(name, {})
+        if not isinstance(inner, dict):
+            return
+        node = inner
+    node[last] = value
+
+
+def drop(tree: dict[str, Any], path: str) -> None:
+    """Remove a dotted path where it is there."""
+    *above, last = path.split(".")
+    node = get(tree, ".".join(above)) if above else tree
+    if isinstance(node, dict):
+        node.pop(last, None)
 
 
 def _read_with_defaults(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
@@ -88,7 +119,7 @@ def _read_yaml(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         mark = getattr(error, "problem_mark", None)
         at = f"{path}:{mark.line + 1}" if mark is not None else str(path)
-        what = getattr(error, "problem", None) or _first_line(error)
+        what = getattr(error, "problem", None) or first_line(error)
         raise ConfigError(Problem(at, what, "valid YAML", "correct the line")) from error
     if bad:
         raise ConfigError(bad)
@@ -177,7 +208,7 @@ def _override_value(name: str, override: str, text: str, problems: list[Problem]
         tree = OmegaConf.to_container(OmegaConf.from_dotlist([] if bad else [f"value={text}"]), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         fix = f"""correct the value, or put it in quotes, inside those of the shell: '{name}="..."'"""
-        bad, tree = [Problem("command line", override, f"a YAML value ({_first_line(error)})", fix)], {}
+        bad, tree = [Problem("command line", override, f"a YAML value ({first_line(error)})", fix)], {}
     problems += bad
     assert isinstance(tree, dict)
     return tree.get("value")
@@ -212,17 +243,13 @@ def _resolve(node: Any, path: str, problems: list[Problem], depth: int) -> Any:
         try:
             value = node[key]
         except (OmegaConfBaseException, RecursionError) as error:
-            expected = f"an interpolation that resolves ({_first_line(error)})"
+            expected = f"an interpolation that resolves ({first_line(error)})"
             raw = OmegaConf.to_container(node, resolve=False)
             assert isinstance(raw, (dict, list))
             problems.append(Problem(where, raw[key], expected, "correct the ${...}"))
             continue
         plain[str(key)] = _resolve(value, where, problems, depth + 1) if OmegaConf.is_config(value) else value
     return list(plain.values()) if isinstance(node, ListConfig) else plain
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _register_resolvers() -> None:

@@ -1,21 +1,13 @@
-"""Types, ranges, unknown keys, and derived values."""
+"""Types, ranges and unknown keys."""
 
 from __future__ import annotations
 
 import pytest
 
-from megadpo.config import EXIT_REFUSED, ConfigError, DataError, Problem, UserError, build_config
-
-
-def test_smallest_config_has_nemo_rls_defaults(config):
-    cfg = config()
-    assert (cfg.dpo.val_period, cfg.dpo.val_batches, cfg.dpo.reference_policy_kl_penalty) == (25, 8, 0.05)
-    assert (cfg.policy.train_global_batch_size, cfg.policy.precision) == (128, "bfloat16")
-    assert cfg.policy.megatron_cfg.optimizer.lr == 5e-6
-    assert cfg.policy.sequence_packing.train_mb_tokens == 2 * cfg.policy.max_total_sequence_length
-    assert cfg.policy.make_sequence_length_divisible_by == 1
-    assert cfg.notes == ()
-
+from megadpo.config import (
+    ConfigError,
+    load_config,
+)
 
 BAD_VALUES = [
     # path, value, words of `expected`
@@ -138,76 +130,23 @@ def test_required_keys_are_named(tree, refusals):
     assert "policy.tokenizer" not in refusals(tree), "its name follows the model's"
 
 
-def test_evaluation_needs_validation_sets_and_no_training_file():
-    tree = {"policy": {"model_name": "m"}, "data": {"val_data_paths": {"held-out": "v.jsonl"}}}
-    assert build_config(tree, purpose="evaluate").data.train_data_path == ""
+SMALL = "policy: {model_name: m}\ndata: {train_data_path: t.jsonl}\n"
+
+
+def problems_of(path, *overrides):
     with pytest.raises(ConfigError) as caught:
-        build_config({"policy": {"model_name": "m"}}, purpose="evaluate")
-    assert [problem.where for problem in caught.value.problems] == ["data.val_data_paths"]
+        load_config(path, overrides)
+    return caught.value.problems
 
 
-def test_left_out_values_follow_from_others(config):
-    cfg = config(
-        dpo__preference_average_log_probs=True,
-        dpo__val_batches=-1,
-        policy__max_total_sequence_length=700,
-        policy__max_grad_norm=None,
-        policy__precision="float32",
-        policy__logprob_chunk_size=None,
-        policy__megatron_cfg__tensor_model_parallel_size=4,
-        policy__megatron_cfg__context_parallel_size=2,
-        policy__megatron_cfg__sequence_parallel=True,
-        policy__megatron_cfg__recompute_granularity=None,
-        policy__megatron_cfg__optimizer__weight_decay=0.01,
-    )
-    megatron = cfg.policy.megatron_cfg
-    assert cfg.dpo.sft_average_log_probs is True
-    assert cfg.dpo.val_batches == 0
-    assert cfg.policy.tokenizer.name == "some/model"
-    assert cfg.policy.sequence_packing.train_mb_tokens == 1400
-    assert cfg.policy.make_sequence_length_divisible_by == 8
-    assert cfg.policy.logprob_chunk_size == 1024
-    assert cfg.data.max_input_seq_length == 700
-    assert cfg.policy.max_grad_norm == megatron.optimizer.clip_grad == 0.0
-    assert (megatron.pipeline_dtype, megatron.optimizer.bf16) == ("float32", False)
-    assert megatron.recompute_granularity == "full"
-    assert megatron.scheduler.start_weight_decay == megatron.scheduler.end_weight_decay == 0.01
+TRAINING = ["training.name", "training.num_epochs"]
 
 
-def test_given_values_are_not_overwritten(config):
-    cfg = config(
-        dpo__preference_average_log_probs=True,
-        dpo__sft_average_log_probs=False,
-        policy__tokenizer__name="other/tokenizer",
-        policy__sequence_packing__train_mb_tokens=9000,
-        data__max_input_seq_length=100,
-    )
-    assert cfg.dpo.sft_average_log_probs is False
-    assert cfg.policy.tokenizer.name == "other/tokenizer"
-    assert cfg.policy.sequence_packing.train_mb_tokens == 9000
-    assert cfg.data.max_input_seq_length == 100
-
-
-@pytest.mark.parametrize(("steps", "epochs", "wanted"), [(None, 3, 30), (7, 1, 7), (99, 2, 20)])
-def test_total_steps_is_the_smaller_of_steps_and_epochs(config, steps, epochs, wanted):
-    assert config(dpo__max_num_steps=steps, dpo__max_num_epochs=epochs).dpo.total_steps(10) == wanted
-
-
-def test_the_mapping_given_is_left_alone():
-    tree = {"policy": {"model_name": "m", "logprob_batch_size": 1}, "data": {"train": {"data_path": "t"}}}
-    assert build_config(tree).data.train_data_path == "t"
-    assert tree == {"policy": {"model_name": "m", "logprob_batch_size": 1}, "data": {"train": {"data_path": "t"}}}
-
-
-def test_a_refusal_exits_with_2():
-    assert EXIT_REFUSED == 2
-
-
-def test_a_problem_is_one_line_and_an_error_carries_all():
-    problems = [Problem("a.b", "two\nlines", "x", "y"), Problem("c", "z" * 500, "x", "y")]
-    error = DataError(problems)
-    assert isinstance(error, UserError) and error.problems == problems
-    lines = str(error).splitlines()
-    assert lines[0] == "a.b: got 'two\\nlines'; expected x; fix: y"
-    assert len(lines) == 2 and len(lines[1]) < 300
-    assert ConfigError(problems[0]).problems == problems[:1]
+def test_somebody_elses_section_is_refused_key_by_key(write):
+    text = "loss_fn: {reference_policy_kl_penalty: 0.1, deep: {lr: 1}}\ntraining: {num_epochs: 3, name: x}\n"
+    problems = {one.where: one.fix for one in problems_of(write("c.yaml", SMALL + text))}
+    assert sorted(problems) == ["loss_fn.deep.lr", "loss_fn.reference_policy_kl_penalty", *TRAINING]
+    assert problems["training.name"] == "remove it", "several sections have a name"
+    assert "did you mean dpo.reference_policy_kl_penalty?" in problems["loss_fn.reference_policy_kl_penalty"]
+    assert "policy.megatron_cfg.optimizer.lr" in problems["loss_fn.deep.lr"]
+    assert "dpo.max_num_epochs" in problems["training.num_epochs"]
