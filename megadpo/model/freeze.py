@@ -10,8 +10,8 @@ import torch
 
 from megadpo.config.architecture import Architecture
 from megadpo.config.problems import Problem
+from megadpo.families import Entry, WeightTable, weight_table
 from megadpo.model.weights.load import named_global_parameters
-from megadpo.model.weights.tables import Entry, WeightTable, weight_table
 
 FIELD = "policy.freeze"
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")

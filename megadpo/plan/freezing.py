@@ -13,8 +13,8 @@ def trainable_share(arch: Architecture, patterns: Sequence[str]) -> float:
     """Share (0..1) of the weights that get gradients, for patterns that `freeze_problems` has found nothing against."""
     if not patterns:
         return 1.0
+    from megadpo.families import weight_table
     from megadpo.model.freeze import expand  # torch
-    from megadpo.model.weights.tables import weight_table
 
     shapes = weight_table(arch).hf_shapes
     plain = [one for pattern in patterns for one in expand(pattern)]

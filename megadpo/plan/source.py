@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megadpo.config.architecture import Architecture, read_architecture
+from megadpo.config.architecture import Architecture
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
+from megadpo.families import read_architecture
 from megadpo.model.source import resolve_source
 
 

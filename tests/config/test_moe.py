@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from megadpo.config import ConfigError, check_layout
-from megadpo.config.architecture import parse_architecture
 from megadpo.config.check_moe import unused_by_dense
-from tests.config.test_architecture import LLAMA
+from megadpo.families import parse_architecture
+from tests.families.test_reading import LLAMA
 
 MEG = "policy__megatron_cfg__"
 QWEN3 = {

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from megadpo.config import load_config, save_resolved
-from megadpo.config.architecture import parse_architecture
 from megadpo.config.check import check_layout
-from tests.config.test_architecture import LLAMA
+from megadpo.families import parse_architecture
 from tests.config.test_moe import QWEN3
+from tests.families.test_reading import LLAMA
 
 MEG = "policy.megatron_cfg"
 IMPL, FP8, PAD = f"{MEG}.transformer_impl", f"{MEG}.fp8_cfg.enabled", "policy.make_sequence_length_divisible_by"

@@ -31,8 +31,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megadpo.config.problems import ConfigError, Problem
-from megadpo.model.weights.layouts import Shape
-from megadpo.model.weights.tables import MEGATRON_LAYER, Entry
+from megadpo.families.layouts import Shape
+from megadpo.families.weight_table import MEGATRON_LAYER, Entry
 
 METADATA_FILE = ".metadata"
 COMMON_FILE = "common.pt"

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from megadpo.config.problems import ConfigError, Problem
-from megadpo.model.weights.layouts import Shape, Sliceable
-from megadpo.model.weights.tables import WeightTable
+from megadpo.families.layouts import Shape
+from megadpo.families.weight_table import WeightTable
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -25,6 +26,12 @@ HARMLESS_ENDINGS = ("rotary_emb.inv_freq", "attn.masked_bias", "lm_head.weight")
 and the head of a tied model, a copy of the embedding (an untied model's head is in its table)."""
 
 _ASK_AGAIN = "download or copy the folder again"
+
+
+class Sliceable(Protocol):
+    """A tensor, or safetensors' PySafeSlice, which reads only what is asked of it."""
+
+    def __getitem__(self, index: tuple[slice, ...]) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ class HfWeights:
                 problems += [_missing(folder / file, name) for name in names if name not in found]
         if problems:
             raise ConfigError(problems)
-        return cls(folder, tensors if table is None else _experts_apart(tensors, table))
+        return cls(folder, tensors if table is None else _as_in_table(tensors, table))
 
     def problems(self, table: WeightTable) -> list[Problem]:
         """Every difference between these tensors and what `table` wants: missing, of another shape, unused; and a head
@@ -155,13 +162,17 @@ class HfWeights:
         return whole if stored.inside.expert is None else _Part(whole, stored.inside, stored.shape[0])
 
 
-def _experts_apart(tensors: dict[str, StoredTensor], table: WeightTable) -> dict[str, StoredTensor]:
-    """`tensors` with those of all experts replaced by the experts' own, as far as their shapes allow."""
+def _as_in_table(tensors: dict[str, StoredTensor], table: WeightTable) -> dict[str, StoredTensor]:
+    """`tensors` by the table's names: those with another name under the first, those of all experts as the experts' own,
+    as far as their shapes allow."""
     apart = dict(tensors)
     for entry in table.entries:
+        for name, other in entry.also.items():
+            if name not in tensors and other in tensors:
+                stored = apart.pop(other)
+                apart[name] = dataclasses.replace(stored, inside=Inside(other, None, 0))
         whole = tensors.get(entry.hf_stacked)
-        shape = entry.full_shape if entry.expert is None else (table.num_experts, *entry.full_shape)
-        if whole is None or entry.hf_stacked in entry.hf or whole.shape != shape:
+        if whole is None or whole.shape != (table.num_experts, *entry.full_shape):
             continue  # one of another shape stays, and is named as unused
         apart.pop(entry.hf_stacked, None)
         first_row = 0

@@ -1,4 +1,4 @@
-"""Hugging Face weights into the parameters of a megatron-core model, each rank reading only its own slices."""
+"""Hugging Face weights into the parameters of a megatron-core model, each rank reading only its own slices; and back."""
 
 from __future__ import annotations
 
@@ -11,13 +11,29 @@ import torch
 
 from megadpo.config.architecture import Architecture
 from megadpo.config.problems import ConfigError
-from megadpo.model.weights.hf_folder import HfWeights
-from megadpo.model.weights.tables import MEGATRON_LAYER, Entry, weight_table
+from megadpo.families.weight_table import MEGATRON_LAYER, Entry, weight_table
+from megadpo.model.weights.hf_folder import HfWeights, Sliceable
 from megadpo.parallel import ParallelContext
 
 _LAYER_NAME = re.compile(re.escape(MEGATRON_LAYER).replace(r"\{i\}", r"(\d+)") + "(.*)")
 _EXPERT_NAME = re.compile(r"(mlp\.experts\.(?:local_experts\.|linear_fc[12]\.weight))(\d+)(.*)")
 """An expert's number in megatron-core's sequential or Transformer Engine's grouped experts."""
+
+
+def load_shard(shard: torch.Tensor, entry: Entry, sources: Sequence[Sliceable], rank: int = 0, size: int = 1) -> None:
+    """Hugging Face -> Megatron: copy the part of `sources` (in the order of `entry.hf`) that rank `rank` of `size` holds
+    into `shard` (any device), casting to its dtype."""
+    for piece in entry.pieces(rank, size):
+        shard[piece.shard_index].copy_(sources[piece.source][piece.source_index])
+
+
+def to_hf(entry: Entry, full: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Megatron -> Hugging Face: the tensors of `entry.hf` out of the whole one. Views where the rows adjoin."""
+    parts: list[list[torch.Tensor]] = [[] for _ in entry.hf]
+    for piece in entry.pieces():
+        parts[piece.source].append(full[piece.shard_index])
+    tensors = (part[0] if len(part) == 1 else torch.cat(part) for part in parts)
+    return dict(zip(entry.hf, tensors, strict=True))
 
 
 @dataclass(frozen=True)
@@ -47,7 +63,7 @@ def place_of(parallel: ParallelContext) -> Place:
 def load_hf_weights(
     model_chunks: Sequence[torch.nn.Module], arch: Architecture, folder: str | Path, place: Place
 ) -> None:
-    """Fill every parameter of this rank's model chunks from a Hugging Face folder, casting to the parameter's dtype.
+    """Load every parameter of this rank's model chunks from a Hugging Face folder, casting to the parameter's dtype.
 
     Collectives: none. Memory beyond the parameters: the mapped pages of the tensors in one parameter.
     Raises ConfigError with every problem of the folder, not only those of this rank's slices: all ranks of a run
@@ -63,13 +79,15 @@ def load_hf_weights(
             entry = table.by_name.get(name)
             if entry is None:
                 raise ValueError(f"the weight table of family {arch.family} has no row for parameter {name}")
+            if not entry.in_base:
+                continue
             rank, size = place.shard_of(entry)
             if tuple(parameter.shape) != entry.local_shape(size):
                 raise ValueError(
                     f"{name} has shape {tuple(parameter.shape)}; {entry.local_shape(size)} by the weight table"
                 )
             with torch.no_grad(), weights.slices(entry.hf) as sources:
-                entry.fill(parameter, sources, rank, size)
+                load_shard(parameter, entry, sources, rank, size)
 
 
 def named_global_parameters(chunk: torch.nn.Module, first_expert: int = 0) -> Iterator[tuple[str, torch.nn.Parameter]]:

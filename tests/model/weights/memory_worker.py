@@ -13,10 +13,9 @@ from pathlib import Path
 import megatron.core.dist_checkpointing  # noqa: F401  else its 55 MB would count as the import's
 import torch
 
-from megadpo.config.architecture import read_architecture
+from megadpo.families import read_architecture, weight_table
 from megadpo.model.weights import export_hf, import_hf, load_hf_weights
 from megadpo.model.weights.load import Place
-from megadpo.model.weights.tables import weight_table
 from tests.model.weights.stub import Stub
 
 TP_SIZE = 4

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megadpo.config.architecture import read_architecture
 from megadpo.config.problems import ConfigError
+from megadpo.families import read_architecture
 from megadpo.model.weights import load_hf_weights
 from megadpo.model.weights.hf_folder import HfWeights
 from megadpo.model.weights.load import Place, named_global_parameters

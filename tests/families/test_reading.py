@@ -7,8 +7,8 @@ import math
 
 import pytest
 
-from megadpo.config import ConfigError, read_architecture
-from megadpo.config.architecture import parse_architecture
+from megadpo.config import ConfigError
+from megadpo.families import parse_architecture, read_architecture
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -35,7 +35,7 @@ def test_plain_llama():
     assert (arch.family, arch.hf_class, arch.head_dim, arch.num_kv_heads) == ("llama", "LlamaForCausalLM", 16, 2)
     assert (arch.eos_token_id, arch.torch_dtype, arch.rms_norm_eps) == ((1, 2), "bfloat16", 1e-5)
     assert (arch.rope_theta, arch.rope_scaling, arch.sliding_window) == (10000.0, None, None)
-    assert not (arch.qkv_bias or arch.output_bias or arch.mlp_bias or arch.qk_norm or arch.tie_word_embeddings)
+    assert not (arch.qkv_bias or arch.qk_norm or arch.tie_word_embeddings)
 
 
 @pytest.mark.parametrize(
