@@ -21,6 +21,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from megadpo.checkpoint.folder import FORMAT, delete, partial_folder
 from megadpo.checkpoint.position import TrainingPosition
+from megadpo.checkpoint.writer import SaveStrategy
 from megadpo.config.load import save_resolved
 from megadpo.config.schema import Config
 from megadpo.model.weights.convert import copy_hf_files
@@ -63,7 +64,7 @@ def save_checkpoint(
     if optimizer is not None:
         whose = sharded_weights(model, per_layer=True) if cfg.policy.freeze else weights
         state["optimizer"] = sharded_state(optimizer, whose, is_loading=False)
-    dist_checkpointing.save(state, str(partial / "model"))
+    dist_checkpointing.save(state, str(partial / "model"), SaveStrategy())
     torch.save(_rng_state(parallel.device.type), partial / "rng" / f"rank_{parallel.rank}.pt")
     dist.barrier()
 
