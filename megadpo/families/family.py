@@ -30,7 +30,7 @@ class Family:
     head: ClassVar[Row] = HEAD
 
     def read(self, config: HfConfig) -> Architecture:
-        """The model that `config` describes; every problem is noted in it, and what comes back then is worth nothing."""
+        """The model that `config` describes. Problems are noted in `config`; the result counts only where there are none."""
         hidden, layers, heads, ffn, vocabulary = map(config.size, _SIZES)
         # null key-value heads mean "no grouping" to transformers, a null head size that the heads share the width
         groups = heads if config.get("num_key_value_heads") is None else config.size("num_key_value_heads")

@@ -51,8 +51,8 @@ class Qwen3(Family):
 
 
 def qwen_window(config: HfConfig, num_layers: int | None = None) -> int | None:
-    """The window where any layer has one, which `layer_types` says. Without that, it is layers from number
-    `max_window_layers` on; num_layers: of the model, None for the MoE classes, where some layer always has it."""
+    """The window, where any layer has one. `layer_types` says which layers do; without it, those from number
+    `max_window_layers` on. num_layers: of the model; None in the MoE classes, where some layer always has the window."""
     if not config.get("use_sliding_window"):
         return None
     types = config.get("layer_types")

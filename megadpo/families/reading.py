@@ -30,7 +30,8 @@ def parse_architecture(raw: Mapping[str, Any], where: str = "config.json") -> Ar
     name = next((name for name in FAMILIES.names() if hf_class in FAMILIES[name].classes), None)
     if name is None:
         expected = "one of " + ", ".join(one for family in FAMILIES for one in family.classes)
-        fix = f"model_type {raw.get('model_type')!r} is not supported; choose a model that is, or name in plugins a file that adds it"
+        given = raw.get("model_type")
+        fix = f"model_type {given!r} is not supported; choose a model that is, or name in plugins a file that adds it"
         raise ConfigError(Problem(f"{where}: architectures", hf_class or raw.get("model_type"), expected, fix))
     family = FAMILIES[name]()
     config = HfConfig(raw, name, hf_class, family.defaults, where)

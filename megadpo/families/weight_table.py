@@ -98,6 +98,8 @@ class WeightTable:
     num_experts: int
     by_name: Mapping[str, Entry] = field(repr=False)
     """Megatron name (either of the two) -> entry; the tied copy of the embedding and added rows included."""
+    tied: tuple[str, str] | None
+    """Of a model whose embedding is its head too: the Hugging Face names of both. Its folder needs the first only."""
 
     def stack_shape(self, entry: Entry) -> Shape:
         """Sizes of the leading dimensions of the tensor that checkpoints hold of `entry`: layers, experts."""
@@ -128,7 +130,9 @@ def weight_table(
     sizes |= added_sizes or {}
     beside = [entry for n in layers for row in added for entry in _layer_entries(arch, row, n, sizes)]
     beside = [dataclasses.replace(entry, in_base=False) for entry in beside]
+    tied = None
     if arch.tie_word_embeddings:
+        tied = next(iter(family.embedding.hf)), next(iter(family.head.hf))
         # The last pipeline stage holds a copy of the embedding, which no checkpoint and no export has.
         beside.append(_entry(arch, dataclasses.replace(family.head, hf=family.embedding.hf), sizes))
     return WeightTable(
@@ -136,6 +140,7 @@ def weight_table(
         num_layers=arch.num_layers,
         num_experts=arch.moe.num_experts if arch.moe else 0,
         by_name={name: entry for entry in (*entries, *beside) for name in entry.names},
+        tied=tied,
     )
 
 

@@ -1,27 +1,16 @@
-"""config.json of the supported families, in both spellings, and what is refused."""
+"""What every family reads from config.json, and what is refused; one file a family adds what is its own."""
 
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
 
 from megadpo.config import ConfigError
 from megadpo.families import parse_architecture, read_architecture
+from tests.families.configs import LLAMA, YARN
 
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 128,
-    "vocab_size": 256,
-}
 POSITIONS = "max_position_embeddings"
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 
 
 def problem_keys(raw):
@@ -51,109 +40,9 @@ def test_families_differ_in_biases_and_norms(name, family, qkv_bias, qk_norm):
     assert (arch.family, arch.qkv_bias, arch.qk_norm) == (family, qkv_bias, qk_norm)
 
 
-def test_mixtral_has_a_theta_of_its_own():
-    mixtral = {**LLAMA, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
-    for said, theta in (({}, 1e6), ({"rope_parameters": {"rope_type": "default"}}, 1e6), ({"rope_theta": 5e5}, 5e5)):
-        assert parse_architecture({**mixtral, **said}).rope_theta == theta
-
-
-def test_rope_twice_is_taken_where_both_say_the_same():
-    twice = {"rope_parameters": {**YARN, "rope_theta": 1e6}, "rope_scaling": {**YARN, "type": "yarn"}}
-    arch = parse_architecture({**LLAMA, **twice})
-    assert arch.rope_theta == 1e6 and arch.rope_scaling is not None
-
-
-def test_the_trained_length_outside_goes_first():
-    arch = parse_architecture({**LLAMA, "rope_scaling": YARN, "original_max_position_embeddings": 4096})
-    assert arch.rope_scaling["original_max_position_embeddings"] == 4096
-
-
 def test_without_architectures_the_model_type_decides():
     raw = {key: value for key, value in LLAMA.items() if key != "architectures"}
     assert parse_architecture({**raw, "model_type": "qwen3"}).family == "qwen3"
-
-
-ROPES = [
-    # what config.json says, (theta, scaling)
-    ({"rope_theta": 5e5}, (5e5, None)),
-    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, (1e6, None)),
-    (
-        {"rope_theta": 1e6, "rope_scaling": {"type": "linear", "factor": 2}},
-        (1e6, {"rope_type": "linear", "factor": 2.0}),
-    ),
-    ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, (10000.0, None)),
-    (
-        {
-            "rope_theta": 5e5,
-            "rope_scaling": {
-                "rope_type": "llama3",
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 8192,
-            },
-        },
-        (
-            5e5,
-            {
-                "rope_type": "llama3",
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 8192,
-            },
-        ),
-    ),
-    (
-        {"rope_parameters": {**YARN, "rope_theta": 1e6, "beta_fast": None}},
-        (
-            1e6,
-            {
-                **YARN,
-                "beta_fast": 32.0,
-                "beta_slow": 1.0,
-                "truncate": True,
-                "attention_factor": 0.1 * math.log(4.0) + 1.0,
-            },
-        ),
-    ),
-]
-
-
-@pytest.mark.parametrize(("said", "wanted"), ROPES)
-def test_rope_in_one_spelling(said, wanted):
-    arch = parse_architecture({**LLAMA, **said})
-    assert (arch.rope_theta, arch.rope_scaling) == wanted
-
-
-def test_yarn_attention_factor():
-    def factor(**more):
-        scaling = parse_architecture({**LLAMA, "rope_scaling": {**YARN, **more}}).rope_scaling
-        assert scaling is not None
-        return scaling["attention_factor"]
-
-    assert factor(attention_factor=1.5) == 1.5
-    assert factor(mscale=2.0, mscale_all_dim=1.0) == (0.2 * math.log(4) + 1) / (0.1 * math.log(4) + 1)
-    assert factor(factor=0.5) == 1.0
-
-
-SLIDING = [
-    ("MistralForCausalLM", {"sliding_window": 4096}, 4096),
-    ("MistralForCausalLM", {"sliding_window": None}, None),
-    ("MistralForCausalLM", {}, 4096),
-    ("Qwen2ForCausalLM", {"sliding_window": 99, "use_sliding_window": False, "max_window_layers": 2}, None),
-    ("Qwen2ForCausalLM", {"sliding_window": 99, "max_window_layers": 2}, None),
-    ("Qwen2ForCausalLM", {"sliding_window": 99, "use_sliding_window": True, "max_window_layers": 4}, None),
-    ("Qwen2ForCausalLM", {"sliding_window": 99, "use_sliding_window": True, "max_window_layers": 3}, 99),
-    ("Qwen3ForCausalLM", {"sliding_window": 99, "use_sliding_window": True, "layer_types": ["sliding_attention"]}, 99),
-    ("Qwen3ForCausalLM", {"sliding_window": 99, "use_sliding_window": True, "layer_types": ["full_attention"]}, None),
-]
-
-
-@pytest.mark.parametrize(("name", "said", "window"), SLIDING)
-def test_sliding_window(name, said, window):
-    raw = {key: value for key, value in LLAMA.items() if key != "model_type"}
-    assert parse_architecture({**raw, "architectures": [name], **said}).sliding_window == window
 
 
 REFUSED = [

@@ -19,11 +19,9 @@ from megadpo.families.weight_table import WeightTable
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROWS_COMPARED = 4096
-HARMLESS_ENDINGS = ("rotary_emb.inv_freq", "attn.masked_bias", "lm_head.weight")
-"""What transformers passes over too: buffers that its old versions saved beside the weights (computed, never learnt),
-and the head of a tied model, a copy of the embedding (an untied model's head is in its table)."""
+HARMLESS_ENDINGS = ("rotary_emb.inv_freq", "attn.masked_bias")
+"""What transformers passes over too: buffers that its old versions saved beside the weights, computed and never learnt."""
 
 _ASK_AGAIN = "download or copy the folder again"
 
@@ -111,28 +109,27 @@ class HfWeights:
             elif name in wanted and tensor.dtype not in DTYPES:
                 fix = "use the unquantised model"
                 problems.append(Problem(where, tensor.dtype, f"a dtype among {', '.join(DTYPES)}", fix))
-            elif name not in wanted and not name.endswith(HARMLESS_ENDINGS):
+            elif name not in wanted and not name.endswith(HARMLESS_ENDINGS) and name not in (table.tied or ()):
                 fix = "use a model whose weights are those of its config.json (no adapters, no quantisation)"
                 problems.append(Problem(where, "a tensor that nothing uses", "only the weights of the model", fix))
-        return problems + self._untied_head(wanted)
+        return problems + self._untied_head(table)
 
-    def _untied_head(self, wanted: Mapping[str, Shape]) -> list[Problem]:
+    def _untied_head(self, table: WeightTable) -> list[Problem]:
         """A tied model's folder may hold its head too, if that is the embedding: transformers leaves the two apart where
         their numbers differ. Reads both, a few rows at a time."""
-        names = [EMBEDDING, HEAD]
-        if HEAD in wanted or EMBEDDING not in wanted or not self.tensors.keys() >= set(names):
+        if table.tied is None or not self.tensors.keys() >= set(table.tied):
             return []
-        embedding, head = (self.tensors[name] for name in names)
+        embedding, head = (self.tensors[name] for name in table.tied)
         if embedding.shape == head.shape:
-            dtype = self.dtype(names)
-            with self.slices(names) as sources:
+            dtype = self.dtype(table.tied)
+            with self.slices(table.tied) as sources:
                 starts = range(0, head.shape[0], ROWS_COMPARED)
                 rows = ((slice(start, start + ROWS_COMPARED),) for start in starts)
                 if all(torch.equal(*(source[index].to(dtype) for source in sources)) for index in rows):
                     return []
-        expected = f"the same as {EMBEDDING}, or not there: config.json says tie_word_embeddings"
+        expected = f"the same as {table.tied[0]}, or not there: config.json says tie_word_embeddings"
         fix = "set tie_word_embeddings to false in config.json if the model has a head of its own"
-        return [Problem(f"{head.file}: {HEAD}", "another tensor", expected, fix)]
+        return [Problem(f"{head.file}: {table.tied[1]}", "another tensor", expected, fix)]
 
     def dtype(self, names: Sequence[str]) -> torch.dtype:
         """The dtype that holds all of these tensors exactly (theirs, in every ordinary folder)."""

@@ -11,7 +11,7 @@ import torch
 
 from megadpo.config.architecture import Architecture
 from megadpo.config.problems import ConfigError
-from megadpo.families.weight_table import MEGATRON_LAYER, Entry, weight_table
+from megadpo.families.weight_table import MEGATRON_LAYER, Entry, WeightTable, weight_table
 from megadpo.model.weights.hf_folder import HfWeights, Sliceable
 from megadpo.parallel import ParallelContext
 
@@ -61,15 +61,20 @@ def place_of(parallel: ParallelContext) -> Place:
 
 
 def load_hf_weights(
-    model_chunks: Sequence[torch.nn.Module], arch: Architecture, folder: str | Path, place: Place
+    model_chunks: Sequence[torch.nn.Module],
+    arch: Architecture,
+    folder: str | Path,
+    place: Place,
+    table: WeightTable | None = None,
 ) -> None:
     """Load every parameter of this rank's model chunks from a Hugging Face folder, casting to the parameter's dtype.
 
+    table: of `arch`; None: its own. Parameters of rows that were added to it are left as they are.
     Collectives: none. Memory beyond the parameters: the mapped pages of the tensors in one parameter.
     Raises ConfigError with every problem of the folder, not only those of this rank's slices: all ranks of a run
     refuse together. Raises ValueError where the model is not one of `arch` at `place`.
     """
-    table = weight_table(arch)
+    table = table or weight_table(arch)
     weights = HfWeights.open(folder, table)
     problems = weights.problems(table)
     if problems:

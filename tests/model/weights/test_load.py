@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megadpo.config.problems import ConfigError
-from megadpo.families import read_architecture
+from megadpo.families import read_architecture, weight_table
+from megadpo.families.layouts import Columns
+from megadpo.families.rows import Row
 from megadpo.model.weights import load_hf_weights
 from megadpo.model.weights.hf_folder import HfWeights
 from megadpo.model.weights.load import Place, named_global_parameters
@@ -94,6 +96,18 @@ def test_experts_of_a_rank(tmp_path, case, stacked):
     assert torch.equal(model.get_parameter(f"{layer}local_experts.1.linear_fc2.weight"), want[down][:, ffn // 2 :])
 
 
+def test_parameters_of_added_rows_are_left_alone(folders):
+    arch = read_architecture(folders["llama"])
+    row = Row("mlp.linear_fc2.lora_a", Columns(), {"mlp.down_proj.lora_A.weight": "rf"})
+    names = [f"decoder.layers.0.mlp.linear_fc2.{last}" for last in ("lora_a", "weight")]
+    model = Stub({names[0]: torch.full((2, 20), 7.0), names[1]: torch.zeros(24, 20)})
+    table = weight_table(arch, (row,), {"r": 2})
+    load_hf_weights([model], arch, folders["llama"], Place(tp_size=2), table)
+    assert model.get_parameter(names[0]).eq(7).all() and not model.get_parameter(names[1]).eq(0).any()
+    with pytest.raises(ValueError, match="no row for parameter decoder.layers.0.mlp.linear_fc2.lora_a"):
+        load_hf_weights([model], arch, folders["llama"], Place(tp_size=2))
+
+
 def test_wrappers_are_looked_through():
     float16, ddp = torch.nn.Module(), torch.nn.Module()
     float16.module, ddp.module = Stub({"decoder.layers.0.x": torch.zeros(1)}, first_layer=3), float16
@@ -156,6 +170,25 @@ def test_missing_misshapen_unused_and_quantised_tensors_are_all_named(copy):
 def test_buffers_of_old_transformers_are_passed_over(copy):
     rewrite(copy, model__layers__0__self_attn__rotary_emb__inv_freq=torch.zeros(4))
     load_hf_weights([], read_architecture(copy), copy, Place())
+
+
+def test_a_router_under_its_other_name(tmp_path):
+    """As transformers 5 calls it in memory; under both names one is too many."""
+    folder = make_hf_folder(tmp_path / "hf", "mixtral")
+    tensors = load_file(folder / "model.safetensors")
+    routers = {
+        n: n.replace("block_sparse_moe.gate", "mlp.gate") for n in tensors if n.endswith("block_sparse_moe.gate.weight")
+    }
+    assert len(routers) == LAYERS
+    other = {routers.get(name, name): tensor for name, tensor in tensors.items()}
+    save_file(other, folder / "model.safetensors", metadata={"format": "pt"})
+    model = Stub({"decoder.layers.0.mlp.router.weight": torch.zeros(4, 24)}, first_layer=1)
+    load_hf_weights([model], read_architecture(folder), folder, Place())
+    want = tensors["model.layers.1.block_sparse_moe.gate.weight"]
+    assert torch.equal(model.get_parameter("decoder.layers.0.mlp.router.weight"), want)
+    save_file(tensors | other, folder / "model.safetensors", metadata={"format": "pt"})
+    lines = refusal(folder, folder)
+    assert len(lines) == LAYERS and all("nothing uses" in line and "mlp.gate.weight" in line for line in lines)
 
 
 def test_a_tied_model_saved_with_its_head(folders, tmp_path):
