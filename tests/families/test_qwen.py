@@ -17,6 +17,8 @@ SLIDING = [
     ("Qwen2ForCausalLM", {"sliding_window": 99, "use_sliding_window": True, "max_window_layers": 3}, 99),
     ("Qwen3ForCausalLM", {"sliding_window": 99, "use_sliding_window": True, "layer_types": ["sliding_attention"]}, 99),
     ("Qwen3ForCausalLM", {"sliding_window": 99, "use_sliding_window": True, "layer_types": ["full_attention"]}, None),
+    ("Qwen3MoeForCausalLM", {"sliding_window": 99, "use_sliding_window": True, "max_window_layers": 4}, 99),
+    ("MixtralForCausalLM", {}, None),
 ]
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from megadpo.config.architecture import Architecture
+from megadpo.config.grid import Grid
 from megadpo.config.problems import ConfigError
 from megadpo.families.weight_table import MEGATRON_LAYER, Entry, WeightTable, weight_table
 from megadpo.model.weights.hf_folder import HfWeights, Sliceable
@@ -36,27 +36,17 @@ def to_hf(entry: Entry, full: torch.Tensor) -> dict[str, torch.Tensor]:
     return dict(zip(entry.hf, tensors, strict=True))
 
 
-@dataclass(frozen=True)
-class Place:
-    """A rank's place in the layout, as far as its weights depend on it."""
-
-    tp_rank: int = 0
-    tp_size: int = 1
-    ep_rank: int = 0
-    ep_size: int = 1
-    etp_rank: int = 0
-    etp_size: int = 1
-
-    def shard_of(self, entry: Entry) -> tuple[int, int]:
-        """(rank, size) of the group over which `entry` is cut."""
-        return (self.tp_rank, self.tp_size) if entry.expert is None else (self.etp_rank, self.etp_size)
-
-
-def place_of(parallel: ParallelContext) -> Place:
-    """This rank's."""
+def place_of(parallel: ParallelContext) -> Grid:
+    """This rank's place in the grid of ranks."""
     layout = parallel.layout
-    return Place(
-        parallel.tp_rank, layout.tensor, parallel.ep_rank, layout.expert, parallel.etp_rank, layout.expert_tensor
+    return Grid(
+        tensor=layout.tensor,
+        context=layout.context,
+        data=parallel.dp_size,
+        pipeline=layout.pipeline,
+        expert=layout.expert,
+        expert_tensor=layout.expert_tensor,
+        rank=parallel.rank,
     )
 
 
@@ -64,7 +54,7 @@ def load_hf_weights(
     model_chunks: Sequence[torch.nn.Module],
     arch: Architecture,
     folder: str | Path,
-    place: Place,
+    place: Grid,
     table: WeightTable | None = None,
 ) -> None:
     """Load every parameter of this rank's model chunks from a Hugging Face folder, casting to the parameter's dtype.
@@ -80,13 +70,15 @@ def load_hf_weights(
     if problems:
         raise ConfigError(problems)
     for chunk in model_chunks:
-        for name, parameter in named_global_parameters(chunk, table.num_experts // place.ep_size * place.ep_rank):
+        for name, parameter in named_global_parameters(chunk, table.num_experts // place.expert * place.ep_rank):
             entry = table.by_name.get(name)
             if entry is None:
                 raise ValueError(f"the weight table of family {arch.family} has no row for parameter {name}")
             if not entry.in_base:
                 continue
-            rank, size = place.shard_of(entry)
+            rank, size = place.tp_rank, place.tensor
+            if entry.expert is not None:
+                rank, size = place.etp_rank, place.expert_tensor
             if tuple(parameter.shape) != entry.local_shape(size):
                 raise ValueError(
                     f"{name} has shape {tuple(parameter.shape)}; {entry.local_shape(size)} by the weight table"
