@@ -2,6 +2,6 @@
 refused. FAMILIES (config/variants.py) finds the files; nothing here needs torch."""
 
 from megadpo.families.reading import parse_architecture, read_architecture
-from megadpo.families.weight_table import Entry, WeightTable, weight_table
+from megadpo.families.weight_table import WeightEntry, WeightTable, weight_table
 
-__all__ = ["Entry", "WeightTable", "parse_architecture", "read_architecture", "weight_table"]
+__all__ = ["WeightEntry", "WeightTable", "parse_architecture", "read_architecture", "weight_table"]

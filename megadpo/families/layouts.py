@@ -1,7 +1,7 @@
 """How the tensors of a Hugging Face folder lie inside one tensor of megatron-core, whole or as one rank's shard.
 
-A layout is a list of pieces: rectangles of a Hugging Face tensor and the place of each in the Megatron shard. Both
-directions copy the same pieces (model/weights/load.py), so what is read is what is written back.
+A layout lists rectangles of the Hugging Face tensors, and the place of each in the Megatron shard. Both
+directions copy the same rectangles (model/weights/load.py), so what is read is what is written back.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 Shape = tuple[int, ...]
 
 
-class Piece(NamedTuple):
+class Rectangle(NamedTuple):
     """`shard[shard_index]` is `sources[source][source_index]`."""
 
     source: int
@@ -37,7 +37,7 @@ class TensorLayout:
         rows = _share(shape[self.sharded_dim], 0, tp_size)
         return (*shape[: self.sharded_dim], rows.stop, *shape[self.sharded_dim + 1 :])
 
-    def pieces(self, shapes: Sequence[Shape], groups: int, tp_rank: int, tp_size: int) -> list[Piece]:
+    def rectangles(self, shapes: Sequence[Shape], groups: int, tp_rank: int, tp_size: int) -> list[Rectangle]:
         """Every rectangle of the shard of `tp_rank`, in rising order within each source. `groups`: KV heads."""
         raise NotImplementedError
 
@@ -45,8 +45,8 @@ class TensorLayout:
 class Replicated(TensorLayout):
     """The same on every rank: norms."""
 
-    def pieces(self, shapes: Sequence[Shape], groups: int, tp_rank: int, tp_size: int) -> list[Piece]:
-        return [Piece(0, (slice(None),), (slice(None),))]
+    def rectangles(self, shapes: Sequence[Shape], groups: int, tp_rank: int, tp_size: int) -> list[Rectangle]:
+        return [Rectangle(0, (slice(None),), (slice(None),))]
 
 
 class Rows(TensorLayout):
@@ -54,8 +54,8 @@ class Rows(TensorLayout):
 
     sharded_dim = 0
 
-    def pieces(self, shapes: Sequence[Shape], groups: int, tp_rank: int, tp_size: int) -> list[Piece]:
-        return [Piece(0, (_share(shapes[0][0], tp_rank, tp_size),), (slice(None),))]
+    def rectangles(self, shapes: Sequence[Shape], groups: int, tp_rank: int, tp_size: int) -> list[Rectangle]:
+        return [Rectangle(0, (_share(shapes[0][0], tp_rank, tp_size),), (slice(None),))]
 
 
 class Columns(TensorLayout):
@@ -63,8 +63,8 @@ class Columns(TensorLayout):
 
     sharded_dim = 1
 
-    def pieces(self, shapes: Sequence[Shape], groups: int, tp_rank: int, tp_size: int) -> list[Piece]:
-        return [Piece(0, (slice(None), _share(shapes[0][1], tp_rank, tp_size)), (slice(None), slice(None)))]
+    def rectangles(self, shapes: Sequence[Shape], groups: int, tp_rank: int, tp_size: int) -> list[Rectangle]:
+        return [Rectangle(0, (slice(None), _share(shapes[0][1], tp_rank, tp_size)), (slice(None), slice(None)))]
 
 
 class GatedMLP(TensorLayout):
@@ -72,13 +72,13 @@ class GatedMLP(TensorLayout):
 
     sharded_dim = 0
 
-    def pieces(self, shapes: Sequence[Shape], groups: int, tp_rank: int, tp_size: int) -> list[Piece]:
-        pieces = []
+    def rectangles(self, shapes: Sequence[Shape], groups: int, tp_rank: int, tp_size: int) -> list[Rectangle]:
+        rectangles = []
         for source, shape in enumerate(shapes):
             block = _share(shape[0], tp_rank, tp_size)
             rows = block.stop - block.start
-            pieces.append(Piece(source, (block,), (slice(source * rows, (source + 1) * rows),)))
-        return pieces
+            rectangles.append(Rectangle(source, (block,), (slice(source * rows, (source + 1) * rows),)))
+        return rectangles
 
 
 class GroupedQKV(TensorLayout):
@@ -89,9 +89,9 @@ class GroupedQKV(TensorLayout):
 
     sharded_dim = 0
 
-    def pieces(self, shapes: Sequence[Shape], groups: int, tp_rank: int, tp_size: int) -> list[Piece]:
+    def rectangles(self, shapes: Sequence[Shape], groups: int, tp_rank: int, tp_size: int) -> list[Rectangle]:
         shard = _share(self.full_shape(shapes)[0], tp_rank, tp_size)
-        pieces, start = ([], 0)  # `start`: of the run of rows at hand, in the whole tensor
+        rectangles, start = ([], 0)  # `start`: of the run of rows at hand, in the whole tensor
         for group in range(groups):
             for source, shape in enumerate(shapes):
                 rows = _share(shape[0], group, groups)
@@ -99,9 +99,9 @@ class GroupedQKV(TensorLayout):
                 first, last = max(start, shard.start), min(stop, shard.stop)
                 if first < last:
                     index = slice(rows.start + first - start, rows.start + last - start)
-                    pieces.append(Piece(source, (index,), (slice(first - shard.start, last - shard.start),)))
+                    rectangles.append(Rectangle(source, (index,), (slice(first - shard.start, last - shard.start),)))
                 start = stop
-        return pieces
+        return rectangles
 
 
 def _share(size: int, rank: int, parts: int) -> slice:

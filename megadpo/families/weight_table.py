@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 
 from megadpo.config.architecture import Architecture
 from megadpo.config.variants import FAMILIES
-from megadpo.families.layouts import Piece, Shape
+from megadpo.families.layouts import Rectangle, Shape
 from megadpo.families.rows import Row
 
 MEGATRON_LAYER, HF_LAYER = "decoder.layers.{i}.", "model.layers.{i}."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class WeightEntry:
     """A row for one layer (and one expert) of one architecture."""
 
     row: Row
@@ -78,9 +78,9 @@ class Entry:
         """Shape of one rank's shard."""
         return self.row.layout.local_shape(self.shapes, tp_size)
 
-    def pieces(self, tp_rank: int = 0, tp_size: int = 1) -> list[Piece]:
+    def rectangles(self, tp_rank: int = 0, tp_size: int = 1) -> list[Rectangle]:
         """Where the parts of the Hugging Face tensors lie in one rank's shard."""
-        return self.row.layout.pieces(self.shapes, self.groups, tp_rank, tp_size)
+        return self.row.layout.rectangles(self.shapes, self.groups, tp_rank, tp_size)
 
 
 def _all_layers(name: str, layer: int) -> str:
@@ -92,16 +92,16 @@ def _all_layers(name: str, layer: int) -> str:
 class WeightTable:
     """Every weight of one architecture, in the order of the forward pass."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[WeightEntry, ...]
     """Those that the model's folder holds."""
     num_layers: int
     num_experts: int
-    by_name: Mapping[str, Entry] = field(repr=False)
+    by_name: Mapping[str, WeightEntry] = field(repr=False)
     """Megatron name (either of the two) -> entry; the tied copy of the embedding and added rows included."""
     tied: tuple[str, str] | None
     """Of a model whose embedding is its head too: the Hugging Face names of both. Its folder needs the first only."""
 
-    def stack_shape(self, entry: Entry) -> Shape:
+    def stack_shape(self, entry: WeightEntry) -> Shape:
         """Sizes of the leading dimensions of the tensor that checkpoints hold of `entry`: layers, experts."""
         return (self.num_layers, self.num_experts)[: len(entry.index)]
 
@@ -144,7 +144,7 @@ def weight_table(
     )
 
 
-def _layer_entries(arch: Architecture, row: Row, layer: int, sizes: Mapping[str, int]) -> Iterator[Entry]:
+def _layer_entries(arch: Architecture, row: Row, layer: int, sizes: Mapping[str, int]) -> Iterator[WeightEntry]:
     if not row.is_expert:
         yield _entry(arch, row, sizes, layer)
         return
@@ -154,11 +154,11 @@ def _layer_entries(arch: Architecture, row: Row, layer: int, sizes: Mapping[str,
 
 def _entry(
     arch: Architecture, row: Row, sizes: Mapping[str, int], layer: int | None = None, expert: int | None = None
-) -> Entry:
+) -> WeightEntry:
     def on_disk(name: str) -> str:
         return name if layer is None else HF_LAYER.format(i=layer) + name.format(e=expert)
 
-    return Entry(
+    return WeightEntry(
         row=row,
         layer=layer,
         expert=expert,

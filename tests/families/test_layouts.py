@@ -7,7 +7,7 @@ import torch
 
 from megadpo.families.layouts import Columns, GatedMLP, GroupedQKV, Replicated, Rows
 from megadpo.families.rows import Row
-from megadpo.families.weight_table import Entry
+from megadpo.families.weight_table import WeightEntry
 from megadpo.model.weights.load import load_shard, to_hf
 
 LAYOUTS = {
@@ -23,7 +23,7 @@ LAYOUTS = {
 def entry_of(layout, shapes, groups):
     names = [f"part{n}" for n in range(len(shapes))]
     row = Row("whole", layout, dict.fromkeys(names, ""))
-    return Entry(
+    return WeightEntry(
         row=row, layer=None, expert=None, hf=tuple(names), shapes=tuple(shapes), groups=groups, also={}, hf_stacked=""
     )
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from megadpo.config.problems import ConfigError, Problem
-from megadpo.families import Entry, WeightTable, read_architecture, weight_table
+from megadpo.families import WeightEntry, WeightTable, read_architecture, weight_table
 from megadpo.model.weights.dist_folder import DistFolder, PlannedTensor, write_dist_folder
 from megadpo.model.weights.hf_folder import DTYPES, HfWeights
 from megadpo.model.weights.hf_writer import MAX_FILE_BYTES, TensorSpec, write_hf_weights
@@ -142,7 +142,7 @@ def _empty_objects(table: WeightTable) -> Iterator[str]:
             yield f"{entry.extra_state_key}/shard_{offset}_{shape}"
 
 
-def _read(weights: HfWeights, entry: Entry, dtype: torch.dtype) -> torch.Tensor:
+def _read(weights: HfWeights, entry: WeightEntry, dtype: torch.dtype) -> torch.Tensor:
     tensor = torch.empty(entry.full_shape, dtype=dtype)
     with weights.slices(entry.hf) as sources:
         load_shard(tensor, entry, sources)

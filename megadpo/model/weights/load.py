@@ -11,7 +11,7 @@ import torch
 from megadpo.config.architecture import Architecture
 from megadpo.config.grid import Grid
 from megadpo.config.problems import ConfigError
-from megadpo.families.weight_table import MEGATRON_LAYER, Entry, WeightTable, weight_table
+from megadpo.families.weight_table import MEGATRON_LAYER, WeightEntry, WeightTable, weight_table
 from megadpo.model.weights.hf_folder import HfWeights, Sliceable
 from megadpo.parallel import ParallelContext
 
@@ -20,18 +20,20 @@ _EXPERT_NAME = re.compile(r"(mlp\.experts\.(?:local_experts\.|linear_fc[12]\.wei
 """An expert's number in megatron-core's sequential or Transformer Engine's grouped experts."""
 
 
-def load_shard(shard: torch.Tensor, entry: Entry, sources: Sequence[Sliceable], rank: int = 0, size: int = 1) -> None:
+def load_shard(
+    shard: torch.Tensor, entry: WeightEntry, sources: Sequence[Sliceable], rank: int = 0, size: int = 1
+) -> None:
     """Hugging Face -> Megatron: copy the part of `sources` (in the order of `entry.hf`) that rank `rank` of `size` holds
     into `shard` (any device), casting to its dtype."""
-    for piece in entry.pieces(rank, size):
-        shard[piece.shard_index].copy_(sources[piece.source][piece.source_index])
+    for rectangle in entry.rectangles(rank, size):
+        shard[rectangle.shard_index].copy_(sources[rectangle.source][rectangle.source_index])
 
 
-def to_hf(entry: Entry, full: torch.Tensor) -> dict[str, torch.Tensor]:
+def to_hf(entry: WeightEntry, full: torch.Tensor) -> dict[str, torch.Tensor]:
     """Megatron -> Hugging Face: the tensors of `entry.hf` out of the whole one. Views where the rows adjoin."""
     parts: list[list[torch.Tensor]] = [[] for _ in entry.hf]
-    for piece in entry.pieces():
-        parts[piece.source].append(full[piece.shard_index])
+    for rectangle in entry.rectangles():
+        parts[rectangle.source].append(full[rectangle.shard_index])
     tensors = (part[0] if len(part) == 1 else torch.cat(part) for part in parts)
     return dict(zip(entry.hf, tensors, strict=True))
 
