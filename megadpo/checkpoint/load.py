@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
@@ -30,9 +29,12 @@ from torch.distributed.checkpoint.planner import ReadItem
 from megadpo.checkpoint.folder import CheckpointInfo
 from megadpo.checkpoint.save import EXTRA_STATE, layout_name, optimizer_format, sharded_weights
 from megadpo.checkpoint.verify import require_whole_weights
+from megadpo.config.architecture import Architecture
 from megadpo.config.problems import ConfigError, Problem, UserError
 from megadpo.model.manifest import no_manifest
+from megadpo.model.source import ModelSource
 from megadpo.model.weights.dist_folder import COMMON_FILE
+from megadpo.model.weights.load import load_hf_weights, place_of
 from megadpo.model.weights.safe_files import MetadataGiven, read_data, read_metadata
 from megadpo.optimizer.state import load_sharded_state, sharded_state
 from megadpo.parallel import ParallelContext
@@ -40,18 +42,25 @@ from megadpo.parallel import ParallelContext
 LOG = logging.getLogger(__name__)
 
 
-def load_weights(model: Sequence[MegatronModule], checkpoint: Path) -> None:
-    """Fill this rank's chunks (unwrapped) from a checkpoint folder, whatever layout wrote it, without its optimizer.
+def load_weights(
+    model: Sequence[MegatronModule], source: ModelSource, arch: Architecture, parallel: ParallelContext
+) -> None:
+    """Load this rank's chunks (unwrapped) from the folder that `source` names: a Hugging Face folder of shape `arch`, or a
+    Megatron checkpoint that any layout wrote, without its optimizer.
 
-    What is read is verified first; of a folder without a manifest, rank 0 logs that it can't be. Collectives: those of
-    require_whole_weights and dist_checkpointing.load. Raises ConfigError for a folder that is damaged, or whose tensors
-    are not this model's.
+    What is read of a checkpoint is verified first; of one without a manifest, rank 0 logs that it can't be. Collectives:
+    for a checkpoint those of require_whole_weights and dist_checkpointing.load. Raises ConfigError for a folder that is
+    damaged, or whose tensors are not this model's.
     """
+    if source.megatron is None:
+        load_hf_weights(model, arch, source.hf_files, place_of(parallel))
+        return
     whole = _wanted_weights(model)
     apply_factories(whole)
-    if not require_whole_weights(checkpoint, {part.key for part in nested_values(whole)}) and dist.get_rank() == 0:
-        LOG.warning(no_manifest(checkpoint))
-    _fill(model, _load({"weights": _wanted_weights(model)}, checkpoint)["weights"])
+    keys = {part.key for part in nested_values(whole)}
+    if not require_whole_weights(source.megatron, keys) and parallel.rank == 0:
+        LOG.warning(no_manifest(source.megatron))
+    _load_chunks(model, _load({"weights": _wanted_weights(model)}, source.megatron)["weights"])
 
 
 def load_training_state(
@@ -78,7 +87,7 @@ def load_training_state(
         "scheduler": scheduler.state_dict(),
     }
     state = _load(wanted, info.path)
-    _fill(model, state["weights"])
+    _load_chunks(model, state["weights"])
     load_sharded_state(optimizer, state["optimizer"])
     scheduler.num_steps = 0
     scheduler.step(increment=info.position.step)
@@ -98,7 +107,7 @@ def _wanted_weights(model: Sequence[MegatronModule], *, per_layer: bool = False)
     }
 
 
-def _fill(model: Sequence[MegatronModule], weights: dict[str, Any]) -> None:
+def _load_chunks(model: Sequence[MegatronModule], weights: dict[str, Any]) -> None:
     for number, chunk in enumerate(model):
         left = chunk.load_state_dict(weights[f"model{number}"], strict=False)
         missing = [name for name in left.missing_keys if EXTRA_STATE not in name]

@@ -292,5 +292,6 @@ def option_fields(section: Any) -> dict[str, Variants[Any]]:
 
 
 LOSSES: Variants[Any] = Variants("loss", "megadpo.objective.losses", field="dpo.loss_type", options="loss_options")
+FAMILIES: Variants[Any] = Variants("model family", "megadpo.families")
 KINDS: tuple[Variants[Any], ...] = (LOSSES,)
-"""Every kind whose variants have problems."""
+"""Every kind whose variants a config key names and that have problems."""
