@@ -21,6 +21,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megadpo", "megadpo.*"]),
+    package_data={"megadpo.config.nemo_rl": ["keys.yaml"]},
     install_requires=[
         # The lower bound has an alpha because NVIDIA's containers carry alphas, such as 2.11.0a0+eb65b36914.nv26.02.
         "torch>=2.11.0a0,<2.14",

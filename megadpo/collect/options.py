@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from megadpo.config.files import apply_override
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.reader import Reader, dotted_paths
+from megadpo.config.tree import apply_override
 from megadpo.config.types import PositiveFloat, PositiveInt, Text
 
 PolicyApi = Literal["chat_completions", "responses"]

@@ -13,10 +13,10 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megadpo.config.nemo_rl.no_effect import NO_EFFECT
-from megadpo.config.nemo_rl.refused import REFUSED
-from megadpo.config.reader import describe, keys_of, section_of
+from megadpo.config.nemo_rl.translate import NemoKey, nemo_keys
+from megadpo.config.reader import keys_of, section_of
 from megadpo.config.schema import Config
+from megadpo.config.types import describe
 
 HEAD = """# Every key
 
@@ -25,9 +25,10 @@ Written from the schema by `python tools/config_keys.py --write docs/config.md`;
 that is not here is refused, with the nearest name that is; NeMo RL's other keys are at the end of this page.
 """
 TOP = "Outside the sections"
-REFUSED_HEAD = """## NeMo RL's keys that have one value here
+LIMITED_HEAD = """## NeMo RL's keys that have fewer values here
 
-Accepted at the values shown, or left out; any other value is refused for the reason given, since it would change the run.
+Accepted at the values shown, which mean what megadpo does anyway, or left out; any other value is refused for the reason
+given, since it would change the run.
 """
 NO_EFFECT_HEAD = """## NeMo RL's keys without effect here
 
@@ -71,12 +72,15 @@ def page() -> str:
             ]
             table = _table(("key", "value", "default", "meaning"), rows)
             parts.append("\n\n".join(filter(None, [f"## {section.path or TOP}", section.meaning, table])))
-    refused = [
-        (f"`{one.path}`", " or ".join(dict.fromkeys(map(_yaml, one.accepted))), f"{one.reason}; {one.fix}")
-        for one in REFUSED
+    limited = [
+        (f"`{one.path}`", _accepted(one), "; ".join(filter(None, (one.why, one.fix))))
+        for one in nemo_keys().values()
+        if one.accepted is not None or one.in_schema
     ]
-    parts.append(REFUSED_HEAD + "\n" + _table(("key", "accepted", "why not others, and what to do"), refused))
-    no_effect = [(f"`{path}`", reason) for path, reason in NO_EFFECT.items()]
+    parts.append(LIMITED_HEAD + "\n" + _table(("key", "accepted", "why not others, and what to do"), limited))
+    no_effect = [
+        (f"`{one.path}`", one.why) for one in nemo_keys().values() if one.accepted is None and not one.in_schema
+    ]
     parts.append(NO_EFFECT_HEAD + "\n" + _table(("key", "why"), no_effect))
     return "\n".join(parts)
 
@@ -95,6 +99,12 @@ def _sections(cls: type, path: str) -> Iterator[Section]:
     yield Section(path, meaning[:1].upper() + meaning[1:], tuple(keys))
     for below, where in inner:
         yield from _sections(below, where)
+
+
+def _accepted(key: NemoKey) -> str:
+    if key.accepted is None:
+        return f"as above, in {key.path.rpartition('.')[0]}"
+    return " or ".join(dict.fromkeys(map(_yaml, key.accepted)))
 
 
 def _default(default: object, meaning: str) -> str:

@@ -1,16 +1,19 @@
-"""Checks of a layout against the model's shape and the number of processes: everything that needs no weights."""
+"""Whether a layout is possible: what must hold between the grid of ranks, the model's shape and the processes."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from megadpo.config.architecture import Architecture
-from megadpo.config.check_fp8 import fp8_problems
-from megadpo.config.check_moe import expert_problems, expert_world_problems
+from megadpo.config.known import Known, find_problems, rule
 from megadpo.config.problems import Problem
 from megadpo.config.schema import Config
+from megadpo.config.schema_megatron import MegatronConfig
 
 _MEG = "policy.megatron_cfg"
+_OPT = f"{_MEG}.optimizer"
+_DDP = f"{_MEG}.distributed_data_parallel_config"
 _LARGEST_TP = 64
 
 
@@ -64,25 +67,97 @@ def check_layout(cfg: Config, arch: Architecture | None, world_size: int | None)
 
     What is None is not checked. Empty list: the layout is possible.
     """
-    problems: list[Problem] = []
-    if arch is not None:
-        problems += _tensor_parallel(cfg, arch)
-        problems += expert_problems(cfg, arch)
-        problems += fp8_problems(cfg, arch)
-        problems += _pipeline_parallel(cfg, arch)
-        problems += _virtual_pipeline(cfg, arch)
-        problems += _uniform_recomputation(cfg, arch)
-        problems += _sequence_length(cfg, arch)
-    if world_size is not None:
-        problems += _world(cfg, world_size)
-        problems += expert_world_problems(cfg, world_size)
-    return problems
+    return find_problems(Known(cfg=cfg, arch=arch, world_size=world_size))
+
+
+@rule
+def _shares_of_a_pack(known: Known) -> Iterator[Problem]:
+    megatron, multiple = known.cfg.policy.megatron_cfg, known.cfg.policy.make_sequence_length_divisible_by
+    tp, cp = megatron.tensor_model_parallel_size, megatron.context_parallel_size
+    if megatron.sequence_parallel and tp == 1:
+        fix = f"set it to false, or raise {_MEG}.tensor_model_parallel_size"
+        yield Problem(f"{_MEG}.sequence_parallel", True, "false with tensor_model_parallel_size 1", fix)
+    shares = {"context_parallel_size": cp, "tensor_model_parallel_size": tp if megatron.sequence_parallel else 1}
+    needed = math.prod(shares.values())
+    if multiple % needed:
+        where = "policy.make_sequence_length_divisible_by"
+        named = " x ".join(f"{name} ({count})" for name, count in shares.items() if count > 1)
+        expected = f"a multiple of {named}: each of these ranks holds as many tokens of a pack"
+        yield Problem(where, multiple, expected, f"remove it, or set it to {needed}")
+
+
+@rule
+def _smallest_pack(known: Known) -> Iterator[Problem]:
+    packing, multiple = known.cfg.policy.sequence_packing, known.cfg.policy.make_sequence_length_divisible_by
+    if packing.enabled and packing.train_mb_tokens < multiple:
+        where = "policy.sequence_packing.train_mb_tokens"
+        expected = f"at least {multiple}, policy.make_sequence_length_divisible_by, to which packs are padded"
+        yield Problem(where, packing.train_mb_tokens, expected, f"raise it to {multiple} or more")
+
+
+@rule
+def _pipeline_stages(known: Known) -> Iterator[Problem]:
+    megatron = known.cfg.policy.megatron_cfg
+    if megatron.pipeline_model_parallel_size > 1:
+        return
+    if megatron.virtual_pipeline_model_parallel_size > 1:
+        where = f"{_MEG}.virtual_pipeline_model_parallel_size"
+        fix = f"set it to 1, or raise {_MEG}.pipeline_model_parallel_size"
+        yield Problem(
+            where, megatron.virtual_pipeline_model_parallel_size, "1 with pipeline_model_parallel_size 1", fix
+        )
+    for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"):
+        value = getattr(megatron, name)
+        if value is not None:
+            fix = f"set it to null, or raise {_MEG}.pipeline_model_parallel_size"
+            yield Problem(f"{_MEG}.{name}", value, "null with pipeline_model_parallel_size 1", fix)
+
+
+@rule
+def _recomputation(known: Known) -> Iterator[Problem]:
+    """What the granularity gives no effect; megatron-core refuses the numbers too (transformer_config.py:1180)."""
+    megatron, usual = known.cfg.policy.megatron_cfg, MegatronConfig()
+    if not megatron.activation_checkpointing:
+        return
+    if megatron.recompute_granularity == "selective" and not megatron.recompute_modules:
+        fix = f"name a module, such as core_attn, or set {_MEG}.activation_checkpointing: false"
+        yield Problem(f"{_MEG}.recompute_modules", [], "what to recompute, with activation_checkpointing", fix)
+    unused = {"selective": ("recompute_method", "recompute_num_layers"), "full": ("recompute_modules",)}
+    for name in unused[megatron.recompute_granularity]:
+        value, default = getattr(megatron, name), getattr(usual, name)
+        if value != default:
+            other = "full" if megatron.recompute_granularity == "selective" else "selective"
+            expected = (
+                f"{default!r}, the default: recompute_granularity {megatron.recompute_granularity} has no use for it"
+            )
+            yield Problem(f"{_MEG}.{name}", value, expected, f"remove it, or set {_MEG}.recompute_granularity: {other}")
+
+
+@rule
+def _overlap(known: Known) -> Iterator[Problem]:
+    ddp = known.cfg.policy.megatron_cfg.distributed_data_parallel_config
+    if not ddp.overlap_param_gather:
+        return
+    for needed, there in (
+        (f"{_OPT}.use_distributed_optimizer", known.cfg.policy.megatron_cfg.optimizer.use_distributed_optimizer),
+        (f"{_DDP}.overlap_grad_reduce", ddp.overlap_grad_reduce),
+    ):
+        if not there:
+            fix = f"set it to false, or {needed}: true"
+            yield Problem(f"{_DDP}.overlap_param_gather", True, f"false unless {needed} is true", fix)
+
+
+@rule
+def _fits_the_model(known: Known) -> Iterator[Problem]:
+    if known.arch is not None:
+        for part in (_tensor_parallel, _pipeline_parallel, _virtual_pipeline, _uniform_recomputation, _sequence_length):
+            yield from part(known.cfg, known.arch)
 
 
 def _tensor_parallel(cfg: Config, arch: Architecture) -> Iterator[Problem]:
     where = f"{_MEG}.tensor_model_parallel_size"
     tp = cfg.policy.megatron_cfg.tensor_model_parallel_size
-    # what the tensor-parallel ranks cut of a layer of experts is its shared expert; the others: check_moe.py
+    # of a layer of experts they cut the shared expert; check_moe.py has the rules of the others
     dense_channels = arch.ffn_hidden_size if arch.moe is None else arch.moe.shared_ffn_hidden_size or 0
     divided = {
         "attention heads": arch.num_heads,
@@ -117,10 +192,8 @@ def _pipeline_parallel(cfg: Config, arch: Architecture) -> Iterator[Problem]:
 
 def _virtual_pipeline(cfg: Config, arch: Architecture) -> Iterator[Problem]:
     """Chunks of a stage are of equal size, an uneven first or last stage's too (megatron-core's rule)."""
-    stages, chunks = (
-        layers_per_stage(cfg, arch.num_layers),
-        cfg.policy.megatron_cfg.virtual_pipeline_model_parallel_size,
-    )
+    stages = layers_per_stage(cfg, arch.num_layers)
+    chunks = cfg.policy.megatron_cfg.virtual_pipeline_model_parallel_size
     if stages is None or all(layers % chunks == 0 for layers in stages):
         return
     possible = [n for n in range(1, min(stages) + 1) if not any(layers % n for layers in stages)]
@@ -138,7 +211,7 @@ def _uniform_recomputation(cfg: Config, arch: Architecture) -> Iterator[Problem]
     if not megatron.activation_checkpointing or not full or megatron.recompute_method != "uniform" or stages is None:
         return
     per_stage = megatron.virtual_pipeline_model_parallel_size
-    if any(layers % per_stage for layers in stages):  # another problem's
+    if any(layers % per_stage for layers in stages):  # _virtual_pipeline reports it
         return
     chunks = [layers // per_stage for layers in stages]
     if any(layers % size for layers in chunks):
@@ -165,39 +238,54 @@ def _sequence_length(cfg: Config, arch: Architecture) -> Iterator[Problem]:
         yield Problem(where, longest, expected, f"set it to {window} or less")
 
 
-def _world(cfg: Config, world_size: int) -> Iterator[Problem]:
-    cluster, shards = cfg.cluster, model_parallel_size(cfg)
+@rule
+def _fits_the_world(known: Known) -> Iterator[Problem]:
+    if known.world_size is None:
+        return
+    cfg, world_size = known.cfg, known.world_size
+    yield from _stated_world(cfg, world_size)
+    shards = model_parallel_size(cfg)
+    if world_size % shards:
+        yield _undivided_world(cfg, world_size)
+    else:
+        yield from _global_batch(cfg, world_size // shards)
+
+
+def _stated_world(cfg: Config, world_size: int) -> Iterator[Problem]:
     told = stated_world_size(cfg)
     if told is not None and told != world_size:
         fix = f"start {told} processes, or remove the cluster section: torchrun decides"
-        shown = f"{cluster.num_nodes} x {cluster.gpus_per_node}"
+        shown = f"{cfg.cluster.num_nodes} x {cfg.cluster.gpus_per_node}"
         yield Problem("cluster.num_nodes x gpus_per_node", shown, f"{world_size}, the processes started", fix)
-    if world_size % shards:
-        megatron = cfg.policy.megatron_cfg
-        shown = f"{megatron.tensor_model_parallel_size} x {megatron.pipeline_model_parallel_size}"
-        expected = f"a product that divides the {world_size} processes started"
-        fix = f"start a multiple of {shards} processes (torchrun --nproc-per-node), or lower one of them"
-        where = f"{_MEG}.tensor_model_parallel_size x pipeline_model_parallel_size"
-        if megatron.context_parallel_size > 1:
-            shown, where = f"{shown} x {megatron.context_parallel_size}", f"{where} x context_parallel_size"
-        yield Problem(where, shown, expected, fix)
-        return
-    dp, pairs = world_size // shards, cfg.policy.train_global_batch_size
-    where = "policy.train_global_batch_size"
+
+
+def _undivided_world(cfg: Config, world_size: int) -> Problem:
+    megatron = cfg.policy.megatron_cfg
+    names = ["tensor_model_parallel_size", "pipeline_model_parallel_size"]
+    names += ["context_parallel_size"] if megatron.context_parallel_size > 1 else []
+    shown = " x ".join(str(getattr(megatron, name)) for name in names)
+    expected = f"a product that divides the {world_size} processes started"
+    fix = f"start a multiple of {model_parallel_size(cfg)} processes (torchrun --nproc-per-node), or lower one of them"
+    return Problem(f"{_MEG}.{' x '.join(names)}", shown, expected, fix)
+
+
+def _global_batch(cfg: Config, dp: int) -> Iterator[Problem]:
+    """dp: data-parallel ranks."""
+    where, pairs = "policy.train_global_batch_size", cfg.policy.train_global_batch_size
+    micro, stages = cfg.policy.train_micro_batch_size, micro_batch_multiple(cfg)
     if pairs < dp:
         expected = f"at least {dp} pairs, one for each data-parallel rank"
         yield Problem(where, pairs, expected, f"raise it to a multiple of {dp}, or start fewer processes")
-    elif not cfg.policy.sequence_packing.enabled:
-        micro = cfg.policy.train_micro_batch_size
-        if pairs % (micro * dp):
-            expected = f"a multiple of {micro * dp}, train_micro_batch_size ({micro}) x data-parallel ranks ({dp})"
-            fix = "change it, or set policy.sequence_packing.enabled: true, which needs no such multiple"
-            yield Problem(where, pairs, expected, fix)
-        elif pairs // (micro * dp) % micro_batch_multiple(cfg):
-            count, stages = pairs // (micro * dp), micro_batch_multiple(cfg)
-            expected = (
-                f"a multiple of {micro * dp * stages}: with a virtual pipeline each data-parallel rank's micro-batches "
-                f"(here {count}) are a multiple of the pipeline stages ({stages})"
-            )
-            fix = "change it, or set policy.sequence_packing.enabled: true, which divides the pairs as needed"
-            yield Problem(where, pairs, expected, fix)
+    elif cfg.policy.sequence_packing.enabled:
+        return
+    elif pairs % (micro * dp):
+        expected = f"a multiple of {micro * dp}, train_micro_batch_size ({micro}) x data-parallel ranks ({dp})"
+        fix = "change it, or set policy.sequence_packing.enabled: true, which needs no such multiple"
+        yield Problem(where, pairs, expected, fix)
+    elif pairs // (micro * dp) % stages:
+        expected = (
+            f"a multiple of {micro * dp * stages}: with a virtual pipeline each data-parallel rank's micro-batches "
+            f"(here {pairs // (micro * dp)}) are a multiple of the pipeline stages ({stages})"
+        )
+        fix = "change it, or set policy.sequence_packing.enabled: true, which divides the pairs as needed"
+        yield Problem(where, pairs, expected, fix)

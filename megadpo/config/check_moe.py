@@ -1,4 +1,4 @@
-"""Checks of the layout of experts, and what a model without any leaves unused."""
+"""Experts: what must hold between their layout, the model and the processes, and what a model without any leaves unused."""
 
 from __future__ import annotations
 
@@ -6,20 +6,34 @@ import dataclasses
 from collections.abc import Iterator
 
 from megadpo.config.architecture import Architecture
+from megadpo.config.known import Known, rule
 from megadpo.config.problems import Problem
 from megadpo.config.schema import Config
 from megadpo.config.schema_megatron import MegatronConfig
 
 _MEG = "policy.megatron_cfg"
-_MOE_KEYS = tuple(
-    field.name for field in dataclasses.fields(MegatronConfig) if field.name.startswith(("moe_", "freeze_moe_"))
-)
 
 
-def expert_problems(cfg: Config, arch: Architecture) -> Iterator[Problem]:
-    """Every problem of the expert-parallel sizes with the model's experts."""
-    megatron, moe = cfg.policy.megatron_cfg, arch.moe
-    yield from _recomputation(megatron, arch)
+@rule
+def _load_balancing(known: Known) -> Iterator[Problem]:
+    megatron = known.cfg.policy.megatron_cfg
+    kind = megatron.moe_router_load_balancing_type
+    if kind == "none":
+        for name in ("moe_per_layer_logging", "moe_aux_loss_coeff"):
+            if getattr(megatron, name):
+                fix = f"set {_MEG}.moe_router_load_balancing_type: aux_loss or seq_aux_loss, or remove it"
+                yield Problem(f"{_MEG}.{name}", getattr(megatron, name), "nothing to weigh or log with type none", fix)
+    elif megatron.freeze_moe_router:
+        fix = f"set it to none, or {_MEG}.freeze_moe_router: false"
+        expected = "none with freeze_moe_router true: a frozen router cannot learn to balance"
+        yield Problem(f"{_MEG}.moe_router_load_balancing_type", kind, expected, fix)
+
+
+@rule
+def _experts_of_the_model(known: Known) -> Iterator[Problem]:
+    if known.arch is None:
+        return
+    megatron, arch, moe = known.cfg.policy.megatron_cfg, known.arch, known.arch.moe
     ep, etp = megatron.expert_model_parallel_size, megatron.expert_tensor_parallel_size
     if moe is None:
         for name, size in (("expert_model_parallel_size", ep), ("expert_tensor_parallel_size", etp)):
@@ -39,9 +53,10 @@ def expert_problems(cfg: Config, arch: Architecture) -> Iterator[Problem]:
         yield Problem(f"{_MEG}.sequence_parallel", False, expected, "set it to true")
 
 
-def _recomputation(megatron: MegatronConfig, arch: Architecture) -> Iterator[Problem]:
-    """Modules to recompute that the model's layers don't have."""
-    if not megatron.activation_checkpointing or megatron.recompute_granularity != "selective":
+@rule
+def _modules_of_the_model(known: Known) -> Iterator[Problem]:
+    megatron, arch = known.cfg.policy.megatron_cfg, known.arch
+    if arch is None or not megatron.activation_checkpointing or megatron.recompute_granularity != "selective":
         return
     absent = {"mlp": arch.moe is not None, "moe": arch.moe is None}
     absent["shared_experts"] = arch.moe is None or arch.moe.shared_ffn_hidden_size is None
@@ -51,12 +66,14 @@ def _recomputation(megatron: MegatronConfig, arch: Architecture) -> Iterator[Pro
             yield Problem(f"{_MEG}.recompute_modules", module, expected, "remove it")
 
 
-def expert_world_problems(cfg: Config, world_size: int) -> Iterator[Problem]:
-    """The expert-parallel ranks of a stage must divide the ranks of that stage."""
-    megatron = cfg.policy.megatron_cfg
+@rule
+def _experts_in_the_world(known: Known) -> Iterator[Problem]:
+    if known.world_size is None:
+        return
+    megatron = known.cfg.policy.megatron_cfg
     ep, etp = megatron.expert_model_parallel_size, megatron.expert_tensor_parallel_size
-    stage, rest = divmod(world_size, megatron.pipeline_model_parallel_size)
-    if rest or not stage % (ep * etp):  # what does not divide by the pipeline is another problem's
+    stage, rest = divmod(known.world_size, megatron.pipeline_model_parallel_size)
+    if rest or not stage % (ep * etp):  # check.py reports a world that the stages don't divide
         return
     where = f"{_MEG}.expert_model_parallel_size x expert_tensor_parallel_size"
     expected = f"a product that divides the {stage} processes of each pipeline stage"
@@ -70,6 +87,6 @@ def unused_by_dense(cfg: Config, arch: Architecture) -> list[str]:
     given, usual = cfg.policy.megatron_cfg, MegatronConfig()
     return [
         f"{_MEG}.{name}: {getattr(given, name)!r} has no effect: {arch.hf_class} has no experts"
-        for name in _MOE_KEYS
-        if getattr(given, name) != getattr(usual, name)
+        for name in (field.name for field in dataclasses.fields(MegatronConfig))
+        if name.startswith(("moe_", "freeze_moe_")) and getattr(given, name) != getattr(usual, name)
     ]

@@ -1,13 +1,23 @@
-"""What is known when a variant or a rule is asked for its problems: the config alone, or more."""
+"""What is known of a run, and every problem that follows from it.
+
+A rule says what must hold between values. The rules of this room are in the modules that load.py imports; a variant
+brings its own (variants.py). All are asked in the same way: with the config alone when it is read, and with the model's
+architecture, the number of processes and the machine where these are known.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from megadpo.config.architecture import Architecture
+from megadpo.config.problems import Problem
 from megadpo.config.schema import Config
+from megadpo.config.variants import KINDS, option_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,3 +40,88 @@ class Known:
     world_size: int | None = None
     """Processes of the run."""
     machine: Machine | None = None
+
+
+Rule = Callable[[Known], Iterator[Problem]]
+_RULES: list[Rule] = []
+
+
+def rule(holds: Rule) -> Rule:
+    """Decorator: register a rule. It yields a Problem for everything that doesn't hold, as far as `known` says."""
+    _RULES.append(holds)
+    return holds
+
+
+def find_problems(known: Known, unread: frozenset[str] = frozenset()) -> list[Problem]:
+    """Every rule that is broken, the variants' own included.
+
+    unread: keys that hold a stand-in, since their value could not be read. A rule ends where it reads one of them.
+    """
+    if unread:
+        guarded: Any = _Guard(known.cfg, "", unread)
+        known = dataclasses.replace(known, cfg=guarded)
+    checks: list[Rule] = [*_RULES, *(kind.problems for kind in KINDS)]
+    return [problem for check in checks for problem in _until_unread(check(known))]
+
+
+def covered(path: str, unread: frozenset[str]) -> bool:
+    """True when `path`, a section above it, or something inside it is in `unread`."""
+    return any(path == one or path.startswith(one + ".") or one.startswith((path + ".", path + "[")) for one in unread)
+
+
+class _Unread(Exception):
+    """A rule reads a value that could not be read."""
+
+
+def _until_unread(problems: Iterator[Problem]) -> Iterator[Problem]:
+    try:
+        yield from problems
+    except _Unread:
+        return
+
+
+class _Guard:
+    """A section of a config that raises _Unread where a value is asked for that could not be read."""
+
+    def __init__(self, section: Any, path: str, unread: frozenset[str]) -> None:
+        self._section, self._path, self._unread = section, path, unread
+
+    @property  # type: ignore[misc]  # what asks for the section's type gets that
+    def __class__(self) -> Any:
+        return type(self._section)
+
+    def __getattr__(self, name: str) -> Any:
+        of_class = inspect.getattr_static(type(self._section), name, None)
+        if isinstance(of_class, property):
+            assert of_class.fget is not None
+            return of_class.fget(self)
+        if inspect.isfunction(of_class):
+            return functools.partial(of_class, self)
+        value, path = getattr(self._section, name), f"{self._path}.{name}".lstrip(".")
+        if name in option_fields(self.__class__):
+            return _GuardedOptions(value, self._path, self._unread)
+        if dataclasses.is_dataclass(value):
+            return _Guard(value, path, self._unread)
+        if covered(path, self._unread):
+            raise _Unread(path)
+        return value
+
+
+class _GuardedOptions(Mapping[str, Any]):
+    """Options of variants, which are keys of the section `path`."""
+
+    def __init__(self, options: Mapping[str, Any], path: str, unread: frozenset[str]) -> None:
+        self._options, self._path, self._unread = options, path, unread
+
+    def __getitem__(self, name: str) -> Any:
+        path = f"{self._path}.{name}"
+        if covered(path, self._unread) and not dataclasses.is_dataclass(self._options[name]):
+            raise _Unread(name)
+        value = self._options[name]
+        return _Guard(value, path, self._unread) if dataclasses.is_dataclass(value) else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._options)
+
+    def __len__(self) -> int:
+        return len(self._options)

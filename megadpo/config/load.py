@@ -10,16 +10,15 @@ from typing import Any, Literal
 
 import yaml
 
-from megadpo.config import rules_gpu, rules_layout, rules_optimizer, rules_run  # noqa: F401  they register themselves
+from megadpo.config import check, check_moe, rules_gpu, rules_optimizer, rules_run  # noqa: F401  their rules register
 from megadpo.config.derive import derive
-from megadpo.config.files import read_tree
-from megadpo.config.nemo_rl.data_section import SECTION_PATHS, translate_data
-from megadpo.config.nemo_rl.strip import KNOWN_PATHS, strip_foreign
+from megadpo.config.known import Known, covered, find_problems
+from megadpo.config.nemo_rl.translate import nemo_keys, nemo_paths, translate
 from megadpo.config.no_effect import idle_notes
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.reader import Reader, dotted_paths
-from megadpo.config.rules import broken_rules, covered
 from megadpo.config.schema import Config
+from megadpo.config.tree import read_tree
 from megadpo.config.variants import import_plugins, option_fields
 from megadpo.files.atomic import write_then_rename
 
@@ -67,13 +66,10 @@ def _build(tree: dict[str, Any], problems: list[Problem], purpose: Purpose) -> C
     if isinstance(plugins, list):  # first: they add keys to the schema
         import_plugins([name for name in plugins if isinstance(name, str)])
     paths = frozenset(dotted_paths(Config))
-    refusals, notes = strip_foreign(tree, paths)
-    problems += refusals
-    data = tree.get("data")
-    if isinstance(data, dict):
-        unreadable |= translate_data(data, problems, notes)
-    derived = derive(tree, problems)
-    reader = Reader(paths | KNOWN_PATHS | SECTION_PATHS)
+    notes: list[str] = []
+    unreadable |= translate(tree, paths, problems, notes)
+    derived = derive(tree)
+    reader = Reader(paths | nemo_paths())
     cfg = reader.section(Config, tree, "")
     if "policy.model_name" in unreadable | reader.bad:
         # The tokenizer's name follows the model's: it is not missing on its own.
@@ -81,16 +77,22 @@ def _build(tree: dict[str, Any], problems: list[Problem], purpose: Purpose) -> C
     # One mistake, one problem: what failed before (its ${...}, say) is not called missing as well, and a value that
     # follows from a wrong one is not called wrong as well.
     problems += [
-        one
+        _with_reason(one)
         for one in reader.problems
         if one.where not in derived and (one.where not in unreadable or one.value is not None)
     ]
     bad = frozenset(reader.bad) | unreadable | {problem.where for problem in problems}
-    problems += broken_rules(cfg, bad)
+    problems += find_problems(Known(cfg=cfg), bad)
     problems += [one for one in _missing_data(cfg, purpose) if not covered(one.where, bad)]
     if problems:
         raise ConfigError(problems)
     return dataclasses.replace(cfg, notes=(*notes, *idle_notes(cfg)))
+
+
+def _with_reason(problem: Problem) -> Problem:
+    """With why a value of NeMo RL's is not among those of the schema."""
+    key = nemo_keys().get(problem.where)
+    return problem if key is None else dataclasses.replace(problem, expected=f"{problem.expected} ({key.why})")
 
 
 def _missing_data(cfg: Config, purpose: Purpose) -> list[Problem]:

@@ -6,13 +6,12 @@ import dataclasses
 import difflib
 import functools
 import math
-import types
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from megadpo.config.problems import Problem
-from megadpo.config.types import NotEmpty, Range
+from megadpo.config.types import NotEmpty, Range, describe, literal_text, unwrap
 from megadpo.config.variants import Key, OneOf, default_of, option_fields
 
 Section = TypeVar("Section")
@@ -74,7 +73,7 @@ class Reader:
 
     def value(self, annotation: Any, raw: object, where: str) -> Any:
         """Read one value by its annotation; on a problem the result is meaningless and `bad` holds `where`."""
-        options, bounds = _unwrap(annotation)
+        options, bounds = unwrap(annotation)
         if type(None) in options:
             if raw is None:
                 return None
@@ -89,7 +88,7 @@ class Reader:
             if any(type(raw) is type(one) and raw == one for one in allowed):
                 return raw
             near = difflib.get_close_matches(str(raw), [str(one) for one in allowed], n=1, cutoff=0.4)
-            fix = f"did you mean {near[0]}?" if near else f"set it to {_literal(allowed[0])}"
+            fix = f"did you mean {near[0]}?" if near else f"set it to {literal_text(allowed[0])}"
             return self._problem(where, raw, describe(annotation), fix)
         if origin is dict:
             return self._mapping(get_args(option)[1], raw, where, annotation)
@@ -133,7 +132,7 @@ class Reader:
 
     def _blank(self, annotation: Any, where: str) -> Any:
         """Stands for a value that could not be read, so that reading goes on."""
-        option = _unwrap(annotation)[0][0]
+        option = unwrap(annotation)[0][0]
         if dataclasses.is_dataclass(option):
             return Reader(self.known_paths).section(option, {}, where)  # type: ignore[arg-type]
         return option() if option in (str, int, float, bool) else None
@@ -190,37 +189,8 @@ def dotted_paths(cls: type, prefix: str = "") -> Iterator[str]:
 
 def section_of(annotation: Any) -> type | None:
     """The dataclass of a key that is a section; None for a value."""
-    option = _unwrap(annotation)[0][0]
+    option = unwrap(annotation)[0][0]
     return option if dataclasses.is_dataclass(option) else None  # type: ignore[return-value]
-
-
-def describe(annotation: Any) -> str:
-    """A type in a user's words."""
-    options, bounds = _unwrap(annotation)
-    words = [_describe_one(option, bounds) for option in options if option is not type(None)]
-    return " or ".join(words + (["null"] if type(None) in options else []))
-
-
-def _describe_one(option: Any, bounds: list[Any]) -> str:
-    if (names := next((mark.allowed() for mark in bounds if isinstance(mark, OneOf)), None)) is not None:
-        return f"one of {', '.join(names)}"
-    ranges = "".join(f" {bound}" for bound in bounds if isinstance(bound, Range))
-    origin = get_origin(option)
-    if origin is Literal:
-        shown = ", ".join(_literal(one) for one in get_args(option))
-        return shown if len(get_args(option)) == 1 else f"one of {shown}"
-    if origin is dict:
-        return "a mapping of names to " + describe(get_args(option)[1])
-    if origin is tuple:
-        return "a list of " + describe(get_args(option)[0])
-    if dataclasses.is_dataclass(option):
-        return "a section"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return words.get(option, "any value") + ranges
-
-
-def _literal(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _type_fix(kind: type, raw: object, where: str) -> str:
@@ -249,18 +219,3 @@ def _fields(cls: Any) -> dict[str, tuple[Any, dataclasses.Field[Any]]]:
     hints = typing.get_type_hints(cls, include_extras=True)
     # compare=False marks what the loader adds and no file may set.
     return {field.name: (hints[field.name], field) for field in dataclasses.fields(cls) if field.compare}
-
-
-def _unwrap(annotation: Any) -> tuple[list[Any], list[Any]]:
-    """(alternatives, bounds) of an annotation: Annotated and unions taken apart."""
-    bounds: list[Any] = []
-    if get_origin(annotation) is Annotated:
-        annotation, *bounds = get_args(annotation)
-    if get_origin(annotation) in (Union, types.UnionType):
-        options: list[Any] = []
-        for one in get_args(annotation):
-            inner, more = _unwrap(one)
-            options += inner
-            bounds += more
-        return sorted(options, key=lambda option: option is type(None)), bounds
-    return [annotation], bounds

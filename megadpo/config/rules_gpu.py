@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megadpo.config.known import Known, rule
 from megadpo.config.problems import Problem
-from megadpo.config.rules import rule
-from megadpo.config.schema import Config
 from megadpo.config.schema_megatron import FP8_TOKENS
 from megadpo.config.schema_policy import PolicyConfig
 
@@ -28,13 +27,13 @@ def why_not_transformer_engine(policy: PolicyConfig) -> str | None:
 
 
 @rule
-def _transformer_engine(cfg: Config) -> Iterator[Problem]:
-    if cfg.policy.megatron_cfg.transformer_impl != "transformer_engine":
+def _transformer_engine(known: Known) -> Iterator[Problem]:
+    if known.cfg.policy.megatron_cfg.transformer_impl != "transformer_engine":
         return
-    if cfg.policy.device == "cpu":
+    if known.cfg.policy.device == "cpu":
         expected = "local or auto on policy.device cpu: Transformer Engine's kernels are CUDA's"
         yield Problem(_IMPL, "transformer_engine", expected, "set it to auto")
-    reason = why_not_transformer_engine(cfg.policy)
+    reason = why_not_transformer_engine(known.cfg.policy)
     if reason is not None:
         yield Problem(
             _IMPL, "transformer_engine", f"local or auto with {reason}", "set it to auto, or change the other"
@@ -42,24 +41,24 @@ def _transformer_engine(cfg: Config) -> Iterator[Problem]:
 
 
 @rule
-def _fp8(cfg: Config) -> Iterator[Problem]:
-    if not cfg.policy.megatron_cfg.fp8_cfg.enabled:
+def _fp8(known: Known) -> Iterator[Problem]:
+    if not known.cfg.policy.megatron_cfg.fp8_cfg.enabled:
         return
     where = f"{_MEG}.fp8_cfg.enabled"
-    if cfg.policy.megatron_cfg.transformer_impl == "local":
+    if known.cfg.policy.megatron_cfg.transformer_impl == "local":
         fix = f"set it to false, or {_IMPL}: auto"
         yield Problem(where, True, f"false with {_IMPL} local: float8 is Transformer Engine's", fix)
-    if cfg.policy.device == "cpu":
+    if known.cfg.policy.device == "cpu":
         yield Problem(where, True, "false on policy.device cpu: float8 products are CUDA's", "set it to false")
-    reason = why_not_transformer_engine(cfg.policy)
+    reason = why_not_transformer_engine(known.cfg.policy)
     if reason is not None:
         expected = f"false where Transformer Engine's layers can't be used, here with {reason}"
         yield Problem(where, True, expected, "set it to false, or change the other")
 
 
 @rule
-def _fp8_padding(cfg: Config) -> Iterator[Problem]:
-    megatron, multiple = cfg.policy.megatron_cfg, cfg.policy.make_sequence_length_divisible_by
+def _fp8_padding(known: Known) -> Iterator[Problem]:
+    megatron, multiple = known.cfg.policy.megatron_cfg, known.cfg.policy.make_sequence_length_divisible_by
     if not megatron.fp8_cfg.enabled:
         return
     shards = megatron.context_parallel_size * (megatron.tensor_model_parallel_size if megatron.sequence_parallel else 1)
@@ -72,20 +71,47 @@ def _fp8_padding(cfg: Config) -> Iterator[Problem]:
 
 
 @rule
-def _gradient_accumulation_fusion(cfg: Config) -> Iterator[Problem]:
-    if cfg.policy.megatron_cfg.gradient_accumulation_fusion and cfg.policy.device == "cpu":
+def _fp8_shapes(known: Known) -> Iterator[Problem]:
+    """Every matrix that float8 can't take: its sides, as each tensor-parallel rank holds them, are multiples of 16, or
+    of 128 where scales are blockwise."""
+    megatron, arch = known.cfg.policy.megatron_cfg, known.arch
+    if arch is None or not megatron.fp8_cfg.enabled:
+        return
+    where = "policy.megatron_cfg.fp8_cfg.enabled"
+    if arch.moe is not None:
+        expected = f"false for {arch.hf_class}: layers of experts have not been run in float8"
+        yield Problem(where, True, expected, "set it to false")
+        return
+    recipe, tp = megatron.fp8_cfg.fp8_recipe, megatron.tensor_model_parallel_size
+    multiple = FP8_TOKENS[recipe]
+    sides = {
+        "hidden channels": arch.hidden_size,
+        "MLP channels": arch.ffn_hidden_size // tp,
+        "query channels": arch.num_heads * arch.head_dim // tp,
+        "query, key and value channels": (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim // tp,
+    }
+    odd = [f"{count} {what}" for what, count in sides.items() if count % multiple]
+    if odd:
+        other = ", or fp8_recipe: tensorwise" if recipe == "blockwise" else ""
+        expected = f"layers whose sides are multiples of {multiple} for {recipe} float8; a rank's have {', '.join(odd)}"
+        yield Problem(where, True, expected, f"set it to false, lower tensor_model_parallel_size{other}")
+
+
+@rule
+def _gradient_accumulation_fusion(known: Known) -> Iterator[Problem]:
+    if known.cfg.policy.megatron_cfg.gradient_accumulation_fusion and known.cfg.policy.device == "cpu":
         where = f"{_MEG}.gradient_accumulation_fusion"
         yield Problem(where, True, "false or null on policy.device cpu: its kernels are CUDA's", "set it to null")
 
 
 @rule
-def _adam(cfg: Config) -> Iterator[Problem]:
-    optimizer, where = cfg.policy.megatron_cfg.optimizer, f"{_OPT}.adam_impl"
+def _adam(known: Known) -> Iterator[Problem]:
+    optimizer, where = known.cfg.policy.megatron_cfg.optimizer, f"{_OPT}.adam_impl"
     if optimizer.adam_impl == "auto":
         return
     if optimizer.optimizer != "adam":
         yield Problem(where, optimizer.adam_impl, f"auto with {_OPT}.optimizer {optimizer.optimizer}", "set it to auto")
-    if optimizer.adam_impl == "transformer_engine" and cfg.policy.device == "cpu":
+    if optimizer.adam_impl == "transformer_engine" and known.cfg.policy.device == "cpu":
         yield Problem(where, optimizer.adam_impl, "torch or auto on policy.device cpu", "set it to auto")
     precision_aware = optimizer.use_precision_aware_optimizer and not optimizer.optimizer_cpu_offload
     if optimizer.adam_impl == "torch" and precision_aware:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megadpo.config.known import Known, rule
 from megadpo.config.problems import Problem
-from megadpo.config.rules import rule
-from megadpo.config.schema import Config
 
 _MEG = "policy.megatron_cfg"
 _OPT = f"{_MEG}.optimizer"
@@ -19,35 +18,37 @@ def _must_equal(where: str, value: object, wanted: object, source: str) -> Itera
 
 
 @rule
-def _bf16(cfg: Config) -> Iterator[Problem]:
-    bf16 = cfg.policy.precision == "bfloat16"
-    yield from _must_equal(f"{_OPT}.bf16", cfg.policy.megatron_cfg.optimizer.bf16, bf16, "policy.precision")
+def _bf16(known: Known) -> Iterator[Problem]:
+    bf16 = known.cfg.policy.precision == "bfloat16"
+    yield from _must_equal(f"{_OPT}.bf16", known.cfg.policy.megatron_cfg.optimizer.bf16, bf16, "policy.precision")
 
 
 @rule
-def _pipeline_dtype(cfg: Config) -> Iterator[Problem]:
+def _pipeline_dtype(known: Known) -> Iterator[Problem]:
     where = f"{_MEG}.pipeline_dtype"
-    yield from _must_equal(where, cfg.policy.megatron_cfg.pipeline_dtype, cfg.policy.precision, "policy.precision")
+    yield from _must_equal(
+        where, known.cfg.policy.megatron_cfg.pipeline_dtype, known.cfg.policy.precision, "policy.precision"
+    )
 
 
 @rule
-def _clip_grad(cfg: Config) -> Iterator[Problem]:
-    clip = cfg.policy.megatron_cfg.optimizer.clip_grad
-    yield from _must_equal(f"{_OPT}.clip_grad", clip, cfg.policy.max_grad_norm, "policy.max_grad_norm")
+def _clip_grad(known: Known) -> Iterator[Problem]:
+    clip = known.cfg.policy.megatron_cfg.optimizer.clip_grad
+    yield from _must_equal(f"{_OPT}.clip_grad", clip, known.cfg.policy.max_grad_norm, "policy.max_grad_norm")
 
 
 @rule
-def _precision_aware(cfg: Config) -> Iterator[Problem]:
-    optimizer, where = cfg.policy.megatron_cfg.optimizer, f"{_OPT}.use_precision_aware_optimizer"
+def _precision_aware(known: Known) -> Iterator[Problem]:
+    optimizer, where = known.cfg.policy.megatron_cfg.optimizer, f"{_OPT}.use_precision_aware_optimizer"
     if not optimizer.use_precision_aware_optimizer:
         return
-    saves = cfg.checkpointing.enabled and cfg.checkpointing.save_optimizer
+    saves = known.cfg.checkpointing.enabled and known.cfg.checkpointing.save_optimizer
     name, distributed = optimizer.optimizer, f"{_OPT}.use_distributed_optimizer"
     unproved = "false while checkpoints save the optimizer: that this state resumes is not proved yet"
     for broken, expected, other in (
         (name != "adam", f"false with {_OPT}.optimizer {name}", f"{_OPT}.optimizer: adam"),
         (not optimizer.use_distributed_optimizer, f"false unless {distributed} is true", f"{distributed}: true"),
-        (cfg.policy.device == "cpu", "false on policy.device cpu: its kernels are CUDA's", "policy.device: cuda"),
+        (known.cfg.policy.device == "cpu", "false on policy.device cpu: its kernels are CUDA's", "policy.device: cuda"),
         (saves, unproved, "checkpointing.save_optimizer: false"),
     ):
         if broken:
@@ -55,8 +56,8 @@ def _precision_aware(cfg: Config) -> Iterator[Problem]:
 
 
 @rule
-def _distributed_optimizer(cfg: Config) -> Iterator[Problem]:
-    optimizer, where = cfg.policy.megatron_cfg.optimizer, f"{_OPT}.use_distributed_optimizer"
+def _distributed_optimizer(known: Known) -> Iterator[Problem]:
+    optimizer, where = known.cfg.policy.megatron_cfg.optimizer, f"{_OPT}.use_distributed_optimizer"
     if (
         optimizer.use_precision_aware_optimizer or not optimizer.use_distributed_optimizer
     ):  # the former has its own rule
@@ -67,8 +68,8 @@ def _distributed_optimizer(cfg: Config) -> Iterator[Problem]:
 
 
 @rule
-def _optimizer_state(cfg: Config) -> Iterator[Problem]:
-    optimizer = cfg.policy.megatron_cfg.optimizer
+def _optimizer_state(known: Known) -> Iterator[Problem]:
+    optimizer = known.cfg.policy.megatron_cfg.optimizer
     aware, offload = optimizer.use_precision_aware_optimizer, optimizer.optimizer_cpu_offload
     if not aware:
         for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
@@ -92,19 +93,19 @@ def _optimizer_state(cfg: Config) -> Iterator[Problem]:
 
 
 @rule
-def _rates(cfg: Config) -> Iterator[Problem]:
-    optimizer, schedule = cfg.policy.megatron_cfg.optimizer, cfg.policy.megatron_cfg.scheduler
+def _rates(known: Known) -> Iterator[Problem]:
+    optimizer, schedule = known.cfg.policy.megatron_cfg.optimizer, known.cfg.policy.megatron_cfg.scheduler
     for where, value in ((f"{_OPT}.min_lr", optimizer.min_lr), (f"{_SCHED}.lr_warmup_init", schedule.lr_warmup_init)):
         if value > optimizer.lr:
             yield Problem(where, value, f"at most {_OPT}.lr ({optimizer.lr:g})", f"lower it, or raise {_OPT}.lr")
 
 
 @rule
-def _decay(cfg: Config) -> Iterator[Problem]:
-    schedule = cfg.policy.megatron_cfg.scheduler
+def _decay(known: Known) -> Iterator[Problem]:
+    schedule = known.cfg.policy.megatron_cfg.scheduler
     end, end_name = schedule.lr_decay_iters, f"{_SCHED}.lr_decay_iters"
     if end is None:
-        end, end_name = cfg.dpo.max_num_steps, "dpo.max_num_steps"
+        end, end_name = known.cfg.dpo.max_num_steps, "dpo.max_num_steps"
     if schedule.lr_decay_style == "constant" or end is None or schedule.lr_warmup_iters < end:
         return
     where = f"{_SCHED}.lr_warmup_iters"
@@ -113,8 +114,8 @@ def _decay(cfg: Config) -> Iterator[Problem]:
 
 
 @rule
-def _weight_decay(cfg: Config) -> Iterator[Problem]:
-    schedule, decay = cfg.policy.megatron_cfg.scheduler, cfg.policy.megatron_cfg.optimizer.weight_decay
+def _weight_decay(known: Known) -> Iterator[Problem]:
+    schedule, decay = known.cfg.policy.megatron_cfg.scheduler, known.cfg.policy.megatron_cfg.optimizer.weight_decay
     start, end = schedule.start_weight_decay, schedule.end_weight_decay
     if schedule.weight_decay_incr_style == "constant":
         fix = f"remove it, or set {_SCHED}.weight_decay_incr_style: linear or cosine"

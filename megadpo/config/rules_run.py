@@ -5,25 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from megadpo.config.known import Known, rule
 from megadpo.config.metric import METRICS, parse_duration_s, parse_metric_name
 from megadpo.config.problems import ConfigError, Problem
-from megadpo.config.rules import rule
-from megadpo.config.schema import Config
 
 
 @rule
-def _some_loss(cfg: Config) -> Iterator[Problem]:
-    if cfg.dpo.preference_loss_weight == 0 and cfg.dpo.sft_loss_weight == 0:
+def _some_loss(known: Known) -> Iterator[Problem]:
+    if known.cfg.dpo.preference_loss_weight == 0 and known.cfg.dpo.sft_loss_weight == 0:
         fix = "set dpo.preference_loss_weight: 1, or dpo.sft_loss_weight: 1 for SFT"
         yield Problem("dpo.preference_loss_weight", 0.0, "a positive loss weight, this one or sft_loss_weight", fix)
 
 
 @rule
-def _reference(cfg: Config) -> Iterator[Problem]:
-    reference = cfg.dpo.reference
+def _reference(known: Known) -> Iterator[Problem]:
+    reference = known.cfg.dpo.reference
     if reference.mode != "none":
         return
-    if cfg.dpo.preference_loss_weight != 0 and cfg.dpo.loss.reads_reference:
+    if known.cfg.dpo.preference_loss_weight != 0 and known.cfg.dpo.loss.reads_reference:
         fix = "set dpo.reference.mode: resident, or dpo.preference_loss_weight: 0"
         yield Problem("dpo.reference.mode", "none", "resident, since the preference loss needs a reference", fix)
     if reference.model_name is not None:
@@ -32,16 +31,16 @@ def _reference(cfg: Config) -> Iterator[Problem]:
 
 
 @rule
-def _reference_cache(cfg: Config) -> Iterator[Problem]:
-    reference = cfg.dpo.reference
+def _reference_cache(known: Known) -> Iterator[Problem]:
+    reference = known.cfg.dpo.reference
     if reference.cache_dir is not None and reference.mode != "cached":
         fix = "set dpo.reference.mode: cached, or remove the folder"
         yield Problem("dpo.reference.cache_dir", reference.cache_dir, f"null with mode {reference.mode}", fix)
 
 
 @rule
-def _input_length(cfg: Config) -> Iterator[Problem]:
-    length, longest = cfg.data.max_input_seq_length, cfg.policy.max_total_sequence_length
+def _input_length(known: Known) -> Iterator[Problem]:
+    length, longest = known.cfg.data.max_input_seq_length, known.cfg.policy.max_total_sequence_length
     if length > longest:
         expected = f"at most policy.max_total_sequence_length ({longest})"
         yield Problem("data.max_input_seq_length", length, expected, "remove it, or raise the other")
@@ -52,10 +51,10 @@ SHORTEST_LIMIT = 3
 
 
 @rule
-def _shortest_limit(cfg: Config) -> Iterator[Problem]:
+def _shortest_limit(known: Known) -> Iterator[Problem]:
     for where, value in (
-        ("policy.max_total_sequence_length", cfg.policy.max_total_sequence_length),
-        ("data.max_input_seq_length", cfg.data.max_input_seq_length),
+        ("policy.max_total_sequence_length", known.cfg.policy.max_total_sequence_length),
+        ("data.max_input_seq_length", known.cfg.data.max_input_seq_length),
     ):
         if value < SHORTEST_LIMIT:
             expected = f"at least {SHORTEST_LIMIT}: BOS, a prompt token and an answer token"
@@ -64,10 +63,10 @@ def _shortest_limit(cfg: Config) -> Iterator[Problem]:
 
 
 @rule
-def _pack_budget(cfg: Config) -> Iterator[Problem]:
+def _pack_budget(known: Known) -> Iterator[Problem]:
     # A pair is never split. Whether each one fits, both answers together, is checked when the data is read.
-    packing = cfg.policy.sequence_packing
-    longest = min(cfg.data.max_input_seq_length, cfg.policy.max_total_sequence_length)
+    packing = known.cfg.policy.sequence_packing
+    longest = min(known.cfg.data.max_input_seq_length, known.cfg.policy.max_total_sequence_length)
     if packing.enabled and packing.train_mb_tokens < longest:
         where = "policy.sequence_packing.train_mb_tokens"
         expected = f"at least {longest}, as data.max_input_seq_length, and more for a pair's other answer"
@@ -75,65 +74,65 @@ def _pack_budget(cfg: Config) -> Iterator[Problem]:
 
 
 @rule
-def _kernel(cfg: Config) -> Iterator[Problem]:
-    kernel = cfg.policy.attention_kernel
-    if cfg.policy.device == "cpu" and kernel in ("varlen", "transformer_engine"):
+def _kernel(known: Known) -> Iterator[Problem]:
+    kernel = known.cfg.policy.attention_kernel
+    if known.cfg.policy.device == "cpu" and kernel in ("varlen", "transformer_engine"):
         yield Problem("policy.attention_kernel", kernel, "auto, cpu or sdpa on policy.device cpu", "set it to auto")
-    if cfg.policy.device == "cuda" and kernel == "cpu":
+    if known.cfg.policy.device == "cuda" and kernel == "cpu":
         yield Problem("policy.attention_kernel", kernel, "another kernel on policy.device cuda", "set it to auto")
 
 
 @rule
-def _head(cfg: Config) -> Iterator[Problem]:
-    kernel = cfg.policy.logprob_kernel
-    if cfg.policy.device == "cpu" and kernel == "triton":
+def _head(known: Known) -> Iterator[Problem]:
+    kernel = known.cfg.policy.logprob_kernel
+    if known.cfg.policy.device == "cpu" and kernel == "triton":
         yield Problem("policy.logprob_kernel", kernel, "auto or torch on policy.device cpu", "set it to auto")
 
 
 @rule
-def _columns(cfg: Config) -> Iterator[Problem]:
-    keys = (cfg.data.prompt_key, cfg.data.chosen_key, cfg.data.rejected_key)
+def _columns(known: Known) -> Iterator[Problem]:
+    keys = (known.cfg.data.prompt_key, known.cfg.data.chosen_key, known.cfg.data.rejected_key)
     if len(set(keys)) < len(keys):
         fix = "name prompt, chosen and rejected apart"
         yield Problem("data.rejected_key", ", ".join(keys), "three different keys", fix)
 
 
 @rule
-def _unread_keys(cfg: Config) -> Iterator[Problem]:
-    name = cfg.data.dataset_name
+def _unread_keys(known: Known) -> Iterator[Problem]:
+    name = known.cfg.data.dataset_name
     if name is None or name == "BinaryPreferenceDataset":
         return
     answers_read = name in ("Tulu3Preference", "ImplicitPrompt")
     for key, default in (("prompt_key", "prompt"), ("chosen_key", "chosen"), ("rejected_key", "rejected")):
-        value = getattr(cfg.data, key)
+        value = getattr(known.cfg.data, key)
         if value != default and not (answers_read and key != "prompt_key"):
             fix = "remove it, or set data.dataset_name: BinaryPreferenceDataset"
             yield Problem(f"data.{key}", value, f"{default}, since {name} has field names of its own", fix)
 
 
 @rule
-def _validation_names(cfg: Config) -> Iterator[Problem]:
-    for name in cfg.data.val_data_paths or {}:
+def _validation_names(known: Known) -> Iterator[Problem]:
+    for name in known.cfg.data.val_data_paths or {}:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             expected = "letters, digits, dot, dash and underscore: the name becomes part of metrics and file names"
             yield Problem("data.val_data_paths", name, expected, "rename this validation set")
 
 
 @rule
-def _metric(cfg: Config) -> Iterator[Problem]:
-    checkpointing = cfg.checkpointing
+def _metric(known: Known) -> Iterator[Problem]:
+    checkpointing = known.cfg.checkpointing
     if not checkpointing.enabled or checkpointing.metric_name is None:
         return
     try:
-        metric = parse_metric_name(checkpointing.metric_name, list(cfg.data.val_data_paths or {}))
+        metric = parse_metric_name(checkpointing.metric_name, list(known.cfg.data.val_data_paths or {}))
     except ConfigError as error:
         yield from error.problems
         return
-    if metric.prefix != "train" and cfg.dpo.val_period == 0:
+    if metric.prefix != "train" and known.cfg.dpo.val_period == 0:
         fix = "set dpo.val_period to checkpointing.save_period, or checkpointing.metric_name to train:loss or null"
         expected = "a metric that is measured before a save; dpo.val_period 0 never validates"
         yield Problem("checkpointing.metric_name", checkpointing.metric_name, expected, fix)
-    without_rewards = cfg.dpo.reference.mode == "none" and cfg.dpo.loss.reads_reference
+    without_rewards = known.cfg.dpo.reference.mode == "none" and known.cfg.dpo.loss.reads_reference
     if without_rewards and metric.metric.startswith(("rewards/", "preference_loss")):
         expected = "a metric that is measured; without a reference loss, sft_loss and logps/ are"
         fix = "choose one of these, e.g. validation-<name>_sft_loss"
@@ -145,16 +144,16 @@ def _metric(cfg: Config) -> Iterator[Problem]:
 
 
 @rule
-def _cluster(cfg: Config) -> Iterator[Problem]:
+def _cluster(known: Known) -> Iterator[Problem]:
     for name, other in (("gpus_per_node", "num_nodes"), ("num_nodes", "gpus_per_node")):
-        if getattr(cfg.cluster, name) is None and getattr(cfg.cluster, other) is not None:
-            fix = f"set both, or neither: torchrun decides; cluster.{other} is {getattr(cfg.cluster, other)}"
+        if getattr(known.cfg.cluster, name) is None and getattr(known.cfg.cluster, other) is not None:
+            fix = f"set both, or neither: torchrun decides; cluster.{other} is {getattr(known.cfg.cluster, other)}"
             yield Problem(f"cluster.{name}", None, f"a number beside cluster.{other}", fix)
 
 
 @rule
-def _must_save_by(cfg: Config) -> Iterator[Problem]:
-    text, where = cfg.checkpointing.checkpoint_must_save_by, "checkpointing.checkpoint_must_save_by"
+def _must_save_by(known: Known) -> Iterator[Problem]:
+    text, where = known.cfg.checkpointing.checkpoint_must_save_by, "checkpointing.checkpoint_must_save_by"
     if text is None:
         return
     try:
@@ -163,6 +162,6 @@ def _must_save_by(cfg: Config) -> Iterator[Problem]:
         seconds = 0
     if seconds == 0:
         yield Problem(where, text, "DD:HH:MM:SS, hours below 24, more than 0", 'for example "00:03:45:00"')
-    if not cfg.checkpointing.enabled:
+    if not known.cfg.checkpointing.enabled:
         fix = "set it to null, or checkpointing.enabled: true"
         yield Problem(where, text, "null with checkpointing.enabled false: a run that stops would begin again", fix)

@@ -22,10 +22,6 @@ class OptimizerConfig:
     """With scheduler.weight_decay_incr_style linear or cosine, its start and end decide instead."""
     bf16: bool = True
     """Must say what policy.precision says. Left out or null: taken from there."""
-    fp16: bool = False
-    """Only false: float16 training is not offered."""
-    params_dtype: Literal["float32"] = "float32"
-    """Dtype of the main parameters."""
     adam_beta1: Proportion = 0.9
     """Decay of Adam's first moment."""
     adam_beta2: Proportion = 0.98
@@ -106,16 +102,12 @@ class Fp8Config:
     fp8_recipe: Literal["blockwise", "tensorwise"] = "blockwise"
     """blockwise: a scale for each 1 x 128 of the activations and 128 x 128 of the weights. tensorwise: a scale a tensor,
     from its present values."""
-    fp8_param: bool = False
-    """Only false: weights are kept in bfloat16 and quantised once a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MegatronConfig:
     """`policy.megatron_cfg`."""
 
-    enabled: bool = True
-    """Only true: there is no other back end."""
     tensor_model_parallel_size: PositiveInt = 1
     """Ranks that share out every matrix of a layer, and the vocabulary."""
     pipeline_model_parallel_size: PositiveInt = 1

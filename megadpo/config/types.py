@@ -1,9 +1,13 @@
-"""Types of the config fields, with the ranges that the reader checks."""
+"""Types of the config fields: the ranges that the reader checks, and what a type is called in a message."""
 
 from __future__ import annotations
 
+import dataclasses
+import types
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from megadpo.config.variants import OneOf
 
 
 @dataclass(frozen=True)
@@ -48,3 +52,48 @@ Text = Annotated[str, NotEmpty()]
 
 Precision = Literal["bfloat16", "float32"]
 """NeMo RL's names. float16 is not offered: it needs a loss scaler, which bfloat16 makes unnecessary."""
+
+
+def describe(annotation: Any) -> str:
+    """A type in a user's words."""
+    options, bounds = unwrap(annotation)
+    words = [_describe_one(option, bounds) for option in options if option is not type(None)]
+    return " or ".join(words + (["null"] if type(None) in options else []))
+
+
+def _describe_one(option: Any, bounds: list[Any]) -> str:
+    if (names := next((mark.allowed() for mark in bounds if isinstance(mark, OneOf)), None)) is not None:
+        return f"one of {', '.join(names)}"
+    ranges = "".join(f" {bound}" for bound in bounds if isinstance(bound, Range))
+    origin = get_origin(option)
+    if origin is Literal:
+        shown = ", ".join(literal_text(one) for one in get_args(option))
+        return shown if len(get_args(option)) == 1 else f"one of {shown}"
+    if origin is dict:
+        return "a mapping of names to " + describe(get_args(option)[1])
+    if origin is tuple:
+        return "a list of " + describe(get_args(option)[0])
+    if dataclasses.is_dataclass(option):
+        return "a section"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return words.get(option, "any value") + ranges
+
+
+def literal_text(value: object) -> str:
+    """A value as a YAML file has it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def unwrap(annotation: Any) -> tuple[list[Any], list[Any]]:
+    """(alternatives, bounds) of an annotation: Annotated and unions taken apart, None last."""
+    bounds: list[Any] = []
+    if get_origin(annotation) is Annotated:
+        annotation, *bounds = get_args(annotation)
+    if get_origin(annotation) in (Union, types.UnionType):
+        options: list[Any] = []
+        for one in get_args(annotation):
+            inner, more = unwrap(one)
+            options += inner
+            bounds += more
+        return sorted(options, key=lambda option: option is type(None)), bounds
+    return [annotation], bounds

@@ -18,7 +18,7 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megadpo.config.schema_dpo import DpoConfig
+from megadpo.config.schema import DpoConfig
 from megadpo.data.batches.loader import GlobalBatch
 from megadpo.data.batches.pack import PackedBatch
 from megadpo.model.gpt import PairModel

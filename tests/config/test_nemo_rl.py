@@ -9,11 +9,13 @@ import pytest
 import yaml
 
 from megadpo.config import Config, ConfigError, build_config, load_config
-from megadpo.config.nemo_rl.no_effect import NO_EFFECT
-from megadpo.config.nemo_rl.refused import REFUSED
+from megadpo.config.nemo_rl.translate import nemo_keys
 from megadpo.config.reader import dotted_paths
 
 SCHEMA_PATHS = frozenset(dotted_paths(Config))
+REFUSED = [key for key in nemo_keys().values() if key.accepted is not None]
+NO_EFFECT = {key.path: key.why for key in nemo_keys().values() if key.accepted is None and not key.in_schema}
+FEWER_VALUES = [key for key in nemo_keys().values() if key.in_schema]
 NEMO = Path(__file__).with_name("nemo_rl_dpo.yaml")
 MEG = "policy.megatron_cfg"
 FIXES = [
@@ -89,11 +91,10 @@ def test_a_refused_key_is_refused_and_its_off_values_are_not(entry, refusals, co
     on = next(value for value in (True, 2, "something", {"a": 1}) if value not in entry.accepted)
     found = refusals(**{at: on})
     assert list(found) == [entry.path]
-    assert entry.reason in found[entry.path].expected and found[entry.path].fix == entry.fix
+    assert entry.why in found[entry.path].expected and found[entry.path].fix == entry.fix
     for off in entry.accepted:
         assert config(**{at: off}).notes == ()
-        if off is None or entry.path not in SCHEMA_PATHS:  # else it is an option with several good values
-            assert config(**{at: off}) == config()
+        assert config(**{at: off}) == config()
 
 
 @pytest.mark.parametrize("path", [one for one in NO_EFFECT if not one.endswith(".*")])
@@ -114,11 +115,16 @@ def test_a_section_without_effect(path, config, refusals):
     assert list(refusals(**{at: "on"})) == [path]
 
 
-def test_the_tables_do_not_contradict_each_other():
-    paths = [entry.path for entry in REFUSED]
-    assert len(set(paths)) == len(paths)
-    assert not set(paths) & set(NO_EFFECT)
-    assert not {path for path in NO_EFFECT if path in SCHEMA_PATHS}
+@pytest.mark.parametrize("key", FEWER_VALUES, ids=lambda key: key.path)
+def test_a_value_that_the_schema_has_not_is_refused_with_the_reason(key, refusals, config):
+    at = key.path.replace(".", "__")
+    found = refusals(**{at: "something"})
+    assert list(found) == [key.path] and key.why in found[key.path].expected
+    assert config(**{at: None}) == config()
+
+
+def test_the_table_names_keys_of_the_schema_only_for_fewer_values():
+    assert {key.path for key in nemo_keys().values() if key.path in SCHEMA_PATHS} == {one.path for one in FEWER_VALUES}
 
 
 def test_false_is_not_zero_for_a_refused_key(refusals):

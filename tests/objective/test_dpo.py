@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from megadpo.config.schema_dpo import DpoConfig
+from megadpo.config.schema import DpoConfig
 from megadpo.objective.dpo import LossOutput, dpo_loss, metric_names
 
 ALL_METRICS = {

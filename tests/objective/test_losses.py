@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megadpo.config.schema_dpo import DpoConfig
+from megadpo.config.schema import DpoConfig
 from megadpo.config.variants import LOSSES
 from megadpo.objective.dpo import LossOutput, dpo_loss, metric_names
 

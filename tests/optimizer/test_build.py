@@ -76,7 +76,7 @@ def test_every_option_of_the_optimizer_reaches_megatron_core(monkeypatch):
         "use_precision_aware_optimizer": True, "optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5,
         "overlap_cpu_optimizer_d2h_h2d": True,
     }  # fmt: skip
-    rest = {"bf16", "fp16", "params_dtype", "clip_grad", "adam_impl", "exp_avg_sq_dtype"}
+    rest = {"bf16", "clip_grad", "adam_impl", "exp_avg_sq_dtype"}
     assert options.keys() | rest == {field.name for field in dataclasses.fields(OptimizerConfig)}
     policy = dataclasses.replace(policy_of("x", **options), max_grad_norm=0.7, precision="float32")
     monkeypatch.setattr("megatron.core.optimizer.OptimizerConfig.__post_init__", lambda self: None)

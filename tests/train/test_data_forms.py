@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from megadpo.config.schema_dpo import DpoConfig
+from megadpo.config.schema import DpoConfig
 from megadpo.data.batches.pack import pack_pairs
 from megadpo.data.pairs import TokenizedPair
 from megadpo.rollouts.build import build_pairs

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from megadpo.checkpoint import TrainingPosition
-from megadpo.config.schema import CheckpointingConfig
-from megadpo.config.schema_dpo import DpoConfig
+from megadpo.config.schema import CheckpointingConfig, DpoConfig
 from megadpo.data.batches.loader import GlobalBatch
 from megadpo.train import loop
 from megadpo.train.loop import save_and_prune, step_record, validation_due

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from megadpo.checkpoint import TrainingPosition
-from megadpo.config.schema_dpo import DpoConfig
+from megadpo.config.schema import DpoConfig
 from megadpo.data.batches.loader import GlobalBatch
 from megadpo.objective.dpo import metric_names
 from megadpo.train.evaluation import metrics_of

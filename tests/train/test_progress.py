@@ -13,8 +13,7 @@ from typing import cast
 import pytest
 from rich.console import Console
 
-from megadpo.config.schema import Config
-from megadpo.config.schema_dpo import DpoConfig
+from megadpo.config.schema import Config, DpoConfig
 from megadpo.train.progress import ProgressLine, RunSummary, TimeLeft, format_banner, print_banner
 from megadpo.train.report import loss_words
 

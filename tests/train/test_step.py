@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megadpo.config.schema_dpo import DpoConfig
+from megadpo.config.schema import DpoConfig
 from megadpo.data.batches.loader import GlobalBatch
 from megadpo.train import step
 from megadpo.train.step import NonFiniteLoss, StepOutcome, Trainer

@@ -1,4 +1,5 @@
-"""YAML files with `defaults:`, command-line overrides and `${...}`, to one plain mapping (OmegaConf, as NeMo RL)."""
+"""A config as one plain mapping, the tree: from YAML files with `defaults:`, command-line overrides and `${...}`
+(OmegaConf, as NeMo RL)."""
 
 from __future__ import annotations
 
@@ -30,6 +31,36 @@ def read_tree(path: str | Path, overrides: Sequence[str], problems: list[Problem
     _register_resolvers()
     resolved: dict[str, Any] = _resolve(OmegaConf.create(tree), "", problems, 0)
     return resolved
+
+
+def get(tree: dict[str, Any], path: str, default: object = None) -> Any:
+    """The value at a dotted path, or `default` where any part of it is absent."""
+    node: Any = tree
+    for name in path.split("."):
+        if not isinstance(node, dict) or name not in node:
+            return default
+        node = node[name]
+    return node
+
+
+def put(tree: dict[str, Any], path: str, value: object) -> None:
+    """Set a dotted path, making sections; does nothing where a section is something else."""
+    *above, last = path.split(".")
+    node = tree
+    for name in above:
+        inner = node.setdefault(name, {})
+        if not isinstance(inner, dict):
+            return
+        node = inner
+    node[last] = value
+
+
+def drop(tree: dict[str, Any], path: str) -> None:
+    """Remove a dotted path where it is there."""
+    *above, last = path.split(".")
+    node = get(tree, ".".join(above)) if above else tree
+    if isinstance(node, dict):
+        node.pop(last, None)
 
 
 def _read_with_defaults(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:

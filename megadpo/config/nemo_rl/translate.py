@@ -1,30 +1,155 @@
-"""NeMo RL's forms of `data:` in terms of this project's keys.
-
-The newer form has `train:`, `validation:` and `default:` sections; in both forms the names HelpSteer3 and
-Tulu3Preference alone mean a dataset of the hub.
-"""
+"""NeMo RL's keys in terms of this project's: refused or noted by the table keys.yaml, or translated."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from megadpo.config.data_source import DATASET_NAMES, HUB_DATASETS, DataSource, parse_source
 from megadpo.config.problems import Problem
+from megadpo.config.tree import drop, get, put
 
+_MEG = "policy.megatron_cfg"
+_HEAD_CHUNK = "policy.logprob_chunk_size"
+_HEAD_CHUNK_NAMES = ("fused_linear_logprobs_chunk_size", "linear_ce_fusion_chunk_size")
 _TARGETS = {"train": "train_data_path", "validation": "val_data_paths"}
 _KEYS = ("prompt_key", "chosen_key", "rejected_key")
-# Keys of a dataset section that are refused at any other value.
-_IDLE = ("prompt_file", "system_prompt_file")
-_SECTION_KEYS = ("dataset_name", "data_path", "subset", "split", *_KEYS, *_IDLE)
-SECTION_PATHS = frozenset(
+# Keys of a dataset section that are refused at any value but null.
+_MUST_BE_NULL = ("prompt_file", "system_prompt_file")
+_SECTION_KEYS = ("dataset_name", "data_path", "subset", "split", *_KEYS, *_MUST_BE_NULL)
+_DATA_PATHS = frozenset(
     f"data.{section}.{key}" for section in ("train", "validation", "default") for key in _SECTION_KEYS
 )
 
 
-def translate_data(data: dict[str, Any], problems: list[Problem], notes: list[str]) -> set[str]:
-    """Rewrite `data` in place so that it holds only this project's keys, plus what nobody knows.
+@dataclass(frozen=True)
+class NemoKey:
+    """A line of keys.yaml."""
 
-    Returns the keys that a refused section would have set: what they hold now must not be judged.
+    path: str
+    """Ends in `.*` where it stands for the keys of a section that have no line of their own."""
+    why: str
+    fix: str = ""
+    accepted: tuple[object, ...] | None = None
+    """The values that are not refused. None: every value, or with `in_schema` those of the schema."""
+    in_schema: bool = False
+    """megadpo has the key."""
+
+    def problem(self, value: object) -> Problem | None:
+        """The refusal of `value`; None where it is accepted."""
+        if self.accepted is None or any(type(value) is type(one) and value == one for one in self.accepted):
+            return None
+        shown = [str(one).lower() for one in self.accepted if one not in (None, {}, [])]
+        shown += ["null"] if None in self.accepted else []
+        return Problem(self.path, value, f"{' or '.join(shown)} ({self.why})", self.fix)
+
+
+@functools.cache
+def nemo_keys() -> dict[str, NemoKey]:
+    """The table, by path."""
+    table = yaml.safe_load(Path(__file__).with_name("keys.yaml").read_text(encoding="utf-8"))
+    keys: dict[str, NemoKey] = {}
+    _collect({name: one for name, one in table.items() if not name.startswith("_")}, "", keys)
+    return keys
+
+
+def _collect(section: Mapping[str, Any], prefix: str, keys: dict[str, NemoKey]) -> None:
+    for name, one in section.items():
+        path = f"{prefix}{name}"
+        if isinstance(one, str):
+            keys[path] = NemoKey(path, one)
+        elif "only" in one:
+            keys[path] = NemoKey(path, one["why"], one["fix"], tuple(one["only"]))
+        elif "why" in one:
+            keys[path] = NemoKey(path, one["why"], in_schema=True)
+        else:
+            _collect(one, f"{path}.", keys)
+
+
+@functools.cache
+def nemo_paths() -> frozenset[str]:
+    """Every key that is translated or in the table, for the nearest name of an unknown one."""
+    return frozenset(path for path in nemo_keys() if not path.endswith(".*")) | _DATA_PATHS
+
+
+@functools.cache
+def _sections() -> frozenset[str]:
+    """Every section that holds a key of the table."""
+    return frozenset(path[:dot] for path in nemo_keys() for dot, letter in enumerate(path) if letter == ".")
+
+
+def translate(
+    tree: dict[str, Any], schema_paths: frozenset[str], problems: list[Problem], notes: list[str]
+) -> set[str]:
+    """Rewrite `tree` in place so that it holds this project's keys only, and unknown ones.
+
+    problems and notes take every refusal, and a line for each key that is accepted without effect. Returns the keys that
+    a refused section would have set: their values must not be judged.
+    """
+    _strip(tree, "", schema_paths, problems, notes)
+    _head_chunk(tree, problems)
+    if get(tree, "dpo.val_batches") == -1:
+        put(tree, "dpo.val_batches", 0)
+    if get(tree, "policy.max_grad_norm", 0) is None:
+        put(tree, "policy.max_grad_norm", 0.0)
+    data = tree.get("data")
+    return _translate_data(data, problems, notes) if isinstance(data, dict) else set()
+
+
+def _strip(
+    node: dict[str, Any], prefix: str, schema_paths: frozenset[str], problems: list[Problem], notes: list[str]
+) -> None:
+    """Take the table's keys out of a section, each with its refusal or note."""
+    for name, value in list(node.items()):
+        path = f"{prefix}{name}"
+        key = nemo_keys().get(path)
+        if key is not None and key.in_schema:
+            if value is None:
+                del node[name]
+        elif key is not None:
+            refusal = key.problem(value)
+            if refusal is not None:
+                problems.append(refusal)
+            elif key.accepted is None:
+                notes.append(f"{path}: {value!r} has no effect: {key.why}")
+            del node[name]
+        elif isinstance(value, dict):
+            others = nemo_keys().get(f"{path}.*")
+            without_effect = [str(inner) for inner in value if f"{path}.{inner}" not in nemo_keys()]
+            _strip(value, f"{path}.", schema_paths, problems, notes)
+            if others is not None and without_effect:
+                notes.append(f"{path}.{{{', '.join(without_effect)}}}: no effect: {others.why}")
+            if others is not None or (not value and path in _sections() and path not in schema_paths):
+                del node[name]
+        elif path in _sections() and path not in schema_paths:
+            if value is not None:
+                problems.append(Problem(path, value, "a section or null", "set it to null"))
+            del node[name]
+
+
+def _head_chunk(tree: dict[str, Any], problems: list[Problem]) -> None:
+    """NeMo RL has two more names for policy.logprob_chunk_size."""
+    for name in _HEAD_CHUNK_NAMES:
+        path = f"{_MEG}.{name}"
+        value, chosen = get(tree, path), get(tree, _HEAD_CHUNK)
+        drop(tree, path)
+        if value is not None and chosen is None:
+            put(tree, _HEAD_CHUNK, value)
+        elif value is not None and value != chosen:
+            problems.append(Problem(path, value, f"{chosen}, as {_HEAD_CHUNK}", f"keep {_HEAD_CHUNK} only"))
+
+
+def _translate_data(data: dict[str, Any], problems: list[Problem], notes: list[str]) -> set[str]:
+    """Rewrite the section `data` in place with this project's keys; unknown keys stay for the reader to report.
+
+    NeMo RL's newer form has `train:`, `validation:` and `default:` sections; in both forms the names HelpSteer3 and
+    Tulu3Preference alone mean a dataset of the hub. Returns the keys that a refused section would have set: their values
+    must not be judged.
     """
     unset: set[str] = set()
     default = _section(data, "default", problems)
@@ -98,7 +223,7 @@ def _source(section: dict[str, Any], where: str, problems: list[Problem], notes:
         problems.append(Problem(f"{where}.dataset_name", name, f"one of {', '.join(DATASET_NAMES)}", fix))
         return None
     for key in section:
-        if key in _IDLE and section[key] is not None:
+        if key in _MUST_BE_NULL and section[key] is not None:
             fix = "remove it: prompts are taken as they are, so write what they say into the data"
             problems.append(Problem(f"{where}.{key}", section[key], "null", fix))
         elif key not in _SECTION_KEYS:
