@@ -166,14 +166,13 @@ class SwitchedVariants(Variants[V]):
         super().__init__(what, package, options=options)
         self._section = section
 
-    def enabled(self, cfg: Any) -> list[Any]:
-        """The variants that are switched on, with their options."""
-        given = self._given(cfg)
-        return [given[name] for name in self.names() if given[f"{name}_enabled"]]
+    def enabled(self, options: Mapping[str, Any]) -> list[Any]:
+        """The variants that are switched on, with their options; options: what the schema's field holds."""
+        return [options[name] for name in self.names() if options[f"{name}_enabled"]]
 
     def problems(self, known: Any) -> Iterator[Problem]:
         """What those refuse that are switched on; known: a Known (known.py)."""
-        for variant in self.enabled(known.cfg):
+        for variant in self.enabled(self._given(known.cfg)):
             yield from _problems_of(variant, known)
 
     def _keys_of(self, name: str, variant: V) -> dict[str, Key]:
@@ -292,5 +291,8 @@ def option_fields(section: Any) -> dict[str, Variants[Any]]:
 
 
 LOSSES: Variants[Any] = Variants("loss", "megadpo.objective.losses", field="dpo.loss_type", options="loss_options")
-KINDS: tuple[Variants[Any], ...] = (LOSSES,)
+LOGGERS: SwitchedVariants[Any] = SwitchedVariants(
+    "logger", "megadpo.train.loggers", section="logger", options="loggers"
+)
+KINDS: tuple[Variants[Any], ...] = (LOSSES, LOGGERS)
 """Every kind whose variants have problems."""

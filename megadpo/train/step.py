@@ -138,9 +138,9 @@ class Trainer:
         waited for. Collectives: the resident reference's."""
         micro_batches = [one.to(self.parallel.device) for one in batch.micro_batches]
         if self.reference is not None:
-            logps = self.reference.logps(micro_batches) or [None] * len(micro_batches)
-            pairs = zip(micro_batches, logps, strict=True)
-            micro_batches = [dataclasses.replace(one, reference_logps=found) for one, found in pairs]
+            found = self.reference.logps(micro_batches)  # nothing but on the last stage
+            for number, logps in enumerate(found):
+                micro_batches[number] = dataclasses.replace(micro_batches[number], reference_logps=logps)
         return dataclasses.replace(batch, micro_batches=micro_batches)
 
     def _forward_backward(self, batch: GlobalBatch) -> MetricSums:
