@@ -104,7 +104,7 @@ def checked_config(path: str, overrides: Sequence[str], world_size: int | None, 
 
 def run_training(cfg: Config) -> int:
     """Set up, train, tear down. Every rank."""
-    from megadpo.optimizer import machine_problems
+    from megadpo.optimizer.build import machine_problems
     from megadpo.parallel import destroy, initialize, layout_of, setup_device
     from megadpo.parallel.lifetime import signal_when_parent_ends
     from megadpo.train.loop import train

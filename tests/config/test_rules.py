@@ -105,7 +105,6 @@ BROKEN = [
     ),
     ({VPP: 2}, "policy.megatron_cfg.virtual_pipeline_model_parallel_size", "1 with pipeline_model_parallel_size 1"),
     (AWARE, AWARE_FIELD, "resumes is not proved"),
-    ({**AWARE, SAVE: False, OPT + "optimizer": "sgd"}, AWARE_FIELD, "sgd"),
     ({**SELECTIVE, MEG + "recompute_method": "block"}, "policy.megatron_cfg.recompute_method", "no use"),
     ({**SELECTIVE, MEG + "recompute_num_layers": 2}, "policy.megatron_cfg.recompute_num_layers", "no use"),
     (
