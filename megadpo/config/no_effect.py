@@ -9,7 +9,7 @@ from megadpo.config.architecture import Architecture
 from megadpo.config.schema import Config
 from megadpo.config.schema_megatron import MegatronConfig
 from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
-from megadpo.config.variants import value_at
+from megadpo.config.variants import KINDS, value_at
 
 _MEG = "policy.megatron_cfg"
 _OPT = f"{_MEG}.optimizer"
@@ -33,10 +33,10 @@ def idle_notes(cfg: Config) -> list[str]:
 
 def _idle(cfg: Config) -> Iterator[tuple[str, str]]:
     """Each option without effect in `cfg`, and why."""
-    optimizer, schedule = cfg.policy.megatron_cfg.optimizer, cfg.policy.megatron_cfg.scheduler
-    adam = ("adam_beta1", "adam_beta2", "adam_eps")
-    for name in adam if optimizer.optimizer != "adam" else ("sgd_momentum",):
-        yield f"{_OPT}.{name}", f"{_OPT}.optimizer is {optimizer.optimizer}"
+    for kind in KINDS:
+        if kind.notes_unread:
+            yield from ((where, f"{kind.field} is {value_at(cfg, kind.field)}") for where, _, _ in kind.unread(cfg))
+    schedule = cfg.policy.megatron_cfg.scheduler
     if schedule.lr_decay_style == "constant":
         for path in (f"{_OPT}.min_lr", f"{_SCHED}.lr_decay_iters"):
             yield path, f"{_SCHED}.lr_decay_style is constant"

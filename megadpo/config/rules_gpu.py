@@ -10,7 +10,6 @@ from megadpo.config.schema_megatron import FP8_TOKENS
 from megadpo.config.schema_policy import PolicyConfig
 
 _MEG = "policy.megatron_cfg"
-_OPT = f"{_MEG}.optimizer"
 _IMPL = f"{_MEG}.transformer_impl"
 _RECOMPUTE = (f"{_MEG}.activation_checkpointing", f"{_MEG}.recompute_granularity", f"{_MEG}.recompute_modules")
 
@@ -102,19 +101,3 @@ def _gradient_accumulation_fusion(known: Known) -> Iterator[Problem]:
     if known.cfg.policy.megatron_cfg.gradient_accumulation_fusion and known.cfg.policy.device == "cpu":
         where = f"{_MEG}.gradient_accumulation_fusion"
         yield Problem(where, True, "false or null on policy.device cpu: its kernels are CUDA's", "set it to null")
-
-
-@rule
-def _adam(known: Known) -> Iterator[Problem]:
-    optimizer, where = known.cfg.policy.megatron_cfg.optimizer, f"{_OPT}.adam_impl"
-    if optimizer.adam_impl == "auto":
-        return
-    if optimizer.optimizer != "adam":
-        yield Problem(where, optimizer.adam_impl, f"auto with {_OPT}.optimizer {optimizer.optimizer}", "set it to auto")
-    if optimizer.adam_impl == "transformer_engine" and known.cfg.policy.device == "cpu":
-        yield Problem(where, optimizer.adam_impl, "torch or auto on policy.device cpu", "set it to auto")
-    precision_aware = optimizer.use_precision_aware_optimizer and not optimizer.optimizer_cpu_offload
-    if optimizer.adam_impl == "torch" and precision_aware:
-        fix = f"set it to auto, or {_OPT}.use_precision_aware_optimizer: false"
-        expected = "transformer_engine or auto with use_precision_aware_optimizer, which is its FusedAdam"
-        yield Problem(where, "torch", expected, fix)

@@ -38,61 +38,6 @@ def _clip_grad(known: Known) -> Iterator[Problem]:
 
 
 @rule
-def _precision_aware(known: Known) -> Iterator[Problem]:
-    optimizer, where = known.cfg.policy.megatron_cfg.optimizer, f"{_OPT}.use_precision_aware_optimizer"
-    if not optimizer.use_precision_aware_optimizer:
-        return
-    saves = known.cfg.checkpointing.enabled and known.cfg.checkpointing.save_optimizer
-    name, distributed = optimizer.optimizer, f"{_OPT}.use_distributed_optimizer"
-    unproved = "false while checkpoints save the optimizer: that this state resumes is not proved yet"
-    for broken, expected, other in (
-        (name != "adam", f"false with {_OPT}.optimizer {name}", f"{_OPT}.optimizer: adam"),
-        (not optimizer.use_distributed_optimizer, f"false unless {distributed} is true", f"{distributed}: true"),
-        (known.cfg.policy.device == "cpu", "false on policy.device cpu: its kernels are CUDA's", "policy.device: cuda"),
-        (saves, unproved, "checkpointing.save_optimizer: false"),
-    ):
-        if broken:
-            yield Problem(where, True, expected, f"set it to false, or {other}")
-
-
-@rule
-def _distributed_optimizer(known: Known) -> Iterator[Problem]:
-    optimizer, where = known.cfg.policy.megatron_cfg.optimizer, f"{_OPT}.use_distributed_optimizer"
-    if (
-        optimizer.use_precision_aware_optimizer or not optimizer.use_distributed_optimizer
-    ):  # the former has its own rule
-        return
-    if optimizer.optimizer != "adam":
-        expected = f"false with {_OPT}.optimizer {optimizer.optimizer}: megatron-core shards Adam's state only"
-        yield Problem(where, True, expected, f"set it to false, or {_OPT}.optimizer: adam")
-
-
-@rule
-def _optimizer_state(known: Known) -> Iterator[Problem]:
-    optimizer = known.cfg.policy.megatron_cfg.optimizer
-    aware, offload = optimizer.use_precision_aware_optimizer, optimizer.optimizer_cpu_offload
-    if not aware:
-        for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
-            if getattr(optimizer, name) != "float32":
-                fix = f"set it to float32, or {_OPT}.use_precision_aware_optimizer: true"
-                yield Problem(
-                    f"{_OPT}.{name}", getattr(optimizer, name), "float32 without the precision-aware one", fix
-                )
-    if offload and not aware:
-        fix = f"set it to false, or {_OPT}.use_precision_aware_optimizer: true"
-        expected = "false without use_precision_aware_optimizer, whose code it shares in megatron-core"
-        yield Problem(f"{_OPT}.optimizer_cpu_offload", True, expected, fix)
-    fraction = optimizer.optimizer_offload_fraction
-    if offload != (fraction > 0):
-        expected = "more than 0 with optimizer_cpu_offload" if offload else "0 without optimizer_cpu_offload"
-        fix = f"set it to {'1.0' if offload else '0.0'}, or {_OPT}.optimizer_cpu_offload: {str(not offload).lower()}"
-        yield Problem(f"{_OPT}.optimizer_offload_fraction", fraction, expected, fix)
-    if optimizer.overlap_cpu_optimizer_d2h_h2d and not offload:
-        where = f"{_OPT}.overlap_cpu_optimizer_d2h_h2d"
-        yield Problem(where, True, "false without optimizer_cpu_offload", "set it to false")
-
-
-@rule
 def _rates(known: Known) -> Iterator[Problem]:
     optimizer, schedule = known.cfg.policy.megatron_cfg.optimizer, known.cfg.policy.megatron_cfg.scheduler
     for where, value in ((f"{_OPT}.min_lr", optimizer.min_lr), (f"{_SCHED}.lr_warmup_init", schedule.lr_warmup_init)):

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from megadpo.config.schema_policy import PolicyConfig
 from megadpo.config.types import CountOrZero, FloatOrZero, PositiveFloat, PositiveInt, Seed, Text
-from megadpo.config.variants import LOSSES, OneOf, OptionsOf
+from megadpo.config.variants import LOGGERS, LOSSES, OneOf, OptionsOf
 
 
 def user_cache_dir() -> str:
@@ -166,39 +166,18 @@ class CheckpointingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WandbConfig:
-    """`logger.wandb`."""
-
-    project: Text | None = None
-    """null: wandb's own default."""
-    name: Text | None = None
-    """Of the run. null: wandb makes one up."""
-    entity: Text | None = None
-    """User or team. null: the logged-in user's default."""
-    mode: Literal["online", "offline"] | None = None
-    """null: what the environment variable WANDB_MODE says."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorboardConfig:
-    """`logger.tensorboard`."""
-
-    log_dir: Text | None = None
-    """Folder of the event files, relative to logger.log_dir. null: tensorboard."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class LoggerConfig:
     """`logger`. metrics.jsonl and the resolved config are always written to log_dir."""
 
     log_dir: Text = "logs"
     """Folder of metrics.jsonl and config.yaml."""
-    wandb_enabled: bool = False
-    """Log to Weights & Biases as well, by logger.wandb."""
-    tensorboard_enabled: bool = False
-    """Write TensorBoard's event files as well."""
-    wandb: WandbConfig = field(default_factory=WandbConfig)
-    tensorboard: TensorboardConfig = field(default_factory=TensorboardConfig)
+    loggers: Annotated[Mapping[str, Any], OptionsOf(LOGGERS)] = field(default_factory=LOGGERS.defaults)
+    """`<name>_enabled` and `<name>` of every logger of megadpo/train/loggers."""
+
+    @property
+    def enabled(self) -> list[Any]:
+        """The loggers that are switched on (megadpo/train/loggers), with their options."""
+        return LOGGERS.enabled(self.loggers)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from megadpo.config.types import CountOrZero, FloatOrZero, PositiveFloat, PositiveInt, Precision, Proportion, Range
+from megadpo.config.types import CountOrZero, FloatOrZero, PositiveFloat, PositiveInt, Precision
+from megadpo.config.variants import OPTIMIZERS, OneOf, OptionsOf
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """`policy.megatron_cfg.optimizer`. Main parameters and moments are float32, whatever the precision."""
 
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = "adam"
     """adam: AdamW, weight decay apart from the gradient, as in megatron-core."""
     lr: PositiveFloat = 5e-6
     """Highest learning rate."""
@@ -22,35 +24,17 @@ class OptimizerConfig:
     """With scheduler.weight_decay_incr_style linear or cosine, its start and end decide instead."""
     bf16: bool = True
     """Must say what policy.precision says. Left out or null: taken from there."""
-    adam_beta1: Proportion = 0.9
-    """Decay of Adam's first moment."""
-    adam_beta2: Proportion = 0.98
-    """Decay of Adam's second moment."""
-    adam_eps: PositiveFloat = 1e-8
-    """Added to the root of Adam's second moment."""
-    sgd_momentum: Proportion = 0.9
-    """With optimizer sgd."""
     use_distributed_optimizer: bool = True
     """Shard main parameters and moments over the data-parallel ranks."""
-    use_precision_aware_optimizer: bool = False
-    """Moments in the dtypes below and no second copy of what bfloat16 weights hold: Transformer Engine's FusedAdam, on
-    CUDA only, with the distributed optimizer."""
-    exp_avg_dtype: Precision = "float32"
-    """Dtype of Adam's first moment; other than float32 with use_precision_aware_optimizer only."""
-    exp_avg_sq_dtype: Precision = "float32"
-    """Dtype of Adam's second moment, likewise."""
-    optimizer_cpu_offload: bool = False
-    """Keep and update part of the optimizer state on the CPU (megatron-core's HybridDeviceOptimizer), on CUDA only, with
-    use_precision_aware_optimizer."""
-    optimizer_offload_fraction: Annotated[float, Range(ge=0, le=1)] = 0.0
-    """Share of this rank's state that optimizer_cpu_offload moves."""
-    overlap_cpu_optimizer_d2h_h2d: bool = False
-    """With optimizer_cpu_offload: copy while the CPU updates."""
     clip_grad: FloatOrZero = 1.0
     """Must say what policy.max_grad_norm says. Left out or null: taken from there."""
-    adam_impl: Literal["auto", "transformer_engine", "torch"] = "auto"
-    """Whose AdamW: Transformer Engine's FusedAdam or torch's. auto: FusedAdam on CUDA where it can be imported. A run
-    resumes with the one that it was saved with."""
+    options: Annotated[Mapping[str, Any], OptionsOf(OPTIMIZERS)] = field(default_factory=OPTIMIZERS.defaults)
+    """What only some optimizers read, by name; in a file they are keys of this section."""
+
+    @property
+    def kind(self) -> Any:
+        """The optimizer (megadpo/optimizer/kinds) with its options."""
+        return OPTIMIZERS.configured(self.optimizer, self.options)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,11 +46,15 @@ class Key:
 class Variants(Generic[V]):
     """The variants of one kind, by name."""
 
-    def __init__(self, what: str, package: str, *, field: str = "", options: str = "") -> None:
+    def __init__(
+        self, what: str, package: str, *, field: str = "", options: str = "", notes_unread: bool = False
+    ) -> None:
         """what: a variant in words, e.g. "loss". package: whose modules hold variants; a single module will do.
-        field: the config key that names the chosen one. options: the schema's field that holds their options."""
+        field: the config key that names the chosen one. options: the schema's field that holds their options.
+        notes_unread: an option that the chosen variant doesn't read is noted, since files carry it along; else refused."""
         self.what = what
         self.field = field
+        self.notes_unread = notes_unread
         self._section = field.rpartition(".")[0]
         self._package = package
         self._options = options
@@ -135,6 +139,8 @@ class Variants(Generic[V]):
     def problems(self, known: Any) -> Iterator[Problem]:
         """What the chosen variant refuses, and options that it doesn't read; known: a Known (known.py)."""
         yield from _problems_of(self.chosen(known.cfg), known)
+        if self.notes_unread:
+            return
         for where, value, readers in self.unread(known.cfg):
             expected = f"nothing with {self.field} {value_at(known.cfg, self.field)}; read by {', '.join(readers)}"
             yield Problem(where, value, expected, f"remove it, or set {self.field}: {' or '.join(readers)}")
@@ -166,14 +172,13 @@ class SwitchedVariants(Variants[V]):
         super().__init__(what, package, options=options)
         self._section = section
 
-    def enabled(self, cfg: Any) -> list[Any]:
-        """The variants that are switched on, with their options."""
-        given = self._given(cfg)
-        return [given[name] for name in self.names() if given[f"{name}_enabled"]]
+    def enabled(self, options: Mapping[str, Any]) -> list[Any]:
+        """The variants that are switched on, with their options; options: what the schema's field holds."""
+        return [options[name] for name in self.names() if options[f"{name}_enabled"]]
 
     def problems(self, known: Any) -> Iterator[Problem]:
         """What those refuse that are switched on; known: a Known (known.py)."""
-        for variant in self.enabled(known.cfg):
+        for variant in self.enabled(self._given(known.cfg)):
             yield from _problems_of(variant, known)
 
     def _keys_of(self, name: str, variant: V) -> dict[str, Key]:
@@ -293,5 +298,15 @@ def option_fields(section: Any) -> dict[str, Variants[Any]]:
 
 LOSSES: Variants[Any] = Variants("loss", "megadpo.objective.losses", field="dpo.loss_type", options="loss_options")
 FAMILIES: Variants[Any] = Variants("model family", "megadpo.families")
-KINDS: tuple[Variants[Any], ...] = (LOSSES,)
+OPTIMIZERS: Variants[Any] = Variants(
+    "optimizer",
+    "megadpo.optimizer.kinds",
+    field="policy.megatron_cfg.optimizer.optimizer",
+    options="options",
+    notes_unread=True,
+)
+LOGGERS: SwitchedVariants[Any] = SwitchedVariants(
+    "logger", "megadpo.train.loggers", section="logger", options="loggers"
+)
+KINDS: tuple[Variants[Any], ...] = (LOSSES, OPTIMIZERS, LOGGERS)
 """Every kind whose variants a config key names and that have problems."""

@@ -10,11 +10,10 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
+from megadpo.config.known import Machine
 from megadpo.config.problems import Problem
 from megadpo.config.schema_policy import PolicyConfig
 from megadpo.model.implementation import INSTALL, implementation_problems, transformer_engine_missing
-from megadpo.model.transformer_config import DTYPES
-from megadpo.optimizer.adam import choose_adam, use_adam
 from megadpo.optimizer.step import use_norm_without_waits
 
 
@@ -40,24 +39,13 @@ def wrap_for_training(chunks: Sequence[MegatronModule], policy: PolicyConfig) ->
 
 def machine_problems(policy: PolicyConfig, device: torch.device) -> list[Problem]:
     """What training by the config needs and this machine lacks; empty where nothing is missing."""
-    megatron, optimizer = policy.megatron_cfg, policy.megatron_cfg.optimizer
+    megatron = policy.megatron_cfg
     has_cuda = device.type == "cuda"
     has_te = has_cuda and transformer_engine_missing() is None
     te = INSTALL
     problems = implementation_problems(policy, device)
-    if optimizer.adam_impl == "transformer_engine" and not has_te:
-        reason = transformer_engine_missing() if has_cuda else "no CUDA device"
-        where = "policy.megatron_cfg.optimizer.adam_impl"
-        expected = f"torch or auto, for Transformer Engine is not to be had: {reason}"
-        problems.append(Problem(where, "transformer_engine", expected, f"set it to auto, or {te}"))
-    where = "policy.megatron_cfg.optimizer.use_precision_aware_optimizer"
-    if optimizer.use_precision_aware_optimizer and not has_cuda:
-        problems.append(
-            Problem(where, True, "false on a machine without CUDA: its kernels are CUDA's", "set it to false")
-        )
-    elif optimizer.use_precision_aware_optimizer and not optimizer.optimizer_cpu_offload and not has_te:
-        expected = "false without Transformer Engine, whose FusedAdam it is"
-        problems.append(Problem(where, True, expected, f"{te}, or set it to false"))
+    machine = Machine(device="cuda" if has_cuda else "cpu", why_missing=lambda _: transformer_engine_missing())
+    problems += megatron.optimizer.kind.machine_problems(machine)
     selective = megatron.activation_checkpointing and megatron.recompute_granularity == "selective"
     if selective and "layernorm" in megatron.recompute_modules and has_cuda and not has_te:
         where, modules = "policy.megatron_cfg.recompute_modules", ", ".join(megatron.recompute_modules)
@@ -74,7 +62,7 @@ def build_optimizer(
     Collectives: an all-gather of parameter-group keys over the world.
     """
     optimizer = policy.megatron_cfg.optimizer
-    use_adam(choose_adam(optimizer, device)[0])
+    optimizer.kind.install(device.type)
     use_norm_without_waits()
     return get_megatron_optimizer(
         OptimizerConfig(
@@ -82,19 +70,10 @@ def build_optimizer(
             lr=optimizer.lr,
             min_lr=optimizer.min_lr,
             weight_decay=optimizer.weight_decay,
-            adam_beta1=optimizer.adam_beta1,
-            adam_beta2=optimizer.adam_beta2,
-            adam_eps=optimizer.adam_eps,
-            sgd_momentum=optimizer.sgd_momentum,
             bf16=policy.precision == "bfloat16",
             params_dtype=torch.bfloat16 if policy.precision == "bfloat16" else torch.float32,
             use_distributed_optimizer=optimizer.use_distributed_optimizer,
-            use_precision_aware_optimizer=optimizer.use_precision_aware_optimizer,
-            exp_avg_dtype=DTYPES[optimizer.exp_avg_dtype],
-            exp_avg_sq_dtype=DTYPES[optimizer.exp_avg_sq_dtype],
-            optimizer_cpu_offload=optimizer.optimizer_cpu_offload,
-            optimizer_offload_fraction=optimizer.optimizer_offload_fraction,
-            overlap_cpu_optimizer_d2h_h2d=optimizer.overlap_cpu_optimizer_d2h_h2d,
+            **optimizer.kind.settings(),
             overlap_param_gather=policy.megatron_cfg.distributed_data_parallel_config.overlap_param_gather,
             clip_grad=policy.max_grad_norm,
         ),

@@ -212,12 +212,9 @@ def static_bytes(
 def optimizer_bytes_per_element(megatron: MegatronConfig, bf16: bool) -> int:
     """float32 main parameter (only of bfloat16 weights), and Adam's two moments or SGD's momentum. The precision-aware
     optimizer keeps 2 bytes of each main parameter, those that its bfloat16 weight lacks (`store_param_remainders`)."""
-    optimizer = megatron.optimizer
-    if optimizer.use_precision_aware_optimizer:
-        moments = sum(2 if name == "bfloat16" else 4 for name in (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype))
-        return moments + (2 if bf16 else 0)
-    moments = 8 if optimizer.optimizer == "adam" else 4 * (optimizer.sgd_momentum > 0)
-    return moments + (4 if bf16 else 0)
+    kind = megatron.optimizer.kind
+    aware = getattr(kind, "use_precision_aware_optimizer", False)
+    return int(kind.state_bytes) + ((2 if aware else 4) if bf16 else 0)
 
 
 @dataclass(frozen=True)

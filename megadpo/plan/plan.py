@@ -11,6 +11,7 @@ from megadpo.config.check import check_layout, layers_per_stage
 from megadpo.config.grid import Grid
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
+from megadpo.optimizer.kinds.adam import Adam
 from megadpo.plan.flops import stage_flops
 from megadpo.plan.memory import GIB, Assumptions, Gpu, memory_limit
 from megadpo.plan.packs import Lengths, Workload, full_pack, pack_tokens, workload
@@ -118,7 +119,7 @@ def check_job(job: Job) -> list[Problem]:
         problems.append(Problem(where, kernel, "another kernel on a GPU", "set it to auto"))
     if job.gpu is not None and not job.bf16 and kernel in ("varlen", "transformer_engine"):
         problems.append(Problem(where, kernel, "policy.precision bfloat16", "set it to sdpa for float32"))
-    if job.cfg.policy.megatron_cfg.optimizer.optimizer_cpu_offload:
+    if getattr(job.cfg.policy.megatron_cfg.optimizer.kind, "optimizer_cpu_offload", False):
         where = "policy.megatron_cfg.optimizer.optimizer_cpu_offload"
         expected = "false: what it leaves on the GPU is not planned"
         problems.append(Problem(where, True, expected, "plan without it, and take the plan for an upper bound"))
@@ -186,9 +187,8 @@ def optimizer_temporaries(job: Job, shards: tuple[int, int], chunks: Sequence[Ch
     megatron = job.cfg.policy.megatron_cfg
     narrow = job.bf16 and not megatron.distributed_data_parallel_config.grad_reduce_in_fp32
     copies = 4 * sum(shards) if narrow else 0
-    optimizer = megatron.optimizer
-    fused = optimizer.use_precision_aware_optimizer or optimizer.adam_impl == "transformer_engine"
-    if optimizer.optimizer != "adam" or fused:
+    kind = megatron.optimizer.kind
+    if not isinstance(kind, Adam) or kind.use_precision_aware_optimizer or kind.adam_impl == "transformer_engine":
         return copies
     if job.gpu is not None:
         return copies + 4 * max(shards)

@@ -17,13 +17,14 @@ from megadpo.config.architecture import Architecture
 from megadpo.config.grid import Grid
 from megadpo.config.schema import Config
 from megadpo.config.schema_policy import PolicyConfig
+from megadpo.config.variants import OPTIMIZERS
 from megadpo.data.batches.cut import context_part
 from megadpo.data.batches.pack import PackedBatch, pack_pairs
 from megadpo.data.pairs import TokenizedPair
 from megadpo.model.build import build_model, is_expert
 from megadpo.model.freeze import freeze
 from megadpo.model.transformer_config import DTYPES
-from megadpo.optimizer import build_optimizer, wrap_for_training
+from megadpo.optimizer.build import build_optimizer, wrap_for_training
 from megadpo.parallel.groups import layout_of
 from megadpo.parallel.pretend import META, gather_buffers, pretend_rank
 from megadpo.plan.outlines import (
@@ -179,13 +180,8 @@ def _buildable(policy: PolicyConfig) -> PolicyConfig:
     arithmetic; kernels are replaced (outlines.py). Activations of Transformer Engine's layers are taken for those of
     megatron-core's own."""
     megatron = policy.megatron_cfg
-    optimizer = dataclasses.replace(
-        megatron.optimizer,
-        use_precision_aware_optimizer=False,
-        exp_avg_dtype="float32",
-        exp_avg_sq_dtype="float32",
-        adam_impl="torch",
-    )
+    torchs = {"adam_impl": "torch"} if megatron.optimizer.optimizer == "adam" else {}
+    optimizer = dataclasses.replace(megatron.optimizer, options=OPTIMIZERS.defaults() | torchs)
     megatron = dataclasses.replace(
         megatron,
         optimizer=optimizer,

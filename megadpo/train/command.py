@@ -107,11 +107,11 @@ def checked_config(path: str, overrides: Sequence[str], world_size: int | None, 
 
 def run_training(cfg: Config) -> int:
     """Set up, train, tear down. Every rank."""
-    from megadpo.optimizer import machine_problems
+    from megadpo.optimizer.build import machine_problems
     from megadpo.parallel import destroy, initialize, layout_of, setup_device
     from megadpo.parallel.lifetime import signal_when_parent_ends
-    from megadpo.train.loggers import MetricsLogger
     from megadpo.train.loop import train
+    from megadpo.train.metrics_logger import MetricsLogger
     from megadpo.train.progress import ProgressLine, print_banner
     from megadpo.train.report import choices, summarise
     from megadpo.train.setup import prepare

@@ -79,7 +79,8 @@ class Evaluator:
             reference = self.reference.logps(batch.micro_batches) if self.reference else [None] * len(policy)
             # logps come out of the last pipeline stage; on the others there is nothing to add
             for logps, reference_logps, micro_batch in zip(policy, reference, batch.micro_batches, strict=False):
-                sums.add(pair_loss(logps, reference_logps, micro_batch, self.dpo).metrics)
+                scored = dataclasses.replace(micro_batch, reference_logps=reference_logps)
+                sums.add(pair_loss(logps, scored, self.dpo).metrics)
                 mine += _scores(micro_batch.pair_indices.tolist(), logps, reference_logps)
         sums.reduce(
             self.parallel.total_from_last_stage, metric_names(self.dpo, has_reference=self.reference is not None)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megadpo.checkpoint import TrainingPosition, prune_checkpoints, save_checkpoint
 from megadpo.data.batches.loader import GlobalBatch
-from megadpo.train.loggers import MetricsLogger
+from megadpo.train.metrics_logger import MetricsLogger
 from megadpo.train.progress import ProgressLine
 from megadpo.train.resume import require_owner
 from megadpo.train.setup import Run, position_after

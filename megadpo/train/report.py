@@ -9,7 +9,7 @@ from megadpo.config.schema import Config
 from megadpo.config.variants import LOSSES
 from megadpo.model.build import count_parameters, is_expert
 from megadpo.model.implementation import choose_implementation, fuses_weight_gradient
-from megadpo.optimizer.adam import adam_name, choose_adam
+from megadpo.optimizer.kinds.adam import Adam, adam_name
 from megadpo.train.progress import RunSummary
 from megadpo.train.setup import Run
 
@@ -58,9 +58,8 @@ def choices(run: Run) -> dict[str, str]:
         kernels.append("fused RoPE")
     parts = getattr(run.trainer.optimizer, "chained_optimizers", [run.trainer.optimizer])
     adam = sorted({adam_name(part.optimizer) for part in parts if part.optimizer is not None})
-    why = f" ({choose_adam(policy.megatron_cfg.optimizer, device)[1]})"
-    if policy.megatron_cfg.optimizer.optimizer != "adam":
-        why = ""
+    kind = policy.megatron_cfg.optimizer.kind
+    why = f" ({kind.choose(device.type)[1]})" if isinstance(kind, Adam) else ""
     return {
         "layers": f"{', '.join(kernels)} ({implementation.reason})",
         "attention": run.trainer.model[0].kernel.name,

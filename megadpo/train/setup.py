@@ -25,7 +25,7 @@ from megadpo.families import read_architecture
 from megadpo.model.build import build_model
 from megadpo.model.freeze import freeze
 from megadpo.model.source import ModelSource, resolve_source, tokenizer_source
-from megadpo.optimizer import build_optimizer, build_scheduler, wrap_for_training
+from megadpo.optimizer.build import build_optimizer, build_scheduler, wrap_for_training
 from megadpo.parallel import ParallelContext
 from megadpo.train.reference import attach_logps, build_reference, require_reference_vocabulary
 from megadpo.train.resume import changes, claim, data_settings, find_resume

@@ -24,7 +24,7 @@ from megadpo.data.batches.pack import PackedBatch
 from megadpo.model.gpt import PairModel
 from megadpo.model.moe_balance import balance_metrics
 from megadpo.objective.dpo import LossOutput, dpo_loss, metric_names
-from megadpo.optimizer import guarded_step
+from megadpo.optimizer.step import guarded_step
 from megadpo.parallel import ParallelContext, run_pipeline
 from megadpo.reference import ResidentReference, answer_logps
 from megadpo.train.metrics import MetricSums
@@ -102,7 +102,7 @@ class Trainer:
             chunk.zero_grad_buffer()
             chunk.train()
         self.optimizer.zero_grad()
-        batch = self._sent(batch)
+        batch = self._ready(batch)
         if self.balance is not None:
             self.balance.start(num_tokens=batch.num_tokens, num_pairs=batch.num_pairs)
         sums = self._forward_backward(batch)
@@ -125,28 +125,33 @@ class Trainer:
     def evaluate(self, batches: Iterable[GlobalBatch]) -> dict[str, float]:
         """Metrics of the policy on whole global batches, as means over their pairs. Collectives as in `step`."""
         sums = MetricSums(self.parallel.device)
-        for batch in map(self._sent, batches):
-            reference = self._reference_logps(batch.micro_batches)
+        for batch in map(self._ready, batches):
             policy = answer_logps(self.model, batch.micro_batches, self.parallel)
-            for logps, reference_logps, micro_batch in zip(policy, reference, batch.micro_batches, strict=False):
-                sums.add(pair_loss(logps, reference_logps, micro_batch, self.cfg).metrics)
+            # logps come out of the last pipeline stage; on the others there is nothing to add
+            for logps, micro_batch in zip(policy, batch.micro_batches, strict=False):
+                sums.add(pair_loss(logps, micro_batch, self.cfg).metrics)
         return self._reduced(sums).means()
 
-    def _sent(self, batch: GlobalBatch) -> GlobalBatch:
-        """The batch with its micro-batches on the device, once for the reference and the policy. The copies are queued
-        and none is waited for."""
-        return dataclasses.replace(batch, micro_batches=[one.to(self.parallel.device) for one in batch.micro_batches])
+    def _ready(self, batch: GlobalBatch) -> GlobalBatch:
+        """The batch with its micro-batches on the device, and on the last pipeline stage the reference's
+        log-probabilities in them: those that came with the data, or the resident reference's. Copies are queued and none is
+        waited for. Collectives: the resident reference's."""
+        micro_batches = [one.to(self.parallel.device) for one in batch.micro_batches]
+        if self.reference is not None:
+            found = self.reference.logps(micro_batches)  # nothing but on the last stage
+            for number, logps in enumerate(found):
+                micro_batches[number] = dataclasses.replace(micro_batches[number], reference_logps=logps)
+        return dataclasses.replace(batch, micro_batches=micro_batches)
 
     def _forward_backward(self, batch: GlobalBatch) -> MetricSums:
         """Gradients of the batch into the gradient buffer, finalised; its metrics, reduced."""
-        reference = iter(self._reference_logps(batch.micro_batches))
         sums = MetricSums(self.parallel.device)
 
         def forward_step(iterator: Any, chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
             micro_batch = next(iterator)
 
             def loss_function(logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-                output = pair_loss(logps, next(reference), micro_batch, self.cfg)
+                output = pair_loss(logps, micro_batch, self.cfg)
                 sums.add(output.metrics)
                 if micro_batch.part is not None:
                     sums.add({CONTEXT_IMBALANCE: (micro_batch.part.most_work, micro_batch.part.mean_work)})
@@ -157,11 +162,6 @@ class Trainer:
         run_pipeline(self.policy, batch.micro_batches, forward_step, forward_only=False)
         return self._reduced(sums, also=[CONTEXT_IMBALANCE] if self.parallel.cp_size > 1 else [])
 
-    def _reference_logps(self, micro_batches: Sequence[PackedBatch]) -> list[torch.Tensor | None]:
-        if self.reference is None:
-            return [one.reference_logps for one in micro_batches]  # computed beforehand, or None
-        return list(self.reference.logps(micro_batches))
-
     def _reduced(self, sums: MetricSums, also: Sequence[str] = ()) -> MetricSums:
         """Totals over data-parallel ranks, from the last pipeline stage to all. also: names beside the objective's."""
         names = [*metric_names(self.cfg, has_reference=self.cfg.reference.mode != "none"), *also]
@@ -169,16 +169,15 @@ class Trainer:
         return sums
 
 
-def pair_loss(
-    logps: torch.Tensor, reference_logps: torch.Tensor | None, micro_batch: PackedBatch, cfg: DpoConfig
-) -> LossOutput:
-    """The objective on one micro-batch's answer logps [2P]: even rows chosen, odd rows rejected."""
-    tokens = micro_batch.answer_tokens.to(logps.device)
+def pair_loss(logps: torch.Tensor, micro_batch: PackedBatch, cfg: DpoConfig) -> LossOutput:
+    """The objective on one micro-batch's answer logps [2P]: even rows chosen, odd rows rejected. The reference's, where
+    there is one, are the micro-batch's."""
+    tokens, reference = micro_batch.answer_tokens.to(logps.device), micro_batch.reference_logps
     return dpo_loss(
         logps[0::2],
         logps[1::2],
-        None if reference_logps is None else reference_logps[0::2],
-        None if reference_logps is None else reference_logps[1::2],
+        None if reference is None else reference[0::2],
+        None if reference is None else reference[1::2],
         tokens[0::2],
         tokens[1::2],
         cfg,

@@ -20,7 +20,7 @@ SEQUENCE_PARALLEL = {"tensor_model_parallel_size": 4, "sequence_parallel": True}
 
 def test_defaults(config):
     megatron = config().policy.megatron_cfg
-    assert (megatron.transformer_impl, megatron.fp8_cfg.enabled, megatron.optimizer.adam_impl) == (
+    assert (megatron.transformer_impl, megatron.fp8_cfg.enabled, megatron.optimizer.kind.adam_impl) == (
         "auto",
         False,
         "auto",
@@ -50,7 +50,6 @@ def test_defaults(config):
         ({"megatron_cfg": {"cuda_graph_impl": "local"}}, f"{MEG}.cuda_graph_impl"),
         ({"megatron_cfg": {"gradient_accumulation_fusion": True}, "device": "cpu"}, f"{MEG}.gradient_accumulation_fusion"),
         ({"megatron_cfg": {"optimizer": {"adam_impl": "transformer_engine"}}, "device": "cpu"}, ADAM),
-        ({"megatron_cfg": {"optimizer": {"adam_impl": "torch", "optimizer": "sgd", "use_distributed_optimizer": False}}}, ADAM),
         (
             {"megatron_cfg": {"optimizer": {"adam_impl": "torch", "use_precision_aware_optimizer": True}}},
             ADAM,

@@ -18,7 +18,6 @@ BROKEN = [
     ({MEG + "pipeline_dtype": "float32"}, "policy.megatron_cfg.pipeline_dtype", "policy.precision"),
     ({OPT + "clip_grad": 2.0}, "policy.megatron_cfg.optimizer.clip_grad", "policy.max_grad_norm"),
     (AWARE, AWARE_FIELD, "resumes is not proved"),
-    ({**AWARE, SAVE: False, OPT + "optimizer": "sgd"}, AWARE_FIELD, "sgd"),
     ({OPT + "optimizer": "sgd"}, "policy.megatron_cfg.optimizer.use_distributed_optimizer", "Adam"),
     ({**AWARE, SAVE: False, OPT + "use_distributed_optimizer": False}, AWARE_FIELD, "use_distributed_optimizer"),
     ({**AWARE, SAVE: False, "policy__device": "cpu"}, AWARE_FIELD, "CUDA"),

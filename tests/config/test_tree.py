@@ -65,14 +65,18 @@ def test_defaults_merge_in_order_and_the_file_wins(write):
     path = write("c.yaml", "defaults:\n  - base/two.yaml\n  - extra.yaml\ndpo: {seed: 3}\nlogger: {wandb: {name: c}}\n")
     cfg = load_config(path, ["dpo.val_global_batch_size=4"])
     assert (cfg.dpo.seed, cfg.dpo.val_batches, cfg.dpo.val_period, cfg.dpo.val_global_batch_size) == (3, 2, 1, 4)
-    assert (cfg.logger.wandb.project, cfg.logger.wandb.name) == ("p", "c")
+    assert (cfg.logger.loggers["wandb"].project, cfg.logger.loggers["wandb"].name) == ("p", "c")
 
 
 def test_override_marker_replaces_a_section(write):
     write("base.yaml", SMALL + "logger: {log_dir: l, wandb: {project: p}}\n")
     path = write("c.yaml", "defaults: base.yaml\nlogger: {wandb: {_override_: true, name: n}}\n")
     cfg = load_config(path)
-    assert (cfg.logger.log_dir, cfg.logger.wandb.project, cfg.logger.wandb.name) == ("l", None, "n")
+    assert (cfg.logger.log_dir, cfg.logger.loggers["wandb"].project, cfg.logger.loggers["wandb"].name) == (
+        "l",
+        None,
+        "n",
+    )
 
 
 def test_a_cycle_of_defaults_is_named(write):

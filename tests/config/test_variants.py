@@ -185,11 +185,11 @@ def test_options_that_several_variants_share(data: dict[str, Any], unread: dict[
 
 def test_variants_that_are_switched_on() -> None:
     cfg, refused = read({"logger": {"board_enabled": True, "board": {"width": 3}}})
-    assert refused == [] and LOGGERS.enabled(cfg) == [Board(width=3)]
+    assert refused == [] and LOGGERS.enabled(cfg.logger.loggers) == [Board(width=3)]
     assert [problem.where for problem in LOGGERS.problems(Known(cfg=cfg))] == ["logger.board.width"]
     assert as_dict(cfg)["logger"] == {"log_dir": "logs", "board_enabled": True, "board": {"width": 3}}
     off, _ = read({"logger": {"board": {"width": 3}}})
-    assert LOGGERS.enabled(off) == [] and list(LOGGERS.problems(Known(cfg=off))) == []
+    assert LOGGERS.enabled(off.logger.loggers) == [] and list(LOGGERS.problems(Known(cfg=off))) == []
     _, problems = read({"logger": {"bord_enabled": True, "board": {"width": 0, "with": 9}}})
     assert [one.where for one in problems] == ["logger.board.width", "logger.board.with", "logger.bord_enabled"]
     assert "logger.board_enabled" in problems[2].fix

@@ -40,7 +40,7 @@ def measured(folder, options, share_prompt):
     from megadpo.families import read_architecture, weight_table
     from megadpo.model.build import build_model
     from megadpo.model.weights.load import load_hf_weights, named_global_parameters, place_of, to_hf
-    from megadpo.optimizer import wrap_for_training
+    from megadpo.optimizer.build import wrap_for_training
     from megadpo.parallel import Layout, initialize, setup_device
     from megadpo.train.setup import seed_everything
 

@@ -96,7 +96,7 @@ def trained_names_and_memory(folder, patterns):
     from megadpo.model.build import build_model
     from megadpo.model.freeze import freeze
     from megadpo.model.weights.load import named_global_parameters
-    from megadpo.optimizer import build_optimizer, wrap_for_training
+    from megadpo.optimizer.build import build_optimizer, wrap_for_training
     from megadpo.parallel import Layout, initialize, setup_device
 
     parallel = initialize(Layout(pipeline=2), setup_device("auto"))

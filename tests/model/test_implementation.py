@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from megadpo.config.problems import ConfigError
-from megadpo.config.schema_megatron import Fp8Config, MegatronConfig, OptimizerConfig
+from megadpo.config.schema_megatron import Fp8Config, MegatronConfig
 from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
 from megadpo.model import implementation
 from megadpo.model.implementation import choose_implementation, fuses_weight_gradient, implementation_problems
 from megadpo.model.transformer_config import uses_grouped_gemm
-from megadpo.optimizer.adam import choose_adam
+from megadpo.optimizer.kinds.adam import Adam
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MISSING = "Transformer Engine is not installed (No module named 'transformer_engine')"
@@ -113,11 +113,11 @@ def test_experts_are_grouped_with_transformer_engines_layers():
 
 def test_whose_adam(machine):
     machine()
-    assert choose_adam(OptimizerConfig(), CPU)[0] == "torch"
-    assert choose_adam(OptimizerConfig(), CUDA)[0] == "transformer_engine"
-    assert choose_adam(OptimizerConfig(adam_impl="torch"), CUDA)[0] == "torch"
+    assert Adam().choose("cpu")[0] == "torch"
+    assert Adam().choose("cuda")[0] == "transformer_engine"
+    assert Adam(adam_impl="torch").choose("cuda")[0] == "torch"
     machine(MISSING)
-    assert choose_adam(OptimizerConfig(), CUDA) == ("torch", MISSING)
+    assert Adam().choose("cuda") == ("torch", MISSING)
 
 
 def test_without_transformer_engine_the_reason_is_the_import_error():

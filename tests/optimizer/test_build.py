@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megadpo.config.reader import keys_of
 from megadpo.config.schema_megatron import (
     DistributedDataParallelConfig,
     MegatronConfig,
@@ -15,14 +16,21 @@ from megadpo.config.schema_megatron import (
     SchedulerConfig,
 )
 from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
-from megadpo.optimizer import build, machine_problems
+from megadpo.config.variants import OPTIMIZERS
+from megadpo.optimizer import build
+from megadpo.optimizer.build import machine_problems
 from tests.helpers.distributed import run_distributed
 from tests.model.weights.hf_models import make_hf_folder
 
 
+def optimizer_config(**optimizer):
+    options = {name: optimizer.pop(name) for name in OPTIMIZERS.keys().keys() & optimizer.keys()}
+    return OptimizerConfig(**optimizer, options=OPTIMIZERS.defaults() | options)
+
+
 def policy_of(folder, *, in_fp32=True, device="auto", **optimizer):
     megatron = MegatronConfig(
-        optimizer=OptimizerConfig(**optimizer),
+        optimizer=optimizer_config(**optimizer),
         distributed_data_parallel_config=DistributedDataParallelConfig(grad_reduce_in_fp32=in_fp32),
     )
     return PolicyConfig(model_name=folder, tokenizer=TokenizerConfig(name=folder), megatron_cfg=megatron, device=device)
@@ -31,7 +39,7 @@ def policy_of(folder, *, in_fp32=True, device="auto", **optimizer):
 def dtypes_of_buffers(folder):
     from megadpo.families import read_architecture
     from megadpo.model.build import build_model
-    from megadpo.optimizer import wrap_for_training
+    from megadpo.optimizer.build import wrap_for_training
     from megadpo.parallel import Layout, initialize, setup_device
 
     parallel = initialize(Layout(), setup_device("auto"))
@@ -68,21 +76,27 @@ def test_machines_without_cuda_or_transformer_engine_are_told_why(monkeypatch):
     assert machine_problems(policy_of("x", **aware), cuda) == []
 
 
-def test_every_option_of_the_optimizer_reaches_megatron_core(monkeypatch):
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_every_option_of_the_optimizer_reaches_megatron_core(name, monkeypatch):
     monkeypatch.setattr(build, "get_megatron_optimizer", lambda config, chunks, **_: (config, chunks))
-    options = {
-        "lr": 3e-4, "min_lr": 2e-5, "weight_decay": 0.03, "adam_beta1": 0.8, "adam_beta2": 0.7, "adam_eps": 1e-6,
-        "sgd_momentum": 0.6, "use_distributed_optimizer": False, "exp_avg_dtype": "bfloat16", "optimizer": "sgd",
-        "use_precision_aware_optimizer": True, "optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5,
-        "overlap_cpu_optimizer_d2h_h2d": True,
+    common = {"lr": 3e-4, "min_lr": 2e-5, "weight_decay": 0.03, "use_distributed_optimizer": False, "optimizer": name}
+    own = {
+        "sgd": {"sgd_momentum": 0.6},
+        "adam": {
+            "adam_beta1": 0.8, "adam_beta2": 0.7, "adam_eps": 1e-6, "exp_avg_dtype": "bfloat16",
+            "use_precision_aware_optimizer": True, "optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5,
+            "overlap_cpu_optimizer_d2h_h2d": True, "exp_avg_sq_dtype": "float32",
+        },
     }  # fmt: skip
-    rest = {"bf16", "clip_grad", "adam_impl", "exp_avg_sq_dtype"}
-    assert options.keys() | rest == {field.name for field in dataclasses.fields(OptimizerConfig)}
+    rest = {"bf16", "clip_grad", "adam_impl"}
+    assert common.keys() | own["sgd"].keys() | own["adam"].keys() | rest == keys_of(OptimizerConfig).keys()
+    options = common | own[name]
     policy = dataclasses.replace(policy_of("x", **options), max_grad_norm=0.7, precision="float32")
     monkeypatch.setattr("megatron.core.optimizer.OptimizerConfig.__post_init__", lambda self: None)
     config, chunks = build.build_optimizer(["chunk"], policy, torch.device("cpu"))
     assert chunks == ["chunk"]
-    wanted = {**options, "exp_avg_dtype": torch.bfloat16, "exp_avg_sq_dtype": torch.float32}
+    dtypes = {"exp_avg_dtype": torch.bfloat16, "exp_avg_sq_dtype": torch.float32}
+    wanted = options | (dtypes if name == "adam" else {})
     assert {name: getattr(config, name) for name in wanted} == wanted
     assert (config.clip_grad, config.bf16, config.params_dtype) == (0.7, False, torch.float32)
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megadpo.optimizer import guarded_step
+from megadpo.optimizer.step import guarded_step
 from megadpo.parallel.cpu import enable_cpu
 
 

@@ -14,7 +14,7 @@ from megadpo.config.load import load_config
 from megadpo.config.schema import Config
 from megadpo.data.batches.cut import context_part
 from megadpo.data.batches.loader import GlobalBatch
-from megadpo.optimizer import guarded_step
+from megadpo.optimizer.step import guarded_step
 from megadpo.parallel import initialize, layout_of, setup_device
 from megadpo.plan.packs import Lengths
 from megadpo.plan.trace import LiveBytes, empty_pack
@@ -32,7 +32,7 @@ def build(path: str, overrides: list[str]) -> tuple[Config, Any, Trainer]:
     from megadpo.families import read_architecture
     from megadpo.model.build import build_model
     from megadpo.model.freeze import freeze
-    from megadpo.optimizer import build_optimizer, build_scheduler, wrap_for_training
+    from megadpo.optimizer.build import build_optimizer, build_scheduler, wrap_for_training
     from megadpo.reference import ResidentReference
 
     cfg = load_config(path, overrides)

@@ -97,7 +97,7 @@ def test_averages_divide_by_the_tokens_in_the_loss():
     batch = pack_pairs([pair], share_prompt=True, pad_to_multiple=8, pad_token_id=0)
     logps, reference = torch.tensor([-6.0, -8.0]), torch.tensor([-9.0, -4.0])
     cfg = dataclasses.replace(DpoConfig(), preference_average_log_probs=True, sft_average_log_probs=True)
-    output = pair_loss(logps, reference, batch, cfg)
+    output = pair_loss(logps, dataclasses.replace(batch, reference_logps=reference), cfg)
     margin = cfg.reference_policy_kl_penalty * ((-6.0 + 9.0) / 3 - (-8.0 + 4.0) / 4)
     torch.testing.assert_close(output.loss_sum, -torch.tensor(margin).sigmoid().log())
     assert output.metrics["sft_loss"][0] == pytest.approx(6.0 / 3)

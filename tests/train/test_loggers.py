@@ -20,8 +20,17 @@ import pytest
 import torch
 
 from megadpo.config.problems import ConfigError
-from megadpo.config.schema import LoggerConfig, TensorboardConfig, WandbConfig
-from megadpo.train.loggers import MetricsLogger
+from megadpo.config.schema import LoggerConfig
+from megadpo.config.variants import LOGGERS
+from megadpo.train.loggers.tensorboard import TensorBoard
+from megadpo.train.loggers.wandb import Wandb
+from megadpo.train.metrics_logger import MetricsLogger
+
+
+def logger_config(log_dir: Path, *loggers: Any) -> LoggerConfig:
+    """The section with these loggers switched on."""
+    on = {key: value for one in loggers for key, value in ((f"{one.key}_enabled", True), (one.key, one))}
+    return LoggerConfig(log_dir=str(log_dir), loggers=LOGGERS.defaults() | on)
 
 
 def read_steps(path: Path) -> list[int]:
@@ -33,7 +42,7 @@ def superseded_files(log_dir: Path) -> list[Path]:
 
 
 def write_run(log_dir: Path, *, steps: range, resumed_step: int = 0) -> None:
-    with MetricsLogger(LoggerConfig(log_dir=str(log_dir)), resumed_step=resumed_step) as logger:
+    with MetricsLogger(logger_config(log_dir), resumed_step=resumed_step) as logger:
         for step in steps:
             logger.log(step, {"train/loss": float(step)})
 
@@ -42,7 +51,7 @@ def write_run(log_dir: Path, *, steps: range, resumed_step: int = 0) -> None:
 
 
 def test_one_object_per_call_with_plain_numbers(tmp_path: Path) -> None:
-    with MetricsLogger(LoggerConfig(log_dir=str(tmp_path / "new" / "logs"))) as logger:
+    with MetricsLogger(logger_config(tmp_path / "new" / "logs")) as logger:
         logger.log(1, {"epoch": 0, "train/loss": torch.tensor(0.5), "train/lr": np.float32(0.25), "train/num_pairs": 8})
         logger.log(2, {"epoch": 0, "train/loss": 0.25, "validation-a/loss": None})
     lines = (tmp_path / "new" / "logs" / "metrics.jsonl").read_text().splitlines()
@@ -51,7 +60,7 @@ def test_one_object_per_call_with_plain_numbers(tmp_path: Path) -> None:
 
 
 def test_every_line_is_in_the_file_when_log_returns(tmp_path: Path) -> None:
-    logger = MetricsLogger(LoggerConfig(log_dir=str(tmp_path)))
+    logger = MetricsLogger(logger_config(tmp_path))
     logger.log(1, {"train/loss": 0.5})
     assert read_steps(tmp_path / "metrics.jsonl") == [1]
     logger.close()
@@ -59,7 +68,7 @@ def test_every_line_is_in_the_file_when_log_returns(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_nan_and_infinity_are_null_so_that_every_line_is_json(tmp_path: Path, value: float) -> None:
-    with MetricsLogger(LoggerConfig(log_dir=str(tmp_path))) as logger:
+    with MetricsLogger(logger_config(tmp_path)) as logger:
         logger.log(1, {"train/loss": value})
 
     def refuse(constant: str) -> None:
@@ -70,14 +79,14 @@ def test_nan_and_infinity_are_null_so_that_every_line_is_json(tmp_path: Path, va
 
 
 def test_only_the_rank_that_is_told_so_writes(tmp_path: Path) -> None:
-    cfg = LoggerConfig(log_dir=str(tmp_path / "logs"), tensorboard_enabled=True, wandb_enabled=True)
+    cfg = logger_config(tmp_path / "logs", TensorBoard(), Wandb())
     with MetricsLogger(cfg, enabled=False) as logger:
         logger.log(1, {"train/loss": 0.5})
     assert not (tmp_path / "logs").exists()
 
 
 def test_something_that_is_no_number_is_refused(tmp_path: Path) -> None:
-    with MetricsLogger(LoggerConfig(log_dir=str(tmp_path))) as logger:
+    with MetricsLogger(logger_config(tmp_path)) as logger:
         with pytest.raises(TypeError, match="train/loss: expected a number; got 'low'"):
             logger.log(1, {"train/loss": "low"})
         with pytest.raises(TypeError, match="got True"):
@@ -86,7 +95,7 @@ def test_something_that_is_no_number_is_refused(tmp_path: Path) -> None:
 
 
 def test_steps_do_not_go_backwards(tmp_path: Path) -> None:
-    with MetricsLogger(LoggerConfig(log_dir=str(tmp_path)), resumed_step=4) as logger:
+    with MetricsLogger(logger_config(tmp_path), resumed_step=4) as logger:
         with pytest.raises(ValueError, match="step 3 after step 4"):
             logger.log(3, {"train/loss": 0.5})
         logger.log(4, {"validation-a/loss": 0.5})
@@ -167,7 +176,7 @@ def log_until_it_fails(logger: MetricsLogger, logged: list[int]) -> None:
 
 def test_a_failing_disk_raises_at_the_line_that_was_cut_short(tmp_path: Path, small_files_only: None) -> None:
     logged: list[int] = []
-    with pytest.raises(OSError, match="File too large"), MetricsLogger(LoggerConfig(log_dir=str(tmp_path))) as logger:
+    with pytest.raises(OSError, match="File too large"), MetricsLogger(logger_config(tmp_path)) as logger:
         log_until_it_fails(logger, logged)
     *whole, cut_short = (tmp_path / "metrics.jsonl").read_bytes().splitlines()
     assert [json.loads(line)["step"] for line in whole] == logged and logged
@@ -181,7 +190,7 @@ def test_a_disk_that_fails_for_tensorboard_only_raises_too(
     monkeypatch.setattr(threading, "excepthook", lambda args: None)  # TensorBoard's own thread fails as well
     logged: list[int] = []
     os.symlink(os.devnull, tmp_path / "metrics.jsonl")  # this file never fills up
-    cfg = LoggerConfig(log_dir=str(tmp_path), tensorboard_enabled=True)
+    cfg = logger_config(tmp_path, TensorBoard())
     with pytest.raises(OSError, match="File too large"), MetricsLogger(cfg) as logger:
         log_until_it_fails(logger, logged)
     assert len(logged) < 20  # it raised while logging, not only on closing
@@ -200,7 +209,7 @@ def test_an_error_while_closing_does_not_hide_what_ended_the_run(tmp_path: Path)
         def close(self, exit_code: int) -> None:
             closed.append(exit_code)
 
-    logger = MetricsLogger(LoggerConfig(log_dir=str(tmp_path)), enabled=False)
+    logger = MetricsLogger(logger_config(tmp_path), enabled=False)
     logger._sinks = [Broken(), Healthy()]
     with pytest.raises(RuntimeError, match="the loss is nan"), logger:
         raise RuntimeError("the loss is nan")
@@ -216,7 +225,7 @@ def test_an_error_while_closing_does_not_hide_what_ended_the_run(tmp_path: Path)
 def test_a_log_dir_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError) as refusal:
-        MetricsLogger(LoggerConfig(log_dir=str(tmp_path / "file" / "logs")))
+        MetricsLogger(logger_config(tmp_path / "file" / "logs"))
     (problem,) = refusal.value.problems
     assert problem.where == "logger.log_dir" and "can be written" in problem.expected
 
@@ -239,7 +248,7 @@ def log_to_tensorboard(cfg: LoggerConfig, *, steps: range, resumed_step: int = 0
 
 
 def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None:
-    cfg = LoggerConfig(log_dir=str(tmp_path), tensorboard_enabled=True)
+    cfg = logger_config(tmp_path, TensorBoard())
     log_to_tensorboard(cfg, steps=range(1, 6))
     log_to_tensorboard(cfg, steps=range(4, 7), resumed_step=3)
     found = tensorboard_scalars(tmp_path / "tensorboard", "train/loss")
@@ -249,14 +258,14 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None
 
 
 def test_tensorboard_hides_an_older_run_in_the_same_folder(tmp_path: Path) -> None:
-    cfg = LoggerConfig(log_dir=str(tmp_path), tensorboard_enabled=True, tensorboard=TensorboardConfig(log_dir="tb"))
+    cfg = logger_config(tmp_path, TensorBoard(log_dir="tb"))
     log_to_tensorboard(cfg, steps=range(0, 6))
     log_to_tensorboard(cfg, steps=range(0, 2))
     assert tensorboard_scalars(tmp_path / "tb", "train/loss") == [(0, 0), (1, 1)]
 
 
 def test_tensorboard_is_up_to_date_when_log_returns(tmp_path: Path) -> None:
-    logger = MetricsLogger(LoggerConfig(log_dir=str(tmp_path), tensorboard_enabled=True))
+    logger = MetricsLogger(logger_config(tmp_path, TensorBoard()))
     logger.log(1, {"train/loss": 0.5, "train/grad_norm": None})
     logger.log(2, {"train/loss": 0.25})  # TensorBoard writes the first value at once anyway
     assert tensorboard_scalars(tmp_path / "tensorboard", "train/loss") == [(1, 0.5), (2, 0.25)]
@@ -311,9 +320,7 @@ def wandb_history(run_folder: Path) -> list[dict[str, float]]:
 
 
 def test_wandb_writes_an_offline_run_and_resumes_it_under_the_same_id(wandb_offline: Path) -> None:
-    cfg = LoggerConfig(
-        log_dir=str(wandb_offline), wandb_enabled=True, wandb=WandbConfig(project="megadpo-test", name="offline")
-    )
+    cfg = logger_config(wandb_offline, Wandb(project="megadpo-test", name="offline"))
     with MetricsLogger(cfg, run_config={"dpo": {"seed": 42}}) as logger:
         logger.log(1, {"train/loss": 0.75})
         logger.log(2, {"train/loss": 0.5, "validation-a/loss": None})
@@ -338,7 +345,7 @@ def test_the_mode_in_the_config_decides_over_the_environment(
     wandb_offline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    cfg = LoggerConfig(log_dir=str(wandb_offline), wandb_enabled=True, wandb=WandbConfig(mode="offline"))
+    cfg = logger_config(wandb_offline, Wandb(mode="offline"))
     with MetricsLogger(cfg) as logger:
         logger.log(1, {"train/loss": 0.75})
     (folder,) = (wandb_offline / "wandb").glob("offline-run-*")
@@ -346,7 +353,7 @@ def test_the_mode_in_the_config_decides_over_the_environment(
 
 
 def test_settings_that_wandb_refuses_are_a_config_error(wandb_offline: Path) -> None:
-    cfg = LoggerConfig(log_dir=str(wandb_offline), wandb_enabled=True, wandb=WandbConfig(project="a/b"))
+    cfg = logger_config(wandb_offline, Wandb(project="a/b"))
     with pytest.raises(ConfigError) as refusal:
         MetricsLogger(cfg)
     assert "logger.wandb: got {'project': 'a/b'}" in str(refusal.value)
@@ -359,14 +366,14 @@ def test_a_client_that_is_not_installed_is_refused_at_the_start_on_every_rank(
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    cfg = LoggerConfig(log_dir=str(tmp_path / "logs"), wandb_enabled=True, tensorboard_enabled=True)
+    cfg = logger_config(tmp_path / "logs", TensorBoard(), Wandb())
     with pytest.raises(ConfigError) as refusal:
         MetricsLogger(cfg, enabled=enabled)
     assert [problem.where for problem in refusal.value.problems] == [
-        "logger.wandb_enabled",
         "logger.tensorboard_enabled",
+        "logger.wandb_enabled",
     ]
-    assert "pip install wandb" in refusal.value.problems[0].fix
+    assert "pip install wandb" in refusal.value.problems[1].fix
     assert not (tmp_path / "logs").exists()
 
 
@@ -375,4 +382,4 @@ def test_a_folder_named_wandb_is_not_taken_for_the_package(tmp_path: Path, monke
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(ConfigError, match="pip install wandb"):
-        MetricsLogger(LoggerConfig(log_dir=str(tmp_path / "logs"), wandb_enabled=True), enabled=False)
+        MetricsLogger(logger_config(tmp_path / "logs", Wandb()), enabled=False)

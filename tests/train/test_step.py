@@ -34,7 +34,7 @@ def step_with(monkeypatch, loss, norm, on_nonfinite_loss):
         cfg=DpoConfig(on_nonfinite_loss=on_nonfinite_loss),
         optimizer=SimpleNamespace(zero_grad=lambda: None, param_groups=[group]),
         scheduler=SimpleNamespace(step=schedule),
-        _sent=lambda batch: batch,
+        _ready=lambda batch: batch,
         _forward_backward=lambda batch: SimpleNamespace(means=lambda: {"loss": loss}),
     )
     batch = GlobalBatch(micro_batches=[], num_pairs=2, num_tokens=9, pair_indices=[5, 3], epoch=0, batch=0)

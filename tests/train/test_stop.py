@@ -76,26 +76,16 @@ def train_and_signal_in_validation(config: str, overrides: list[str], validation
 
     from megadpo.train.step import Trainer
 
-    reference_logps, seen = Trainer._reference_logps, []
+    evaluate, seen = Trainer.evaluate, []
 
-    def counted(self, micro_batches):
-        if not in_step:
+    def counted(batches):
+        for batch in batches:
             seen.append(1)
             if len(seen) == validations and dist.get_rank() == dist.get_world_size() - 1:
                 signal.raise_signal(signal.SIGTERM)
-        return reference_logps(self, micro_batches)
+            yield batch
 
-    in_step: list[int] = []
-    forward_backward = Trainer._forward_backward
-
-    def marked(self, batch):
-        in_step.append(1)
-        try:
-            return forward_backward(self, batch)
-        finally:
-            in_step.clear()
-
-    Trainer._reference_logps, Trainer._forward_backward = counted, marked
+    Trainer.evaluate = lambda self, batches: evaluate(self, counted(batches))
     return train(config, overrides)
 
 

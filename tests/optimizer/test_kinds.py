@@ -50,8 +50,7 @@ class FusedAdam(torch.optim.Optimizer):
 
 def train_with_fused_adam(config, overrides):
     """The command on a CPU, where `auto` takes the stand-in."""
-    from megadpo.optimizer import build
-    from megadpo.train import report
+    from megadpo.optimizer.kinds.adam import Adam
     from megadpo.train.command import main
 
     FusedAdam.__module__ = "transformer_engine.pytorch.optimizers.fused_adam"
@@ -61,8 +60,7 @@ def train_with_fused_adam(config, overrides):
         for part in ("transformer_engine", "transformer_engine.pytorch"):
             patch.setitem(sys.modules, part, types.ModuleType(part))
         patch.setitem(sys.modules, stand_in.__name__, stand_in)
-        for module in (build, report):
-            patch.setattr(module, "choose_adam", lambda optimizer, device: ("transformer_engine", "stand-in"))
+        patch.setattr(Adam, "choose", lambda self, device_type: ("transformer_engine", "stand-in"))
         return main([config, *overrides])
 
 
@@ -116,7 +114,7 @@ def test_megatron_core_is_told():
     from megatron.core import optimizer as mcore
     from megatron.core.optimizer import distrib_optimizer
 
-    from megadpo.optimizer.adam import use_adam
+    from megadpo.optimizer.kinds.adam import use_adam
 
     use_adam("torch")
     assert mcore.Adam is torch.optim.AdamW and mcore.USING_PYTORCH_OPTIMIZER

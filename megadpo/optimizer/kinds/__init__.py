@@ -1,0 +1,1 @@
+"""The optimizers, one file each. They are read and checked without torch."""

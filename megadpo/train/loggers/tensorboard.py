@@ -1,0 +1,43 @@
+"""TensorBoard's event files: <log_dir>/tensorboard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megadpo.config.types import Text
+from megadpo.config.variants import LOGGERS
+from megadpo.train.loggers.base import LoggedRun, Logger, Number
+
+
+@LOGGERS.add("tensorboard")
+@dataclass(frozen=True, kw_only=True)
+class TensorBoard(Logger):
+    """Write TensorBoard's event files as well."""
+
+    key = package = "tensorboard"
+    log_dir: Text | None = None
+    """Folder of the event files, relative to logger.log_dir. null: tensorboard."""
+
+    def open(self, run: LoggedRun) -> EventFiles:
+        return EventFiles(str(run.log_dir / (self.log_dir or "tensorboard")), resumed_step=run.resumed_step)
+
+
+class EventFiles:
+    """Event files. On a resumed run `purge_step` makes TensorBoard hide what an earlier process wrote after it."""
+
+    def __init__(self, folder: str, *, resumed_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # 0 as well: a run that starts from nothing hides an older run in the same folder.
+        purge_step = resumed_step + 1 if resumed_step else 0
+        self._writer = SummaryWriter(log_dir=folder, purge_step=purge_step)
+
+    def log(self, step: int, metrics: Mapping[str, Number]) -> None:
+        for name, value in metrics.items():
+            if value is not None:
+                self._writer.add_scalar(name, value, global_step=step)
+        self._writer.flush()  # waits for the writing thread, which keeps its error for us to see
+
+    def close(self, exit_code: int) -> None:
+        self._writer.close()

@@ -1,0 +1,114 @@
+"""Sends a run's metrics to metrics.jsonl and to every logger that the config switches on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megadpo.config.problems import ConfigError, Problem
+from megadpo.config.schema import LoggerConfig
+from megadpo.train.loggers.base import LoggedRun, Number, Sink
+from megadpo.train.loggers.jsonl import METRICS_FILE, JsonLines
+
+LOG = logging.getLogger(__name__)
+
+
+class MetricsLogger:
+    """Sends the metrics of a step to metrics.jsonl and the loggers of the config, on the one rank that writes.
+
+    cfg: the config's `logger` section.
+    enabled: whether this rank writes; on the others `log` and `close` do nothing.
+    resumed_step: the last step that the loaded checkpoint contains; 0 for a run that starts from nothing. What an
+        earlier process logged after that step is taken out of metrics.jsonl (and kept in a file beside it), so that
+        the curve has each step once.
+    run_config: the resolved config, for wandb's table of runs.
+
+    Raises ConfigError, on EVERY rank and before anything is written, where a client that the config enables is not
+    installed; on the writing rank also where log_dir can't be written or wandb refuses to start. `log` raises OSError
+    when the disk fails: a run whose curve is lost should end, not go on unseen.
+    """
+
+    def __init__(
+        self,
+        cfg: LoggerConfig,
+        *,
+        enabled: bool = True,
+        resumed_step: int = 0,
+        run_config: Mapping[str, Any] | None = None,
+    ) -> None:
+        if problems := [problem for logger in cfg.enabled for problem in logger.missing()]:
+            raise ConfigError(problems)
+        self._sinks: list[Sink] = []
+        self._last_step = resumed_step
+        if not enabled:
+            return
+        try:
+            self._open_sinks(cfg, resumed_step, run_config)
+        except OSError as error:
+            self.close(exit_code=1)
+            raise ConfigError(
+                Problem("logger.log_dir", cfg.log_dir, "a folder that can be written", f"choose another ({error})")
+            ) from error
+        except ConfigError:
+            self.close(exit_code=1)
+            raise
+
+    def _open_sinks(self, cfg: LoggerConfig, resumed_step: int, run_config: Mapping[str, Any] | None) -> None:
+        run = LoggedRun(Path(cfg.log_dir), resumed_step, run_config)
+        run.log_dir.mkdir(parents=True, exist_ok=True)
+        self._sinks.append(JsonLines(run.log_dir / METRICS_FILE, resumed_step=resumed_step))
+        for logger in cfg.enabled:
+            self._sinks.append(logger.open(run))
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Write the metrics of a step: numbers (Python's, numpy's or 0-d tensors) or None, under their full names.
+
+        A step has one line, so its validation metrics go into the same call. Steps never go backwards (ValueError).
+        Raises TypeError for a value that is no number, OSError when the disk fails.
+        """
+        if not self._sinks:
+            return
+        if step < self._last_step:
+            raise ValueError(f"step {step} after step {self._last_step}: metrics are logged in order")
+        self._last_step = step
+        numbers = {name: plain_number(name, value) for name, value in metrics.items()}
+        for sink in self._sinks:
+            sink.log(step, numbers)
+
+    def close(self, exit_code: int = 0) -> None:
+        """Finish all files; wandb shows a run with another exit code than 0 as failed. A second call does nothing."""
+        sinks, self._sinks = self._sinks, []
+        errors: list[Exception] = []
+        for sink in sinks:
+            try:
+                sink.close(exit_code)
+            except Exception as error:  # the other sinks must still be closed; the first error goes on below
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    def __enter__(self) -> MetricsLogger:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close(exit_code=0 if error is None else 1)
+        except Exception as closing_error:
+            if error is None:
+                raise
+            # What ended the run is the error to show; one while closing is often its echo (the same full disk).
+            LOG.warning("closing the metric files failed too: %s", closing_error)
+
+
+def plain_number(name: str, value: Any) -> Number:
+    """A Python int or float (or None) from any scalar; raises TypeError for anything else."""
+    if hasattr(value, "item"):  # numpy scalars, 0-d arrays and tensors, without importing either library
+        value = value.item()
+    if isinstance(value, bool) or (value is not None and not isinstance(value, int | float)):
+        raise TypeError(f"metric {name}: expected a number; got {value!r}")
+    return value
