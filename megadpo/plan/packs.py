@@ -12,7 +12,7 @@ from megadpo.config.architecture import Architecture
 from megadpo.config.check import micro_batch_multiple
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
-from megadpo.data.batches.deal import plan_global_batch
+from megadpo.data.batches.deal import deal_batch
 from megadpo.data.batches.work import WorkModel, query_keys
 
 Lengths = npt.NDArray[np.int64]
@@ -85,7 +85,7 @@ def workload(cfg: Config, arch: Architecture, lengths: Lengths, said: str, *, dp
     multiple = cfg.policy.make_sequence_length_divisible_by
     batches = []
     for start in range(0, min(len(lengths) // size, MOST_BATCHES) * size, size):
-        plan = plan_global_batch(
+        plan = deal_batch(
             tokens[start : start + size],
             num_ranks=dp,
             budget_tokens=budget,

@@ -10,18 +10,15 @@ import gzip
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from megadpo.config.problems import Problem
-from megadpo.data.formats.messages import Place, type_name
+from megadpo.data.sources import Place, Rows, type_name
 
 MAX_LINE_BYTES = 64 * 2**20
 """A longer line is refused unread: it is a file without line ends, or no pair that a model could train on."""
-
-Rows = Iterator[tuple[Place, dict[str, object] | Problem]]
-"""Each row with its place, or what is wrong with it."""
 
 _ZSTD_PIECE_BYTES = 2**14
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -182,15 +179,14 @@ def csv_rows(path: Path) -> Rows:
             yield place, {name: _cell(name, cell) for name, cell in zip(header, cells, strict=True)}
 
 
-def _lines(file: Iterable[bytes]) -> Iterator[bytes | None]:
+def _lines(file: BinaryIO) -> Iterator[bytes | None]:
     """The lines of a file, None for one over MAX_LINE_BYTES."""
-    stream = cast(BinaryIO, file)
-    while line := stream.readline(MAX_LINE_BYTES + 1):
+    while line := file.readline(MAX_LINE_BYTES + 1):
         if len(line) <= MAX_LINE_BYTES:
             yield line
             continue
         while line and not line.endswith(b"\n"):
-            line = stream.readline(2**20)
+            line = file.readline(2**20)
         yield None
 
 

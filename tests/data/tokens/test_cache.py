@@ -18,10 +18,13 @@ import numpy as np
 import pytest
 
 from megadpo.config.problems import ConfigError, DataError
-from megadpo.data.formats.recognise import FieldKeys
+from megadpo.data.formats import FieldKeys
+from megadpo.data.pairs import PairDataset
+from megadpo.data.sources.rows import source_digest
 from megadpo.data.tokens.cache import TokenCache
 from megadpo.data.tokens.cache_key import cache_key
-from megadpo.data.tokens.dataset import DataSettings, PairDataset
+from megadpo.data.tokens.dataset import open_dataset
+from megadpo.data.tokens.encode import DataSettings
 from tests.data.builders import equal_pairs, row, write_rows
 from tests.helpers.tiny_tokenizer import CHATML, tiny_tokenizer
 
@@ -34,7 +37,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def load(path: Path, folder: Path, settings: DataSettings = SETTINGS, **options: Any) -> PairDataset:
-    return PairDataset.with_settings(path, tiny_tokenizer(), settings, cache=TokenCache(folder), **options)
+    return open_dataset(path, tiny_tokenizer(), settings, cache=TokenCache(folder), **options)
 
 
 def caches(folder: Path) -> list[Path]:
@@ -45,7 +48,7 @@ def caches(folder: Path) -> list[Path]:
 def no_reading(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fails where a data file is tokenised."""
     with monkeypatch.context() as patch:
-        patch.setattr("megadpo.data.tokens.dataset.encode_file", lambda *a, **k: pytest.fail("tokenised once more"))
+        patch.setattr("megadpo.data.tokens.dataset.encode_source", lambda *a, **k: pytest.fail("tokenised once more"))
         yield
 
 
@@ -53,14 +56,14 @@ def test_what_comes_out_of_the_cache_is_what_tokenising_gives(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = DataSettings(max_total_sequence_length=25, on_too_long="truncate")
-    plain = PairDataset.with_settings(path, tiny_tokenizer(), settings)
+    plain = open_dataset(path, tiny_tokenizer(), settings)
     built = load(path, tmp_path / "cache", settings)
     with no_reading(monkeypatch):
         opened = load(path, tmp_path / "cache", settings)
     assert plain.report.truncated > 0
     for cached in (built, opened):
         assert cached.fingerprint == plain.fingerprint and cached.report == plain.report
-        assert cached.max_token_id == plain.max_token_id == plain.arrays.tokens.max()
+        assert cached.max_token_id == plain.max_token_id == plain.tokens.max()
         assert equal_pairs(list(cached), list(plain))
         assert cached.source_of(7) == plain.source_of(7)
 
@@ -70,7 +73,7 @@ def test_the_arrays_are_mapped_and_can_not_be_written(path: Path, tmp_path: Path
     (cache,) = caches(tmp_path / "cache")
     maps = Path("/proc/self/maps").read_text()
     for name in ("tokens", "offsets", "rows"):
-        assert not getattr(pairs.arrays, name).flags.writeable
+        assert not getattr(pairs, name).flags.writeable
         assert f"{cache / name}.bin" in maps
 
 
@@ -82,11 +85,11 @@ def test_released_pages_are_mapped_no_more_and_stay_readable(path: Path, tmp_pat
         mapping = Path("/proc/self/smaps").read_text().split(f"{cache / 'tokens.bin'}\n")[1]
         return int(next(line for line in mapping.splitlines() if line.startswith("Rss:")).split()[1])
 
-    before = pairs.arrays.tokens.tolist()
+    before = pairs.tokens.tolist()
     assert resident_kb() > 0
     pairs.release()
     assert resident_kb() == 0
-    assert pairs.arrays.tokens.tolist() == before
+    assert pairs.tokens.tolist() == before
 
 
 def test_a_moved_file_meets_its_cache_again_under_its_new_name(
@@ -113,7 +116,9 @@ def test_the_key_changes_with_every_input(path: Path, tmp_path: Path, monkeypatc
     template.write_text(CHATML)
 
     def key(tokenizer: Any = None, **changes: Any) -> str:
-        return cache_key(path, tokenizer or tiny_tokenizer(), DataSettings(**{**vars(SETTINGS), **changes}))
+        return cache_key(
+            source_digest(path), tokenizer or tiny_tokenizer(), DataSettings(**{**vars(SETTINGS), **changes})
+        )
 
     keys = [
         key(),
@@ -136,9 +141,9 @@ def test_the_key_changes_with_every_input(path: Path, tmp_path: Path, monkeypatc
 def test_using_a_tokenizer_does_not_change_its_key(path: Path) -> None:
     tokenizer = tiny_tokenizer()
     settings = DataSettings(max_total_sequence_length=200, chat_template=CHATML)
-    fresh = cache_key(path, tokenizer, settings)
+    fresh = cache_key(source_digest(path), tokenizer, settings)
     tokenizer(["a", "text of another length"], padding=True, truncation=True, max_length=3)
-    assert cache_key(path, tokenizer, settings) == fresh
+    assert cache_key(source_digest(path), tokenizer, settings) == fresh
 
 
 def cut(file: Path) -> None:
@@ -160,7 +165,7 @@ def test_a_damaged_cache_is_noticed_and_built_anew(
     path: Path, tmp_path: Path, name: str, damage: Callable[[Path], None],
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    sound = PairDataset.with_settings(path, tiny_tokenizer(), SETTINGS)
+    sound = open_dataset(path, tiny_tokenizer(), SETTINGS)
     load(path, tmp_path / "cache")
     (cache,) = caches(tmp_path / "cache")
     damage(cache / name)
@@ -190,14 +195,14 @@ def _load_together(arguments: tuple[str, str, float]) -> tuple[str, int]:
     import megadpo.data.tokens.dataset as dataset
 
     path, folder, seconds = arguments
-    calls, encode = [], dataset.encode_file
+    calls, encode = [], dataset.encode_source
 
     def slow(*args: Any, **options: Any) -> Any:
         calls.append(1)
         time.sleep(seconds)
         return encode(*args, **options)
 
-    dataset.encode_file = slow  # type: ignore[assignment]
+    dataset.encode_source = slow  # type: ignore[assignment]
     try:
         return load(Path(path), Path(folder)).fingerprint, len(calls)
     except DataError as error:
@@ -238,7 +243,7 @@ def test_an_old_refusal_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (refusal,) = (tmp_path / "cache").glob("*.refused.json")
     os.utime(refusal, (time.time() - 3600,) * 2)
     read: list[int] = []
-    monkeypatch.setattr("megadpo.data.tokens.dataset.encode_file", lambda *a, **k: read.append(1) or 1 / 0)
+    monkeypatch.setattr("megadpo.data.tokens.dataset.encode_source", lambda *a, **k: read.append(1) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         load(path, tmp_path / "cache")
     assert read == [1] and not refusal.exists()
@@ -246,7 +251,9 @@ def test_an_old_refusal_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_build_that_fails_or_was_killed_leaves_nothing(path: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
-    (folder / f"{cache_key(path, tiny_tokenizer(), SETTINGS)}.building-{os.uname().nodename}-left").mkdir(parents=True)
+    (
+        folder / f"{cache_key(source_digest(path), tiny_tokenizer(), SETTINGS)}.building-{os.uname().nodename}-left"
+    ).mkdir(parents=True)
     with pytest.raises(DataError):
         load(write_rows(tmp_path / "bad.jsonl", [{"prompt": "x"}]), folder)
     load(path, folder)
@@ -258,13 +265,13 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
 ) -> None:
     import megadpo.data.tokens.dataset as dataset
 
-    encode = dataset.encode_file
+    encode = dataset.encode_source
 
     def changing(*args: Any, **options: Any) -> Any:
         write_rows(path, [row(1)])
         return encode(*args, **options)
 
-    monkeypatch.setattr(dataset, "encode_file", changing)
+    monkeypatch.setattr(dataset, "encode_source", changing)
     with pytest.raises(DataError, match="changed while it was read"):
         load(path, tmp_path / "cache")
     assert caches(tmp_path / "cache") == []
@@ -275,7 +282,12 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
 
 def test_a_cache_that_is_there_needs_no_writing(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load(path, tmp_path / "cache")
-    monkeypatch.setattr("filelock.FileLock", lambda *_: pytest.fail("locked"))
+    monkeypatch.setattr("megadpo.data.tokens.cache._SETTLED_S", -1.0)
+
+    def read_only(*_: object) -> None:
+        raise PermissionError("read-only file system")
+
+    monkeypatch.setattr("filelock.FileLock", read_only)
     assert len(load(path, tmp_path / "cache")) == 50
 
 
@@ -304,8 +316,8 @@ def test_the_header_says_what_the_files_hold(path: Path, tmp_path: Path) -> None
     pairs = load(path, tmp_path / "cache")
     (cache,) = caches(tmp_path / "cache")
     header = json.loads((cache / "header.json").read_text())["header"]
-    assert header["arrays"]["offsets"]["length"] == 151 and header["fingerprint"] == pairs.fingerprint
-    assert np.fromfile(cache / "tokens.bin", "<i4").tolist() == pairs.arrays.tokens.tolist()
+    assert header["arrays"]["offsets"]["length"] == 151 and header["report"]["fingerprint"] == pairs.fingerprint
+    assert np.fromfile(cache / "tokens.bin", "<i4").tolist() == pairs.tokens.tolist()
 
 
 def test_a_folder_and_loss_masks_come_back_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,10 +329,10 @@ def test_a_folder_and_loss_masks_come_back_from_the_cache(tmp_path: Path, monkey
     write_rows(folder / "train.jsonl", [{"prompt": [chosen[1]], "chosen": chosen, "rejected": chosen[:1]}])
     settings = DataSettings(max_total_sequence_length=256, chat_template=CHATML)
     cache = TokenCache(tmp_path / "cache")
-    made, found = (PairDataset.with_settings(folder, tiny_tokenizer(), settings, cache=cache) for _ in range(2))
+    made, found = (open_dataset(folder, tiny_tokenizer(), settings, cache=cache) for _ in range(2))
     assert equal_pairs(made, found) and found[0].chosen_mask is not None and found[0].rejected_mask is None
     other = DataSettings(max_total_sequence_length=256, chat_template=CHATML, on_bad_row="drop")
-    assert len({cache_key(folder, tiny_tokenizer(), one) for one in (settings, other)}) == 2
-    before = cache_key(folder, tiny_tokenizer(), settings)
+    assert len({cache_key(source_digest(folder), tiny_tokenizer(), one) for one in (settings, other)}) == 2
+    before = cache_key(source_digest(folder), tiny_tokenizer(), settings)
     write_rows(folder / "train.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    assert cache_key(folder, tiny_tokenizer(), settings) != before
+    assert cache_key(source_digest(folder), tiny_tokenizer(), settings) != before

@@ -11,10 +11,9 @@ import pytest
 
 from megadpo.config.data_source import DATASET_NAMES
 from megadpo.config.problems import DataError
-from megadpo.data.formats.recognise import FORMATS, FieldKeys, find_format
-from megadpo.data.pairs import PreferencePair
-from megadpo.data.sources.rows import ReadCounts, read_pairs
-from tests.data.builders import write_rows
+from megadpo.data.formats import FORMATS, FieldKeys, PreferencePair, find_format
+from megadpo.data.formats.read_pairs import ReadCounts
+from tests.data.builders import read_all, write_rows
 
 
 def user(text: str) -> dict[str, Any]:
@@ -37,7 +36,7 @@ def ranked(first: int, second: int, *more: int) -> dict[str, Any]:
 
 
 def read(folder: Path, *rows: object, **options: Any) -> list[PreferencePair]:
-    return read_pairs(write_rows(folder / "rows.jsonl", rows), **options)
+    return read_all(write_rows(folder / "rows.jsonl", rows), **options)
 
 
 def refusals(folder: Path, *rows: object, **options: Any) -> list[str]:
@@ -288,7 +287,7 @@ def test_bad_rows_can_be_left_out_and_counted(tmp_path: Path) -> None:
     rows = [ranked(0, 1), ranked(1, 1), {"x": 1}, ranked(1, 0)]
     counts = ReadCounts()
     pairs = read(tmp_path, *rows, on_bad_row="drop", counts=counts)
-    assert [(pair.row, pair.line) for pair in pairs] == [(0, 1), (3, 4)]
+    assert [(pair.place.row, pair.place.line) for pair in pairs] == [(0, 1), (3, 4)]
     assert (counts.rows, counts.dropped_bad_rows) == (4, 2)
     assert [problem.where.rpartition(":")[2] for problem in counts.bad_rows] == ["2", "3", "3"]
     assert "rank 1" in refusals(tmp_path, ranked(1, 1), on_bad_row="drop")[0], "nothing is left: an error"
@@ -300,5 +299,5 @@ def test_bad_rows_can_be_left_out_and_counted(tmp_path: Path) -> None:
 def test_rollouts_are_sent_to_the_tool_that_makes_pairs_of_them(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "r.jsonl", [{"responses_create_params": {}, "reward": 1.0}])
     with pytest.raises(DataError) as refused:
-        read_pairs(path)
+        read_all(path)
     assert all("tools/build_pairs.py" in problem.fix for problem in refused.value.problems)
