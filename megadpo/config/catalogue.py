@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 from megadpo.config.nemo_rl.no_effect import NO_EFFECT
 from megadpo.config.nemo_rl.refused import REFUSED
-from megadpo.config.reader import describe, field_types, section_of
+from megadpo.config.reader import describe, keys_of, section_of
 from megadpo.config.schema import Config
 
 HEAD = """# Every key
@@ -23,6 +24,7 @@ Written from the schema by `python tools/config_keys.py --write docs/config.md`;
 `python tools/config_keys.py lr packing` prints the keys that have one of these words in their name or meaning. A key
 that is not here is refused, with the nearest name that is; NeMo RL's other keys are at the end of this page.
 """
+TOP = "Outside the sections"
 REFUSED_HEAD = """## NeMo RL's keys that have one value here
 
 Accepted at the values shown, or left out; any other value is refused for the reason given, since it would change the run.
@@ -34,8 +36,8 @@ Accepted at any value, with a line in the log: nothing that they say can change 
 
 
 @dataclass(frozen=True)
-class Key:
-    """One key of a config."""
+class Entry:
+    """One key of a config, in words."""
 
     path: str
     """Dotted, as on the command line."""
@@ -51,7 +53,7 @@ class Section:
 
     path: str
     meaning: str
-    keys: tuple[Key, ...]
+    keys: tuple[Entry, ...]
 
 
 def sections() -> list[Section]:
@@ -68,7 +70,7 @@ def page() -> str:
                 (f"`{key.path.rpartition('.')[2]}`", key.expected, key.default, key.meaning) for key in section.keys
             ]
             table = _table(("key", "value", "default", "meaning"), rows)
-            parts.append("\n\n".join(filter(None, [f"## {section.path}", section.meaning, table])))
+            parts.append("\n\n".join(filter(None, [f"## {section.path or TOP}", section.meaning, table])))
     refused = [
         (f"`{one.path}`", " or ".join(dict.fromkeys(map(_yaml, one.accepted))), f"{one.reason}; {one.fix}")
         for one in REFUSED
@@ -80,29 +82,25 @@ def page() -> str:
 
 
 def _sections(cls: type, path: str) -> Iterator[Section]:
-    meanings = _field_docs(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
     keys, inner = [], []
-    for name, annotation in field_types(cls).items():
+    for name, key in keys_of(cls).items():
         where = f"{path}.{name}" if path else name
-        below = section_of(annotation)
+        below = section_of(key.annotation)
         if below is not None:
             inner.append((below, where))
         else:
-            meaning = meanings.get(name, "")
-            keys.append(Key(where, describe(annotation), _default(fields[name], meaning), meaning))
-    meaning = _one_line(inspect.getdoc(cls) or "").removeprefix(f"`{path}`").lstrip(".: ")
+            meaning = _field_docs(key.owner).get(name, "")
+            keys.append(Entry(where, describe(key.annotation), _default(key.default, meaning), meaning))
+    meaning = _one_line(inspect.getdoc(cls) or "").removeprefix(f"`{path}`").lstrip(".: ") if path else ""
     yield Section(path, meaning[:1].upper() + meaning[1:], tuple(keys))
     for below, where in inner:
         yield from _sections(below, where)
 
 
-def _default(field: dataclasses.Field[object], meaning: str) -> str:
+def _default(default: object, meaning: str) -> str:
     if "Left out" in meaning:
         return "derived"
-    if field.default is not dataclasses.MISSING:
-        return _yaml(field.default)
-    return "required"
+    return "required" if default is dataclasses.MISSING else _yaml(default)
 
 
 def _yaml(value: object) -> str:
@@ -114,6 +112,7 @@ def _yaml(value: object) -> str:
     return '""' if value == "" else str(value)
 
 
+@functools.cache
 def _field_docs(cls: type) -> dict[str, str]:
     """Field name -> the string literal that follows the field in the source of `cls`."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body

@@ -21,11 +21,10 @@ from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.reader import Reader, dotted_paths
 from megadpo.config.rules import broken_rules, covered
 from megadpo.config.schema import Config
+from megadpo.config.variants import import_plugins, option_fields
 
 Purpose = Literal["train", "evaluate"]
 """What the config is for: train needs data.train_data_path, evaluate needs data.val_data_paths."""
-
-_SCHEMA_PATHS = frozenset(dotted_paths(Config))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, purpose: Purpose = "train") -> Config:
@@ -65,13 +64,17 @@ def save_resolved(cfg: Config, path: str | Path, chosen: Mapping[str, str] | Non
 
 def _build(tree: dict[str, Any], problems: list[Problem], purpose: Purpose) -> Config:
     unreadable = {problem.where for problem in problems}
-    refusals, notes = strip_foreign(tree, _SCHEMA_PATHS)
+    plugins = tree.get("plugins")
+    if isinstance(plugins, list):  # first: they add keys to the schema
+        import_plugins([name for name in plugins if isinstance(name, str)])
+    paths = frozenset(dotted_paths(Config))
+    refusals, notes = strip_foreign(tree, paths)
     problems += refusals
     data = tree.get("data")
     if isinstance(data, dict):
         unreadable |= translate_data(data, problems, notes)
     derived = derive(tree, problems)
-    reader = Reader(_SCHEMA_PATHS | KNOWN_PATHS | SECTION_PATHS)
+    reader = Reader(paths | KNOWN_PATHS | SECTION_PATHS)
     cfg = reader.section(Config, tree, "")
     if "policy.model_name" in unreadable | reader.bad:
         # The tokenizer's name follows the model's: it is not missing on its own.
@@ -104,8 +107,13 @@ def _missing_data(cfg: Config, purpose: Purpose) -> list[Problem]:
 
 
 def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        held = option_fields(type(value))
+        plain: dict[str, Any] = {}
+        for field in dataclasses.fields(value):
+            of_field = _plain(getattr(value, field.name))
+            plain |= of_field if field.name in held else {field.name: of_field}
+        return plain
     if isinstance(value, Mapping):
         return {str(name): _plain(one) for name, one in value.items()}
     if isinstance(value, (list, tuple)):

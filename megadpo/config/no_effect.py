@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from megadpo.config.schema import Config
 from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
+from megadpo.config.variants import value_at
 
 _MEG = "policy.megatron_cfg"
 _OPT = f"{_MEG}.optimizer"
@@ -22,8 +22,8 @@ def idle_notes(cfg: Config) -> list[str]:
     usual = Config(policy=PolicyConfig(model_name="", tokenizer=TokenizerConfig(name="")))
     notes = []
     for path, reason in _idle(cfg):
-        value = _at(cfg, path)
-        if value != _at(usual, path):
+        value = value_at(cfg, path)
+        if value != value_at(usual, path):
             notes.append(f"{path}: {value!r} has no effect: {reason}")
     return notes
 
@@ -48,10 +48,3 @@ def _idle(cfg: Config) -> Iterator[tuple[str, str]]:
     if not cfg.data.val_data_paths:
         for name in ("val_batches", "val_global_batch_size", "val_at_end"):
             yield f"dpo.{name}", "there is no validation set in data.val_data_paths"
-
-
-def _at(cfg: Config, path: str) -> object:
-    value: Any = cfg
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from megadpo.config.problems import Problem
 from megadpo.config.types import NotEmpty, Range
+from megadpo.config.variants import Key, OneOf, default_of, option_fields
 
 Section = TypeVar("Section")
 
@@ -49,28 +50,26 @@ class Reader:
             fix = "write its keys below it, or leave the section out"
             self._problem(path, raw, "a section (keys with values)", fix)
             raw = {}
-        hints = field_types(cls)  # type: ignore[arg-type]
+        keys = keys_of(cls)
         values: dict[str, Any] = {}
-        for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-            where = f"{path}.{field.name}" if path else field.name
-            if field.name not in hints:
-                continue
-            if field.name in raw:
+        for name, key in keys.items():
+            where = f"{path}.{name}" if path else name
+            required = key.default is dataclasses.MISSING
+            if name in raw:
                 failures = len(self.problems)
-                value = self.value(hints[field.name], raw[field.name], where)
+                value = self.value(key.annotation, raw[name], where)
                 if len(self.problems) == failures or dataclasses.is_dataclass(value):
-                    values[field.name] = value
+                    values[name] = value
                     continue
-            elif _has_default(field):
-                continue
-            else:
+            elif required:
                 fix = f"set {where} in the file or on the command line"
-                self._problem(where, None, f"{describe(hints[field.name])}; it is required", fix)
-            if not _has_default(field):
-                values[field.name] = self._blank(hints[field.name], where)
+                self._problem(where, None, f"{describe(key.annotation)}; it is required", fix)
+            values[name] = self._blank(key.annotation, where) if required else key.default
         for name in raw:
-            if name not in hints:
-                self._unknown(f"{path}.{name}" if path else str(name), raw[name], list(hints))
+            if name not in keys:
+                self._unknown(f"{path}.{name}" if path else str(name), raw[name], list(keys))
+        for field, kind in option_fields(cls).items():  # type: ignore[arg-type]
+            values[field] = {name: values.pop(name) for name in kind.keys()}  # noqa: SIM118  a method of the kind
         return cls(**values)
 
     def value(self, annotation: Any, raw: object, where: str) -> Any:
@@ -84,8 +83,9 @@ class Reader:
         origin = get_origin(option)
         if dataclasses.is_dataclass(option):
             return self.section(option, raw, where)  # type: ignore[arg-type]
-        if origin is Literal:
-            allowed = get_args(option)
+        names = next((mark.allowed() for mark in bounds if isinstance(mark, OneOf)), None)
+        if origin is Literal or names is not None:
+            allowed = get_args(option) if names is None else names
             if any(type(raw) is type(one) and raw == one for one in allowed):
                 return raw
             near = difflib.get_close_matches(str(raw), [str(one) for one in allowed], n=1, cutoff=0.4)
@@ -181,9 +181,9 @@ def nearest_name(where: str, siblings: list[str], known_paths: frozenset[str]) -
 
 def dotted_paths(cls: type, prefix: str = "") -> Iterator[str]:
     """Every key of dataclass `cls`, sections included, as dotted paths."""
-    for name, annotation in field_types(cls).items():
+    for name, key in keys_of(cls).items():
         yield f"{prefix}{name}"
-        below = section_of(annotation)
+        below = section_of(key.annotation)
         if below is not None:
             yield from dotted_paths(below, f"{prefix}{name}.")
 
@@ -202,6 +202,8 @@ def describe(annotation: Any) -> str:
 
 
 def _describe_one(option: Any, bounds: list[Any]) -> str:
+    if (names := next((mark.allowed() for mark in bounds if isinstance(mark, OneOf)), None)) is not None:
+        return f"one of {', '.join(names)}"
     ranges = "".join(f" {bound}" for bound in bounds if isinstance(bound, Range))
     origin = get_origin(option)
     if origin is Literal:
@@ -232,12 +234,21 @@ def _type_fix(kind: type, raw: object, where: str) -> str:
     return "write a number, without quotes"
 
 
+def keys_of(cls: type) -> dict[str, Key]:
+    """The keys of a section, in the schema's order: the fields of its dataclass, and the options of the variants that
+    one of its fields holds."""
+    keys: dict[str, Key] = {}
+    holders = option_fields(cls)
+    for name, (annotation, field) in _fields(cls).items():
+        keys |= holders[name].keys() if name in holders else {name: Key(annotation, default_of(field), cls)}
+    return keys
+
+
 @functools.cache
-def field_types(cls: type) -> dict[str, Any]:
-    """The keys of dataclass `cls` and their annotations."""
+def _fields(cls: Any) -> dict[str, tuple[Any, dataclasses.Field[Any]]]:
     hints = typing.get_type_hints(cls, include_extras=True)
     # compare=False marks what the loader adds and no file may set.
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.compare}
+    return {field.name: (hints[field.name], field) for field in dataclasses.fields(cls) if field.compare}
 
 
 def _unwrap(annotation: Any) -> tuple[list[Any], list[Any]]:
@@ -253,7 +264,3 @@ def _unwrap(annotation: Any) -> tuple[list[Any], list[Any]]:
             bounds += more
         return sorted(options, key=lambda option: option is type(None)), bounds
     return [annotation], bounds
-
-
-def _has_default(field: dataclasses.Field[Any]) -> bool:
-    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING

@@ -1,35 +1,98 @@
-"""What must hold between fields, whatever the model and the number of processes: the register of rules.
+"""What must hold between fields: the rules of this room, and those that variants bring (variants.py).
 
-The rules are in rules_layout.py, rules_optimizer.py, rules_gpu.py and rules_run.py, which load.py imports.
+The rules of this room are in the modules `rules_*.py`, which load.py imports.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
+from megadpo.config.known import Known
 from megadpo.config.problems import Problem
 from megadpo.config.schema import Config
+from megadpo.config.variants import KINDS, option_fields
 
 Rule = Callable[[Config], Iterator[Problem]]
-_RULES: list[tuple[frozenset[str], Rule]] = []
+_RULES: list[Rule] = []
 
 
-def rule(*fields: str) -> Callable[[Rule], Rule]:
-    """Register a rule; it is skipped where one of `fields` could not be read."""
-
-    def register(holds: Rule) -> Rule:
-        _RULES.append((frozenset(fields), holds))
-        return holds
-
-    return register
+def rule(holds: Rule) -> Rule:
+    """Decorator: register a rule."""
+    _RULES.append(holds)
+    return holds
 
 
 def broken_rules(cfg: Config, bad: frozenset[str] = frozenset()) -> list[Problem]:
-    """Every rule that `cfg` breaks. `bad`: paths that hold a stand-in and must not be judged."""
-    judged = [holds for fields, holds in _RULES if not any(covered(field, bad) for field in fields)]
-    return [problem for holds in judged for problem in holds(cfg)]
+    """Every rule that `cfg` breaks, the variants' own included.
+
+    bad: paths that hold a stand-in, since their value could not be read. A rule ends where it reads one of them.
+    """
+    guarded: Any = _Guard(cfg, "", bad) if bad else cfg
+    checks = [functools.partial(holds, guarded) for holds in _RULES]
+    checks += [functools.partial(kind.problems, Known(cfg=guarded)) for kind in KINDS]
+    return [problem for check in checks for problem in _until_unread(check())]
 
 
 def covered(path: str, bad: frozenset[str]) -> bool:
     """True when `path`, a section above it, or something inside it is in `bad`."""
-    return any(path == one or path.startswith(one + ".") or one.startswith(path + ".") for one in bad)
+    return any(path == one or path.startswith(one + ".") or one.startswith((path + ".", path + "[")) for one in bad)
+
+
+class _Unread(Exception):
+    """A rule reads a value that could not be read."""
+
+
+def _until_unread(problems: Iterator[Problem]) -> Iterator[Problem]:
+    try:
+        yield from problems
+    except _Unread:
+        return
+
+
+class _Guard:
+    """A section of a config that raises _Unread where a value is asked for that could not be read."""
+
+    def __init__(self, section: Any, path: str, bad: frozenset[str]) -> None:
+        self._section, self._path, self._bad = section, path, bad
+
+    @property  # type: ignore[misc]  # what asks for the section's type gets that
+    def __class__(self) -> Any:
+        return type(self._section)
+
+    def __getattr__(self, name: str) -> Any:
+        of_class = inspect.getattr_static(type(self._section), name, None)
+        if isinstance(of_class, property):
+            assert of_class.fget is not None
+            return of_class.fget(self)
+        if inspect.isfunction(of_class):
+            return functools.partial(of_class, self)
+        value, path = getattr(self._section, name), f"{self._path}.{name}".lstrip(".")
+        if name in option_fields(self.__class__):
+            return _GuardedOptions(value, self._path, self._bad)
+        if dataclasses.is_dataclass(value):
+            return _Guard(value, path, self._bad)
+        if covered(path, self._bad):
+            raise _Unread(path)
+        return value
+
+
+class _GuardedOptions(Mapping[str, Any]):
+    """Options of variants, which are keys of the section `path`."""
+
+    def __init__(self, options: Mapping[str, Any], path: str, bad: frozenset[str]) -> None:
+        self._options, self._path, self._bad = options, path, bad
+
+    def __getitem__(self, name: str) -> Any:
+        if covered(f"{self._path}.{name}", self._bad):
+            raise _Unread(name)
+        return self._options[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._options)
+
+    def __len__(self) -> int:
+        return len(self._options)

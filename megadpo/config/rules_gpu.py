@@ -27,7 +27,7 @@ def why_not_transformer_engine(policy: PolicyConfig) -> str | None:
     return None
 
 
-@rule(_IMPL, "policy.precision", "policy.device", *_RECOMPUTE)
+@rule
 def _transformer_engine(cfg: Config) -> Iterator[Problem]:
     if cfg.policy.megatron_cfg.transformer_impl != "transformer_engine":
         return
@@ -41,7 +41,7 @@ def _transformer_engine(cfg: Config) -> Iterator[Problem]:
         )
 
 
-@rule(f"{_MEG}.fp8_cfg", _IMPL, "policy.precision", "policy.device", *_RECOMPUTE)
+@rule
 def _fp8(cfg: Config) -> Iterator[Problem]:
     if not cfg.policy.megatron_cfg.fp8_cfg.enabled:
         return
@@ -57,13 +57,7 @@ def _fp8(cfg: Config) -> Iterator[Problem]:
         yield Problem(where, True, expected, "set it to false, or change the other")
 
 
-@rule(
-    f"{_MEG}.fp8_cfg",
-    f"{_MEG}.sequence_parallel",
-    f"{_MEG}.tensor_model_parallel_size",
-    f"{_MEG}.context_parallel_size",
-    "policy.make_sequence_length_divisible_by",
-)
+@rule
 def _fp8_padding(cfg: Config) -> Iterator[Problem]:
     megatron, multiple = cfg.policy.megatron_cfg, cfg.policy.make_sequence_length_divisible_by
     if not megatron.fp8_cfg.enabled:
@@ -77,20 +71,14 @@ def _fp8_padding(cfg: Config) -> Iterator[Problem]:
         yield Problem(where, multiple, expected, f"remove it, or set it to {needed}")
 
 
-@rule(f"{_MEG}.gradient_accumulation_fusion", "policy.device")
+@rule
 def _gradient_accumulation_fusion(cfg: Config) -> Iterator[Problem]:
     if cfg.policy.megatron_cfg.gradient_accumulation_fusion and cfg.policy.device == "cpu":
         where = f"{_MEG}.gradient_accumulation_fusion"
         yield Problem(where, True, "false or null on policy.device cpu: its kernels are CUDA's", "set it to null")
 
 
-@rule(
-    f"{_OPT}.adam_impl",
-    f"{_OPT}.optimizer",
-    f"{_OPT}.use_precision_aware_optimizer",
-    f"{_OPT}.optimizer_cpu_offload",
-    "policy.device",
-)
+@rule
 def _adam(cfg: Config) -> Iterator[Problem]:
     optimizer, where = cfg.policy.megatron_cfg.optimizer, f"{_OPT}.adam_impl"
     if optimizer.adam_impl == "auto":

@@ -15,12 +15,7 @@ _OPT = f"{_MEG}.optimizer"
 _DDP = f"{_MEG}.distributed_data_parallel_config"
 
 
-@rule(
-    f"{_MEG}.sequence_parallel",
-    f"{_MEG}.tensor_model_parallel_size",
-    f"{_MEG}.context_parallel_size",
-    "policy.make_sequence_length_divisible_by",
-)
+@rule
 def _shares_of_a_pack(cfg: Config) -> Iterator[Problem]:
     megatron, multiple = cfg.policy.megatron_cfg, cfg.policy.make_sequence_length_divisible_by
     tp, cp = megatron.tensor_model_parallel_size, megatron.context_parallel_size
@@ -36,13 +31,7 @@ def _shares_of_a_pack(cfg: Config) -> Iterator[Problem]:
         yield Problem(where, multiple, expected, f"remove it, or set it to {needed}")
 
 
-@rule(
-    f"{_MEG}.context_parallel_size",
-    f"{_MEG}.tensor_model_parallel_size",
-    f"{_MEG}.sequence_parallel",
-    "policy.make_sequence_length_divisible_by",
-    "policy.sequence_packing.train_mb_tokens",
-)
+@rule
 def _smallest_pack(cfg: Config) -> Iterator[Problem]:
     packing, multiple = cfg.policy.sequence_packing, cfg.policy.make_sequence_length_divisible_by
     if packing.enabled and packing.train_mb_tokens < multiple:
@@ -51,12 +40,7 @@ def _smallest_pack(cfg: Config) -> Iterator[Problem]:
         yield Problem(where, packing.train_mb_tokens, expected, f"raise it to {multiple} or more")
 
 
-@rule(
-    f"{_MEG}.pipeline_model_parallel_size",
-    f"{_MEG}.num_layers_in_first_pipeline_stage",
-    f"{_MEG}.num_layers_in_last_pipeline_stage",
-    f"{_MEG}.virtual_pipeline_model_parallel_size",
-)
+@rule
 def _pipeline_stages(cfg: Config) -> Iterator[Problem]:
     megatron = cfg.policy.megatron_cfg
     if megatron.pipeline_model_parallel_size > 1:
@@ -74,13 +58,7 @@ def _pipeline_stages(cfg: Config) -> Iterator[Problem]:
             yield Problem(f"{_MEG}.{name}", value, "null with pipeline_model_parallel_size 1", fix)
 
 
-@rule(
-    f"{_MEG}.activation_checkpointing",
-    f"{_MEG}.recompute_granularity",
-    f"{_MEG}.recompute_method",
-    f"{_MEG}.recompute_num_layers",
-    f"{_MEG}.recompute_modules",
-)
+@rule
 def _recomputation(cfg: Config) -> Iterator[Problem]:
     """What the granularity gives no effect; megatron-core refuses the numbers too (transformer_config.py:1180)."""
     megatron, usual = cfg.policy.megatron_cfg, MegatronConfig()
@@ -100,7 +78,7 @@ def _recomputation(cfg: Config) -> Iterator[Problem]:
             yield Problem(f"{_MEG}.{name}", value, expected, f"remove it, or set {_MEG}.recompute_granularity: {other}")
 
 
-@rule(f"{_MEG}.freeze_moe_router", f"{_MEG}.moe_router_load_balancing_type", f"{_MEG}.moe_per_layer_logging")
+@rule
 def _load_balancing(cfg: Config) -> Iterator[Problem]:
     megatron = cfg.policy.megatron_cfg
     kind = megatron.moe_router_load_balancing_type
@@ -115,7 +93,7 @@ def _load_balancing(cfg: Config) -> Iterator[Problem]:
         yield Problem(f"{_MEG}.moe_router_load_balancing_type", kind, expected, fix)
 
 
-@rule(f"{_DDP}.overlap_grad_reduce", f"{_DDP}.overlap_param_gather", f"{_OPT}.use_distributed_optimizer")
+@rule
 def _overlap(cfg: Config) -> Iterator[Problem]:
     ddp = cfg.policy.megatron_cfg.distributed_data_parallel_config
     if not ddp.overlap_param_gather:

@@ -18,32 +18,25 @@ def _must_equal(where: str, value: object, wanted: object, source: str) -> Itera
         yield Problem(where, value, f"{wanted!r}, as {source}", f"remove {where}: it follows {source}")
 
 
-@rule(f"{_OPT}.bf16", "policy.precision")
+@rule
 def _bf16(cfg: Config) -> Iterator[Problem]:
     bf16 = cfg.policy.precision == "bfloat16"
     yield from _must_equal(f"{_OPT}.bf16", cfg.policy.megatron_cfg.optimizer.bf16, bf16, "policy.precision")
 
 
-@rule(f"{_MEG}.pipeline_dtype", "policy.precision")
+@rule
 def _pipeline_dtype(cfg: Config) -> Iterator[Problem]:
     where = f"{_MEG}.pipeline_dtype"
     yield from _must_equal(where, cfg.policy.megatron_cfg.pipeline_dtype, cfg.policy.precision, "policy.precision")
 
 
-@rule(f"{_OPT}.clip_grad", "policy.max_grad_norm")
+@rule
 def _clip_grad(cfg: Config) -> Iterator[Problem]:
     clip = cfg.policy.megatron_cfg.optimizer.clip_grad
     yield from _must_equal(f"{_OPT}.clip_grad", clip, cfg.policy.max_grad_norm, "policy.max_grad_norm")
 
 
-@rule(
-    f"{_OPT}.use_precision_aware_optimizer",
-    f"{_OPT}.optimizer",
-    f"{_OPT}.use_distributed_optimizer",
-    "policy.device",
-    "checkpointing.enabled",
-    "checkpointing.save_optimizer",
-)
+@rule
 def _precision_aware(cfg: Config) -> Iterator[Problem]:
     optimizer, where = cfg.policy.megatron_cfg.optimizer, f"{_OPT}.use_precision_aware_optimizer"
     if not optimizer.use_precision_aware_optimizer:
@@ -61,7 +54,7 @@ def _precision_aware(cfg: Config) -> Iterator[Problem]:
             yield Problem(where, True, expected, f"set it to false, or {other}")
 
 
-@rule(f"{_OPT}.optimizer", f"{_OPT}.use_distributed_optimizer", f"{_OPT}.use_precision_aware_optimizer")
+@rule
 def _distributed_optimizer(cfg: Config) -> Iterator[Problem]:
     optimizer, where = cfg.policy.megatron_cfg.optimizer, f"{_OPT}.use_distributed_optimizer"
     if (
@@ -73,14 +66,7 @@ def _distributed_optimizer(cfg: Config) -> Iterator[Problem]:
         yield Problem(where, True, expected, f"set it to false, or {_OPT}.optimizer: adam")
 
 
-@rule(
-    f"{_OPT}.use_precision_aware_optimizer",
-    f"{_OPT}.exp_avg_dtype",
-    f"{_OPT}.exp_avg_sq_dtype",
-    f"{_OPT}.optimizer_cpu_offload",
-    f"{_OPT}.optimizer_offload_fraction",
-    f"{_OPT}.overlap_cpu_optimizer_d2h_h2d",
-)
+@rule
 def _optimizer_state(cfg: Config) -> Iterator[Problem]:
     optimizer = cfg.policy.megatron_cfg.optimizer
     aware, offload = optimizer.use_precision_aware_optimizer, optimizer.optimizer_cpu_offload
@@ -105,7 +91,7 @@ def _optimizer_state(cfg: Config) -> Iterator[Problem]:
         yield Problem(where, True, "false without optimizer_cpu_offload", "set it to false")
 
 
-@rule(f"{_OPT}.lr", f"{_OPT}.min_lr", f"{_SCHED}.lr_warmup_init")
+@rule
 def _rates(cfg: Config) -> Iterator[Problem]:
     optimizer, schedule = cfg.policy.megatron_cfg.optimizer, cfg.policy.megatron_cfg.scheduler
     for where, value in ((f"{_OPT}.min_lr", optimizer.min_lr), (f"{_SCHED}.lr_warmup_init", schedule.lr_warmup_init)):
@@ -113,7 +99,7 @@ def _rates(cfg: Config) -> Iterator[Problem]:
             yield Problem(where, value, f"at most {_OPT}.lr ({optimizer.lr:g})", f"lower it, or raise {_OPT}.lr")
 
 
-@rule(f"{_SCHED}.lr_decay_style", f"{_SCHED}.lr_decay_iters", f"{_SCHED}.lr_warmup_iters", "dpo.max_num_steps")
+@rule
 def _decay(cfg: Config) -> Iterator[Problem]:
     schedule = cfg.policy.megatron_cfg.scheduler
     end, end_name = schedule.lr_decay_iters, f"{_SCHED}.lr_decay_iters"
@@ -126,12 +112,7 @@ def _decay(cfg: Config) -> Iterator[Problem]:
     yield Problem(where, schedule.lr_warmup_iters, expected, f"lower it, or raise {end_name}")
 
 
-@rule(
-    f"{_OPT}.weight_decay",
-    f"{_SCHED}.start_weight_decay",
-    f"{_SCHED}.end_weight_decay",
-    f"{_SCHED}.weight_decay_incr_style",
-)
+@rule
 def _weight_decay(cfg: Config) -> Iterator[Problem]:
     schedule, decay = cfg.policy.megatron_cfg.scheduler, cfg.policy.megatron_cfg.optimizer.weight_decay
     start, end = schedule.start_weight_decay, schedule.end_weight_decay

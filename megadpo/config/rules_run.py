@@ -5,27 +5,26 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from megadpo.config.losses import LOSS_OPTIONS, LOSS_TRAITS
 from megadpo.config.metric import METRICS, parse_duration_s, parse_metric_name
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.rules import rule
 from megadpo.config.schema import Config
-from megadpo.config.schema_dpo import DpoConfig
+from megadpo.config.variants import LOSSES
 
 
-@rule("dpo.preference_loss_weight", "dpo.sft_loss_weight")
+@rule
 def _some_loss(cfg: Config) -> Iterator[Problem]:
     if cfg.dpo.preference_loss_weight == 0 and cfg.dpo.sft_loss_weight == 0:
         fix = "set dpo.preference_loss_weight: 1, or dpo.sft_loss_weight: 1 for SFT"
         yield Problem("dpo.preference_loss_weight", 0.0, "a positive loss weight, this one or sft_loss_weight", fix)
 
 
-@rule("dpo.reference.mode", "dpo.preference_loss_weight", "dpo.reference.model_name", "dpo.loss_type")
+@rule
 def _reference(cfg: Config) -> Iterator[Problem]:
     reference = cfg.dpo.reference
     if reference.mode != "none":
         return
-    if cfg.dpo.preference_loss_weight != 0 and cfg.dpo.loss_traits.needs_reference:
+    if cfg.dpo.preference_loss_weight != 0 and cfg.dpo.loss.reads_reference:
         fix = "set dpo.reference.mode: resident, or dpo.preference_loss_weight: 0"
         yield Problem("dpo.reference.mode", "none", "resident, since the preference loss needs a reference", fix)
     if reference.model_name is not None:
@@ -33,7 +32,7 @@ def _reference(cfg: Config) -> Iterator[Problem]:
         yield Problem("dpo.reference.model_name", reference.model_name, "null with dpo.reference.mode none", fix)
 
 
-@rule("dpo.reference.mode", "dpo.reference.cache_dir")
+@rule
 def _reference_cache(cfg: Config) -> Iterator[Problem]:
     reference = cfg.dpo.reference
     if reference.cache_dir is not None and reference.mode != "cached":
@@ -41,47 +40,14 @@ def _reference_cache(cfg: Config) -> Iterator[Problem]:
         yield Problem("dpo.reference.cache_dir", reference.cache_dir, f"null with mode {reference.mode}", fix)
 
 
-@rule("dpo.reference.mode", "dpo.loss_type", "dpo.preference_average_log_probs")
-def _reads_of_the_loss(cfg: Config) -> Iterator[Problem]:
-    loss, traits = cfg.dpo.loss_type, cfg.dpo.loss_traits
-    if not traits.needs_reference and cfg.dpo.reference.mode != "none":
-        expected = f"none with dpo.loss_type {loss}, which has no reference to pay memory and time for"
-        yield Problem("dpo.reference.mode", cfg.dpo.reference.mode, expected, "set dpo.reference.mode: none")
-    if traits.needs_average and not cfg.dpo.preference_average_log_probs:
-        expected = f"true with dpo.loss_type {loss}, which is defined on means over an answer's tokens"
-        yield Problem("dpo.preference_average_log_probs", False, expected, "set it to true")
-
-
-@rule("dpo.loss_type", "dpo.label_smoothing")
-def _label_smoothing(cfg: Config) -> Iterator[Problem]:
-    if cfg.dpo.loss_type == "exo_pair" and cfg.dpo.label_smoothing == 0:
-        expected = "more than 0 with dpo.loss_type exo_pair, which takes its logarithm"
-        yield Problem("dpo.label_smoothing", 0.0, expected, "set it to 0.001, as in the paper")
-
-
-@rule("dpo.loss_type", "dpo.f_divergence_type", "dpo.f_alpha_divergence_coef")
-def _alpha_divergence(cfg: Config) -> Iterator[Problem]:
-    where, coefficient = "dpo.f_alpha_divergence_coef", cfg.dpo.f_alpha_divergence_coef
-    if cfg.dpo.f_divergence_type == "alpha_divergence":
-        if coefficient == 1:
-            fix = "set dpo.f_divergence_type: reverse_kl, or another coefficient"
-            yield Problem(where, coefficient, "other than 1, where the divergence is reverse_kl", fix)
-    elif coefficient != DpoConfig.f_alpha_divergence_coef and "f_divergence_type" in cfg.dpo.loss_traits.options:
-        fix = "remove it, or set dpo.f_divergence_type: alpha_divergence"
-        yield Problem(where, coefficient, "nothing without dpo.f_divergence_type alpha_divergence", fix)
-
-
-@rule("dpo.loss_type", *(f"dpo.{option}" for option in LOSS_OPTIONS))
+@rule
 def _unread_loss_options(cfg: Config) -> Iterator[Problem]:
-    for option in LOSS_OPTIONS:
-        value = getattr(cfg.dpo, option)
-        if value != getattr(DpoConfig, option) and option not in cfg.dpo.loss_traits.options:
-            readers = [loss for loss, traits in LOSS_TRAITS.items() if option in traits.options]
-            expected = f"nothing with dpo.loss_type {cfg.dpo.loss_type}; read by {', '.join(readers)}"
-            yield Problem(f"dpo.{option}", value, expected, "remove it, or choose one of these losses")
+    for where, value, readers in LOSSES.unread(cfg):
+        expected = f"nothing with dpo.loss_type {cfg.dpo.loss_type}; read by {', '.join(readers)}"
+        yield Problem(where, value, expected, "remove it, or choose one of these losses")
 
 
-@rule("data.max_input_seq_length", "policy.max_total_sequence_length")
+@rule
 def _input_length(cfg: Config) -> Iterator[Problem]:
     length, longest = cfg.data.max_input_seq_length, cfg.policy.max_total_sequence_length
     if length > longest:
@@ -93,7 +59,7 @@ SHORTEST_LIMIT = 3
 """BOS, one prompt token, one answer token: what a cut leaves at least."""
 
 
-@rule("data.max_input_seq_length", "policy.max_total_sequence_length")
+@rule
 def _shortest_limit(cfg: Config) -> Iterator[Problem]:
     for where, value in (
         ("policy.max_total_sequence_length", cfg.policy.max_total_sequence_length),
@@ -105,12 +71,7 @@ def _shortest_limit(cfg: Config) -> Iterator[Problem]:
             return  # the second follows the first
 
 
-@rule(
-    "policy.sequence_packing.train_mb_tokens",
-    "policy.sequence_packing.enabled",
-    "policy.max_total_sequence_length",
-    "data.max_input_seq_length",
-)
+@rule
 def _pack_budget(cfg: Config) -> Iterator[Problem]:
     # A pair is never split. Whether each one fits, both answers together, is checked when the data is read.
     packing = cfg.policy.sequence_packing
@@ -121,7 +82,7 @@ def _pack_budget(cfg: Config) -> Iterator[Problem]:
         yield Problem(where, packing.train_mb_tokens, expected, "raise it, or lower data.max_input_seq_length")
 
 
-@rule("policy.attention_kernel", "policy.device")
+@rule
 def _kernel(cfg: Config) -> Iterator[Problem]:
     kernel = cfg.policy.attention_kernel
     if cfg.policy.device == "cpu" and kernel in ("varlen", "transformer_engine"):
@@ -130,14 +91,14 @@ def _kernel(cfg: Config) -> Iterator[Problem]:
         yield Problem("policy.attention_kernel", kernel, "another kernel on policy.device cuda", "set it to auto")
 
 
-@rule("policy.logprob_kernel", "policy.device")
+@rule
 def _head(cfg: Config) -> Iterator[Problem]:
     kernel = cfg.policy.logprob_kernel
     if cfg.policy.device == "cpu" and kernel == "triton":
         yield Problem("policy.logprob_kernel", kernel, "auto or torch on policy.device cpu", "set it to auto")
 
 
-@rule("data.prompt_key", "data.chosen_key", "data.rejected_key")
+@rule
 def _columns(cfg: Config) -> Iterator[Problem]:
     keys = (cfg.data.prompt_key, cfg.data.chosen_key, cfg.data.rejected_key)
     if len(set(keys)) < len(keys):
@@ -145,7 +106,7 @@ def _columns(cfg: Config) -> Iterator[Problem]:
         yield Problem("data.rejected_key", ", ".join(keys), "three different keys", fix)
 
 
-@rule("data.dataset_name", "data.prompt_key", "data.chosen_key", "data.rejected_key")
+@rule
 def _unread_keys(cfg: Config) -> Iterator[Problem]:
     name = cfg.data.dataset_name
     if name is None or name == "BinaryPreferenceDataset":
@@ -158,7 +119,7 @@ def _unread_keys(cfg: Config) -> Iterator[Problem]:
             yield Problem(f"data.{key}", value, f"{default}, since {name} has field names of its own", fix)
 
 
-@rule("data.val_data_paths")
+@rule
 def _validation_names(cfg: Config) -> Iterator[Problem]:
     for name in cfg.data.val_data_paths or {}:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
@@ -166,15 +127,7 @@ def _validation_names(cfg: Config) -> Iterator[Problem]:
             yield Problem("data.val_data_paths", name, expected, "rename this validation set")
 
 
-@rule(
-    "checkpointing.metric_name",
-    "checkpointing.enabled",
-    "checkpointing.higher_is_better",
-    "data.val_data_paths",
-    "dpo.val_period",
-    "dpo.reference.mode",
-    "dpo.loss_type",
-)
+@rule
 def _metric(cfg: Config) -> Iterator[Problem]:
     checkpointing = cfg.checkpointing
     if not checkpointing.enabled or checkpointing.metric_name is None:
@@ -188,7 +141,7 @@ def _metric(cfg: Config) -> Iterator[Problem]:
         fix = "set dpo.val_period to checkpointing.save_period, or checkpointing.metric_name to train:loss or null"
         expected = "a metric that is measured before a save; dpo.val_period 0 never validates"
         yield Problem("checkpointing.metric_name", checkpointing.metric_name, expected, fix)
-    without_rewards = cfg.dpo.reference.mode == "none" and cfg.dpo.loss_traits.needs_reference
+    without_rewards = cfg.dpo.reference.mode == "none" and cfg.dpo.loss.reads_reference
     if without_rewards and metric.metric.startswith(("rewards/", "preference_loss")):
         expected = "a metric that is measured; without a reference loss, sft_loss and logps/ are"
         fix = "choose one of these, e.g. validation-<name>_sft_loss"
@@ -199,7 +152,7 @@ def _metric(cfg: Config) -> Iterator[Problem]:
         yield Problem(where, checkpointing.higher_is_better, f"{wanted} for {metric.metric}", f"set it to {wanted}")
 
 
-@rule("cluster.gpus_per_node", "cluster.num_nodes")
+@rule
 def _cluster(cfg: Config) -> Iterator[Problem]:
     for name, other in (("gpus_per_node", "num_nodes"), ("num_nodes", "gpus_per_node")):
         if getattr(cfg.cluster, name) is None and getattr(cfg.cluster, other) is not None:
@@ -207,7 +160,7 @@ def _cluster(cfg: Config) -> Iterator[Problem]:
             yield Problem(f"cluster.{name}", None, f"a number beside cluster.{other}", fix)
 
 
-@rule("checkpointing.checkpoint_must_save_by", "checkpointing.enabled")
+@rule
 def _must_save_by(cfg: Config) -> Iterator[Problem]:
     text, where = cfg.checkpointing.checkpoint_must_save_by, "checkpointing.checkpoint_must_save_by"
     if text is None:

@@ -155,5 +155,7 @@ class Config:
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    plugins: tuple[Text, ...] = ()
+    """Python files or modules that add variants: losses, model families, formats, loggers, kernels. They are executed."""
     notes: tuple[str, ...] = field(default=(), compare=False)
     """Not a YAML key: what the loader accepted although it has no effect here, one line each, for rank 0 to print."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from megadpo.config.losses import LOSS_TRAITS, LossTraits, LossType
-from megadpo.config.types import CountOrZero, FloatOrZero, PositiveFloat, PositiveInt, Range, Seed, Text
+from megadpo.config.types import CountOrZero, FloatOrZero, PositiveFloat, PositiveInt, Seed, Text
+from megadpo.config.variants import LOSSES, OneOf, OptionsOf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,26 +58,18 @@ class DpoConfig:
     sft_loss_weight: FloatOrZero = 0.0
     """Coefficient of the SFT loss on the chosen answer."""
 
-    loss_type: LossType = "sigmoid"
+    loss_type: Annotated[str, OneOf(LOSSES)] = "sigmoid"
     """The preference loss, by TRL's names: docs/losses.md has each one's formula and source. sigmoid is DPO's."""
-    label_smoothing: Annotated[float, Range(ge=0, lt=0.5)] = 0.0
-    """Share of pairs taken to be labelled the wrong way round, in sigmoid (conservative DPO), robust, exo_pair and cpo."""
-    simpo_gamma: FloatOrZero = 0.5
-    """Margin that simpo aims at, in units of beta x mean log-probability."""
-    discopop_tau: Annotated[float, Range(gt=0, le=1)] = 0.05
-    """Temperature at which discopop goes from one of its parts to the other."""
-    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
-    """What keeps the policy near the reference in sigmoid, hinge, ipo, exo_pair, robust and discopop. reverse_kl: DPO's."""
-    f_alpha_divergence_coef: float = 0.5
-    """With alpha_divergence: the coefficient a of ((pi / pi_ref)^(a - 1) - 1) / (a - 1); not 1, which is reverse_kl."""
+    loss_options: Annotated[Mapping[str, Any], OptionsOf(LOSSES)] = field(default_factory=LOSSES.defaults)
+    """What some losses read, by name; in a file they are keys of `dpo`."""
     on_nonfinite_loss: Literal["stop", "skip"] = "stop"
     """A NaN or infinite loss: stop and name the pairs of the batch, or skip the update and count it."""
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
 
     @property
-    def loss_traits(self) -> LossTraits:
-        """What `loss_type` reads."""
-        return LOSS_TRAITS[self.loss_type]
+    def loss(self) -> Any:
+        """The Loss of `loss_type` (megadpo/objective/losses.py) with its options."""
+        return LOSSES.configured(self.loss_type, self.loss_options)
 
     def total_steps(self, batches_per_epoch: int) -> int:
         """Optimizer steps of the whole run, given the global batches in one pass over the data."""

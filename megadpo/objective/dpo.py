@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megadpo.config.schema_dpo import DpoConfig
-from megadpo.objective.losses import LOSSES, PairScores
+from megadpo.objective.losses import Loss, PairScores
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,11 @@ class LossOutput:
 
     loss_sum: scalar, fp32 or fp64, with gradient: the sum of the pairs' losses, to be divided by the pairs of the
         global batch.
-    count: the pairs in loss_sum, P.
     metrics: name -> (sum, count), sums detached scalars on the inputs' device. Adding sums and counts over
         micro-batches and data-parallel ranks and dividing once gives the exact mean.
     """
 
     loss_sum: Tensor
-    count: int
     metrics: dict[str, tuple[Tensor, Tensor | float]]
 
 
@@ -103,21 +101,21 @@ def dpo_loss(
     sums = {"loss": loss_sum, **metrics}
     return LossOutput(
         loss_sum=loss_sum,
-        count=num_pairs,
         metrics={name: (value.detach(), float(num_pairs)) for name, value in sums.items()},
     )
 
 
 def _preference_losses(scores: PairScores, cfg: DpoConfig) -> Tensor | None:
     """[P] losses of `cfg.loss_type`, or None where they can't be had (no reference) and aren't asked for (weight 0)."""
-    if cfg.loss_traits.needs_reference and scores.reference_chosen_logps is None:
+    if cfg.loss.reads_reference and scores.reference_chosen_logps is None:
         if cfg.preference_loss_weight != 0:
             raise ValueError(
                 f"dpo.loss_type {cfg.loss_type!r} needs the reference's log-probabilities; without a reference "
                 "dpo.preference_loss_weight must be 0"
             )
         return None
-    return LOSSES[cfg.loss_type](scores, cfg)
+    loss: Loss = cfg.loss
+    return loss.of_pairs(scores, cfg.reference_policy_kl_penalty)
 
 
 def _sft_losses(policy_chosen_logps: Tensor, chosen_tokens: Tensor, cfg: DpoConfig) -> Tensor:
@@ -127,7 +125,7 @@ def _sft_losses(policy_chosen_logps: Tensor, chosen_tokens: Tensor, cfg: DpoConf
 
 def _reward_sums(scores: PairScores, cfg: DpoConfig) -> dict[str, Tensor]:
     """Sums over the pairs of the implicit rewards; empty where the loss wants a reference and there is none."""
-    if not cfg.loss_traits.needs_reference:
+    if not cfg.loss.reads_reference:
         chosen, rejected = scores.policy_chosen_logps.detach(), scores.policy_rejected_logps.detach()
     elif scores.reference_chosen_logps is not None:
         chosen, rejected = scores.chosen_logratios.detach(), scores.rejected_logratios.detach()
@@ -164,6 +162,6 @@ def _check_shapes(policy_chosen_logps: Tensor, *others: Tensor | None) -> None:
 def metric_names(cfg: DpoConfig, *, has_reference: bool) -> list[str]:
     """Every name in `LossOutput.metrics`, for a rank that computes no loss but takes part in the reduction."""
     names = ["loss", "sft_loss", "logps/chosen", "logps/rejected"]
-    if has_reference or not cfg.loss_traits.needs_reference:
+    if has_reference or not cfg.loss.reads_reference:
         names += ["preference_loss", *(f"rewards/{part}" for part in ("chosen", "rejected", "margins", "accuracies"))]
     return sorted(names)

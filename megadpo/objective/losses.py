@@ -1,9 +1,9 @@
-"""The preference losses: one function and one line of `LOSSES` each.
+"""The preference losses, each in one place: its options, its rules, its formula and its source.
 
-A new loss is a function `(scores, cfg.dpo) -> [P]` here and its name and what it reads in megadpo/config/losses.py;
-normalisation, the SFT term, metrics and reductions (dpo.py) stay as they are. A loss is a sum over pairs, each from its
-own log-probabilities: whatever looks at several pairs at once (TRL's aot sorts a micro-batch) would change with the
-layout.
+A new loss is one class here, or in a file that the config names in `plugins`: `@LOSSES.add(name)` on a dataclass whose
+fields are its options. Normalisation, the SFT term, metrics and reductions (dpo.py) stay as they are. A loss is a sum
+over pairs, each from its own log-probabilities: whatever looks at several pairs at once (TRL's aot sorts a micro-batch)
+would change with the layout.
 
 Shapes: P pairs. All log-probabilities are in nats. beta is `dpo.reference_policy_kl_penalty`. r_w and r_l are the
 log-ratios of the chosen and the rejected answer; s_w and s_l what `f_divergence_type` makes of them.
@@ -12,15 +12,21 @@ log-ratios of the chosen and the rejected answer; s_w and s_l what `f_divergence
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+from megadpo.config.known import Known
+from megadpo.config.problems import Problem
+from megadpo.config.types import FloatOrZero, Range
+from megadpo.config.variants import LOSSES, Lazy
 
-from megadpo.config.losses import LossType
-from megadpo.config.schema_dpo import DpoConfig
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.nn import functional
+else:  # a config is checked without torch
+    torch, functional = Lazy("torch"), Lazy("torch.nn.functional")
 
 MOST_EXPONENT = 80.0
 """exp() of more is kept at that: it would be infinite in float32 at 89, and the difference of two such is NaN."""
@@ -50,11 +56,84 @@ class PairScores:
         return self.policy_rejected_logps - _present(self.reference_rejected_logps)
 
 
-PairLoss = Callable[[PairScores, DpoConfig], Tensor]
-"""`(scores, cfg.dpo) -> [P]` losses."""
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """Base of the losses."""
+
+    reads_reference: ClassVar[bool] = True
+    """Whether it compares with the reference's log-probabilities."""
+    needs_average: ClassVar[bool] = False
+    """Whether it is defined on means over an answer's tokens only."""
+
+    def of_pairs(self, scores: PairScores, beta: float) -> Tensor:
+        """[P] losses of P pairs, with gradient. No collectives."""
+        raise NotImplementedError
+
+    def problems(self, known: Known) -> Iterator[Problem]:
+        """What must hold between this loss and the rest of the config."""
+        dpo = known.cfg.dpo
+        if not self.reads_reference and dpo.reference.mode != "none":
+            expected = f"none with dpo.loss_type {dpo.loss_type}, which reads no reference: one would only cost memory and time"
+            yield Problem("dpo.reference.mode", dpo.reference.mode, expected, "set dpo.reference.mode: none")
+        if self.needs_average and not dpo.preference_average_log_probs:
+            expected = f"true with dpo.loss_type {dpo.loss_type}, which is defined on means over an answer's tokens"
+            yield Problem("dpo.preference_average_log_probs", False, expected, "set it to true")
 
 
-def sigmoid(scores: PairScores, cfg: DpoConfig) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class SmoothedLoss(Loss):
+    """With an option for pairs that are labelled the wrong way round."""
+
+    label_smoothing: Annotated[float, Range(ge=0, lt=0.5)] = 0.0
+    """Share of pairs taken to be labelled the wrong way round, in sigmoid (conservative DPO), robust, exo_pair and cpo."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DivergenceLoss(Loss):
+    """With a choice of the divergence that keeps the policy near the reference."""
+
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
+    """What keeps the policy near the reference in sigmoid, hinge, ipo, exo_pair, robust and discopop. reverse_kl: DPO's."""
+    f_alpha_divergence_coef: float = 0.5
+    """With alpha_divergence: the coefficient a of ((pi / pi_ref)^(a - 1) - 1) / (a - 1); not 1, which is reverse_kl."""
+
+    def scores(self, pairs: PairScores) -> tuple[Tensor, Tensor]:
+        """[P] f'(pi / pi_ref) of both answers, f that of `f_divergence_type`. reverse_kl: the log-ratios, as in DPO.
+        Source: Wang et al. 2023, https://arxiv.org/abs/2309.16240; alpha_divergence in TRL's form, whose coefficient is
+        1 minus the paper's alpha."""
+        pair = pairs.chosen_logratios, pairs.rejected_logratios
+        match self.f_divergence_type:
+            case "reverse_kl":
+                return pair
+            case "forward_kl":
+                chosen, rejected = (-torch.expm1((-r).clamp(max=MOST_EXPONENT)) for r in pair)
+            case "js_divergence":
+                chosen, rejected = (math.log(2) + functional.logsigmoid(r) for r in pair)
+            case "alpha_divergence":
+                power = self.f_alpha_divergence_coef - 1
+                chosen, rejected = (torch.expm1((power * r).clamp(max=MOST_EXPONENT)) / power for r in pair)
+        return chosen, rejected
+
+    def margins(self, pairs: PairScores, beta: float) -> Tensor:
+        """[P] beta (s_w - s_l)."""
+        chosen, rejected = self.scores(pairs)
+        return beta * (chosen - rejected)
+
+    def problems(self, known: Known) -> Iterator[Problem]:
+        yield from super().problems(known)
+        where, coefficient = "dpo.f_alpha_divergence_coef", self.f_alpha_divergence_coef
+        if self.f_divergence_type == "alpha_divergence":
+            if coefficient == 1:
+                fix = "set dpo.f_divergence_type: reverse_kl, or another coefficient"
+                yield Problem(where, coefficient, "other than 1, where the divergence is reverse_kl", fix)
+        elif coefficient != DivergenceLoss.f_alpha_divergence_coef:
+            fix = "remove it, or set dpo.f_divergence_type: alpha_divergence"
+            yield Problem(where, coefficient, "nothing without dpo.f_divergence_type alpha_divergence", fix)
+
+
+@LOSSES.add("sigmoid")
+@dataclass(frozen=True, kw_only=True)
+class Sigmoid(SmoothedLoss, DivergenceLoss):
     """-log sigmoid(beta (s_w - s_l)), [P]; with label smoothing e, (1 - e) of it and e of the swapped pair's.
 
     At policy = reference it is ln 2. `logsigmoid` never takes the logarithm of a number that underflowed: far on the
@@ -62,158 +141,194 @@ def sigmoid(scores: PairScores, cfg: DpoConfig) -> Tensor:
     Source: equation 7 of Rafailov et al. 2023, https://arxiv.org/abs/2305.18290; the same form as NeMo RL's DPO loss
     and TRL's loss_type "sigmoid". Smoothed: conservative DPO, Mitchell 2023, https://ericmitchell.ai/cdpo.pdf.
     """
-    return _smoothed(_margins(scores, cfg), cfg.label_smoothing)
+
+    def of_pairs(self, scores: PairScores, beta: float) -> Tensor:
+        return _smoothed(self.margins(scores, beta), self.label_smoothing)
 
 
-def hinge(scores: PairScores, cfg: DpoConfig) -> Tensor:
+@LOSSES.add("hinge")
+@dataclass(frozen=True, kw_only=True)
+class Hinge(DivergenceLoss):
     """max(0, 1 - beta (s_w - s_l)), [P]. Source: SLiC's hinge on log-ratios, https://arxiv.org/abs/2309.06657."""
-    return torch.relu(1 - _margins(scores, cfg))
+
+    def of_pairs(self, scores: PairScores, beta: float) -> Tensor:
+        return torch.relu(1 - self.margins(scores, beta))
 
 
-def ipo(scores: PairScores, cfg: DpoConfig) -> Tensor:
+@LOSSES.add("ipo")
+@dataclass(frozen=True, kw_only=True)
+class Ipo(DivergenceLoss):
     """(s_w - s_l - 1 / (2 beta))^2, [P]; beta is the paper's tau. TRL takes means over an answer's tokens here: that is
     `preference_average_log_probs`. Source: equation 17 of Azar et al. 2023, https://arxiv.org/abs/2310.12036."""
-    chosen, rejected = _divergence_scores(scores, cfg)
-    return (chosen - rejected - 1 / (2 * cfg.reference_policy_kl_penalty)) ** 2
+
+    def of_pairs(self, scores: PairScores, beta: float) -> Tensor:
+        chosen, rejected = self.scores(scores)
+        return (chosen - rejected - 1 / (2 * beta)) ** 2
 
 
-def exo_pair(scores: PairScores, cfg: DpoConfig) -> Tensor:
+@LOSSES.add("exo_pair")
+@dataclass(frozen=True, kw_only=True)
+class ExoPair(SmoothedLoss, DivergenceLoss):
     """KL(q || p), [P]: q = (sigmoid(m), sigmoid(-m)) with m = beta (s_w - s_l), p = (1 - e, e) with label smoothing e.
     Source: equation 16 of Ji et al. 2024, https://arxiv.org/abs/2402.00856."""
-    margins, e = _margins(scores, cfg), cfg.label_smoothing
-    chosen = torch.sigmoid(margins) * (logsigmoid(margins) - math.log1p(-e))
-    rejected = torch.sigmoid(-margins) * (logsigmoid(-margins) - math.log(e))
-    return chosen + rejected
+
+    def of_pairs(self, scores: PairScores, beta: float) -> Tensor:
+        margins, e = self.margins(scores, beta), self.label_smoothing
+        chosen = torch.sigmoid(margins) * (functional.logsigmoid(margins) - math.log1p(-e))
+        rejected = torch.sigmoid(-margins) * (functional.logsigmoid(-margins) - math.log(e))
+        return chosen + rejected
+
+    def problems(self, known: Known) -> Iterator[Problem]:
+        yield from super().problems(known)
+        if self.label_smoothing == 0:
+            expected = "more than 0 with dpo.loss_type exo_pair, which takes its logarithm"
+            yield Problem("dpo.label_smoothing", 0.0, expected, "set it to 0.001, as in the paper")
 
 
-def nca_pair(scores: PairScores, cfg: DpoConfig) -> Tensor:
+@LOSSES.add("nca_pair")
+@dataclass(frozen=True, kw_only=True)
+class NcaPair(Loss):
     """-log sigmoid(beta r_w) - (log sigmoid(-beta r_w) + log sigmoid(-beta r_l)) / 2, [P].
     Source: Chen et al. 2024, https://arxiv.org/abs/2402.05369."""
-    chosen, rejected = _rewards(scores, cfg)
-    return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
+
+    def of_pairs(self, scores: PairScores, beta: float) -> Tensor:
+        chosen, rejected = _rewards(scores, beta)
+        return (
+            -functional.logsigmoid(chosen)
+            - 0.5 * functional.logsigmoid(-chosen)
+            - 0.5 * functional.logsigmoid(-rejected)
+        )
 
 
-def robust(scores: PairScores, cfg: DpoConfig) -> Tensor:
+@LOSSES.add("robust")
+@dataclass(frozen=True, kw_only=True)
+class Robust(SmoothedLoss, DivergenceLoss):
     """((1 - e) l(m) - e l(-m)) / (1 - 2 e), [P]: l = -log sigmoid, m = beta (s_w - s_l), e (label smoothing) the share
     of pairs whose answers are swapped by mistake; unbiased under such noise.
     Source: Chowdhury et al. 2024, https://arxiv.org/abs/2403.00409."""
-    margins, e = _margins(scores, cfg), cfg.label_smoothing
-    return (-(1 - e) * logsigmoid(margins) + e * logsigmoid(-margins)) / (1 - 2 * e)
+
+    def of_pairs(self, scores: PairScores, beta: float) -> Tensor:
+        margins, e = self.margins(scores, beta), self.label_smoothing
+        return (-(1 - e) * functional.logsigmoid(margins) + e * functional.logsigmoid(-margins)) / (1 - 2 * e)
 
 
-def bco_pair(scores: PairScores, cfg: DpoConfig) -> Tensor:
+@LOSSES.add("bco_pair")
+@dataclass(frozen=True, kw_only=True)
+class BcoPair(Loss):
     """-log sigmoid(beta r_w) - log sigmoid(-beta r_l), [P]; without the paper's running shift, as in TRL's DPOTrainer.
     Source: Jung et al. 2024, https://arxiv.org/abs/2404.04656."""
-    chosen, rejected = _rewards(scores, cfg)
-    return -logsigmoid(chosen) - logsigmoid(-rejected)
+
+    def of_pairs(self, scores: PairScores, beta: float) -> Tensor:
+        chosen, rejected = _rewards(scores, beta)
+        return -functional.logsigmoid(chosen) - functional.logsigmoid(-rejected)
 
 
-def sppo_hard(scores: PairScores, cfg: DpoConfig) -> Tensor:
+@LOSSES.add("sppo_hard")
+@dataclass(frozen=True, kw_only=True)
+class SppoHard(Loss):
     """(r_w - 1 / (2 beta))^2 + (r_l + 1 / (2 beta))^2, [P]: the winner wins with certainty.
     Source: equation 4.7 of Wu et al. 2024, https://arxiv.org/abs/2405.00675, with probabilities 1 and 0."""
-    half = 0.5 / cfg.reference_policy_kl_penalty
-    return (scores.chosen_logratios - half) ** 2 + (scores.rejected_logratios + half) ** 2
+
+    def of_pairs(self, scores: PairScores, beta: float) -> Tensor:
+        half = 0.5 / beta
+        return (scores.chosen_logratios - half) ** 2 + (scores.rejected_logratios + half) ** 2
 
 
-def apo_zero(scores: PairScores, cfg: DpoConfig) -> Tensor:
+@LOSSES.add("apo_zero")
+@dataclass(frozen=True, kw_only=True)
+class ApoZero(Loss):
     """sigmoid(-beta r_w) + sigmoid(beta r_l), [P]: raises chosen and lowers rejected answers, for chosen ones that are
     better than the model's own. Source: equation 7 of D'Oosterlinck et al. 2024, https://arxiv.org/abs/2408.06266."""
-    chosen, rejected = _rewards(scores, cfg)
-    return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
+
+    def of_pairs(self, scores: PairScores, beta: float) -> Tensor:
+        chosen, rejected = _rewards(scores, beta)
+        return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
 
 
-def apo_down(scores: PairScores, cfg: DpoConfig) -> Tensor:
+@LOSSES.add("apo_down")
+@dataclass(frozen=True, kw_only=True)
+class ApoDown(Loss):
     """sigmoid(beta r_w) + sigmoid(-beta (r_w - r_l)), [P]: lowers both, rejected ones more, for chosen answers that are
     worse than the model's own. Source: equation 8 of D'Oosterlinck et al. 2024, https://arxiv.org/abs/2408.06266."""
-    chosen, rejected = _rewards(scores, cfg)
-    return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)
+
+    def of_pairs(self, scores: PairScores, beta: float) -> Tensor:
+        chosen, rejected = _rewards(scores, beta)
+        return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)
 
 
-def discopop(scores: PairScores, cfg: DpoConfig) -> Tensor:
+@LOSSES.add("discopop")
+@dataclass(frozen=True, kw_only=True)
+class Discopop(DivergenceLoss):
     """(1 - w) (-log sigmoid(m)) + w exp(-m), [P]: m = beta (s_w - s_l), w = sigmoid(m / tau), tau `discopop_tau`.
 
     w exp(-m) is computed as one exponential: apart they are 0 x infinity for m below -88.
     Source: equation 5 of Lu et al. 2024, https://arxiv.org/abs/2406.08414.
     """
-    margins = _margins(scores, cfg)
-    sharpened = margins / cfg.discopop_tau
-    return -logsigmoid(margins) * torch.sigmoid(-sharpened) + torch.exp(logsigmoid(sharpened) - margins)
+
+    discopop_tau: Annotated[float, Range(gt=0, le=1)] = 0.05
+    """Temperature at which discopop goes from one of its parts to the other."""
+
+    def of_pairs(self, scores: PairScores, beta: float) -> Tensor:
+        margins = self.margins(scores, beta)
+        sharpened = margins / self.discopop_tau
+        return -functional.logsigmoid(margins) * torch.sigmoid(-sharpened) + torch.exp(
+            functional.logsigmoid(sharpened) - margins
+        )
 
 
-def cpo(scores: PairScores, cfg: DpoConfig) -> Tensor:
+@LOSSES.add("cpo")
+@dataclass(frozen=True, kw_only=True)
+class Cpo(SmoothedLoss):
     """-log sigmoid(beta (log pi(chosen) - log pi(rejected))), [P]: DPO with a uniform reference. The paper adds the SFT
     term: `sft_loss_weight: 1`. Source: Xu et al. 2024, https://arxiv.org/abs/2401.08417."""
-    margins = cfg.reference_policy_kl_penalty * (scores.policy_chosen_logps - scores.policy_rejected_logps)
-    return _smoothed(margins, cfg.label_smoothing)
+
+    reads_reference = False
+
+    def of_pairs(self, scores: PairScores, beta: float) -> Tensor:
+        margins = beta * (scores.policy_chosen_logps - scores.policy_rejected_logps)
+        return _smoothed(margins, self.label_smoothing)
 
 
-def simpo(scores: PairScores, cfg: DpoConfig) -> Tensor:
+@LOSSES.add("simpo")
+@dataclass(frozen=True, kw_only=True)
+class Simpo(Loss):
     """-log sigmoid(beta (p_w - p_l) - gamma), [P]: p means of log-probabilities over an answer's tokens, gamma
     `simpo_gamma`. Source: equation 6 of Meng et al. 2024, https://arxiv.org/abs/2405.14734."""
-    margins = cfg.reference_policy_kl_penalty * (scores.policy_chosen_logps - scores.policy_rejected_logps)
-    return -logsigmoid(margins - cfg.simpo_gamma)
+
+    reads_reference = False
+    needs_average = True
+    simpo_gamma: FloatOrZero = 0.5
+    """Margin that simpo aims at, in units of beta x mean log-probability."""
+
+    def of_pairs(self, scores: PairScores, beta: float) -> Tensor:
+        margins = beta * (scores.policy_chosen_logps - scores.policy_rejected_logps)
+        return -functional.logsigmoid(margins - self.simpo_gamma)
 
 
-def orpo(scores: PairScores, cfg: DpoConfig) -> Tensor:
+@LOSSES.add("orpo")
+@dataclass(frozen=True, kw_only=True)
+class Orpo(Loss):
     """-log sigmoid(log-odds(p_w) - log-odds(p_l)), [P]: p means of log-probabilities over an answer's tokens,
     log-odds(p) = p - log(1 - e^p). The paper's lambda is `preference_loss_weight`, its first term `sft_loss_weight: 1`;
     beta is in the logged rewards only. Source: Hong et al. 2024, https://arxiv.org/abs/2403.07691."""
-    return -logsigmoid(_log_odds(scores.policy_chosen_logps) - _log_odds(scores.policy_rejected_logps))
+
+    reads_reference = False
+    needs_average = True
+
+    def of_pairs(self, scores: PairScores, beta: float) -> Tensor:
+        return -functional.logsigmoid(_log_odds(scores.policy_chosen_logps) - _log_odds(scores.policy_rejected_logps))
 
 
-LOSSES: dict[LossType, PairLoss] = {
-    "sigmoid": sigmoid,
-    "hinge": hinge,
-    "ipo": ipo,
-    "exo_pair": exo_pair,
-    "nca_pair": nca_pair,
-    "robust": robust,
-    "bco_pair": bco_pair,
-    "sppo_hard": sppo_hard,
-    "apo_zero": apo_zero,
-    "apo_down": apo_down,
-    "discopop": discopop,
-    "cpo": cpo,
-    "simpo": simpo,
-    "orpo": orpo,
-}
-
-
-def _margins(scores: PairScores, cfg: DpoConfig) -> Tensor:
-    """[P] beta (s_w - s_l)."""
-    chosen, rejected = _divergence_scores(scores, cfg)
-    return cfg.reference_policy_kl_penalty * (chosen - rejected)
-
-
-def _rewards(scores: PairScores, cfg: DpoConfig) -> tuple[Tensor, Tensor]:
+def _rewards(scores: PairScores, beta: float) -> tuple[Tensor, Tensor]:
     """[P] beta r_w and beta r_l."""
-    beta = cfg.reference_policy_kl_penalty
     return beta * scores.chosen_logratios, beta * scores.rejected_logratios
 
 
 def _smoothed(margins: Tensor, label_smoothing: float) -> Tensor:
     """[P] -log sigmoid(margins), with a share of the swapped pair's loss."""
     if label_smoothing == 0:
-        return -logsigmoid(margins)
-    return -(1 - label_smoothing) * logsigmoid(margins) - label_smoothing * logsigmoid(-margins)
-
-
-def _divergence_scores(scores: PairScores, cfg: DpoConfig) -> tuple[Tensor, Tensor]:
-    """[P] f'(pi / pi_ref) of both answers, f that of `f_divergence_type`. reverse_kl: the log-ratios, as in DPO.
-    Source: Wang et al. 2023, https://arxiv.org/abs/2309.16240; alpha_divergence in TRL's form, whose coefficient is
-    1 minus the paper's alpha."""
-    pair = scores.chosen_logratios, scores.rejected_logratios
-    match cfg.f_divergence_type:
-        case "reverse_kl":
-            return pair
-        case "forward_kl":
-            chosen, rejected = (-torch.expm1((-r).clamp(max=MOST_EXPONENT)) for r in pair)
-        case "js_divergence":
-            chosen, rejected = (math.log(2) + logsigmoid(r) for r in pair)
-        case "alpha_divergence":
-            power = cfg.f_alpha_divergence_coef - 1
-            chosen, rejected = (torch.expm1((power * r).clamp(max=MOST_EXPONENT)) / power for r in pair)
-    return chosen, rejected
+        return -functional.logsigmoid(margins)
+    return -(1 - label_smoothing) * functional.logsigmoid(margins) - label_smoothing * functional.logsigmoid(-margins)
 
 
 def _log_odds(logps: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from megadpo.data.tokens.dataset import load_datasets
 from megadpo.data.tokens.tokenizer import load_tokenizer, pad_token_id
 from megadpo.model.build import build_model
 from megadpo.model.source import resolve_source, tokenizer_source
-from megadpo.objective import metric_names
+from megadpo.objective.dpo import metric_names
 from megadpo.parallel import ParallelContext
 from megadpo.reference import ResidentReference
 from megadpo.train.metrics import MetricSums
@@ -63,7 +63,7 @@ class Evaluator:
         fill(self.policy.model, source, arch, parallel)
         named = cfg.dpo.reference.model_name is not None
         self.reference = build_reference(cfg, source, arch, parallel) if named else None
-        self.has_preference_loss = named or not cfg.dpo.loss_traits.needs_reference
+        self.has_preference_loss = named or not cfg.dpo.loss.reads_reference
         # Where it can't be had its weight is 0 for the objective, whatever the config says.
         self.dpo = cfg.dpo if self.has_preference_loss else dataclasses.replace(cfg.dpo, preference_loss_weight=0.0)
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from megadpo.config.losses import LOSS_OPTIONS
 from megadpo.config.schema import Config
-from megadpo.config.schema_dpo import DpoConfig
+from megadpo.config.variants import LOSSES
 from megadpo.model.build import count_parameters, is_expert
 from megadpo.model.implementation import choose_implementation, fuses_weight_gradient
 from megadpo.optimizer.adam import adam_name, choose_adam
@@ -104,8 +103,8 @@ def micro_batch_words(cfg: Config) -> str:
 def loss_words(cfg: Config) -> str:
     dpo = cfg.dpo
     words = f"{dpo.loss_type}, beta {dpo.reference_policy_kl_penalty:g}"
-    changed = [option for option in LOSS_OPTIONS if getattr(dpo, option) != getattr(DpoConfig, option)]
-    words += "".join(f", {option} {getattr(dpo, option)}" for option in changed)
+    usual = LOSSES.defaults()
+    words += "".join(f", {name} {value}" for name, value in dpo.loss_options.items() if value != usual[name])
     if dpo.preference_average_log_probs:
         words += ", means over tokens"
     if (dpo.preference_loss_weight, dpo.sft_loss_weight) != (1, 0):

@@ -23,7 +23,7 @@ from megadpo.data.batches.loader import GlobalBatch
 from megadpo.data.batches.pack import PackedBatch
 from megadpo.model.gpt import PairModel
 from megadpo.model.moe_balance import balance_metrics
-from megadpo.objective import LossOutput, dpo_loss, metric_names
+from megadpo.objective.dpo import LossOutput, dpo_loss, metric_names
 from megadpo.optimizer import guarded_step
 from megadpo.parallel import ParallelContext, run_pipeline
 from megadpo.reference import ResidentReference, answer_logps

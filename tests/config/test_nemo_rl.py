@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megadpo.config import ConfigError, build_config, load_config
-from megadpo.config.load import _SCHEMA_PATHS
+from megadpo.config import Config, ConfigError, build_config, load_config
 from megadpo.config.nemo_rl.no_effect import NO_EFFECT
 from megadpo.config.nemo_rl.refused import REFUSED
+from megadpo.config.reader import dotted_paths
 
+SCHEMA_PATHS = frozenset(dotted_paths(Config))
 NEMO = Path(__file__).with_name("nemo_rl_dpo.yaml")
 MEG = "policy.megatron_cfg"
 FIXES = [
@@ -79,7 +80,7 @@ def test_no_key_of_the_file_is_ignored_in_silence():
         )
         dataset = path.startswith(("data.train.", "data.validation."))
         refused = path in accepted_at_off or path.startswith("policy.optimizer.")
-        assert path in _SCHEMA_PATHS or noted or refused or dataset or path in moved, path
+        assert path in SCHEMA_PATHS or noted or refused or dataset or path in moved, path
 
 
 @pytest.mark.parametrize("entry", REFUSED, ids=lambda entry: entry.path)
@@ -91,7 +92,7 @@ def test_a_refused_key_is_refused_and_its_off_values_are_not(entry, refusals, co
     assert entry.reason in found[entry.path].expected and found[entry.path].fix == entry.fix
     for off in entry.accepted:
         assert config(**{at: off}).notes == ()
-        if off is None or entry.path not in _SCHEMA_PATHS:  # else it is an option with several good values
+        if off is None or entry.path not in SCHEMA_PATHS:  # else it is an option with several good values
             assert config(**{at: off}) == config()
 
 
@@ -117,7 +118,7 @@ def test_the_tables_do_not_contradict_each_other():
     paths = [entry.path for entry in REFUSED]
     assert len(set(paths)) == len(paths)
     assert not set(paths) & set(NO_EFFECT)
-    assert not {path for path in NO_EFFECT if path in _SCHEMA_PATHS}
+    assert not {path for path in NO_EFFECT if path in SCHEMA_PATHS}
 
 
 def test_false_is_not_zero_for_a_refused_key(refusals):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megadpo.config.losses import LOSS_TRAITS, LossType
 from megadpo.config.schema_dpo import DpoConfig
-from megadpo.objective import LOSSES, LossOutput, dpo_loss, metric_names
+from megadpo.config.variants import LOSSES
+from megadpo.objective.dpo import LossOutput, dpo_loss, metric_names
 
 BETA = 0.2
 
@@ -92,21 +91,18 @@ WRITTEN: dict[str, list[tuple[dict[str, Any], Callable[..., float]]]] = {
 }
 CASES = [(name, options, formula) for name, cases in WRITTEN.items() for options, formula in cases]
 WITH_AND_WITHOUT_AVERAGE = [
-    (*case, average)
-    for case in CASES
-    for average in (False, True)
-    if average or not LOSS_TRAITS[typing.cast(LossType, case[0])].needs_average
+    (*case, average) for case in CASES for average in (False, True) if average or not LOSSES[case[0]].needs_average
 ]
 
 
 def config(name: str, **options: Any) -> DpoConfig:
-    average = LOSS_TRAITS[typing.cast(LossType, name)].needs_average
-    defaults = {"reference_policy_kl_penalty": BETA, "preference_average_log_probs": average}
-    return DpoConfig(loss_type=name, **{**defaults, **options})  # type: ignore[arg-type]
+    of_loss = {key: options.pop(key) for key in LOSSES.keys().keys() & options.keys()}
+    defaults = {"reference_policy_kl_penalty": BETA, "preference_average_log_probs": LOSSES[name].needs_average}
+    return DpoConfig(loss_type=name, loss_options=of_loss, **{**defaults, **options})
 
 
 def loss_of(cfg: DpoConfig, logps: list[Tensor], tokens: list[Tensor]) -> LossOutput:
-    reference = logps[2:] if cfg.loss_traits.needs_reference else [None, None]
+    reference = logps[2:] if cfg.loss.reads_reference else [None, None]
     return dpo_loss(*logps[:2], *reference, *tokens, cfg)  # type: ignore[arg-type]
 
 
@@ -120,7 +116,7 @@ def inputs(num_pairs: int, seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def test_every_loss_of_the_config_is_there_and_written_out() -> None:
-    assert set(typing.get_args(LossType)) == set(LOSSES) == set(LOSS_TRAITS) == set(WRITTEN)
+    assert set(LOSSES.names()) == set(WRITTEN)
 
 
 @pytest.mark.parametrize(("name", "options", "formula", "average"), WITH_AND_WITHOUT_AVERAGE)
@@ -185,12 +181,12 @@ def test_any_split_of_the_pairs_adds_up(name: str, options: dict[str, Any], _for
     total = torch.stack([part.loss_sum for part in parts]).sum()
     torch.testing.assert_close(total, whole.loss_sum, rtol=1e-12, atol=0)
     torch.testing.assert_close(torch.autograd.grad(total, logps[0])[0], gradient, rtol=1e-12, atol=0)
-    assert set(whole.metrics) == set(metric_names(cfg, has_reference=cfg.loss_traits.needs_reference))
+    assert set(whole.metrics) == set(metric_names(cfg, has_reference=cfg.loss.reads_reference))
     for metric, (summed, _) in whole.metrics.items():
         assert float(summed) == pytest.approx(sum(float(part.metrics[metric][0]) for part in parts), rel=1e-12)
 
 
-@pytest.mark.parametrize("name", [name for name, traits in LOSS_TRAITS.items() if not traits.needs_reference])
+@pytest.mark.parametrize("name", [name for name in LOSSES.names() if not LOSSES[name].reads_reference])
 def test_without_a_reference_rewards_are_of_the_policy_itself(name: str) -> None:
     cfg = config(name)
     logps, tokens = inputs(4)

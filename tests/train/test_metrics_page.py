@@ -8,7 +8,7 @@ from pathlib import Path
 from megadpo.checkpoint import TrainingPosition
 from megadpo.config.schema_dpo import DpoConfig
 from megadpo.data.batches.loader import GlobalBatch
-from megadpo.objective import metric_names
+from megadpo.objective.dpo import metric_names
 from megadpo.train.evaluation import metrics_of
 from megadpo.train.loop import step_record
 from megadpo.train.step import CONTEXT_IMBALANCE, StepOutcome

@@ -270,6 +270,8 @@ def test_the_banner_names_what_changes_the_loss() -> None:
         return loss_words(cast(Config, SimpleNamespace(dpo=dpo)))
 
     assert words_of(DpoConfig()) == "sigmoid, beta 0.05"
-    simpo = DpoConfig(loss_type="simpo", simpo_gamma=1.4, preference_average_log_probs=True, sft_loss_weight=0.5)
+    simpo = DpoConfig(
+        loss_type="simpo", loss_options={"simpo_gamma": 1.4}, preference_average_log_probs=True, sft_loss_weight=0.5
+    )
     words = "simpo, beta 0.05, simpo_gamma 1.4, means over tokens, weights: preference 1, sft 0.5"
     assert words_of(simpo) == words

@@ -1,0 +1,240 @@
+"""Variants: what a run picks by name, each in one file that brings its options, its rules and its refusals.
+
+A kind of variant (losses, model families, attention kernels, ...) is a `Variants`: the package whose files hold them. The
+files are found and imported at the first question, so a variant is added by adding a file there, or by a file anywhere
+that the config names in `plugins`. The schema, docs/config.md, the config check and every refusal read the register:
+there is no second list of names.
+
+A variant is a dataclass whose fields are its options (docs below the fields, as in the schema), or a module-level object
+without options. It may have `problems(known)`, which yields a Problem for everything that it can't do, as far as `known`
+says: of the config alone, and with the model's architecture, the number of processes and the machine where these are
+known.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar, get_type_hints
+
+from megadpo.config.problems import ConfigError, Problem
+
+V = TypeVar("V")
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of a config section: a field of its dataclass, or an option of a variant."""
+
+    annotation: Any
+    default: Any
+    """dataclasses.MISSING: required."""
+    owner: type
+    """The class whose source says below the field what the key means."""
+
+
+class Variants(Generic[V]):
+    """The variants of one kind, by name."""
+
+    def __init__(self, what: str, package: str, *, field: str = "", options: str = "") -> None:
+        """what: a variant in words, e.g. "loss". package: whose modules hold variants; a single module will do.
+        field: the config key that names the chosen one. options: the schema's field that holds their options."""
+        self.what = what
+        self.field = field
+        self._package = package
+        self._options = options
+        self._variants: dict[str, V] = {}
+        self._loaded = False
+
+    def add(self, name: str) -> Callable[[V], V]:
+        """Decorator: register a variant. Raises ValueError where the name is taken."""
+
+        def register(variant: V) -> V:
+            if name in self._variants:
+                raise ValueError(f"there is a {self.what} {name!r} already")
+            self._variants[name] = variant
+            self.keys.cache_clear()
+            return variant
+
+        return register
+
+    def remove(self, name: str) -> None:
+        """Forget a variant: for tests, which add their own."""
+        del self._variants[name]
+        self.keys.cache_clear()
+
+    def names(self) -> tuple[str, ...]:
+        """Every name, in the order of registration."""
+        return tuple(self._all())
+
+    def __iter__(self) -> Iterator[V]:
+        return iter(self._all().values())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._all()
+
+    def __getitem__(self, name: str) -> V:
+        return self._all()[name]
+
+    def configured(self, name: str, options: Mapping[str, Any]) -> Any:
+        """The variant `name`, made with those of `options` that are its own."""
+        variant: Any = self[name]
+        own = {key: options[key] for key in variant_options(variant) if key in options}
+        return variant(**own) if isinstance(variant, type) else variant
+
+    @functools.cache  # noqa: B019  a kind lives as long as the program
+    def keys(self) -> dict[str, Key]:
+        """Every option of every variant. Variants that share an option declare it alike, in a common base class."""
+        return {name: key for variant in self for name, key in variant_options(variant).items()}
+
+    def defaults(self) -> dict[str, Any]:
+        """Every option of every variant at its default."""
+        return {name: key.default for name, key in self.keys().items()}
+
+    def readers(self, option: str) -> list[str]:
+        """The variants that have `option`."""
+        return [name for name, variant in self._all().items() if option in variant_options(variant)]
+
+    def chosen(self, cfg: Any) -> Any | None:
+        """The variant that the config names, with its options; None where it names none, or leaves the choice (auto)."""
+        name = value_at(cfg, self.field)
+        return self.configured(name, self._given(cfg)) if name in self else None
+
+    def unread(self, cfg: Any) -> Iterator[tuple[str, Any, list[str]]]:
+        """(path, value, the variants that read it) of each option that isn't at its default and that the chosen variant
+        hasn't got."""
+        chosen, section = self.chosen(cfg), self.field.rpartition(".")[0]
+        for name, value in self._given(cfg).items():
+            if value != self.keys()[name].default and not hasattr(chosen, name):
+                yield f"{section}.{name}", value, self.readers(name)
+
+    def problems(self, known: Any) -> Iterator[Problem]:
+        """What the chosen variant refuses; known: a Known (known.py)."""
+        problems = getattr(self.chosen(known.cfg), "problems", None)
+        if problems is not None:
+            yield from problems(known)
+
+    def _given(self, cfg: Any) -> Mapping[str, Any]:
+        section = value_at(cfg, self.field.rpartition(".")[0])
+        return getattr(section, self._options) if self._options else {}
+
+    def _all(self) -> dict[str, V]:
+        if not self._loaded:
+            self._loaded = True  # first: a file of the package may ask while it is imported
+            package = importlib.import_module(self._package)
+            for module in pkgutil.iter_modules(getattr(package, "__path__", ())):
+                importlib.import_module(f"{self._package}.{module.name}")
+        return self._variants
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Marks a text that names a variant of a kind, or one of `others`."""
+
+    kind: Variants[Any]
+    others: tuple[str, ...] = ()
+
+    def allowed(self) -> tuple[str, ...]:
+        return (*self.others, *self.kind.names())
+
+
+@dataclass(frozen=True)
+class OptionsOf:
+    """Marks a field of a section that holds the options of a kind's variants: in a file they are keys of the section."""
+
+    kind: Variants[Any]
+
+
+def variant_options(variant: Any) -> dict[str, Key]:
+    """The options of a variant; of one that is no dataclass, none."""
+    if not isinstance(variant, type) or not dataclasses.is_dataclass(variant):
+        return {}
+    hints = get_type_hints(variant, include_extras=True)
+    options = {}
+    for field in dataclasses.fields(variant):
+        owner = next(cls for cls in reversed(variant.__mro__) if field.name in inspect.get_annotations(cls))
+        options[field.name] = Key(hints[field.name], default_of(field), owner)
+    return options
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default of a dataclass's field, made where a factory makes it; dataclasses.MISSING for a required one."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+class Lazy:
+    """A module that is imported when it is first used: formulas need torch, checking a config doesn't."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module(self._name), attribute)
+
+
+def import_plugins(names: Sequence[str]) -> None:
+    """Import Python files (by path) and modules (by dotted name) that add variants, each once.
+
+    Raises ConfigError naming every one that can't be imported. What they contain is executed.
+    """
+    problems = []
+    for name in names:
+        try:
+            _import_plugin(name)
+        except Exception as error:  # whatever somebody else's code raises
+            fix = "correct the name, or the file"
+            expected = f"a Python file or module that can be imported ({type(error).__name__}: {error})"
+            problems.append(Problem("plugins", name, expected, fix))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _import_plugin(name: str) -> None:
+    if not name.endswith(".py"):
+        importlib.import_module(name)
+        return
+    path = Path(name).expanduser().resolve()
+    module_name = f"megadpo_plugin_{path.stem}_{abs(hash(str(path))):x}"
+    if module_name in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+
+
+def value_at(cfg: Any, path: str) -> Any:
+    """The value of a dotted key, an option of a variant included. Raises AttributeError for one that isn't there."""
+    for name in path.split("."):
+        holders = option_fields(cfg.__class__)
+        held = next((getattr(cfg, field) for field, kind in holders.items() if name in kind.keys()), None)  # noqa: SIM118
+        cfg = getattr(cfg, name) if held is None else held[name]
+    return cfg
+
+
+@functools.cache
+def option_fields(section: Any) -> dict[str, Variants[Any]]:
+    """The fields of a section that hold options of variants, and their kinds."""
+    if not dataclasses.is_dataclass(section):
+        return {}
+    hints = get_type_hints(section, include_extras=True)
+    marks = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
+    return {name: mark.kind for name, found in marks.items() for mark in found if isinstance(mark, OptionsOf)}
+
+
+LOSSES: Variants[Any] = Variants("loss", "megadpo.objective.losses", field="dpo.loss_type", options="loss_options")
+KINDS: tuple[Variants[Any], ...] = (LOSSES,)
+"""Every kind whose variants have problems."""
