@@ -1,20 +1,23 @@
 """Rows -> preference pairs. A format is one file of this folder; docs/data.md shows a row of each.
 
 A format says what it is called, which keys of `data` it reads, whether a row looks like one of its own, how such a row
-becomes a pair, and which data set of the hub it is known for. A further one joins with `register`.
-Nothing here needs numpy or torch: the config is checked with it.
+becomes a pair, and which data set of the hub it is known for. A further one joins by a file here, or by one that the
+config names in `plugins`, which calls `register`. Nothing here needs numpy or torch: the config is checked with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib import import_module
-from pkgutil import iter_modules
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from megadpo.config.problems import Problem
+from megadpo.config.variants import FORMATS
 from megadpo.data.sources import Place
+
+if TYPE_CHECKING:
+    from megadpo.config.known import Known
 
 Row: TypeAlias = Mapping[str, Any]
 
@@ -79,27 +82,27 @@ class RowFormat:
     is_last: bool = False
     """Rows of other formats have its fields, too: it is tried after those."""
 
-
-FORMATS: dict[str, RowFormat] = {}
-"""By name."""
+    def problems(self, known: Known) -> Iterator[Problem]:
+        """Keys that name fields, where the format named in the config doesn't read them."""
+        for field in dataclasses.fields(FieldKeys):
+            key, default = f"{field.name}_key", field.default
+            value = getattr(known.cfg.data, key)
+            if value != default and key not in self.keys:
+                fix = "remove it, or set data.dataset_name: BinaryPreferenceDataset"
+                yield Problem(f"data.{key}", value, f"{default}, since {self.name} has field names of its own", fix)
 
 
 def register(row_format: RowFormat) -> RowFormat:
     """Adds a format. Raises ValueError if its name is taken."""
-    if row_format.name in FORMATS:
-        raise ValueError(f"format {row_format.name!r} is registered already")
-    FORMATS[row_format.name] = row_format
+    FORMATS.add(row_format.name)(row_format)
     return row_format
 
 
 def find_format(row: Row, keys: FieldKeys) -> RowFormat | None:
     """The first format whose fields the row has."""
-    for row_format in sorted(FORMATS.values(), key=lambda one: one.is_last):
+    formats: list[RowFormat] = sorted(FORMATS, key=lambda one: one.is_last)
+    for row_format in formats:
         fields = row_format.fields(keys)
         if fields and all(field in row for field in fields):
             return row_format
     return None
-
-
-for _module in iter_modules(__path__):
-    import_module(f"{__name__}.{_module.name}")

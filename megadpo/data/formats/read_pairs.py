@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from megadpo.config.problems import DataError, Problem
-from megadpo.data.formats import FORMATS, FieldKeys, PreferencePair, Row, RowFormat, find_format
+from megadpo.config.variants import FORMATS
+from megadpo.data.formats import FieldKeys, PreferencePair, Row, RowFormat, find_format
 from megadpo.data.formats.binary_preference import BINARY_PREFERENCE
 from megadpo.data.sources import MOST_PROBLEMS, Place
 from megadpo.data.sources.rows import read_rows

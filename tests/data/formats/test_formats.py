@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megadpo.config.data_source import DATASET_NAMES
 from megadpo.config.problems import DataError
-from megadpo.data.formats import FORMATS, FieldKeys, PreferencePair, find_format
+from megadpo.config.variants import FORMATS
+from megadpo.data.formats import FieldKeys, PreferencePair, find_format
 from megadpo.data.formats.read_pairs import ReadCounts
 from tests.data.builders import read_all, write_rows
 
@@ -46,8 +48,13 @@ def refusals(folder: Path, *rows: object, **options: Any) -> list[str]:
     return [str(problem).replace(str(folder) + "/", "") for problem in refused.value.problems]
 
 
-def test_every_name_of_the_config_is_a_format() -> None:
-    assert set(FORMATS) == set(DATASET_NAMES)
+def test_every_file_of_a_format_is_found_without_numpy() -> None:
+    code = (
+        "import sys; from megadpo.config.variants import FORMATS; "
+        "print(*FORMATS.names(), *sorted({'numpy', 'torch', 'pyarrow', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == {case[1] for case in ROWS.values()} | {"Tulu3Preference"}
 
 
 ROWS = {
@@ -164,7 +171,7 @@ def test_a_row_is_recognised_and_read(case: str, tmp_path: Path) -> None:
 def test_the_rows_that_the_page_shows_are_what_it_says() -> None:
     page = (Path(__file__).resolve().parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
     shown = dict(re.findall(r"^\| (\w+) \| `(.*?)`", page, flags=re.MULTILINE))
-    assert set(shown) == set(DATASET_NAMES)
+    assert set(shown) == set(FORMATS.names())
     for name, text in shown.items():
         fields = dict.fromkeys(re.findall(r'[{ ]"(\w+)":', text))
         found = find_format(fields, FieldKeys())

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from megadpo.config.problems import DataError, Problem
-from megadpo.data.formats import FORMATS, FieldKeys, PreferencePair, RowFormat, find_format, register
+from megadpo.config.variants import FORMATS
+from megadpo.data.formats import FieldKeys, PreferencePair, RowFormat, find_format, register
 from megadpo.data.sources import MOST_PROBLEMS, Place
 from tests.data.builders import read_all, row, write_rows
 
@@ -137,8 +138,7 @@ def test_all_problems_come_at_once_up_to_a_bound(tmp_path: Path) -> None:
     assert len(problems) == MOST_PROBLEMS + 1 and "not read" in problems[-1].fix
 
 
-def test_a_further_format_joins_by_registering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megadpo.data.formats.FORMATS", dict(FORMATS))
+def test_a_further_format_joins_by_registering(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     joined = RowFormat(
         name="Swapped",
         fields=lambda keys: ("q", "a"),
@@ -147,7 +147,8 @@ def test_a_further_format_joins_by_registering(tmp_path: Path, monkeypatch: pyte
         ),
     )
     register(joined)
-    with pytest.raises(ValueError, match="registered already"):
+    request.addfinalizer(lambda: FORMATS.remove("Swapped"))
+    with pytest.raises(ValueError, match="already"):
         register(joined)
     assert find_format({"q": 1, "a": 2}, FieldKeys()) is joined
     (pair,) = read_all(write_rows(tmp_path / "p.jsonl", [{"q": "?", "a": ["yes", "no"]}]))

@@ -21,6 +21,7 @@ from megadpo.config.problems import ConfigError, DataError
 from megadpo.data.formats import FieldKeys
 from megadpo.data.pairs import PairDataset
 from megadpo.data.sources.rows import source_digest
+from megadpo.data.tokens import cache
 from megadpo.data.tokens.cache import TokenCache
 from megadpo.data.tokens.cache_key import cache_key
 from megadpo.data.tokens.dataset import open_dataset
@@ -70,19 +71,19 @@ def test_what_comes_out_of_the_cache_is_what_tokenising_gives(
 
 def test_the_arrays_are_mapped_and_can_not_be_written(path: Path, tmp_path: Path) -> None:
     pairs = load(path, tmp_path / "cache")
-    (cache,) = caches(tmp_path / "cache")
+    (made,) = caches(tmp_path / "cache")
     maps = Path("/proc/self/maps").read_text()
     for name in ("tokens", "offsets", "rows"):
         assert not getattr(pairs, name).flags.writeable
-        assert f"{cache / name}.bin" in maps
+        assert f"{made / name}.bin" in maps
 
 
 def test_released_pages_are_mapped_no_more_and_stay_readable(path: Path, tmp_path: Path) -> None:
     pairs = load(path, tmp_path / "cache")
-    (cache,) = caches(tmp_path / "cache")
+    (made,) = caches(tmp_path / "cache")
 
     def resident_kb() -> int:
-        mapping = Path("/proc/self/smaps").read_text().split(f"{cache / 'tokens.bin'}\n")[1]
+        mapping = Path("/proc/self/smaps").read_text().split(f"{made / 'tokens.bin'}\n")[1]
         return int(next(line for line in mapping.splitlines() if line.startswith("Rss:")).split()[1])
 
     before = pairs.tokens.tolist()
@@ -167,14 +168,14 @@ def test_a_damaged_cache_is_noticed_and_built_anew(
 ) -> None:  # fmt: skip
     sound = open_dataset(path, tiny_tokenizer(), SETTINGS)
     load(path, tmp_path / "cache")
-    (cache,) = caches(tmp_path / "cache")
-    damage(cache / name)
+    (made,) = caches(tmp_path / "cache")
+    damage(made / name)
     mended = load(path, tmp_path / "cache")
     assert mended.fingerprint == sound.fingerprint and equal_pairs(list(mended), list(sound))
-    assert f"{cache}: damaged" in capsys.readouterr().err
+    assert f"{made}: damaged" in capsys.readouterr().err
     with no_reading(monkeypatch):
         load(path, tmp_path / "cache")
-    assert caches(tmp_path / "cache") == [cache]
+    assert caches(tmp_path / "cache") == [made]
 
 
 def test_another_caches_folder_under_this_name_is_not_taken(path: Path, tmp_path: Path) -> None:
@@ -187,14 +188,65 @@ def test_another_caches_folder_under_this_name_is_not_taken(path: Path, tmp_path
     assert load(path, tmp_path / "cache").fingerprint == sound.fingerprint != other.fingerprint
 
 
+# A source's digest
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The sources that were hashed; files that have just been written count as settled."""
+    hashed: list[str] = []
+    monkeypatch.setattr(cache, "_SETTLED_S", 0.0)
+    monkeypatch.setattr(cache, "source_digest", lambda source: hashed.append(source) or source_digest(source))
+    return hashed
+
+
+def test_a_source_is_hashed_once_in_a_start(path: Path, tmp_path: Path, hashed: list[str]) -> None:
+    digests = {TokenCache(tmp_path / "cache").source_digest(str(path)) for _ in range(4)}
+    assert digests == {source_digest(path)} and len(hashed) == 1
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    shutil.copy(path, folder / "train.jsonl")
+    assert len({TokenCache(tmp_path / "cache").source_digest(f"{folder}@train") for _ in range(4)}) == 1
+    assert len(hashed) == 2
+
+
+def test_a_note_hides_no_change_of_the_same_size_and_time(path: Path, tmp_path: Path, hashed: list[str]) -> None:
+    before, times = TokenCache(tmp_path / "cache").source_digest(str(path)), path.stat()
+    path.write_text(path.read_text().replace("7 is right", "7 is rigid"))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert TokenCache(tmp_path / "cache").source_digest(str(path)) == source_digest(path) != before
+
+
+def test_an_old_note_is_not_believed(path: Path, tmp_path: Path, hashed: list[str]) -> None:
+    for _ in range(2):
+        TokenCache(tmp_path / "cache").source_digest(str(path))
+        (note,) = (tmp_path / "cache").glob("source-*.json")
+        os.utime(note, (time.time() - 3600,) * 2)
+    assert len(hashed) == 2
+
+
+def test_a_file_that_has_just_been_written_gets_no_note(path: Path, tmp_path: Path) -> None:
+    assert TokenCache(tmp_path / "cache").source_digest(str(path)) == source_digest(path)
+    assert not (tmp_path / "cache").exists()
+
+
 # Several processes
 
 
-def _load_together(arguments: tuple[str, str, float]) -> tuple[str, int]:
-    """In a process of its own: the fingerprint (or the refusal), and how often this process tokenised."""
+def _load_together(arguments: tuple[str, str, float]) -> tuple[str, int, int]:
+    """In a process of its own: the fingerprint (or the refusal), and how often this process hashed and tokenised."""
     import megadpo.data.tokens.dataset as dataset
 
     path, folder, seconds = arguments
+    hashes: list[int] = []
+    cache._SETTLED_S = 0.0
+
+    def counted(source: str) -> str:
+        hashes.append(1)
+        time.sleep(seconds)
+        return source_digest(source)
+
+    cache.source_digest = counted  # type: ignore[assignment]
     calls, encode = [], dataset.encode_source
 
     def slow(*args: Any, **options: Any) -> Any:
@@ -204,28 +256,28 @@ def _load_together(arguments: tuple[str, str, float]) -> tuple[str, int]:
 
     dataset.encode_source = slow  # type: ignore[assignment]
     try:
-        return load(Path(path), Path(folder)).fingerprint, len(calls)
+        return load(Path(path), Path(folder)).fingerprint, len(hashes), len(calls)
     except DataError as error:
-        return str(error), len(calls)
+        return str(error), len(hashes), len(calls)
 
 
-def in_processes(path: Path, folder: Path, count: int = 3) -> list[tuple[str, int]]:
+def in_processes(path: Path, folder: Path, count: int = 3) -> list[tuple[str, int, int]]:
     with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(_load_together, [(str(path), str(folder), 1.0)] * count))
 
 
-def test_one_process_builds_and_the_others_wait(path: Path, tmp_path: Path) -> None:
+def test_one_process_hashes_and_builds_and_the_others_wait(path: Path, tmp_path: Path) -> None:
     results = in_processes(path, tmp_path / "cache")
-    assert {fingerprint for fingerprint, _ in results} == {load(path, tmp_path / "cache").fingerprint}
-    assert sum(calls for _, calls in results) == 1
+    assert {fingerprint for fingerprint, *_ in results} == {load(path, tmp_path / "cache").fingerprint}
+    assert [sum(calls) for calls in list(zip(*results, strict=True))[1:]] == [1, 1]
 
 
 def test_a_refused_file_is_read_by_one_and_refused_by_all(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "p.jsonl", [row(0), {"prompt": "x"}])
     results = in_processes(path, tmp_path / "cache")
-    (message,) = {message for message, _ in results}
+    (message,) = {message for message, *_ in results}
     assert f"{path}:2: " in message and "no field 'chosen'" in message
-    assert sum(calls for _, calls in results) == 1
+    assert sum(calls for *_, calls in results) == 1
 
 
 def test_a_mended_file_is_no_longer_refused(tmp_path: Path) -> None:
@@ -314,10 +366,10 @@ def test_a_full_disk_is_refused_and_leaves_nothing(path: Path, tmp_path: Path) -
 
 def test_the_header_says_what_the_files_hold(path: Path, tmp_path: Path) -> None:
     pairs = load(path, tmp_path / "cache")
-    (cache,) = caches(tmp_path / "cache")
-    header = json.loads((cache / "header.json").read_text())["header"]
+    (made,) = caches(tmp_path / "cache")
+    header = json.loads((made / "header.json").read_text())["header"]
     assert header["arrays"]["offsets"]["length"] == 151 and header["report"]["fingerprint"] == pairs.fingerprint
-    assert np.fromfile(cache / "tokens.bin", "<i4").tolist() == pairs.tokens.tolist()
+    assert np.fromfile(made / "tokens.bin", "<i4").tolist() == pairs.tokens.tolist()
 
 
 def test_a_folder_and_loss_masks_come_back_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,8 +380,8 @@ def test_a_folder_and_loss_masks_come_back_from_the_cache(tmp_path: Path, monkey
     chosen = [{"role": role, "content": content} for role, content in turns]
     write_rows(folder / "train.jsonl", [{"prompt": [chosen[1]], "chosen": chosen, "rejected": chosen[:1]}])
     settings = DataSettings(max_total_sequence_length=256, chat_template=CHATML)
-    cache = TokenCache(tmp_path / "cache")
-    made, found = (open_dataset(folder, tiny_tokenizer(), settings, cache=cache) for _ in range(2))
+    kept = TokenCache(tmp_path / "cache")
+    made, found = (open_dataset(folder, tiny_tokenizer(), settings, cache=kept) for _ in range(2))
     assert equal_pairs(made, found) and found[0].chosen_mask is not None and found[0].rejected_mask is None
     other = DataSettings(max_total_sequence_length=256, chat_template=CHATML, on_bad_row="drop")
     assert len({cache_key(source_digest(folder), tiny_tokenizer(), one) for one in (settings, other)}) == 2
