@@ -21,8 +21,10 @@ from megatron.core.transformer.module import MegatronModule
 
 from megadpo.checkpoint.folder import FORMAT, delete, partial_folder
 from megadpo.checkpoint.position import TrainingPosition
+from megadpo.checkpoint.writer import SaveStrategy
 from megadpo.config.load import save_resolved
 from megadpo.config.schema import Config
+from megadpo.files.atomic import sync, write_then_rename
 from megadpo.model.weights.convert import copy_hf_files
 from megadpo.optimizer.state import METADATA, sharded_state
 from megadpo.parallel import ParallelContext
@@ -63,7 +65,7 @@ def save_checkpoint(
     if optimizer is not None:
         whose = sharded_weights(model, per_layer=True) if cfg.policy.freeze else weights
         state["optimizer"] = sharded_state(optimizer, whose, is_loading=False)
-    dist_checkpointing.save(state, str(partial / "model"))
+    dist_checkpointing.save(state, str(partial / "model"), SaveStrategy())
     torch.save(_rng_state(parallel.device.type), partial / "rng" / f"rank_{parallel.rank}.pt")
     dist.barrier()
 
@@ -79,11 +81,12 @@ def save_checkpoint(
             "optimizer_format": optimizer_format(optimizer),
             "position": position.to_json(),
         }
-        _write_durably(partial / "megadpo.json", json.dumps(record, indent=1))
+        with write_then_rename(partial / "megadpo.json") as file:
+            file.write_text(json.dumps(record, indent=1))
         if final.exists():  # the same step again, after a resume from an older checkpoint
             delete(final)
         os.replace(partial, final)
-        _sync_folder(folder)
+        sync(folder)
     dist.barrier()
     return final
 
@@ -143,19 +146,3 @@ def _rng_state(device_type: str) -> dict[str, Any]:
         "cuda": torch.cuda.get_rng_state(),
         "tracker": get_cuda_rng_tracker().get_states(),
     }
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """A rename is on disk only when its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -89,7 +89,7 @@ def _sections(cls: type, path: str) -> Iterator[Section]:
         if below is not None:
             inner.append((below, where))
         else:
-            meaning = _field_docs(key.owner).get(name, "")
+            meaning = key.meaning or _field_docs(key.owner).get(name, "")
             keys.append(Entry(where, describe(key.annotation), _default(key.default, meaning), meaning))
     meaning = _one_line(inspect.getdoc(cls) or "").removeprefix(f"`{path}`").lstrip(".: ") if path else ""
     yield Section(path, meaning[:1].upper() + meaning[1:], tuple(keys))

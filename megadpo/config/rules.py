@@ -87,9 +87,11 @@ class _GuardedOptions(Mapping[str, Any]):
         self._options, self._path, self._bad = options, path, bad
 
     def __getitem__(self, name: str) -> Any:
-        if covered(f"{self._path}.{name}", self._bad):
+        path = f"{self._path}.{name}"
+        if covered(path, self._bad) and not dataclasses.is_dataclass(self._options[name]):
             raise _Unread(name)
-        return self._options[name]
+        value = self._options[name]
+        return _Guard(value, path, self._bad) if dataclasses.is_dataclass(value) else value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._options)

@@ -9,7 +9,6 @@ from megadpo.config.metric import METRICS, parse_duration_s, parse_metric_name
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.rules import rule
 from megadpo.config.schema import Config
-from megadpo.config.variants import LOSSES
 
 
 @rule
@@ -38,13 +37,6 @@ def _reference_cache(cfg: Config) -> Iterator[Problem]:
     if reference.cache_dir is not None and reference.mode != "cached":
         fix = "set dpo.reference.mode: cached, or remove the folder"
         yield Problem("dpo.reference.cache_dir", reference.cache_dir, f"null with mode {reference.mode}", fix)
-
-
-@rule
-def _unread_loss_options(cfg: Config) -> Iterator[Problem]:
-    for where, value, readers in LOSSES.unread(cfg):
-        expected = f"nothing with dpo.loss_type {cfg.dpo.loss_type}; read by {', '.join(readers)}"
-        yield Problem(where, value, expected, "remove it, or choose one of these losses")
 
 
 @rule

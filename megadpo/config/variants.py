@@ -39,6 +39,8 @@ class Key:
     """dataclasses.MISSING: required."""
     owner: type
     """The class whose source says below the field what the key means."""
+    meaning: str | None = None
+    """What it means, where no field says so."""
 
 
 class Variants(Generic[V]):
@@ -49,9 +51,11 @@ class Variants(Generic[V]):
         field: the config key that names the chosen one. options: the schema's field that holds their options."""
         self.what = what
         self.field = field
+        self._section = field.rpartition(".")[0]
         self._package = package
         self._options = options
         self._variants: dict[str, V] = {}
+        self._keys: dict[str, Key] | None = None
         self._loaded = False
 
     def add(self, name: str) -> Callable[[V], V]:
@@ -61,7 +65,7 @@ class Variants(Generic[V]):
             if name in self._variants:
                 raise ValueError(f"there is a {self.what} {name!r} already")
             self._variants[name] = variant
-            self.keys.cache_clear()
+            self._keys = None
             return variant
 
         return register
@@ -69,7 +73,7 @@ class Variants(Generic[V]):
     def remove(self, name: str) -> None:
         """Forget a variant: for tests, which add their own."""
         del self._variants[name]
-        self.keys.cache_clear()
+        self._keys = None
 
     def names(self) -> tuple[str, ...]:
         """Every name, in the order of registration."""
@@ -90,10 +94,20 @@ class Variants(Generic[V]):
         own = {key: options[key] for key in variant_options(variant) if key in options}
         return variant(**own) if isinstance(variant, type) else variant
 
-    @functools.cache  # noqa: B019  a kind lives as long as the program
     def keys(self) -> dict[str, Key]:
-        """Every option of every variant. Variants that share an option declare it alike, in a common base class."""
-        return {name: key for variant in self for name, key in variant_options(variant).items()}
+        """The keys that the variants add to a section: every option of every variant.
+
+        Variants that share an option inherit it from one class. Raises ValueError where two declare it.
+        """
+        if self._keys is None:
+            variants = self._all()  # first: registering a variant forgets the keys
+            keys: dict[str, Key] = {}
+            for name, variant in variants.items():
+                for option, key in self._keys_of(name, variant).items():
+                    if keys.setdefault(option, key).owner is not key.owner:
+                        raise ValueError(f"two {self.what} classes declare the option {option!r}")
+            self._keys = keys
+        return self._keys
 
     def defaults(self) -> dict[str, Any]:
         """Every option of every variant at its default."""
@@ -111,20 +125,25 @@ class Variants(Generic[V]):
     def unread(self, cfg: Any) -> Iterator[tuple[str, Any, list[str]]]:
         """(path, value, the variants that read it) of each option that isn't at its default and that the chosen variant
         hasn't got."""
-        chosen, section = self.chosen(cfg), self.field.rpartition(".")[0]
+        chosen = self.chosen(cfg)
+        if chosen is None:  # any of them may be used
+            return
         for name, value in self._given(cfg).items():
             if value != self.keys()[name].default and not hasattr(chosen, name):
-                yield f"{section}.{name}", value, self.readers(name)
+                yield f"{self._section}.{name}", value, self.readers(name)
 
     def problems(self, known: Any) -> Iterator[Problem]:
-        """What the chosen variant refuses; known: a Known (known.py)."""
-        problems = getattr(self.chosen(known.cfg), "problems", None)
-        if problems is not None:
-            yield from problems(known)
+        """What the chosen variant refuses, and options that it doesn't read; known: a Known (known.py)."""
+        yield from _problems_of(self.chosen(known.cfg), known)
+        for where, value, readers in self.unread(known.cfg):
+            expected = f"nothing with {self.field} {value_at(known.cfg, self.field)}; read by {', '.join(readers)}"
+            yield Problem(where, value, expected, f"remove it, or set {self.field}: {' or '.join(readers)}")
+
+    def _keys_of(self, name: str, variant: V) -> dict[str, Key]:
+        return variant_options(variant)
 
     def _given(self, cfg: Any) -> Mapping[str, Any]:
-        section = value_at(cfg, self.field.rpartition(".")[0])
-        return getattr(section, self._options) if self._options else {}
+        return getattr(value_at(cfg, self._section), self._options) if self._options else {}
 
     def _all(self) -> dict[str, V]:
         if not self._loaded:
@@ -133,6 +152,37 @@ class Variants(Generic[V]):
             for module in pkgutil.iter_modules(getattr(package, "__path__", ())):
                 importlib.import_module(f"{self._package}.{module.name}")
         return self._variants
+
+
+class SwitchedVariants(Variants[V]):
+    """Variants of which a run may have several: `<name>_enabled` switches one on, the section `<name>` holds its options.
+
+    A variant is a dataclass; the first line of its docstring says what switching it on does.
+    """
+
+    def __init__(self, what: str, package: str, *, section: str, options: str) -> None:
+        """section: the path of the section that holds the switches and the variants' sections. options: the schema's
+        field for both in that section."""
+        super().__init__(what, package, options=options)
+        self._section = section
+
+    def enabled(self, cfg: Any) -> list[Any]:
+        """The variants that are switched on, with their options."""
+        given = self._given(cfg)
+        return [given[name] for name in self.names() if given[f"{name}_enabled"]]
+
+    def problems(self, known: Any) -> Iterator[Problem]:
+        """What those refuse that are switched on; known: a Known (known.py)."""
+        for variant in self.enabled(known.cfg):
+            yield from _problems_of(variant, known)
+
+    def _keys_of(self, name: str, variant: V) -> dict[str, Key]:
+        assert isinstance(variant, type) and dataclasses.is_dataclass(variant)
+        summary = (inspect.getdoc(variant) or "").partition("\n")[0]
+        return {
+            f"{name}_enabled": Key(bool, False, variant, summary),
+            name: Key(variant, variant(), variant),
+        }
 
 
 @dataclass(frozen=True)
@@ -168,6 +218,12 @@ def variant_options(variant: Any) -> dict[str, Key]:
 def default_of(field: dataclasses.Field[Any]) -> Any:
     """The default of a dataclass's field, made where a factory makes it; dataclasses.MISSING for a required one."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _problems_of(variant: Any, known: Any) -> Iterator[Problem]:
+    problems = getattr(variant, "problems", None)
+    if problems is not None:
+        yield from problems(known)
 
 
 class Lazy:

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
@@ -105,6 +106,7 @@ def run_training(cfg: Config) -> int:
     """Set up, train, tear down. Every rank."""
     from megadpo.optimizer import machine_problems
     from megadpo.parallel import destroy, initialize, layout_of, setup_device
+    from megadpo.parallel.lifetime import signal_when_parent_ends
     from megadpo.train.loggers import MetricsLogger
     from megadpo.train.loop import train
     from megadpo.train.progress import ProgressLine, print_banner
@@ -112,6 +114,10 @@ def run_training(cfg: Config) -> int:
     from megadpo.train.setup import prepare
     from megadpo.train.stop import StopWatcher
 
+    if (
+        "TORCHELASTIC_RUN_ID" in os.environ
+    ):  # the ranks of a torchrun that died would train on, with nobody to stop them
+        signal_when_parent_ends(signal.SIGTERM, os.getppid())
     device = setup_device(cfg.policy.device)
     if problems := machine_problems(cfg.policy, device):
         raise ConfigError(problems)

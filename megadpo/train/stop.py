@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megadpo.parallel import ParallelContext
+from megadpo.parallel.lifetime import STOP_SIGNALS
 
 EXIT_INTERRUPTED = 143
 """Exit code after SIGTERM or SIGINT: a checkpoint was written, the run is not done."""
@@ -30,13 +31,12 @@ class StopWatcher:
         self._signalled_at_s: float | None = None
 
     def install(self) -> None:
-        """Catch SIGTERM (torchrun, a preempted node), SIGUSR1 (launch/torchrun.sh, Slurm) and SIGINT: the step in progress
-        is finished and saved.
+        """Catch STOP_SIGNALS: the step in progress is finished and saved.
 
         Ctrl-C more than SAME_SIGNAL_S after the first signal ends the process at once: somebody does not want to wait.
         What else comes later, Slurm's SIGTERM at the time limit say, leaves it saving; SIGKILL follows by itself.
         """
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
 
     def agreed(self) -> int | None:

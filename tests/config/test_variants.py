@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any
 
 import pytest
 
 from megadpo.config import ConfigError, as_dict, build_config, catalogue
-from megadpo.config.variants import LOSSES, Variants
+from megadpo.config.known import Known
+from megadpo.config.problems import Problem
+from megadpo.config.reader import Reader, dotted_paths
+from megadpo.config.types import PositiveInt
+from megadpo.config.variants import LOSSES, OneOf, OptionsOf, SwitchedVariants, Variants
 
 PLUGIN = '''
 from dataclasses import dataclass
@@ -90,6 +96,109 @@ def test_a_plugin_that_cannot_be_imported_is_named(name: str, words: str) -> Non
         build_config(tree(name))
     (problem,) = caught.value.problems
     assert problem.where == "plugins" and words in str(problem)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerKeys:
+    chosen_key: str = "chosen"
+    """What the rows call the chosen answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllKeys(AnswerKeys):
+    prompt_key: str = "prompt"
+    """And the prompt."""
+
+
+class Fixed:
+    """A format without options."""
+
+
+FORMATS: Variants[Any] = Variants("format", "megadpo.config.types", field="data.dataset_name", options="keys")
+for name, format_ in {"all": AllKeys, "answers": AnswerKeys, "fixed": Fixed()}.items():
+    FORMATS.add(name)(format_)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    dataset_name: Annotated[str | None, OneOf(FORMATS)] = None
+    keys: Annotated[Mapping[str, Any], OptionsOf(FORMATS)] = field(default_factory=FORMATS.defaults)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Board:
+    """Draw curves on a board.
+
+    A second line, for those who want to know more.
+    """
+
+    width: PositiveInt = 80
+    """In characters."""
+
+    def problems(self, known: Known) -> Iterator[Problem]:
+        if self.width % 2:
+            yield Problem("logger.board.width", self.width, "even", "add one")
+
+
+LOGGERS: SwitchedVariants[Any] = SwitchedVariants("logger", "megadpo.config.types", section="logger", options="loggers")
+LOGGERS.add("board")(Board)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logger:
+    log_dir: str = "logs"
+    """Folder."""
+    loggers: Annotated[Mapping[str, Any], OptionsOf(LOGGERS)] = field(default_factory=LOGGERS.defaults)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Root:
+    data: Data = field(default_factory=Data)
+    logger: Logger = field(default_factory=Logger)
+
+
+def read(tree: dict[str, Any]) -> tuple[Any, list[Problem]]:
+    reader = Reader(frozenset(dotted_paths(Root)))
+    return reader.section(Root, tree, ""), reader.problems
+
+
+@pytest.mark.parametrize(
+    ("data", "unread"),
+    [
+        ({"dataset_name": "all", "prompt_key": "q", "chosen_key": "a"}, {}),
+        ({"dataset_name": "answers", "prompt_key": "q", "chosen_key": "a"}, {"data.prompt_key": ["all"]}),
+        ({"dataset_name": "fixed", "chosen_key": "a"}, {"data.chosen_key": ["all", "answers"]}),
+        ({"prompt_key": "q", "chosen_key": "a"}, {}),  # none is chosen: any of them may be used
+    ],
+)
+def test_options_that_several_variants_share(data: dict[str, Any], unread: dict[str, list[str]]) -> None:
+    cfg, refused = read({"data": data})
+    assert refused == []
+    assert {where: readers for where, _, readers in FORMATS.unread(cfg)} == unread
+    problems = list(FORMATS.problems(Known(cfg=cfg)))
+    assert [problem.where for problem in problems] == list(unread)
+    assert all(f"read by {', '.join(unread[problem.where])}" in problem.expected for problem in problems)
+
+
+def test_variants_that_are_switched_on() -> None:
+    cfg, refused = read({"logger": {"board_enabled": True, "board": {"width": 3}}})
+    assert refused == [] and LOGGERS.enabled(cfg) == [Board(width=3)]
+    assert [problem.where for problem in LOGGERS.problems(Known(cfg=cfg))] == ["logger.board.width"]
+    assert as_dict(cfg)["logger"] == {"log_dir": "logs", "board_enabled": True, "board": {"width": 3}}
+    off, _ = read({"logger": {"board": {"width": 3}}})
+    assert LOGGERS.enabled(off) == [] and list(LOGGERS.problems(Known(cfg=off))) == []
+    _, problems = read({"logger": {"bord_enabled": True, "board": {"width": 0, "with": 9}}})
+    assert [one.where for one in problems] == ["logger.board.width", "logger.board.with", "logger.bord_enabled"]
+    assert "logger.board_enabled" in problems[2].fix
+    assert LOGGERS.keys()["board_enabled"].meaning == "Draw curves on a board."
+
+
+def test_an_option_is_declared_once() -> None:
+    kind: Variants[Any] = Variants("thing", "megadpo.config.types")
+    kind.add("one")(AnswerKeys)
+    kind.add("two")(dataclass(type("Other", (), {"__annotations__": {"chosen_key": str}, "chosen_key": "x"})))
+    with pytest.raises(ValueError, match="'chosen_key'"):
+        kind.keys()
 
 
 def test_a_name_belongs_to_one_variant() -> None:

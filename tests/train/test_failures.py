@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,39 +16,6 @@ from tests.helpers.runs import make_config, make_model, read_metrics, train
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SAVING = {"enabled": True, "save_period": 1}
-
-
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
-
-
-def launch(config: Path, *overrides: str, ranks: int = 1, launcher: Sequence[str] = TORCHRUN) -> subprocess.Popen[str]:
-    command = [*launcher, "--standalone", "--nproc-per-node", str(ranks)]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where torchrun is
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    return subprocess.Popen(
-        [*command, "launch/train.py", str(config), *overrides],
-        cwd=REPOSITORY,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def children(pid: int) -> list[int]:
-    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
-    return [int(pid) for pid in found.stdout.split()]
-
-
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 150
-    while time.monotonic() < deadline and process.poll() is None:
-        path = folder / "logs/metrics.jsonl"
-        if path.exists() and len(path.read_text().splitlines()) >= step:
-            return
-        time.sleep(0.05)
-    pytest.fail(f"step {step} was not reached: {process.communicate()[0][-3000:]}")
 
 
 @pytest.fixture(scope="module")
@@ -150,55 +114,3 @@ def test_checkpoint_folder_that_cannot_be_written_is_refused_before_training(mod
     config = make_config(tmp_path, model, checkpointing={**SAVING, "checkpoint_dir": str(tmp_path / "file/inside")})
     assert run_distributed(train, 1, str(config), [], init_process_group=False) == [2]
     assert not (tmp_path / "logs/metrics.jsonl").exists()
-
-
-@pytest.mark.distributed
-def test_sigterm_saves_and_the_next_start_goes_on(model, tmp_path):
-    """To every process, as Slurm sends it; torchrun then sends its workers another."""
-    config = make_config(
-        tmp_path, model, dpo={"max_num_steps": None, "max_num_epochs": 400}, checkpointing={"enabled": True}
-    )
-    process = launch(config, ranks=2)
-    wait_for_step(tmp_path, 3, process)
-    for pid in [*children(process.pid), process.pid]:
-        os.kill(pid, signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert "stopped after step" in output
-    stopped = read_metrics(tmp_path / "logs")[-1]["step"]
-    assert [p.name for p in (tmp_path / "checkpoints").glob("step_*")] == [f"step_{stopped}"]
-    resumed = launch(config, f"dpo.max_num_steps={stopped + 2}", ranks=2)
-    output, _ = resumed.communicate(timeout=120)
-    assert resumed.returncode == 0, output
-    assert [r["step"] for r in read_metrics(tmp_path / "logs")] == list(range(1, stopped + 3))
-
-
-@pytest.mark.distributed
-def test_the_patient_launcher_lets_ranks_save_and_keeps_torchrun(model, tmp_path):
-    """SIGUSR1 to every process, as Slurm sends it before the time limit; torchrun alone would die of it."""
-    config = make_config(
-        tmp_path, model, dpo={"max_num_steps": None, "max_num_epochs": 400}, checkpointing={"enabled": True}
-    )
-    process = launch(config, ranks=2, launcher=["launch/torchrun.sh"])
-    wait_for_step(tmp_path, 2, process)
-    (torchrun,) = children(process.pid)
-    for pid in [*children(torchrun), torchrun, process.pid]:
-        os.kill(pid, signal.SIGUSR1)
-    output, _ = process.communicate(timeout=90)
-    assert process.returncode == 1 and "exitcode  : 143" in output
-    stopped = read_metrics(tmp_path / "logs")[-1]["step"]
-    assert [p.name for p in (tmp_path / "checkpoints").glob("step_*")] == [f"step_{stopped}"]
-
-
-@pytest.mark.distributed
-def test_a_rank_that_dies_ends_the_run(model, tmp_path):
-    config = make_config(tmp_path, model, dpo={"max_num_steps": None, "max_num_epochs": 400})
-    process = launch(config, ranks=2)
-    wait_for_step(tmp_path, 2, process)
-    ranks = children(process.pid)
-    assert len(ranks) == 2
-    os.kill(ranks[1], signal.SIGKILL)
-    died = time.monotonic()
-    output, _ = process.communicate(timeout=90)
-    assert process.returncode != 0 and time.monotonic() - died < 60
-    assert "Signal 9 (SIGKILL)" in output

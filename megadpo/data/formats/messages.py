@@ -13,9 +13,9 @@ from typing import Any
 
 from megadpo.config.problems import Problem
 from megadpo.data.formats import Message, Text
-from megadpo.data.sources import Place, type_name
-
-_TEXT_PARTS = ("text", "input_text", "output_text")
+from megadpo.data.sources import Place
+from megadpo.files.jsonl import type_name
+from megadpo.messages.chat import MessageError, arguments_of, text_of
 
 
 def read_text(value: object, key: str, place: Place, *, is_prompt: bool) -> tuple[Text | None, list[Problem]]:
@@ -87,15 +87,15 @@ def _read_message(message: object, name: str, place: Place) -> Message | Problem
     if read.get("content") is None and calls_tools:
         read["content"] = ""  # as OpenAI-compatible servers do before the template
     if isinstance(read.get("content"), list):
-        content = _joined_parts(read["content"])
-        if content is None:
+        try:
+            read["content"] = text_of(read["content"], "content")
+        except MessageError:
             return Problem(
                 where=str(place),
                 value=f"{name} with content parts other than text",
                 expected='text, as a string or as parts {"type": "text", "text": ...}',
                 fix="remove the row: the models here read text only",
             )
-        read["content"] = content
     for field in ("role", "content"):
         if not isinstance(read.get(field), str):
             return Problem(
@@ -125,22 +125,8 @@ def _read_message(message: object, name: str, place: Place) -> Message | Problem
     return read
 
 
-def _joined_parts(parts: list[Any]) -> str | None:
-    """The text of content parts, or None if one of them is no text."""
-    texts = []
-    for part in parts:
-        if isinstance(part, str):
-            texts.append(part)
-        elif isinstance(part, dict) and part.get("type") in _TEXT_PARTS and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        else:
-            return None
-    return "".join(texts)
-
-
 def _read_tool_calls(calls: object, name: str, place: Place) -> list[dict[str, Any]] | Problem:
-    """OpenAI's or Hugging Face's tool calls, with arguments as objects. transformers' templates expect objects and
-    would quote JSON text a second time; servers such as vLLM parse it before the template, too."""
+    """OpenAI's or Hugging Face's tool calls, with arguments as objects, as servers such as vLLM parse them too."""
     problem = Problem(
         where=str(place),
         value=f"tool_calls of {name}: {calls!r}",
@@ -158,16 +144,10 @@ def _read_tool_calls(calls: object, name: str, place: Place) -> list[dict[str, A
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             return problem
         arguments = function.get("arguments")
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments) if arguments.strip() else {}
-            except (ValueError, RecursionError):
-                return problem
-        if arguments is None:
-            arguments = {}
-        if not isinstance(arguments, dict):
+        try:
+            function = {**function, "arguments": {} if arguments is None else arguments_of(arguments, name)}
+        except MessageError:
             return problem
-        function = {**function, "arguments": arguments}
         read.append({**call, "function": function} if "function" in call else function)
     return read
 

@@ -6,7 +6,8 @@ from megadpo.config.problems import Problem
 from megadpo.data.formats import FieldKeys, PreferencePair, Row, RowFormat, Text, register
 from megadpo.data.formats.fields import missing_field, pair_with_prompt, some_keys
 from megadpo.data.formats.messages import read_text
-from megadpo.data.sources import Place, type_name
+from megadpo.data.sources import Place
+from megadpo.files.jsonl import type_name
 
 _FIELDS = ("context", "completions")
 

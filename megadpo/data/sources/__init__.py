@@ -28,8 +28,3 @@ class Place:
 
 Rows: TypeAlias = "Iterator[tuple[Place, dict[str, object] | Problem]]"
 """Each row with its place, or what is wrong with it."""
-
-
-def type_name(value: object) -> str:
-    """A type as a JSON user calls it."""
-    return {type(None): "null", dict: "object", list: "list", bool: "boolean"}.get(type(value), type(value).__name__)

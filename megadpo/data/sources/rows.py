@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from megadpo.config.problems import DataError, Problem
 from megadpo.data.sources import Rows
 from megadpo.data.sources.tables import arrow_rows, dataset_digest, dataset_rows, file_digest, parquet_rows
 from megadpo.data.sources.text import csv_rows, json_rows, jsonl_rows
+from megadpo.files.jsonl import UNREADABLE
 
 _OTHER_COMPRESSIONS = (".bz2", ".xz", ".lz4", ".zip", ".7z")
 
@@ -100,16 +100,11 @@ def _rows_of(source: DataSource) -> Rows:
 
 def _damage(source: DataSource) -> tuple[type[Exception], ...]:
     """What reading a missing, cut off or damaged file raises."""
-    damage: list[type[Exception]] = [OSError, EOFError, zlib.error]
-    if source.path.lower().endswith(".zst"):
-        import zstandard
-
-        damage.append(zstandard.ZstdError)
     if file_suffix(source.path) in (".parquet", ".arrow"):
         import pyarrow
 
-        damage.append(pyarrow.ArrowException)
-    return tuple(damage)
+        return *UNREADABLE, pyarrow.ArrowException
+    return UNREADABLE
 
 
 def _unreadable(source: DataSource, rows: int, error: Exception) -> Problem:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megadpo.config.variants import FORMATS
 from megadpo.data.sources.tables import file_digest
 from megadpo.data.tokens.encode import DataSettings
 
@@ -21,9 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "datasets")
-_DATA = Path(__file__).parents[1]
-_AFTER_TOKENS = ("batches", "statistics.py")
-"""What of megadpo/data token ids can't depend on."""
+_PACKAGE = Path(__file__).parents[2]
+_CODE = ("data/*.py", "data/sources/*.py", "data/formats/*.py", "data/tokens/*.py", "messages/*.py", "files/jsonl.py")
+"""What token ids can depend on."""
 
 
 def cache_key(digest: str, tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> str:
@@ -73,11 +75,12 @@ def _saved_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 
 def _code_digest() -> str:
+    """Of the package's own modules, and of those that add further formats."""
+    formats = {getattr(sys.modules.get(one.read.__module__), "__file__", None) for one in FORMATS}
+    paths = {path for pattern in _CODE for path in _PACKAGE.glob(pattern)} | {Path(file) for file in formats if file}
     digest = hashlib.sha256()
-    for path in sorted(_DATA.rglob("*.py")):
-        name = path.relative_to(_DATA)
-        if name.parts[0] not in _AFTER_TOKENS:
-            digest.update(name.as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in sorted(paths, key=lambda path: (path.parent.name, path.name)):
+        digest.update(f"{path.parent.name}/{path.name}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -135,8 +136,13 @@ def test_the_key_changes_with_every_input(path: Path, tmp_path: Path, monkeypatc
     assert len(set(keys)) == len(keys) and key() == keys[0]
     template.write_text(CHATML + " ")
     assert key(chat_template=str(template)) not in keys
-    monkeypatch.setattr("megadpo.data.tokens.cache_key._code_digest", lambda: "other code")
-    assert key() not in keys
+    for module in ("data.formats.fields", "data.sources.text", "data.tokens.turns", "data.pairs", "messages.chat"):
+        with monkeypatch.context() as patch:
+            code = Path(importlib.import_module(f"megadpo.{module}").__file__ or "")
+            read_bytes = Path.read_bytes
+            patch.setattr(Path, "read_bytes", lambda path, c=code, r=read_bytes: r(path) + b" " * (path == c))
+            assert key() not in keys, module
+    assert key() == keys[0]
 
 
 def test_using_a_tokenizer_does_not_change_its_key(path: Path) -> None:
