@@ -292,5 +292,6 @@ def option_fields(section: Any) -> dict[str, Variants[Any]]:
 
 
 LOSSES: Variants[Any] = Variants("loss", "megadpo.objective.losses", field="dpo.loss_type", options="loss_options")
-KINDS: tuple[Variants[Any], ...] = (LOSSES,)
+FORMATS: Variants[Any] = Variants("format of rows", "megadpo.data.formats", field="data.dataset_name")
+KINDS: tuple[Variants[Any], ...] = (LOSSES, FORMATS)
 """Every kind whose variants have problems."""
