@@ -29,7 +29,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megadpo.config.architecture import read_architecture
 from megadpo.config.load import build_config
 from megadpo.config.schema import Config
 from megadpo.data.batches.deal import deal_batch
@@ -42,6 +41,7 @@ from megadpo.data.tokens.dataset import load_datasets, open_dataset
 from megadpo.data.tokens.encode import DataSettings, Sink
 from megadpo.data.tokens.tokenizer import load_tokenizer, pad_token_id
 from megadpo.data.tokens.workers import usable_cores
+from megadpo.families import read_architecture
 
 VOCAB = 8192
 BUDGET = 4096

@@ -35,7 +35,7 @@ from benchmarks import gpu_inputs, gpu_machine, gpu_report, sides  # noqa: E402
 from benchmarks.gpu_contenders import FLOAT8, OURS, TRL, absent, nothing_to_compare  # noqa: E402
 from benchmarks.gpu_sides import TIMED_OUT, OurSettings, Outcome, our_config, run_ours, run_trl  # noqa: E402
 from benchmarks.trl_worker import Spec  # noqa: E402
-from megadpo.config.architecture import read_architecture  # noqa: E402
+from megadpo.families import read_architecture  # noqa: E402
 
 PACK_TOKENS = {"llama-3.2-1b": 16384, "llama-3.1-8b": 4096, "tiny": 512}
 MARGIN_S = 15.0

@@ -27,8 +27,8 @@ sys.path.insert(0, str(REPOSITORY))  # run as a script, the path starts in bench
 from benchmarks import make_llama, sides  # noqa: E402
 from benchmarks.trl_worker import Spec  # noqa: E402
 from benchmarks.vs_trl import GIB, QUIET_SHARE, machine  # noqa: E402
-from megadpo.config.architecture import read_architecture  # noqa: E402
 from megadpo.data.batches.work import WorkModel, query_keys  # noqa: E402
+from megadpo.families import read_architecture  # noqa: E402
 
 FORWARDS = 4
 VOCAB = 2048

@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megadpo.config.problems import UserError
+from megadpo.config.variants import import_plugins
 from megadpo.train.command import quiet_libraries, refuse
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -24,11 +25,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--hf", required=True, type=Path, help="folder with config.json and *.safetensors")
     parser.add_argument("--megatron", required=True, type=Path, help="folder to make; absent or empty")
     parser.add_argument("--dtype", choices=DTYPES, default=None, help="cast the weights (default: keep the files' own)")
+    parser.add_argument(
+        "--plugin", action="append", default=[], metavar="FILE.py", help="adds a model family; executed"
+    )
     options = parser.parse_args(arguments)
     quiet_libraries()
     from megadpo.model.weights.convert import dtype_named, import_hf  # after quiet_libraries, and not for --help
 
     try:
+        import_plugins(options.plugin)
         import_hf(options.hf, options.megatron, dtype_named(options.dtype) if options.dtype else None)
     except UserError as error:
         return refuse(error)

@@ -24,11 +24,12 @@ from rich.text import Text
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megadpo.config.architecture import Architecture, read_architecture
+from megadpo.config.architecture import Architecture
 from megadpo.config.check import check_layout, data_parallel_size, model_parallel_size, stated_world_size
 from megadpo.config.load import load_config
 from megadpo.config.problems import ConfigError, DataError, Problem, UserError
 from megadpo.config.schema import Config
+from megadpo.families import read_architecture
 from megadpo.train.command import refuse
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megadpo.config.problems import UserError
+from megadpo.config.variants import import_plugins
 from megadpo.train.command import quiet_libraries, refuse
 
 
@@ -20,11 +21,15 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Megatron checkpoint folder -> Hugging Face folder.")
     parser.add_argument("--megatron", required=True, type=Path, help="folder with model/, hf/ and megadpo.json")
     parser.add_argument("--hf", required=True, type=Path, help="folder to make; absent or empty")
+    parser.add_argument(
+        "--plugin", action="append", default=[], metavar="FILE.py", help="adds a model family; executed"
+    )
     options = parser.parse_args(arguments)
     quiet_libraries()
     from megadpo.model.weights import export_hf  # after quiet_libraries, and not for --help
 
     try:
+        import_plugins(options.plugin)
         export_hf(options.megatron, options.hf)
     except UserError as error:
         return refuse(error)

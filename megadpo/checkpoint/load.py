@@ -18,17 +18,27 @@ from megatron.core.transformer.module import MegatronModule
 
 from megadpo.checkpoint.folder import CheckpointInfo
 from megadpo.checkpoint.save import EXTRA_STATE, layout_name, optimizer_format, sharded_weights
+from megadpo.config.architecture import Architecture
 from megadpo.config.problems import ConfigError, Problem
+from megadpo.model.source import ModelSource
+from megadpo.model.weights.load import load_hf_weights, place_of
 from megadpo.optimizer.state import load_sharded_state, sharded_state
 from megadpo.parallel import ParallelContext
 
 
-def load_weights(model: Sequence[MegatronModule], checkpoint: Path) -> None:
-    """Fill this rank's chunks (unwrapped) from a checkpoint folder, whatever layout wrote it, without its optimizer.
+def load_weights(
+    model: Sequence[MegatronModule], source: ModelSource, arch: Architecture, parallel: ParallelContext
+) -> None:
+    """Load this rank's chunks (unwrapped) from the folder that `source` names: a Hugging Face folder of shape `arch`, or a
+    Megatron checkpoint that any layout wrote, without its optimizer.
 
-    Collectives: those of dist_checkpointing.load. Raises ConfigError for a folder whose tensors are not this model's.
+    Collectives: those of dist_checkpointing.load for a checkpoint. Raises ConfigError where the folder's tensors are not
+    this model's.
     """
-    _fill(model, _load({"weights": _wanted_weights(model)}, checkpoint)["weights"])
+    if source.megatron is None:
+        load_hf_weights(model, arch, source.hf_files, place_of(parallel))
+    else:
+        _load_chunks(model, _load({"weights": _wanted_weights(model)}, source.megatron)["weights"])
 
 
 def load_training_state(
@@ -55,7 +65,7 @@ def load_training_state(
         "scheduler": scheduler.state_dict(),
     }
     state = _load(wanted, info.path)
-    _fill(model, state["weights"])
+    _load_chunks(model, state["weights"])
     load_sharded_state(optimizer, state["optimizer"])
     scheduler.num_steps = 0
     scheduler.step(increment=info.position.step)
@@ -74,7 +84,7 @@ def _wanted_weights(model: Sequence[MegatronModule], *, per_layer: bool = False)
     }
 
 
-def _fill(model: Sequence[MegatronModule], weights: dict[str, Any]) -> None:
+def _load_chunks(model: Sequence[MegatronModule], weights: dict[str, Any]) -> None:
     for number, chunk in enumerate(model):
         left = chunk.load_state_dict(weights[f"model{number}"], strict=False)
         missing = [name for name in left.missing_keys if EXTRA_STATE not in name]

@@ -1,6 +1,6 @@
 """The config of a run: dataclasses read from YAML, every problem listed at once. Imports no torch."""
 
-from megadpo.config.architecture import Architecture, read_architecture
+from megadpo.config.architecture import Architecture
 from megadpo.config.check import check_layout, data_parallel_size, layers_per_stage, stated_world_size
 from megadpo.config.load import as_dict, build_config, load_config, save_resolved
 from megadpo.config.metric import MetricName, parse_duration_s, parse_metric_name
@@ -24,7 +24,6 @@ __all__ = [
     "load_config",
     "parse_duration_s",
     "parse_metric_name",
-    "read_architecture",
     "save_resolved",
     "stated_world_size",
 ]

@@ -293,5 +293,6 @@ def option_fields(section: Any) -> dict[str, Variants[Any]]:
 
 LOSSES: Variants[Any] = Variants("loss", "megadpo.objective.losses", field="dpo.loss_type", options="loss_options")
 FORMATS: Variants[Any] = Variants("format of rows", "megadpo.data.formats", field="data.dataset_name")
+FAMILIES: Variants[Any] = Variants("model family", "megadpo.families")
 KINDS: tuple[Variants[Any], ...] = (LOSSES, FORMATS)
-"""Every kind whose variants have problems."""
+"""Every kind whose variants a config key names and that have problems."""

@@ -10,8 +10,8 @@ import torch
 
 from megadpo.config.architecture import Architecture
 from megadpo.config.problems import Problem
+from megadpo.families import WeightEntry, WeightTable, weight_table
 from megadpo.model.weights.load import named_global_parameters
-from megadpo.model.weights.tables import Entry, WeightTable, weight_table
 
 FIELD = "policy.freeze"
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -95,7 +95,7 @@ def _torn(frozen: set[str], table: WeightTable) -> Iterator[tuple[str, str]]:
 def _torn_experts(frozen: set[str], table: WeightTable) -> Iterator[tuple[str, str]]:
     """The experts of a layer are one tensor in checkpoints, optimizer state included, which megatron-core refuses to
     save with parts missing."""
-    experts: dict[tuple[str, int | None], list[Entry]] = {}
+    experts: dict[tuple[str, int | None], list[WeightEntry]] = {}
     for entry in table.entries:
         if entry.expert is not None:
             experts.setdefault((entry.row.megatron, entry.layer), []).append(entry)
@@ -108,6 +108,6 @@ def _torn_experts(frozen: set[str], table: WeightTable) -> Iterator[tuple[str, s
             return  # once: the other layers' and projections' are mostly of the same pattern
 
 
-def _bias_of(entry: Entry, table: WeightTable) -> Entry | None:
+def _bias_of(entry: WeightEntry, table: WeightTable) -> WeightEntry | None:
     name = entry.names[0]
     return table.by_name.get(name.removesuffix("weight") + "bias") if name.endswith(".weight") else None

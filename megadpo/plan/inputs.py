@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megadpo.config.architecture import Architecture, read_architecture
+from megadpo.config.architecture import Architecture
 from megadpo.config.data_source import parse_source
 from megadpo.config.problems import ConfigError, Problem, first_line
 from megadpo.config.schema import Config
+from megadpo.families import read_architecture
 from megadpo.model.source import resolve_source
 from megadpo.plan.packs import Lengths, stated_lengths
 

@@ -15,6 +15,7 @@ from megadpo.config.architecture import Architecture
 from megadpo.config.grid import Grid
 from megadpo.config.schema import Config
 from megadpo.config.schema_megatron import MegatronConfig
+from megadpo.families import weight_table
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,6 @@ def checkpoint_bytes(arch: Architecture, cfg: Config) -> CheckpointBytes:
     train, for patterns that `freeze_problems` has found nothing against. Padding is not written; the distributed optimizer
     writes float32 weights once more, as its main parameters."""
     from megadpo.model.freeze import expand  # torch
-    from megadpo.model.weights.tables import weight_table
 
     plain = [one for pattern in cfg.policy.freeze for one in expand(pattern)]
     bf16, total, trained = cfg.policy.precision == "bfloat16", 0, 0

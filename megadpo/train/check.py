@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from megadpo.config.architecture import read_architecture
 from megadpo.config.load import load_config
 from megadpo.config.problems import ConfigError, DataError, Problem, UserError
 from megadpo.config.schema import Config
+from megadpo.families import read_architecture
 
 if TYPE_CHECKING:
     from megadpo.model.source import ModelSource
@@ -60,8 +60,8 @@ def check(path: str, overrides: Sequence[str], checked_config: Callable[[], Conf
 
 def _weight_problems(source: ModelSource) -> list[Problem]:
     """Weight files complete, by their headers."""
+    from megadpo.families import weight_table
     from megadpo.model.weights.hf_folder import HfWeights
-    from megadpo.model.weights.tables import weight_table
 
     if source.megatron is not None:
         return []

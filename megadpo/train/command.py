@@ -12,13 +12,13 @@ import time
 import warnings
 from collections.abc import Sequence
 
-from megadpo.config.architecture import read_architecture
 from megadpo.config.check import check_layout
 from megadpo.config.load import Purpose, as_dict, load_config, save_resolved
 from megadpo.config.metric import parse_duration_s
 from megadpo.config.no_effect import unused_by_dense
 from megadpo.config.problems import EXIT_REFUSED, ConfigError, UserError
 from megadpo.config.schema import Config
+from megadpo.families import read_architecture
 from megadpo.train.check import check
 
 OTHERS_WAIT_S = 20.0

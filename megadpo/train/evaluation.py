@@ -13,11 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megadpo.config.architecture import read_architecture
+from megadpo.checkpoint import load_weights
 from megadpo.config.schema import Config
 from megadpo.data.batches.loader import GlobalBatchLoader
 from megadpo.data.tokens.dataset import load_datasets
 from megadpo.data.tokens.tokenizer import load_tokenizer, pad_token_id
+from megadpo.families import read_architecture
 from megadpo.model.build import build_model
 from megadpo.model.source import resolve_source, tokenizer_source
 from megadpo.objective.dpo import metric_names
@@ -28,7 +29,6 @@ from megadpo.train.reference import build_reference, require_reference_vocabular
 from megadpo.train.resume import require_writable
 from megadpo.train.setup import data_rank, seed_everything
 from megadpo.train.step import pair_loss
-from megadpo.train.weights import fill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Evaluator:
             for name, data in datasets.items()
         }
         self.policy = ResidentReference(build_model(arch, cfg.policy, parallel, frozen=True), parallel)
-        fill(self.policy.model, source, arch, parallel)
+        load_weights(self.policy.model, source, arch, parallel)
         named = cfg.dpo.reference.model_name is not None
         self.reference = build_reference(cfg, source, arch, parallel) if named else None
         self.has_preference_loss = named or not cfg.dpo.loss.reads_reference

@@ -13,18 +13,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megadpo.config.architecture import Architecture, read_architecture
+from megadpo.checkpoint import load_weights
+from megadpo.config.architecture import Architecture
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
 from megadpo.data.batches.loader import GlobalBatchLoader
 from megadpo.data.pairs import PairDataset
+from megadpo.families import read_architecture
 from megadpo.model.build import build_model
 from megadpo.model.source import ModelSource, reference_source, weights_fingerprint
 from megadpo.parallel import ParallelContext
 from megadpo.reference import LogpsCache, ResidentReference, compute_missing, positions_by_use
 from megadpo.reference.cached import Table
 from megadpo.train.resume import from_first_rank, require_writable
-from megadpo.train.weights import fill
 
 Positions = npt.NDArray[np.int64]
 FORMAT = 1
@@ -37,7 +38,7 @@ def build_reference(
     """The frozen reference of `dpo.reference`, loaded."""
     source, arch = _source(cfg, policy_source, arch)
     model = build_model(arch, cfg.policy, parallel, frozen=True)
-    fill(model, source, arch, parallel)
+    load_weights(model, source, arch, parallel)
     return ResidentReference(model, parallel)
 
 
@@ -117,7 +118,7 @@ def _describe(cfg: Config, policy_source: ModelSource, arch: Architecture) -> di
     return {
         "format": str(FORMAT),
         "weights": weights_fingerprint(source, every_tensor=True),
-        "architecture": repr(arch),
+        "architecture": arch.fingerprint,
         "precision": cfg.policy.precision,
         "fp8": f"{fp8.fp8} {fp8.fp8_recipe}" if fp8.enabled else "",
     }

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megadpo.checkpoint import TrainingPosition, load_training_state
-from megadpo.config.architecture import Architecture, read_architecture
+from megadpo.checkpoint import TrainingPosition, load_training_state, load_weights
+from megadpo.config.architecture import Architecture
 from megadpo.config.metric import parse_metric_name
 from megadpo.config.problems import DataError, Problem
 from megadpo.config.schema import Config
@@ -22,6 +22,7 @@ from megadpo.data.batches.loader import DataRank, GlobalBatch, GlobalBatchLoader
 from megadpo.data.pairs import PairDataset
 from megadpo.data.tokens.dataset import load_datasets
 from megadpo.data.tokens.tokenizer import load_tokenizer, pad_token_id
+from megadpo.families import read_architecture
 from megadpo.model.build import build_model
 from megadpo.model.freeze import freeze
 from megadpo.model.source import ModelSource, resolve_source, tokenizer_source
@@ -30,7 +31,6 @@ from megadpo.parallel import ParallelContext
 from megadpo.train.reference import attach_logps, build_reference, require_reference_vocabulary
 from megadpo.train.resume import changes, claim, data_settings, find_resume
 from megadpo.train.step import Trainer
-from megadpo.train.weights import fill
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def prepare(cfg: Config, parallel: ParallelContext) -> Run:
     policy = build_model(arch, cfg.policy, parallel, frozen=False)
     freeze(policy, cfg.policy.freeze, arch)
     if resume is None:
-        fill(policy, source, arch, parallel)
+        load_weights(policy, source, arch, parallel)
     wrapped = wrap_for_training(policy, cfg.policy)
     optimizer = build_optimizer(wrapped, cfg.policy, parallel.device)
     scheduler = build_scheduler(optimizer, cfg.policy, total_steps)

@@ -13,9 +13,9 @@ import torch
 
 from benchmarks import gpu, gpu_contenders, gpu_head, gpu_inputs, gpu_report, make_llama
 from benchmarks.gpu_sides import Outcome
-from megadpo.config.architecture import read_architecture
 from megadpo.config.load import load_config
 from megadpo.data.tokens.tokenizer import load_tokenizer
+from megadpo.families import read_architecture
 
 TINY = gpu_inputs.SHAPES["tiny"]
 

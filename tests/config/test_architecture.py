@@ -1,239 +1,36 @@
-"""config.json of the supported families, in both spellings, and what is refused."""
+"""The fingerprint of an architecture, which names files of earlier runs."""
 
 from __future__ import annotations
 
-import json
-import math
+import dataclasses
+from dataclasses import dataclass
 
-import pytest
+from megadpo.config.architecture import Architecture
+from megadpo.families import parse_architecture
+from tests.families.configs import QWEN2_MOE
 
-from megadpo.config import ConfigError, read_architecture
-from megadpo.config.architecture import parse_architecture
-
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 128,
-    "vocab_size": 256,
-}
-POSITIONS = "max_position_embeddings"
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
-
-
-def problem_keys(raw):
-    with pytest.raises(ConfigError) as caught:
-        parse_architecture(raw)
-    return [problem.where.removeprefix("config.json: ") for problem in caught.value.problems]
-
-
-def test_plain_llama():
-    arch = parse_architecture({**LLAMA, "eos_token_id": [1, 2], "torch_dtype": "bfloat16", "rms_norm_eps": 1e-5})
-    assert (arch.family, arch.hf_class, arch.head_dim, arch.num_kv_heads) == ("llama", "LlamaForCausalLM", 16, 2)
-    assert (arch.eos_token_id, arch.torch_dtype, arch.rms_norm_eps) == ((1, 2), "bfloat16", 1e-5)
-    assert (arch.rope_theta, arch.rope_scaling, arch.sliding_window) == (10000.0, None, None)
-    assert not (arch.qkv_bias or arch.output_bias or arch.mlp_bias or arch.qk_norm or arch.tie_word_embeddings)
-
-
-@pytest.mark.parametrize(
-    ("name", "family", "qkv_bias", "qk_norm"),
-    [
-        ("MistralForCausalLM", "mistral", False, False),
-        ("Qwen2ForCausalLM", "qwen2", True, False),
-        ("Qwen3ForCausalLM", "qwen3", False, True),
-    ],
+# As the first version wrote it.
+FIRST = (
+    "Architecture(family='qwen2_moe', hf_class='Qwen2MoeForCausalLM', hidden_size=64, num_layers=4, num_heads=4, "
+    "num_kv_heads=2, head_dim=16, ffn_hidden_size=128, vocab_size=256, rms_norm_eps=1e-06, rope_theta=10000.0, "
+    "rope_scaling={'rope_type': 'linear', 'factor': 2.0}, max_position_embeddings=4096, tie_word_embeddings=False, "
+    "qkv_bias=True, output_bias=False, mlp_bias=False, qk_norm=False, sliding_window=None, eos_token_id=(1, 2), "
+    "pad_token_id=None, torch_dtype=None, moe=MoeArchitecture(num_experts=8, experts_per_token=2, ffn_hidden_size=48, "
+    "normalized_weights=False, shared_ffn_hidden_size=5632, aux_loss_coef=0.001))"
 )
-def test_families_differ_in_biases_and_norms(name, family, qkv_bias, qk_norm):
-    arch = parse_architecture({**LLAMA, "architectures": [name], "model_type": family})
-    assert (arch.family, arch.qkv_bias, arch.qk_norm) == (family, qkv_bias, qk_norm)
+ARCH = parse_architecture({**QWEN2_MOE, "rope_scaling": {"type": "linear", "factor": 2}, "eos_token_id": [1, 2]})
 
 
-def test_mixtral_has_a_theta_of_its_own():
-    mixtral = {**LLAMA, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
-    for said, theta in (({}, 1e6), ({"rope_parameters": {"rope_type": "default"}}, 1e6), ({"rope_theta": 5e5}, 5e5)):
-        assert parse_architecture({**mixtral, **said}).rope_theta == theta
+def test_files_of_the_first_version_are_found():
+    assert ARCH.fingerprint == FIRST
+    assert dataclasses.replace(ARCH, eos_token_id=3).fingerprint != FIRST
 
 
-def test_rope_twice_is_taken_where_both_say_the_same():
-    twice = {"rope_parameters": {**YARN, "rope_theta": 1e6}, "rope_scaling": {**YARN, "type": "yarn"}}
-    arch = parse_architecture({**LLAMA, **twice})
-    assert arch.rope_theta == 1e6 and arch.rope_scaling is not None
+def test_a_field_that_came_later_counts_only_where_it_is_set():
+    @dataclass(frozen=True, kw_only=True)
+    class Later(Architecture):
+        softcap: float | None = None
 
-
-def test_the_trained_length_outside_goes_first():
-    arch = parse_architecture({**LLAMA, "rope_scaling": YARN, "original_max_position_embeddings": 4096})
-    assert arch.rope_scaling["original_max_position_embeddings"] == 4096
-
-
-def test_without_architectures_the_model_type_decides():
-    raw = {key: value for key, value in LLAMA.items() if key != "architectures"}
-    assert parse_architecture({**raw, "model_type": "qwen3"}).family == "qwen3"
-
-
-ROPES = [
-    # what config.json says, (theta, scaling)
-    ({"rope_theta": 5e5}, (5e5, None)),
-    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, (1e6, None)),
-    (
-        {"rope_theta": 1e6, "rope_scaling": {"type": "linear", "factor": 2}},
-        (1e6, {"rope_type": "linear", "factor": 2.0}),
-    ),
-    ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, (10000.0, None)),
-    (
-        {
-            "rope_theta": 5e5,
-            "rope_scaling": {
-                "rope_type": "llama3",
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 8192,
-            },
-        },
-        (
-            5e5,
-            {
-                "rope_type": "llama3",
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 8192,
-            },
-        ),
-    ),
-    (
-        {"rope_parameters": {**YARN, "rope_theta": 1e6, "beta_fast": None}},
-        (
-            1e6,
-            {
-                **YARN,
-                "beta_fast": 32.0,
-                "beta_slow": 1.0,
-                "truncate": True,
-                "attention_factor": 0.1 * math.log(4.0) + 1.0,
-            },
-        ),
-    ),
-]
-
-
-@pytest.mark.parametrize(("said", "wanted"), ROPES)
-def test_rope_in_one_spelling(said, wanted):
-    arch = parse_architecture({**LLAMA, **said})
-    assert (arch.rope_theta, arch.rope_scaling) == wanted
-
-
-def test_yarn_attention_factor():
-    def factor(**more):
-        scaling = parse_architecture({**LLAMA, "rope_scaling": {**YARN, **more}}).rope_scaling
-        assert scaling is not None
-        return scaling["attention_factor"]
-
-    assert factor(attention_factor=1.5) == 1.5
-    assert factor(mscale=2.0, mscale_all_dim=1.0) == (0.2 * math.log(4) + 1) / (0.1 * math.log(4) + 1)
-    assert factor(factor=0.5) == 1.0
-
-
-SLIDING = [
-    ("MistralForCausalLM", {"sliding_window": 4096}, 4096),
-    ("MistralForCausalLM", {"sliding_window": None}, None),
-    ("MistralForCausalLM", {}, 4096),
-    ("Qwen2ForCausalLM", {"sliding_window": 99, "use_sliding_window": False, "max_window_layers": 2}, None),
-    ("Qwen2ForCausalLM", {"sliding_window": 99, "max_window_layers": 2}, None),
-    ("Qwen2ForCausalLM", {"sliding_window": 99, "use_sliding_window": True, "max_window_layers": 4}, None),
-    ("Qwen2ForCausalLM", {"sliding_window": 99, "use_sliding_window": True, "max_window_layers": 3}, 99),
-    ("Qwen3ForCausalLM", {"sliding_window": 99, "use_sliding_window": True, "layer_types": ["sliding_attention"]}, 99),
-    ("Qwen3ForCausalLM", {"sliding_window": 99, "use_sliding_window": True, "layer_types": ["full_attention"]}, None),
-]
-
-
-@pytest.mark.parametrize(("name", "said", "window"), SLIDING)
-def test_sliding_window(name, said, window):
-    raw = {key: value for key, value in LLAMA.items() if key != "model_type"}
-    assert parse_architecture({**raw, "architectures": [name], **said}).sliding_window == window
-
-
-REFUSED = [
-    ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, ["architectures"]),
-    ({"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}, ["architectures"]),
-    ({"architectures": [], "model_type": "bert"}, ["architectures"]),
-    ({"hidden_size": None}, ["hidden_size"]),
-    ({"vocab_size": "many", "num_hidden_layers": 0}, ["num_hidden_layers", "vocab_size"]),
-    ({"num_key_value_heads": 3}, ["num_key_value_heads"]),
-    ({"hidden_size": 65}, ["num_attention_heads"]),
-    ({"rms_norm_eps": 0}, ["rms_norm_eps"]),
-    ({"hidden_act": "gelu"}, ["hidden_act"]),
-    ({"attention_bias": True, "mlp_bias": True}, ["attention_bias", "mlp_bias"]),
-    ({"attention_dropout": 0.1}, ["attention_dropout"]),
-    ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
-    ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ["partial_rotary_factor"]),
-    ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1]}}, ["rope_scaling.rope_type"]),
-    ({"rope_parameters": {"rope_type": "su"}}, ["rope_parameters.rope_type"]),
-    ({"rope_scaling": {"type": "linear"}}, ["rope_scaling.factor"]),
-    ({"rope_scaling": {"type": "linear", "factor": -1}}, ["rope_scaling.factor"]),
-    ({"rope_scaling": {"type": "linear", "factor": 2, "twist": 1}}, ["rope_scaling.twist"]),
-    ({"rope_scaling": "yarn"}, ["rope_scaling"]),
-    ({"rope_theta": "big"}, ["rope_theta"]),
-    ({"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": YARN}, ["rope_scaling"]),
-    ({"rope_scaling": YARN, "original_max_position_embeddings": -1}, [f"rope_scaling.original_{POSITIONS}"]),
-    ({"model_type": "phi3"}, ["model_type"]),
-    ({"rope_theta": -1.0}, ["rope_theta"]),
-    ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
-    ({"layer_types": ["linear_attention"]}, ["layer_types"]),
-]
-
-
-@pytest.mark.parametrize(("said", "keys"), REFUSED)
-def test_refused_by_name(said, keys):
-    assert problem_keys({**LLAMA, **said}) == keys
-
-
-def test_unsupported_architecture_names_itself_and_the_supported_ones():
-    with pytest.raises(ConfigError) as caught:
-        parse_architecture({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"})
-    text = str(caught.value)
-    assert all(word in text for word in ("GPT2LMHeadModel", "gpt2", "LlamaForCausalLM", "Qwen3ForCausalLM"))
-
-
-def test_folder_that_cannot_be_read(tmp_path):
-    for make, words in [
-        (lambda: None, "existing folder"),
-        (lambda: (tmp_path / "m").mkdir(), "config.json"),
-        (lambda: (tmp_path / "m" / "config.json").write_text("{"), "JSON"),
-        (lambda: (tmp_path / "m" / "config.json").write_text("[]"), "JSON object"),
-    ]:
-        make()
-        with pytest.raises(ConfigError) as caught:
-            read_architecture(tmp_path / "m")
-        (problem,) = caught.value.problems
-        assert words in problem.expected
-    (tmp_path / "m" / "config.json").write_text(json.dumps(LLAMA))
-    assert read_architecture(str(tmp_path / "m")).hidden_size == 64
-
-
-@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2", "Qwen3"])
-@pytest.mark.parametrize("tied", [False, True])
-def test_what_transformers_writes_is_read_as_transformers_means_it(name, tied, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    rope = {**YARN, "rope_theta": 1e6}
-    made = getattr(transformers, f"{name}Config")(
-        hidden_size=96, num_attention_heads=6, num_key_value_heads=3, tie_word_embeddings=tied, rope_parameters=rope
-    )
-    made.architectures = [f"{name}ForCausalLM"]
-    made.save_pretrained(tmp_path)
-    arch = read_architecture(tmp_path)
-    assert arch.hidden_size == made.hidden_size and arch.num_layers == made.num_hidden_layers
-    assert (arch.num_heads, arch.num_kv_heads) == (6, 3)
-    assert arch.head_dim == (getattr(made, "head_dim", None) or 96 // 6)
-    assert (arch.ffn_hidden_size, arch.vocab_size) == (made.intermediate_size, made.vocab_size)
-    assert (arch.rms_norm_eps, arch.max_position_embeddings) == (made.rms_norm_eps, made.max_position_embeddings)
-    assert arch.tie_word_embeddings is tied
-    assert arch.rope_theta == 1e6 and arch.rope_scaling is not None and arch.rope_scaling["rope_type"] == "yarn"
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    assert arch.rope_scaling["attention_factor"] == ROPE_INIT_FUNCTIONS["yarn"](made)[1]
-    assert arch.sliding_window == (made.sliding_window if name == "Mistral" else None)
-    assert (arch.eos_token_id, arch.pad_token_id) == (made.eos_token_id, made.pad_token_id)
+    values = {field.name: getattr(ARCH, field.name) for field in dataclasses.fields(ARCH)}
+    assert Later(**values).fingerprint == FIRST.replace("Architecture(family", "Later(family")
+    assert Later(**values, softcap=30.0).fingerprint.endswith(", softcap=30.0)")

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from megadpo.config import check_layout, data_parallel_size, layers_per_stage, stated_world_size
-from megadpo.config.architecture import parse_architecture
+from megadpo.families import parse_architecture
 
 LLAMA_8B = parse_architecture(
     {

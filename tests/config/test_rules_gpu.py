@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 
 from megadpo.config import load_config, save_resolved
-from megadpo.config.architecture import parse_architecture
 from megadpo.config.check import check_layout
-from tests.config.test_architecture import LLAMA
-from tests.config.test_check_moe import QWEN3
+from megadpo.families import parse_architecture
+from tests.families.configs import LLAMA, QWEN3_MOE
 
 MEG = "policy.megatron_cfg"
 IMPL, FP8, PAD = f"{MEG}.transformer_impl", f"{MEG}.fp8_cfg.enabled", "policy.make_sequence_length_divisible_by"
@@ -111,7 +110,7 @@ def test_the_sides_of_every_matrix(recipe, tp, changes, odd, config):
 
 
 def test_experts_are_not_run_in_float8(config):
-    experts = {**QWEN3, **SHAPE, "architectures": QWEN3["architectures"], "model_type": QWEN3["model_type"]}
+    experts = {**QWEN3_MOE, **SHAPE, "architectures": QWEN3_MOE["architectures"], "model_type": QWEN3_MOE["model_type"]}
     [problem] = check_layout(
         config(policy__megatron_cfg={"fp8_cfg": {"enabled": True}}), parse_architecture(experts), None
     )

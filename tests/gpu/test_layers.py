@@ -34,13 +34,12 @@ EXPECTED_LOGP, EXPECTED_GRADIENT = 3.6e-3, 1e-2
 
 def measured(folder, options, share_prompt):
     """Logps, and gradients by Hugging Face name, on the CPU in float64; what was chosen; peak memory in bytes."""
-    from megadpo.config.architecture import read_architecture
     from megadpo.config.schema_megatron import Fp8Config, MegatronConfig
     from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
     from megadpo.data.batches.pack import pack_pairs
+    from megadpo.families import read_architecture, weight_table
     from megadpo.model.build import build_model
-    from megadpo.model.weights.load import load_hf_weights, named_global_parameters, place_of
-    from megadpo.model.weights.tables import weight_table
+    from megadpo.model.weights.load import load_hf_weights, named_global_parameters, place_of, to_hf
     from megadpo.optimizer import wrap_for_training
     from megadpo.parallel import Layout, initialize, setup_device
     from megadpo.train.setup import seed_everything
@@ -69,7 +68,7 @@ def measured(folder, options, share_prompt):
     wrapped.finish_grad_sync()
     gradients = {}
     for name, parameter in named_global_parameters(wrapped):
-        gradients |= table.by_name[name].to_hf(parameter.main_grad.detach().double().cpu())
+        gradients |= to_hf(table.by_name[name], parameter.main_grad.detach().double().cpu())
     chosen = (chunks[0].config.transformer_impl, chunks[0].rotary.fused, chunks[0].config.fp8)
     return logps.detach().double().cpu(), gradients, chosen, torch.cuda.max_memory_allocated()
 

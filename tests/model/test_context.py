@@ -124,9 +124,9 @@ def bytes_in_use():
 
 def bytes_kept_for_backward(folder, context, lengths):
     """By a training model's forward pass, on this rank."""
-    from megadpo.config.architecture import read_architecture
     from megadpo.config.schema_megatron import MegatronConfig
     from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
+    from megadpo.families import read_architecture
     from megadpo.model.build import build_model
     from megadpo.model.weights.load import load_hf_weights, place_of
     from megadpo.parallel import Layout, initialize, setup_device

@@ -6,9 +6,8 @@ import dataclasses
 
 import pytest
 
-from megadpo.config.architecture import parse_architecture
+from megadpo.families import parse_architecture, weight_table
 from megadpo.model.freeze import expand, freeze_problems
-from megadpo.model.weights.tables import weight_table
 from tests.helpers.distributed import run_distributed
 from tests.model.weights.hf_models import make_hf_folder
 
@@ -91,9 +90,9 @@ def test_every_problem_at_once():
 
 def trained_names_and_memory(folder, patterns):
     """Of a frozen model in one process: names with gradients, numbers in gradient buffers, numbers in moments."""
-    from megadpo.config.architecture import read_architecture
     from megadpo.config.schema_megatron import MegatronConfig
     from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
+    from megadpo.families import read_architecture
     from megadpo.model.build import build_model
     from megadpo.model.freeze import freeze
     from megadpo.model.weights.load import named_global_parameters

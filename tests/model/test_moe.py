@@ -14,10 +14,10 @@ TOPK = 2
 
 def tokens_of_experts(folder: str, tensor: int) -> tuple[list[int], int, int]:
     """Tokens that this rank's experts computed in each layer, tokens of the pack, and padding."""
-    from megadpo.config.architecture import read_architecture
     from megadpo.config.schema_megatron import MegatronConfig
     from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
     from megadpo.data.batches.pack import pack_pairs
+    from megadpo.families import read_architecture
     from megadpo.model.build import build_model
     from megadpo.model.moe import plan_routing
     from megadpo.model.weights.load import load_hf_weights, place_of

@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from megadpo.config.architecture import read_architecture
+from megadpo.families import read_architecture
 from megadpo.model.rope import RotaryTable
 
 SCALINGS = {

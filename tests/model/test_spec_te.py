@@ -43,11 +43,10 @@ def test_stand_ins_take_what_megatron_cores_wrappers_take(name):
 
 def both_implementations(folder, layout, share_prompt):
     """Parameter gradients by Hugging Face table entry, and logps, of the local layers and of the stand-ins."""
-    from megadpo.config.architecture import read_architecture
     from megadpo.data.batches.pack import pack_pairs
+    from megadpo.families import read_architecture, weight_table
     from megadpo.model.build import build_model
     from megadpo.model.weights.load import load_hf_weights, named_global_parameters, place_of
-    from megadpo.model.weights.tables import weight_table
     from megadpo.parallel import Layout, initialize, setup_device
     from megadpo.train.setup import seed_everything
 
@@ -145,7 +144,7 @@ def convert_there_and_back(folder, checkpoint):
     from megatron.core import dist_checkpointing
 
     from megadpo.checkpoint.save import sharded_weights
-    from megadpo.config.architecture import read_architecture
+    from megadpo.families import read_architecture
     from megadpo.model.build import build_model
     from megadpo.model.weights.convert import copy_hf_files, write_info
     from megadpo.model.weights.load import load_hf_weights, place_of

@@ -29,7 +29,7 @@ def policy_of(folder, *, in_fp32=True, device="auto", **optimizer):
 
 
 def dtypes_of_buffers(folder):
-    from megadpo.config.architecture import read_architecture
+    from megadpo.families import read_architecture
     from megadpo.model.build import build_model
     from megadpo.optimizer import wrap_for_training
     from megadpo.parallel import Layout, initialize, setup_device

@@ -29,7 +29,7 @@ def storages(tensors: Any) -> int:
 
 def build(path: str, overrides: list[str]) -> tuple[Config, Any, Trainer]:
     """The trainer of this rank as train/setup.py builds it, with weights that nothing was loaded into."""
-    from megadpo.config.architecture import read_architecture
+    from megadpo.families import read_architecture
     from megadpo.model.build import build_model
     from megadpo.model.freeze import freeze
     from megadpo.optimizer import build_optimizer, build_scheduler, wrap_for_training

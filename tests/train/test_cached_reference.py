@@ -202,7 +202,7 @@ def model_after_attaching(config: str) -> tuple[int, list[bool]]:
     import gc
     import weakref
 
-    from megadpo.config.architecture import read_architecture
+    from megadpo.families import read_architecture
     from megadpo.model.source import resolve_source
     from megadpo.parallel import initialize, layout_of, setup_device
     from megadpo.train import reference, setup

@@ -133,7 +133,7 @@ def run_cases(cases):
 def run_case(config):
     """A run built, a step and an evaluation, and what happened in them."""
     from megadpo.config import load_config
-    from megadpo.config.architecture import read_architecture
+    from megadpo.families import read_architecture
     from megadpo.parallel import destroy, initialize, layout_of, setup_device
     from megadpo.plan.outlines import even_routing
     from megadpo.train.setup import prepare

@@ -7,9 +7,9 @@ import re
 import pytest
 import torch
 
-from megadpo.config.architecture import read_architecture
+from megadpo.families import read_architecture, weight_table
 from megadpo.model.weights.hf_folder import HfWeights
-from megadpo.model.weights.tables import weight_table
+from megadpo.model.weights.load import load_shard
 from tests.helpers.distributed import run_distributed
 from tests.helpers.equal_runs import assert_equal_runs, run
 from tests.helpers.overrides import DIST, OVERLAP, PP2, RECOMPUTE, SP, TP2, VPP2
@@ -31,7 +31,7 @@ def start_weights(folder, trained):
     for entry in weight_table(read_architecture(folder)).entries:
         tensor = torch.empty(entry.full_shape)
         with weights.slices(entry.hf) as sources:
-            entry.fill(tensor, sources)
+            load_shard(tensor, entry, sources)
         found[next(name for name in entry.names if name in trained)] = tensor
     return found
 

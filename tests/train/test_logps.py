@@ -42,10 +42,10 @@ def some_pairs():
 
 def logps_of_packs(folders, tensor, pipeline):
     """{case: {share_prompt: logps}} on the last stage, None elsewhere."""
-    from megadpo.config.architecture import read_architecture
     from megadpo.config.schema_megatron import MegatronConfig
     from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
     from megadpo.data.batches.pack import pack_pairs
+    from megadpo.families import read_architecture
     from megadpo.model.build import build_model
     from megadpo.model.weights.load import load_hf_weights, place_of
     from megadpo.parallel import Layout, initialize, setup_device

@@ -47,9 +47,9 @@ def logps_in_layouts(folders: dict[str, str], layouts: list[dict[str, Any]]) -> 
     """[layout][dispatcher] -> {family: logps of both packs}, on the last stage."""
     from megatron.core import parallel_state
 
-    from megadpo.config.architecture import read_architecture
     from megadpo.config.schema_megatron import MegatronConfig
     from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
+    from megadpo.families import read_architecture
     from megadpo.model.build import build_model
     from megadpo.model.weights.load import load_hf_weights, place_of
     from megadpo.parallel import Layout, initialize, setup_device

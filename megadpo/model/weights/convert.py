@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from megadpo.config.architecture import read_architecture
 from megadpo.config.problems import ConfigError, Problem
+from megadpo.families import WeightEntry, WeightTable, read_architecture, weight_table
 from megadpo.model.weights.dist_folder import DistFolder, PlannedTensor, write_dist_folder
 from megadpo.model.weights.hf_folder import DTYPES, HfWeights
 from megadpo.model.weights.hf_writer import MAX_FILE_BYTES, TensorSpec, write_hf_weights
-from megadpo.model.weights.tables import Entry, WeightTable, weight_table
+from megadpo.model.weights.load import load_shard, to_hf
 
 MODEL_FOLDER, HF_FOLDER, INFO_FILE = "model", "hf", "megadpo.json"
 FORMAT = 1
@@ -97,7 +97,7 @@ def export_hf(megatron: str | Path, hf: str | Path, max_file_bytes: int = MAX_FI
         for name, shape in zip(entry.hf, entry.shapes, strict=True)
     ]
     with _written_aside(hf) as folder:
-        tensors = (entry.to_hf(stored.read(region)) for entry, region in zip(table.entries, regions, strict=True))
+        tensors = (to_hf(entry, stored.read(region)) for entry, region in zip(table.entries, regions, strict=True))
         write_hf_weights(folder, specs, tensors, max_file_bytes)
         copy_hf_files(megatron / HF_FOLDER, folder)
         _correct_dtype(folder / "config.json", specs)
@@ -142,10 +142,10 @@ def _empty_objects(table: WeightTable) -> Iterator[str]:
             yield f"{entry.extra_state_key}/shard_{offset}_{shape}"
 
 
-def _read(weights: HfWeights, entry: Entry, dtype: torch.dtype) -> torch.Tensor:
+def _read(weights: HfWeights, entry: WeightEntry, dtype: torch.dtype) -> torch.Tensor:
     tensor = torch.empty(entry.full_shape, dtype=dtype)
     with weights.slices(entry.hf) as sources:
-        entry.fill(tensor, sources)
+        load_shard(tensor, entry, sources)
     return tensor
 
 

@@ -31,8 +31,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megadpo.config.problems import ConfigError, Problem
-from megadpo.model.weights.layouts import Shape
-from megadpo.model.weights.tables import MEGATRON_LAYER, Entry
+from megadpo.families.layouts import Shape
+from megadpo.families.weight_table import MEGATRON_LAYER, WeightEntry
 
 METADATA_FILE = ".metadata"
 COMMON_FILE = "common.pt"
@@ -70,7 +70,7 @@ class DistFolder:
             if isinstance(stored, TensorStorageMetadata)
         }
 
-    def find(self, entries: Iterable[Entry]) -> list[Region]:
+    def find(self, entries: Iterable[WeightEntry]) -> list[Region]:
         """Where each entry lies. Raises ConfigError naming every tensor that is missing or of another shape."""
         regions: list[Region] = []
         problems: list[Problem] = []
@@ -87,7 +87,7 @@ class DistFolder:
             raise ConfigError(problems)
         return regions
 
-    def _find(self, entry: Entry) -> Region | None:
+    def _find(self, entry: WeightEntry) -> Region | None:
         """megatron-core stacks the layers into one tensor, or (`non_homogeneous_layers`) keys them one by one; the
         experts of a layer are always stacked."""
         for key in entry.checkpoint_keys:

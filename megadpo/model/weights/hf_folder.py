@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from megadpo.config.problems import ConfigError, Problem
-from megadpo.model.weights.layouts import Shape, Sliceable
-from megadpo.model.weights.tables import WeightTable
+from megadpo.families.layouts import Shape
+from megadpo.families.weight_table import WeightTable
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROWS_COMPARED = 4096
-HARMLESS_ENDINGS = ("rotary_emb.inv_freq", "attn.masked_bias", "lm_head.weight")
-"""What transformers passes over too: buffers that its old versions saved beside the weights (computed, never learnt),
-and the head of a tied model, a copy of the embedding (an untied model's head is in its table)."""
+HARMLESS_ENDINGS = ("rotary_emb.inv_freq", "attn.masked_bias")
+"""What transformers passes over too: buffers that its old versions saved beside the weights, computed and never learnt."""
 
 _ASK_AGAIN = "download or copy the folder again"
+
+
+class Sliceable(Protocol):
+    """A tensor, or safetensors' PySafeSlice, which reads only what is asked of it."""
+
+    def __getitem__(self, index: tuple[slice, ...]) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class HfWeights:
                 problems += [_missing(folder / file, name) for name in names if name not in found]
         if problems:
             raise ConfigError(problems)
-        return cls(folder, tensors if table is None else _experts_apart(tensors, table))
+        return cls(folder, tensors if table is None else _as_in_table(tensors, table))
 
     def problems(self, table: WeightTable) -> list[Problem]:
         """Every difference between these tensors and what `table` wants: missing, of another shape, unused; and a head
@@ -104,28 +109,27 @@ class HfWeights:
             elif name in wanted and tensor.dtype not in DTYPES:
                 fix = "use the unquantised model"
                 problems.append(Problem(where, tensor.dtype, f"a dtype among {', '.join(DTYPES)}", fix))
-            elif name not in wanted and not name.endswith(HARMLESS_ENDINGS):
+            elif name not in wanted and not name.endswith(HARMLESS_ENDINGS) and name not in (table.tied or ()):
                 fix = "use a model whose weights are those of its config.json (no adapters, no quantisation)"
                 problems.append(Problem(where, "a tensor that nothing uses", "only the weights of the model", fix))
-        return problems + self._untied_head(wanted)
+        return problems + self._untied_head(table)
 
-    def _untied_head(self, wanted: Mapping[str, Shape]) -> list[Problem]:
+    def _untied_head(self, table: WeightTable) -> list[Problem]:
         """A tied model's folder may hold its head too, if that is the embedding: transformers leaves the two apart where
         their numbers differ. Reads both, a few rows at a time."""
-        names = [EMBEDDING, HEAD]
-        if HEAD in wanted or EMBEDDING not in wanted or not self.tensors.keys() >= set(names):
+        if table.tied is None or not self.tensors.keys() >= set(table.tied):
             return []
-        embedding, head = (self.tensors[name] for name in names)
+        embedding, head = (self.tensors[name] for name in table.tied)
         if embedding.shape == head.shape:
-            dtype = self.dtype(names)
-            with self.slices(names) as sources:
+            dtype = self.dtype(table.tied)
+            with self.slices(table.tied) as sources:
                 starts = range(0, head.shape[0], ROWS_COMPARED)
                 rows = ((slice(start, start + ROWS_COMPARED),) for start in starts)
                 if all(torch.equal(*(source[index].to(dtype) for source in sources)) for index in rows):
                     return []
-        expected = f"the same as {EMBEDDING}, or not there: config.json says tie_word_embeddings"
+        expected = f"the same as {table.tied[0]}, or not there: config.json says tie_word_embeddings"
         fix = "set tie_word_embeddings to false in config.json if the model has a head of its own"
-        return [Problem(f"{head.file}: {HEAD}", "another tensor", expected, fix)]
+        return [Problem(f"{head.file}: {table.tied[1]}", "another tensor", expected, fix)]
 
     def dtype(self, names: Sequence[str]) -> torch.dtype:
         """The dtype that holds all of these tensors exactly (theirs, in every ordinary folder)."""
@@ -155,13 +159,17 @@ class HfWeights:
         return whole if stored.inside.expert is None else _Part(whole, stored.inside, stored.shape[0])
 
 
-def _experts_apart(tensors: dict[str, StoredTensor], table: WeightTable) -> dict[str, StoredTensor]:
-    """`tensors` with those of all experts replaced by the experts' own, as far as their shapes allow."""
+def _as_in_table(tensors: dict[str, StoredTensor], table: WeightTable) -> dict[str, StoredTensor]:
+    """`tensors` by the table's names: those with another name under the first, those of all experts as the experts' own,
+    as far as their shapes allow."""
     apart = dict(tensors)
     for entry in table.entries:
+        for name, other in entry.also.items():
+            if name not in tensors and other in tensors:
+                stored = apart.pop(other)
+                apart[name] = dataclasses.replace(stored, inside=Inside(other, None, 0))
         whole = tensors.get(entry.hf_stacked)
-        shape = entry.full_shape if entry.expert is None else (table.num_experts, *entry.full_shape)
-        if whole is None or entry.hf_stacked in entry.hf or whole.shape != shape:
+        if whole is None or whole.shape != (table.num_experts, *entry.full_shape):
             continue  # one of another shape stays, and is named as unused
         apart.pop(entry.hf_stacked, None)
         first_row = 0

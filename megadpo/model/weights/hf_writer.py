@@ -7,6 +7,7 @@ Format: https://huggingface.co/docs/safetensors (8 bytes of header length, JSON 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,8 @@ from typing import BinaryIO
 
 import torch
 
+from megadpo.families.layouts import Shape
 from megadpo.model.weights.hf_folder import DTYPES, INDEX_FILE, SINGLE_FILE
-from megadpo.model.weights.layouts import Shape, num_bytes
 
 MAX_FILE_BYTES = 5 * 10**9
 """transformers' default shard size up to version 4; its 5 GB are 10^9 bytes each."""
@@ -33,7 +34,7 @@ class TensorSpec:
 
     @property
     def num_bytes(self) -> int:
-        return num_bytes(self.shape, self.dtype)
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_hf_weights(

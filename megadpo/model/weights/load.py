@@ -1,18 +1,18 @@
-"""Hugging Face weights into the parameters of a megatron-core model, each rank reading only its own slices."""
+"""Hugging Face weights into the parameters of a megatron-core model, each rank reading only its own slices; and back."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from megadpo.config.architecture import Architecture
+from megadpo.config.grid import Grid
 from megadpo.config.problems import ConfigError
-from megadpo.model.weights.hf_folder import HfWeights
-from megadpo.model.weights.tables import MEGATRON_LAYER, Entry, weight_table
+from megadpo.families.weight_table import MEGATRON_LAYER, WeightEntry, WeightTable, weight_table
+from megadpo.model.weights.hf_folder import HfWeights, Sliceable
 from megadpo.parallel import ParallelContext
 
 _LAYER_NAME = re.compile(re.escape(MEGATRON_LAYER).replace(r"\{i\}", r"(\d+)") + "(.*)")
@@ -20,56 +20,73 @@ _EXPERT_NAME = re.compile(r"(mlp\.experts\.(?:local_experts\.|linear_fc[12]\.wei
 """An expert's number in megatron-core's sequential or Transformer Engine's grouped experts."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """A rank's place in the layout, as far as its weights depend on it."""
-
-    tp_rank: int = 0
-    tp_size: int = 1
-    ep_rank: int = 0
-    ep_size: int = 1
-    etp_rank: int = 0
-    etp_size: int = 1
-
-    def shard_of(self, entry: Entry) -> tuple[int, int]:
-        """(rank, size) of the group over which `entry` is cut."""
-        return (self.tp_rank, self.tp_size) if entry.expert is None else (self.etp_rank, self.etp_size)
+def load_shard(
+    shard: torch.Tensor, entry: WeightEntry, sources: Sequence[Sliceable], rank: int = 0, size: int = 1
+) -> None:
+    """Hugging Face -> Megatron: copy the part of `sources` (in the order of `entry.hf`) that rank `rank` of `size` holds
+    into `shard` (any device), casting to its dtype."""
+    for rectangle in entry.rectangles(rank, size):
+        shard[rectangle.shard_index].copy_(sources[rectangle.source][rectangle.source_index])
 
 
-def place_of(parallel: ParallelContext) -> Place:
-    """This rank's."""
+def to_hf(entry: WeightEntry, full: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Megatron -> Hugging Face: the tensors of `entry.hf` out of the whole one. Views where the rows adjoin."""
+    parts: list[list[torch.Tensor]] = [[] for _ in entry.hf]
+    for rectangle in entry.rectangles():
+        parts[rectangle.source].append(full[rectangle.shard_index])
+    tensors = (part[0] if len(part) == 1 else torch.cat(part) for part in parts)
+    return dict(zip(entry.hf, tensors, strict=True))
+
+
+def place_of(parallel: ParallelContext) -> Grid:
+    """This rank's place in the grid of ranks."""
     layout = parallel.layout
-    return Place(
-        parallel.tp_rank, layout.tensor, parallel.ep_rank, layout.expert, parallel.etp_rank, layout.expert_tensor
+    return Grid(
+        tensor=layout.tensor,
+        context=layout.context,
+        data=parallel.dp_size,
+        pipeline=layout.pipeline,
+        expert=layout.expert,
+        expert_tensor=layout.expert_tensor,
+        rank=parallel.rank,
     )
 
 
 def load_hf_weights(
-    model_chunks: Sequence[torch.nn.Module], arch: Architecture, folder: str | Path, place: Place
+    model_chunks: Sequence[torch.nn.Module],
+    arch: Architecture,
+    folder: str | Path,
+    place: Grid,
+    table: WeightTable | None = None,
 ) -> None:
-    """Fill every parameter of this rank's model chunks from a Hugging Face folder, casting to the parameter's dtype.
+    """Load every parameter of this rank's model chunks from a Hugging Face folder, casting to the parameter's dtype.
 
+    table: of `arch`; None: its own. Parameters of rows that were added to it are left as they are.
     Collectives: none. Memory beyond the parameters: the mapped pages of the tensors in one parameter.
     Raises ConfigError with every problem of the folder, not only those of this rank's slices: all ranks of a run
     refuse together. Raises ValueError where the model is not one of `arch` at `place`.
     """
-    table = weight_table(arch)
+    table = table or weight_table(arch)
     weights = HfWeights.open(folder, table)
     problems = weights.problems(table)
     if problems:
         raise ConfigError(problems)
     for chunk in model_chunks:
-        for name, parameter in named_global_parameters(chunk, table.num_experts // place.ep_size * place.ep_rank):
+        for name, parameter in named_global_parameters(chunk, table.num_experts // place.expert * place.ep_rank):
             entry = table.by_name.get(name)
             if entry is None:
                 raise ValueError(f"the weight table of family {arch.family} has no row for parameter {name}")
-            rank, size = place.shard_of(entry)
+            if not entry.in_base:
+                continue
+            rank, size = place.tp_rank, place.tensor
+            if entry.expert is not None:
+                rank, size = place.etp_rank, place.expert_tensor
             if tuple(parameter.shape) != entry.local_shape(size):
                 raise ValueError(
                     f"{name} has shape {tuple(parameter.shape)}; {entry.local_shape(size)} by the weight table"
                 )
             with torch.no_grad(), weights.slices(entry.hf) as sources:
-                entry.fill(parameter, sources, rank, size)
+                load_shard(parameter, entry, sources, rank, size)
 
 
 def named_global_parameters(chunk: torch.nn.Module, first_expert: int = 0) -> Iterator[tuple[str, torch.nn.Parameter]]:

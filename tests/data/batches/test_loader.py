@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megadpo.config import build_config
-from megadpo.config.architecture import parse_architecture
 from megadpo.config.problems import DataError
 from megadpo.data.batches.loader import DataRank, GlobalBatch, GlobalBatchLoader
 from megadpo.data.batches.pack import PackedBatch, pack_pairs
@@ -22,6 +21,7 @@ from megadpo.data.batches.work import WorkModel
 from megadpo.data.pairs import FlatPairs, PairDataset, TokenizedPair
 from megadpo.data.tokens.dataset import open_dataset
 from megadpo.data.tokens.encode import DataSettings
+from megadpo.families import parse_architecture
 from tests.data.batches.test_work import LLAMA_8B
 from tests.data.builders import dataset, ids, row, write_rows
 from tests.helpers.tiny_tokenizer import tiny_tokenizer

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from megadpo.config.architecture import parse_architecture
 from megadpo.data.batches.pack import pack_pairs
 from megadpo.data.batches.work import UNITS_PER_TOKEN, WorkModel, query_keys
 from megadpo.data.pairs import FlatPairs, TokenizedPair
+from megadpo.families import parse_architecture
 from tests.data.builders import tokenized_pairs
 
 LLAMA_8B = {

@@ -13,10 +13,9 @@ from pathlib import Path
 import megatron.core.dist_checkpointing  # noqa: F401  else its 55 MB would count as the import's
 import torch
 
-from megadpo.config.architecture import read_architecture
+from megadpo.config.grid import Grid
+from megadpo.families import read_architecture, weight_table
 from megadpo.model.weights import export_hf, import_hf, load_hf_weights
-from megadpo.model.weights.load import Place
-from megadpo.model.weights.tables import weight_table
 from tests.model.weights.stub import Stub
 
 TP_SIZE = 4
@@ -42,7 +41,7 @@ def main(hf: str, work: str) -> None:
     arch = read_architecture(hf)
     # ones, not empty: the shard's own memory is taken before the measurement.
     model = Stub({e.names[0]: torch.ones(e.local_shape(TP_SIZE)) for e in weight_table(arch).entries})
-    peaks = {"load": peak_bytes(load_hf_weights, [model], arch, hf, Place(tp_size=TP_SIZE))}
+    peaks = {"load": peak_bytes(load_hf_weights, [model], arch, hf, Grid(tensor=TP_SIZE))}
     peaks["import"] = peak_bytes(import_hf, hf, f"{work}/megatron")
     peaks["export"] = peak_bytes(export_hf, f"{work}/megatron", f"{work}/hf")
     print(json.dumps(peaks))

@@ -11,10 +11,11 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megadpo.checkpoint import load_weights
-from megadpo.config.architecture import read_architecture
 from megadpo.config.schema_megatron import MegatronConfig
 from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
+from megadpo.families import read_architecture
 from megadpo.model.build import build_model
+from megadpo.model.source import resolve_source
 from megadpo.model.weights import load_hf_weights
 from megadpo.model.weights.load import place_of
 from megadpo.optimizer.state import METADATA
@@ -99,5 +100,5 @@ def load_with_megatron(folder: str, tp: int, pp: int) -> State:
     """This rank's parameters from a Megatron checkpoint folder, by the trainer's own loader."""
     parallel = initialize(Layout(tensor=tp, pipeline=pp), setup_device("auto"))
     model = build(str(Path(folder) / "hf"), parallel)
-    load_weights([model], Path(folder))
+    load_weights([model], resolve_source(folder, "folder"), read_architecture(Path(folder) / "hf"), parallel)
     return global_state(model)

@@ -10,12 +10,11 @@ import pytest
 import torch
 from torch.distributed import checkpoint as dcp
 
-from megadpo.config.architecture import read_architecture
 from megadpo.config.problems import ConfigError
+from megadpo.families import read_architecture, weight_table
 from megadpo.model.weights import copy_hf_files, export_hf, import_hf, is_megatron_folder, write_info
 from megadpo.model.weights.convert import MODEL_FOLDER
 from megadpo.model.weights.dist_folder import DistFolder
-from megadpo.model.weights.tables import weight_table
 from tests.helpers.distributed import run_distributed
 from tests.model.weights.hf_models import (
     CASES,
@@ -226,7 +225,7 @@ def test_a_failed_write_leaves_nothing(folders, tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("megadpo.model.weights.layouts.Columns.fill", full)
+    monkeypatch.setattr("megadpo.model.weights.convert.load_shard", full)
     with pytest.raises(OSError, match="No space left"):
         import_hf(folders["llama"], tmp_path / "megatron")
     assert list(tmp_path.iterdir()) == []

@@ -10,11 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megadpo.config.architecture import read_architecture
+from megadpo.config.grid import Grid
 from megadpo.config.problems import ConfigError
+from megadpo.families import read_architecture, weight_table
+from megadpo.families.layouts import Columns
+from megadpo.families.rows import Row
 from megadpo.model.weights import load_hf_weights
 from megadpo.model.weights.hf_folder import HfWeights
-from megadpo.model.weights.load import Place, named_global_parameters
+from megadpo.model.weights.load import named_global_parameters
 from tests.helpers.distributed import run_distributed
 from tests.model.weights.hf_models import CASES, LAYERS, MOE_CASES, make_hf_folder, read_tensors, whole_in_hf_names
 from tests.model.weights.model_worker import load_in_every_layout
@@ -51,7 +54,7 @@ def test_every_layout_holds_the_folder_bit_for_bit(folders, loaded, case, tp, pp
 def test_transformer_engines_names_of_the_norms(folders):
     names = ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight")
     model = Stub({f"decoder.layers.0.{name}": torch.zeros(24) for name in names}, first_layer=2)
-    load_hf_weights([model], read_architecture(folders["llama"]), folders["llama"], Place(tp_rank=0, tp_size=2))
+    load_hf_weights([model], read_architecture(folders["llama"]), folders["llama"], Grid(tensor=2))
     want = read_tensors(folders["llama"])
     layer = model.decoder.layers.get_submodule("0")
     assert torch.equal(layer.self_attention.linear_qkv.layer_norm_weight, want["model.layers.2.input_layernorm.weight"])
@@ -60,7 +63,7 @@ def test_transformer_engines_names_of_the_norms(folders):
 
 def test_casts_to_the_dtype_of_the_parameter(folders):
     model = Stub({"decoder.layers.0.mlp.linear_fc2.weight": torch.zeros(24, 20, dtype=torch.bfloat16)})
-    load_hf_weights([model], read_architecture(folders["llama"]), folders["llama"], Place(tp_rank=1, tp_size=2))
+    load_hf_weights([model], read_architecture(folders["llama"]), folders["llama"], Grid(tensor=2, rank=1))
     want = read_tensors(folders["llama"])["model.layers.0.mlp.down_proj.weight"][:, 20:]
     got = model.get_parameter("decoder.layers.0.mlp.linear_fc2.weight")
     assert got.dtype == torch.bfloat16 and torch.equal(got, want.bfloat16())
@@ -87,11 +90,23 @@ def test_experts_of_a_rank(tmp_path, case, stacked):
         },
         first_layer=2,
     )
-    place = Place(tp_rank=3, tp_size=4, ep_rank=1, ep_size=2, etp_rank=1, etp_size=2)
+    place = Grid(tensor=4, expert=2, expert_tensor=2, rank=3)
     load_hf_weights([model], read_architecture(folder), folder, place)
     assert torch.equal(model.get_parameter(f"{layer}local_experts.1.linear_fc1.weight"), full)
     assert torch.equal(model.get_parameter(f"{layer}linear_fc1.weight1"), full)
     assert torch.equal(model.get_parameter(f"{layer}local_experts.1.linear_fc2.weight"), want[down][:, ffn // 2 :])
+
+
+def test_parameters_of_added_rows_are_left_alone(folders):
+    arch = read_architecture(folders["llama"])
+    row = Row("mlp.linear_fc2.lora_a", Columns(), {"mlp.down_proj.lora_A.weight": "rf"})
+    names = [f"decoder.layers.0.mlp.linear_fc2.{last}" for last in ("lora_a", "weight")]
+    model = Stub({names[0]: torch.full((2, 20), 7.0), names[1]: torch.zeros(24, 20)})
+    table = weight_table(arch, (row,), {"r": 2})
+    load_hf_weights([model], arch, folders["llama"], Grid(tensor=2), table)
+    assert model.get_parameter(names[0]).eq(7).all() and not model.get_parameter(names[1]).eq(0).any()
+    with pytest.raises(ValueError, match="no row for parameter decoder.layers.0.mlp.linear_fc2.lora_a"):
+        load_hf_weights([model], arch, folders["llama"], Grid(tensor=2))
 
 
 def test_wrappers_are_looked_through():
@@ -110,13 +125,13 @@ def test_wrappers_are_looked_through():
 def test_a_model_that_is_not_the_tables_is_refused(folders, name, shape, message):
     model = Stub({name: torch.zeros(shape)})
     with pytest.raises(ValueError, match=message):
-        load_hf_weights([model], read_architecture(folders["llama"]), folders["llama"], Place(tp_rank=0, tp_size=2))
+        load_hf_weights([model], read_architecture(folders["llama"]), folders["llama"], Grid(tensor=2))
 
 
 def refusal(folder: Path, config_from: Path) -> list[str]:
     """What load_hf_weights says of a folder, one line a problem."""
     with pytest.raises(ConfigError) as caught:
-        load_hf_weights([], read_architecture(config_from), folder, Place())
+        load_hf_weights([], read_architecture(config_from), folder, Grid())
     return [str(problem) for problem in caught.value.problems]
 
 
@@ -155,14 +170,34 @@ def test_missing_misshapen_unused_and_quantised_tensors_are_all_named(copy):
 
 def test_buffers_of_old_transformers_are_passed_over(copy):
     rewrite(copy, model__layers__0__self_attn__rotary_emb__inv_freq=torch.zeros(4))
-    load_hf_weights([], read_architecture(copy), copy, Place())
+    load_hf_weights([], read_architecture(copy), copy, Grid())
+
+
+def test_a_router_under_its_other_name(tmp_path):
+    """As transformers 5 calls it in memory; under both names one is too many."""
+    folder = make_hf_folder(tmp_path / "hf", "mixtral")
+    tensors = load_file(folder / "model.safetensors")
+    routers = {
+        n: n.replace("block_sparse_moe.gate", "mlp.gate") for n in tensors if n.endswith("block_sparse_moe.gate.weight")
+    }
+    assert len(routers) == LAYERS
+    other = {routers.get(name, name): tensor for name, tensor in tensors.items()}
+    save_file(other, folder / "model.safetensors", metadata={"format": "pt"})
+    model = Stub({"decoder.layers.0.mlp.router.weight": torch.zeros(4, 24)}, first_layer=1)
+    load_hf_weights([model], read_architecture(folder), folder, Grid())
+    want = tensors["model.layers.1.block_sparse_moe.gate.weight"]
+    assert torch.equal(model.get_parameter("decoder.layers.0.mlp.router.weight"), want)
+    both = tensors | {name: tensor.clone() for name, tensor in other.items()}
+    save_file(both, folder / "model.safetensors", metadata={"format": "pt"})
+    lines = refusal(folder, folder)
+    assert len(lines) == LAYERS and all("nothing uses" in line and "mlp.gate.weight" in line for line in lines)
 
 
 def test_a_tied_model_saved_with_its_head(folders, tmp_path):
     folder = Path(shutil.copytree(folders["llama_tied"], tmp_path / "model"))
     head = read_tensors(folder)["model.embed_tokens.weight"].clone()
     rewrite(folder, lm_head__weight=head)
-    load_hf_weights([], read_architecture(folder), folder, Place())
+    load_hf_weights([], read_architecture(folder), folder, Grid())
     head[63, 23] += 1  # transformers takes it for a head of its own
     for other in (head, head[:63]):
         rewrite(folder, lm_head__weight=other)
@@ -200,7 +235,7 @@ def sharded(tmp_path_factory) -> Path:
 
 def test_sharded_files(sharded):
     model = Stub({"decoder.layers.0.mlp.linear_fc1.weight": torch.zeros(80, 24)})
-    load_hf_weights([model], read_architecture(sharded), sharded, Place())
+    load_hf_weights([model], read_architecture(sharded), sharded, Grid())
     want = read_tensors(sharded)
     parts = [want[f"model.layers.0.mlp.{part}_proj.weight"] for part in ("gate", "up")]
     assert torch.equal(model.get_parameter("decoder.layers.0.mlp.linear_fc1.weight"), torch.cat(parts))

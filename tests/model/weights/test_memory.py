@@ -12,8 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megadpo.config.architecture import parse_architecture
-from megadpo.model.weights.tables import weight_table
+from megadpo.families import parse_architecture, weight_table
 from tests.helpers.distributed import REPOSITORY
 
 CONFIG = {

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-Report = Callable[[str, object, str, str], None]
-"""report(key, value, expected, fix): notes one problem in config.json."""
+from megadpo.families.reading import HfConfig
 
 _KEYS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     # rope type: (keys that must be there, keys that may be there)
@@ -38,29 +37,28 @@ _NOT_POSITIVE = frozenset({"truncate"})
 _TRAINED_LENGTH = "original_max_position_embeddings"
 
 
-def read_rope(
-    raw: Mapping[str, Any], max_position_embeddings: int, report: Report
-) -> tuple[float, dict[str, Any] | None]:
-    """Return (rope_theta, rope_scaling) from transformers 4's or transformers 5's spelling.
+def read_rope(config: HfConfig, max_position_embeddings: int) -> tuple[float, dict[str, Any] | None]:
+    """(rope_theta, rope_scaling) from transformers 4's or transformers 5's spelling.
 
     rope_scaling is None for plain RoPE, else a dict with `rope_type` linear, llama3 or yarn and every number its
     formula needs (transformers/modeling_rope_utils.py), defaults filled in. `dynamic` is None too: it differs from
     plain RoPE only beyond max_position_embeddings, where a run is refused anyway.
     """
+    raw, report = config.raw, config.report
     spelling = "rope_parameters" if raw.get("rope_parameters") is not None else "rope_scaling"
     given = raw.get(spelling) or {}
     if not isinstance(given, Mapping):
-        report(spelling, given, "a JSON object or null", "restore the model's own config.json")
+        report(spelling, given, "a JSON object or null")
         return 10000.0, None
     other = raw.get("rope_scaling") or {}
     if spelling == "rope_parameters" and not _says_the_same(other, given):
         # transformers 5 reads rope_scaling then, and loses rope_parameters' rope_theta.
         report("rope_scaling", other, f"none beside rope_parameters {given}", "merge it into rope_parameters")
         return 10000.0, None
-    theta = given.get("rope_theta", raw.get("rope_theta"))
+    theta = given.get("rope_theta", config.get("rope_theta"))
     theta = 10000.0 if theta is None else theta
     if isinstance(theta, bool) or not isinstance(theta, (int, float)) or theta <= 0:
-        report("rope_theta", theta, "a positive number", "restore the model's own config.json")
+        report("rope_theta", theta, "a positive number")
         theta = 10000.0
     rotary = given.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if rotary not in (None, 1, 1.0):
@@ -76,7 +74,7 @@ def read_rope(
         values[_TRAINED_LENGTH] = raw[_TRAINED_LENGTH]  # outside, it goes before the one inside (transformers 5)
     sound = True
     for key in sorted(required - values.keys()):
-        report(f"{spelling}.{key}", None, f"a number, for rope_type {rope_type}", "restore the model's own config.json")
+        report(f"{spelling}.{key}", None, f"a number, for rope_type {rope_type}")
         sound = False
     for key, value in values.items():
         if key not in required | optional:
@@ -84,7 +82,7 @@ def read_rope(
             report(f"{spelling}.{key}", value, f"no such key for rope_type {rope_type}", "this RoPE is not supported")
             sound = False
         elif key not in _NOT_POSITIVE and (isinstance(value, bool) or not _positive(value)):
-            report(f"{spelling}.{key}", value, "a positive number", "restore the model's own config.json")
+            report(f"{spelling}.{key}", value, "a positive number")
             sound = False
     if not sound or rope_type in ("default", "dynamic"):
         return float(theta), None

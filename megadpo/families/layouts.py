@@ -1,27 +1,18 @@
 """How the tensors of a Hugging Face folder lie inside one tensor of megatron-core, whole or as one rank's shard.
 
-A layout is a list of pieces: rectangles of a Hugging Face tensor and the place of each in the Megatron shard. Both
-directions copy the same pieces, so what is read is what is written back.
+A layout lists rectangles of the Hugging Face tensors, and the place of each in the Megatron shard. Both
+directions copy the same rectangles (model/weights/load.py), so what is read is what is written back.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
-
-import torch
+from typing import NamedTuple
 
 Shape = tuple[int, ...]
 
 
-class Sliceable(Protocol):
-    """A tensor, or safetensors' PySafeSlice, which reads only what is asked of it."""
-
-    def __getitem__(self, index: tuple[slice, ...]) -> torch.Tensor: ...
-
-
-class Piece(NamedTuple):
+class Rectangle(NamedTuple):
     """`shard[shard_index]` is `sources[source][source_index]`."""
 
     source: int
@@ -29,7 +20,7 @@ class Piece(NamedTuple):
     shard_index: tuple[slice, ...]
 
 
-class Layout:
+class TensorLayout:
     """Base of the layouts: sources stacked along dim 0, in order, and split over tp ranks along `sharded_dim`."""
 
     sharded_dim: int | None = None
@@ -46,71 +37,51 @@ class Layout:
         rows = _share(shape[self.sharded_dim], 0, tp_size)
         return (*shape[: self.sharded_dim], rows.stop, *shape[self.sharded_dim + 1 :])
 
-    def pieces(self, shapes: Sequence[Shape], groups: int, tp_rank: int, tp_size: int) -> list[Piece]:
+    def rectangles(self, shapes: Sequence[Shape], groups: int, tp_rank: int, tp_size: int) -> list[Rectangle]:
         """Every rectangle of the shard of `tp_rank`, in rising order within each source. `groups`: KV heads."""
         raise NotImplementedError
 
-    def fill(
-        self,
-        shard: torch.Tensor,
-        sources: Sequence[Sliceable],
-        shapes: Sequence[Shape],
-        groups: int,
-        tp_rank: int = 0,
-        tp_size: int = 1,
-    ) -> None:
-        """Hugging Face -> Megatron: copy this rank's pieces into `shard` (any device), casting to its dtype."""
-        for piece in self.pieces(shapes, groups, tp_rank, tp_size):
-            shard[piece.shard_index].copy_(sources[piece.source][piece.source_index])
 
-    def to_hf(self, full: torch.Tensor, shapes: Sequence[Shape], groups: int) -> list[torch.Tensor]:
-        """Megatron -> Hugging Face: the sources out of the whole tensor (tp size 1). Views where the rows adjoin."""
-        parts: list[list[torch.Tensor]] = [[] for _ in shapes]
-        for piece in self.pieces(shapes, groups, 0, 1):
-            parts[piece.source].append(full[piece.shard_index])
-        return [part[0] if len(part) == 1 else torch.cat(part) for part in parts]
-
-
-class Replicated(Layout):
+class Replicated(TensorLayout):
     """The same on every rank: norms."""
 
-    def pieces(self, shapes: Sequence[Shape], groups: int, tp_rank: int, tp_size: int) -> list[Piece]:
-        return [Piece(0, (slice(None),), (slice(None),))]
+    def rectangles(self, shapes: Sequence[Shape], groups: int, tp_rank: int, tp_size: int) -> list[Rectangle]:
+        return [Rectangle(0, (slice(None),), (slice(None),))]
 
 
-class Rows(Layout):
+class Rows(TensorLayout):
     """Column-parallel weights and embeddings: rank r holds the r-th block of rows."""
 
     sharded_dim = 0
 
-    def pieces(self, shapes: Sequence[Shape], groups: int, tp_rank: int, tp_size: int) -> list[Piece]:
-        return [Piece(0, (_share(shapes[0][0], tp_rank, tp_size),), (slice(None),))]
+    def rectangles(self, shapes: Sequence[Shape], groups: int, tp_rank: int, tp_size: int) -> list[Rectangle]:
+        return [Rectangle(0, (_share(shapes[0][0], tp_rank, tp_size),), (slice(None),))]
 
 
-class Columns(Layout):
+class Columns(TensorLayout):
     """Row-parallel weights: rank r holds the r-th block of columns."""
 
     sharded_dim = 1
 
-    def pieces(self, shapes: Sequence[Shape], groups: int, tp_rank: int, tp_size: int) -> list[Piece]:
-        return [Piece(0, (slice(None), _share(shapes[0][1], tp_rank, tp_size)), (slice(None), slice(None)))]
+    def rectangles(self, shapes: Sequence[Shape], groups: int, tp_rank: int, tp_size: int) -> list[Rectangle]:
+        return [Rectangle(0, (slice(None), _share(shapes[0][1], tp_rank, tp_size)), (slice(None), slice(None)))]
 
 
-class GatedMLP(Layout):
+class GatedMLP(TensorLayout):
     """Gate and up projection in one: rank r holds [gate block r; up block r]."""
 
     sharded_dim = 0
 
-    def pieces(self, shapes: Sequence[Shape], groups: int, tp_rank: int, tp_size: int) -> list[Piece]:
-        pieces = []
+    def rectangles(self, shapes: Sequence[Shape], groups: int, tp_rank: int, tp_size: int) -> list[Rectangle]:
+        rectangles = []
         for source, shape in enumerate(shapes):
             block = _share(shape[0], tp_rank, tp_size)
             rows = block.stop - block.start
-            pieces.append(Piece(source, (block,), (slice(source * rows, (source + 1) * rows),)))
-        return pieces
+            rectangles.append(Rectangle(source, (block,), (slice(source * rows, (source + 1) * rows),)))
+        return rectangles
 
 
-class GroupedQKV(Layout):
+class GroupedQKV(TensorLayout):
     """Query, key and value projection in one, KV group by KV group: [queries of group 0, key 0, value 0, queries of
     group 1, ...]; rank r holds the r-th block of these rows. With more ranks than KV heads a block is part of a group
     (attention.py of megatron-core, get_query_key_value_tensors), so it is cut out of the rows, not out of the groups.
@@ -118,9 +89,9 @@ class GroupedQKV(Layout):
 
     sharded_dim = 0
 
-    def pieces(self, shapes: Sequence[Shape], groups: int, tp_rank: int, tp_size: int) -> list[Piece]:
+    def rectangles(self, shapes: Sequence[Shape], groups: int, tp_rank: int, tp_size: int) -> list[Rectangle]:
         shard = _share(self.full_shape(shapes)[0], tp_rank, tp_size)
-        pieces, start = ([], 0)  # `start`: of the run of rows at hand, in the whole tensor
+        rectangles, start = ([], 0)  # `start`: of the run of rows at hand, in the whole tensor
         for group in range(groups):
             for source, shape in enumerate(shapes):
                 rows = _share(shape[0], group, groups)
@@ -128,14 +99,9 @@ class GroupedQKV(Layout):
                 first, last = max(start, shard.start), min(stop, shard.stop)
                 if first < last:
                     index = slice(rows.start + first - start, rows.start + last - start)
-                    pieces.append(Piece(source, (index,), (slice(first - shard.start, last - shard.start),)))
+                    rectangles.append(Rectangle(source, (index,), (slice(first - shard.start, last - shard.start),)))
                 start = stop
-        return pieces
-
-
-def num_bytes(shape: Shape, dtype: torch.dtype) -> int:
-    """Bytes of a dense tensor."""
-    return math.prod(shape) * dtype.itemsize
+        return rectangles
 
 
 def _share(size: int, rank: int, parts: int) -> slice:

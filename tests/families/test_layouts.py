@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megadpo.model.weights.layouts import Columns, GatedMLP, GroupedQKV, Replicated, Rows
+from megadpo.families.layouts import Columns, GatedMLP, GroupedQKV, Replicated, Rows
+from megadpo.families.rows import Row
+from megadpo.families.weight_table import WeightEntry
+from megadpo.model.weights.load import load_shard, to_hf
 
 LAYOUTS = {
     "replicated": (Replicated(), [(5,)]),
@@ -15,6 +18,14 @@ LAYOUTS = {
     "qkv": (GroupedQKV(), [(24, 3), (8, 3), (8, 3)]),
     "qkv bias": (GroupedQKV(), [(24,), (8,), (8,)]),
 }
+
+
+def entry_of(layout, shapes, groups):
+    names = [f"part{n}" for n in range(len(shapes))]
+    row = Row("whole", layout, dict.fromkeys(names, ""))
+    return WeightEntry(
+        row=row, layer=None, expert=None, hf=tuple(names), shapes=tuple(shapes), groups=groups, also={}, hf_stacked=""
+    )
 
 
 def counting(shapes):
@@ -30,28 +41,29 @@ def counting(shapes):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_shards_hold_every_number_once_and_go_back(name, tp_size):
     layout, shapes = LAYOUTS[name]
+    entry = entry_of(layout, shapes, 4)
     sources = list(counting(shapes))
-    shards = [torch.full(layout.local_shape(shapes, tp_size), -1) for _ in range(tp_size)]
+    shards = [torch.full(entry.local_shape(tp_size), -1) for _ in range(tp_size)]
     for rank, shard in enumerate(shards):
-        layout.fill(shard, sources, shapes, 4, rank, tp_size)
+        load_shard(shard, entry, sources, rank, tp_size)
     everything = shards[0] if layout.sharded_dim is None else torch.cat(shards)
     assert everything.flatten().sort().values.equal(torch.arange(everything.numel()))
     if tp_size == 1:
-        for got, want in zip(layout.to_hf(shards[0], shapes, 4), sources, strict=True):
+        for got, want in zip(to_hf(entry, shards[0]).values(), sources, strict=True):
             assert got.equal(want)
 
 
 def test_qkv_goes_group_by_group():
     shapes = [(6, 1), (3, 1), (3, 1)]  # 3 groups of 2 query rows
     whole = torch.empty(12, 1, dtype=torch.int64)
-    GroupedQKV().fill(whole, list(counting(shapes)), shapes, 3)
+    load_shard(whole, entry_of(GroupedQKV(), shapes, 3), list(counting(shapes)))
     assert whole.flatten().tolist() == [0, 1, 6, 9, 2, 3, 7, 10, 4, 5, 8, 11]
 
 
 def test_gate_and_up_blocks_of_each_rank():
     shapes = [(4,), (4,)]
     shard = torch.empty(4, dtype=torch.int64)
-    GatedMLP().fill(shard, list(counting(shapes)), shapes, 1, 1, 2)
+    load_shard(shard, entry_of(GatedMLP(), shapes, 1), list(counting(shapes)), 1, 2)
     assert shard.tolist() == [2, 3, 6, 7]
 
 

@@ -1,0 +1,90 @@
+"""What every model family shares: how its config.json is read, and what its weights are called."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from megadpo.config.architecture import Architecture
+from megadpo.families.reading import HfConfig
+from megadpo.families.rope import read_rope
+from megadpo.families.rows import ATTENTION, EMBEDDING, FINAL_NORM, HEAD, MLP, Row
+
+
+class Family:
+    """Base of the families: a Llama-shaped model. `@FAMILIES.add(name)` registers a subclass under its model_type.
+
+    A family says what differs: class names, defaults, `read` for the facts of its layers and for what it refuses, `layer`
+    and the three rows around the layers for its weights. An instance holds nothing.
+    """
+
+    classes: ClassVar[tuple[str, ...]]
+    """Class names under `architectures` in config.json; the first is meant where a file names none."""
+    defaults: ClassVar[dict[str, Any]] = {
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+    }
+    """What transformers takes where config.json has no such key."""
+    embedding: ClassVar[Row] = EMBEDDING
+    final_norm: ClassVar[Row] = FINAL_NORM
+    head: ClassVar[Row] = HEAD
+
+    def read(self, config: HfConfig) -> Architecture:
+        """The model that `config` describes. Problems are noted in `config`; the result counts only where there are none."""
+        hidden, layers, heads, ffn, vocabulary = map(config.size, _SIZES)
+        # null key-value heads mean "no grouping" to transformers, a null head size that the heads share the width
+        groups = heads if config.get("num_key_value_heads") is None else config.size("num_key_value_heads")
+        length = config.size("max_position_embeddings")
+        head_dim = max(1, hidden // heads) if config.get("head_dim") is None else config.size("head_dim")
+        if not config.problems:
+            if hidden % heads and config.raw.get("head_dim") is None:
+                config.report("num_attention_heads", heads, f"a divisor of hidden_size {hidden}")
+            if heads % groups:
+                config.report("num_key_value_heads", groups, f"a divisor of num_attention_heads {heads}")
+        eps = config.number("rms_norm_eps")
+        _refuse_uncomputed(config)
+        theta, scaling = read_rope(config, length)
+        eos = config.get("eos_token_id")
+        return Architecture(
+            family=config.family,
+            hf_class=config.hf_class,
+            hidden_size=hidden,
+            num_layers=layers,
+            num_heads=heads,
+            num_kv_heads=groups,
+            head_dim=head_dim,
+            ffn_hidden_size=ffn,
+            vocab_size=vocabulary,
+            rms_norm_eps=eps,
+            rope_theta=theta,
+            rope_scaling=scaling,
+            max_position_embeddings=length,
+            tie_word_embeddings=bool(config.get("tie_word_embeddings")),
+            qkv_bias=False,
+            qk_norm=False,
+            sliding_window=None,
+            eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
+            pad_token_id=config.get("pad_token_id"),
+            torch_dtype=config.get("dtype") or config.get("torch_dtype"),
+            moe=None,
+        )
+
+    def layer(self, arch: Architecture, number: int) -> tuple[Row, ...]:
+        """The rows of layer `number`, from 0."""
+        return ATTENTION + MLP
+
+
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def _refuse_uncomputed(config: HfConfig) -> None:
+    config.refuse("hidden_act", "silu", "only SwiGLU models are supported", unless=("silu", "swish"))
+    for key in ("attention_bias", "mlp_bias"):
+        config.refuse(key, "false", f"models with {key} are not supported")
+    config.refuse("attention_dropout", "0.0", "set it to 0.0: DPO compares exact logps")
+    config.refuse("quantization_config", "none", "export the model's weights in bfloat16 or float32 and train those")
+    unknown = sorted({str(kind) for kind in config.raw.get("layer_types") or ()} - _KNOWN_LAYERS)
+    if unknown:
+        expected = "full_attention and sliding_attention only"
+        config.report("layer_types", ", ".join(unknown), expected, "choose a model with plain attention")

@@ -1,0 +1,37 @@
+"""Mixtral: Mistral with experts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from megadpo.config.architecture import Architecture
+from megadpo.config.variants import FAMILIES
+from megadpo.families.experts import expert_rows, read_experts
+from megadpo.families.family import Family
+from megadpo.families.llama import window
+from megadpo.families.reading import HfConfig
+from megadpo.families.rows import ATTENTION, Row
+
+
+@FAMILIES.add("mixtral")
+class Mixtral(Family):
+    """Experts in every layer; the weights of a token's experts sum to 1."""
+
+    classes = ("MixtralForCausalLM",)
+    defaults = Family.defaults | {
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.001,
+    }
+
+    def read(self, config: HfConfig) -> Architecture:
+        arch = super().read(config)
+        moe = read_experts(config, ffn="intermediate_size", normalized=True)
+        return dataclasses.replace(arch, moe=moe, sliding_window=window(config))
+
+    def layer(self, arch: Architecture, number: int) -> tuple[Row, ...]:
+        return ATTENTION + expert_rows("block_sparse_moe", "w1", "w3", "w2")

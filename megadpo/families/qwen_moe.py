@@ -1,0 +1,74 @@
+"""Qwen2-MoE and Qwen3-MoE: Qwen2 and Qwen3 with experts in every layer."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from megadpo.config.architecture import Architecture
+from megadpo.config.variants import FAMILIES
+from megadpo.families.experts import expert_rows, read_experts
+from megadpo.families.family import Family
+from megadpo.families.layouts import Columns, GatedMLP, Replicated
+from megadpo.families.qwen import DEFAULTS, qwen_window
+from megadpo.families.reading import HfConfig
+from megadpo.families.rows import ATTENTION, QK_NORM, QKV_BIAS, Row
+
+EXPERTS = expert_rows("mlp", "gate_proj", "up_proj", "down_proj")
+SHARED_EXPERT = (
+    Row("mlp.shared_experts.linear_fc1.weight", GatedMLP(),
+        {"mlp.shared_expert.gate_proj.weight": "sh", "mlp.shared_expert.up_proj.weight": "sh"}),
+    Row("mlp.shared_experts.linear_fc2.weight", Columns(), {"mlp.shared_expert.down_proj.weight": "hs"}),
+    Row("mlp.shared_experts.gate_weight", Replicated(), {"mlp.shared_expert_gate.weight": "1h"}),
+)  # fmt: skip
+
+
+@FAMILIES.add("qwen2_moe")
+class Qwen2Moe(Family):
+    """Biases on queries, keys and values unless config.json says none; a gated expert that every token goes through."""
+
+    classes = ("Qwen2MoeForCausalLM",)
+    defaults = DEFAULTS | {
+        "num_key_value_heads": 16,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "router_aux_loss_coef": 0.001,
+        "qkv_bias": True,
+    }
+
+    def read(self, config: HfConfig) -> Architecture:
+        return dataclasses.replace(
+            super().read(config),
+            qkv_bias=bool(config.get("qkv_bias")),
+            moe=read_experts(config, shared_ffn="shared_expert_intermediate_size"),
+            sliding_window=qwen_window(config),
+        )
+
+    def layer(self, arch: Architecture, number: int) -> tuple[Row, ...]:
+        return ATTENTION + (QKV_BIAS if arch.qkv_bias else ()) + EXPERTS + SHARED_EXPERT
+
+
+@FAMILIES.add("qwen3_moe")
+class Qwen3Moe(Family):
+    """A norm on each head of queries and keys."""
+
+    classes = ("Qwen3MoeForCausalLM",)
+    defaults = DEFAULTS | {
+        "num_key_value_heads": 4,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "router_aux_loss_coef": 0.001,
+    }
+
+    def read(self, config: HfConfig) -> Architecture:
+        return dataclasses.replace(
+            super().read(config),
+            qk_norm=True,
+            moe=read_experts(config),
+            sliding_window=qwen_window(config),
+        )
+
+    def layer(self, arch: Architecture, number: int) -> tuple[Row, ...]:
+        return ATTENTION + QK_NORM + EXPERTS

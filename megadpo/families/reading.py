@@ -1,0 +1,116 @@
+"""From a Hugging Face folder's config.json to the neutral description of its model, without transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megadpo.config.architecture import Architecture
+from megadpo.config.problems import ConfigError, Problem
+from megadpo.config.variants import FAMILIES
+
+RESTORE = "restore the model's own config.json"
+OFF: tuple[object, ...] = (None, False, "", [], {})
+
+
+def read_architecture(folder: str | Path, field: str = "policy.model_name") -> Architecture:
+    """Read `folder`/config.json, in transformers 4's or 5's spelling. field: what names the folder, for messages.
+
+    Raises ConfigError with every reason why the model can't be run: folder or file missing, broken JSON, a class that
+    no family has, or a setting that this code doesn't compute.
+    """
+    return parse_architecture(_read_json(Path(folder), field), str(Path(folder) / "config.json"))
+
+
+def parse_architecture(raw: Mapping[str, Any], where: str = "config.json") -> Architecture:
+    """As read_architecture, from the parsed JSON; `where` names the file in problems."""
+    hf_class = _class_name(raw)
+    name = next((name for name in FAMILIES.names() if hf_class in FAMILIES[name].classes), None)
+    if name is None:
+        expected = "one of " + ", ".join(one for family in FAMILIES for one in family.classes)
+        given = raw.get("model_type")
+        fix = f"model_type {given!r} is not supported; choose a model that is, or name in plugins a file that adds it"
+        raise ConfigError(Problem(f"{where}: architectures", hf_class or raw.get("model_type"), expected, fix))
+    family = FAMILIES[name]()
+    config = HfConfig(raw, name, hf_class, family.defaults, where)
+    # transformers chooses the class by it
+    config.refuse("model_type", f"{name}, of the class {hf_class}", RESTORE, unless=(None, name))
+    arch: Architecture = family.read(config)
+    if config.problems:
+        raise ConfigError(config.problems)
+    return arch
+
+
+def _class_name(raw: Mapping[str, Any]) -> str:
+    """The model class; where config.json names none, the one its model_type belongs to."""
+    named = raw.get("architectures")
+    if isinstance(named, list) and named:
+        return str(named[0])
+    model_type = str(raw.get("model_type"))
+    return FAMILIES[model_type].classes[0] if model_type in FAMILIES else ""
+
+
+def _read_json(folder: Path, field: str) -> dict[str, Any]:
+    """`folder`/config.json. Raises ConfigError: naming `field` where there is no such folder or file, else the file."""
+    path = folder / "config.json"
+    hint = "give a Hugging Face model folder (config.json, *.safetensors, tokenizer files)"
+    if not folder.is_dir():
+        raise ConfigError(Problem(field, str(folder), "an existing folder", hint))
+    if not path.is_file():
+        raise ConfigError(Problem(field, str(folder), "a folder that holds config.json", hint))
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(Problem(str(path), str(error), "readable JSON", RESTORE)) from error
+    if not isinstance(raw, dict):
+        raise ConfigError(Problem(str(path), type(raw).__name__, "a JSON object", RESTORE))
+    return raw
+
+
+class HfConfig:
+    """config.json of one model, the defaults that transformers takes for its class, and every problem found so far.
+
+    A key that is absent has its default; one that is null is None.
+    """
+
+    def __init__(
+        self, raw: Mapping[str, Any], family: str, hf_class: str, defaults: Mapping[str, Any], where: str
+    ) -> None:
+        """where: names the file in problems."""
+        self.raw = raw
+        self.family = family
+        self.hf_class = hf_class
+        self.problems: list[Problem] = []
+        self._defaults = defaults
+        self._where = where
+
+    def get(self, key: str) -> Any:
+        return self.raw.get(key, self._defaults.get(key))
+
+    def report(self, key: str, value: object, expected: str, fix: str = RESTORE) -> None:
+        """Note a problem."""
+        self.problems.append(Problem(f"{self._where}: {key}", value, expected, fix))
+
+    def size(self, key: str) -> int:
+        """A whole number of at least 1; where it is none, that is noted and 1 stands for it."""
+        value = self.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            self.report(key, value, "a whole number >= 1")
+            return 1
+        return value
+
+    def number(self, key: str, *, zero_too: bool = False) -> float:
+        """A positive number, or 0 if `zero_too`; where it is none, that is noted and 1 stands for it."""
+        value = self.get(key)
+        sound = not isinstance(value, bool) and isinstance(value, (int, float))
+        if not sound or value < 0 or (value == 0 and not zero_too):
+            self.report(key, value, "a number >= 0" if zero_too else "a positive number")
+            return 1.0
+        return float(value)
+
+    def refuse(self, key: str, expected: str, fix: str, *, unless: tuple[object, ...] = OFF) -> None:
+        """Note a setting of the file that transformers would compute and this code would not."""
+        if key in self.raw and self.raw[key] not in unless:
+            self.report(key, self.raw[key], expected, fix)

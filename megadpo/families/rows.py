@@ -1,0 +1,64 @@
+"""Rows of weight tables, and those that many families share.
+
+A row is one parameter of a megatron-core layer and the Hugging Face tensors in it. The axes of a tensor are letters:
+h hidden, q query heads x head dim, k KV heads x head dim, d head dim, f feed-forward, v vocabulary, n experts,
+x feed-forward of an expert, s of the shared expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from megadpo.families.layouts import Columns, GatedMLP, GroupedQKV, Replicated, Rows, TensorLayout
+
+
+@dataclass(frozen=True)
+class Row:
+    """One Megatron parameter, the Hugging Face tensors in it (name: axes), and how they lie in it. In names, {e} is the
+    number of an expert; rows of a layer leave the layer's prefix out."""
+
+    megatron: str
+    layout: TensorLayout
+    hf: Mapping[str, str]
+    fused: str = ""
+    """Its other name: in Transformer Engine's spec, and in checkpoints, a norm belongs to the linear that follows."""
+    grouped: str = ""
+    """Rows of one expert: the name in Transformer Engine's grouped experts."""
+    stacked: str = ""
+    """Rows of one expert: the name in checkpoints, of all experts in one tensor."""
+    hf_stacked: str = ""
+    """Rows of one expert: the tensor [E, ...] of all experts that some folders hold instead, made of `hf`'s by rows."""
+    also: Mapping[str, str] = field(default_factory=dict)
+    """A tensor of `hf`: its name in some other folders."""
+
+    @property
+    def is_expert(self) -> bool:
+        return bool(self.stacked)
+
+
+EMBEDDING = Row("embedding.word_embeddings.weight", Rows(), {"model.embed_tokens.weight": "vh"})
+FINAL_NORM = Row("decoder.final_layernorm.weight", Replicated(), {"model.norm.weight": "h"})
+HEAD = Row("output_layer.weight", Rows(), {"lm_head.weight": "vh"})
+
+ATTENTION = (
+    Row("input_layernorm.weight", Replicated(), {"input_layernorm.weight": "h"},
+        fused="self_attention.linear_qkv.layer_norm_weight"),
+    Row("self_attention.linear_qkv.weight", GroupedQKV(),
+        {"self_attn.q_proj.weight": "qh", "self_attn.k_proj.weight": "kh", "self_attn.v_proj.weight": "kh"}),
+    Row("self_attention.linear_proj.weight", Columns(), {"self_attn.o_proj.weight": "hq"}),
+)  # fmt: skip
+QKV_BIAS = (
+    Row("self_attention.linear_qkv.bias", GroupedQKV(),
+        {"self_attn.q_proj.bias": "q", "self_attn.k_proj.bias": "k", "self_attn.v_proj.bias": "k"}),
+)  # fmt: skip
+QK_NORM = (
+    Row("self_attention.q_layernorm.weight", Replicated(), {"self_attn.q_norm.weight": "d"}),
+    Row("self_attention.k_layernorm.weight", Replicated(), {"self_attn.k_norm.weight": "d"}),
+)
+MLP = (
+    Row("pre_mlp_layernorm.weight", Replicated(), {"post_attention_layernorm.weight": "h"},
+        fused="mlp.linear_fc1.layer_norm_weight"),
+    Row("mlp.linear_fc1.weight", GatedMLP(), {"mlp.gate_proj.weight": "fh", "mlp.up_proj.weight": "fh"}),
+    Row("mlp.linear_fc2.weight", Columns(), {"mlp.down_proj.weight": "hf"}),
+)  # fmt: skip

@@ -1,0 +1,186 @@
+"""Which tensors of a Hugging Face folder make which tensor of megatron-core, for every layer of one architecture.
+
+Each family has rows (rows.py); a table is those rows written out. It is read in both directions, and it also says which
+tensors a folder must hold and of which shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from megadpo.config.architecture import Architecture
+from megadpo.config.variants import FAMILIES
+from megadpo.families.layouts import Rectangle, Shape
+from megadpo.families.rows import Row
+
+MEGATRON_LAYER, HF_LAYER = "decoder.layers.{i}.", "model.layers.{i}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightEntry:
+    """A row for one layer (and one expert) of one architecture."""
+
+    row: Row
+    layer: int | None
+    """Global, from 0; None outside the layers."""
+    expert: int | None
+    """Global, from 0; None outside the experts."""
+    hf: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    groups: int
+    """KV heads of the architecture."""
+    also: Mapping[str, str]
+    """Another name on disk of some tensors of `hf`."""
+    hf_stacked: str
+    """Name of the tensor of all experts that some folders hold instead of `hf`; empty: there is none."""
+    in_base: bool = True
+    """False: no base folder has it, and whoever added the row loads and writes it (adapters)."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Megatron's parameter names, with the global layer and expert numbers."""
+        prefix = "" if self.layer is None else MEGATRON_LAYER.format(i=self.layer)
+        names = (self.row.megatron, self.row.fused or self.row.grouped)
+        return tuple(prefix + name.format(e=self.expert) for name in names if name)
+
+    @property
+    def index(self) -> tuple[int, ...]:
+        """Its place in the leading dimensions of the tensor that checkpoints hold: layer, expert."""
+        return tuple(number for number in (self.layer, self.expert) if number is not None)
+
+    @property
+    def extra_state_key(self) -> str | None:
+        """Key of the (empty) `_extra_state` that megatron-core's linear layers keep beside their weight."""
+        if self.layer is None or self.row.layout.sharded_dim is None or not self.checkpoint_key.endswith(".weight"):
+            return None
+        return self.checkpoint_key.removesuffix("weight") + "_extra_state"
+
+    @property
+    def checkpoint_key(self) -> str:
+        """Of the tensor of all layers (and experts) that checkpoints hold, whichever spec built the model."""
+        return self.checkpoint_keys[-1]
+
+    @property
+    def checkpoint_keys(self) -> tuple[str, ...]:
+        """Every key that checkpoints may use, with the layer in the key first (`non_homogeneous_layers`)."""
+        prefix = "" if self.layer is None else MEGATRON_LAYER.format(i=self.layer)
+        names = (prefix + self.row.stacked,) if self.row.is_expert else self.names
+        return names if self.layer is None else (*names, *(_all_layers(name, self.layer) for name in names))
+
+    @property
+    def full_shape(self) -> Shape:
+        """Shape of the whole Megatron tensor."""
+        return self.row.layout.full_shape(self.shapes)
+
+    def local_shape(self, tp_size: int) -> Shape:
+        """Shape of one rank's shard."""
+        return self.row.layout.local_shape(self.shapes, tp_size)
+
+    def rectangles(self, tp_rank: int = 0, tp_size: int = 1) -> list[Rectangle]:
+        """Where the parts of the Hugging Face tensors lie in one rank's shard."""
+        return self.row.layout.rectangles(self.shapes, self.groups, tp_rank, tp_size)
+
+
+def _all_layers(name: str, layer: int) -> str:
+    """decoder.layers.3.mlp... -> decoder.layers.mlp..., megatron-core's key for all layers in one tensor."""
+    return name.replace(MEGATRON_LAYER.format(i=layer), MEGATRON_LAYER.replace("{i}.", ""), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightTable:
+    """Every weight of one architecture, in the order of the forward pass."""
+
+    entries: tuple[WeightEntry, ...]
+    """Those that the model's folder holds."""
+    num_layers: int
+    num_experts: int
+    by_name: Mapping[str, WeightEntry] = field(repr=False)
+    """Megatron name (either of the two) -> entry; the tied copy of the embedding and added rows included."""
+    tied: tuple[str, str] | None
+    """Of a model whose embedding is its head too: the Hugging Face names of both. Its folder needs the first only."""
+
+    def stack_shape(self, entry: WeightEntry) -> Shape:
+        """Sizes of the leading dimensions of the tensor that checkpoints hold of `entry`: layers, experts."""
+        return (self.num_layers, self.num_experts)[: len(entry.index)]
+
+    @property
+    def hf_shapes(self) -> dict[str, Shape]:
+        """Every tensor that the folder must hold."""
+        return {name: shape for entry in self.entries for name, shape in zip(entry.hf, entry.shapes, strict=True)}
+
+
+def weight_table(
+    arch: Architecture, added: Sequence[Row] = (), added_sizes: Mapping[str, int] | None = None
+) -> WeightTable:
+    """The table of `arch.family`, written out for its layers and sizes.
+
+    added: rows of every layer whose parameters are in no base folder, such as adapters' (LoRA). added_sizes: their axes,
+    beside those of rows.py.
+    """
+    family = FAMILIES[arch.family]()
+    sizes = _sizes(arch)
+    layers = range(arch.num_layers)
+    entries = [_entry(arch, family.embedding, sizes)]
+    entries += [entry for n in layers for row in family.layer(arch, n) for entry in _layer_entries(arch, row, n, sizes)]
+    entries.append(_entry(arch, family.final_norm, sizes))
+    if not arch.tie_word_embeddings:
+        entries.append(_entry(arch, family.head, sizes))
+    sizes |= added_sizes or {}
+    beside = [entry for n in layers for row in added for entry in _layer_entries(arch, row, n, sizes)]
+    beside = [dataclasses.replace(entry, in_base=False) for entry in beside]
+    tied = None
+    if arch.tie_word_embeddings:
+        tied = next(iter(family.embedding.hf)), next(iter(family.head.hf))
+        # The last pipeline stage holds a copy of the embedding, which no checkpoint and no export has.
+        beside.append(_entry(arch, dataclasses.replace(family.head, hf=family.embedding.hf), sizes))
+    return WeightTable(
+        entries=tuple(entries),
+        num_layers=arch.num_layers,
+        num_experts=arch.moe.num_experts if arch.moe else 0,
+        by_name={name: entry for entry in (*entries, *beside) for name in entry.names},
+        tied=tied,
+    )
+
+
+def _layer_entries(arch: Architecture, row: Row, layer: int, sizes: Mapping[str, int]) -> Iterator[WeightEntry]:
+    if not row.is_expert:
+        yield _entry(arch, row, sizes, layer)
+        return
+    assert arch.moe is not None
+    yield from (_entry(arch, row, sizes, layer, expert) for expert in range(arch.moe.num_experts))
+
+
+def _entry(
+    arch: Architecture, row: Row, sizes: Mapping[str, int], layer: int | None = None, expert: int | None = None
+) -> WeightEntry:
+    def on_disk(name: str) -> str:
+        return name if layer is None else HF_LAYER.format(i=layer) + name.format(e=expert)
+
+    return WeightEntry(
+        row=row,
+        layer=layer,
+        expert=expert,
+        hf=tuple(on_disk(name) for name in row.hf),
+        shapes=tuple(tuple(sizes[axis] for axis in axes) for axes in row.hf.values()),
+        groups=arch.num_kv_heads,
+        also={on_disk(name): on_disk(other) for name, other in row.also.items()},
+        hf_stacked=on_disk(row.hf_stacked) if row.hf_stacked else "",
+    )
+
+
+def _sizes(arch: Architecture) -> dict[str, int]:
+    """The axes that rows.py names."""
+    sizes = {
+        "h": arch.hidden_size,
+        "q": arch.num_heads * arch.head_dim,
+        "k": arch.num_kv_heads * arch.head_dim,
+        "d": arch.head_dim,
+        "f": arch.ffn_hidden_size,
+        "v": arch.vocab_size,
+        "1": 1,
+    }
+    if arch.moe is not None:
+        sizes |= {"n": arch.moe.num_experts, "x": arch.moe.ffn_hidden_size, "s": arch.moe.shared_ffn_hidden_size or 0}
+    return sizes
