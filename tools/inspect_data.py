@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from megadpo.data.batches.loader import GlobalBatchLoader
+    from megadpo.data.pairs import PairDataset
     from megadpo.data.statistics import SeenSegment, SeenToken
-    from megadpo.data.tokens.dataset import PairDataset
 
 Written: TypeAlias = "tuple[SeenToken, str]"
 """A token and its text."""
@@ -132,7 +132,7 @@ def _position(dataset: PairDataset, row: int | None) -> int:
     """Where in the data set the file's row stands."""
     if row is None:
         return 0
-    found = np.flatnonzero(dataset.arrays.rows == row)
+    found = np.flatnonzero(dataset.rows == row)
     if len(found) == 0:
         expected = f"a row of {dataset.report.path}, from 0 to {dataset.report.rows - 1}, that was not dropped"
         raise DataError(Problem("--pair", row, expected, "name another row"))

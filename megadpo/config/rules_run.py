@@ -98,19 +98,6 @@ def _columns(known: Known) -> Iterator[Problem]:
 
 
 @rule
-def _unread_keys(known: Known) -> Iterator[Problem]:
-    name = known.cfg.data.dataset_name
-    if name is None or name == "BinaryPreferenceDataset":
-        return
-    answers_read = name in ("Tulu3Preference", "ImplicitPrompt")
-    for key, default in (("prompt_key", "prompt"), ("chosen_key", "chosen"), ("rejected_key", "rejected")):
-        value = getattr(known.cfg.data, key)
-        if value != default and not (answers_read and key != "prompt_key"):
-            fix = "remove it, or set data.dataset_name: BinaryPreferenceDataset"
-            yield Problem(f"data.{key}", value, f"{default}, since {name} has field names of its own", fix)
-
-
-@rule
 def _validation_names(known: Known) -> Iterator[Problem]:
     for name in known.cfg.data.val_data_paths or {}:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):

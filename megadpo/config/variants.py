@@ -297,6 +297,7 @@ def option_fields(section: Any) -> dict[str, Variants[Any]]:
 
 
 LOSSES: Variants[Any] = Variants("loss", "megadpo.objective.losses", field="dpo.loss_type", options="loss_options")
+FORMATS: Variants[Any] = Variants("format of rows", "megadpo.data.formats", field="data.dataset_name")
 FAMILIES: Variants[Any] = Variants("model family", "megadpo.families")
 OPTIMIZERS: Variants[Any] = Variants(
     "optimizer",
@@ -308,5 +309,5 @@ OPTIMIZERS: Variants[Any] = Variants(
 LOGGERS: SwitchedVariants[Any] = SwitchedVariants(
     "logger", "megadpo.train.loggers", section="logger", options="loggers"
 )
-KINDS: tuple[Variants[Any], ...] = (LOSSES, OPTIMIZERS, LOGGERS)
+KINDS: tuple[Variants[Any], ...] = (LOSSES, FORMATS, OPTIMIZERS, LOGGERS)
 """Every kind whose variants a config key names and that have problems."""

@@ -74,13 +74,13 @@ def _weight_problems(source: ModelSource) -> list[Problem]:
 
 def _read_rows(cfg: Config) -> None:
     """The data files without a tokenizer, where there is none. Raises DataError."""
-    from megadpo.data.formats.recognise import FieldKeys
-    from megadpo.data.sources.rows import iterate_pairs
+    from megadpo.data.formats import FieldKeys
+    from megadpo.data.formats.read_pairs import read_pairs
 
     problems: list[Problem] = []
     keys = FieldKeys(cfg.data.prompt_key, cfg.data.chosen_key, cfg.data.rejected_key)
     for path in (cfg.data.train_data_path, *(cfg.data.val_data_paths or {}).values()):
-        pairs = iterate_pairs(path, keys, dataset_name=cfg.data.dataset_name, on_bad_row=cfg.data.on_bad_row)
+        pairs = read_pairs(path, keys, dataset_name=cfg.data.dataset_name, on_bad_row=cfg.data.on_bad_row)
         try:
             for _ in pairs:
                 pass

@@ -18,7 +18,7 @@ from megadpo.config.architecture import Architecture
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
 from megadpo.data.batches.loader import GlobalBatchLoader
-from megadpo.data.tokens.dataset import PairDataset
+from megadpo.data.pairs import PairDataset
 from megadpo.families import read_architecture
 from megadpo.model.build import build_model
 from megadpo.model.source import ModelSource, reference_source, weights_fingerprint
@@ -69,16 +69,17 @@ def attach_logps(
     training: GlobalBatchLoader,
     validation: Mapping[str, GlobalBatchLoader],
     total_steps: int,
-) -> list[str]:
-    """Give the loaders the reference's log-probabilities of every pair that the run will see: from the files of
+) -> tuple[GlobalBatchLoader, dict[str, GlobalBatchLoader], list[str]]:
+    """The loaders with the reference's log-probabilities of every pair that the run will see: from the files of
     `dpo.reference.cache_dir`, and computed, and written there, where those lack some. The model is gone afterwards.
 
-    Returns a line a data set. Raises ConfigError, on every rank, where the folder can't be written. Collectives: a
+    With them a line a data set. Raises ConfigError, on every rank, where the folder can't be written. Collectives: a
     broadcast a data set, and where something is computed one a write, those of the model and of `compute_missing`.
     """
     folder = cache_folder(cfg)
     model = from_first_rank(parallel, lambda: _describe(cfg, policy_source, arch))
     reference: ResidentReference | None = None
+    loaders: list[GlobalBatchLoader] = []
     lines = []
     for name, loader, steps in [("train", training, total_steps), *((n, v, None) for n, v in validation.items())]:
         cache = LogpsCache(folder / f"{name}-{_digest({**model, 'data': loader.dataset.fingerprint})}.safetensors")
@@ -91,18 +92,18 @@ def attach_logps(
                 reference = build_reference(cfg, policy_source, arch, parallel)
             keep = partial(_keep, cache, name, positions, parallel)
             table = compute_missing(reference, loader, positions, table, parallel, after_some=keep)
-        loader.reference_logps = table
+        loaders.append(loader.with_reference_logps(table))
         lines.append(f"reference log-probabilities of {name}: {known} of {len(positions)} pairs from {cache.path}")
         broken = positions[~np.isfinite(table[positions]).all(axis=1)]
         if len(broken):
-            rows = ", ".join(str(row) for row in loader.dataset.arrays.rows[broken[:3]])
+            rows = ", ".join(str(row) for row in loader.dataset.rows[broken[:3]])
             lines.append(f"  not finite for {len(broken)} pairs of {name}, the first in rows {rows} (from 0)")
     if reference is not None:
         del reference
         gc.collect()  # a layer that refers to itself would otherwise keep its weights for as long as it likes
         if parallel.device.type == "cuda":
             torch.cuda.empty_cache()
-    return lines
+    return loaders[0], dict(zip(validation, loaders[1:], strict=True)), lines
 
 
 def _source(cfg: Config, policy_source: ModelSource, arch: Architecture) -> tuple[ModelSource, Architecture]:

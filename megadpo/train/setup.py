@@ -19,7 +19,8 @@ from megadpo.config.metric import parse_metric_name
 from megadpo.config.problems import DataError, Problem
 from megadpo.config.schema import Config
 from megadpo.data.batches.loader import DataRank, GlobalBatch, GlobalBatchLoader
-from megadpo.data.tokens.dataset import PairDataset, load_datasets
+from megadpo.data.pairs import PairDataset
+from megadpo.data.tokens.dataset import load_datasets
 from megadpo.data.tokens.tokenizer import load_tokenizer, pad_token_id
 from megadpo.families import read_architecture
 from megadpo.model.build import build_model
@@ -83,7 +84,11 @@ def prepare(cfg: Config, parallel: ParallelContext) -> Run:
 
     reference = None
     if cfg.dpo.reference.mode == "cached":  # before there is a policy, so that the two never share the memory
-        notes += attach_logps(cfg, source, arch, parallel, data.train_loader, data.validation, total_steps)
+        loader, validation, cached = attach_logps(
+            cfg, source, arch, parallel, data.train_loader, data.validation, total_steps
+        )
+        data = dataclasses.replace(data, train_loader=loader, validation=validation)
+        notes += cached
     elif cfg.dpo.reference.mode == "resident":
         reference = build_reference(cfg, source, arch, parallel)
 

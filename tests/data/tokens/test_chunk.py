@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megadpo.config.problems import DataError
 from megadpo.data.pairs import TokenizedPair
-from megadpo.data.tokens.limit import Limited, OnTooLong, apply_limit, truncate
+from megadpo.data.sources import Place
+from megadpo.data.tokens.chunk import Chunk, OnTooLong, TooLong, apply_limit, truncate
 from tests.data.builders import as_lists, equal_pairs, ids, tokenized_pairs
 
 BOS = 99
@@ -17,9 +17,10 @@ LONG = TokenizedPair(4, ids(BOS, 1, 2, 3, 4, 5), ids(11, 12, 13), ids(21, 22))
 SHORT = TokenizedPair(5, ids(BOS, 1), ids(11), ids(21))
 
 
-def limit(pairs: list[TokenizedPair], max_tokens: int, on_too_long: OnTooLong) -> Limited:
-    sources = [f"f.jsonl:{pair.index}" for pair in pairs]
-    return apply_limit(pairs, max_tokens=max_tokens, on_too_long=on_too_long, sources=sources, bos_token_id=BOS)
+def limit(pairs: list[TokenizedPair], max_tokens: int, on_too_long: OnTooLong, bos_token_id: int | None = BOS) -> Chunk:
+    chunk = Chunk(places=[Place("f.jsonl", pair.index + 1, pair.index) for pair in pairs], pairs=pairs)
+    apply_limit(chunk, max_tokens, on_too_long, bos_token_id)
+    return chunk
 
 
 @given(tokenized_pairs(), st.integers(3, 20))
@@ -28,14 +29,14 @@ def test_no_pair_stays_over_the_limit_and_short_ones_stay_as_they_are(
 ) -> None:
     short = [pair for pair in pairs if pair.longest_sequence_tokens <= max_tokens]
     dropped = limit(pairs, max_tokens, "drop")
-    assert equal_pairs(dropped.pairs, short) and dropped.dropped_too_long == len(pairs) - len(short)
+    assert equal_pairs(dropped.pairs, short) and dropped.counts["dropped_too_long"] == len(pairs) - len(short)
     cut = limit(pairs, max_tokens, "truncate")
     assert all(pair.longest_sequence_tokens <= max_tokens for pair in cut.pairs)
     masks = [mask for pair in cut.pairs for mask in (pair.chosen_mask, pair.rejected_mask)]
     assert all(mask is None or mask.any() for mask in masks)
-    dropped_pairs = cut.dropped_equal_after_truncation + cut.dropped_unanswered_after_truncation
+    dropped_pairs = cut.counts["dropped_equal_after_truncation"] + cut.counts["dropped_unanswered_after_truncation"]
     assert len(cut.pairs) + dropped_pairs == len(pairs)
-    assert cut.truncated + dropped_pairs == len(pairs) - len(short)
+    assert cut.counts["truncated"] + dropped_pairs == len(pairs) - len(short)
     assert {tuple(map(str, as_lists(pair))) for pair in short} <= {tuple(map(str, as_lists(p))) for p in cut.pairs}
 
 
@@ -75,25 +76,32 @@ def test_without_bos_only_the_end_of_the_prompt_stays() -> None:
 
 
 def test_refusal_names_the_lines_and_the_need() -> None:
-    with pytest.raises(DataError) as refused:
-        limit([SHORT, LONG], 8, "refuse")
-    (problem,) = refused.value.problems
-    assert problem.where == "f.jsonl:4" and "9 tokens" in str(problem.value) and "at most 8" in problem.expected
+    found = TooLong(8)
+    found.add(limit([SHORT, LONG], 8, "refuse").too_long)
+    (problem,) = found.problems()
+    assert problem.where == "f.jsonl:5" and "9 tokens" in str(problem.value) and "at most 8" in problem.expected
     assert "needs 9" in problem.fix and "on_too_long" in problem.fix
-    assert equal_pairs(limit([SHORT, LONG], 9, "refuse").pairs, [SHORT, LONG])
+    within = limit([SHORT, LONG], 9, "refuse")
+    assert within.too_long == [] and equal_pairs(within.pairs, [SHORT, LONG])
 
 
 def test_refusal_is_bounded_but_counts_all() -> None:
-    with pytest.raises(DataError) as refused:
-        limit([LONG] * 500, 8, "refuse")
-    assert len(refused.value.problems) == 20 and "500 such pairs" in refused.value.problems[0].fix
+    found = TooLong(8)
+    for _ in range(5):
+        found.add(limit([LONG] * 100, 8, "refuse").too_long)
+    assert len(found.problems()) == 20 and "500 such pairs" in found.problems()[0].fix
+
+
+def test_lines_of_rows_that_no_pair_was_read_from_are_zero() -> None:
+    chunk = Chunk(places=[Place("f.jsonl", line, row) for line, row in ((5, 2), (9, 4))])
+    assert chunk.first_row == 2 and chunk.lines().tolist() == [5, 0, 9]
 
 
 def test_a_pair_whose_answers_the_cut_makes_equal_is_dropped_and_counted() -> None:
     pair = TokenizedPair(1, ids(1), ids(7, 7, 7, 1), ids(7, 7, 7, 2))
     cut = limit([pair, SHORT], 4, "truncate")
     assert equal_pairs(cut.pairs, [SHORT])
-    assert (cut.dropped_equal_after_truncation, cut.truncated, cut.dropped_too_long) == (1, 0, 0)
+    assert cut.counts == {"dropped_equal_after_truncation": 1}
 
 
 def test_a_limit_too_small_for_anything_is_refused() -> None:
@@ -106,10 +114,8 @@ def test_a_cut_keeps_masks_and_drops_a_pair_that_loses_its_turns_in_the_loss() -
         mask = np.arange(6) >= first
         return TokenizedPair(0, ids(1, 2), ids(*range(10, 16)), ids(*range(20, 26)), mask, None)
 
-    cut = apply_limit(
-        [pair(2), pair(4)], max_tokens=5, on_too_long="truncate", sources=["a:1", "a:2"], bos_token_id=None
-    )
-    assert (cut.truncated, cut.dropped_unanswered_after_truncation) == (1, 1)
+    cut = limit([pair(2), pair(4)], 5, "truncate", bos_token_id=None)
+    assert cut.counts == {"truncated": 1, "dropped_unanswered_after_truncation": 1}
     assert cut.pairs[0].chosen_mask is not None and cut.pairs[0].rejected_mask is None
     assert cut.pairs[0].chosen_mask.tolist() == [False, False, True, True]
     assert cut.pairs[0].chosen_ids.tolist() == [10, 11, 12, 13]

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megadpo.config.data_source import DATASET_NAMES
 from megadpo.config.problems import DataError
-from megadpo.data.formats.recognise import FORMATS, FieldKeys, find_format
-from megadpo.data.pairs import PreferencePair
-from megadpo.data.sources.rows import ReadCounts, read_pairs
-from tests.data.builders import write_rows
+from megadpo.config.variants import FORMATS
+from megadpo.data.formats import FieldKeys, PreferencePair, find_format
+from megadpo.data.formats.read_pairs import ReadCounts
+from tests.data.builders import read_all, write_rows
 
 
 def user(text: str) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def ranked(first: int, second: int, *more: int) -> dict[str, Any]:
 
 
 def read(folder: Path, *rows: object, **options: Any) -> list[PreferencePair]:
-    return read_pairs(write_rows(folder / "rows.jsonl", rows), **options)
+    return read_all(write_rows(folder / "rows.jsonl", rows), **options)
 
 
 def refusals(folder: Path, *rows: object, **options: Any) -> list[str]:
@@ -47,8 +48,13 @@ def refusals(folder: Path, *rows: object, **options: Any) -> list[str]:
     return [str(problem).replace(str(folder) + "/", "") for problem in refused.value.problems]
 
 
-def test_every_name_of_the_config_is_a_format() -> None:
-    assert set(FORMATS) == set(DATASET_NAMES)
+def test_every_file_of_a_format_is_found_without_numpy() -> None:
+    code = (
+        "import sys; from megadpo.config.variants import FORMATS; "
+        "print(*FORMATS.names(), *sorted({'numpy', 'torch', 'pyarrow', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == {case[1] for case in ROWS.values()} | {"Tulu3Preference"}
 
 
 ROWS = {
@@ -165,7 +171,7 @@ def test_a_row_is_recognised_and_read(case: str, tmp_path: Path) -> None:
 def test_the_rows_that_the_page_shows_are_what_it_says() -> None:
     page = (Path(__file__).resolve().parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
     shown = dict(re.findall(r"^\| (\w+) \| `(.*?)`", page, flags=re.MULTILINE))
-    assert set(shown) == set(DATASET_NAMES)
+    assert set(shown) == set(FORMATS.names())
     for name, text in shown.items():
         fields = dict.fromkeys(re.findall(r'[{ ]"(\w+)":', text))
         found = find_format(fields, FieldKeys())
@@ -288,7 +294,7 @@ def test_bad_rows_can_be_left_out_and_counted(tmp_path: Path) -> None:
     rows = [ranked(0, 1), ranked(1, 1), {"x": 1}, ranked(1, 0)]
     counts = ReadCounts()
     pairs = read(tmp_path, *rows, on_bad_row="drop", counts=counts)
-    assert [(pair.row, pair.line) for pair in pairs] == [(0, 1), (3, 4)]
+    assert [(pair.place.row, pair.place.line) for pair in pairs] == [(0, 1), (3, 4)]
     assert (counts.rows, counts.dropped_bad_rows) == (4, 2)
     assert [problem.where.rpartition(":")[2] for problem in counts.bad_rows] == ["2", "3", "3"]
     assert "rank 1" in refusals(tmp_path, ranked(1, 1), on_bad_row="drop")[0], "nothing is left: an error"
@@ -300,5 +306,5 @@ def test_bad_rows_can_be_left_out_and_counted(tmp_path: Path) -> None:
 def test_rollouts_are_sent_to_the_tool_that_makes_pairs_of_them(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "r.jsonl", [{"responses_create_params": {}, "reward": 1.0}])
     with pytest.raises(DataError) as refused:
-        read_pairs(path)
+        read_all(path)
     assert all("tools/build_pairs.py" in problem.fix for problem in refused.value.problems)
