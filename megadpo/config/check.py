@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megadpo.config.architecture import Architecture
-from megadpo.config.check_fp8 import fp8_problems
 from megadpo.config.check_moe import expert_problems, expert_world_problems
+from megadpo.config.known import Known
 from megadpo.config.problems import Problem
 from megadpo.config.schema import Config
+from megadpo.config.variants import variant_problems
 
 _MEG = "policy.megatron_cfg"
 _LARGEST_TP = 64
@@ -68,7 +69,7 @@ def check_layout(cfg: Config, arch: Architecture | None, world_size: int | None)
     if arch is not None:
         problems += _tensor_parallel(cfg, arch)
         problems += expert_problems(cfg, arch)
-        problems += fp8_problems(cfg, arch)
+        problems += variant_problems(Known(cfg=cfg, arch=arch))
         problems += _pipeline_parallel(cfg, arch)
         problems += _virtual_pipeline(cfg, arch)
         problems += _uniform_recomputation(cfg, arch)

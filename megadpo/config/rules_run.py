@@ -75,22 +75,6 @@ def _pack_budget(cfg: Config) -> Iterator[Problem]:
 
 
 @rule
-def _kernel(cfg: Config) -> Iterator[Problem]:
-    kernel = cfg.policy.attention_kernel
-    if cfg.policy.device == "cpu" and kernel in ("varlen", "transformer_engine"):
-        yield Problem("policy.attention_kernel", kernel, "auto, cpu or sdpa on policy.device cpu", "set it to auto")
-    if cfg.policy.device == "cuda" and kernel == "cpu":
-        yield Problem("policy.attention_kernel", kernel, "another kernel on policy.device cuda", "set it to auto")
-
-
-@rule
-def _head(cfg: Config) -> Iterator[Problem]:
-    kernel = cfg.policy.logprob_kernel
-    if cfg.policy.device == "cpu" and kernel == "triton":
-        yield Problem("policy.logprob_kernel", kernel, "auto or torch on policy.device cpu", "set it to auto")
-
-
-@rule
 def _columns(cfg: Config) -> Iterator[Problem]:
     keys = (cfg.data.prompt_key, cfg.data.chosen_key, cfg.data.rejected_key)
     if len(set(keys)) < len(keys):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from megadpo.config.types import CountOrZero, FloatOrZero, PositiveFloat, PositiveInt, Precision, Proportion, Range
+from megadpo.config.variants import LAYER_IMPLEMENTATIONS, OneOf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +167,7 @@ class MegatronConfig:
     """true: all experts of a rank in one kernel, needs Transformer Engine. false: one by one. null: true where it can
     be."""
 
-    transformer_impl: Literal["auto", "transformer_engine", "local"] = "auto"
+    transformer_impl: Annotated[str, OneOf(LAYER_IMPLEMENTATIONS, ("auto",))] = "auto"
     """Whose layers: Transformer Engine's fused ones, or megatron-core's own. auto: Transformer Engine's on CUDA in
     bfloat16 where it can be imported, else local; the run says which and why. See docs/gpu.md."""
     fp8_cfg: Fp8Config = field(default_factory=Fp8Config)

@@ -88,6 +88,9 @@ class RotaryTable(torch.nn.Module):
         super().__init__()
         inverse, self.factor = inverse_frequencies(arch)
         self.fused = fused and self.factor == 1.0
+        scaling = str(arch.rope_scaling)
+        self.key = (arch.head_dim, arch.rope_theta, scaling, arch.max_position_embeddings, self.fused)
+        """Tables of one key turn alike."""
         self.inverse: torch.Tensor
         self.register_buffer("inverse", inverse.to(device), persistent=False)
 

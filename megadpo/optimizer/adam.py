@@ -9,7 +9,7 @@ from megatron.core import optimizer as mcore_optimizer
 from megatron.core.optimizer import distrib_optimizer
 
 from megadpo.config.schema_megatron import OptimizerConfig
-from megadpo.model.implementation import transformer_engine_missing
+from megadpo.parallel.device import why_missing
 
 AdamName = Literal["transformer_engine", "torch"]
 
@@ -20,7 +20,7 @@ def choose_adam(optimizer: OptimizerConfig, device: torch.device) -> tuple[AdamN
         return optimizer.adam_impl, "asked for by policy.megatron_cfg.optimizer.adam_impl"
     if device.type != "cuda":
         return "torch", "no CUDA device"
-    missing = transformer_engine_missing()
+    missing = why_missing("transformer_engine")
     return ("torch", missing) if missing else ("transformer_engine", "CUDA, Transformer Engine installed")
 
 

@@ -10,12 +10,13 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
+from megadpo.config.known import INSTALL
 from megadpo.config.problems import Problem
 from megadpo.config.schema_policy import PolicyConfig
-from megadpo.model.implementation import INSTALL, implementation_problems, transformer_engine_missing
 from megadpo.model.transformer_config import DTYPES
 from megadpo.optimizer.adam import choose_adam, use_adam
 from megadpo.optimizer.step import use_norm_without_waits
+from megadpo.parallel.device import why_missing
 
 
 def wrap_for_training(chunks: Sequence[MegatronModule], policy: PolicyConfig) -> list[DistributedDataParallel]:
@@ -39,16 +40,16 @@ def wrap_for_training(chunks: Sequence[MegatronModule], policy: PolicyConfig) ->
 
 
 def machine_problems(policy: PolicyConfig, device: torch.device) -> list[Problem]:
-    """What training by the config needs and this machine lacks; empty where nothing is missing."""
+    """What the optimizer needs by the config and this machine lacks; empty where nothing is missing."""
     megatron, optimizer = policy.megatron_cfg, policy.megatron_cfg.optimizer
     has_cuda = device.type == "cuda"
-    has_te = has_cuda and transformer_engine_missing() is None
+    has_te = has_cuda and why_missing("transformer_engine") is None
     te = INSTALL
-    problems = implementation_problems(policy, device)
+    problems = []
     if optimizer.adam_impl == "transformer_engine" and not has_te:
-        reason = transformer_engine_missing() if has_cuda else "no CUDA device"
+        reason = why_missing("transformer_engine") if has_cuda else "no CUDA device"
         where = "policy.megatron_cfg.optimizer.adam_impl"
-        expected = f"torch or auto, for Transformer Engine is not to be had: {reason}"
+        expected = f"torch or auto: Transformer Engine can't be used here: {reason}"
         problems.append(Problem(where, "transformer_engine", expected, f"set it to auto, or {te}"))
     where = "policy.megatron_cfg.optimizer.use_precision_aware_optimizer"
     if optimizer.use_precision_aware_optimizer and not has_cuda:

@@ -21,7 +21,6 @@ from megadpo.plan.flops import forward_flops
 from megadpo.plan.freezing import trainable_share
 from megadpo.plan.gpus import GPUS, Assumptions, parse_assumptions
 from megadpo.plan.grid import Grid
-from megadpo.plan.outlines import FUSED_LOGITS
 from megadpo.plan.packs import Pack, full_pack, pack_tokens, packed_lengths, stated_lengths, workload
 from megadpo.plan.parameters import optimizer_bytes_per_element, stage_buffers, stage_parameters
 from megadpo.plan.plan import Job
@@ -111,13 +110,6 @@ def test_frozen_weights_cost_no_gradient(small):
     assert trainable_share(arch, ()) == 1.0
     layers = trainable_share(arch, ["model.layers.*"])
     assert layers == pytest.approx((2 * 8192 * 512 + 512) / 31_500_000, rel=0.02)
-
-
-def test_the_fused_heads_blocks_are_those_of_the_head():
-    """Read from the source: importing it takes Triton."""
-    source = (REPOSITORY / "megadpo/model/head_fused.py").read_text()
-    assert "MOST_LOGITS = 1 << 27\n" in source and FUSED_LOGITS == 1 << 27
-    assert "COLUMN_MULTIPLE = 128\n" in source
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from megadpo.model.activation import swiglu
-from megadpo.model.norm import RMSNorm
+from megadpo.model.decoder import RMSNorm, swiglu
 from megadpo.model.rope import rotate
 
 
