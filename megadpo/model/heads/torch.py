@@ -10,7 +10,6 @@ from megadpo.model.heads import LogpsHead, combine_shards
 
 if TYPE_CHECKING:
     import torch
-    import torch.distributed as dist
 else:
     torch = Lazy("torch")
 
@@ -21,18 +20,8 @@ class TorchHead(LogpsHead):
 
     name, priority = "torch", 0
 
-    def __call__(
-        self,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        targets: torch.Tensor,
-        *,
-        vocab_start: int,
-        group: dist.ProcessGroup,
-        chunk_tokens: int,
-    ) -> torch.Tensor:
-        logps: torch.Tensor = _chunked_logps().apply(hidden, weight, targets, vocab_start, group, chunk_tokens)
-        return logps
+    def __call__(self, hidden, weight, targets, *, vocab_start, group, chunk_tokens):  # type: ignore[no-untyped-def]
+        return _chunked_logps().apply(hidden, weight, targets, vocab_start, group, chunk_tokens)
 
 
 def _forward(ctx, hidden, weight, targets, vocab_start, group, chunk_tokens):  # type: ignore[no-untyped-def]

@@ -22,9 +22,6 @@ from megadpo.config.variants import LOGPROB_KERNELS, Lazy
 from megadpo.model.heads import LogpsHead
 
 if TYPE_CHECKING:
-    import torch
-    import torch.distributed as dist
-
     from megadpo.model.heads.triton import fused
 else:  # Triton is imported when the head first runs
     fused = Lazy("megadpo.model.heads.triton.fused")
@@ -51,16 +48,7 @@ class TritonHead(LogpsHead):
                     fix = "set it to auto or torch, or pip install triton, and torch 2.11 or newer for CUDA"
                     yield Problem(field, self.name, f"auto or torch without {needed}: {reason}", fix)
 
-    def __call__(
-        self,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        targets: torch.Tensor,
-        *,
-        vocab_start: int,
-        group: dist.ProcessGroup,
-        chunk_tokens: int,
-    ) -> torch.Tensor:
+    def __call__(self, hidden, weight, targets, *, vocab_start, group, chunk_tokens):  # type: ignore[no-untyped-def]
         """At most MOST_LOGITS and at most chunk_tokens x V/tp logits exist at a time (or COLUMN_MULTIPLE a token, where
         that is more). Raises ValueError for another dtype, or hidden and weight of two."""
         columns = block_columns(hidden.shape[0], weight.shape[0], chunk_tokens)
