@@ -259,7 +259,7 @@ def different_losses(job: Job, outcomes: Mapping[str, list[Outcome]]) -> list[st
 
 
 def plan_of(job: Job) -> dict[str, Any] | None:
-    """What tools/plan.py expects of the first of ours, where it knows this GPU and time is left."""
+    """The memory that tools/plan.py foretells for the first of ours, where it knows this GPU and time is left."""
     tool = REPOSITORY / "tools" / "plan.py"
     gpu = next((name for name in ("h100", "h200", "a100", "b200") if name.upper() in job.machine.get("gpu", "")), None)
     if gpu is None or not job.options.ours or job.left_s() < LEAST_S:

@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"files"},
     "demo": set(),
     "files": set(),
-    "messages": {"config"},
+    "messages": {"config", "files"},
     "families": {"config"},
     "data": {"config", "files", "messages"},
     "rollouts": {"config", "files", "messages", "data"},
@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "parallel": {"config"},
     "model": {"config", "families", "parallel", "data.batches.pack"},
     "optimizer": {"config", "parallel", "model"},
-    "reference": {"config", "parallel", "model", "data.batches.pack", "data.batches.loader"},
+    "reference": {"config", "files", "parallel", "model", "data.batches.pack", "data.batches.loader"},
     "checkpoint": {"config", "files", "parallel", "model", "optimizer"},
     "train": {
         *("config", "families", "files", "data", "objective", "parallel"),

@@ -1,7 +1,7 @@
-"""Plan a run without a GPU and without weights: memory of every pipeline stage, expected step time, better layouts.
+"""Plan a run without a GPU and without weights: memory of every pipeline stage, schedule, better layouts.
 
     python tools/plan.py configs/dpo_megatron.yaml --world-size 8
-    python tools/plan.py CONFIG.yaml --world-size 512 --gpu h200 --suggest policy.model_name=folder-with-config.json
+    python tools/plan.py CONFIG.yaml policy.model_name=folder-with-config.json --world-size 512 --gpu h200 --suggest
 
 See docs/planning.md. Exit code 0: it fits; 2: refused, every problem on stderr.
 """
@@ -21,12 +21,18 @@ from rich.console import Console
 
 from megadpo.config.load import load_config
 from megadpo.config.problems import ConfigError, Problem, UserError
-from megadpo.plan.gpus import GPUS, parse_assumptions
-from megadpo.plan.lengths import choose_lengths
-from megadpo.plan.picture import check_picture, draw, text_grid
+from megadpo.plan.inputs import architectures, choose_lengths
+from megadpo.plan.memory import GPUS, parse_assumptions
 from megadpo.plan.plan import Job, Plan, make_plan, too_large
-from megadpo.plan.report import as_json, print_plan, suggestions_json, suggestions_table
-from megadpo.plan.source import architectures
+from megadpo.plan.report import (
+    check_picture,
+    draw,
+    plan_json,
+    print_plan,
+    suggestions_json,
+    suggestions_table,
+    text_grid,
+)
 from megadpo.plan.suggest import Suggestion, suggest
 from megadpo.train.command import quiet_libraries, refuse
 
@@ -46,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="tools/plan.py", description="Plan a run: memory, step time, layouts.")
+    parser = argparse.ArgumentParser(prog="tools/plan.py", description="Plan a run: memory, schedule, layouts.")
     parser.add_argument("config", help="YAML file; see configs/")
     parser.add_argument("overrides", nargs="*", help="key=value, e.g. policy.model_name=folder-with-config.json")
     parser.add_argument("--world-size", type=int, required=True, help="ranks, as many as GPUs")
@@ -84,7 +90,7 @@ def prepare(options: argparse.Namespace) -> Job:
     on_cpu = cfg.policy.device == "cpu"
     if on_cpu and (options.gpu or options.suggest is not None):
         what = "--gpu" if options.gpu else "--suggest"
-        fix = f"add policy.device=auto, or leave {what} out: memory is planned for CPUs, time isn't"
+        fix = f"add policy.device=auto, or leave {what} out: a CPU's memory has no limit here"
         raise ConfigError(Problem("policy.device", "cpu", f"auto or cuda with {what}", fix))
     arch, reference = architectures(cfg)
     lengths, said = choose_lengths(cfg, arch, options.lengths)
@@ -104,7 +110,7 @@ def show(job: Job, options: argparse.Namespace) -> int:
     """The config's own layout; refused where it does not fit, after it was shown."""
     plan = make_plan(job)
     if options.json:
-        print(json.dumps(as_json(plan), indent=2))
+        print(json.dumps(plan_json(plan), indent=2))
     else:
         console = terminal()
         print_plan(plan, console)
@@ -119,10 +125,6 @@ def show(job: Job, options: argparse.Namespace) -> int:
 def search(job: Job, options: argparse.Namespace) -> int:
     """The best layouts of the world; --picture draws the first."""
     found = suggest(job, options.config, options.overrides, options.suggest)
-    if not found:
-        expected = "a world in which some layout of this model fits"
-        fix = "raise --world-size, lower policy.sequence_packing.train_mb_tokens, or choose a larger GPU"
-        raise ConfigError(Problem("--suggest", f"{job.world_size} ranks", expected, fix))
     if options.json:
         print(json.dumps(suggestions_json(found), indent=2))
     else:

@@ -24,6 +24,7 @@ from megadpo.checkpoint.position import TrainingPosition
 from megadpo.checkpoint.writer import SaveStrategy
 from megadpo.config.load import save_resolved
 from megadpo.config.schema import Config
+from megadpo.files.atomic import sync, write_then_rename
 from megadpo.model.weights.convert import copy_hf_files
 from megadpo.optimizer.state import METADATA, sharded_state
 from megadpo.parallel import ParallelContext
@@ -80,11 +81,12 @@ def save_checkpoint(
             "optimizer_format": optimizer_format(optimizer),
             "position": position.to_json(),
         }
-        _write_durably(partial / "megadpo.json", json.dumps(record, indent=1))
+        with write_then_rename(partial / "megadpo.json") as file:
+            file.write_text(json.dumps(record, indent=1))
         if final.exists():  # the same step again, after a resume from an older checkpoint
             delete(final)
         os.replace(partial, final)
-        _sync_folder(folder)
+        sync(folder)
     dist.barrier()
     return final
 
@@ -144,19 +146,3 @@ def _rng_state(device_type: str) -> dict[str, Any]:
         "cuda": torch.cuda.get_rng_state(),
         "tracker": get_cuda_rng_tracker().get_states(),
     }
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """A rename is on disk only when its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,13 +13,10 @@ import email.utils
 import math
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import httpx
 import tenacity
-
-from megadpo.collect.failure import RolloutFailure
 
 _CONNECT_S = 10.0
 _LONGEST_WAIT_S = 60.0
@@ -29,13 +26,25 @@ _SHOWN = 300
 
 
 class TryAgain(Exception):
-    """A failure that may pass."""
+    """A failure that may pass. Its text is the reason."""
 
     def __init__(self, reason: str, *, status: int | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(reason)
-        self.reason = reason
         self.status = status
         self.retry_after_s = retry_after_s
+
+
+class RolloutFailure(Exception):
+    """One rollout failed for good. The collection goes on; the reason is written to the file of failures."""
+
+    def __init__(self, kind: str, reason: str, *, status: int | None = None, attempts: int = 1) -> None:
+        super().__init__(reason)
+        self.kind = kind
+        """`request`: the model's server; `reward`: the reward."""
+        self.reason = reason
+        self.status = status
+        """HTTP status, where there was an answer."""
+        self.attempts = attempts
 
 
 class JsonClient:
@@ -73,9 +82,7 @@ class JsonClient:
     async def __aenter__(self) -> JsonClient:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self._http.aclose()
 
     async def post(self, path: str, body: Any, read: Callable[[dict[str, Any]], Any] = lambda answer: answer) -> Any:
@@ -109,7 +116,7 @@ class JsonClient:
                 with attempt:
                     return read(await self._send(method, path, body, timeout_s))
         except TryAgain as error:
-            raise self._failure(error.reason, error.status, attempts) from error
+            raise self._failure(str(error), error.status, attempts) from error
         except ValueError as error:
             raise self._failure(str(error), None, attempts) from error
         except RolloutFailure as error:

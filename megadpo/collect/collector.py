@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
-from megadpo.collect.failure import RolloutFailure
+from megadpo.collect.client import RolloutFailure
 from megadpo.collect.journal import Journal, Key
 from megadpo.collect.parameters import Body
 from megadpo.collect.policy import Policy
 from megadpo.collect.progress import CollectProgress
-from megadpo.collect.prompts import PARAMS, ROLLOUT_INDEX, TASK_INDEX, Tasks, to_line
 from megadpo.collect.rewards import Score
+from megadpo.collect.tasks import PARAMS, ROLLOUT_INDEX, TASK_INDEX, Tasks
+from megadpo.files.jsonl import to_line
 
 
 @dataclass

@@ -17,8 +17,8 @@ from megadpo.collect.journal import Journal
 from megadpo.collect.options import CollectOptions, api_key, parse_options
 from megadpo.collect.policy import Policy, model_to_ask
 from megadpo.collect.progress import CollectProgress
-from megadpo.collect.prompts import Tasks, read_tasks
 from megadpo.collect.rewards import RewardFunction, by_function, by_server, load_reward_function
+from megadpo.collect.tasks import Tasks, read_tasks
 from megadpo.config.problems import ConfigError, DataError, Problem
 
 INCOMPLETE = 1

@@ -19,13 +19,15 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from megadpo.collect.parameters import Body
-from megadpo.collect.prompts import ROLLOUT_INDEX, TASK_INDEX, to_line
+from megadpo.collect.tasks import ROLLOUT_INDEX, TASK_INDEX
 from megadpo.config.problems import ConfigError, DataError, Problem
+from megadpo.files.atomic import sync, write_then_rename
+from megadpo.files.jsonl import to_line
 
 Key: TypeAlias = tuple[int, int]
 """(task index, rollout index)."""
@@ -98,19 +100,17 @@ class Journal:
 
     def write_output(self, output: Path) -> int:
         """Write the finished rollouts in order (aabbcc), the whole file or nothing of it; returns their number."""
-
-        def lines() -> Iterator[bytes]:
+        with write_then_rename(output) as partial, partial.open("wb") as file:
             for key in sorted(self.done):
                 entry = self.done[key]
-                yield os.pread(self._file.fileno(), entry.length, entry.offset)
-
-        _replace(output, lines())
+                file.write(os.pread(self._file.fileno(), entry.length, entry.offset))
         return len(self.done)
 
     def mark_finished(self) -> None:
         """The output file has every rollout: keep only that."""
         rows = len(self.done)
-        _replace(self.path, iter([to_line({_HEADER: self._header}), to_line({_FINISHED: {"rows": rows}})]))
+        with write_then_rename(self.path) as partial:
+            partial.write_bytes(to_line({_HEADER: self._header}) + to_line({_FINISHED: {"rows": rows}}))
         self.finished_rows = rows
 
     def _lock(self) -> None:
@@ -150,7 +150,7 @@ class Journal:
         if offset == 0:
             self._append(to_line({_HEADER: self._header}))
             os.fsync(self._file.fileno())
-            _sync_folder(self.path.parent)
+            sync(self.path.parent)
 
     def _foreign(self) -> DataError:
         fix = "move that file away, or name another output_jsonl_fpath"
@@ -202,21 +202,3 @@ class Journal:
                 os.ftruncate(self._file.fileno(), start)
             raise
         self._written += 1
-
-
-def _replace(target: Path, lines: Iterator[bytes]) -> None:
-    aside = target.with_name(target.name + ".tmp")
-    with aside.open("wb") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, target)
-    _sync_folder(target.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,4 +1,4 @@
-"""`responses_create_params` -> what is sent to `/responses`, and what both endpoints share of that.
+"""`responses_create_params`, the parameters of a request as a row gives them: checked, and taken apart.
 
 Field names and meanings are those of OpenAI's Responses API (https://platform.openai.com/docs/api-reference/responses).
 NeMo Gym carries what a server knows beyond it (`seed`, `top_k`, `chat_template_kwargs`) as JSON text in
@@ -73,14 +73,6 @@ def check_params(params: Params, findings: Findings) -> None:
         fix = "give the prompt as text or as a list of messages"
         findings.add("input", params.get("input"), "text or a list of messages, not empty", fix)
     _extra_body(params, findings)
-
-
-def responses_body(params: Params, findings: Findings) -> Body:
-    """The body for `/responses`, without `model`: the parameters that are not null, and the extra body."""
-    body = {name: value for name, value in params.items() if value is not None and name not in ("stream", "background")}
-    metadata = {name: value for name, value in (params.get("metadata") or {}).items() if name != "extra_body"}
-    body.pop("metadata", None)
-    return body | ({"metadata": metadata} if metadata else {}) | extra_body(params)
 
 
 def extra_body(params: Params) -> Body:

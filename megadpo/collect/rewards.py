@@ -14,8 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
-from megadpo.collect.client import JsonClient
-from megadpo.collect.failure import RolloutFailure
+from megadpo.collect.client import JsonClient, RolloutFailure
 from megadpo.collect.parameters import Body
 from megadpo.config.problems import ConfigError, Problem
 

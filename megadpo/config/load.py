@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +21,7 @@ from megadpo.config.reader import Reader, dotted_paths
 from megadpo.config.rules import broken_rules, covered
 from megadpo.config.schema import Config
 from megadpo.config.variants import import_plugins, option_fields
+from megadpo.files.atomic import write_then_rename
 
 Purpose = Literal["train", "evaluate"]
 """What the config is for: train needs data.train_data_path, evaluate needs data.val_data_paths."""
@@ -56,10 +56,9 @@ def save_resolved(cfg: Config, path: str | Path, chosen: Mapping[str, str] | Non
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(_escaped(as_dict(cfg)), sort_keys=False, allow_unicode=True)
-    aside = target.with_name(target.name + ".tmp")
     comments = "".join(f"# chosen on this machine: {name}: {words}\n" for name, words in (chosen or {}).items())
-    aside.write_text(comments + text, encoding="utf-8")
-    os.replace(aside, target)
+    with write_then_rename(target) as partial:
+        partial.write_text(comments + text, encoding="utf-8")
 
 
 def _build(tree: dict[str, Any], problems: list[Problem], purpose: Purpose) -> Config:

@@ -1,1 +1,1 @@
-"""What a layout would need and give, before a cluster is paid for: memory, FLOPs, expected time. No GPU, no weights."""
+"""What a layout needs, before a cluster is paid for: memory, parameters, schedule, FLOPs. No GPU, no weights."""

@@ -6,24 +6,7 @@ from dataclasses import dataclass
 
 from megadpo.config.architecture import Architecture
 from megadpo.config.schema import Config
-from megadpo.plan.packs import Lengths, shares_prompt
-
-
-@dataclass(frozen=True)
-class FullPack:
-    """The pack that memory is counted for."""
-
-    tokens: int
-    answer_tokens: int
-    key_tokens: int
-    """Keys of all segments: a shared prompt's count once for itself and once for each answer."""
-
-    @classmethod
-    def of(cls, cfg: Config, lengths: Lengths) -> FullPack:
-        prompt, chosen, rejected = (int(total) for total in lengths.sum(axis=0))
-        prompts = 1 if shares_prompt(cfg) else 2
-        tokens = prompts * prompt + chosen + rejected
-        return cls(tokens, chosen + rejected, tokens + (2 * prompt if prompts == 1 else 0))
+from megadpo.plan.packs import Pack
 
 
 @dataclass(frozen=True)
@@ -43,7 +26,7 @@ class Estimate:
     """Of chunks of one layout, as torch keeps them on a GPU with varlen attention: saved bytes within some per cent, the
     peak more roughly."""
 
-    def __init__(self, cfg: Config, arch: Architecture, pack: FullPack, expert_load: float = 1.0) -> None:
+    def __init__(self, cfg: Config, arch: Architecture, pack: Pack, expert_load: float = 1.0) -> None:
         self.cfg, self.arch, self.pack = cfg, arch, pack
         self.megatron = cfg.policy.megatron_cfg
         self.width = 2 if cfg.policy.precision == "bfloat16" else 4

@@ -1,10 +1,13 @@
-"""Floating-point operations of a pack, by arithmetic alone. A multiply and an add count as two."""
+"""Floating-point operations of a step, by arithmetic alone. A multiply and an add count as two."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from megadpo.config.architecture import Architecture
+from megadpo.config.check import layers_per_stage
+from megadpo.config.schema import Config
+from megadpo.config.schema_megatron import MegatronConfig
 from megadpo.plan.packs import Pack
 
 
@@ -12,8 +15,9 @@ from megadpo.plan.packs import Pack
 class Flops:
     """One forward pass over whole tensors (not one rank's slices)."""
 
-    matmul: float
-    """Projections and MLP of all layers; of layers with experts, projections and shared experts."""
+    projections: float
+    mlp: float
+    """Of layers with experts: the shared expert."""
     experts: float
     router: float
     attention: float
@@ -21,49 +25,67 @@ class Flops:
 
     @property
     def total(self) -> float:
-        return self.matmul + self.experts + self.router + self.attention + self.head
-
-
-def projection_weights(arch: Architecture) -> int:
-    """Elements of a layer's query-key-value and output matrices."""
-    return arch.hidden_size * arch.head_dim * (2 * arch.num_heads + 2 * arch.num_kv_heads)
-
-
-def mlp_weights(arch: Architecture) -> int:
-    """Elements of what every token goes through after attention: the gated MLP, or the shared expert."""
-    channels = arch.ffn_hidden_size if arch.moe is None else arch.moe.shared_ffn_hidden_size or 0
-    return 3 * arch.hidden_size * channels
-
-
-def expert_weights(arch: Architecture) -> int:
-    """Elements of one expert."""
-    return 0 if arch.moe is None else 3 * arch.hidden_size * arch.moe.ffn_hidden_size
+        return self.projections + self.mlp + self.experts + self.router + self.attention + self.head
 
 
 def forward_flops(arch: Architecture, pack: Pack, layers: int, *, head: bool) -> Flops:
     """2 FLOPs a weight and token (of experts, those that the token goes to); 4 x heads x head_dim a (query, key) pair;
     2 x hidden x vocabulary an ANSWER token, since only positions that predict an answer are projected. Norms, rotation
     and softmax are left out, as usual (arXiv:2205.05198, appendix A)."""
-    chosen, all_experts = (0, 0) if arch.moe is None else (arch.moe.experts_per_token, arch.moe.num_experts)
-    twice = 2.0 * pack.tokens * layers
+    moe, hidden = arch.moe, arch.hidden_size
+    mlp = 3 * hidden * (arch.ffn_hidden_size if moe is None else moe.shared_ffn_hidden_size or 0)
+    if moe is not None and moe.shared_ffn_hidden_size:
+        mlp += hidden  # the shared expert's gate
+    per_weight = 2.0 * pack.tokens * layers
     return Flops(
-        matmul=twice * (projection_weights(arch) + mlp_weights(arch)),
-        experts=twice * chosen * expert_weights(arch),
-        router=twice * arch.hidden_size * all_experts,
-        attention=4.0 * pack.attention * arch.num_heads * arch.head_dim * layers,
-        head=2.0 * pack.answer_tokens * arch.hidden_size * arch.vocab_size if head else 0.0,
+        projections=per_weight * hidden * arch.head_dim * (2 * arch.num_heads + 2 * arch.num_kv_heads),
+        mlp=per_weight * mlp,
+        experts=0.0 if moe is None else per_weight * moe.experts_per_token * 3 * hidden * moe.ffn_hidden_size,
+        router=0.0 if moe is None else per_weight * hidden * moe.num_experts,
+        attention=4.0 * pack.query_keys * arch.num_heads * arch.head_dim * layers,
+        head=2.0 * pack.answer_tokens * hidden * arch.vocab_size if head else 0.0,
     )
 
 
-def step_flops(arch: Architecture, reference: Architecture | None, pack: Pack, *, trainable: float = 1.0) -> float:
-    """What a step on these tokens must compute: policy forward, twice that backward, and the reference's forward.
+@dataclass(frozen=True)
+class StageFlops:
+    """Of one pipeline stage, over all of its ranks that share a micro-batch."""
 
-    Recomputed activations don't count: this is the numerator of MFU. trainable: share of the weights that get gradients;
-    the others' half of the backward pass is left out.
-    """
-    once = forward_flops(arch, pack, arch.num_layers, head=True)
-    weights = once.total - once.attention
-    flops = once.total + 2 * once.attention + (1 + trainable) * weights
-    if reference is not None:
-        flops += forward_flops(reference, pack, reference.num_layers, head=True).total
-    return flops
+    needed: float
+    """Policy's forward, twice that backward, and the reference's forward: the numerator of MFU."""
+    repeated: float
+    """What recomputation of activations adds."""
+
+
+def stage_flops(cfg: Config, arch: Architecture, reference: Architecture | None, pack: Pack) -> list[StageFlops]:
+    """Of each pipeline stage, for training on `pack` with nothing frozen. The layout was checked."""
+    megatron = cfg.policy.megatron_cfg
+    layers = layers_per_stage(cfg, arch.num_layers) or []
+    of_reference = [0] * len(layers) if reference is None else layers_per_stage(cfg, reference.num_layers) or []
+    known: dict[tuple[int, int, bool], StageFlops] = {}
+    stages = []
+    for stage, (count, reference_count) in enumerate(zip(layers, of_reference, strict=True)):
+        kind = (count, reference_count, stage == len(layers) - 1)
+        if kind not in known:
+            forward = forward_flops(arch, pack, count, head=kind[2])
+            needed = 3 * forward.total
+            if reference is not None:
+                needed += forward_flops(reference, pack, reference_count, head=kind[2]).total
+            known[kind] = StageFlops(needed, _repeated(megatron, arch, pack, count))
+        stages.append(known[kind])
+    return stages
+
+
+def _repeated(megatron: MegatronConfig, arch: Architecture, pack: Pack, layers: int) -> float:
+    """The fused head's second product is left out: every layout has it (model/heads/triton)."""
+    if not megatron.activation_checkpointing:
+        return 0.0
+    if megatron.recompute_granularity == "full":
+        if megatron.recompute_method == "block":
+            layers = min(layers, megatron.recompute_num_layers * megatron.virtual_pipeline_model_parallel_size)
+        return forward_flops(arch, pack, layers, head=False).total
+    modules, flops = set(megatron.recompute_modules), forward_flops(arch, pack, layers, head=False)
+    repeated = flops.attention if "core_attn" in modules else 0.0
+    if modules & {"mlp", "moe", "shared_experts"}:  # of a layer with experts `mlp` is the shared one
+        repeated += flops.mlp
+    return repeated + (flops.experts + flops.router if "moe" in modules else 0.0)

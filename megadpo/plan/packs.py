@@ -1,7 +1,8 @@
-"""Packs as the plan sees them: how many tokens, how many answers' tokens, how much attention. numpy, no torch."""
+"""The packs of a run as counts: tokens, answers' tokens, (query, key) pairs. numpy, no torch."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,34 +25,42 @@ MOST_BATCHES = 8
 
 @dataclass(frozen=True)
 class Pack:
-    """One micro-batch. Counts; `attention` is the number of (query, key) pairs that are computed."""
+    """Counts of one micro-batch, or of several together."""
 
     tokens: int
     answer_tokens: int
-    attention: int
+    query_keys: int
+    """(query, key) pairs that attention computes."""
+    key_tokens: int
+    """Keys of all segments: a shared prompt's count once for itself and once for each answer."""
 
-    def __add__(self, other: Pack) -> Pack:
-        return Pack(
-            self.tokens + other.tokens, self.answer_tokens + other.answer_tokens, self.attention + other.attention
-        )
+    @classmethod
+    def of(cls, cfg: Config, lengths: Lengths) -> Pack:
+        """Of pairs of these lengths, without padding."""
+        shared = shares_prompt(cfg)
+        prompt, chosen, rejected = (int(total) for total in lengths.sum(axis=0))
+        tokens = (1 if shared else 2) * prompt + chosen + rejected
+        keys = int(query_keys(lengths, share_prompt=shared).sum())
+        return cls(tokens, chosen + rejected, keys, tokens + (2 * prompt if shared else 0))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Global batches dealt out to data-parallel ranks: [batch][rank][micro-batch]."""
+    """A step, from global batches dealt out to data-parallel ranks as in training."""
 
-    batches: list[list[list[Pack]]]
     pairs_per_batch: int
+    micro_batches: int
+    """Most micro-batches that a rank has in a step."""
+    batches: int
+    """Global batches that were looked at."""
+    total: Pack
+    """Of all of them, padding included."""
     said: str
     """Where the lengths are from, for the report."""
 
     @property
-    def micro_batches(self) -> int:
-        """Most micro-batches that a rank has in a step."""
-        return max(len(rank) for batch in self.batches for rank in batch)
-
     def tokens_per_step(self) -> float:
-        return sum(p.tokens for batch in self.batches for rank in batch for p in rank) / len(self.batches)
+        return self.total.tokens / self.batches
 
 
 def shares_prompt(cfg: Config) -> bool:
@@ -74,39 +83,32 @@ def workload(cfg: Config, arch: Architecture, lengths: Lengths, said: str, *, dp
         fix = "lower policy.train_global_batch_size, or add pairs"
         raise ConfigError(Problem("data.train_data_path", f"{len(lengths)} pairs", f"one global batch of {size}", fix))
     shared = shares_prompt(cfg)
-    tokens, attention = packed_lengths(lengths, share_prompt=shared), query_keys(lengths, share_prompt=shared)
-    cost = WorkModel.of(arch).pair_work(lengths, share_prompt=shared)
-    answers = lengths[:, 1] + lengths[:, 2]
+    tokens, work = (
+        packed_lengths(lengths, share_prompt=shared),
+        WorkModel.of(arch).pair_work(lengths, share_prompt=shared),
+    )
     budget = pack_tokens(cfg) if packing.enabled else None
     if budget is not None and tokens.max() > budget:
         fix = f"raise it to {tokens.max()} or more, or shorten the pairs"
         where = "policy.sequence_packing.train_mb_tokens"
         raise ConfigError(Problem(where, packing.train_mb_tokens, f"room for a pair of {tokens.max()} tokens", fix))
-    multiple = cfg.policy.make_sequence_length_divisible_by
-    batches = []
-    for start in range(0, min(len(lengths) // size, MOST_BATCHES) * size, size):
-        plan = plan_global_batch(
+    multiple, batches = cfg.policy.make_sequence_length_divisible_by, min(len(lengths) // size, MOST_BATCHES)
+    padded = most = 0
+    for start in range(0, batches * size, size):
+        ranks = plan_global_batch(
             tokens[start : start + size],
             num_ranks=dp,
             budget_tokens=budget,
             pairs_per_micro_batch=None if packing.enabled else cfg.policy.train_micro_batch_size,
-            work=cost[start : start + size],
+            work=work[start : start + size],
             micro_batch_multiple=micro_batch_multiple(cfg),
         )
-        batches.append(
-            [
-                [
-                    Pack(
-                        max(-(-int(tokens[at].sum()) // multiple), 1) * multiple,
-                        int(answers[at].sum()),
-                        int(attention[at].sum()),
-                    )
-                    for at in (np.array(pairs, dtype=np.int64) + start for pairs in rank)
-                ]
-                for rank in plan
-            ]
-        )
-    return Workload(batches, size, said)
+        most = max([most, *(len(rank) for rank in ranks)])
+        for pairs in (pairs for rank in ranks for pairs in rank):
+            filled = int(tokens[np.array(pairs, dtype=np.int64) + start].sum())
+            padded += max(-(-filled // multiple), 1) * multiple
+    total = dataclasses.replace(Pack.of(cfg, lengths[: batches * size]), tokens=padded)
+    return Workload(pairs_per_batch=size, micro_batches=most, batches=batches, total=total, said=said)
 
 
 def pack_tokens(cfg: Config) -> int:
@@ -114,20 +116,22 @@ def pack_tokens(cfg: Config) -> int:
     multiple, packing = cfg.policy.make_sequence_length_divisible_by, cfg.policy.sequence_packing
     if packing.enabled:
         return packing.train_mb_tokens // multiple * multiple
-    longest = min(cfg.policy.max_total_sequence_length, cfg.data.max_input_seq_length)
-    return -(-2 * longest * cfg.policy.train_micro_batch_size // multiple) * multiple
+    return -(-2 * _longest(cfg) * cfg.policy.train_micro_batch_size // multiple) * multiple
+
+
+def _longest(cfg: Config) -> int:
+    """Most tokens of prompt + answer."""
+    return min(cfg.policy.max_total_sequence_length, cfg.data.max_input_seq_length)
 
 
 def stated_lengths(cfg: Config, stated: Sequence[int] | None) -> tuple[Lengths, str]:
     """One global batch of equal pairs, of `stated` (prompt, chosen, rejected) tokens or, for None, as long as can be."""
-    longest = min(cfg.policy.max_total_sequence_length, cfg.data.max_input_seq_length)
+    longest = _longest(cfg)
     if stated is None:
         answer = longest // 4
-        if cfg.policy.sequence_packing.enabled:  # a pair that would not fit into a pack is refused when data is read
-            multiple = cfg.policy.make_sequence_length_divisible_by
-            room = cfg.policy.sequence_packing.train_mb_tokens // multiple * multiple
+        if cfg.policy.sequence_packing.enabled:  # a pair that does not fit into a pack is refused when data is read
             prompts = 1 if shares_prompt(cfg) else 2
-            longest = min(longest, max((room - 2 * answer) // prompts + answer, answer + 1))
+            longest = min(longest, max((pack_tokens(cfg) - 2 * answer) // prompts + answer, answer + 1))
         row = (max(longest - answer, 1), max(answer, 1), max(answer, 1))
         said = (
             f"no data read: every pair as long as the config allows, prompt {row[0]} and answers {row[1]} tokens "
@@ -143,11 +147,12 @@ def stated_lengths(cfg: Config, stated: Sequence[int] | None) -> tuple[Lengths, 
 
 
 def full_pack(cfg: Config, lengths: Lengths) -> Lengths:
-    """int64 [n, 3]: pairs of the usual proportions that fill `pack_tokens` to the last token, for the memory's sake."""
+    """int64 [n, 3]: pairs of `lengths`' mean proportions that fill `pack_tokens` to the last token: what memory is counted
+    for."""
     shared, room = shares_prompt(cfg), pack_tokens(cfg)
     mean = np.maximum(lengths.mean(axis=0).round().astype(np.int64), 1)[None]
     each = int(packed_lengths(mean, share_prompt=shared)[0])
-    whole = room // each if room >= each else 0
+    whole = room // each
     rows = [mean[0]] * whole
     rest = room - whole * each
     prompts = 1 if shared else 2

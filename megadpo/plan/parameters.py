@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from megadpo.config.architecture import Architecture
+from megadpo.config.grid import Grid
+from megadpo.config.schema import Config
 from megadpo.config.schema_megatron import MegatronConfig
-from megadpo.plan.grid import Grid
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,12 @@ Chunk = Sequence[Parameter]
 
 def stage_parameters(arch: Architecture, grid: Grid, *, stage: int, layers: int) -> list[list[Parameter]]:
     """The chunks of a stage of `layers` layers, all of them trainable."""
-    return [_chunk(arch, grid, stage, chunk, layers // grid.virtual_pipeline) for chunk in range(grid.virtual_pipeline)]
+    chunks = range(grid.virtual_pipeline)
+    return [_chunk(arch, grid.stage(stage), chunk, layers // grid.virtual_pipeline) for chunk in chunks]
 
 
-def _chunk(arch: Architecture, grid: Grid, stage: int, chunk: int, layers: int) -> list[Parameter]:
-    first, last = grid.is_first_chunk(stage, chunk), grid.is_last_chunk(stage, chunk)
+def _chunk(arch: Architecture, grid: Grid, chunk: int, layers: int) -> list[Parameter]:
+    first, last = grid.is_first_chunk(chunk), grid.is_last_chunk(chunk)
     tied = arch.tie_word_embeddings and first != last
     table = Parameter(arch.vocab_size // grid.tensor * arch.hidden_size, shared_embedding=tied)
     found = [table] if first else []
@@ -97,10 +100,10 @@ class StageBuffers:
 
     def shards(self, grid: Grid, rank: int) -> tuple[int, int]:
         """Elements that the optimizer of rank `rank` of the stage holds, outside experts and of experts."""
-        replica, expert_replica = grid.replica_of(rank)
+        place = grid.at(rank)
         return (
-            sum(buffer.shard_elements[replica] for buffer in self.dense),
-            sum(buffer.shard_elements[expert_replica] for buffer in self.experts),
+            sum(buffer.shard_elements[place.replica] for buffer in self.dense),
+            sum(buffer.shard_elements[place.expert_replica] for buffer in self.experts),
         )
 
     def largest_shards(self, grid: Grid) -> tuple[int, int]:
@@ -214,3 +217,30 @@ def optimizer_bytes_per_element(megatron: MegatronConfig, bf16: bool) -> int:
         return moments + (2 if bf16 else 0)
     moments = 8 if optimizer.optimizer == "adam" else 4 * (optimizer.sgd_momentum > 0)
     return moments + (4 if bf16 else 0)
+
+
+@dataclass(frozen=True)
+class CheckpointBytes:
+    """Tensors of one checkpoint, in bytes, however many ranks write it."""
+
+    weights: int
+    """Also the size of an export."""
+    with_optimizer: int
+
+
+def checkpoint_bytes(arch: Architecture, cfg: Config) -> CheckpointBytes:
+    """Weights as wide as they are trained, and what the optimizer keeps of each weight that `policy.freeze` leaves to
+    train, for patterns that `freeze_problems` has found nothing against. Padding is not written; the distributed optimizer
+    writes float32 weights once more, as its main parameters."""
+    from megadpo.model.freeze import expand  # torch
+    from megadpo.model.weights.tables import weight_table
+
+    plain = [one for pattern in cfg.policy.freeze for one in expand(pattern)]
+    bf16, total, trained = cfg.policy.precision == "bfloat16", 0, 0
+    for name, shape in weight_table(arch).hf_shapes.items():
+        total += math.prod(shape)
+        trained += 0 if any(fnmatchcase(name, one) for one in plain) else math.prod(shape)
+    weights, each = total * (2 if bf16 else 4), optimizer_bytes_per_element(cfg.policy.megatron_cfg, bf16)
+    if not bf16 and cfg.policy.megatron_cfg.optimizer.use_distributed_optimizer:
+        each += 4
+    return CheckpointBytes(weights, weights + trained * each)

@@ -1,25 +1,30 @@
-"""The plan of one layout: every distinct pipeline stage built in a pretend world, its memory, and the step's time."""
+"""The plan of one layout: every distinct pipeline stage built in a pretend world, and what a step takes of it."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megadpo.config.architecture import Architecture
 from megadpo.config.check import check_layout, layers_per_stage
+from megadpo.config.grid import Grid
 from megadpo.config.known import Known, Machine
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
 from megadpo.config.variants import ATTENTION_KERNELS
-from megadpo.plan.freezing import trainable_share
-from megadpo.plan.gpus import GIB, Assumptions, Gpu
-from megadpo.plan.grid import Grid
-from megadpo.plan.packs import Lengths, Workload, full_pack, packed_lengths, shares_prompt, workload
-from megadpo.plan.parameters import Chunk, StageBuffers, StaticBytes, stage_buffers, static_bytes
-from megadpo.plan.schedule import alive
-from megadpo.plan.timing import StepTime, TimeModel
+from megadpo.plan.flops import stage_flops
+from megadpo.plan.memory import GIB, Assumptions, Gpu, memory_limit
+from megadpo.plan.packs import Lengths, Workload, full_pack, pack_tokens, workload
+from megadpo.plan.parameters import (
+    CheckpointBytes,
+    Chunk,
+    StaticBytes,
+    checkpoint_bytes,
+    stage_buffers,
+    static_bytes,
+)
+from megadpo.plan.schedule import Slots, alive, slots
 
 if TYPE_CHECKING:
     from megadpo.plan.trace import StageTrace
@@ -34,16 +39,11 @@ class Job:
     reference: Architecture | None
     world_size: int
     gpu: Gpu | None
-    """None: on CPUs. No memory limit and no expected time then."""
+    """None: on CPUs, without a memory limit."""
     assumed: Assumptions
     lengths: Lengths
     said: str
     """Where the lengths are from."""
-
-    @functools.cached_property
-    def trainable(self) -> float:
-        """Share of the weights that get gradients."""
-        return trainable_share(self.arch, self.cfg.policy.freeze)
 
     @property
     def bf16(self) -> bool:
@@ -92,20 +92,21 @@ class Plan:
 
     job: Job
     grid: Grid
-    sequence_parallel: bool
     stages: tuple[StagePlan, ...]
     pack_tokens: int
     work: Workload
-    time: StepTime | None
+    slots: Slots
+    flops_per_step: float
+    """Policy's forward and backward with nothing frozen, and the reference's forward; recomputation does not count."""
+    checkpoint: CheckpointBytes
+
+    @property
+    def sequence_parallel(self) -> bool:
+        return self.job.cfg.policy.megatron_cfg.sequence_parallel
 
     @property
     def peak_bytes(self) -> int:
         return max(stage.peak for stage in self.stages)
-
-
-def memory_limit(gpu: Gpu, assumed: Assumptions) -> float:
-    """Bytes that a rank's tensors may take at their peak."""
-    return (gpu.hbm_bytes - assumed.reserve_gib * GIB) / (1 + assumed.allocator_slack)
 
 
 def check_job(job: Job) -> list[Problem]:
@@ -120,7 +121,7 @@ def check_job(job: Job) -> list[Problem]:
         expected = "false: what it leaves on the GPU is not planned"
         problems.append(Problem(where, True, expected, "plan without it, and take the plan for an upper bound"))
     if job.cfg.policy.megatron_cfg.fp8_cfg.enabled:
-        where, expected = "policy.megatron_cfg.fp8_cfg.enabled", "false: float8's copies and speed are not planned"
+        where, expected = "policy.megatron_cfg.fp8_cfg.enabled", "false: float8's copies are not planned"
         problems.append(Problem(where, True, expected, "plan in bfloat16"))
     return problems
 
@@ -128,45 +129,46 @@ def check_job(job: Job) -> list[Problem]:
 def make_plan(job: Job) -> Plan:
     """Raises ConfigError with every problem of the layout. Too little memory is no error here: see `too_large`."""
     from megadpo.model.freeze import freeze_problems
-    from megadpo.plan.trace import trace_stage  # torch and megatron-core: after the cheap refusals
 
     problems = check_job(job) + freeze_problems(job.cfg.policy.freeze, job.arch)
     if problems:
         raise ConfigError(problems)
     grid = Grid.of(job.cfg, job.world_size)
     work = workload(job.cfg, job.arch, job.lengths, job.said, dp=grid.data)
+    flops = stage_flops(job.cfg, job.arch, job.reference, work.total)
+    return Plan(
+        job=job,
+        grid=grid,
+        stages=tuple(_stages(job, grid, work.micro_batches)),
+        pack_tokens=pack_tokens(job.cfg),
+        work=work,
+        slots=slots(grid, work.micro_batches),
+        flops_per_step=sum(stage.needed for stage in flops) / work.batches,
+        checkpoint=checkpoint_bytes(job.arch, job.cfg),
+    )
+
+
+def _stages(job: Job, grid: Grid, micro_batches: int) -> Iterator[StagePlan]:
+    """Builds one stage of each kind."""
+    from megadpo.plan.trace import trace_stage  # torch and megatron-core: after the cheap refusals
+
     pack = full_pack(job.cfg, job.lengths)
-    layers = stage_layers(job)
-    own_reference = None if job.reference is None or job.reference is job.arch else job.reference
+    own_reference = None if job.reference is job.arch else job.reference
     traces: dict[tuple[bool, bool, int, int], StageTrace] = {}
-    stages, buffers = [], []
-    for stage, count in enumerate(layers):
+    for stage, layers in enumerate(stage_layers(job)):
         # freezing goes by the number of a layer, so stages of one kind may differ
-        kind = (stage == 0, stage == grid.pipeline - 1, count, stage if job.cfg.policy.freeze else 0)
+        kind = (stage == 0, stage == grid.pipeline - 1, layers, stage if job.cfg.policy.freeze else 0)
         if kind not in traces:
             traces[kind] = trace_stage(
                 job.cfg,
                 job.arch,
                 own_reference,
                 pack,
-                world_size=job.world_size,
-                stage=stage,
+                grid=grid.stage(stage),
                 device_type="cpu" if job.gpu is None else "cuda",
                 expert_load=job.assumed.expert_load,
             )
-        buffers.append(
-            stage_buffers(traces[kind].parameters, job.cfg.policy.megatron_cfg, grid, first_stage=stage == 0)
-        )
-        stages.append(_stage(job, grid, traces[kind], buffers[-1], stage, count, work.micro_batches))
-    return Plan(
-        job=job,
-        grid=grid,
-        sequence_parallel=job.cfg.policy.megatron_cfg.sequence_parallel,
-        stages=tuple(stages),
-        pack_tokens=int(packed_lengths(pack, share_prompt=shares_prompt(job.cfg)).sum()),
-        work=work,
-        time=step_time(job, work, buffers),
-    )
+        yield _stage(job, grid, traces[kind], stage, layers, micro_batches)
 
 
 def stage_layers(job: Job) -> list[int]:
@@ -174,14 +176,6 @@ def stage_layers(job: Job) -> list[int]:
     layers = layers_per_stage(job.cfg, job.arch.num_layers)
     assert layers is not None, "check_layout accepts only layers that can be divided"
     return layers
-
-
-def step_time(job: Job, work: Workload, buffers: list[StageBuffers]) -> StepTime | None:
-    """None on CPUs, which have no datasheet here."""
-    if job.gpu is None:
-        return None
-    model = TimeModel(job.cfg, job.arch, job.reference, job.gpu, job.assumed, job.world_size, job.trainable)
-    return model.step(work, buffers)
 
 
 def optimizer_temporaries(job: Job, shards: tuple[int, int], chunks: Sequence[Chunk]) -> int:
@@ -200,10 +194,9 @@ def optimizer_temporaries(job: Job, shards: tuple[int, int], chunks: Sequence[Ch
     return copies + 8 * min(max(shards), largest)
 
 
-def _stage(
-    job: Job, grid: Grid, trace: StageTrace, buffers: StageBuffers, stage: int, layers: int, micro_batches: int
-) -> StagePlan:
+def _stage(job: Job, grid: Grid, trace: StageTrace, stage: int, layers: int, micro_batches: int) -> StagePlan:
     reference = [] if job.reference is None else trace.reference or trace.parameters
+    buffers = stage_buffers(trace.parameters, job.cfg.policy.megatron_cfg, grid, first_stage=stage == 0)
     shards = buffers.largest_shards(grid)
     moment = alive(grid, stage, micro_batches, trace.chunks)
     return StagePlan(

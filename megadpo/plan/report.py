@@ -1,30 +1,37 @@
-"""A plan as tables for people, and as JSON for programs."""
+"""A plan as tables and a picture for people, and as JSON for programs."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.table import Table
 
-from megadpo.plan.gpus import GIB
-from megadpo.plan.plan import Job, Plan, memory_limit
+from megadpo.config.problems import ConfigError, Problem
+from megadpo.plan.memory import GIB, memory_limit
+from megadpo.plan.plan import Job, Plan, StagePlan
 from megadpo.plan.suggest import Suggestion
 
-ESTIMATE = "an estimate from datasheets and the assumptions below, not a measurement"
+_MOST_COPIES_IN_TEXT = 8
+_MOST_COPIES_DRAWN = 16
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
-    """Everything the tables show; bytes, seconds and counts, unrounded."""
-    return {**_plan_json(plan), **_assumed_json(plan.job)}
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """Everything the tables show; bytes and counts, unrounded."""
+    return {**_of_layout(plan), **_assumed_json(plan.job)}
 
 
 def suggestions_json(suggestions: Sequence[Suggestion]) -> dict[str, Any]:
     """The same for each suggestion, best first."""
-    plans = [{"overrides": list(one.overrides), **_plan_json(one.plan)} for one in suggestions]
+    plans = [
+        {"overrides": list(one.overrides), "needed_share": one.needed_share, **_of_layout(one.plan)}
+        for one in suggestions
+    ]
     return {"suggestions": plans, **_assumed_json(suggestions[0].plan.job)}
 
 
@@ -33,7 +40,7 @@ def _assumed_json(job: Job) -> dict[str, Any]:
     return {"gpu": gpu, "assumptions": dataclasses.asdict(job.assumed)}
 
 
-def _plan_json(plan: Plan) -> dict[str, Any]:
+def _of_layout(plan: Plan) -> dict[str, Any]:
     job = plan.job
     return {
         "world_size": job.world_size,
@@ -48,11 +55,14 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
             "expert_data_parallel": plan.grid.expert_replicas,
             "sequence_parallel": plan.sequence_parallel,
         },
-        "lengths": job.said,
+        "lengths": plan.work.said,
         "pack_tokens": plan.pack_tokens,
         "pairs_per_step": plan.work.pairs_per_batch,
-        "tokens_per_step": plan.work.tokens_per_step(),
+        "tokens_per_step": plan.work.tokens_per_step,
+        "flops_per_step": plan.flops_per_step,
         "micro_batches": plan.work.micro_batches,
+        "slots": {**dataclasses.asdict(plan.slots), "bubble": plan.slots.bubble},
+        "checkpoint_bytes": dataclasses.asdict(plan.checkpoint),
         "memory_limit_bytes": None if job.gpu is None else memory_limit(job.gpu, job.assumed),
         "stages": [
             {
@@ -63,39 +73,48 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
             }
             for one in plan.stages
         ],
-        "expected": None
-        if plan.time is None
-        else {"what": ESTIMATE, "step_s": plan.time.total_s, **dataclasses.asdict(plan.time)},
     }
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """The memory of each stage, the step, and every assumption."""
-    job = plan.job
+    """The memory of each stage, a step, a checkpoint, and every assumption."""
+    job, work = plan.job, plan.work
     sequence = ", sequence parallel" if plan.sequence_parallel else ""
     console.print(
         f"[bold]{job.arch.hf_class}[/bold], {job.arch.num_layers} layers, on {job.world_size} ranks"
         f"{'' if job.gpu is None else f' of {job.gpu.name}'}: "
-        f"{plan.grid}{sequence}; {job.cfg.policy.precision}; {_recompute(job)}"
+        f"{plan.grid}{sequence}; {job.cfg.policy.precision}; recompute {_recompute(job)}"
     )
     console.print(_memory_table(plan))
     if job.gpu is not None:
         limit, fullest = memory_limit(job.gpu, job.assumed), plan.peak_bytes
         console.print(f"Fullest rank: {fullest / GIB:.1f} of {limit / GIB:.1f} GiB ({fullest / limit:.0%}).")
-    console.print(_step_lines(plan))
-    for line in _assumption_lines(job):
-        console.print(line, style="dim")
+    console.print(
+        f"A step: {work.pairs_per_batch} pairs, {work.tokens_per_step:,.0f} tokens, {plan.flops_per_step / 1e15:.3g} PFLOP, "
+        f"{work.micro_batches} micro-batches a rank ({work.said})."
+    )
+    console.print(
+        f"Pipeline: {plan.slots.idle} of {plan.slots.busy + plan.slots.idle} slots of a stage are idle (bubble "
+        f"{plan.slots.bubble:.0%}). A slot: a micro-batch's forward and backward through one chunk."
+    )
+    sizes = (plan.checkpoint.weights, plan.checkpoint.with_optimizer)
+    console.print("A checkpoint: {} GiB with the optimizer, {} GiB weights only.".format(*map(_gib, reversed(sizes))))
+    if job.gpu is not None:
+        assumed = ", ".join(f"{name}={value:g}" for name, value in dataclasses.asdict(job.assumed).items())
+        console.print(f"{job.gpu.name}: {job.gpu.hbm_bytes / 1e9:g} GB ({job.gpu.source})", style="dim")
+        console.print(f"Assumed (--assume NAME=VALUE): {assumed}", style="dim")
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    for name in columns:
+        table.add_column(name, justify="right")
+    return table
 
 
 def _memory_table(plan: Plan) -> Table:
-    table = Table(
-        title=f"GiB a rank, activations at {plan.pack_tokens} tokens a micro-batch",
-        title_justify="left",
-        box=box.SIMPLE,
-    )
-    columns = ("stage", "layers", "parameters", "weights", "gradients", "optimizer", "reference", "in flight")
-    for name in (*columns, "activations", "peak", "peak in"):
-        table.add_column(name, justify="right")
+    names = "stage,layers,parameters,weights,gradients,optimizer,reference,in flight,activations,peak,peak in"
+    table = _table(f"GiB a rank, activations at {plan.pack_tokens} tokens a micro-batch", names.split(","))
     for low, high, one in _alike(plan):
         static = one.static
         sizes = (static.weights, static.gradients, static.optimizer, static.reference)
@@ -112,9 +131,9 @@ def _memory_table(plan: Plan) -> Table:
     return table
 
 
-def _alike(plan: Plan) -> list[tuple[int, int, Any]]:
+def _alike(plan: Plan) -> list[tuple[int, int, StagePlan]]:
     """Neighbouring stages that differ in nothing but their number, as (first, last, stage)."""
-    runs: list[tuple[int, int, Any]] = []
+    runs: list[tuple[int, int, StagePlan]] = []
     for one in plan.stages:
         if runs and dataclasses.replace(runs[-1][2], stage=one.stage) == one:
             runs[-1] = (runs[-1][0], one.stage, one)
@@ -123,69 +142,104 @@ def _alike(plan: Plan) -> list[tuple[int, int, Any]]:
     return runs
 
 
-def _step_lines(plan: Plan) -> str:
-    work, time = plan.work, plan.time
-    lines = [
-        f"A step: {work.pairs_per_batch} pairs, {work.tokens_per_step():,.0f} tokens, {work.micro_batches} micro-batches a "
-        f"rank ({plan.job.said})."
-    ]
-    if time is None:
-        lines.append("No expected time: there is no datasheet for CPUs here.")
-        return "\n".join(lines)
-    lines += [
-        f"Expected step time {_seconds(time.total_s)}, MFU {time.mfu:.0%}, bubble {time.bubble:.0%} ({ESTIMATE}):",
-        f"  reference {_seconds(time.reference_s)}, forward and backward {_seconds(time.train_s)}, data-parallel "
-        f"communication {_seconds(time.data_parallel_s)}, optimizer {_seconds(time.optimizer_s)}",
-        f"  {time.flops / 1e15:.3g} PFLOP a step; {work.pairs_per_batch / time.total_s:.3g} pairs/s, "
-        f"{work.tokens_per_step() / time.total_s / plan.job.world_size:,.0f} tokens/s a GPU",
-    ]
-    return "\n".join(lines)
-
-
-def _assumption_lines(job: Job) -> list[str]:
-    lines = []
-    if job.gpu is not None:
-        gpu = job.gpu
-        peak = f"{gpu.bf16_flops / 1e12:g} bf16 and {gpu.fp32_flops / 1e12:g} fp32 TFLOP/s"
-        lines.append(
-            f"{gpu.name}: {peak}, {gpu.hbm_bytes / 1e9:g} GB at {gpu.hbm_bytes_per_s / 1e12:g} TB/s, NVLink "
-            f"{gpu.nvlink_bytes_per_s / 1e9:g} and network {gpu.network_bytes_per_s / 1e9:g} GB/s one way ({gpu.source})"
-        )
-        assumed = ", ".join(f"{name}={value:g}" for name, value in dataclasses.asdict(job.assumed).items())
-        lines.append(f"Assumed (--assume NAME=VALUE): {assumed}")
-    return lines
-
-
-def suggestions_table(suggestions: Sequence[Suggestion]) -> RenderableType:
-    """Ranked, fastest first; the overrides below it."""
-    table = Table(title=f"Suggested layouts, best first: {ESTIMATE}", title_justify="left", box=box.SIMPLE)
-    names = ("", "layout", "recompute", "micro-batches", "peak GiB", "bubble", "step", "MFU")
-    for name in names:
-        table.add_column(name, justify="right")
+def suggestions_table(suggestions: Sequence[Suggestion]) -> Table:
+    """Best first."""
+    names = "rank,tensor,context,expert,pipeline,chunks,data,layers,recompute,micro-batches,bubble,needed,peak GiB"
+    table = _table("Layouts that fit, best first (docs/planning.md has the order)", names.split(","))
     for rank, one in enumerate(suggestions, 1):
-        plan, time = one.plan, one.plan.time
-        assert time is not None
+        plan, grid = one.plan, one.plan.grid
+        runs = [(layers, len(list(same))) for layers, same in itertools.groupby(stage.layers for stage in plan.stages)]
         table.add_row(
-            str(rank),
-            str(plan.grid),
-            _recompute(plan.job).removeprefix("recompute "),
+            *map(str, (rank, grid.tensor, grid.context, grid.expert, grid.pipeline, grid.virtual_pipeline, grid.data)),
+            " + ".join(str(layers) if count == 1 else f"{count}x{layers}" for layers, count in runs),
+            _recompute(plan.job),
             str(plan.work.micro_batches),
+            f"{plan.slots.bubble:.0%}",
+            f"{one.needed_share:.0%}",
             _gib(plan.peak_bytes),
-            f"{time.bubble:.0%}",
-            _seconds(time.total_s),
-            f"{time.mfu:.0%}",
         )
     return table
 
 
 def _recompute(job: Job) -> str:
     megatron = job.cfg.policy.megatron_cfg
-    return f"recompute {megatron.recompute_granularity if megatron.activation_checkpointing else 'none'}"
+    return megatron.recompute_granularity if megatron.activation_checkpointing else "none"
 
 
 def _gib(size: float) -> str:
-    return f"{size / GIB:.2f}" if size < 100 * GIB else f"{size / GIB:.0f}"
+    return f"{size / GIB:.2f}" if size < 100 * GIB else f"{size / GIB:,.0f}"
 
 
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
+def text_grid(plan: Plan) -> str:
+    """A row a pipeline stage, a column a data-parallel copy; a cell is the ranks that share a micro-batch."""
+    copies = list(range(plan.grid.data))
+    shown = copies if plan.grid.data <= _MOST_COPIES_IN_TEXT else [*copies[: _MOST_COPIES_IN_TEXT - 1], copies[-1]]
+    rows = [["", "", "", *(f"copy {copy}" for copy in shown)]]
+    for stage in plan.stages:
+        cells = [_ranks(plan, stage.stage, copy) for copy in shown]
+        rows.append([f"stage {stage.stage}", f"{stage.layers} layers", f"{stage.peak / GIB:.1f} GiB", *cells])
+    if len(shown) < plan.grid.data:
+        for row in rows:
+            row.insert(-1, "...")
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _ranks(plan: Plan, stage: int, copy: int) -> str:
+    together = plan.grid.tensor * plan.grid.context
+    first = plan.grid.stage(stage).rank + copy * together
+    return str(first) if together == 1 else f"{first}-{first + together - 1}"
+
+
+def check_picture(path: Path) -> list[Problem]:
+    """What would keep `draw` from writing `path`."""
+    problems = []
+    if path.suffix not in (".svg", ".png"):
+        problems.append(Problem("--picture", str(path), "a name that ends in .svg or .png", "rename it"))
+    if not path.absolute().parent.is_dir():
+        problems.append(Problem("--picture", str(path), "a file in a folder that exists", "make the folder"))
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        fix = "pip install matplotlib, or leave --picture out: the layout is printed as text as well"
+        problems.append(Problem("--picture", str(path), f"matplotlib importable ({error})", fix))
+    return problems
+
+
+def draw(plan: Plan, path: Path) -> None:
+    """Write the picture: every rank a box, coloured by its stage's memory; a thick line where a node ends."""
+    problems = check_picture(path)
+    if problems:
+        raise ConfigError(problems)
+    from matplotlib import colormaps, rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    copies, together = min(plan.grid.data, _MOST_COPIES_DRAWN), plan.grid.tensor * plan.grid.context
+    width, height = copies * together, plan.grid.pipeline
+    figure = Figure(figsize=(min(3.0 + 0.3 * width, 30), 1.6 + 0.5 * height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    limit = memory_limit(plan.job.gpu, plan.job.assumed) if plan.job.gpu is not None else float(plan.peak_bytes)
+    node = int(plan.job.assumed.gpus_per_node)
+    for stage in plan.stages:
+        shade = colormaps["viridis"](0.25 + 0.65 * stage.peak / limit) if stage.peak <= limit else (0.8, 0.1, 0.1, 1.0)
+        for column in range(width):
+            rank = plan.grid.stage(stage.stage).rank + column
+            corner = (column, stage.stage)
+            axes.add_patch(Rectangle(corner, 1, 1, facecolor=shade, edgecolor="white", linewidth=0.5))
+            axes.text(column + 0.5, stage.stage + 0.5, str(rank), ha="center", va="center", fontsize=7, color="white")
+            if column and rank % node == 0:
+                axes.plot([column, column], [stage.stage, stage.stage + 1], color="black", linewidth=2)
+    axes.set_xlim(0, width)
+    axes.set_ylim(height, 0)
+    axes.set_xticks([(copy + 0.5) * together for copy in range(copies)], [f"copy {copy}" for copy in range(copies)])
+    labels = [f"stage {one.stage}: {one.layers} layers\n{one.peak / GIB:.1f} GiB" for one in plan.stages]
+    axes.set_yticks([stage + 0.5 for stage in range(height)], labels)
+    more = f", {copies} of {plan.grid.data} copies shown" if copies < plan.grid.data else ""
+    on = "" if plan.job.gpu is None else f" {plan.job.gpu.name}"
+    axes.set_title(f"{plan.job.world_size}{on} ranks: {plan.grid}{more}; black: a node ends", fontsize=9)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "plan"}):  # text as text: a tenth of the size
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from megadpo.plan.grid import Grid
+from megadpo.config.grid import Grid
 
 
 class ChunkBytes(Protocol):
@@ -28,6 +28,25 @@ class Alive:
     """Most passes through a chunk that are between their forward and their backward."""
     peak: int
     """Most bytes of activations."""
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Of each stage in one step. A slot is the forward and the backward of one micro-batch through one model chunk."""
+
+    busy: int
+    idle: int
+    """The pipeline's bubble: slots in which a stage waits for the others."""
+
+    @property
+    def bubble(self) -> float:
+        """Share (0..1) of idle slots."""
+        return self.idle / (self.busy + self.idle)
+
+
+def slots(grid: Grid, micro_batches: int) -> Slots:
+    """1F1B, plain or interleaved: (stages - 1) idle ones (arXiv:2104.04473, section 2.2)."""
+    return Slots(micro_batches * grid.virtual_pipeline, grid.pipeline - 1)
 
 
 def alive(grid: Grid, stage: int, micro_batches: int, chunks: Sequence[ChunkBytes]) -> Alive:

@@ -1,4 +1,14 @@
-"""The best layouts for a world: every one that divides it is estimated by arithmetic, the fastest that fit are built."""
+"""The best layouts for a world: every one that divides it is estimated by arithmetic, the first that fit are built.
+
+"Best" is an order by exact counts, not by predicted times:
+
+1. fewest groups of ranks that cross a node, of the tensor x context group and the expert group: they talk in every layer;
+2. the largest share of needed work (`needed_share`), in steps of 5%: idle slots of the pipeline, a stage that is busier
+   than the others and recomputation all lower it;
+3. fewest ranks that split a layer: tensor x context, then expert;
+4. fewest model chunks, which are sent to and received from;
+5. most memory left on the fullest rank.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +17,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megadpo.config.architecture import Architecture
-from megadpo.config.check import micro_batch_multiple
+from megadpo.config.check import layers_per_stage, micro_batch_multiple
+from megadpo.config.grid import Grid
 from megadpo.config.load import load_config
-from megadpo.config.problems import ConfigError
+from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
-from megadpo.plan.activations import Estimate, FullPack
-from megadpo.plan.grid import Grid
-from megadpo.plan.packs import Workload, full_pack, workload
+from megadpo.plan.activations import Estimate
+from megadpo.plan.flops import stage_flops
+from megadpo.plan.memory import GIB, memory_limit
+from megadpo.plan.packs import Pack, Workload, full_pack, workload
 from megadpo.plan.parameters import Buffer, Parameter, StageBuffers, layer_parameters, static_bytes
-from megadpo.plan.plan import (
-    Job,
-    Plan,
-    check_job,
-    make_plan,
-    memory_limit,
-    optimizer_temporaries,
-    stage_layers,
-    step_time,
-    too_large,
-)
+from megadpo.plan.plan import Job, Plan, check_job, make_plan, optimizer_temporaries, stage_layers, too_large
 from megadpo.plan.schedule import alive
 
 _MEG = "policy.megatron_cfg"
@@ -33,7 +35,7 @@ _ESTIMATE_MARGIN = 1.05  # an estimate this much over the limit is still built: 
 _MOST_BUILT_PER_SUGGESTION = 4
 _CHUNKS = (1, 2, 3, 4, 5, 6, 8)
 _CONTEXTS = (1, 2, 4, 8)
-_LONG = 8192  # tokens of a pair from which on sharing out its tokens is looked at
+_LONG = 8192  # tokens of a pair from which on context parallelism is looked at
 
 
 @dataclass(frozen=True)
@@ -42,37 +44,104 @@ class Suggestion:
 
     overrides: tuple[str, ...]
     plan: Plan
+    needed_share: float
 
 
-Shape = tuple[int, int, int, int]
-"""Tensor, context, pipeline and expert parallel sizes."""
+@dataclass(frozen=True)
+class Candidate:
+    """A layout, estimated."""
+
+    cfg: Config
+    grid: Grid
+    overrides: tuple[str, ...]
+    needed_share: float
+    static: int
+    """Bytes of weights, gradients, optimizer and reference on the fullest rank."""
+    peak: int
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """What makes two suggestions different."""
+        return self.grid.tensor, self.grid.context, self.grid.pipeline, self.grid.expert
+
+    def order(self, gpus_per_node: int) -> tuple[float, ...]:
+        """Smallest first; the module's docstring says it in words."""
+        split, experts = self.grid.tensor * self.grid.context, self.grid.expert * self.grid.expert_tensor
+        crossing = sum(gpus_per_node % ranks != 0 for ranks in (split, experts))
+        chunks = self.grid.pipeline * self.grid.virtual_pipeline
+        return crossing, -round(20 * self.needed_share), split, experts, chunks, self.peak
+
+
+def needed_share(job: Job, grid: Grid, pack: Pack, micro_batches: int) -> float:
+    """Floating-point operations that a step needs, as a share (0..1) of those that its ranks could do in the time of the
+    busiest stage: its micro-batches, and the slots in which it waits for the others. Every micro-batch is taken to be
+    `pack`."""
+    stages = stage_flops(job.cfg, job.arch, job.reference, pack)
+    busiest = max(stage.needed + stage.repeated for stage in stages)
+    waits = (grid.pipeline - 1) / grid.virtual_pipeline
+    needed = sum(stage.needed for stage in stages) * micro_batches
+    return needed / (busiest * grid.pipeline * (micro_batches + waits))
 
 
 def suggest(job: Job, path: str, overrides: Sequence[str], count: int) -> list[Suggestion]:
-    """At most `count` layouts, fastest first by the stated model, each built and found to fit. A shape appears once, with
-    the recomputation and the virtual pipeline that are fastest for it. Everything but the layout stays the config's."""
-    assert job.gpu is not None, "without a GPU nothing is ranked"
-    limit = memory_limit(job.gpu, job.assumed)
-    contexts = _contexts(job, path, overrides)
-    ranked = sorted(_Search(job, limit * _ESTIMATE_MARGIN).estimates(contexts), key=lambda one: one[0])
-    found: list[Suggestion] = []
-    taken: set[Shape] = set()
+    """At most `count` layouts, best first, each built and found to fit. A shape appears once, with the chunks, the division
+    of layers and the recomputation that are best for it. Everything but the layout stays the config's.
+
+    Raises ConfigError where none fits, with the one that comes nearest.
+    """
+    assert job.gpu is not None, "without a GPU there is no limit"
+    limit, node = memory_limit(job.gpu, job.assumed), int(job.assumed.gpus_per_node)
+    search = _Search(job)
+    candidates = sorted(search.candidates(_contexts(job, path, overrides)), key=lambda one: one.order(node))
+    found: list[tuple[tuple[float, ...], Suggestion]] = []
+    too_big: list[Candidate] = []
+    taken: set[tuple[int, ...]] = set()
     built = 0
-    for _, shape, changes in ranked:
-        if len(found) == count or built == count * _MOST_BUILT_PER_SUGGESTION:
+    for one in candidates:
+        if len(found) == count or (found and built >= count * _MOST_BUILT_PER_SUGGESTION):
             break
-        if shape in taken:
+        if one.peak > limit * _ESTIMATE_MARGIN:
+            too_big.append(one)
+            continue
+        if one.shape in taken:
             continue
         try:
-            cfg = load_config(path, [*overrides, *changes])
+            cfg = load_config(path, [*overrides, *one.overrides])
             plan = make_plan(dataclasses.replace(job, cfg=cfg))
-        except ConfigError:  # the config's other keys forbid this layout
+        except ConfigError as error:  # the config's other keys forbid this layout
+            search.refused = search.refused or error.problems[0]
             continue
         built += 1
-        if not too_large(plan):
-            taken.add(shape)
-            found.append(Suggestion(tuple(changes), plan))
-    return sorted(found, key=lambda one: one.plan.time.total_s if one.plan.time else 0.0)
+        counted = dataclasses.replace(one, peak=plan.peak_bytes, static=max(s.static.total for s in plan.stages))
+        if too_large(plan):
+            too_big.append(counted)
+        else:
+            taken.add(one.shape)
+            found.append((counted.order(node), Suggestion(one.overrides, plan, one.needed_share)))
+    if not found:
+        raise ConfigError(_nothing_fits(job, limit, too_big, search.refused))
+    return [suggestion for _, suggestion in sorted(found, key=lambda pair: pair[0])]
+
+
+def _nothing_fits(job: Job, limit: float, too_big: Sequence[Candidate], refused: Problem | None) -> Problem:
+    """What comes nearest, and what would lower the part that is too much."""
+    assert job.gpu is not None
+    shown = f"{job.world_size} ranks of {job.gpu.name}"
+    if not too_big:
+        reason = "" if refused is None else f"; the first was refused: {refused}"
+        fix = "choose another --world-size, or lift what refuses the layout"
+        return Problem("--suggest", shown, f"a world that a layout of this model divides{reason}", fix)
+    nearest = min(too_big, key=lambda one: one.peak)
+    expected = (
+        f"a layout that fits {limit / GIB:.1f} GiB a rank; the nearest, {nearest.grid}, takes {nearest.peak / GIB:.1f}, "
+        f"{nearest.static / GIB:.1f} of it weights, gradients, optimizer and reference"
+    )
+    fixes = ["raise --world-size", "choose a larger GPU"]
+    if nearest.static < limit:
+        fixes.insert(0, "lower policy.sequence_packing.train_mb_tokens")
+    if nearest.grid.replicas > 1 and not job.cfg.policy.megatron_cfg.optimizer.use_distributed_optimizer:
+        fixes.insert(0, "set policy.megatron_cfg.optimizer.use_distributed_optimizer: true")
+    return Problem("--suggest", shown, expected, "; or ".join(fixes))
 
 
 def _contexts(job: Job, path: str, overrides: Sequence[str]) -> tuple[int, ...]:
@@ -89,67 +158,67 @@ def _contexts(job: Job, path: str, overrides: Sequence[str]) -> tuple[int, ...]:
 class _Search:
     """Every layout of a job's world, estimated by arithmetic."""
 
-    def __init__(self, job: Job, limit: float) -> None:
-        self.job, self.limit = job, limit
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.refused: Problem | None = None
+        """The first reason why a layout can't be used."""
         self._dealt: dict[tuple[int, int, int], Workload | None] = {}
         self._layers: dict[tuple[int, int, int], tuple[int, int]] = {}
 
-    def estimates(self, contexts: Sequence[int]) -> Iterator[tuple[float, Shape, list[str]]]:
-        """(seconds a step, shape, overrides) of each candidate that may fit."""
-        for cfg, changes in _candidates(self.job, contexts):
+    def candidates(self, contexts: Sequence[int]) -> Iterator[Candidate]:
+        """Every layout that the checks accept, whether it fits or not."""
+        for cfg, overrides in _layouts(self.job, contexts):
             one = dataclasses.replace(self.job, cfg=cfg)
-            if check_job(one):
+            problems = check_job(one)
+            if problems:
+                self.refused = self.refused or problems[0]
                 continue
             grid = Grid.of(cfg, one.world_size)
             work = self._work(cfg, grid)
             if work is None:
                 continue
-            peak, buffers = self._peak(one, grid, work)
-            if peak > self.limit:
-                continue
-            time = step_time(one, work, buffers)
-            assert time is not None
-            yield time.total_s, (grid.tensor, grid.context, grid.pipeline, grid.expert), changes
+            pack = Pack.of(cfg, full_pack(cfg, one.lengths))
+            static, peak = self._fullest(one, grid, pack, work.micro_batches)
+            share = needed_share(one, grid, pack, work.micro_batches)
+            yield Candidate(cfg, grid, overrides, share, static, peak)
 
     def _work(self, cfg: Config, grid: Grid) -> Workload | None:
         key = (grid.data, cfg.policy.make_sequence_length_divisible_by, micro_batch_multiple(cfg))
         if key not in self._dealt:
             try:
                 self._dealt[key] = workload(cfg, self.job.arch, self.job.lengths, self.job.said, dp=grid.data)
-            except ConfigError:  # padding leaves too little room for the longest pair
+            except ConfigError as error:  # padding leaves too little room for the longest pair
+                self.refused = self.refused or error.problems[0]
                 self._dealt[key] = None
         return self._dealt[key]
 
-    def _peak(self, job: Job, grid: Grid, work: Workload) -> tuple[int, list[StageBuffers]]:
-        """Estimated bytes of the fullest rank, and each stage's buffers."""
-        megatron, layers = job.cfg.policy.megatron_cfg, stage_layers(job)
-        estimate = Estimate(
-            job.cfg, job.arch, FullPack.of(job.cfg, full_pack(job.cfg, job.lengths)), job.assumed.expert_load
-        )
-        highest, buffers = 0, []
-        for stage, count in enumerate(layers):
-            chunks = self._parameters(job.arch, grid, stage, count)
-            reference = []
-            if job.reference is not None:
-                reference = [
-                    self._parameters(
-                        job.reference, grid, stage, count * job.reference.num_layers // job.arch.num_layers
-                    )
-                ]
-            rough = _rough_buffers(chunks, grid, megatron.optimizer.use_distributed_optimizer)
-            buffers.append(rough)
-            shards = rough.shards(grid, 0)
-            static = static_bytes([chunks], reference, rough, sum(shards), megatron, job.bf16)
-            each = count // grid.virtual_pipeline
-            used = [
-                estimate.chunk(each, last=grid.is_last_chunk(stage, number)) for number in range(grid.virtual_pipeline)
-            ]
-            training = alive(grid, stage, min(work.micro_batches, 3 * grid.pipeline), used).peak
-            high = max(training, optimizer_temporaries(job, shards, [chunks]))
-            highest = max(highest, static.total + used[0].buffers + high)
-        return highest, buffers
+    def _fullest(self, job: Job, grid: Grid, pack: Pack, micro_batches: int) -> tuple[int, int]:
+        """Estimated bytes of the fullest rank: static ones, and the peak."""
+        layers = stage_layers(job)
+        of_reference = None if job.reference is None else layers_per_stage(job.cfg, job.reference.num_layers)
+        estimate = Estimate(job.cfg, job.arch, pack, job.assumed.expert_load)
+        fullest = (0, 0)
+        for stage in sorted({0, min(1, grid.pipeline - 1), grid.pipeline - 1}):  # of inner stages the first holds most
+            reference = 0 if of_reference is None else of_reference[stage]
+            found = self._stage(job, grid.stage(stage), layers[stage], reference, estimate, micro_batches)
+            fullest = max(fullest, found, key=lambda sizes: sizes[1])
+        return fullest
 
-    def _parameters(self, arch: Architecture, grid: Grid, stage: int, layers: int) -> list[Parameter]:
+    def _stage(
+        self, job: Job, grid: Grid, layers: int, reference_layers: int, estimate: Estimate, micro_batches: int
+    ) -> tuple[int, int]:
+        megatron, stage, chunks = job.cfg.policy.megatron_cfg, grid.pp_rank, range(grid.virtual_pipeline)
+        held = self._parameters(job.arch, grid, layers)
+        reference = [] if job.reference is None else [self._parameters(job.reference, grid, reference_layers)]
+        buffers = _rough_buffers(held, grid, megatron.optimizer.use_distributed_optimizer)
+        shards = buffers.shards(grid, 0)
+        static = static_bytes([held], reference, buffers, sum(shards), megatron, job.bf16).total
+        each = layers // grid.virtual_pipeline
+        used = [estimate.chunk(each, last=grid.is_last_chunk(chunk)) for chunk in chunks]
+        training = alive(grid, stage, min(micro_batches, 3 * grid.pipeline), used).peak
+        return static, static + used[0].buffers + max(training, optimizer_temporaries(job, shards, [held]))
+
+    def _parameters(self, arch: Architecture, grid: Grid, layers: int) -> list[Parameter]:
         """A stage's as two: all that is no expert's, and all experts'."""
         key = (id(arch), grid.tensor, grid.expert)
         if key not in self._layers:
@@ -158,7 +227,7 @@ class _Search:
             self._layers[key] = sum(one.elements for one in layer) - experts, experts
         dense, experts = (layers * elements for elements in self._layers[key])
         table = arch.vocab_size // grid.tensor * arch.hidden_size
-        first, last = stage == 0, stage == grid.pipeline - 1
+        first, last = grid.pp_rank == 0, grid.pp_rank == grid.pipeline - 1
         dense += table * (first + last - (first and last and arch.tie_word_embeddings)) + last * arch.hidden_size
         return [Parameter(dense), Parameter(experts, expert=True)]
 
@@ -173,27 +242,51 @@ def _rough_buffers(parameters: Sequence[Parameter], grid: Grid, distributed: boo
     return StageBuffers(of(dense.elements, grid.replicas), of(experts.elements, grid.expert_replicas))
 
 
-def _candidates(job: Job, contexts: Sequence[int]) -> Iterator[tuple[Config, list[str]]]:
-    """Tensor parallel inside a node, with sequence parallel; pipeline stages of equal depth, in equal chunks; experts whole;
-    three recomputations."""
+def _layouts(job: Job, contexts: Sequence[int]) -> Iterator[tuple[Config, tuple[str, ...]]]:
+    """Tensor parallel inside a node, with sequence parallel; every pipeline depth, in equal chunks of a stage; experts
+    whole; three recomputations."""
     arch, world = job.arch, job.world_size
     experts = 1 if arch.moe is None else arch.moe.num_experts
-    for tp in range(1, int(job.assumed.gpus_per_node) + 1):
-        if arch.num_kv_heads % tp:
-            continue
-        for pp in (n for n in range(1, arch.num_layers + 1) if not (world % (tp * n) or arch.num_layers % n)):
+    for tp in (n for n in range(1, int(job.assumed.gpus_per_node) + 1) if not (arch.num_kv_heads % n or world % n)):
+        for pp in (n for n in range(1, arch.num_layers + 1) if not world % (tp * n)):
+            depths = list(divisions(arch.num_layers, pp))
             for cp in (n for n in contexts if not world % (tp * pp * n)):
                 for ep in (n for n in range(1, experts + 1) if not (experts % n or world // pp % n)):
-                    for chunks in (n for n in _CHUNKS if n == 1 or (pp > 1 and not arch.num_layers // pp % n)):
+                    for chunks, first, last in depths:
+                        grid = Grid(tensor=tp, context=cp, pipeline=pp, expert=ep, virtual_pipeline=chunks)
                         for recompute in ("none", "selective", "full"):
-                            yield _candidate(
-                                job.cfg,
-                                Grid(tensor=tp, context=cp, pipeline=pp, expert=ep, virtual_pipeline=chunks),
-                                recompute,
-                            )
+                            yield _layout(job.cfg, grid, first, last, recompute)
 
 
-def _candidate(cfg: Config, grid: Grid, recompute: str) -> tuple[Config, list[str]]:
+def divisions(layers: int, stages: int) -> Iterator[tuple[int, int | None, int | None]]:
+    """(chunks of a stage, layers of its first stage, of its last); None: as many as the stages between.
+
+    Equal stages where they divide the layers; and shorter first and last stages around equal ones, where they don't, or
+    to make room at the ends, which also hold the embeddings and the head.
+    """
+    if stages == 1:
+        yield 1, None, None
+        return
+    for chunks in _CHUNKS:
+        units = layers // chunks
+        if layers % chunks or units < stages:
+            continue
+        if not units % stages:
+            yield chunks, None, None
+        least = -(-units // stages)
+        if stages == 2:  # without `last`: megatron-core divides by the stages between the two
+            yield from ((chunks, first * chunks, None) for first in (units // 2, least) if units % 2)
+            continue
+        for inner in (least, least + 1):
+            ends = units - inner * (stages - 2)
+            for first in range(max(1, ends - inner), min(inner, ends - 1) + 1):
+                if ends != 2 * inner:
+                    yield chunks, first * chunks, (ends - first) * chunks
+
+
+def _layout(
+    cfg: Config, grid: Grid, first: int | None, last: int | None, recompute: str
+) -> tuple[Config, tuple[str, ...]]:
     changes: dict[str, object] = {
         "tensor_model_parallel_size": grid.tensor,
         "context_parallel_size": grid.context,
@@ -202,17 +295,14 @@ def _candidate(cfg: Config, grid: Grid, recompute: str) -> tuple[Config, list[st
         "expert_model_parallel_size": grid.expert,
         "expert_tensor_parallel_size": 1,
         "sequence_parallel": grid.tensor > 1,
-        "num_layers_in_first_pipeline_stage": None,
-        "num_layers_in_last_pipeline_stage": None,
+        "num_layers_in_first_pipeline_stage": first,
+        "num_layers_in_last_pipeline_stage": last,
         "activation_checkpointing": recompute != "none",
         "recompute_granularity": "full" if recompute == "none" else recompute,
     }
     megatron = dataclasses.replace(cfg.policy.megatron_cfg, **changes)  # type: ignore[arg-type]
     multiple = grid.tensor * grid.context
     policy = dataclasses.replace(cfg.policy, megatron_cfg=megatron, make_sequence_length_divisible_by=multiple)
-    told = {name: value for name, value in changes.items() if name != "context_parallel_size" or value != 1}
-    return dataclasses.replace(cfg, policy=policy), [f"{_MEG}.{name}={_yaml(value)}" for name, value in told.items()]
-
-
-def _yaml(value: object) -> str:
-    return "null" if value is None else str(value).lower()
+    told = {name: value for name, value in changes.items() if getattr(cfg.policy.megatron_cfg, name) != value}
+    overrides = (f"{_MEG}.{name}={'null' if value is None else str(value).lower()}" for name, value in told.items())
+    return dataclasses.replace(cfg, policy=policy), tuple(overrides)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megadpo.config.architecture import Architecture
+from megadpo.config.grid import Grid
 from megadpo.config.schema import Config
 from megadpo.config.schema_policy import PolicyConfig
 from megadpo.data.batches.cut import context_part
@@ -116,12 +117,11 @@ def trace_stage(
     reference_arch: Architecture | None,
     lengths: Lengths,
     *,
-    world_size: int,
-    stage: int,
+    grid: Grid,
     device_type: Literal["cpu", "cuda"],
     expert_load: float = 1.0,
 ) -> StageTrace:
-    """Build the first rank of pipeline stage `stage`: model, gradient buffers, optimizer, reference. Then run a pack of
+    """Build the rank that `grid` speaks of: model, gradient buffers, optimizer, reference. Then run a pack of
     pairs of `lengths` through each of its chunks: forward without gradients, as the reference does, and forward and
     backward.
 
@@ -129,10 +129,8 @@ def trace_stage(
     expert_load: tokens at this rank's experts, as a multiple of what even routing sends there.
     """
     policy = _buildable(cfg.policy)
-    ranks_per_stage = world_size // policy.megatron_cfg.pipeline_model_parallel_size
-    layout = layout_of(cfg)
     with (
-        pretend_rank(layout, world_size=world_size, rank=stage * ranks_per_stage) as parallel,
+        pretend_rank(layout_of(cfg), world_size=grid.world_size, rank=grid.rank) as parallel,
         fusions_of(device_type),
         addresses(),
         even_routing(arch, expert_load) as answers,

@@ -7,8 +7,6 @@ have the same numbers but for rounding.
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.data.batches.loader import GlobalBatchLoader
+from megadpo.files.atomic import write_then_rename
 from megadpo.parallel import ParallelContext
 from megadpo.reference.resident import ResidentReference
 
@@ -55,14 +54,11 @@ class LogpsCache:
 
     def write(self, table: Table) -> None:
         """Replace the file as a whole. Raises ConfigError where there is no room for it."""
-        # a name of its own: runs that share the folder may write at once
-        aside = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"logps": table}, aside)
-            os.replace(aside, self.path)
+            with write_then_rename(self.path, durable=False) as partial:
+                save_file({"logps": table}, partial)
         except (OSError, SafetensorError) as error:
-            aside.unlink(missing_ok=True)
             fix = "make room, or set dpo.reference.cache_dir to another folder"
             raise ConfigError(Problem(str(self.path), str(error), "a file that can be written", fix)) from error
 

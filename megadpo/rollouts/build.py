@@ -2,50 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
 from megadpo.config.problems import DataError, Problem
-from megadpo.rollouts.aside import Aside
-from megadpo.rollouts.group import (
-    Group,
-    GroupBy,
-    Grouping,
-    group_automatically,
-    group_by_input,
-    group_by_task,
-    group_consecutive,
-)
-from megadpo.rollouts.pairing import PairingOptions, RolloutPair, balance_lengths, select_pairs, why_no_pair
+from megadpo.files.atomic import write_then_rename
+from megadpo.files.jsonl import to_line
+from megadpo.rollouts.group import Group, Grouping, group_consecutive, group_rollouts
+from megadpo.rollouts.left_out import LeftOut
+from megadpo.rollouts.options import BuildOptions, rejected_path
+from megadpo.rollouts.pairing import RolloutPair, balance_lengths, select_pairs, why_no_pair
 from megadpo.rollouts.read import ReadRollouts, read_rollouts
 from megadpo.rollouts.report import BuildReport, pairs_at_gaps
-from megadpo.rollouts.row import RowOptions, as_text
+from megadpo.rollouts.row import as_text
 from megadpo.rollouts.store import Rollout, TextStore
-
-
-@dataclass(frozen=True, kw_only=True)
-class BuildOptions:
-    row: RowOptions = field(default_factory=RowOptions)
-    pairing: PairingOptions = field(default_factory=PairingOptions)
-    group_by: GroupBy = "auto"
-    num_repeats: int | None = None
-    """Group this many consecutive rows, whatever `group_by` says."""
-    dedupe: bool = False
-    """Take equal answers of a group, and equal pairs of the file, once; leave out answers with two rewards."""
-    balance_lengths: bool = False
-
-
-def rejected_path(output: Path) -> Path:
-    """Where what was left out of `output` is written."""
-    return output.with_name(f"{output.name.removesuffix('.jsonl')}.rejected.jsonl")
 
 
 def build_pairs(
@@ -53,22 +27,31 @@ def build_pairs(
 ) -> BuildReport:
     """Reads `paths`, writes `output` and its rejected file, each whole or not at all; without a single pair `output`
     is not written. Raises DataError with every problem for files that can't be read or grouped."""
-    rejected = rejected_path(output)
     try:
-        with TextStore(output.parent) as store, _whole(output) as output_file, _whole(rejected) as rejected_file:
-            aside = Aside(rejected_file.text)
-            read = read_rollouts(paths, store, aside, options.row, on_row)
+        with (
+            TextStore(output.parent) as store,
+            write_then_rename(output) as partial,
+            write_then_rename(rejected_path(output)) as partial_rejected,
+            partial.open("wb") as output_file,
+            partial_rejected.open("wb") as rejected_file,
+        ):
+            left_out = LeftOut(rejected_file)
+            read = read_rollouts(paths, store, left_out, options.row, on_row)
             if options.group_by == "task" and options.num_repeats is None:
-                _leave_out_taskless(read, aside)
-            grouping = _grouped(read, options)
-            groups = [_deduplicated(group, aside) for group in grouping.groups] if options.dedupe else grouping.groups
-            pairs = _selected(groups, aside, options)
+                _leave_out_taskless(read, left_out)
+            if options.num_repeats is not None:
+                grouping = group_consecutive(read.rollouts, read.rows, options.num_repeats)
+            else:
+                grouping = group_rollouts(read.rollouts, options.group_by)
+            groups = (
+                [_deduplicated(group, left_out) for group in grouping.groups] if options.dedupe else grouping.groups
+            )
+            pairs = _selected(groups, left_out, options)
             for pair in pairs:
-                row = pair_row(pair, store, text=options.row.text)
-                output_file.text.write(json.dumps(row, ensure_ascii=False) + "\n")
-            output_file.keep = bool(pairs)
-            rejected_file.keep = True
-            return _report(read, grouping, groups, pairs, aside, options)
+                output_file.write(to_line(pair_row(pair, store, text=options.row.text)))
+            if not pairs:
+                partial.unlink()
+            return _report(read, grouping, groups, pairs, left_out, options)
     except OSError as error:
         said = error.strerror or type(error).__name__
         raise DataError(
@@ -105,24 +88,14 @@ def _origin(rollout: Rollout) -> str:
     return rollout.where if rollout.rollout_index is None else f"{rollout.where} (rollout {rollout.rollout_index})"
 
 
-def _grouped(read: ReadRollouts, options: BuildOptions) -> Grouping:
-    if options.num_repeats is not None:
-        return group_consecutive(read.rollouts, read.rows, options.num_repeats)
-    if options.group_by == "task":
-        return group_by_task(read.rollouts)
-    if options.group_by == "input":
-        return group_by_input(read.rollouts)
-    return group_automatically(read.rollouts)
-
-
-def _leave_out_taskless(read: ReadRollouts, aside: Aside) -> None:
+def _leave_out_taskless(read: ReadRollouts, left_out: LeftOut) -> None:
     for rollout in read.rollouts:
         if rollout.task is None:
-            aside.other(rollout.where, "no_task_index")
+            left_out.add(rollout.where, "no_task_index")
     read.rollouts = [rollout for rollout in read.rollouts if rollout.task is not None]
 
 
-def _deduplicated(group: Group, aside: Aside) -> Group:
+def _deduplicated(group: Group, left_out: LeftOut) -> Group:
     """The group with each answer once, and without answers that were rewarded in two ways."""
     by_answer: dict[int, list[Rollout]] = {}
     for rollout in group.rollouts:
@@ -131,22 +104,22 @@ def _deduplicated(group: Group, aside: Aside) -> Group:
     for same in by_answer.values():
         if len({rollout.reward for rollout in same}) > 1:
             for rollout in same:
-                aside.other(rollout.where, "contradictory_reward", reward=rollout.reward, equal_to=same[0].where)
+                left_out.add(rollout.where, "contradictory_reward", reward=rollout.reward, equal_to=same[0].where)
         else:
             kept.append(same[0])
             for rollout in same[1:]:
-                aside.other(rollout.where, "duplicate", equal_to=same[0].where)
+                left_out.add(rollout.where, "duplicate", equal_to=same[0].where)
     return replace(group, rollouts=kept, deduplicated=len(group.rollouts) - len(kept))
 
 
-def _selected(groups: Sequence[Group], aside: Aside, options: BuildOptions) -> list[RolloutPair]:
-    """All groups' pairs in order; groups without one, and pairs left out afterwards, go aside."""
+def _selected(groups: Sequence[Group], left_out: LeftOut, options: BuildOptions) -> list[RolloutPair]:
+    """All groups' pairs in order; groups without one, and pairs taken out afterwards, are left out."""
     pairs: list[RolloutPair] = []
     seen: set[tuple[int, int, int]] = set()
     for number, group in enumerate(groups):
         selected = select_pairs(group.rollouts, options.pairing, number)
         if not selected and group.rollouts:  # --dedupe may have left none, and has said so of each
-            aside.other(
+            left_out.add(
                 group.name,
                 _why_no_pair(group, options),
                 rollouts=[rollout.where for rollout in group.rollouts],
@@ -155,14 +128,14 @@ def _selected(groups: Sequence[Group], aside: Aside, options: BuildOptions) -> l
         for pair in selected:
             same = (pair.chosen.prompt, pair.chosen.answer, pair.rejected.answer)
             if options.dedupe and same in seen:
-                _leave_out_pair(pair, "duplicate_pair", aside)
+                _leave_out_pair(pair, "duplicate_pair", left_out)
                 continue
             seen.add(same)
             pairs.append(pair)
     if options.balance_lengths:
         pairs, surplus = balance_lengths(pairs, options.pairing.seed)
         for pair in surplus:
-            _leave_out_pair(pair, "length_balance", aside)
+            _leave_out_pair(pair, "length_balance", left_out)
     return pairs
 
 
@@ -173,8 +146,8 @@ def _why_no_pair(group: Group, options: BuildOptions) -> str:
     return "inputs_differ" if reason == "one_rollout" and group.of_split_task else reason
 
 
-def _leave_out_pair(pair: RolloutPair, reason: str, aside: Aside) -> None:
-    aside.other(f"{pair.chosen.where} over {pair.rejected.where}", reason, reward_gap=pair.gap)
+def _leave_out_pair(pair: RolloutPair, reason: str, left_out: LeftOut) -> None:
+    left_out.add(f"{pair.chosen.where} over {pair.rejected.where}", reason, reward_gap=pair.gap)
 
 
 def _report(
@@ -182,51 +155,14 @@ def _report(
     grouping: Grouping,
     groups: Sequence[Group],
     pairs: list[RolloutPair],
-    aside: Aside,
+    left_out: LeftOut,
     options: BuildOptions,
 ) -> BuildReport:
-    report = BuildReport(
-        rows=read.rows,
-        rewards=np.array([rollout.reward for rollout in read.rollouts], dtype=np.float64),
-        grouping=grouping.how,
-        group_sizes=Counter(len(group.rollouts) for group in grouping.groups),
-        pairs=pairs,
-        pairing=options.pairing.pairing,
-        left_out=aside.counts,
-        examples=aside.examples,
-        at_gaps=pairs_at_gaps(
-            [group for group in groups if group.rollouts], options.pairing, balance=options.balance_lengths
-        ),
-        min_gap=options.pairing.min_gap,
-        notes=read.notes,
-        split_tasks=grouping.split_tasks,
-    )
-    if not options.dedupe:
-        twins = sum(
-            len(group.rollouts) - len({rollout.answer for rollout in group.rollouts}) for group in grouping.groups
-        )
-        if twins:
-            report.notes["answers that an earlier rollout of their group gave too (--dedupe takes them once)"] = twins
+    used = [group for group in groups if group.rollouts]
+    at_gaps = pairs_at_gaps(used, options.pairing, balance=options.balance_lengths)
+    rewards = np.array([rollout.reward for rollout in read.rollouts], dtype=np.float64)
+    report = BuildReport(options, read.rows, rewards, grouping, pairs, left_out, at_gaps, read.notes)
+    equal = sum(len(group.rollouts) - len({one.answer for one in group.rollouts}) for group in grouping.groups)
+    if equal and not options.dedupe:
+        report.notes["answers that an earlier rollout of their group gave too (--dedupe takes them once)"] = equal
     return report
-
-
-@dataclass
-class _WholeFile:
-    text: TextIO
-    keep: bool = False
-
-
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[_WholeFile]:
-    """A file to write beside `path`, which takes its name at the end if `keep` is set, and is removed otherwise."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as text:
-            made = _WholeFile(text)
-            yield made
-            text.flush()
-            os.fsync(text.fileno())
-        if made.keep:
-            os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -70,8 +70,12 @@ def _task_of(rollout: Rollout) -> Hashable:
     return rollout.path, rollout.agent, rollout.task
 
 
-def group_automatically(rollouts: list[Rollout]) -> Grouping:
-    """By task where every rollout has its task index, else by input."""
+def group_rollouts(rollouts: list[Rollout], by: GroupBy = "auto") -> Grouping:
+    """auto: by task where every rollout has its task index, else by input."""
+    if by == "task":
+        return group_by_task(rollouts)
+    if by == "input":
+        return group_by_input(rollouts)
     without = sum(rollout.task is None for rollout in rollouts)
     if not without:
         return group_by_task(rollouts)

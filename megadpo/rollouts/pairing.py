@@ -18,7 +18,6 @@ from typing import Literal, TypeAlias
 from megadpo.rollouts.store import Rollout
 
 Pairing: TypeAlias = Literal["best-worst", "all", "best-each", "random"]
-PAIRINGS: tuple[Pairing, ...] = ("best-worst", "all", "best-each", "random")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,17 +1,16 @@
-"""Rollouts files -> Rollouts; rows that can't be used go aside with their reason."""
+"""Rollouts files -> Rollouts; rows that can't be used are left out, each with its reason."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megadpo.config.problems import DataError, Problem
-from megadpo.rollouts.aside import Aside
-from megadpo.rollouts.lines import Line, read_lines
-from megadpo.rollouts.reasons import Unusable
+from megadpo.files.jsonl import UNREADABLE, Line, LineError, read_lines, read_object
+from megadpo.messages.chat import MessageError
+from megadpo.rollouts.left_out import LeftOut, Unusable
 from megadpo.rollouts.row import Generation, ParsedRow, RowOptions, answer_chars, parse_row
 from megadpo.rollouts.store import Rollout, TextStore
 
@@ -30,7 +29,7 @@ class ReadRollouts:
 def read_rollouts(
     paths: Sequence[Path],
     store: TextStore,
-    aside: Aside,
+    left_out: LeftOut,
     options: RowOptions,
     on_row: Callable[[], None] = lambda: None,
 ) -> ReadRollouts:
@@ -39,7 +38,7 @@ def read_rollouts(
     problems: list[Problem] = []
     for path in paths:
         try:
-            _read_file(path, store, aside, options, done, on_row)
+            _read_file(path, store, left_out, options, done, on_row)
         except DataError as error:
             problems.extend(error.problems)
     if problems:
@@ -48,14 +47,14 @@ def read_rollouts(
 
 
 def _read_file(
-    path: Path, store: TextStore, aside: Aside, options: RowOptions, done: ReadRollouts, on_row: Callable[[], None]
+    path: Path, store: TextStore, left_out: LeftOut, options: RowOptions, done: ReadRollouts, on_row: Callable[[], None]
 ) -> None:
     generation: Generation | None = None
     rows = 0
-    for line in read_lines(path):
+    for line in _lines(path):
         where = f"{path}:{line.number}"
         try:
-            parsed = parse_row(_object(line), options)
+            parsed = parse_row(read_object(line), options)
             generation = generation or parsed.generation
             if parsed.generation != generation:
                 raise Unusable(
@@ -63,31 +62,28 @@ def _read_file(
                 )
             done.rollouts.append(_kept(parsed, store, str(path), line.number, rows))
             done.notes.update(set(parsed.notes))
-        except Unusable as unusable:
-            aside.row(where, unusable.reason, unusable.value, line.content)
+        except (LineError, MessageError, Unusable) as error:
+            left_out.add_row(where, error.reason, str(error), line.content)
         rows += 1
         on_row()
     done.rows[str(path)] = rows
     if rows == 0:
-        raise DataError(
-            Problem(str(path), "a file without rows", "one rollout a line", "collect rollouts, or leave the file out")
-        )
+        fix = "collect rollouts, or leave the file out"
+        raise DataError(Problem(str(path), "a file without rows", "one rollout a line", fix))
 
 
-def _object(line: Line) -> dict[str, object]:
-    if line.cut:
-        raise Unusable("line_too_long", f"a line of more than {len(line.content):,} bytes")
+def _lines(path: Path) -> Iterator[Line]:
+    """Raises DataError for a file that can't be read to its end."""
+    number = 0
     try:
-        row = json.loads(line.content.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise Unusable(
-            "broken_utf8", f"the byte 0x{line.content[error.start]:02x} at column {error.start + 1}"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise Unusable("broken_json", str(error)[:200] or type(error).__name__) from error
-    if not isinstance(row, dict):
-        raise Unusable("not_an_object", f"a JSON {type(row).__name__}")
-    return row
+        for line in read_lines(path):
+            number = line.number
+            yield line
+    except UNREADABLE as error:
+        said = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        expected = "a rollouts file that can be read to its end (.jsonl, .jsonl.gz or .jsonl.zst)"
+        where = f"{path}:{number}" if number else str(path)
+        raise DataError(Problem(where, said, expected, "check the path, or copy the file again")) from error
 
 
 def _kept(parsed: ParsedRow, store: TextStore, path: str, line: int, position: int) -> Rollout:

@@ -1,19 +1,20 @@
-"""What a build did, in numbers; show.py prints it, chart.py draws it."""
+"""What a build did, in numbers; show.py prints and draws them."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-from megadpo.rollouts.group import Group
+from megadpo.rollouts.group import Group, Grouping
+from megadpo.rollouts.left_out import GROUP_REASONS, LeftOut
+from megadpo.rollouts.options import BuildOptions
 from megadpo.rollouts.pairing import PairingOptions, RolloutPair, balance_lengths, select_pairs
-from megadpo.rollouts.reasons import GROUP_REASONS
 
 _GAPS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 MOST_BINS = 12
@@ -38,27 +39,20 @@ class PairsAtGap:
 class BuildReport:
     """One build of pairs."""
 
+    options: BuildOptions
     rows: dict[str, int]
     """Rows of each file."""
     rewards: npt.NDArray[np.float64]
     """Of the usable rollouts [R], in file order."""
-    grouping: str
-    """How rollouts were grouped."""
-    group_sizes: Counter[int]
-    """How many groups have how many rollouts."""
+    grouping: Grouping
+    """Before --dedupe."""
     pairs: list[RolloutPair]
     """What was written, in order."""
-    pairing: str
-    """Pairing and its options, as the user gave them."""
-    left_out: Counter[str]
-    """Rows, rollouts, groups and pairs by reason (reasons.py)."""
-    examples: dict[str, list[str]]
-    """First places of each reason."""
+    left_out: LeftOut
     at_gaps: list[PairsAtGap]
     """Pairs if --min-gap were another, all else the same; before --dedupe leaves out equal pairs of two groups."""
-    min_gap: float
-    notes: Counter[str] = field(default_factory=Counter)
-    split_tasks: list[str] = field(default_factory=list)
+    notes: Counter[str]
+    """Remarks, each with how many rollouts it is about."""
 
     @property
     def gaps(self) -> npt.NDArray[np.float64]:
@@ -73,27 +67,28 @@ class BuildReport:
 
     def counts(self) -> list[tuple[int, str]]:
         """Each step's count, and what it counts."""
-        rows, usable, groups = sum(self.rows.values()), len(self.rewards), self.group_sizes.total()
+        rows, usable, groups = sum(self.rows.values()), len(self.rewards), len(self.grouping.groups)
         files = f"{len(self.rows)} files" if len(self.rows) > 1 else "1 file"
         paired = len({pair.group for pair in self.pairs})
         # what --dedupe and --balance-lengths emptied is left out rollout by rollout and pair by pair
-        emptied = groups - paired - sum(self.left_out[reason] for reason in GROUP_REASONS)
+        emptied = groups - paired - sum(self.left_out.counts[reason] for reason in GROUP_REASONS)
         by_parts = f" ({emptied:,} of them lost every rollout or pair)" if emptied else ""
         used = len({rollout.where for pair in self.pairs for rollout in (pair.chosen, pair.rejected)})
         return [
             (rows, f"rows in {files}, {rows - usable:,} of them unusable"),
             (usable, f"rollouts{_range(self.rewards)}"),
-            (groups, f"groups {self.grouping}{_sizes(self.group_sizes)}"),
+            (groups, f"groups {self.grouping.how}{_sizes(self.grouping)}"),
             (paired, f"groups with pairs, {groups - paired:,} without{by_parts}"),
-            (len(self.pairs), f"pairs ({self.pairing}), from {used:,} rollouts"),
+            (len(self.pairs), f"pairs ({self.options}), from {used:,} rollouts"),
         ]
 
     def remarks(self) -> list[str]:
         """What else a user should know before training on the pairs."""
         remarks = [f"{count:,} {text}" for text, count in self.notes.most_common()]
-        remarks += [f"{text}: a pair needs one prompt, so each is a group" for text in self.split_tasks[:MOST_TASKS]]
-        if len(self.split_tasks) > MOST_TASKS:
-            remarks.append(f"{len(self.split_tasks) - MOST_TASKS:,} more tasks have several inputs")
+        split = self.grouping.split_tasks
+        remarks += [f"{text}: a pair needs one prompt, so each is a group" for text in split[:MOST_TASKS]]
+        if len(split) > MOST_TASKS:
+            remarks.append(f"{len(split) - MOST_TASKS:,} more tasks have several inputs")
         return remarks
 
 
@@ -103,11 +98,12 @@ def _range(rewards: npt.NDArray[np.float64]) -> str:
     return f", reward {rewards.mean():.4g} on average, from {rewards.min():.6g} to {rewards.max():.6g}"
 
 
-def _sizes(group_sizes: Counter[int]) -> str:
-    sizes = sorted(group_sizes)
-    if len(sizes) > 1:
-        return f", of {sizes[0]:,} to {sizes[-1]:,} rollouts"
-    return f", of {sizes[0]:,} rollout{'s' if sizes[0] > 1 else ''}" if sizes else ""
+def _sizes(grouping: Grouping) -> str:
+    sizes = [len(group.rollouts) for group in grouping.groups]
+    if not sizes:
+        return ""
+    least, most = min(sizes), max(sizes)
+    return f", of {least:,} rollout{'s' * (least > 1)}" if least == most else f", of {least:,} to {most:,} rollouts"
 
 
 def histogram(values: npt.NDArray[np.float64]) -> Histogram:

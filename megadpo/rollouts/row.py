@@ -13,8 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from megadpo.rollouts.chat import ChatMessage, to_messages, to_tools
-from megadpo.rollouts.reasons import Unusable
+from megadpo.files.jsonl import type_name
+from megadpo.messages.chat import ChatMessage, tool
+from megadpo.messages.responses import to_messages
+from megadpo.rollouts.left_out import Unusable
 
 Generation: TypeAlias = Literal["response.output", "output"]
 TaskIndex: TypeAlias = int | str
@@ -50,7 +52,7 @@ class ParsedRow:
 
 
 def parse_row(row: Mapping[str, Any], options: RowOptions) -> ParsedRow:
-    """Raises Unusable with the first thing that is wrong with the row."""
+    """Raises Unusable or MessageError for the first thing that is wrong with the row."""
     reward = _reward(row)
     prompt, tools = _prompt(row, options)
     generation, response = _response(row)
@@ -95,7 +97,7 @@ def _reward(row: Mapping[str, Any]) -> float:
         raise Unusable("no_reward", "reward null" if "reward" in row else "no field 'reward'")
     reward = row["reward"]
     if isinstance(reward, bool) or not isinstance(reward, int | float):
-        raise Unusable("reward_not_a_number", f"reward {reward!r} of type {type(reward).__name__}")
+        raise Unusable("reward_not_a_number", f"reward {reward!r} of type {type_name(reward)}")
     try:
         value = float(reward)
     except OverflowError:
@@ -119,7 +121,7 @@ def _prompt(row: Mapping[str, Any], options: RowOptions) -> tuple[list[ChatMessa
     if params is None:
         params = row
     if not isinstance(params, Mapping):
-        raise Unusable("no_input", f"responses_create_params of type {type(params).__name__}")
+        raise Unusable("no_input", f"responses_create_params of type {type_name(params)}")
     given = params.get("input")
     if not isinstance(given, str | list) or not given:
         raise Unusable("no_input", f"input {given!r}" if "input" in params else "no field 'input'")
@@ -127,12 +129,15 @@ def _prompt(row: Mapping[str, Any], options: RowOptions) -> tuple[list[ChatMessa
     instructions = params.get("instructions")
     if instructions:
         items = [{"role": "system", "content": instructions}, *items]
-    messages = to_messages(items, "input", keep_reasoning=options.keep_reasoning).messages
+    messages, _ = to_messages(items, "input", keep_reasoning=options.keep_reasoning)
     if not messages:
         raise Unusable("no_input", "an input without messages")
     if messages[-1]["role"] == "assistant":
         raise Unusable("prompt_ends_in_assistant", "an input whose last message is the assistant's")
-    return messages, to_tools(params.get("tools"))
+    tools = params.get("tools") or []
+    if not isinstance(tools, list):
+        raise Unusable("unsupported_item", f"tools of type {type_name(tools)}")
+    return messages, [tool(given, f"tools[{number}]") for number, given in enumerate(tools)]
 
 
 def _response(row: Mapping[str, Any]) -> tuple[Generation, Mapping[str, Any]]:
@@ -173,9 +178,9 @@ def _answer(output: object, options: RowOptions) -> tuple[list[ChatMessage], lis
     if isinstance(output, str):
         output = [{"role": "assistant", "content": output}]
     if not isinstance(output, list):
-        raise Unusable("no_output", f"output of type {type(output).__name__}")
-    conversation = to_messages(output, "output", keep_reasoning=options.keep_reasoning)
-    answer, notes = conversation.messages, list(conversation.notes)
+        raise Unusable("no_output", f"output of type {type_name(output)}")
+    answer, textless = to_messages(output, "output", keep_reasoning=options.keep_reasoning)
+    notes = ["reasoning items without text (encrypted, or not returned)"] if textless else []
     if answer and answer[-1]["role"] != "assistant" and any(message["role"] == "assistant" for message in answer):
         notes.append("answers with tool or user turns after the assistant's last (cut: nothing is learned from them)")
         while answer[-1]["role"] != "assistant":

@@ -1,10 +1,11 @@
-"""A BuildReport as text: tables on the terminal, and the same as one HTML file."""
+"""A BuildReport for people: printed, as an HTML file, and as a picture (which needs matplotlib, the extra `report`)."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -12,82 +13,115 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megadpo.rollouts.reasons import GROUP_REASONS, PAIR_REASONS, REASONS, ROLLOUT_REASONS, ROW_REASONS
+from megadpo.rollouts.left_out import GROUP_REASONS, PAIR_REASONS, REASONS, ROLLOUT_REASONS, ROW_REASONS
 from megadpo.rollouts.report import BuildReport, histogram
 
-_BAR_CHARS = 24
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 COLUMNS = 110
 """Where there is no terminal to ask."""
+
+_BAR_CHARS = 24
+_PICTURE_CHARS = 150
+"""Of a line below the panels."""
+_KINDS = {"row": ROW_REASONS, "rollout": ROLLOUT_REASONS, "group": GROUP_REASONS, "pair": PAIR_REASONS}
 
 
 def show(report: BuildReport, console: Console) -> None:
     """Print the whole report."""
     _show_counts(report, console)
-    _show_left_out(report, console)
+    if report.left_out.counts:
+        _show_left_out(report, console)
     if len(report.rewards):
         _show_histogram("rewards of the rollouts", report.rewards, console)
     if report.pairs:
         _show_histogram("reward gaps of the pairs", report.gaps, console)
         _show_lengths(report, console)
     if any(at.pairs for at in report.at_gaps):
-        _show_gaps(report, console)
+        asked = report.options.pairing.min_gap
+        rows = [
+            [
+                f"[bold]{cell}" if at.min_gap == asked else cell
+                for cell in (f"{at.min_gap:g}", f"{at.pairs:,}", f"{at.prompts:,}")
+            ]
+            for at in report.at_gaps
+        ]
+        console.print(_table("pairs at other gaps", ["--min-gap", "pairs", "groups with pairs"], rows, "rrr"))
     else:
         console.print("no other --min-gap would give a pair")
 
 
 def write_html(report: BuildReport, path: Path) -> None:
-    """The report as an HTML file that needs nothing else."""
+    """The printed report as an HTML file that needs nothing else."""
     console = Console(record=True, file=io.StringIO(), width=COLUMNS, highlight=False)
     show(report, console)
     path.write_text(console.export_html(inline_styles=True), encoding="utf-8")
 
 
+def write_png(report: BuildReport, path: Path) -> None:
+    """Rewards, gaps, lengths of chosen and rejected, pairs at other gaps; below them what was counted and left out."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = _picture_lines(report)
+    figure = pyplot.figure(figsize=(11, 7.5 + 0.19 * len(lines)), constrained_layout=True)
+    parts = figure.subfigures(2, 1, squeeze=False, height_ratios=[7.5, 0.19 * len(lines)])
+    axes = parts[0, 0].subplots(2, 2)
+    _draw_histogram(axes[0, 0], f"rewards of {len(report.rewards):,} rollouts", report.rewards)
+    _draw_histogram(axes[0, 1], f"reward gaps of {len(report.pairs):,} pairs", report.gaps)
+    _draw_lengths(axes[1, 0], report)
+    gaps = axes[1, 1]
+    gaps.bar([f"{at.min_gap:g}" for at in report.at_gaps], [at.pairs for at in report.at_gaps])
+    gaps.set_title("pairs at other gaps")
+    gaps.set_xlabel(f"--min-gap (asked: {report.options.pairing.min_gap:g})")
+    parts[1, 0].text(0.02, 0.98, "\n".join(lines), va="top", fontsize=9, parse_math=False)
+    figure.savefig(path, dpi=110, format="png")
+    pyplot.close(figure)
+
+
 def _show_counts(report: BuildReport, console: Console) -> None:
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(justify="right")
-    table.add_column()
-    for count, text in report.counts():
-        table.add_row(f"[bold]{count:,}", escape(text))
-    console.print(table)
+    console.print(_table(None, None, [[f"[bold]{count:,}", escape(text)] for count, text in report.counts()], "rl"))
     for text in report.remarks():
         console.print(f"[yellow]note:[/] {escape(text)}")
 
 
 def _show_left_out(report: BuildReport, console: Console) -> None:
-    kinds = (("row", ROW_REASONS), ("rollout", ROLLOUT_REASONS), ("group", GROUP_REASONS), ("pair", PAIR_REASONS))
-    if not report.left_out:
-        return
-    table = Table(title="left out", title_justify="left")
-    for column in ("", "reason", "count", "first", "what to do"):
-        table.add_column(column, justify="right" if column == "count" else "left", overflow="fold")
-    for kind, reasons in kinds:
-        for reason, count in report.left_out.most_common():
-            if reason in reasons:
-                first = escape("\n".join(report.examples[reason][:2]))
-                table.add_row(kind, reason.replace("_", " "), f"{count:,}", first, escape(REASONS[reason].fix))
-    console.print(table)
+    left_out = report.left_out
+    rows = [
+        [
+            kind,
+            reason.replace("_", " "),
+            f"{count:,}",
+            escape("\n".join(left_out.examples[reason][:2])),
+            escape(REASONS[reason].fix),
+        ]
+        for kind, reasons in _KINDS.items()
+        for reason, count in left_out.counts.most_common()
+        if reason in reasons
+    ]
+    console.print(_table("left out", ["", "reason", "count", "first", "what to do"], rows, "llrll"))
 
 
 def _show_histogram(title: str, values: npt.NDArray[np.float64], console: Console) -> None:
     bins = histogram(values)
     most = max(bins.counts)
-    table = Table(title=title, title_justify="left", box=None, show_header=False, pad_edge=False)
-    table.add_column(justify="right")
-    table.add_column(justify="right")
-    table.add_column()
-    for label, count in zip(bins.labels, bins.counts, strict=True):
-        table.add_row(label, f"{count:,}", "[cyan]" + "█" * round(_BAR_CHARS * count / most))
-    console.print(table)
+    rows = [
+        [label, f"{count:,}", "[cyan]" + "█" * round(_BAR_CHARS * count / most)]
+        for label, count in zip(bins.labels, bins.counts, strict=True)
+    ]
+    console.print(_table(title, None, rows, "rrl"))
 
 
 def _show_lengths(report: BuildReport, console: Console) -> None:
-    longer, equal, shorter = report.length_bias
+    longer, equal, shorter = (count / len(report.pairs) for count in report.length_bias)
     chosen = _median(pair.chosen.answer_chars for pair in report.pairs)
     rejected = _median(pair.rejected.answer_chars for pair in report.pairs)
     console.print(
-        f"length bias: chosen is longer in {longer / len(report.pairs):.1%} of the pairs, as long in "
-        f"{equal / len(report.pairs):.1%}, shorter in {shorter / len(report.pairs):.1%}; medians: chosen {chosen:,.0f} "
-        f"characters, rejected {rejected:,.0f}"
+        f"length bias: chosen is longer in {longer:.1%} of the pairs, as long in {equal:.1%}, shorter in {shorter:.1%}; "
+        f"medians: chosen {chosen:,.0f} characters, rejected {rejected:,.0f}"
     )
 
 
@@ -95,11 +129,42 @@ def _median(chars: Iterable[int]) -> float:
     return float(np.median(list(chars)))
 
 
-def _show_gaps(report: BuildReport, console: Console) -> None:
-    table = Table(title="pairs at other gaps", title_justify="left")
-    for column in ("--min-gap", "pairs", "groups with pairs"):
-        table.add_column(column, justify="right")
-    for at in report.at_gaps:
-        style = "bold" if at.min_gap == report.min_gap else None
-        table.add_row(f"{at.min_gap:g}", f"{at.pairs:,}", f"{at.prompts:,}", style=style)
-    console.print(table)
+def _table(title: str | None, header: Sequence[str] | None, rows: Iterable[Sequence[str]], sides: str) -> Table:
+    """A table with a grid if it has a header. sides: `l` or `r` for each column."""
+    justify: dict[str, Literal["left", "right"]] = {"l": "left", "r": "right"}
+    table = (
+        Table(title=title, title_justify="left")
+        if header
+        else Table(title=title, title_justify="left", box=None, show_header=False, pad_edge=False)
+    )
+    for name, side in zip(header or [""] * len(sides), sides, strict=True):
+        table.add_column(name, justify=justify[side], overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _picture_lines(report: BuildReport) -> list[str]:
+    lines = [f"{count:,} {text}" for count, text in report.counts()] + [f"note: {text}" for text in report.remarks()]
+    for reason, count in report.left_out.counts.most_common():
+        lines.append(f"left out: {count:,} {reason.replace('_', ' ')} (first: {report.left_out.examples[reason][0]})")
+    return [line if len(line) <= _PICTURE_CHARS else f"{line[:_PICTURE_CHARS]}..." for line in lines]
+
+
+def _draw_histogram(axes: Axes, title: str, values: npt.NDArray[np.float64]) -> None:
+    axes.set_title(title)
+    if len(values):
+        bins = histogram(values)
+        axes.barh(range(len(bins.counts)), bins.counts, tick_label=bins.labels)  # two labels may read the same
+
+
+def _draw_lengths(axes: Axes, report: BuildReport) -> None:
+    longer, _, shorter = report.length_bias
+    axes.set_title(f"chosen is longer in {longer:,} pairs, shorter in {shorter:,}")
+    axes.set_xlabel("characters of the answer")
+    if report.pairs:
+        chosen = [pair.chosen.answer_chars for pair in report.pairs]
+        rejected = [pair.rejected.answer_chars for pair in report.pairs]
+        edges = np.linspace(0, max(*chosen, *rejected, 1), 31)
+        axes.hist([chosen, rejected], bins=edges.tolist(), label=["chosen", "rejected"])
+        axes.legend()

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megadpo.rollouts.chat import ChatMessage
-from megadpo.rollouts.reasons import Unusable
+from megadpo.messages.chat import ChatMessage
+from megadpo.rollouts.left_out import Unusable
 from megadpo.rollouts.row import TaskIndex
 
 

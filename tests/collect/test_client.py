@@ -8,8 +8,7 @@ from email.utils import formatdate
 
 import pytest
 
-from megadpo.collect.client import JsonClient, retry_after
-from megadpo.collect.failure import RolloutFailure
+from megadpo.collect.client import JsonClient, RolloutFailure, retry_after
 from tests.collect.policy_server import Fault, PolicyServer
 
 

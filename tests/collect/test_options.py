@@ -7,9 +7,10 @@ import json
 import pytest
 
 from megadpo.collect.options import parse_options
-from megadpo.collect.prompts import MOST_PROBLEMS, read_tasks, to_line
 from megadpo.collect.rewards import load_reward_function, with_reward
+from megadpo.collect.tasks import MOST_PROBLEMS, read_tasks
 from megadpo.config.problems import ConfigError, DataError
+from megadpo.files.jsonl import to_line
 
 GOOD = {
     "input_jsonl_fpath": "dpo_prompts.jsonl",

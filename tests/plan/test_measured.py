@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megadpo.config.check import data_parallel_size
+from megadpo.config.grid import Grid
 from megadpo.config.load import load_config
-from megadpo.plan.gpus import Assumptions
+from megadpo.plan.inputs import architectures
+from megadpo.plan.memory import Assumptions
 from megadpo.plan.packs import full_pack
 from megadpo.plan.parameters import stage_buffers, stage_parameters, static_bytes
 from megadpo.plan.plan import Job, Plan, make_plan
-from megadpo.plan.source import architectures
 from tests.helpers.distributed import run_distributed
 from tests.plan import measured
 from tests.plan.cases import LLAMA_4M, MIXTRAL, MIXTRAL_8M, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, SMALL, write_case
@@ -140,7 +140,7 @@ def check_peak(folder, model, world_size, overrides, micro_batches):
     path = write_case(folder, model, sequence_packing={"train_mb_tokens": 1024})
     shared = "policy.sequence_packing.share_prompt=false" not in overrides
     lengths = (156, 50, 50) if shared else (78, 50, 50)
-    copies = data_parallel_size(load_config(path, overrides), world_size)
+    copies = Grid.of(load_config(path, overrides), world_size).data
     overrides = [*overrides, f"policy.train_global_batch_size={1024 // 256 * micro_batches * copies}"]
     plan = plan_of(path, overrides, world_size, lengths)
     assert plan.work.micro_batches == micro_batches

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megadpo.plan.grid import Grid
-from megadpo.plan.schedule import alive, passes
+from megadpo.config.grid import Grid
+from megadpo.plan.schedule import alive, passes, slots
 
 
 @dataclass(frozen=True)
@@ -65,3 +65,37 @@ def test_passes_in_flight_by_hand(stages, chunks, stage, micro_batches, in_fligh
 
 def test_the_peak_may_be_in_a_forward_pass():
     assert alive(Grid(), 0, 3, [Bytes(10, 90, 15)]).peak == 90
+
+
+@pytest.mark.parametrize(
+    ("stages", "chunks", "rounds"), [(1, 1, 3), (2, 1, 2), (4, 1, 3), (2, 2, 2), (4, 2, 2), (4, 3, 1)]
+)
+@pytest.mark.parametrize("backward", [1, 2, 3])
+def test_idle_slots_are_those_of_a_pipeline_that_is_run(stages, chunks, rounds, backward):
+    """A forward takes 1, a backward 1 to 3; each pass begins when its stage is free and what it needs has come."""
+    grid, micro_batches = Grid(pipeline=stages, virtual_pipeline=chunks), rounds * stages
+    found = slots(grid, micro_batches)
+    assert ends_at(grid, micro_batches, backward) == (found.busy + found.idle) * (1 + backward)
+    assert found.bubble == (stages - 1) / (stages - 1 + chunks * micro_batches)
+
+
+def ends_at(grid, micro_batches, backward):
+    """When the last pass of all stages ends."""
+    waiting = [list(passes(grid, stage, micro_batches)) for stage in range(grid.pipeline)]
+    free, done, count = [0] * grid.pipeline, {}, {}
+    while any(waiting):
+        for stage, left in enumerate(waiting):
+            if not left:
+                continue
+            forward, chunk = left[0]
+            number = count.get((stage, forward, chunk), 0)
+            # places along the whole model; a backward waits for the next place's backward, at the end for its forward
+            place, last = chunk * grid.pipeline + stage, grid.pipeline * grid.virtual_pipeline - 1
+            needs = (True, place - 1) if forward else (False, place + 1) if place < last else (True, place)
+            if (*needs, number) not in done and place - forward >= 0:
+                continue
+            left.pop(0)
+            start = max(free[stage], done.get((*needs, number), 0))
+            free[stage] = done[forward, place, number] = start + (1 if forward else backward)
+            count[stage, forward, chunk] = number + 1
+    return max(free)

@@ -12,15 +12,17 @@ import pytest
 from megadpo.config.problems import DataError
 from megadpo.data.sources.rows import read_pairs
 from megadpo.rollouts import build
-from megadpo.rollouts.build import BuildOptions, build_pairs, rejected_path
+from megadpo.rollouts.build import build_pairs
+from megadpo.rollouts.options import BuildOptions, rejected_path
 from megadpo.rollouts.pairing import PairingOptions
+from megadpo.rollouts.report import BuildReport
 from megadpo.rollouts.row import RowOptions
 from tests.rollouts.builders import call, call_output, current, message, reasoning, write
 
 
 def built(
     tmp_path: Path, rows: list[Any], options: BuildOptions | None = None
-) -> tuple[list[dict], list[dict], build.BuildReport]:
+) -> tuple[list[dict], list[dict], BuildReport]:
     """(pairs, what was left out, report)"""
     output = tmp_path / "pairs.jsonl"
     report = build_pairs([write(tmp_path / "r.jsonl", rows)], output, options or BuildOptions())
@@ -84,7 +86,7 @@ def test_groups_without_pairs_go_aside_by_reason(tmp_path: Path) -> None:
     pairs, aside, report = built(tmp_path, rows, options)
     assert [pair["prompt"][0]["content"] for pair in pairs] == ["good"]
     reasons = ["one_rollout", "equal_rewards", "small_gap", "same_answers", "low_chosen_reward", "length_ratio"]
-    assert [record["reason"] for record in aside] == reasons and set(report.left_out) == set(reasons)
+    assert [record["reason"] for record in aside] == reasons and set(report.left_out.counts) == set(reasons)
     assert aside[2]["rewards"] == [0.55, 0.5]
     assert aside[2]["rollouts"] == [f"{tmp_path}/r.jsonl:4", f"{tmp_path}/r.jsonl:5"]
     assert all(record["fix"] for record in aside)
@@ -108,7 +110,7 @@ def test_every_row_is_in_a_pair_or_aside_or_in_a_group_with_a_pair(tmp_path: Pat
         }
         assert pairs and of_groups and alone and not (of_groups & (paired | alone))
         assert alone | of_groups | paired == {f"{tmp_path}/r.jsonl:{line}" for line in range(1, 201)}
-        assert sum(report.left_out.values()) == len(aside)
+        assert sum(report.left_out.counts.values()) == len(aside)
 
 
 def prompt_of(row: dict) -> str:
@@ -125,7 +127,9 @@ def test_dedupe_takes_equal_answers_once_and_none_with_two_rewards(tmp_path: Pat
     assert len(built(tmp_path, rows, everything)[0]) == 3 * 2 - 1 + 1  # c over c is no pair
     pairs, aside, report = built(tmp_path, rows, BuildOptions(pairing=everything.pairing, dedupe=True))
     assert [(pair["chosen"][0]["content"], pair["rejected"][0]["content"]) for pair in pairs] == [("a", "b")]
-    assert report.left_out == {"duplicate": 1, "contradictory_reward": 2, "duplicate_pair": 1} and len(aside) == 4
+    assert (
+        report.left_out.counts == {"duplicate": 1, "contradictory_reward": 2, "duplicate_pair": 1} and len(aside) == 4
+    )
     assert report.counts()[3] == (1, "groups with pairs, 1 without (1 of them lost every rollout or pair)")
 
 

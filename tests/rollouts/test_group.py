@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megadpo.config.problems import DataError
-from megadpo.rollouts.group import Grouping, group_automatically, group_by_input, group_by_task, group_consecutive
+from megadpo.rollouts.group import Grouping, group_by_input, group_by_task, group_consecutive, group_rollouts
 from tests.rollouts.builders import rollout
 
 
@@ -49,11 +49,11 @@ def test_tasks_of_two_files_may_have_the_same_number():
 
 def test_automatic_grouping_needs_every_task_index():
     with_index = [rollout(0, line=1, task=5), rollout(1, line=2, task=6)]
-    assert lines(group_automatically(with_index)) == [[1], [2]]
+    assert lines(group_rollouts(with_index)) == [[1], [2]]
     mixed = [*with_index, rollout(1, line=3)]
-    assert lines(group_automatically(mixed)) == [[1, 2, 3]]
-    assert "1 of 3 rollouts lack" in group_automatically(mixed).how
-    assert "no rollout has" in group_automatically([rollout(0)]).how
+    assert lines(group_rollouts(mixed)) == [[1, 2, 3]]
+    assert "1 of 3 rollouts lack" in group_rollouts(mixed).how
+    assert "no rollout has" in group_rollouts([rollout(0)]).how
 
 
 def test_consecutive_rows_keep_the_places_of_unusable_ones():

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from megadpo.rollouts.build import BuildOptions, build_pairs
-from megadpo.rollouts.chat import to_messages
+from megadpo.messages.responses import to_messages
+from megadpo.rollouts.build import build_pairs
+from megadpo.rollouts.options import BuildOptions
 from megadpo.rollouts.pairing import PairingOptions
 from megadpo.rollouts.row import RowOptions
 from tests.rollouts.builders import message, older, write
@@ -87,7 +88,7 @@ def test_best_and_worst_of_three_consecutive_rows(
         for row in read(tmp_path / "pairs.jsonl")
     ]
     as_messages = [
-        {key: value if key == "reward_gap" else to_messages(value, key).messages for key, value in pair.items()}
+        {key: value if key == "reward_gap" else to_messages(value, key)[0] for key, value in pair.items()}
         for pair in want
     ]
     assert got == as_messages and len(want) > 30

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from megadpo.data.sources.rows import read_pairs
-from megadpo.rollouts.build import BuildOptions, BuildReport, build_pairs, rejected_path
+from megadpo.rollouts.build import build_pairs
+from megadpo.rollouts.options import BuildOptions, rejected_path
+from megadpo.rollouts.report import BuildReport
 
 FOLDER = Path(os.environ.get("MEGADPO_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
 FILES = sorted((FOLDER / "gym_rollouts").glob("*.jsonl"))
@@ -39,8 +41,8 @@ def test_a_file_as_it_is_says_why_it_gives_no_pair(path: Path, tmp_path: Path) -
     report = build([path], tmp_path / "pairs.jsonl")
     assert len(report.rewards) == 5
     if path.stem in EXPECTED:
-        assert (report.group_sizes.total(), dict(report.left_out)) == EXPECTED[path.stem]
-    assert rejected_path(tmp_path / "pairs.jsonl").read_text().count("\n") == sum(report.left_out.values())
+        assert (len(report.grouping.groups), dict(report.left_out.counts)) == EXPECTED[path.stem]
+    assert rejected_path(tmp_path / "pairs.jsonl").read_text().count("\n") == sum(report.left_out.counts.values())
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -52,7 +54,7 @@ def test_a_second_answer_with_another_reward_makes_a_pair(path: Path, tmp_path: 
     made.write_text("".join(json.dumps(row) + "\n" for row in doubled))
     report = build([made], tmp_path / "pairs.jsonl")
     pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
-    assert len(pairs) == report.group_sizes.total() and not report.left_out
+    assert len(pairs) == len(report.grouping.groups) and not report.left_out.counts
     for pair in pairs:
         original = rows[(int(pair["chosen_from"].split(".jsonl:")[1].split()[0]) - 1) // 2]
         assert_same_words(original, pair)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import combinations
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megadpo.rollouts.left_out import GROUP_REASONS
 from megadpo.rollouts.pairing import (
-    PAIRINGS,
+    Pairing,
     PairingOptions,
     RolloutPair,
     balance_lengths,
     select_pairs,
     why_no_pair,
 )
-from megadpo.rollouts.reasons import GROUP_REASONS
 from megadpo.rollouts.store import Rollout
 from tests.rollouts.builders import rollout
 
@@ -29,7 +30,7 @@ groups = st.lists(drawn, min_size=1, max_size=9).map(
 )
 option_sets = st.builds(
     PairingOptions,
-    pairing=st.sampled_from(PAIRINGS),
+    pairing=st.sampled_from(get_args(Pairing)),
     min_gap=st.sampled_from([0.0, 0.1, 0.15, 0.5, 3.0]),
     min_chosen_reward=st.none() | st.sampled_from([0.0, 0.6, 2.5]),
     max_pairs_per_prompt=st.none() | st.integers(1, 4),

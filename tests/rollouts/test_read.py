@@ -1,4 +1,4 @@
-"""Files of rollouts: what is read, and what goes aside with its file:line."""
+"""Files of rollouts: what is read, and what is left out with its file:line."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import pytest
 import zstandard
 
 from megadpo.config.problems import DataError
-from megadpo.rollouts import lines
-from megadpo.rollouts.aside import Aside
+from megadpo.rollouts.left_out import LeftOut
 from megadpo.rollouts.read import ReadRollouts, read_rollouts
 from megadpo.rollouts.row import RowOptions
 from megadpo.rollouts.store import TextStore
@@ -20,10 +19,10 @@ from tests.rollouts.builders import call, call_output, current, message, older, 
 
 
 def read(*paths: Path, options: RowOptions | None = None) -> tuple[ReadRollouts, list[dict]]:
-    """The rollouts, and the records that went aside."""
-    file = io.StringIO()
+    """The rollouts, and the records of what was left out."""
+    file = io.BytesIO()
     with TextStore(paths[0].parent) as store:
-        done = read_rollouts(paths, store, Aside(file), options or RowOptions())
+        done = read_rollouts(paths, store, LeftOut(file), options or RowOptions())
     return done, [json.loads(line) for line in file.getvalue().splitlines()]
 
 
@@ -73,18 +72,9 @@ def test_both_generations_are_read_from_a_file_each(tmp_path: Path) -> None:
     assert done.rollouts[0].prompt == done.rollouts[1].prompt != done.rollouts[0].answer
 
 
-def test_a_line_is_never_held_larger_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [current("q", "x" * 5000, 1), current("q", "fits", 1)]
-    path = write(tmp_path / "r.jsonl", rows)
-    found = list(lines.read_lines(path, 1000))
-    assert [(line.number, len(line.content), line.cut) for line in found] == [
-        (1, 1000, True),
-        (2, len(json.dumps(rows[1])), False),
-    ]
-    exact = len(json.dumps(rows[1]))
-    assert [line.cut for line in lines.read_lines(path, exact)] == [True, False]
-    monkeypatch.setattr(lines.read_lines, "__defaults__", (1000,))
-    done, aside = read(path)
+def test_a_line_over_the_limit_goes_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megadpo.files.jsonl.MAX_LINE_BYTES", 1000)
+    done, aside = read(write(tmp_path / "r.jsonl", [current("q", "x" * 5000, 1), current("q", "fits", 1)]))
     assert [one.line for one in done.rollouts] == [2] and aside[0]["reason"] == "line_too_long"
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from megadpo.rollouts.reasons import ROW_REASONS, Unusable
+from megadpo.messages.chat import MessageError
+from megadpo.rollouts.left_out import ROW_REASONS, Unusable
 from megadpo.rollouts.row import RowOptions, answer_chars, parse_row
 from tests.rollouts.builders import call, call_output, current, message, older, reasoning
 
@@ -86,9 +87,9 @@ REFUSED = [
 
 @pytest.mark.parametrize(("reason", "row"), REFUSED)
 def test_a_row_that_cannot_be_used_says_why(reason: str, row: dict):
-    with pytest.raises(Unusable) as refused:
+    with pytest.raises((MessageError, Unusable)) as refused:
         parse_row(row, PLAIN)
-    assert refused.value.reason == reason and refused.value.value
+    assert refused.value.reason == reason and str(refused.value)
     assert ROW_REASONS[reason].fix
 
 
@@ -107,8 +108,9 @@ def test_cut_answers_are_used_on_request():
     ],
 )
 def test_text_refuses_what_a_string_cannot_hold(row: dict):
-    with pytest.raises(Unusable, match="not_plain_text"):
+    with pytest.raises(Unusable) as refused:
         parse_row(row, RowOptions(text=True))
+    assert refused.value.reason == "not_plain_text"
 
 
 def test_text_without_reasoning():
@@ -156,7 +158,7 @@ def test_whatever_stands_anywhere_in_a_row_it_is_read_or_refused(value: object):
 def read_or_refused(row: dict[str, Any]) -> None:
     try:
         parsed = parse_row(row, PLAIN)
-    except Unusable:
+    except (MessageError, Unusable):
         return
     json.dumps([parsed.prompt, parsed.tools, parsed.answer])
     assert parsed.answer[0]["role"] == parsed.answer[-1]["role"] == "assistant"

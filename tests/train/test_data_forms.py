@@ -15,7 +15,8 @@ import torch
 from megadpo.config.schema_dpo import DpoConfig
 from megadpo.data.batches.pack import pack_pairs
 from megadpo.data.pairs import TokenizedPair
-from megadpo.rollouts.build import BuildOptions, build_pairs
+from megadpo.rollouts.build import build_pairs
+from megadpo.rollouts.options import BuildOptions
 from megadpo.train.step import pair_loss
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import make_config, make_model, read_metrics, train

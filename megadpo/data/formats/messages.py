@@ -14,10 +14,10 @@ from typing import Any, TypeAlias
 
 from megadpo.config.problems import Problem
 from megadpo.data.pairs import Message
+from megadpo.files.jsonl import type_name
+from megadpo.messages.chat import MessageError, arguments_of, text_of
 
 Text: TypeAlias = str | tuple[Message, ...]
-
-_TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 @dataclass(frozen=True)
@@ -101,15 +101,15 @@ def _read_message(message: object, name: str, place: Place) -> Message | Problem
     if read.get("content") is None and calls_tools:
         read["content"] = ""  # as OpenAI-compatible servers do before the template
     if isinstance(read.get("content"), list):
-        content = _joined_parts(read["content"])
-        if content is None:
+        try:
+            read["content"] = text_of(read["content"], "content")
+        except MessageError:
             return Problem(
                 where=str(place),
                 value=f"{name} with content parts other than text",
                 expected='text, as a string or as parts {"type": "text", "text": ...}',
                 fix="remove the row: the models here read text only",
             )
-        read["content"] = content
     for field in ("role", "content"):
         if not isinstance(read.get(field), str):
             return Problem(
@@ -139,22 +139,8 @@ def _read_message(message: object, name: str, place: Place) -> Message | Problem
     return read
 
 
-def _joined_parts(parts: list[Any]) -> str | None:
-    """The text of content parts, or None if one of them is no text."""
-    texts = []
-    for part in parts:
-        if isinstance(part, str):
-            texts.append(part)
-        elif isinstance(part, dict) and part.get("type") in _TEXT_PARTS and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        else:
-            return None
-    return "".join(texts)
-
-
 def _read_tool_calls(calls: object, name: str, place: Place) -> list[dict[str, Any]] | Problem:
-    """OpenAI's or Hugging Face's tool calls, with arguments as objects. transformers' templates expect objects and
-    would quote JSON text a second time; servers such as vLLM parse it before the template, too."""
+    """OpenAI's or Hugging Face's tool calls, with arguments as objects, as servers such as vLLM parse them too."""
     problem = Problem(
         where=str(place),
         value=f"tool_calls of {name}: {calls!r}",
@@ -172,16 +158,10 @@ def _read_tool_calls(calls: object, name: str, place: Place) -> list[dict[str, A
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             return problem
         arguments = function.get("arguments")
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments) if arguments.strip() else {}
-            except (ValueError, RecursionError):
-                return problem
-        if arguments is None:
-            arguments = {}
-        if not isinstance(arguments, dict):
+        try:
+            function = {**function, "arguments": {} if arguments is None else arguments_of(arguments, name)}
+        except MessageError:
             return problem
-        function = {**function, "arguments": arguments}
         read.append({**call, "function": function} if "function" in call else function)
     return read
 
@@ -241,8 +221,3 @@ def some_keys(row: Mapping[str, Any]) -> str:
     """The first field names of a row, for a message about it."""
     names = [repr(str(key)[:30]) for key in list(row)[:6]]
     return ", ".join(names) + (", ..." if len(row) > 6 else "") if names else "an empty object"
-
-
-def type_name(value: object) -> str:
-    """A type as a JSON user calls it."""
-    return {type(None): "null", dict: "object", list: "list", bool: "boolean"}.get(type(value), type(value).__name__)

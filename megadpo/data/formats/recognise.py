@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from megadpo.config.problems import Problem
-from megadpo.data.formats.messages import Place, Text, read_text, read_tools, roles_of, some_keys, type_name
+from megadpo.data.formats.messages import Place, Text, read_text, read_tools, roles_of, some_keys
 from megadpo.data.formats.transcript import ASSISTANT, turns_of
 from megadpo.data.pairs import Message, PreferencePair
+from megadpo.files.jsonl import type_name
 
 __all__ = ["FORMATS", "FieldKeys", "Place", "RowFormat", "find_format", "recognise", "register"]
 

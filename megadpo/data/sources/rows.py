@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from megadpo.data.formats.recognise import FORMATS, FieldKeys, RowFormat, find_f
 from megadpo.data.pairs import PreferencePair
 from megadpo.data.sources.tables import arrow_rows, dataset_digest, dataset_rows, file_digest, parquet_rows
 from megadpo.data.sources.text import Rows, csv_rows, json_rows, jsonl_rows
+from megadpo.files.jsonl import UNREADABLE
 
 MOST_PROBLEMS = 20
 """A source with more problems than this is not read to its end."""
@@ -166,16 +166,11 @@ def _rows_of(source: DataSource) -> Rows:
 
 def _damage(source: DataSource) -> tuple[type[Exception], ...]:
     """What reading a missing, cut off or damaged file raises."""
-    damage: list[type[Exception]] = [OSError, EOFError, zlib.error]
-    if source.path.lower().endswith(".zst"):
-        import zstandard
-
-        damage.append(zstandard.ZstdError)
     if file_suffix(source.path) in (".parquet", ".arrow"):
         import pyarrow
 
-        damage.append(pyarrow.ArrowException)
-    return tuple(damage)
+        return *UNREADABLE, pyarrow.ArrowException
+    return UNREADABLE
 
 
 def _too_many(place: Place) -> Problem:

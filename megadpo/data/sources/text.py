@@ -1,30 +1,26 @@
 """Rows of text files: JSONL, JSON and CSV, plain or compressed with gzip or Zstandard.
 
-JSONL and CSV stream, in memory bounded by MAX_LINE_BYTES; a .json file is held whole.
+JSONL and CSV stream, in memory bounded by files.jsonl.MAX_LINE_BYTES; a .json file is held whole.
 """
 
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from megadpo.config.problems import Problem
-from megadpo.data.formats.messages import Place, type_name
-
-MAX_LINE_BYTES = 64 * 2**20
-"""A longer line is refused unread: it is a file without line ends, or no pair that a model could train on."""
+from megadpo.data.formats.messages import Place
+from megadpo.files import jsonl
+from megadpo.files.jsonl import type_name
 
 Rows = Iterator[tuple[Place, dict[str, object] | Problem]]
 """Each row with its place, or what is wrong with it."""
 
-_ZSTD_PIECE_BYTES = 2**14
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
 _HALF_BYTE = re.compile("[\udc80-\udcff]")
 """What errors="surrogateescape" makes of a byte that is no UTF-8."""
@@ -32,75 +28,21 @@ _COMPRESSED = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
 _CSV_NUMBERS = ("overall_preference",)
 
 
-def open_bytes(path: Path) -> BinaryIO:
-    """The file's bytes, uncompressed where its name ends in .gz or .zst. Raises OSError; a damaged compressed file
-    raises EOFError, OSError, zlib.error or zstandard.ZstdError when it is read."""
-    name = path.name.lower()
-    if name.endswith(".gz"):
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    if name.endswith(".zst"):
-        return cast(BinaryIO, io.BufferedReader(_ZstdFile(path)))
-    return path.open("rb")
-
-
-class _ZstdFile(io.RawIOBase):
-    """The content of Zstandard frames end to end. zstandard's own reader takes a frame that is cut off for whole."""
-
-    def __init__(self, path: Path) -> None:
-        import zstandard  # a tenth of a second that other files need not wait for
-
-        self._file = path.open("rb")
-        self._new_frame = zstandard.ZstdDecompressor().decompressobj
-        self._frame = self._new_frame()
-        self._is_inside = False
-        self._content = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Raises EOFError for a frame without its end, zstandard.ZstdError for a damaged one."""
-        while not self._content:
-            piece = self._frame.unused_data if self._frame.eof else b""
-            piece = piece or self._file.read(_ZSTD_PIECE_BYTES)
-            if self._frame.eof:
-                self._frame, self._is_inside = self._new_frame(), False
-            if not piece:
-                if self._is_inside:
-                    raise EOFError("a Zstandard frame without its end")
-                return 0
-            self._content, self._is_inside = memoryview(self._frame.decompress(piece)), True
-        count = min(len(buffer), len(self._content))
-        buffer[:count] = self._content[:count]
-        self._content = self._content[count:]
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
 def jsonl_rows(path: Path) -> Rows:
-    """One JSON object a line; blank lines are skipped."""
-    row = 0
-    with open_bytes(path) as file:
-        for number, line in enumerate(_lines(file), start=1):
-            place = Place(str(path), number, row)
-            if line is None:
-                row += 1
-                yield place, _too_long_a_line(place)
-                continue
-            line = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
-            if line.strip():
-                row += 1
-                yield place, _json_row(line, place)
+    """One JSON object a line; blank lines are skipped. Raises UNREADABLE."""
+    for row, line in enumerate(jsonl.read_lines(path)):
+        place = Place(str(path), line.number, row)
+        try:
+            yield place, jsonl.read_object(line, object_pairs_hook=_object)
+        except jsonl.LineError as error:
+            yield place, _line_problem(error, line, place)
 
 
 def json_rows(path: Path) -> Rows:
     """A list of objects, or objects one after the other, each over as many lines as it likes. A row's line is that on
     which it begins. Nothing after broken JSON can be read."""
-    with open_bytes(path) as file:
-        content = file.read().removeprefix(_BYTE_ORDER_MARK)
+    with jsonl.open_bytes(path) as file:
+        content = file.read().removeprefix(jsonl.BYTE_ORDER_MARK)
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -142,8 +84,8 @@ def json_rows(path: Path) -> Rows:
 
 def csv_rows(path: Path) -> Rows:
     """The first line names the columns. Cells are strings, but for lists of messages and the like, written as JSON."""
-    csv.field_size_limit(MAX_LINE_BYTES)  # the module's own limit, 131,072 characters, is for the whole process
-    with open_bytes(path) as file:
+    csv.field_size_limit(jsonl.MAX_LINE_BYTES)  # the module's own limit, 131,072 characters, is for the whole process
+    with jsonl.open_bytes(path) as file:
         # Bytes that are no UTF-8 become half characters, which are refused by line
         lines = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.reader(lines, strict=True)
@@ -182,29 +124,6 @@ def csv_rows(path: Path) -> Rows:
             yield place, {name: _cell(name, cell) for name, cell in zip(header, cells, strict=True)}
 
 
-def _lines(file: Iterable[bytes]) -> Iterator[bytes | None]:
-    """The lines of a file, None for one over MAX_LINE_BYTES."""
-    stream = cast(BinaryIO, file)
-    while line := stream.readline(MAX_LINE_BYTES + 1):
-        if len(line) <= MAX_LINE_BYTES:
-            yield line
-            continue
-        while line and not line.endswith(b"\n"):
-            line = stream.readline(2**20)
-        yield None
-
-
-def _json_row(line: bytes, place: Place) -> dict[str, object] | Problem:
-    """The line as a JSON object, or what is wrong with it."""
-    try:
-        value = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
-    except UnicodeDecodeError as error:
-        return _not_utf8(place, line[error.start], error.start, line)
-    except (ValueError, RecursionError) as error:
-        return _broken_json(place, error, one_a_line=True)
-    return value if isinstance(value, dict) else _no_object(value, place, one_a_line=True)
-
-
 def _cell(name: str, cell: str) -> object:
     """A cell as the formats need it: JSON lists of objects (messages, completions, tools) and numbers are read."""
     if cell.startswith("[") and cell.endswith("]"):
@@ -236,25 +155,38 @@ def _end_of_space(text: str, position: int) -> int:
     return position if match is None else match.end()
 
 
-def _broken_json(place: Place, error: Exception | str, *, one_a_line: bool = False) -> Problem:
+def _broken_json(place: Place, error: Exception | str) -> Problem:
     said = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-    fix = "close what it opens, and remove comments and commas before brackets"
-    if one_a_line:
-        fix = "put the whole object on this line and close what it opens, or name the file .json if rows span lines"
-    if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
-        fix = "mend or remove the row"  # a key that is there twice, a number of thousands of digits
-    return Problem(str(place), f"broken JSON ({said})", "one JSON object a line" if one_a_line else "JSON", fix)
+    fix = _json_fix(error) or "close what it opens, and remove comments and commas before brackets"
+    return Problem(str(place), f"broken JSON ({said})", "JSON", fix)
 
 
-def _no_object(value: object, place: Place, *, one_a_line: bool = False) -> Problem:
-    return Problem(
-        where=str(place),
-        value=f"a JSON {type_name(value)}",
-        expected="one JSON object a line" if one_a_line else "a JSON object for each pair",
-        fix="write each pair as an object, one a line (a file of one big list is named .json)"
-        if one_a_line
-        else "write each pair as an object",
-    )
+def _json_fix(error: object) -> str | None:
+    """For a key that is there twice, or a number of thousands of digits."""
+    is_more_than_syntax = isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError)
+    return "mend or remove the row" if is_more_than_syntax else None
+
+
+def _no_object(value: object, place: Place) -> Problem:
+    found = f"a JSON {type_name(value)}"
+    return Problem(str(place), found, "a JSON object for each pair", "write each pair as an object")
+
+
+def _line_problem(error: jsonl.LineError, line: jsonl.Line, place: Place) -> Problem:
+    """A line of a JSONL file that holds no object."""
+    cause = error.__cause__
+    if isinstance(cause, UnicodeDecodeError):
+        return _not_utf8(place, line.content[cause.start], cause.start, line.content)
+    expected = "one JSON object a line"
+    if error.reason == "line_too_long":
+        expected = "a pair a line, which no model reads at such a length"
+        fix = "put each pair on a line of its own, or remove this one"
+    elif error.reason == "not_an_object":
+        fix = "write each pair as an object, one a line (a file of one big list is named .json)"
+    else:
+        whole = "put the whole object on this line and close what it opens, or name the file .json if rows span lines"
+        fix = _json_fix(cause) or whole
+    return Problem(str(place), str(error), expected, fix)
 
 
 def _not_utf8(place: Place, byte: int, column: int, content: bytes = b"") -> Problem:
@@ -266,12 +198,3 @@ def _not_utf8(place: Place, byte: int, column: int, content: bytes = b"") -> Pro
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         fix = "write the file in UTF-8: iconv -f UTF-16 -t UTF-8"
     return Problem(where=str(place), value=f"the byte 0x{byte:02x} at column {column + 1}", expected="UTF-8", fix=fix)
-
-
-def _too_long_a_line(place: Place) -> Problem:
-    return Problem(
-        where=str(place),
-        value=f"a line of more than {MAX_LINE_BYTES // 2**20} MiB",
-        expected="a pair a line, which no model reads at such a length",
-        fix="put each pair on a line of its own, or remove this one",
-    )

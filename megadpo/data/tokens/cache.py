@@ -169,7 +169,7 @@ class _Writer:
             raise self._refused(error) from error
 
     def finish(self, key: str, summary: Summary) -> None:
-        """Everything on the disk, the header last. Raises ConfigError."""
+        """Everything written, the header last. Raises ConfigError."""
         header = {
             "key": key,
             "report": dataclasses.asdict(summary.report),
@@ -182,8 +182,6 @@ class _Writer:
         }
         try:
             for file in self._files.values():
-                file.flush()
-                os.fsync(file.fileno())
                 file.close()
             (self._folder / _HEADER).write_text(json.dumps({"header": header, "sha256": _json_hash(header)}, indent=1))
         except OSError as error:

@@ -19,7 +19,6 @@ import zstandard
 
 from megadpo.config.problems import DataError
 from megadpo.data.pairs import PreferencePair
-from megadpo.data.sources import text as reader_text
 from megadpo.data.sources.rows import iterate_pairs, read_pairs, source_digest
 from tests.data.builders import row, write_rows
 
@@ -364,7 +363,7 @@ def test_good_pairs_come_before_the_error(tmp_path: Path) -> None:
 
 
 def test_the_limit_of_a_line_is_what_the_message_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader_text, "MAX_LINE_BYTES", 2**20)
+    monkeypatch.setattr("megadpo.files.jsonl.MAX_LINE_BYTES", 2**20)
     edge = {"prompt": "", "chosen": "a", "rejected": "b"}
     edge["prompt"] = "x" * (2**20 - len(jsonl([edge])))
     path = write_rows(tmp_path / "p.jsonl", [edge])

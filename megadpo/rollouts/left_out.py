@@ -1,13 +1,19 @@
-"""Why a rollout, a group or a pair is left out: the one list of reasons, each with what to do about it.
-
-The names stand in the report and in PAIRS.rejected.jsonl.
+"""What is left out of the pairs, and why: the list of reasons, each with what to do about it, and the file of the rows,
+rollouts, groups and pairs that were left out (PAIRS.rejected.jsonl).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
 
-from megadpo.config.problems import Problem
+from megadpo.files.jsonl import to_line
+
+MOST_EXAMPLES = 3
+"""Places that a report names for a reason; the file has all."""
+
+_MOST_LINE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ ROW_REASONS: dict[str, Reason] = {
         "one user message and an answer of plain text, as --text needs", "build without --text, or --reasoning drop"
     ),
 }
-"""Of rows that can't be used, each written aside with its line."""
+"""Of rows that can't be used, each written with its line."""
 
 ROLLOUT_REASONS: dict[str, Reason] = {
     "duplicate": Reason("an answer once a group", "nothing: --dedupe keeps the first of equal answers"),
@@ -104,15 +110,37 @@ REASONS = ROW_REASONS | ROLLOUT_REASONS | GROUP_REASONS | PAIR_REASONS
 
 
 class Unusable(Exception):
-    """What is wrong with a row: a key of ROW_REASONS, and what was found."""
+    """Why a row can't be used: a key of ROW_REASONS; its text is what was found."""
 
-    def __init__(self, reason: str, value: str) -> None:
+    def __init__(self, reason: str, found: str) -> None:
         assert reason in ROW_REASONS, reason
-        super().__init__(reason, value)
+        super().__init__(found)
         self.reason = reason
-        self.value = value
 
 
-def problem(where: str, reason: str, value: object) -> Problem:
-    """The reason as the Problem that a user is shown."""
-    return Problem(where, value, REASONS[reason].expected, REASONS[reason].fix)
+@dataclass
+class LeftOut:
+    """Writes what is left out to `file`, one object a line, and counts it."""
+
+    file: BinaryIO
+    counts: Counter[str] = field(default_factory=Counter)
+    """How many of each reason."""
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    """The first places of each reason, MOST_EXAMPLES at the most."""
+
+    def add_row(self, where: str, reason: str, found: str, line: bytes) -> None:
+        """A row that can't be used, with its line (bytes that are no UTF-8 as \\xNN; the first MiB of a long one)."""
+        text = line[:_MOST_LINE_BYTES].decode("utf-8", errors="backslashreplace")
+        self._write(where, reason, {"where": where, "value": found}, {"line": text})
+
+    def add(self, where: str, reason: str, **facts: object) -> None:
+        """A rollout, group or pair; `where` is what the report names."""
+        self._write(where, reason, {"where": where}, facts)
+
+    def _write(self, where: str, reason: str, first: dict[str, str], last: dict[str, Any]) -> None:
+        self.counts[reason] += 1
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < MOST_EXAMPLES:
+            examples.append(f"{where}: {first['value']}" if "value" in first else where)
+        known = REASONS[reason]
+        self.file.write(to_line({"reason": reason, **first, "expected": known.expected, "fix": known.fix, **last}))

@@ -1,22 +1,22 @@
-"""Responses API items as chat messages."""
+"""Items of the Responses API as chat messages, and back."""
 
 from __future__ import annotations
 
 import pytest
 
-from megadpo.rollouts.chat import to_messages, to_tools
-from megadpo.rollouts.reasons import Unusable
+from megadpo.messages.chat import MessageError
+from megadpo.messages.responses import ItemReader, to_items, to_messages
 from tests.rollouts.builders import call, call_output, message, reasoning
 
 
 def test_reasoning_joins_the_message_that_follows():
-    assert to_messages([reasoning("hm"), message("4")], "output").messages == [
+    assert to_messages([reasoning("hm"), message("4")], "output")[0] == [
         {"role": "assistant", "content": "4", "reasoning_content": "hm"}
     ]
 
 
 def test_reasoning_can_be_left_out():
-    assert to_messages([reasoning("hm"), message("4")], "output", keep_reasoning=False).messages == [
+    assert to_messages([reasoning("hm"), message("4")], "output", keep_reasoning=False)[0] == [
         {"role": "assistant", "content": "4"}
     ]
 
@@ -30,7 +30,7 @@ def test_tool_calls_their_outputs_and_the_answer():
         call_output([{"type": "input_text", "text": "none"}], "call_b"),
         message("Ann is there"),
     ]
-    assert to_messages(items, "output").messages == [
+    assert to_messages(items, "output")[0] == [
         {
             "role": "assistant",
             "content": "",
@@ -48,7 +48,7 @@ def test_tool_calls_their_outputs_and_the_answer():
 
 def test_turns_of_several_sides_stay_apart():
     items = [message("hit"), message("[8, 5, 3]", "user"), reasoning("16"), message("stand")]
-    assert to_messages(items, "output").messages == [
+    assert to_messages(items, "output")[0] == [
         {"role": "assistant", "content": "hit"},
         {"role": "user", "content": "[8, 5, 3]"},
         {"role": "assistant", "content": "stand", "reasoning_content": "16"},
@@ -57,7 +57,7 @@ def test_turns_of_several_sides_stay_apart():
 
 def test_messages_of_one_turn_stay_apart():
     items = [message("none"), message("one"), reasoning("more"), message("two")]
-    assert to_messages(items, "output").messages == [
+    assert to_messages(items, "output")[0] == [
         {"role": "assistant", "content": "none"},
         {"role": "assistant", "content": "one"},
         {"role": "assistant", "content": "two", "reasoning_content": "more"},
@@ -74,7 +74,7 @@ def test_chat_completion_messages_without_a_type():
         },
         {"role": "tool", "tool_call_id": "c", "content": "1"},
     ]
-    assert to_messages(items, "output").messages == [
+    assert to_messages(items, "output")[0] == [
         {
             "role": "assistant",
             "content": "",
@@ -86,7 +86,7 @@ def test_chat_completion_messages_without_a_type():
 
 
 def test_a_developer_message_is_a_system_message():
-    assert to_messages([{"role": "developer", "content": "short"}], "input").messages == [
+    assert to_messages([{"role": "developer", "content": "short"}], "input")[0] == [
         {"role": "system", "content": "short"}
     ]
 
@@ -94,20 +94,18 @@ def test_a_developer_message_is_a_system_message():
 @pytest.mark.parametrize("arguments", ['{"a": 1', "[1]", "null", None, 5])
 def test_arguments_that_are_no_object_are_refused(arguments: object):
     """Some chat templates would quote them again, others write them bare: training reads objects only."""
-    with pytest.raises(Unusable) as refused:
+    with pytest.raises(MessageError) as refused:
         to_messages([call("f", arguments)], "output")
     assert refused.value.reason == "broken_arguments"
 
 
 def test_no_arguments_are_an_empty_object():
-    assert to_messages([call("f", "")], "output").messages[0]["tool_calls"][0]["function"]["arguments"] == {}
+    assert to_messages([call("f", "")], "output")[0][0]["tool_calls"][0]["function"]["arguments"] == {}
 
 
-def test_encrypted_reasoning_is_noted():
+def test_encrypted_reasoning_is_counted():
     items = [{"type": "reasoning", "summary": [], "encrypted_content": "x"}, message("4")]
-    conversation = to_messages(items, "output")
-    assert conversation.messages == [{"role": "assistant", "content": "4"}]
-    assert "reasoning items without text" in conversation.notes[0]
+    assert to_messages(items, "output") == ([{"role": "assistant", "content": "4"}], 1)
 
 
 @pytest.mark.parametrize(
@@ -118,22 +116,65 @@ def test_encrypted_reasoning_is_noted():
         ({"type": "message", "role": "critic", "content": "x"}, "role 'critic'"),
         ({"type": "message", "role": "user", "content": [{"type": "input_image"}]}, "content[0] of type 'input_image'"),
         ({"type": "message", "role": "user", "content": 3}, "content of type int"),
-        ({"type": "function_call", "name": None, "arguments": "{}", "call_id": "c"}, "name of type NoneType"),
-        ({"type": "function_call_output", "call_id": "c", "output": {"a": 1}}, "of type dict"),
+        ({"type": "function_call", "name": None, "arguments": "{}", "call_id": "c"}, "name of type null"),
+        ({"type": "function_call_output", "call_id": "c", "output": {"a": 1}}, "of type object"),
         ({"role": "assistant", "content": "", "tool_calls": [{"id": "c"}]}, "tool_calls[0] without a function"),
     ],
 )
 def test_what_a_chat_cannot_hold_is_refused(item: object, said: str):
-    with pytest.raises(Unusable) as refused:
+    with pytest.raises(MessageError) as refused:
         to_messages([item], "output")
-    assert refused.value.reason == "unsupported_item" and said in refused.value.value
+    assert refused.value.reason == "unsupported_item" and said in str(refused.value)
 
 
-def test_tools_of_both_apis_look_the_same():
-    function = {"name": "f", "description": "d", "parameters": {"type": "object"}}
-    want = [{"type": "function", "function": function}]
-    assert to_tools([{"type": "function", "strict": False, **function}]) == want
-    assert to_tools([{"type": "function", "function": function}]) == want
-    assert to_tools(None) == []
-    with pytest.raises(Unusable, match="web_search"):
-        to_tools([{"type": "web_search"}])
+def for_a_server(items: list) -> list[dict]:
+    reader = ItemReader(for_template=False)
+    for number, item in enumerate(items):
+        reader.add(item, f"input[{number}]")
+    return reader.messages
+
+
+def test_a_server_gets_roles_arguments_and_images_as_they_are():
+    image = {"type": "input_image", "image_url": "data:1"}
+    items = [
+        {"role": "developer", "content": "D"},
+        {
+            "role": "user",
+            "content": [{"type": "input_text", "text": "what is "}, {"type": "input_text", "text": "it?"}],
+        },
+        call("f", '{"a":1}', "c"),
+        call_output("1", "c"),
+        {"role": "user", "content": [{"type": "input_text", "text": "look"}, image]},
+    ]
+    assert for_a_server(items) == [
+        {"role": "developer", "content": "D"},
+        {"role": "user", "content": "what is it?"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}],
+        },
+        {"role": "tool", "content": "1", "tool_call_id": "c"},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "look"}, {"type": "image_url", "image_url": {"url": "data:1"}}],
+        },
+    ]
+
+
+@pytest.mark.parametrize("content", [None, []])
+def test_a_server_is_not_asked_with_a_message_without_content(content: object):
+    with pytest.raises(MessageError, match="input.0..content without text or parts"):
+        for_a_server([{"role": "user", "content": content}])
+
+
+def test_messages_become_items_and_messages_again():
+    message_ = {
+        "role": "assistant",
+        "content": "so",
+        "reasoning_content": "hm",
+        "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+    }
+    items = to_items(message_, "completed")
+    assert [item["type"] for item in items] == ["reasoning", "message", "function_call"]
+    assert for_a_server(items) == [message_]

@@ -1,4 +1,4 @@
-"""Responses <-> chat completions."""
+"""What both endpoints are asked, and their answers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megadpo.collect.chat import chat_body, response_of_chat
-from megadpo.collect.parameters import Findings, check_params, responses_body, with_seed
+from megadpo.collect.endpoints import chat_body, response_of_chat, responses_body
+from megadpo.collect.parameters import Findings, check_params, with_seed
 from megadpo.collect.rewards import answer_text
 
 FOLDER = Path(os.environ.get("MEGADPO_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
@@ -130,7 +130,7 @@ def test_what_cannot_be_asked_is_named(params, said):
 def test_the_seed_joins_what_is_in_the_extra_body():
     params = with_seed({"input": "x", "metadata": {"extra_body": '{"top_k": 5}', "label": "a"}}, 3)
     assert json.loads(params["metadata"]["extra_body"]) == {"top_k": 5, "seed": 3}
-    body = responses_body({**params, "top_p": None}, Findings("", []))
+    body = responses_body({**params, "top_p": None})
     assert body == {"input": "x", "metadata": {"label": "a"}, "top_k": 5, "seed": 3}
 
 

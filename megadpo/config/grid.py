@@ -1,0 +1,136 @@
+"""The grid of ranks: the sizes of a parallel layout, and one rank's place in it. Pure arithmetic.
+
+Ranks are numbered as megatron-core numbers them by default: tensor - context - data - pipeline, the first one changing
+fastest. Experts divide the same ranks of a stage otherwise: expert tensor - expert - expert data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from megadpo.config.schema import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Sizes of the parallel dimensions, and a rank in them. Raises ValueError for a rank outside of the world."""
+
+    tensor: int = 1
+    context: int = 1
+    """Ranks that share out the tokens of each micro-batch."""
+    data: int = 1
+    """Copies of the model: ranks that share out the micro-batches of a global batch."""
+    pipeline: int = 1
+    virtual_pipeline: int = 1
+    """Model chunks of each pipeline stage."""
+    expert: int = 1
+    """Ranks that share out the experts of a layer."""
+    expert_tensor: int = 1
+    """Ranks that cut each expert."""
+    rank: int = 0
+    """World rank whose place in the grid the properties below give."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank {self.rank} of a world of {self.world_size}")
+
+    @classmethod
+    def of(cls, cfg: Config, world_size: int) -> Grid:
+        """The config's grid in a world of `world_size` ranks. `data` is world_size / (tensor x context x pipeline),
+        rounded down; check_layout refuses a world that does not divide."""
+        megatron = cfg.policy.megatron_cfg
+        one_copy = cls(
+            tensor=megatron.tensor_model_parallel_size,
+            context=megatron.context_parallel_size,
+            pipeline=megatron.pipeline_model_parallel_size,
+            virtual_pipeline=megatron.virtual_pipeline_model_parallel_size,
+            expert=megatron.expert_model_parallel_size,
+            expert_tensor=megatron.expert_tensor_parallel_size,
+        )
+        return dataclasses.replace(one_copy, data=max(1, world_size // one_copy.model_ranks))
+
+    def __str__(self) -> str:
+        """The sizes that are not 1; tensor, pipeline and data always."""
+        sizes = {"tensor": self.tensor, "context": self.context, "pipeline": self.pipeline, "data": self.data}
+        text = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 or name != "context")
+        also = {
+            "model chunks a stage": self.virtual_pipeline,
+            "expert": self.expert,
+            "expert tensor": self.expert_tensor,
+        }
+        return ", ".join([text, *(f"{name} {size}" for name, size in also.items() if size > 1)])
+
+    def at(self, rank: int) -> Grid:
+        """The same grid, seen from world rank `rank`."""
+        return dataclasses.replace(self, rank=rank)
+
+    def stage(self, number: int) -> Grid:
+        """The same grid, seen from the first rank of pipeline stage `number`."""
+        return self.at(number * self.stage_ranks)
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor * self.context * self.pipeline
+
+    @property
+    def stage_ranks(self) -> int:
+        return self.tensor * self.context * self.data
+
+    @property
+    def world_size(self) -> int:
+        return self.stage_ranks * self.pipeline
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same slice of a weight outside experts: gradients are summed over them, and the distributed
+        optimizer is sharded over them."""
+        return self.context * self.data
+
+    @property
+    def expert_replicas(self) -> int:
+        """Ranks that hold the same part of the same expert."""
+        return self.stage_ranks // (self.expert * self.expert_tensor)
+
+    @property
+    def tp_rank(self) -> int:
+        return self.rank % self.tensor
+
+    @property
+    def cp_rank(self) -> int:
+        return self.rank // self.tensor % self.context
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // (self.tensor * self.context) % self.data
+
+    @property
+    def pp_rank(self) -> int:
+        return self.rank // self.stage_ranks
+
+    @property
+    def etp_rank(self) -> int:
+        return self.rank % self.stage_ranks % self.expert_tensor
+
+    @property
+    def ep_rank(self) -> int:
+        return self.rank % self.stage_ranks // self.expert_tensor % self.expert
+
+    @property
+    def replica(self) -> int:
+        """Number of this rank among `replicas`."""
+        return self.rank % self.stage_ranks // self.tensor
+
+    @property
+    def expert_replica(self) -> int:
+        """Number of this rank among `expert_replicas`."""
+        return self.rank % self.stage_ranks // (self.expert * self.expert_tensor)
+
+    def is_first_chunk(self, chunk: int) -> bool:
+        """Whether this rank's chunk number `chunk` is where the model begins."""
+        return self.pp_rank == 0 and chunk == 0
+
+    def is_last_chunk(self, chunk: int) -> bool:
+        """Whether this rank's chunk number `chunk` is where the model ends."""
+        return self.pp_rank == self.pipeline - 1 and chunk == self.virtual_pipeline - 1

@@ -1,0 +1,1 @@
+"""How files are written and read, whatever is in them. Imports no other room."""

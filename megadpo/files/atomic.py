@@ -1,0 +1,57 @@
+"""Files and folders that are there whole or not at all: written beside their place, then renamed.
+
+What survives a power loss is decided here, and nowhere else:
+
+| written | durable | why |
+| --- | --- | --- |
+| checkpoints (their record, and the rename of their folder) | yes | days of training |
+| collected rollouts and their journal | yes | answers of a model cost money |
+| pairs and what was left out of them, reports, config.yaml | yes | a user reads them next |
+| caches (reference log-probabilities, tokenised data) | no | a damaged one is found when it is read, and made again |
+
+Durable: the file's content is on the disk (fsync) before the rename, and the folder, which holds the new name, after it.
+A folder's files are synced by whoever writes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def write_then_rename(target: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Gives a path beside `target`, where the block writes a file or a folder. It takes the target's name when the block
+    ends, and is removed when the block raises. A block that leaves nothing there leaves the target as it was.
+
+    Raises OSError, and whatever the block raises. Several processes may write one target at once: the last one wins. A
+    process that is killed leaves `.NAME.*.partial` behind, which can be deleted."""
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.partial")
+    try:
+        yield partial
+        if not partial.exists():
+            return
+        if durable and partial.is_file():
+            sync(partial)
+        os.replace(partial, target)
+    except BaseException:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync(target.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of names, is on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
