@@ -74,22 +74,6 @@ def _pack_budget(known: Known) -> Iterator[Problem]:
 
 
 @rule
-def _kernel(known: Known) -> Iterator[Problem]:
-    kernel = known.cfg.policy.attention_kernel
-    if known.cfg.policy.device == "cpu" and kernel in ("varlen", "transformer_engine"):
-        yield Problem("policy.attention_kernel", kernel, "auto, cpu or sdpa on policy.device cpu", "set it to auto")
-    if known.cfg.policy.device == "cuda" and kernel == "cpu":
-        yield Problem("policy.attention_kernel", kernel, "another kernel on policy.device cuda", "set it to auto")
-
-
-@rule
-def _head(known: Known) -> Iterator[Problem]:
-    kernel = known.cfg.policy.logprob_kernel
-    if known.cfg.policy.device == "cpu" and kernel == "triton":
-        yield Problem("policy.logprob_kernel", kernel, "auto or torch on policy.device cpu", "set it to auto")
-
-
-@rule
 def _columns(known: Known) -> Iterator[Problem]:
     keys = (known.cfg.data.prompt_key, known.cfg.data.chosen_key, known.cfg.data.rejected_key)
     if len(set(keys)) < len(keys):

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Sequence
 
 from megadpo.config.check import check_layout
+from megadpo.config.known import Known, find_problems
 from megadpo.config.load import Purpose, as_dict, load_config, save_resolved
 from megadpo.config.metric import parse_duration_s
 from megadpo.config.no_effect import unused_by_dense
@@ -56,12 +57,11 @@ def evaluate_main(arguments: Sequence[str]) -> int:
 
 def run_evaluating(cfg: Config) -> int:
     """Set up, evaluate, tear down. Every rank."""
-    from megadpo.model.implementation import implementation_problems
-    from megadpo.parallel import destroy, initialize, layout_of, setup_device
+    from megadpo.parallel import destroy, initialize, layout_of, machine, setup_device
     from megadpo.train.evaluation import run_evaluation
 
     device = setup_device(cfg.policy.device)
-    if problems := implementation_problems(cfg.policy, device):
+    if problems := find_problems(Known(cfg=cfg, machine=machine(device))):
         raise ConfigError(problems)
     parallel = initialize(layout_of(cfg), device)
     exit_code = run_evaluation(cfg, parallel)
@@ -107,8 +107,7 @@ def checked_config(path: str, overrides: Sequence[str], world_size: int | None, 
 
 def run_training(cfg: Config) -> int:
     """Set up, train, tear down. Every rank."""
-    from megadpo.optimizer.build import machine_problems
-    from megadpo.parallel import destroy, initialize, layout_of, setup_device
+    from megadpo.parallel import destroy, initialize, layout_of, machine, setup_device
     from megadpo.parallel.lifetime import signal_when_parent_ends
     from megadpo.train.loop import train
     from megadpo.train.metrics_logger import MetricsLogger
@@ -122,7 +121,7 @@ def run_training(cfg: Config) -> int:
     ):  # the ranks of a torchrun that died would train on, with nobody to stop them
         signal_when_parent_ends(signal.SIGTERM, os.getppid())
     device = setup_device(cfg.policy.device)
-    if problems := machine_problems(cfg.policy, device):
+    if problems := find_problems(Known(cfg=cfg, machine=machine(device))):
         raise ConfigError(problems)
     parallel = initialize(layout_of(cfg), device)
     run = prepare(cfg, parallel)

@@ -11,7 +11,9 @@ import types
 
 import pytest
 import torch
+from megadpo.optimizer.adam import choose_adam
 
+from megadpo.config.schema_megatron import OptimizerConfig
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import make_config, make_model, read_metrics
 
@@ -119,3 +121,13 @@ def test_megatron_core_is_told():
     use_adam("torch")
     assert mcore.Adam is torch.optim.AdamW and mcore.USING_PYTORCH_OPTIMIZER
     assert not distrib_optimizer.HAVE_APEX_OR_TE and not distrib_optimizer.USING_TE_OPTIMIZER
+
+
+def test_whose_adam(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr("megadpo.optimizer.adam.why_missing", lambda name: None)
+    assert choose_adam(OptimizerConfig(), cpu)[0] == "torch"
+    assert choose_adam(OptimizerConfig(), cuda)[0] == "transformer_engine"
+    assert choose_adam(OptimizerConfig(adam_impl="torch"), cuda)[0] == "torch"
+    monkeypatch.setattr("megadpo.optimizer.adam.why_missing", lambda name: "not installed")
+    assert choose_adam(OptimizerConfig(), cuda) == ("torch", "not installed")

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megadpo.model.head import sum_per_answer, vocab_parallel_logps
+from megadpo.model.heads import sum_per_answer
+from megadpo.model.heads.torch import TorchHead
 from tests.helpers.distributed import run_distributed
 
 ROWS, HIDDEN, VOCAB = 23, 16, 40
@@ -39,9 +40,7 @@ def on_a_shard(chunk_tokens):
     shard = weight[rank * rows : (rank + 1) * rows].clone().requires_grad_()
     hidden.requires_grad_()
     group = dist.group.WORLD
-    logps = vocab_parallel_logps(
-        hidden, shard, targets, vocab_start=rank * rows, group=group, chunk_tokens=chunk_tokens
-    )
+    logps = TorchHead()(hidden, shard, targets, vocab_start=rank * rows, group=group, chunk_tokens=chunk_tokens)
     grad_hidden, grad_shard = torch.autograd.grad(logps, (hidden, shard), upstream)
     dist.all_reduce(grad_hidden)  # as the backward of megatron-core's copy_to region does
     return logps.detach(), grad_hidden, grad_shard
@@ -63,7 +62,7 @@ def in_bfloat16():
     hidden = torch.ones(257, 1, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.zeros(257, dtype=torch.int64)
-    logps = vocab_parallel_logps(hidden, weight, targets, vocab_start=0, group=dist.group.WORLD, chunk_tokens=1)
+    logps = TorchHead()(hidden, weight, targets, vocab_start=0, group=dist.group.WORLD, chunk_tokens=1)
     logps.backward(torch.tensor([256.0] + [1.0] * 256))
     return logps.detach(), weight.grad
 
@@ -79,9 +78,7 @@ def test_bfloat16_is_summed_in_float32():
 def extreme_logits():
     hidden = torch.tensor([[1e4], [-1e4]], requires_grad=True)
     weight = torch.tensor([[1.0], [0.0], [-1.0]], requires_grad=True)
-    logps = vocab_parallel_logps(
-        hidden, weight, torch.tensor([0, 0]), vocab_start=0, group=dist.group.WORLD, chunk_tokens=8
-    )
+    logps = TorchHead()(hidden, weight, torch.tensor([0, 0]), vocab_start=0, group=dist.group.WORLD, chunk_tokens=8)
     logps.sum().backward()
     return logps.detach(), hidden.grad, weight.grad
 
@@ -102,7 +99,7 @@ def peak_of_big_head():
     weight = torch.randn(vocab, hidden_size, requires_grad=True)
     targets = torch.randint(0, vocab, (rows,))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    logps = vocab_parallel_logps(hidden, weight, targets, vocab_start=0, group=dist.group.WORLD, chunk_tokens=chunk)
+    logps = TorchHead()(hidden, weight, targets, vocab_start=0, group=dist.group.WORLD, chunk_tokens=chunk)
     logps.sum().backward()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 

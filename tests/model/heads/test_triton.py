@@ -23,14 +23,18 @@ import torch
 import torch.distributed as dist
 from packaging.version import Version
 
+from megadpo.config.known import MIXED_PRODUCTS, Known, Machine
 from megadpo.config.problems import ConfigError
-from megadpo.model.head import vocab_parallel_logps
-from megadpo.model.head_choice import choose_head
+from megadpo.config.schema import Config
+from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
+from megadpo.config.variants import LOGPROB_KERNELS
+from megadpo.model.heads import triton as head
+from megadpo.parallel.device import multiplies_into_float32
 from megadpo.plan.trace import LiveBytes
 from tests.helpers.distributed import run_distributed
-from tests.model.head_fused_worker import Case, make_inputs, relative_errors
+from tests.model.heads.triton_worker import Case, make_inputs, relative_errors
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 BOUNDS = {
     "float32": {"logps": 1e-5, "hidden": 1e-5, "weight": 1e-5},
     "bfloat16": {"logps": 1e-5, "hidden": 4e-3, "weight": 4e-3},
@@ -75,7 +79,7 @@ def interpreted(cases: list[Case], folder: Path) -> list[list[dict[str, float]]]
     """Errors by rank and case; all cases have one world size."""
     (folder / "cases.json").write_text(json.dumps([dataclasses.asdict(case) for case in cases]), encoding="utf-8")
     files = [str(folder / "cases.json"), str(folder / "results")]
-    command = [sys.executable, "-m", "tests.model.head_fused_worker", *files]
+    command = [sys.executable, "-m", "tests.model.heads.triton_worker", *files]
     path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False)
@@ -116,50 +120,47 @@ def test_kernels_compile_for_hopper_without_one(out):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from megadpo.model import head_triton
+    from megadpo.model.heads.triton import fused
 
     numbers = {"begin": "i32", "columns": "i32", "BLOCK": "constexpr"}
     rows = dict.fromkeys(("top", "total", "target_logit"), "*fp32")
     fold = {"logits": "*fp32", "targets": "*i64", **rows, **numbers}
     grads = {"log_sum": "*fp32", "grad": "*fp32"}
     differentiate = {"logits": "*fp32", "out": f"*{out}", "targets": "*i64", **grads, **numbers}
-    for kernel, signature in ((head_triton._fold, fold), (head_triton._differentiate, differentiate)):
+    for kernel, signature in ((fused._fold, fold), (fused._differentiate, differentiate)):
         aligned = {(place,): [["tt.divisibility", 16]] for place in range(len(signature) - 1)}
-        source = ASTSource(kernel, signature, {"BLOCK": head_triton.BLOCK_COLUMNS}, aligned)
-        options = {"num_warps": head_triton.WARPS}
+        source = ASTSource(kernel, signature, {"BLOCK": fused.BLOCK_COLUMNS}, aligned)
+        options = {"num_warps": fused.WARPS}
         ptx = compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
         assert "ld.global.v4" in ptx.replace(".b32", "")  # 16 bytes a load
         assert ".local" not in ptx
 
 
 def test_a_block_keeps_to_memory_and_to_whole_tiles():
-    from_module = pytest.importorskip("megadpo.model.head_fused", reason="needs Triton")
     for rows, vocab, chunk in [(8192, 128256, 1024), (100_000, 128256, 1024), (5, 32000, 64), (0, 512, 1), (7, 5, 1)]:
-        columns = from_module.block_columns(rows, vocab, chunk)
-        assert columns == vocab or columns % from_module.COLUMN_MULTIPLE == 0
-        floor = from_module.COLUMN_MULTIPLE * rows
-        assert rows * columns <= max(floor, min(from_module.MOST_LOGITS, chunk * vocab))
+        columns = head.block_columns(rows, vocab, chunk)
+        assert columns == vocab or columns % head.COLUMN_MULTIPLE == 0
+        floor = head.COLUMN_MULTIPLE * rows
+        assert rows * columns <= max(floor, min(head.MOST_LOGITS, chunk * vocab))
         assert 1 <= columns <= vocab
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_memory_is_what_the_module_says(dtype, monkeypatch):
     """Counted on tensors without values, through the products that GPUs run: their arguments are held as well."""
-    head_fused = pytest.importorskip("megadpo.model.head_fused", reason="needs Triton")
+    fused = pytest.importorskip("megadpo.model.heads.triton.fused", reason="needs Triton")
     for kernel in ("fold_block", "differentiate_block"):
-        monkeypatch.setattr(head_fused, kernel, lambda *_: None)
-    monkeypatch.setattr(head_fused, "combine_shards", lambda parts, group: (parts[0], parts[1]))
+        monkeypatch.setattr(fused, kernel, lambda *_: None)
+    monkeypatch.setattr(fused, "combine_shards", lambda parts, group: (parts[0], parts[1]))
     rows, vocab, hidden_size = 4096, 128256, 1024
     hidden = torch.empty(rows, hidden_size, device="meta", dtype=dtype, requires_grad=True)
     weight = torch.empty(vocab, hidden_size, device="meta", dtype=dtype, requires_grad=True)
     targets = torch.empty(rows, device="meta", dtype=torch.int64)
     a_row = 64 * rows  # sums, targets and the like
-    block = rows * head_fused.block_columns(rows, vocab, 1024)
-    assert 0.9 * head_fused.MOST_LOGITS < block <= head_fused.MOST_LOGITS
+    block = rows * head.block_columns(rows, vocab, 1024)
+    assert 0.9 * head.MOST_LOGITS < block <= head.MOST_LOGITS
     with LiveBytes([hidden, weight, targets]) as live:
-        logps = head_fused.fused_vocab_parallel_logps(
-            hidden, weight, targets, vocab_start=0, group=None, chunk_tokens=1024
-        )
+        logps = head.TritonHead()(hidden, weight, targets, vocab_start=0, group=None, chunk_tokens=1024)
         assert 4 * block < live.peak <= 4 * block + a_row
         assert live.now <= a_row  # kept for backward
         live.peak = live.now
@@ -170,25 +171,31 @@ def test_memory_is_what_the_module_says(dtype, monkeypatch):
     assert 0.99 * at_most < live.peak <= at_most
 
 
-def test_torch_without_the_products_is_refused_with_the_fix(monkeypatch):
-    head_fused = pytest.importorskip("megadpo.model.head_fused", reason="needs Triton")
-    assert not head_fused.multiplies_into_float32(torch.device("cpu"))  # torch itself refuses there
-    monkeypatch.setattr(head_fused, "multiplies_into_float32", lambda device: False)
-    with pytest.raises(ConfigError, match="policy.logprob_kernel: got 'auto'.*bfloat16.*use 'torch'"):
-        choose_head("auto", torch.device("cuda"))
+def chosen(name, machine, **policy):
+    policy = PolicyConfig(model_name="m", tokenizer=TokenizerConfig(name="m"), logprob_kernel=name, **policy)
+    return LOGPROB_KERNELS.choose(Known(cfg=Config(policy=policy), machine=machine)).name
 
 
-def test_on_a_cpu_the_head_is_torchs():
-    assert choose_head("auto", torch.device("cpu")) == ("torch", vocab_parallel_logps)
-    assert choose_head("torch", torch.device("cuda")) == ("torch", vocab_parallel_logps)
+@pytest.mark.parametrize("lacking", ["triton", MIXED_PRODUCTS])
+def test_on_a_gpu_that_lacks_something_auto_is_torchs_head_and_the_name_is_refused(lacking):
+    machine = Machine(device="cuda", why_missing=lambda name: "not here" if name == lacking else None)
+    assert chosen("auto", machine) == chosen("torch", machine) == "torch"
+    with pytest.raises(ConfigError, match=f"policy.logprob_kernel: got 'triton'.*without {lacking}: not here"):
+        chosen("triton", machine)
+
+
+def test_where_each_head_runs():
+    assert chosen("auto", Machine(device="cuda")) == chosen("triton", Machine(device="cuda")) == "triton"
+    assert chosen("auto", Machine(device="cpu")) == "torch"
     with pytest.raises(ConfigError, match="policy.logprob_kernel.*CUDA"):
-        choose_head("triton", torch.device("cpu"))
+        chosen("triton", Machine(device="cpu"))
+    assert not multiplies_into_float32(torch.device("cpu"))  # torch itself refuses there
 
 
 def peak_of_a_head(vocab: int, rows: int, hidden_size: int, which: str) -> int:
     """Bytes that forward and backward take at most beside the inputs and the gradients they return."""
     device = torch.device("cuda")
-    _, head = choose_head(which, device)
+    run = LOGPROB_KERNELS.configured(which, {})
     hidden = torch.randn(rows, hidden_size, device=device, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(vocab, hidden_size, device=device, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.randint(0, vocab, (rows,), device=device)
@@ -196,7 +203,7 @@ def peak_of_a_head(vocab: int, rows: int, hidden_size: int, which: str) -> int:
     before = torch.cuda.memory_allocated()
     group = dist.group.WORLD
     assert group is not None
-    logps = head(hidden, weight, targets, vocab_start=0, group=group, chunk_tokens=1024)
+    logps = run(hidden, weight, targets, vocab_start=0, group=group, chunk_tokens=1024)
     logps.sum().backward()
     returned = hidden.numel() * 2 + weight.numel() * 2
     return torch.cuda.max_memory_allocated() - before - returned
@@ -224,10 +231,10 @@ def cuda_group(tmp_path):
 )
 @pytest.mark.usefixtures("cuda_group")
 def test_compiled_kernels_against_float64(case, monkeypatch):
-    from megadpo.model import head_fused, head_triton
+    from megadpo.model.heads.triton import fused
 
-    monkeypatch.setattr(head_fused, "MOST_LOGITS", head_fused.MOST_LOGITS)  # put back what the case sets
-    monkeypatch.setattr(head_triton, "BLOCK_COLUMNS", head_triton.BLOCK_COLUMNS)
+    monkeypatch.setattr(head, "MOST_LOGITS", head.MOST_LOGITS)  # put back what the case sets
+    monkeypatch.setattr(fused, "BLOCK_COLUMNS", fused.BLOCK_COLUMNS)
     case = dataclasses.replace(case, device="cuda")
     assert dist.group.WORLD is not None
     errors = relative_errors(case, dist.group.WORLD)
@@ -246,13 +253,13 @@ def test_memory_does_not_grow_with_the_vocabulary():
 @pytest.mark.usefixtures("cuda_group")
 def test_no_wait_for_the_device():
     device = torch.device("cuda")
-    _, head = choose_head("triton", device)
+    run = head.TritonHead()
     hidden, weight, targets, upstream = (x.to(device) for x in make_inputs(Case(dtype="bfloat16")))
     hidden.requires_grad_()
     weight.requires_grad_()
 
     def once() -> None:
-        logps = head(hidden, weight, targets, vocab_start=0, group=dist.group.WORLD, chunk_tokens=1024)
+        logps = run(hidden, weight, targets, vocab_start=0, group=dist.group.WORLD, chunk_tokens=1024)
         logps.backward(upstream)
 
     once()  # compiles
@@ -272,11 +279,11 @@ def test_nothing_on_the_gpu_to_predict():
 
 def no_tokens() -> tuple[int, float]:
     device = torch.device("cuda")
-    _, head = choose_head("triton", device)
+    run = head.TritonHead()
     hidden = torch.zeros(0, 8, device=device, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.ones(40, 8, device=device, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.zeros(0, device=device, dtype=torch.int64)
-    logps = head(hidden, weight, targets, vocab_start=0, group=dist.group.WORLD, chunk_tokens=8)
+    logps = run(hidden, weight, targets, vocab_start=0, group=dist.group.WORLD, chunk_tokens=8)
     logps.sum().backward()
     assert weight.grad is not None
     return logps.numel(), float(weight.grad.abs().sum())

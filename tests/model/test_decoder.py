@@ -8,9 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from megadpo.model.activation import swiglu
-from megadpo.model.norm import RMSNorm
-from megadpo.model.rope import rotate
+from megadpo.model.decoder import RMSNorm, swiglu
 
 
 def plain_swiglu(x):
@@ -20,11 +18,6 @@ def plain_swiglu(x):
 
 def plain_norm(x, weight, eps=1e-5):
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
-
-
-def plain_rotate(x, cos, sin):
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
 def norm_of(weight, monkeypatch):
@@ -70,18 +63,3 @@ def test_norm_in_bfloat16_takes_its_mean_in_float32(monkeypatch):
     assert out.dtype == grad.dtype == torch.bfloat16
     want = plain_norm(x.double(), module.weight.double())
     assert ((out - want).norm() / want.norm()) < 1.9e-3  # one rounding to bfloat16
-
-
-def test_rotate():
-    x = torch.randn(6, 3, 8, dtype=torch.float64, requires_grad=True)
-    angles = torch.randn(6, 1, 4, dtype=torch.float64)
-    got, want = both_gradients(rotate, plain_rotate, [x, angles.cos(), angles.sin()])
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-
-
-def test_rotate_takes_a_view_of_the_projection():
-    """q, k and v are strided views of one tensor; the turned ones must not be."""
-    qkv = torch.randn(6, 3, 24)
-    assert rotate(qkv[..., :8], torch.ones(6, 1, 4), torch.zeros(6, 1, 4)).is_contiguous()
-    torch.testing.assert_close(rotate(qkv[..., 8:16], torch.ones(6, 1, 4), torch.zeros(6, 1, 4)), qkv[..., 8:16])

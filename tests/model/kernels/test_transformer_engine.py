@@ -12,7 +12,8 @@ import torch
 
 from megadpo.config.problems import ConfigError
 from megadpo.data.batches.pack import pack_pairs
-from tests.model.test_kernels import random_pairs, reference_attention
+from megadpo.model.kernels.transformer_engine import TransformerEngineKernel
+from tests.model.kernels.test_kernels import random_pairs, reference_attention
 
 
 class DotProductAttention(torch.nn.Module):
@@ -66,11 +67,7 @@ def kernel(monkeypatch):
     package.pytorch = te
     monkeypatch.setitem(sys.modules, "transformer_engine", package)
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", te)
-    monkeypatch.delitem(sys.modules, "megadpo.model.kernels.transformer_engine", raising=False)
-    from megadpo.model.kernels.transformer_engine import TransformerEngineKernel
-
-    yield TransformerEngineKernel()
-    sys.modules.pop("megadpo.model.kernels.transformer_engine")
+    return TransformerEngineKernel()
 
 
 def run(kernel, share_prompt):

@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from megadpo.config.known import Known, Machine
 from megadpo.config.problems import ConfigError
+from megadpo.config.schema import Config
+from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
+from megadpo.config.variants import ATTENTION_KERNELS
 from megadpo.data.batches.cut import context_part
 from megadpo.data.batches.pack import Segment, pack_pairs
 from megadpo.data.pairs import TokenizedPair
-from megadpo.model.kernels import choose_kernel
+from megadpo.model.kernels import RaggedKernel
 from megadpo.model.kernels.cpu import CpuKernel
-from megadpo.model.kernels.ragged import gather_keys, ragged_plan
 from megadpo.model.kernels.sdpa import SdpaKernel
 
 LENGTHS = [(5, 3, 4), (1, 1, 2), (9, 7, 1)]
@@ -86,10 +89,14 @@ def test_parts_over_gathered_keys_equal_written_out_attention(kernel, size, shar
         torch.testing.assert_close(mine, expected, rtol=1e-11, atol=1e-12)
 
 
+def ragged_plan(segments):
+    return RaggedKernel().plan(segments, torch.device("cpu"), torch.bfloat16)
+
+
 def dense_from_ragged_plan(q, k, v, segments):
     """Attention by what the fused kernels are handed, which can't run here: cumulative lengths and gathered keys."""
-    plan = ragged_plan(segments, torch.device("cpu"))
-    keys, values = gather_keys(k, plan), gather_keys(v, plan)
+    plan = ragged_plan(segments)
+    keys, values = RaggedKernel().prepare(k, v, plan)
     assert len(keys) == len(values) == plan.cu_seqlens_k[-1] and len(q) == plan.cu_seqlens_q[-1]
     rows = []
     for s in range(len(segments)):
@@ -119,34 +126,64 @@ def test_ragged_plan_describes_the_same_attention(size, share_prompt):
 
 def test_a_part_whose_keys_are_the_first_of_all_gathers_nothing():
     """The first rank's short sequences, seen by nobody else: kernels still get no more keys than they were told of."""
-    plan = ragged_plan((Segment(0, 2, ((0, 2),)), Segment(2, 3, ((2, 3),))), torch.device("cpu"))
+    plan = ragged_plan((Segment(0, 2, ((0, 2),)), Segment(2, 3, ((2, 3),))))
     keys = torch.arange(6.0).view(6, 1, 1)
-    assert plan.key_index is None and gather_keys(keys, plan).flatten().tolist() == [0.0, 1.0, 2.0]
+    assert plan.key_index is None
+    assert [x.flatten().tolist() for x in RaggedKernel().prepare(keys, keys, plan)] == [[0.0, 1.0, 2.0]] * 2
 
 
 def test_plain_packing_gathers_nothing():
     batch = pack_pairs(random_pairs(), share_prompt=False, pad_to_multiple=1, pad_token_id=0)
-    assert ragged_plan(batch.segments, torch.device("cpu")).key_index is None
-    assert (
-        ragged_plan((Segment(0, 2, ((0, 2),)), Segment(2, 3, ((0, 2), (2, 3)))), torch.device("cpu")).key_index
-        is not None
+    assert ragged_plan(batch.segments).key_index is None
+    assert ragged_plan((Segment(0, 2, ((0, 2),)), Segment(2, 3, ((0, 2), (2, 3))))).key_index is not None
+
+
+GPU = Machine(device="cuda")
+BARE_GPU = Machine(device="cuda", why_missing=lambda name: f"{name} is not installed")
+
+
+def known_of(kernel, machine, precision="bfloat16", device="auto"):
+    tokenizer = TokenizerConfig(name="m")
+    policy = PolicyConfig(
+        model_name="m", tokenizer=tokenizer, attention_kernel=kernel, precision=precision, device=device
     )
+    return Known(cfg=Config(policy=policy), machine=machine)
 
 
-@pytest.mark.parametrize("name", ["varlen", "transformer_engine"])
-def test_a_cuda_kernel_is_refused_on_a_cpu(name):
-    with pytest.raises(ConfigError, match="policy.attention_kernel.*CUDA"):
-        choose_kernel(name, torch.device("cpu"), torch.bfloat16)
+@pytest.mark.parametrize(
+    ("machine", "precision", "name"),
+    [
+        (Machine(device="cpu"), "float32", "cpu"),
+        (Machine(device="cpu"), "bfloat16", "cpu"),
+        (GPU, "bfloat16", "varlen"),
+        (GPU, "float32", "sdpa"),
+        (BARE_GPU, "bfloat16", "varlen"),
+    ],
+)
+def test_auto_is_the_first_that_can_run(machine, precision, name):
+    assert ATTENTION_KERNELS.choose(known_of("auto", machine, precision)).name == name
 
 
-def test_the_cpu_kernel_is_refused_elsewhere():
-    with pytest.raises(ConfigError, match="policy.attention_kernel.*a CPU"):
-        choose_kernel("cpu", torch.device("meta"), torch.float32)
-
-
-@pytest.mark.parametrize(("device", "dtype", "name"), [("cpu", torch.float32, "cpu"), ("cuda", torch.float32, "sdpa")])
-def test_auto_kernel(device, dtype, name):
-    assert choose_kernel("auto", torch.device(device), dtype).name == name
+@pytest.mark.parametrize(
+    ("kernel", "machine", "options", "why"),
+    [
+        ("varlen", Machine(device="cpu"), {}, "auto, cpu or sdpa on the device cpu"),
+        ("transformer_engine", Machine(device="cpu"), {}, "needs cuda"),
+        ("cpu", GPU, {}, "needs cpu"),
+        ("varlen", GPU, {"precision": "float32"}, "such as sdpa"),
+        ("transformer_engine", BARE_GPU, {}, "transformer_engine is not installed"),
+        ("varlen", None, {"device": "cpu"}, "on the device cpu"),
+        ("cpu", None, {"device": "cuda"}, "on the device cuda"),
+        ("transformer_engine", None, {"precision": "float32"}, "such as sdpa"),
+    ],
+)
+def test_a_kernel_says_why_it_cannot_run(kernel, machine, options, why):
+    """None: what the config alone tells."""
+    known = known_of(kernel, machine, **options)
+    [problem] = ATTENTION_KERNELS.problems(known)
+    assert problem.where == "policy.attention_kernel" and why in problem.expected and "auto" in problem.fix
+    with pytest.raises(ConfigError, match="policy.attention_kernel"):
+        ATTENTION_KERNELS.choose(known)
 
 
 @pytest.mark.gpu
@@ -167,7 +204,7 @@ def test_fused_kernels_against_float64(name, share_prompt, heads, groups, dim):
         for _ in range(2)
     )
     upstream = torch.randn(q.shape, device=device, dtype=torch.bfloat16, generator=generator)
-    kernel = choose_kernel(name, device, torch.bfloat16)
+    kernel = ATTENTION_KERNELS.configured(name, {})
     plan = kernel.plan(batch.segments, device, torch.bfloat16)
     out = kernel.attend(q, *kernel.prepare(k, v, plan), plan)
     got = (out, *torch.autograd.grad(out, (q, k, v), upstream))
@@ -201,7 +238,7 @@ def test_fused_kernels_with_more_keys_than_queries(name):
 
     q, k, v = random(320, 8, 64), random(640, 2, 64), random(640, 2, 64)
     upstream = random(320, 8, 64).detach()
-    kernel = choose_kernel(name, device, torch.bfloat16)
+    kernel = ATTENTION_KERNELS.configured(name, {})
     out = kernel.attend(q, k, v, kernel.plan(PART, device, torch.bfloat16))
     got = (out, *torch.autograd.grad(out, (q, k, v), upstream))
     wide = [x.detach().cpu().double().requires_grad_() for x in (q, k, v)]

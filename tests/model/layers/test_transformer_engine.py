@@ -17,7 +17,7 @@ from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
 from tests.helpers import te_stand_ins
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import make_config, make_model, read_metrics
-from tests.model.test_kernels import random_pairs
+from tests.model.kernels.test_kernels import random_pairs
 from tests.model.weights.hf_models import make_hf_folder
 
 WRAPPERS = {
@@ -186,7 +186,7 @@ def test_there_and_back_is_exact(case, tmp_path):
 
 
 def test_fused_weight_gradients_are_a_matter_of_each_module():
-    from megadpo.model.spec_te import with_fused_weight_gradient
+    from megadpo.model.layers.transformer_engine import with_fused_weight_gradient
 
     @dataclasses.dataclass
     class Options:

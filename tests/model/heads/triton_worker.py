@@ -1,6 +1,6 @@
 """The fused head against float64, in processes of its own: Triton decides at its import whether to interpret kernels.
 
-TRITON_INTERPRET=1 python -m tests.model.head_fused_worker CASES.json RESULTS.json
+TRITON_INTERPRET=1 python -m tests.model.heads.triton_worker CASES.json RESULTS.json
 """
 
 from __future__ import annotations
@@ -62,17 +62,18 @@ def written_out(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def relative_errors(case: Case, group: dist.ProcessGroup) -> dict[str, float]:
     """Of this rank's logps and gradients: |ours - float64| / |float64| over what is finite, inf where that is not the
     same in both; 0 for what is frozen and has no gradient."""
-    from megadpo.model import head_fused, head_triton
+    from megadpo.model.heads import triton
+    from megadpo.model.heads.triton import fused
 
-    head_fused.MOST_LOGITS = case.most_logits or head_fused.MOST_LOGITS
-    head_triton.BLOCK_COLUMNS = case.kernel_columns or head_triton.BLOCK_COLUMNS
+    triton.MOST_LOGITS = case.most_logits or triton.MOST_LOGITS
+    fused.BLOCK_COLUMNS = case.kernel_columns or fused.BLOCK_COLUMNS
     hidden, weight, targets, upstream = (x.to(case.device) for x in make_inputs(case))
     size, rank = group.size(), group.rank()
     mine = slice(rank * case.vocab // size, (rank + 1) * case.vocab // size)
     shard = weight[mine].clone()
     hidden.requires_grad_(case.frozen != "hidden")
     shard.requires_grad_(case.frozen != "weight")
-    logps = head_fused.fused_vocab_parallel_logps(
+    logps = triton.TritonHead()(
         hidden, shard, targets, vocab_start=mine.start, group=group, chunk_tokens=case.chunk_tokens
     )
     logps.backward(upstream)
