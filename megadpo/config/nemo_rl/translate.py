@@ -53,7 +53,8 @@ class NemoKey:
 @functools.cache
 def nemo_keys() -> dict[str, NemoKey]:
     """The table, by path."""
-    table = yaml.safe_load(Path(__file__).with_name("keys.yaml").read_text(encoding="utf-8"))
+    text = Path(__file__).with_name("keys.yaml").read_text(encoding="utf-8")
+    table = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # in C where it is: ten times as fast
     keys: dict[str, NemoKey] = {}
     _collect({name: one for name, one in table.items() if not name.startswith("_")}, "", keys)
     return keys
