@@ -11,9 +11,8 @@ import types
 
 import pytest
 import torch
-from megadpo.optimizer.adam import choose_adam
 
-from megadpo.config.schema_megatron import OptimizerConfig
+from megadpo.optimizer.kinds.adam import Adam
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import make_config, make_model, read_metrics
 
@@ -124,10 +123,9 @@ def test_megatron_core_is_told():
 
 
 def test_whose_adam(monkeypatch):
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setattr("megadpo.optimizer.adam.why_missing", lambda name: None)
-    assert choose_adam(OptimizerConfig(), cpu)[0] == "torch"
-    assert choose_adam(OptimizerConfig(), cuda)[0] == "transformer_engine"
-    assert choose_adam(OptimizerConfig(adam_impl="torch"), cuda)[0] == "torch"
-    monkeypatch.setattr("megadpo.optimizer.adam.why_missing", lambda name: "not installed")
-    assert choose_adam(OptimizerConfig(), cuda) == ("torch", "not installed")
+    monkeypatch.setattr("megadpo.parallel.device.why_missing", lambda name: None)
+    assert Adam().choose("cpu")[0] == "torch"
+    assert Adam().choose("cuda")[0] == "transformer_engine"
+    assert Adam(adam_impl="torch").choose("cuda")[0] == "torch"
+    monkeypatch.setattr("megadpo.parallel.device.why_missing", lambda name: "not installed")
+    assert Adam().choose("cuda") == ("torch", "not installed")

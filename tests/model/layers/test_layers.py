@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from megadpo.config.architecture import parse_architecture
 from megadpo.config.known import Known, Machine
 from megadpo.config.problems import ConfigError
 from megadpo.config.schema import Config
 from megadpo.config.schema_megatron import Fp8Config, MegatronConfig
 from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
 from megadpo.config.variants import LAYER_IMPLEMENTATIONS
+from megadpo.families import parse_architecture
 from megadpo.model.layers import has_apex_kernel
 from megadpo.model.layers.local import LocalLayers
 from megadpo.model.layers.transformer_engine import TransformerEngineLayers
-from tests.config.test_moe import QWEN3
+from tests.families.configs import QWEN3_MOE
 
 APEX, MISSING = "fused_weight_gradient_mlp_cuda", "transformer_engine is not installed"
 CPU = Machine(device="cpu")
@@ -85,7 +85,7 @@ FP8 = {"fp8_cfg": Fp8Config(enabled=True)}
     ],
 )
 def test_what_the_machine_lacks_is_refused(options, machine, where, why):
-    known = known_of(machine, arch=parse_architecture(QWEN3) if "moe_grouped_gemm" in options else None, **options)
+    known = known_of(machine, arch=parse_architecture(QWEN3_MOE) if "moe_grouped_gemm" in options else None, **options)
     [problem] = LAYER_IMPLEMENTATIONS.problems(known)
     assert problem.where.endswith(where) and why in problem.expected and problem.fix
     with pytest.raises(ConfigError, match=where):

@@ -1,4 +1,4 @@
-"""Fixtures shared by the config tests: the smallest config, files on disk, and what a refusal says."""
+"""Fixtures of tests that read configs (every test has them): the smallest config, files on disk, what a refusal says."""
 
 from __future__ import annotations
 
