@@ -16,7 +16,7 @@ from megadpo.config.variants import Lazy
 if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
-else:  # a config is checked without torch
+else:  # a config is checked without torch; a file torch.py in this folder would take the place of this name
     torch, dist = Lazy("torch"), Lazy("torch.distributed")
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megadpo.model.heads import sum_per_answer
-from megadpo.model.heads.torch import TorchHead
+from megadpo.model.heads.chunked import TorchHead
 from tests.helpers.distributed import run_distributed
 
 ROWS, HIDDEN, VOCAB = 23, 16, 40
