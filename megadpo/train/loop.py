@@ -31,29 +31,32 @@ def train(run: Run, logger: MetricsLogger, progress: ProgressLine, stop: StopWat
             progress.message("stopped before the first step")
             return exit_code
     saved_step = position.step
+    started = time.perf_counter()
 
     while position.step < run.total_steps:
-        batches = run.data.train_loader.batches(position.epoch, position.batch)
-        started = time.perf_counter()
-        for batch in batches:
+        for batch in run.data.train_loader.batches(position.epoch, position.batch):
             outcome = run.trainer.step(batch)
-            record = step_record(batch, outcome, position, time.perf_counter() - started)
+            exit_code = stop.agreed()  # waits for the GPU: the update was only queued, and is part of the step
+            ended = time.perf_counter()
+            record = step_record(batch, outcome, position, ended - started)
+            started = ended
             position = position_after(position, batches_per_epoch=steps_per_epoch, skipped=not outcome.updated)
             position = dataclasses.replace(position, metrics=record)
             progress.step(position.step, record)
 
-            exit_code = stop.agreed()
             last = position.step == run.total_steps
             due = last or position.step % saving.save_period == 0
             # a signal leaves 30 seconds: save at once, unranked
             if exit_code is None and validation_due(run, position.step, last=last, save=saving.enabled and due):
                 position = validate(run, position, logger, progress, stop, also_log=record)
                 exit_code = stop.agreed()
+                started = time.perf_counter()
             else:
                 logger.log(position.step, record)
             if saving.enabled and (due or exit_code is not None):
                 save_and_prune(run, position)
                 saved_step = position.step
+                started = time.perf_counter()
             if exit_code is not None and not last:
                 kept = (
                     f"newest checkpoint: step {saved_step}"
@@ -64,12 +67,12 @@ def train(run: Run, logger: MetricsLogger, progress: ProgressLine, stop: StopWat
                 return exit_code
             if last:
                 break
-            started = time.perf_counter()
     return 0
 
 
 def step_record(batch: GlobalBatch, outcome: StepOutcome, before: TrainingPosition, seconds: float) -> dict[str, float]:
-    """What one step logs, under its full names. `seconds`: data wait, reference pass, update; nothing else."""
+    """What one step logs, under its full names. `seconds`: from the end of the step before, or of the
+    validation and save after it, to the end of this one."""
     return {
         "epoch": before.epoch,
         **{f"train/{name}": value for name, value in outcome.metrics.items()},

@@ -123,3 +123,52 @@ def test_a_run_saves_by_its_period_at_its_end_and_where_it_is_stopped(stopped_at
     if saves:
         assert saves[-1].metrics["train/loss"] == 0.5
         assert (saves[-1].epoch, saves[-1].batch) == divmod(last, 4)
+
+
+def test_a_steps_time_goes_from_end_to_end_without_validation_and_saving(monkeypatch):
+    """On a GPU the update is only queued when the trainer returns; agreeing whether to stop waits for it."""
+    now_s, records = [0.0], []
+
+    def takes(seconds, result=None):
+        def work(*_, **__):
+            now_s[0] += seconds
+            return result
+
+        return work
+
+    def batches(epoch, start):
+        for _ in range(start, 3):
+            takes(0.5)()
+            yield GlobalBatch(micro_batches=[], num_pairs=2, num_tokens=8, pair_indices=[])
+
+    def validate(run, position, *_, also_log):
+        records.append(also_log)
+        return takes(100.0, position)()
+
+    outcome = StepOutcome({"loss": 0.5}, grad_norm=1.0, lr=0.1, updated=True)
+    run = SimpleNamespace(
+        cfg=SimpleNamespace(
+            dpo=DpoConfig(val_period=2, val_at_start=True), checkpointing=CheckpointingConfig(save_period=3)
+        ),
+        data=SimpleNamespace(
+            train_loader=SimpleNamespace(batches_per_epoch=3, batches=batches), validation={"a": None}
+        ),
+        position=TrainingPosition(step=0, epoch=0, batch=0),
+        total_steps=5,
+        trainer=SimpleNamespace(step=takes(4.0, outcome)),
+        ranking_metric=None,
+    )
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now_s[0]))
+    monkeypatch.setattr(loop, "validate", validate)
+    monkeypatch.setattr(loop, "save_and_prune", takes(1000.0))
+
+    def log(step, record):
+        takes(0.25)()
+        records.append(record)
+
+    progress = SimpleNamespace(step=takes(0.125), message=None)
+    assert loop.train(run, SimpleNamespace(log=log), progress, SimpleNamespace(agreed=takes(2.0))) == 0
+    times = [record["timing/train/step_time_s"] for record in records[1:]]  # the first: validation at the start
+    # data, step, wait; after a step that was neither validated nor saved also its line and its log
+    assert times == [6.5, 6.5 + 0.375, 6.5, 6.5, 6.5]
+    assert records[2]["timing/train/pairs_per_s"] == 2 / 6.875
