@@ -14,6 +14,7 @@ from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
 from megadpo.config.variants import ATTENTION_KERNELS
 from megadpo.optimizer.kinds.adam import Adam
+from megadpo.optimizer.slices import most_copied
 from megadpo.plan.flops import stage_flops
 from megadpo.plan.memory import GIB, Assumptions, Gpu, memory_limit
 from megadpo.plan.packs import Lengths, Workload, full_pack, pack_tokens, workload
@@ -180,18 +181,20 @@ def stage_layers(job: Job) -> list[int]:
 
 
 def optimizer_temporaries(job: Job, shards: tuple[int, int], chunks: Sequence[Chunk]) -> int:
-    """What torch's AdamW takes for a moment: on GPUs one float32 an element, all parameters at once, but those of experts
-    apart; on CPUs two, one parameter at a time. Where bfloat16 gradients are reduced, their float32 copies come on top."""
+    """What the step takes for a moment. torch's AdamW: on GPUs one float32 an element, all parameters at once, but those of
+    experts apart; on CPUs two, one parameter at a time. Where bfloat16 gradients are reduced, their float32 copies come on
+    top. The precision-aware optimizer reads gradients where they are, and copies a slice's bfloat16 moments."""
     megatron = job.cfg.policy.megatron_cfg
+    kind = megatron.optimizer.kind
+    parameters = [one.elements for chunk in chunks for one in chunk if one.trainable]
+    largest = min(max(shards), max(parameters, default=0))
+    if isinstance(kind, Adam) and kind.use_precision_aware_optimizer:
+        return most_copied(kind.copied_bytes, max(shards), largest)
     narrow = job.bf16 and not megatron.distributed_data_parallel_config.grad_reduce_in_fp32
     copies = 4 * sum(shards) if narrow else 0
-    kind = megatron.optimizer.kind
-    if not isinstance(kind, Adam) or kind.use_precision_aware_optimizer or kind.adam_impl == "transformer_engine":
+    if not isinstance(kind, Adam) or kind.adam_impl == "transformer_engine":
         return copies
-    if job.gpu is not None:
-        return copies + 4 * max(shards)
-    largest = max((one.elements for chunk in chunks for one in chunk if one.trainable), default=0)
-    return copies + 8 * min(max(shards), largest)
+    return copies + (4 * max(shards) if job.gpu is not None else 8 * largest)
 
 
 def _stage(job: Job, grid: Grid, trace: StageTrace, stage: int, layers: int, micro_batches: int) -> StagePlan:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from megadpo.config.load import load_config
 from megadpo.plan.inputs import architectures
-from megadpo.plan.parameters import checkpoint_bytes, optimizer_bytes_per_element
+from megadpo.plan.parameters import Parameter, checkpoint_bytes, optimizer_bytes_per_element
+from megadpo.plan.plan import optimizer_temporaries
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import make_config, make_model, train
 from tests.plan.cases import LLAMA_30M, write_case
 
 MEG = "policy.megatron_cfg"
+AWARE = "use_precision_aware_optimizer=true"
 DIST = f"{MEG}.optimizer.use_distributed_optimizer=true"
 
 
@@ -22,6 +26,28 @@ def test_the_precision_aware_optimizer_keeps_less(tmp_path):
     narrow = [f"{MEG}.optimizer.exp_avg_dtype=bfloat16", f"{MEG}.optimizer.exp_avg_sq_dtype=bfloat16"]
     for overrides, width in (([], 12), (aware, 10), ([*aware, *narrow], 6)):
         assert optimizer_bytes_per_element(load_config(path, overrides).policy.megatron_cfg, bf16=True) == width
+
+
+@pytest.mark.parametrize(
+    ("overrides", "bytes_an_element"),
+    [
+        ([], 4),
+        (["adam_impl=transformer_engine"], 0),
+        ([AWARE], 0),
+        ([AWARE, "exp_avg_dtype=bfloat16"], 4 + 2),
+        ([AWARE, "exp_avg_dtype=bfloat16", "exp_avg_sq_dtype=bfloat16"], 8 + 2),
+    ],
+)
+def test_what_the_optimizers_step_takes_for_a_moment(overrides, bytes_an_element, tmp_path):
+    """Of one parameter, 100M elements of it on this rank: torch's AdamW, and FusedAdam a slice at a time."""
+    path = write_case(tmp_path / "case", LLAMA_30M, device="auto")
+    cfg = load_config(path, [f"{MEG}.optimizer.{one}" for one in overrides])
+    job = SimpleNamespace(cfg=cfg, bf16=True, gpu="h100")
+    whole = Parameter(200_000_000, shared_embedding=False, expert=False, trainable=True)
+    assert optimizer_temporaries(job, (100_000_000, 0), [[whole]]) == bytes_an_element * 100_000_000
+    if "exp_avg_sq_dtype=bfloat16" in overrides:
+        small = [Parameter(1_000_000, shared_embedding=False, expert=False, trainable=True)] * 200
+        assert optimizer_temporaries(job, (100_000_000, 0), [small]) == 500_000_000 + 2_000_000
 
 
 @pytest.mark.distributed

@@ -10,6 +10,7 @@ from megadpo.config.known import INSTALL, Known, Machine
 from megadpo.config.problems import Problem
 from megadpo.config.types import PositiveFloat, Precision, Proportion, Range
 from megadpo.config.variants import OPTIMIZERS, Lazy
+from megadpo.optimizer.slices import in_slices
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +58,11 @@ class Adam:
         return sum(2 if name == "bfloat16" else 4 for name in (self.exp_avg_dtype, self.exp_avg_sq_dtype))
 
     @property
+    def copied_bytes(self) -> int:
+        """Bytes that FusedAdam copies for each parameter while it updates a slice: float32 of every bfloat16 moment."""
+        return sum(4 for name in (self.exp_avg_dtype, self.exp_avg_sq_dtype) if name == "bfloat16")
+
+    @property
     def needs_fused(self) -> bool:
         """Whether only FusedAdam will do."""
         return self.use_precision_aware_optimizer and not self.optimizer_cpu_offload
@@ -86,7 +92,7 @@ class Adam:
 
     def install(self, device_type: str) -> None:
         """Make megatron-core build, save and load the chosen AdamW, for the rest of the process."""
-        use_adam(self.choose(device_type)[0])
+        use_adam(self.choose(device_type)[0], self.copied_bytes)
 
     def problems(self, known: Known) -> Iterator[Problem]:
         """What must hold between these options, the rest of the config, and the machine."""
@@ -155,8 +161,10 @@ class Adam:
             yield Problem(where, True, "false without optimizer_cpu_offload", "set it to false")
 
 
-def use_adam(name: AdamName) -> None:
+def use_adam(name: AdamName, copied_bytes: int = 0) -> None:
     """Make megatron-core build, save and load this AdamW, for the rest of the process.
+
+    copied_bytes: as in `in_slices`.
 
     It decides at import by what is installed, in two modules: which class it builds (optimizer/__init__.py:12-34 and
     :359), and where the step count stands in the state: in each parameter's state (torch) or in each group (FusedAdam)
@@ -171,8 +179,7 @@ def use_adam(name: AdamName) -> None:
     else:
         from transformer_engine.pytorch.optimizers import FusedAdam
 
-        mcore_optimizer.Adam = FusedAdam
-        distrib_optimizer.Adam = FusedAdam
+        mcore_optimizer.Adam = distrib_optimizer.Adam = in_slices(FusedAdam, copied_bytes)
     is_te = name == "transformer_engine"
     mcore_optimizer.USING_PYTORCH_OPTIMIZER = not is_te
     distrib_optimizer.HAVE_APEX_OR_TE = is_te
