@@ -34,6 +34,8 @@ class Estimate:
         self.tokens = pack.tokens // self.megatron.context_parallel_size
         """Of this rank, before sequence parallelism cuts them."""
         self.stream = self.tokens * arch.hidden_size * self.width // (self.tp if self.megatron.sequence_parallel else 1)
+        self.key_tokens = self.tokens if self.tokens < pack.tokens else pack.key_tokens
+        """Whose keys are kept: ranks of context parallelism keep their own and gather the others' again."""
         self.load = min(expert_load, self.megatron.expert_model_parallel_size)
 
     def chunk(self, layers: int, *, last: bool) -> Activations:
@@ -71,10 +73,10 @@ class Estimate:
         return answers * self.arch.hidden_size * 4 + vocabulary * self.arch.hidden_size * width + logits * (4 + width)
 
     def _attention(self) -> int:
-        """Two norms' inputs and outputs; rotated queries; keys and values, of the whole pack where ranks share it out."""
+        """Two norms' inputs and outputs; rotated queries; keys and values; the output."""
         arch, width, tokens = self.arch, self.width, self.tokens
-        heads = arch.num_heads * arch.head_dim
-        attention = (2 * tokens + 2 * self.pack.key_tokens) * heads * width + 4 * tokens * arch.num_heads
+        heads, keys = arch.num_heads * arch.head_dim, self.key_tokens * arch.num_kv_heads * arch.head_dim
+        attention = (2 * tokens * heads + 2 * keys) * width + 4 * tokens * arch.num_heads
         norms = 4 * self.stream + 8 * self.stream // (arch.hidden_size * width)
         if arch.qk_norm:
             norms += tokens * (arch.num_heads + arch.num_kv_heads) * (arch.head_dim * width + 4) // self.tp
@@ -116,8 +118,9 @@ class Estimate:
         modules, arch = self.megatron.recompute_modules, self.arch
         freed = 0
         if "core_attn" in modules:
-            keys = self.pack.key_tokens * arch.num_heads - self.tokens * arch.num_kv_heads
-            freed += (2 * keys * arch.head_dim * self.width + 4 * self.tokens * arch.num_heads) // self.tp
+            # what is kept instead: queries, and the tensor with queries, keys and values that the others are views of
+            numbers = 2 * (self.key_tokens - self.tokens) * arch.num_kv_heads - self.tokens * arch.num_heads
+            freed += (numbers * arch.head_dim * self.width + 4 * self.tokens * arch.num_heads) // self.tp
         if "layernorm" in modules:
             freed += 2 * self.stream
         if {"mlp", "moe"} & set(modules):

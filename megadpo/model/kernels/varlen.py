@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+import inspect
+from typing import TYPE_CHECKING, Any
 
 from megadpo.config.variants import ATTENTION_KERNELS, Lazy
 from megadpo.model.kernels import RaggedKernel, RaggedPlan
@@ -21,11 +23,14 @@ class VarlenKernel(RaggedKernel):
     name, priority = "varlen", 2
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: RaggedPlan) -> torch.Tensor:
-        group = q.shape[1] // k.shape[1]
-        if group > 1:  # torch 2.11 has no enable_gqa here
-            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        out = varlen.varlen_attn(
-            q, k, v, plan.cu_seqlens_q, plan.cu_seqlens_k, plan.max_seqlen_q, plan.max_seqlen_k, window_size=(-1, 0)
-        )
+        grouped: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] and _wants_to_be_told() else {}
+        ends = plan.cu_seqlens_q, plan.cu_seqlens_k, plan.max_seqlen_q, plan.max_seqlen_k
+        out = varlen.varlen_attn(q, k, v, *ends, window_size=(-1, 0), **grouped)
         assert isinstance(out, torch.Tensor)  # a tuple only where the log-sum-exp is asked for
         return out
+
+
+@functools.cache
+def _wants_to_be_told() -> bool:
+    """Whether fewer heads of keys have to be asked for. torch 2.11 takes them as they are."""
+    return "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters

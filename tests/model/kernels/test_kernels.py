@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -17,8 +19,15 @@ from megadpo.data.pairs import TokenizedPair
 from megadpo.model.kernels import RaggedKernel
 from megadpo.model.kernels.cpu import CpuKernel
 from megadpo.model.kernels.sdpa import SdpaKernel
+from megadpo.model.kernels.varlen import _wants_to_be_told
 
 LENGTHS = [(5, 3, 4), (1, 1, 2), (9, 7, 1)]
+PART = (  # what one context-parallel rank holds: queries of 4 segments over keys gathered from two ranks, [0, 640)
+    Segment(0, 100, ((0, 100),)),
+    Segment(100, 180, ((0, 100), (320, 400))),
+    Segment(180, 200, ((0, 100), (320, 400), (400, 540), (100, 120))),
+    Segment(200, 320, ((120, 320), (540, 640))),
+)
 
 
 def random_pairs(lengths=LENGTHS, vocab=50, seed=0):
@@ -186,6 +195,48 @@ def test_a_kernel_says_why_it_cannot_run(kernel, machine, options, why):
         ATTENTION_KERNELS.choose(known)
 
 
+@pytest.mark.parametrize("groups", [2, 8])
+def test_varlen_keeps_the_keys_that_it_is_given(groups):
+    """Not repeated for every query head, and the tensors themselves, by which context parallelism knows them. Shapes
+    alone: torch has it without a GPU as far as its meta device."""
+    kernel, meta = ATTENTION_KERNELS.configured("varlen", {}), torch.device("meta")
+    plan = kernel.plan(PART, torch.device("cpu"), torch.bfloat16)
+    plan = dataclasses.replace(plan, cu_seqlens_q=plan.cu_seqlens_q.to(meta), cu_seqlens_k=plan.cu_seqlens_k.to(meta))
+    q, k, v = (
+        torch.empty(shape, device=meta, dtype=torch.bfloat16, requires_grad=True)
+        for shape in ((320, 8, 64), (plan.key_tokens, groups, 64), (plan.key_tokens, groups, 64))
+    )
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        out = kernel.attend(q, k, v, plan)
+    places = [tensor.untyped_storage()._cdata for tensor in kept]
+    assert all(x.untyped_storage()._cdata in places for x in (q, k, v))
+    assert [x.shape for x in torch.autograd.grad(out, (q, k, v), torch.empty_like(out))] == [q.shape, k.shape, v.shape]
+
+
+@pytest.mark.parametrize(("heads", "told"), [(2, True), (8, None)])
+def test_varlen_asks_for_fewer_heads_of_keys_where_torch_wants_to_be_told(heads, told, monkeypatch):
+    from torch.nn.attention import varlen
+
+    kernel, given = ATTENTION_KERNELS.configured("varlen", {}), []
+    plan = kernel.plan(PART, torch.device("cpu"), torch.bfloat16)
+
+    def newer(q, k, v, *ends, window_size, enable_gqa=None):
+        given.append((k.shape[1], window_size, enable_gqa))
+        return q
+
+    def older(q, k, v, *ends, window_size):  # torch 2.11
+        given.append((k.shape[1], window_size))
+        return q
+
+    for function in (newer, older):
+        _wants_to_be_told.cache_clear()
+        monkeypatch.setattr(varlen, "varlen_attn", function)
+        kernel.attend(torch.empty(320, 8, 64), *torch.empty(2, plan.key_tokens, heads, 64), plan)
+    _wants_to_be_told.cache_clear()
+    assert given == [(heads, (-1, 0), told), (heads, (-1, 0))]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["varlen", "transformer_engine"])
 @pytest.mark.parametrize("share_prompt", [True, False])
@@ -215,14 +266,6 @@ def test_fused_kernels_against_float64(name, share_prompt, heads, groups, dim):
     for a, b in zip(got, want, strict=True):
         error = (a.detach().cpu().double() - b.detach()).norm() / b.detach().norm()
         assert error < 1e-2  # bfloat16 rounds at 4e-3
-
-
-PART = (  # what one context-parallel rank holds: queries of 4 segments over keys gathered from two ranks, [0, 640)
-    Segment(0, 100, ((0, 100),)),
-    Segment(100, 180, ((0, 100), (320, 400))),
-    Segment(180, 200, ((0, 100), (320, 400), (400, 540), (100, 120))),
-    Segment(200, 320, ((120, 320), (540, 640))),
-)
 
 
 @pytest.mark.gpu
