@@ -367,7 +367,8 @@ def save(path: Path | None, content: dict[str, Any]) -> None:
 def describe(job: Job) -> None:
     """What will run, with everything that was chosen for this machine."""
     machine, shape = job.machine, job.shape
-    print(f"{machine.get('gpu', 'CPU')}: {machine['matrix_rate_tflops']:.1f} TFLOP/s in products of bf16 matrices")
+    burst, sustained = machine["matrix_rate_tflops"], machine["sustained_matrix_rate_tflops"]
+    print(f"{machine.get('gpu', 'CPU')}: {burst:.1f} TFLOP/s in products of bf16 matrices, {sustained:.1f} over 5 s")
     left_out = gpu_inputs.SHAPES[job.options.model].num_layers - shape.num_layers
     layers = f"{shape.num_layers} layers" + (f", {left_out} LEFT OUT for this GPU's memory" if left_out else "")
     print(f"{job.options.model}: {layers}, {shape.parameters:,} random parameters")

@@ -9,6 +9,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,6 @@ def milliseconds(work: Any, device: torch.device, *, repeats: int, warmup: int =
     for _ in range(warmup):
         work()
     if device.type != "cuda":
-        import time
-
         times = []
         for _ in range(repeats):
             started = time.perf_counter()
@@ -96,10 +95,35 @@ def milliseconds(work: Any, device: torch.device, *, repeats: int, warmup: int =
 
 def matrix_rate_tflops(device: torch.device) -> float:
     """bf16 products of random 8192 x 8192 matrices (512 on a CPU, in float32): 2 n^3 operations over the median time."""
-    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    a, b = _factors(device)
     out = torch.empty_like(a)
-    return 2 * size**3 / milliseconds(lambda: torch.mm(a, b, out=out), device, repeats=20) / 1e9
+    return 2 * a.shape[0] ** 3 / milliseconds(lambda: torch.mm(a, b, out=out), device, repeats=20) / 1e9
+
+
+def sustained_matrix_rate_tflops(device: torch.device) -> float:
+    """The same products for 5 s (0.2 on a CPU), by the second half of them: a burst runs at a clock that the power limit does
+    not leave to a training."""
+    seconds = 5.0 if device.type == "cuda" else 0.2
+    a, b = _factors(device)
+    out = torch.empty_like(a)
+
+    def rate(seconds: float) -> float:
+        started, products = time.perf_counter(), 0
+        while (spent := time.perf_counter() - started) < seconds:
+            for _ in range(50):
+                torch.mm(a, b, out=out)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            products += 50
+        return 2 * a.shape[0] ** 3 * products / spent / 1e12
+
+    rate(seconds / 2)
+    return rate(seconds / 2)
+
+
+def _factors(device: torch.device) -> list[torch.Tensor]:
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
+    return [torch.randn(size, size, device=device, dtype=dtype) for _ in range(2)]
 
 
 def copy_rate_gbytes(device: torch.device) -> float:
@@ -130,6 +154,7 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     content = machine()
     content["matrix_rate_tflops"] = matrix_rate_tflops(device)
+    content["sustained_matrix_rate_tflops"] = sustained_matrix_rate_tflops(device)
     content["copy_rate_gbytes_per_s"] = copy_rate_gbytes(device)
     print(json.dumps(content))
     return 0

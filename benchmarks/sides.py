@@ -257,8 +257,9 @@ def run_ours(
         config.write_text(json.dumps(our_config(spec, layout, folder / "logs", longest), indent=2))
         command = [sys.executable, "launch/train.py", str(config), *overrides]
         if layout.world_size > 1:
-            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={layout.world_size}"]
-            command[1:1] = torchrun
+            # by address: a machine's own name needn't resolve
+            torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+            command[1:1] = [*torchrun, f"--nproc-per-node={layout.world_size}"]
         threads = max(1, spec.threads // layout.world_size)
         metrics = folder / "logs" / "metrics.jsonl"
         watch = _Watch(command, environment(threads, env), folder / "log.txt", metrics)

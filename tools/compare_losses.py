@@ -75,7 +75,8 @@ def run(tree: Path, config: str, overrides: Sequence[str], nproc: int, logs: Pat
         # Before the installed package, which is the main checkout.
         "PYTHONPATH": os.pathsep.join([str(tree), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(nproc)] if nproc > 1 else []
+    one_node = ["-m", "torch.distributed.run", "--local-addr", "127.0.0.1", "--nproc-per-node", str(nproc)]
+    torchrun = one_node if nproc > 1 else []
     ours = ["checkpointing.enabled=false", f"logger.log_dir={logs}"]
     command = [sys.executable, *torchrun, str(tree / "launch/train.py"), config, *overrides, *ours]
     subprocess.run(command, check=True, env=environment)

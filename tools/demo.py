@@ -79,7 +79,7 @@ def make_data_and_model() -> list[Sum]:
 
 def train(title: str, config: str, options: argparse.Namespace) -> None:
     heading(title)
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(options.ranks)]
+    torchrun = ["-m", "torch.distributed.run", "--local-addr", "127.0.0.1", "--nproc-per-node", str(options.ranks)]
     launch = ["launch/train.py", config]
     if (options.device, options.ranks) != ("cpu", RANKS):
         ranks = f"policy.megatron_cfg.tensor_model_parallel_size={options.ranks}"

@@ -126,12 +126,13 @@ def initialize(layout: Layout, device: torch.device, timeout_s: float = 1800.0) 
     if not dist.is_initialized():
         if "RANK" not in os.environ:
             os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         timeout = datetime.timedelta(seconds=timeout_s)
         if os.environ["WORLD_SIZE"] == "1" and "MASTER_ADDR" not in os.environ:
-            dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+            store = dist.HashStore()
+            dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1, device_id=own)
         else:
-            dist.init_process_group(backend, timeout=timeout)
+            dist.init_process_group(backend, timeout=timeout, device_id=own)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,

@@ -120,7 +120,7 @@ def run_training(cfg: Config) -> int:
         "TORCHELASTIC_RUN_ID" in os.environ
     ):  # the ranks of a torchrun that died would train on, with nobody to stop them
         signal_when_parent_ends(signal.SIGTERM, os.getppid())
-    device = setup_device(cfg.policy.device)
+    device = setup_device(cfg.policy.device, tensor_parallel=cfg.policy.megatron_cfg.tensor_model_parallel_size)
     if problems := find_problems(Known(cfg=cfg, machine=machine(device))):
         raise ConfigError(problems)
     parallel = initialize(layout_of(cfg), device)

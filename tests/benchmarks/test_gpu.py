@@ -260,6 +260,7 @@ def test_a_smoke_run_ends_well_without_trl(tmp_path, capsys):
     assert measured["name"] == "ours" and measured["pairs_per_s"] > 0
     assert "TRL is not importable" in content["failed"]["trl-mb1"]
     assert content["machine"]["matrix_rate_tflops"] > 0 and content["command"]
+    assert content["machine"]["sustained_matrix_rate_tflops"] > 0
 
 
 def test_without_time_nothing_is_started(tmp_path, capsys):

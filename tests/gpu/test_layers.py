@@ -29,6 +29,9 @@ from tests.model.kernels.test_kernels import random_pairs
 pytestmark = pytest.mark.gpu
 LENGTHS = [(300, 40, 90), (17, 5, 8), (120, 130, 60)]
 WEIGHTS = [1.0, -1.0, 0.5, -0.5, 2.0, -1.0]
+TE_WORKSPACE = 33 << 20
+"""Its products have cuBLAS's workspace of 32 MiB from torch's allocator, which is where peaks are measured, once a process
+(2.11: pytorch/cpp_extensions/gemm.py:31); torch's own products have theirs outside."""
 EXPECTED_LOGP, EXPECTED_GRADIENT = 3.6e-3, 1e-2
 
 
@@ -108,7 +111,7 @@ def test_against_float64_and_the_local_layers(case, share_prompt, tmp_path):
     for name, error in te_gradients.items():
         assert error < 4e-2, name
         assert error < 1.5 * max(local_gradients[name], EXPECTED_GRADIENT), name
-    assert te[3] < 1.1 * local[3], "more memory than the local layers"
+    assert te[3] < 1.1 * local[3] + TE_WORKSPACE, "more memory than the local layers"
 
 
 @pytest.mark.parametrize("kernel", ["varlen", "transformer_engine"])

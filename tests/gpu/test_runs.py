@@ -30,7 +30,8 @@ OPT = f"{MEG}.optimizer"
 
 def launch(script, config, *overrides, code=0):
     """torchrun with one process; returns what it printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    command += ["--nproc-per-node=1"]
     command += [str(REPOSITORY / "launch" / script), str(config), *overrides]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)

@@ -264,8 +264,9 @@ def _install_groups() -> None:
 
     init, new_group = dist.init_process_group, dist.new_group
 
-    def pretend_world(backend: str, **_: Any) -> None:
+    def pretend_world(backend: str, *, device_id: torch.device | None = None, **_: Any) -> None:
         assert backend == "nccl" and _chosen[-1:] == [CUDA], "set_device comes first, and then NCCL"
+        assert device_id == CUDA, "a barrier would have to guess the GPU, and groups would connect at their first use"
         init("fake", store=FakeStore(), rank=_rank, world_size=_world_size)
 
     def pretend_group(*args: Any, backend: str | None = None, **options: Any) -> Any:

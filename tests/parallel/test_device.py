@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import pytest
 import torch
@@ -45,6 +46,19 @@ def test_products_in_float32_are_not_in_tf32(two_gpus, monkeypatch):
     torch.set_float32_matmul_precision("high")  # as NVIDIA's containers have it
     setup_device("cuda")
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize(("tensor_parallel", "given", "want"), [(2, None, "1"), (2, "8", "8"), (1, None, None)])
+def test_under_tensor_parallelism_kernels_start_in_order(tensor_parallel, given, want, two_gpus, monkeypatch):
+    """Set before anything else asks for CUDA."""
+    name, seen = "CUDA_DEVICE_MAX_CONNECTIONS", []
+    monkeypatch.setenv(name, given or "")
+    if given is None:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: seen.append(os.environ.get(name)) or True)
+    setup_device("auto", tensor_parallel=tensor_parallel)
+    assert seen[0] == want
+    monkeypatch.setenv(name, "")  # whatever was set goes with the test
 
 
 def test_a_cpu_run_beside_gpus_is_refused(two_gpus):
