@@ -32,16 +32,16 @@ def summarise(run: Run) -> RunSummary:
         micro_batch=micro_batch_words(cfg),
         total_steps=run.total_steps,
         start_step=run.position.step,
-        train_pairs=len(run.data.train),
+        train_pairs=len(run.inputs.train_loader.dataset),
         validation_pairs={
             name: min(loader.batches_per_epoch * loader.global_batch_size, len(loader.dataset))
-            for name, loader in run.data.validation.items()
+            for name, loader in run.inputs.validation.items()
         },
         loss=loss_words(cfg),
         reference=reference_words(cfg),
         log_dir=cfg.logger.log_dir,
         checkpoint_dir=cfg.checkpointing.checkpoint_dir if cfg.checkpointing.enabled else None,
-        notes=(*cfg.notes, *run.notes, *run.data.reports),
+        notes=(*cfg.notes, *run.notes, *run.inputs.reports),
     )
 
 
