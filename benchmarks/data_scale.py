@@ -31,14 +31,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megadpo.config.load import build_config
 from megadpo.config.schema import Config
-from megadpo.data.batches.deal import plan_global_batch
+from megadpo.data.batches.deal import deal_batch
 from megadpo.data.batches.loader import DataRank, GlobalBatchLoader
 from megadpo.data.batches.work import WorkModel
-from megadpo.data.tokens.arrays import DataReport
+from megadpo.data.pairs import DataReport
 from megadpo.data.tokens.cache import TokenCache
 from megadpo.data.tokens.cache_key import cache_key
-from megadpo.data.tokens.dataset import DataSettings, PairDataset
-from megadpo.data.tokens.encode import Sink, Summary
+from megadpo.data.tokens.dataset import load_datasets, open_dataset
+from megadpo.data.tokens.encode import DataSettings, Sink
 from megadpo.data.tokens.tokenizer import load_tokenizer, pad_token_id
 from megadpo.data.tokens.workers import usable_cores
 from megadpo.families import read_architecture
@@ -192,25 +192,25 @@ def write_cache(places: Places, path: Path, count: int) -> None:
     cfg = places.config(path)
     tokens = texts_tokens(count)
 
-    def build(sink: Sink) -> Summary:
+    def build(sink: Sink) -> DataReport:
         generator = np.random.default_rng(1)
         offsets = np.concatenate([[0], np.cumsum(tokens.ravel())])
         for start in range(0, int(offsets[-1]), 1 << 22):
             size = min(1 << 22, int(offsets[-1]) - start)
-            sink.append("tokens", generator.integers(0, VOCAB, size, dtype=np.int32))
-        sink.append("offsets", offsets)
-        sink.append("rows", np.arange(count))
-        sink.append("lines", np.arange(1, count + 1))
+            sink("tokens", generator.integers(0, VOCAB, size, dtype=np.int32))
+        sink("offsets", offsets)
+        sink("rows", np.arange(count))
+        sink("lines", np.arange(1, count + 1))
         prompt, good, bad = tokens.sum(axis=0).tolist()
-        report = DataReport(
-            path=str(path), rows=count, pairs=count, tokenized_apart=0, dropped_too_long=0, truncated=0,
-            dropped_equal_after_truncation=0, prompt_tokens=prompt, chosen_tokens=good, rejected_tokens=bad,
-            with_chat_template=False,
+        return DataReport(
+            path=str(path), rows=count, pairs=count, prompt_tokens=prompt, chosen_tokens=good, rejected_tokens=bad,
+            with_chat_template=False, fingerprint="0" * 64, max_token_id=VOCAB - 1,
         )  # fmt: skip
-        return Summary(report=report, fingerprint="0" * 64, max_token_id=VOCAB - 1)
 
-    key = cache_key(path, load_tokenizer(str(places.model)), DataSettings.from_config(cfg))
-    TokenCache(places.cache).open_or_build(key, str(path), build)
+    cache = TokenCache(places.cache)
+    digest = cache.source_digest(str(path))
+    key = cache_key(digest, load_tokenizer(str(places.model)), DataSettings.from_config(cfg))
+    cache.open_or_build(key, str(path), build)
 
 
 # What is measured
@@ -228,7 +228,7 @@ def tokenize(places: Places, path: Path, workers: int, folder: Path) -> None:
     tokenizer = load_tokenizer(str(places.model))
     settings = DataSettings.from_config(places.config(path))
     started = time.perf_counter()
-    pairs = PairDataset.with_settings(path, tokenizer, settings, cache=TokenCache(folder), num_workers=workers)
+    pairs = open_dataset(path, tokenizer, settings, cache=TokenCache(folder), num_workers=workers)
     seconds = time.perf_counter() - started
     speed = f"{seconds:.1f} s, {len(pairs) / seconds:,.0f} pairs/s"
     print(f"tokenising {len(pairs):,} pairs with {workers} process(es): {speed}", flush=True)
@@ -267,7 +267,7 @@ def start(places: Places, count: int, rank: int, size: int) -> dict[str, float]:
 
     tokenizer = load_tokenizer(str(places.model))
     lap("tokenizer")
-    dataset = PairDataset(cfg, tokenizer, path)
+    dataset = load_datasets(cfg, {"train": str(path)}, tokenizer, arch.vocab_size)["train"]
     lap("dataset")
     pad = pad_token_id(tokenizer)
     loader = GlobalBatchLoader.from_config(
@@ -297,17 +297,17 @@ def packing(hh: Path | None, places: Places) -> None:
     lengths, work = texts.sum(axis=1), model.pair_work(texts, share_prompt=True)
     for ranks in (1, 8, 64):
         started, cpu = time.perf_counter(), time.process_time()
-        plan = plan_global_batch(lengths, num_ranks=ranks, budget_tokens=BUDGET, work=work)
+        plan = deal_batch(lengths, num_ranks=ranks, budget_tokens=BUDGET, work=work)
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
         took = f"{seconds:.2f} s, {cpu:.2f} s CPU"
         print(f"packing 100,000 pairs for {ranks} rank(s): {took}; {described(plan, lengths, work)}", flush=True)
     if hh is None:
         return
     settings = DataSettings(max_total_sequence_length=BUDGET)
-    pairs = PairDataset.with_settings(hh, bpe_of(hh), settings)
+    pairs = open_dataset(hh, bpe_of(hh), settings)
     lengths = pairs.packed_tokens(share_prompt=True)
-    work = model.pair_work(pairs.arrays.text_tokens(), share_prompt=True)
-    plan = plan_global_batch(lengths, num_ranks=1, budget_tokens=BUDGET, work=work)
+    work = model.pair_work(pairs.text_tokens(), share_prompt=True)
+    plan = deal_batch(lengths, num_ranks=1, budget_tokens=BUDGET, work=work)
     filled = sorted(lengths[pack].sum() / BUDGET for pack in plan[0])[1:]
     print(f"{hh.name} as one batch: {np.mean(filled):.1%} of {BUDGET} tokens filled, mean over all packs but the last")
     order = np.random.default_rng(0).permutation(len(pairs))
@@ -321,7 +321,7 @@ def packing(hh: Path | None, places: Places) -> None:
 
 
 def rank_work(lengths: np.ndarray, work: np.ndarray, positions: np.ndarray, ranks: int) -> list[int]:
-    plan = plan_global_batch(lengths[positions], num_ranks=ranks, budget_tokens=BUDGET, work=work[positions])
+    plan = deal_batch(lengths[positions], num_ranks=ranks, budget_tokens=BUDGET, work=work[positions])
     return [int(work[positions][[pair for pack in rank for pair in pack]].sum()) for rank in plan]
 
 

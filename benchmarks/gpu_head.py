@@ -25,8 +25,13 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # run as a script, the path starts in benchmarks/
 
 from benchmarks import gpu_machine  # noqa: E402
+from megadpo.config.known import Known  # noqa: E402
 from megadpo.config.problems import ConfigError  # noqa: E402
-from megadpo.model.head_choice import LogpsHead, choose_head  # noqa: E402
+from megadpo.config.schema import Config  # noqa: E402
+from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig  # noqa: E402
+from megadpo.config.variants import LOGPROB_KERNELS  # noqa: E402
+from megadpo.model.heads import LogpsHead  # noqa: E402
+from megadpo.parallel import machine  # noqa: E402
 
 GOAL = 1.2
 SIZES = [
@@ -49,7 +54,8 @@ def measure(vocab: int, hidden_size: int, rows: int, device: torch.device, repea
     found["products"] = products(hidden.detach(), weight.detach(), repeats)
     for name in ("triton", "torch"):
         try:
-            _, head = choose_head(name, device)
+            policy = PolicyConfig(model_name="", tokenizer=TokenizerConfig(name=""), logprob_kernel=name)
+            head = LOGPROB_KERNELS.choose(Known(cfg=Config(policy=policy), machine=machine(device)))
             found["heads"][name] = one_head(head, hidden, weight, targets, repeats)
         except ConfigError as error:
             found["heads"][name] = {"not_run": str(error.problems[0])}

@@ -24,7 +24,7 @@ MODULES = (
     "megadpo.train.loop",
     "megadpo.model.kernels.varlen",
     "megadpo.model.kernels.transformer_engine",
-    "megadpo.model.head_fused",
+    "megadpo.model.heads.triton.fused",
 )
 SHOWN = ("torch", "triton", "transformer-engine", "apex", "megatron-core", "transformers", "megadpo")
 

@@ -16,6 +16,8 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="megadpo-test-cache-")
 import hypothesis
 import pytest
 
+from tests.helpers.configs import config, refusals, write  # noqa: F401  fixtures
+
 # A shared machine is slow now and then; pytest's own timeout finds what hangs.
 hypothesis.settings.register_profile("megadpo", deadline=None)
 hypothesis.settings.load_profile("megadpo")

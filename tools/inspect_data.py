@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from megadpo.data.batches.loader import GlobalBatchLoader
+    from megadpo.data.pairs import PairDataset
     from megadpo.data.statistics import SeenSegment, SeenToken
-    from megadpo.data.tokens.dataset import PairDataset
 
 Written: TypeAlias = "tuple[SeenToken, str]"
 """A token and its text."""
@@ -90,7 +90,8 @@ def show(options: argparse.Namespace, console: Console) -> None:
     dp_size = _dp_size(cfg, read_architecture(source.hf_files), options.world_size)
     rank = DataRank(dp_size=dp_size, cp_size=cfg.policy.megatron_cfg.context_parallel_size)
     opened = inputs.open_run_inputs(cfg, rank, sets=[name], weights=False)
-    loader, dataset = opened.loaders[name], opened.datasets[name]
+    loader = opened.loaders[name]
+    dataset = loader.dataset
     position = _position(dataset, options.pair)
     for note in cfg.notes:
         console.print(Text(note, style="dim"))
@@ -120,7 +121,7 @@ def _position(dataset: PairDataset, row: int | None) -> int:
     """Where in the data set the file's row stands."""
     if row is None:
         return 0
-    found = np.flatnonzero(dataset.arrays.rows == row)
+    found = np.flatnonzero(dataset.rows == row)
     if len(found) == 0:
         expected = f"a row of {dataset.report.path}, from 0 to {dataset.report.rows - 1}, that was not dropped"
         raise DataError(Problem("--pair", row, expected, "name another row"))

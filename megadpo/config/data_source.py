@@ -10,32 +10,6 @@ FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 COMPRESSIONS = (".gz", ".zst")
 """May follow the suffix of a text file."""
 
-DATASET_NAMES = (
-    "BinaryPreferenceDataset",
-    "PreferenceDataset",
-    "DPODataset",
-    "HelpSteer3",
-    "Tulu3Preference",
-    "ImplicitPrompt",
-)
-"""Formats of rows: `data.dataset_name`. All but the last are NeMo RL's names."""
-
-
-@dataclass(frozen=True)
-class HubDataset:
-    """A dataset of the hub that NeMo RL knows by name alone."""
-
-    path: str
-    subset: str | None
-    validation_split: str | None
-    """The split that validates by default; None where it has none."""
-
-
-HUB_DATASETS = {
-    "HelpSteer3": HubDataset("nvidia/HelpSteer3", "preference", "validation"),
-    "Tulu3Preference": HubDataset("allenai/llama-3.1-tulu-3-8b-preference-mixture", None, None),
-}
-
 # org/name:subset@split; a split may be a slice such as train[:90%], as `datasets` writes it
 _DATASET = re.compile(r"(?P<path>.+?)(?::(?P<subset>[^:@/\[\]]+))?(?:@(?P<split>[^@/]+))?")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -27,8 +27,15 @@ class Machine:
     device: Literal["cpu", "cuda"]
     compute_capability: tuple[int, int] | None = None
     """Of the GPU, e.g. (9, 0) for Hopper."""
-    why_missing: Callable[[str], str | None] = lambda package: None
-    """Why a Python package such as transformer_engine can't be used; None where it can."""
+    cuda_version: tuple[int, int] | None = None
+    """That torch was built for."""
+    why_missing: Callable[[str], str | None] = lambda name: None
+    """Why a Python package such as transformer_engine, or MIXED_PRODUCTS, can't be used; None where it can."""
+
+
+INSTALL = "install the 'gpu' extra (pip install megadpo[gpu], see docs/gpu.md)"
+MIXED_PRODUCTS = "products of bfloat16 matrices in float32"
+"""torch multiplies bfloat16 matrices into a float32 one, and adds to it, without rounding in between."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +47,11 @@ class Known:
     world_size: int | None = None
     """Processes of the run."""
     machine: Machine | None = None
+
+    @property
+    def device(self) -> Literal["auto", "cpu", "cuda"]:
+        """Of the run. auto: not known."""
+        return self.cfg.policy.device if self.machine is None else self.machine.device
 
 
 Rule = Callable[[Known], Iterator[Problem]]

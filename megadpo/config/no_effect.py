@@ -48,6 +48,8 @@ def _idle(cfg: Config) -> Iterator[tuple[str, str]]:
             yield path, reason
     else:
         yield "policy.sequence_packing.share_prompt", "policy.sequence_packing.enabled is false"
+    if cfg.data.num_workers > 1:
+        yield "data.num_workers", "one background thread packs ahead, as with 1, and that is enough"
     if not cfg.data.val_data_paths:
         for name in ("val_batches", "val_global_batch_size", "val_at_end"):
             yield f"dpo.{name}", "there is no validation set in data.val_data_paths"

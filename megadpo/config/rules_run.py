@@ -74,40 +74,11 @@ def _pack_budget(known: Known) -> Iterator[Problem]:
 
 
 @rule
-def _kernel(known: Known) -> Iterator[Problem]:
-    kernel = known.cfg.policy.attention_kernel
-    if known.cfg.policy.device == "cpu" and kernel in ("varlen", "transformer_engine"):
-        yield Problem("policy.attention_kernel", kernel, "auto, cpu or sdpa on policy.device cpu", "set it to auto")
-    if known.cfg.policy.device == "cuda" and kernel == "cpu":
-        yield Problem("policy.attention_kernel", kernel, "another kernel on policy.device cuda", "set it to auto")
-
-
-@rule
-def _head(known: Known) -> Iterator[Problem]:
-    kernel = known.cfg.policy.logprob_kernel
-    if known.cfg.policy.device == "cpu" and kernel == "triton":
-        yield Problem("policy.logprob_kernel", kernel, "auto or torch on policy.device cpu", "set it to auto")
-
-
-@rule
 def _columns(known: Known) -> Iterator[Problem]:
     keys = (known.cfg.data.prompt_key, known.cfg.data.chosen_key, known.cfg.data.rejected_key)
     if len(set(keys)) < len(keys):
         fix = "name prompt, chosen and rejected apart"
         yield Problem("data.rejected_key", ", ".join(keys), "three different keys", fix)
-
-
-@rule
-def _unread_keys(known: Known) -> Iterator[Problem]:
-    name = known.cfg.data.dataset_name
-    if name is None or name == "BinaryPreferenceDataset":
-        return
-    answers_read = name in ("Tulu3Preference", "ImplicitPrompt")
-    for key, default in (("prompt_key", "prompt"), ("chosen_key", "chosen"), ("rejected_key", "rejected")):
-        value = getattr(known.cfg.data, key)
-        if value != default and not (answers_read and key != "prompt_key"):
-            fix = "remove it, or set data.dataset_name: BinaryPreferenceDataset"
-            yield Problem(f"data.{key}", value, f"{default}, since {name} has field names of its own", fix)
 
 
 @rule

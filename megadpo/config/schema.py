@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from megadpo.config.schema_policy import PolicyConfig
 from megadpo.config.types import CountOrZero, FloatOrZero, PositiveFloat, PositiveInt, Seed, Text
-from megadpo.config.variants import LOGGERS, LOSSES, OneOf, OptionsOf
+from megadpo.config.variants import FORMATS, LOGGERS, LOSSES, OneOf, OptionsOf
 
 
 def user_cache_dir() -> str:
@@ -97,17 +97,7 @@ class DataConfig:
     is train. May be empty for evaluation, and with a dataset_name that stands for a dataset of the hub."""
     val_data_paths: dict[str, Text] | None = None
     """Validation sets, {name: as train_data_path}. A single one is taken as {default: it}. null: no validation."""
-    dataset_name: (
-        Literal[
-            "BinaryPreferenceDataset",
-            "PreferenceDataset",
-            "DPODataset",
-            "HelpSteer3",
-            "Tulu3Preference",
-            "ImplicitPrompt",
-        ]
-        | None
-    ) = None
+    dataset_name: Annotated[str, OneOf(FORMATS)] | None = None
     """The format of the rows, by NeMo RL's names (docs/data.md shows each). null: that of a source's first good row.
     HelpSteer3 and Tulu3Preference without a train_data_path are read from the hub."""
     prompt_key: Text = "prompt"
@@ -127,7 +117,7 @@ class DataConfig:
     shuffle: bool = True
     """A new order each epoch, decided by dpo.seed and the epoch. false: file order."""
     num_workers: CountOrZero = 1
-    """0: batches are packed when they are asked for. Any other number: ahead of time, in one background thread."""
+    """0: batches are packed when they are asked for. 1: ahead of time, in a background thread. More change nothing."""
     on_too_long: Literal["refuse", "drop", "truncate"] = "refuse"
     """A pair longer than the limit: refuse the file, drop the pair and count it, or cut it and count it: the prompt from the
     left (BOS stays), and only then the answers from the right."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from megadpo.config.types import CountOrZero, FloatOrZero, PositiveFloat, PositiveInt, Precision
-from megadpo.config.variants import OPTIMIZERS, OneOf, OptionsOf
+from megadpo.config.variants import LAYER_IMPLEMENTATIONS, OPTIMIZERS, OneOf, OptionsOf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,7 @@ class MegatronConfig:
     """true: all experts of a rank in one kernel, needs Transformer Engine. false: one by one. null: true with Transformer
     Engine's layers."""
 
-    transformer_impl: Literal["auto", "transformer_engine", "local"] = "auto"
+    transformer_impl: Annotated[str, OneOf(LAYER_IMPLEMENTATIONS, ("auto",))] = "auto"
     """Whose layers: Transformer Engine's fused ones, or megatron-core's own. auto: Transformer Engine's on CUDA in
     bfloat16 where it can be imported, else local; the run says which and why. See docs/gpu.md."""
     fp8_cfg: Fp8Config = field(default_factory=Fp8Config)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from megadpo.config.schema_megatron import MegatronConfig
 from megadpo.config.types import FloatOrZero, PositiveInt, Precision, Text
+from megadpo.config.variants import ATTENTION_KERNELS, LOGPROB_KERNELS, OneOf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,16 +53,18 @@ class PolicyConfig:
     """Gradients are scaled down to this norm; 0 or null: no clipping."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
-    attention_kernel: Literal["auto", "cpu", "sdpa", "varlen", "transformer_engine"] = "auto"
-    """cpu: CPUs. sdpa: everywhere. varlen: torch's flash attention on CUDA. transformer_engine: CUDA with TE installed."""
+    attention_kernel: Annotated[str, OneOf(ATTENTION_KERNELS, ("auto",))] = "auto"
+    """cpu: CPUs. sdpa: everywhere. varlen: torch's flash attention, transformer_engine: its fused one, both on CUDA in
+    bfloat16. auto: varlen where it can run, cpu on a CPU, else sdpa."""
     sequence_packing: SequencePackingConfig = field(default_factory=SequencePackingConfig)
     make_sequence_length_divisible_by: PositiveInt = 1
     """A pack is padded to a multiple of this. Left out or null: context_parallel_size, with sequence_parallel times
     tensor_model_parallel_size."""
     logprob_chunk_size: PositiveInt = 1024
     """Answer tokens projected onto the vocabulary at a time. null: 1024."""
-    logprob_kernel: Literal["auto", "torch", "triton"] = "auto"
-    """The head. auto: triton on CUDA, which takes blocks of the vocabulary with as many logits, else torch."""
+    logprob_kernel: Annotated[str, OneOf(LOGPROB_KERNELS, ("auto",))] = "auto"
+    """The head. auto: triton where it can run (CUDA), which takes blocks of the vocabulary with as many logits, else
+    torch."""
     freeze: tuple[Text, ...] = ()
     """Weights to leave as they are: shell patterns on their Hugging Face names, {a..b} for a range of numbers, e.g.
     [model.embed_tokens.weight, "model.layers.{0..3}.*"]. They get no gradients and no optimizer state."""

@@ -137,13 +137,34 @@ class Variants(Generic[V]):
                 yield f"{self._section}.{name}", value, self.readers(name)
 
     def problems(self, known: Any) -> Iterator[Problem]:
-        """What the chosen variant refuses, and options that it doesn't read; known: a Known (known.py)."""
-        yield from _problems_of(self.chosen(known.cfg), known)
+        """What the variant that would run refuses, and options that it doesn't read; known: a Known (known.py)."""
+        yield from _problems_of(self._would_run(known), known)
         if self.notes_unread:
             return
         for where, value, readers in self.unread(known.cfg):
             expected = f"nothing with {self.field} {value_at(known.cfg, self.field)}; read by {', '.join(readers)}"
             yield Problem(where, value, expected, f"remove it, or set {self.field}: {' or '.join(readers)}")
+
+    def choose(self, known: Any) -> Any:
+        """The variant that runs, with its options: the one that the config names. With auto, of those that have a
+        `priority` the highest one that has no problem with being chosen here.
+
+        Raises ConfigError with what it refuses."""
+        if problems := list(self.problems(known)):
+            raise ConfigError(problems)
+        return self._would_run(known)
+
+    def _would_run(self, known: Any) -> Any | None:
+        chosen = self.chosen(known.cfg)
+        if chosen is not None:
+            return chosen
+        priorities = {name: getattr(variant, "priority", None) for name, variant in self._all().items()}
+        usual = {name: priority for name, priority in priorities.items() if priority is not None}
+        for name in sorted(usual, key=lambda name: -usual[name]):
+            variant = self.configured(name, self._given(known.cfg))
+            if all(problem.where != self.field for problem in _problems_of(variant, known)):
+                return variant
+        return None
 
     def _keys_of(self, name: str, variant: V) -> dict[str, Key]:
         return variant_options(variant)
@@ -297,6 +318,7 @@ def option_fields(section: Any) -> dict[str, Variants[Any]]:
 
 
 LOSSES: Variants[Any] = Variants("loss", "megadpo.objective.losses", field="dpo.loss_type", options="loss_options")
+FORMATS: Variants[Any] = Variants("format of rows", "megadpo.data.formats", field="data.dataset_name")
 FAMILIES: Variants[Any] = Variants("model family", "megadpo.families")
 OPTIMIZERS: Variants[Any] = Variants(
     "optimizer",
@@ -308,5 +330,14 @@ OPTIMIZERS: Variants[Any] = Variants(
 LOGGERS: SwitchedVariants[Any] = SwitchedVariants(
     "logger", "megadpo.train.loggers", section="logger", options="loggers"
 )
-KINDS: tuple[Variants[Any], ...] = (LOSSES, OPTIMIZERS, LOGGERS)
+ATTENTION_KERNELS: Variants[Any] = Variants(
+    "attention kernel", "megadpo.model.kernels", field="policy.attention_kernel"
+)
+LOGPROB_KERNELS: Variants[Any] = Variants("head", "megadpo.model.heads", field="policy.logprob_kernel")
+LAYER_IMPLEMENTATIONS: Variants[Any] = Variants(
+    "layer implementation", "megadpo.model.layers", field="policy.megatron_cfg.transformer_impl"
+)
+KINDS: tuple[Variants[Any], ...] = (
+    *(LOSSES, FORMATS, ATTENTION_KERNELS, LOGPROB_KERNELS, LAYER_IMPLEMENTATIONS, OPTIMIZERS, LOGGERS),
+)
 """Every kind whose variants a config key names and that have problems."""

@@ -10,8 +10,7 @@ import numpy.typing as npt
 
 from megadpo.data.batches.loader import GlobalBatchLoader
 from megadpo.data.batches.pack import PackedBatch, pack_pairs
-from megadpo.data.pairs import TokenizedPair
-from megadpo.data.tokens.dataset import TokenizedPairs
+from megadpo.data.pairs import PairDataset, TokenizedPair
 
 
 @dataclass(frozen=True)
@@ -27,9 +26,9 @@ class Lengths:
     total: int
 
 
-def lengths(dataset: TokenizedPairs, *, share_prompt: bool) -> list[Lengths]:
+def lengths(dataset: PairDataset, *, share_prompt: bool) -> list[Lengths]:
     """Of prompts, chosen and rejected answers, the longer sequence, and what a pair takes in a pack."""
-    texts = dataset.arrays.text_tokens()
+    texts = dataset.text_tokens()
     prompt, chosen, rejected = texts.T
     return [
         _lengths("prompt", prompt),
@@ -45,9 +44,9 @@ def _lengths(name: str, tokens: npt.NDArray[np.int64]) -> Lengths:
     return Lengths(name, float(tokens.mean()), median, percent_90, percent_99, int(tokens.max()), int(tokens.sum()))
 
 
-def share_chosen_longer(dataset: TokenizedPairs) -> float:
+def share_chosen_longer(dataset: PairDataset) -> float:
     """Share (0..1) of pairs whose chosen answer has more tokens. Far from 0.5, length alone predicts the choice."""
-    _, chosen, rejected = dataset.arrays.text_tokens().T
+    _, chosen, rejected = dataset.text_tokens().T
     return float((chosen > rejected).mean())
 
 
@@ -73,17 +72,17 @@ class BatchFill:
 def batch_fills(loader: GlobalBatchLoader, count: int) -> list[BatchFill]:
     """The first `count` global batches of epoch 0, or as many as there are."""
     fills = []
-    for batch, (positions, plan) in enumerate(islice(loader.plans(epoch=0), count)):
+    for batch, (positions, deal) in enumerate(islice(loader.deals(epoch=0), count)):
         tokens, work = loader.lengths[positions], loader.work[positions]
-        rank_work = [int(work[[number for pack in rank for number in pack]].sum()) for rank in plan]
-        parts = [loader.pack(positions[pack]).part for rank in plan for pack in rank if loader.rank.cp_size > 1]
-        room = None if loader.budget_tokens is None else loader.budget_tokens * len(plan) * len(plan[0])
+        rank_work = [int(work[[number for pack in rank for number in pack]].sum()) for rank in deal]
+        parts = [loader.pack(positions[pack]).part for rank in deal for pack in rank if loader.rank.cp_size > 1]
+        room = None if loader.budget_tokens is None else loader.budget_tokens * len(deal) * len(deal[0])
         fills.append(
             BatchFill(
                 batch=batch,
                 pairs=len(positions),
                 tokens=int(tokens.sum()),
-                micro_batches=len(plan[0]),
+                micro_batches=len(deal[0]),
                 fill=None if room is None else int(tokens.sum()) / room,
                 imbalance=1 - min(rank_work) / max(rank_work),
                 context_imbalance=max((part.most_work / part.mean_work for part in parts if part), default=None),

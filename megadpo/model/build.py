@@ -12,16 +12,18 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.moe.router import TopKRouter
 
 from megadpo.config.architecture import Architecture
+from megadpo.config.known import Known
+from megadpo.config.schema import Config
 from megadpo.config.schema_policy import PolicyConfig
-from megadpo.model.gpt import PairModel
-from megadpo.model.implementation import choose_implementation, fuses_weight_gradient
-from megadpo.model.kernels import choose_kernel
+from megadpo.config.variants import ATTENTION_KERNELS, LAYER_IMPLEMENTATIONS, LOGPROB_KERNELS
+from megadpo.model.freeze import freeze_routers
+from megadpo.model.gpt import ModelParts, PairModel
 from megadpo.model.moe_balance import LoadBalance
-from megadpo.model.transformer_config import DTYPES, transformer_config
-from megadpo.parallel import ParallelContext
+from megadpo.model.rope import RotaryTable
+from megadpo.model.transformer_config import transformer_config
+from megadpo.parallel import ParallelContext, machine
 
 
 def build_model(
@@ -31,30 +33,29 @@ def build_model(
     but nothing in them yet.
 
     `frozen` (the reference): no gradients are ever asked of it, so it has no recomputation and no gradient buffers.
-    Collectives: megatron-core's sum of tied embeddings over the embedding group at construction.
+    Collectives: megatron-core's sum of tied embeddings over the embedding group at construction. Raises ConfigError where
+    this machine can't run what the config asks for.
     """
-    kernel = choose_kernel(policy.attention_kernel, parallel.device, DTYPES[policy.precision])
-    implementation = choose_implementation(policy, parallel.device)
-    config = transformer_config(arch, policy, parallel.device, recompute=not frozen)
-    balance = load_balance(arch, policy, parallel)  # one for all chunks: it knows layers by their number in the model
+    device, megatron = parallel.device, policy.megatron_cfg
+    known = Known(cfg=Config(policy=policy), arch=arch, machine=machine(device))
+    layers = LAYER_IMPLEMENTATIONS.choose(known)
+    config = transformer_config(arch, policy, device, known=known, layers=layers, recompute=not frozen)
+    parts = ModelParts(
+        layers=layers.modules(fuse_weight_gradient=not frozen and layers.fuses_weight_gradient(megatron)),
+        kernel=ATTENTION_KERNELS.choose(known),
+        rotary=RotaryTable(arch, device, fused=megatron.apply_rope_fusion and layers.fuses_rope),
+        head=LOGPROB_KERNELS.choose(known),
+        logprob_chunk_tokens=policy.logprob_chunk_size,
+        balance=load_balance(arch, policy, parallel),
+        frozen=frozen,
+    )
     chunks = []
     for number in range(parallel.chunks_per_stage):
-        chunk = PairModel(
-            arch,
-            config,
-            parallel,
-            kernel,
-            policy.logprob_chunk_size,
-            number,
-            balance,
-            policy.logprob_kernel,
-            fuse_weight_gradient=not frozen and fuses_weight_gradient(policy, implementation),
-            fuse_rope=policy.megatron_cfg.apply_rope_fusion and implementation.is_transformer_engine,
-        )
-        chunk.to(parallel.device)
+        chunk = PairModel(arch, config, parallel, parts, number)
+        chunk.to(device)
         mark_sharded_parameters(chunk)
         mark_expert_parameters(chunk)
-        if policy.megatron_cfg.freeze_moe_router:
+        if megatron.freeze_moe_router:
             freeze_routers(chunk)
         if frozen:
             chunk.requires_grad_(False)
@@ -89,13 +90,6 @@ def mark_expert_parameters(model: torch.nn.Module) -> None:
 def is_expert(parameter: torch.nn.Parameter) -> bool:
     """Whether it is one expert's (or this rank's part of one), by the mark above."""
     return not getattr(parameter, "allreduce", True)
-
-
-def freeze_routers(model: torch.nn.Module) -> None:
-    """`freeze_moe_router`: no gradient for the routers' weights."""
-    for module in model.modules():
-        if isinstance(module, TopKRouter):
-            module.requires_grad_(False)
 
 
 def mark_sharded_parameters(model: torch.nn.Module) -> None:

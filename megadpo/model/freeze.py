@@ -1,4 +1,6 @@
-"""`policy.freeze`: weights that training leaves as they are, by patterns on their Hugging Face names."""
+"""Weights that training leaves as they are: `policy.freeze`, patterns on Hugging Face names, and `freeze_moe_router`.
+
+What is frozen has requires_grad False, and that is where all others look."""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
 import torch
+from megatron.core.transformer.moe.router import TopKRouter
 
 from megadpo.config.architecture import Architecture
 from megadpo.config.problems import Problem
@@ -29,6 +32,13 @@ def freeze(chunks: Sequence[torch.nn.Module], patterns: Sequence[str], arch: Arc
             # The last stage's copy of tied embeddings goes by the embedding's name too.
             if table.by_name[name].hf[0] in names:
                 parameter.requires_grad_(False)
+
+
+def freeze_routers(chunk: torch.nn.Module) -> None:
+    """Take the gradients off the weights of routers."""
+    for module in chunk.modules():
+        if isinstance(module, TopKRouter):
+            module.requires_grad_(False)
 
 
 def freeze_problems(patterns: Sequence[str], arch: Architecture) -> list[Problem]:
@@ -73,7 +83,7 @@ def _nothing(pattern: str, arch: Architecture, table: WeightTable) -> Problem:
 
 
 def _torn(frozen: set[str], table: WeightTable) -> Iterator[tuple[str, str]]:
-    """(expected, fix) where one part of what can only be frozen whole is named, once a kind of parameter."""
+    """(expected, fix) for each kind of parameter that `frozen` names in part: it can only be frozen whole."""
     seen = set()
     for entry in table.entries:
         kind = entry.row.megatron

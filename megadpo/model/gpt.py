@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.mappings import (
@@ -12,16 +14,31 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megadpo.config.architecture import Architecture
 from megadpo.data.batches.pack import PackedBatch
-from megadpo.model.attention import PackContext
+from megadpo.model.attention import PackContext, forget, once
 from megadpo.model.context import sum_over_context
-from megadpo.model.head import sum_per_answer
-from megadpo.model.head_choice import choose_head
+from megadpo.model.decoder import LayerModules, block_spec
+from megadpo.model.heads import LogpsHead, sum_per_answer
 from megadpo.model.kernels import AttentionKernel
 from megadpo.model.moe import plan_routing
 from megadpo.model.moe_balance import LoadBalance
 from megadpo.model.rope import RotaryTable
-from megadpo.model.spec import block_spec
 from megadpo.parallel import ParallelContext
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelParts:
+    """What the chunks of a model are made of, and share."""
+
+    layers: LayerModules
+    kernel: AttentionKernel
+    rotary: RotaryTable
+    head: LogpsHead
+    logprob_chunk_tokens: int
+    balance: LoadBalance | None
+    """Of the layers of experts: one for all chunks, since it knows layers by their number in the model. None: a dense
+    model."""
+    frozen: bool
+    """No gradients are ever asked of it: the reference, which runs before the policy does."""
 
 
 class PairModel(GPTModel):
@@ -32,21 +49,14 @@ class PairModel(GPTModel):
         arch: Architecture,
         config: TransformerConfig,
         parallel: ParallelContext,
-        kernel: AttentionKernel,
-        logprob_chunk_tokens: int,
+        parts: ModelParts,
         chunk: int = 0,
-        balance: LoadBalance | None = None,
-        logprob_kernel: str = "auto",
-        *,
-        fuse_weight_gradient: bool = False,
-        fuse_rope: bool = False,
     ) -> None:
-        """fuse_weight_gradient, fuse_rope: kernels of Transformer Engine's (model/spec_te.py, model/rope.py)."""
         vp_stage = chunk if parallel.chunks_per_stage > 1 else None
         super().__init__(
             config=config,
             transformer_layer_spec=block_spec(
-                config, parallel.pp_rank, vp_stage, balance, fuse_weight_gradient=fuse_weight_gradient
+                config, parts.layers, parts.balance, pp_rank=parallel.pp_rank, vp_stage=vp_stage
             ),
             vocab_size=arch.vocab_size,
             max_sequence_length=arch.max_position_embeddings,
@@ -56,11 +66,10 @@ class PairModel(GPTModel):
             position_embedding_type="none",  # PackedAttention rotates by the pack's own positions
             vp_stage=vp_stage,
         )
-        self.rotary = RotaryTable(arch, parallel.device, fused=fuse_rope)
-        self.kernel = kernel
-        self.logprob_chunk_tokens = logprob_chunk_tokens
-        self.head_name, self.head = choose_head(logprob_kernel, parallel.device)
-        self.balance = balance  # of the layers of experts; None: a dense model
+        self.rotary, self.kernel, self.head, self.balance = parts.rotary, parts.kernel, parts.head, parts.balance
+        self.logprob_chunk_tokens = parts.logprob_chunk_tokens
+        self.comes_last = not parts.frozen and chunk == parallel.chunks_per_stage - 1
+        """No other chunk of this rank runs on a micro-batch after this one."""
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """T tokens -> hidden states [T, 1, h] for the next stage ([T/tp, 1, h] under sequence parallelism), or, on
@@ -70,24 +79,31 @@ class PairModel(GPTModel):
         Collectives: megatron-core's over the tensor-parallel group and, for experts, theirs; with context parallelism
         those of model/context.py; one all-gather of [2, A] on the last stage.
         """
-        dtype = self.config.params_dtype
-        context = PackContext(
-            qkv_format="thd",
-            rotation=self.rotary(batch.positions, dtype),
-            kernel=self.kernel,
-            plan=self.kernel.plan(batch.segments, batch.tokens.device, dtype),
-        )
-        if batch.part is not None:
-            context.context_group = self.pg_collection.cp
-            context.keep_gathered = _recomputes_all_attention(self.config)
-        if self.balance is not None:
-            context.routing = plan_routing(batch, self.config, self.balance if self.training else None)
+        context = self._context(batch)
         hidden = self.embedding(batch.tokens[None], None) if self.pre_process else None
         if hidden is not None and self.training and self.config.recompute_granularity is not None:
             # Recomputation asks its input, not its weights, whether a gradient is wanted; frozen embeddings want none.
             hidden.requires_grad_()
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=context)
         return self._answer_logps(hidden, batch) if self.post_process else hidden
+
+    def _context(self, batch: PackedBatch) -> PackContext:
+        """What all layers need of `batch`."""
+        dtype, rotary, kernel = self.config.params_dtype, self.rotary, self.kernel
+        context = PackContext(
+            qkv_format="thd",
+            rotation=once(batch, (rotary.key, dtype), lambda: rotary(batch.positions, dtype)),
+            kernel=kernel,
+            plan=once(batch, (kernel.name, dtype), lambda: kernel.plan(batch.segments, batch.tokens.device, dtype)),
+        )
+        if self.comes_last:
+            forget(batch)
+        if batch.part is not None:
+            context.context_group = self.pg_collection.cp
+            context.keep_gathered = _recomputes_all_attention(self.config)
+        if self.balance is not None:
+            context.routing = plan_routing(batch, self.config, self.balance if self.training else None)
+        return context
 
     def _answer_logps(self, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         """Keep the predicting positions, then project: nothing of size tokens x vocabulary."""

@@ -83,7 +83,7 @@ class LoadBalance:
         layer_number: int,
         group: dist.ProcessGroup,
     ) -> torch.Tensor:
-        """`probs` [t, E] as they are, with the loss of this layer's `logits` [t, E] hung to their backward.
+        """`probs` [t, E] as they are; adds the gradient of this layer's loss, from `logits` [t, E], in the backward pass.
 
         group: ranks that hold parts of this micro-batch. Each computes its own tokens' part of P_e, so that the parts
         of the loss, and of its gradient, add up over the ranks. Collectives: one all-reduce of [Q, E] over `group`.

@@ -88,6 +88,9 @@ class RotaryTable(torch.nn.Module):
         super().__init__()
         inverse, self.factor = inverse_frequencies(arch)
         self.fused = fused and self.factor == 1.0
+        scaling = str(arch.rope_scaling)
+        self.key = (arch.head_dim, arch.rope_theta, scaling, arch.max_position_embeddings, self.fused)
+        """Tables of one key turn alike."""
         self.inverse: torch.Tensor
         self.register_buffer("inverse", inverse.to(device), persistent=False)
 
@@ -115,14 +118,15 @@ class Rotation(Protocol):
 
 @dataclass(frozen=True)
 class PlainRotation:
-    """By torch's operations, on any device."""
+    """By torch's operations, on any device: the halves (x1, x2) become (x1 cos - x2 sin, x2 cos + x1 sin)."""
 
     cos: torch.Tensor
     """[T, 1, D/2], constants as sin is: no gradient flows to them."""
     sin: torch.Tensor
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return rotate(x, self.cos, self.sin)
+        turned: torch.Tensor = _Rotate.apply(x, self.cos, self.sin)
+        return turned
 
 
 @dataclass(frozen=True)
@@ -161,11 +165,3 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: int)
     torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-direction)
     torch.mul(x2, cos, out=y2).addcmul_(x1, sin, value=direction)
     return turned
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [T, H, D] turned by its position: the halves (x1, x2) become (x1 cos - x2 sin, x2 cos + x1 sin).
-
-    cos and sin [T, 1, D/2] are constants: no gradient flows to them.
-    """
-    return _Rotate.apply(x, cos, sin)

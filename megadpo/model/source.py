@@ -117,7 +117,7 @@ def _from_hub(name: str, field: str, expected: str, weights: bool) -> Path:
     try:
         patterns = ["*.json", "*.model", "*.jinja", "*.txt", *(["*.safetensors"] if weights else [])]
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises a dozen kinds; each means: not to be had
+    except Exception as error:  # the hub client raises a dozen kinds: the model can't be fetched, whichever it is
         reason = first_line(error)
         fix = "correct the name, log in with `hf auth login`, or download the model and name its folder"
         raise ConfigError([Problem(field, name, f"{expected}; the hub says: {reason}", fix)]) from error

@@ -9,22 +9,24 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
 from megadpo.config.architecture import Architecture
-from megadpo.config.problems import ConfigError, Problem
+from megadpo.config.known import Known
 from megadpo.config.schema_policy import PolicyConfig
-from megadpo.model.implementation import INSTALL, choose_implementation, has_apex_kernel
+from megadpo.model.layers import LayerImplementation, has_apex_kernel
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def transformer_config(
-    arch: Architecture, policy: PolicyConfig, device: torch.device, *, recompute: bool = True
+    arch: Architecture,
+    policy: PolicyConfig,
+    device: torch.device,
+    *,
+    known: Known,
+    layers: LayerImplementation,
+    recompute: bool = True,
 ) -> TransformerConfig:
-    """The TransformerConfig of `arch` under `policy`; `recompute=False` for a model that never sees a backward.
-
-    Raises ConfigError where the config asks for Transformer Engine and it is not to be had.
-    """
+    """The TransformerConfig of `arch` under `policy`; `recompute=False` for a model that never sees a backward."""
     megatron = policy.megatron_cfg
-    implementation = choose_implementation(policy, device)
     dtype = DTYPES[policy.precision]
     pipeline, chunks = megatron.pipeline_model_parallel_size, megatron.virtual_pipeline_model_parallel_size
     config = TransformerConfig(
@@ -59,13 +61,13 @@ def transformer_config(
         num_layers_in_last_pipeline_stage=megatron.num_layers_in_last_pipeline_stage,
         variable_seq_lengths=pipeline > 1,  # packs differ in length
         moe_token_dispatcher_type="alltoall",  # variable_seq_lengths insists on it, for dense models too
-        **_experts(arch, policy, implementation.is_transformer_engine),
+        **_experts(arch, policy, layers),
         perform_initialization=False,  # every weight comes from a file
-        transformer_impl=implementation.name,
-        # Of megatron-core's own linear layers; Transformer Engine's fuse without apex (model/spec_te.py).
-        gradient_accumulation_fusion=has_apex_kernel() and megatron.gradient_accumulation_fusion is not False,
+        transformer_impl="transformer_engine" if layers.name == "transformer_engine" else "local",
+        # Of megatron-core's own linear layers; Transformer Engine's fuse without apex (model/layers/).
+        gradient_accumulation_fusion=has_apex_kernel(known) and megatron.gradient_accumulation_fusion is not False,
         **_float8(policy),
-        # megatron-core's fused SwiGLU is compiled for GPUs; on CPUs the spec brings its own (model/activation.py)
+        # megatron-core's fused SwiGLU is compiled for GPUs; on CPUs the spec brings its own (model/decoder.py)
         bias_activation_fusion=megatron.bias_activation_fusion and device.type == "cuda",
         use_te_activation_func=megatron.bias_activation_fusion and device.type != "cuda",
         masked_softmax_fusion=False,  # attention is ours
@@ -87,7 +89,7 @@ def _float8(policy: PolicyConfig) -> dict[str, Any]:
     return {"fp8": fp8.fp8, "fp8_recipe": fp8.fp8_recipe} if fp8.enabled else {}
 
 
-def _experts(arch: Architecture, policy: PolicyConfig, has_te: bool) -> dict[str, Any]:
+def _experts(arch: Architecture, policy: PolicyConfig, layers: LayerImplementation) -> dict[str, Any]:
     """The experts of `arch`. Load balancing and padding are model/moe.py's."""
     megatron, moe = policy.megatron_cfg, arch.moe
     if moe is None:
@@ -101,23 +103,10 @@ def _experts(arch: Architecture, policy: PolicyConfig, has_te: bool) -> dict[str
         "moe_router_load_balancing_type": "none",
         "moe_shared_expert_intermediate_size": moe.shared_ffn_hidden_size,
         "moe_shared_expert_gate": moe.shared_ffn_hidden_size is not None,
-        "moe_grouped_gemm": uses_grouped_gemm(policy, has_te),
+        "moe_grouped_gemm": layers.groups_experts(megatron),
         "expert_model_parallel_size": megatron.expert_model_parallel_size,
         "expert_tensor_parallel_size": megatron.expert_tensor_parallel_size,
     }
-
-
-def uses_grouped_gemm(policy: PolicyConfig, has_te: bool) -> bool:
-    """Whether a rank's experts run in one kernel: with Transformer Engine's layers, unless the config says no.
-
-    Raises ConfigError where the config asks for it without them.
-    """
-    asked = policy.megatron_cfg.moe_grouped_gemm
-    if asked and not has_te:
-        where = "policy.megatron_cfg.moe_grouped_gemm"
-        fix = f"set it to null or false, or {INSTALL}, with transformer_impl auto"
-        raise ConfigError(Problem(where, True, "Transformer Engine's layers, on a CUDA device in bfloat16", fix))
-    return has_te if asked is None else asked
 
 
 def _recompute(policy: PolicyConfig) -> dict[str, Any]:

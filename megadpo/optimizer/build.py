@@ -10,10 +10,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
-from megadpo.config.known import Machine
-from megadpo.config.problems import Problem
 from megadpo.config.schema_policy import PolicyConfig
-from megadpo.model.implementation import INSTALL, implementation_problems, transformer_engine_missing
 from megadpo.optimizer.step import use_norm_without_waits
 
 
@@ -35,23 +32,6 @@ def wrap_for_training(chunks: Sequence[MegatronModule], policy: PolicyConfig) ->
         DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(chunks)
     ]
-
-
-def machine_problems(policy: PolicyConfig, device: torch.device) -> list[Problem]:
-    """What training by the config needs and this machine lacks; empty where nothing is missing."""
-    megatron = policy.megatron_cfg
-    has_cuda = device.type == "cuda"
-    has_te = has_cuda and transformer_engine_missing() is None
-    te = INSTALL
-    problems = implementation_problems(policy, device)
-    machine = Machine(device="cuda" if has_cuda else "cpu", why_missing=lambda _: transformer_engine_missing())
-    problems += megatron.optimizer.kind.machine_problems(machine)
-    selective = megatron.activation_checkpointing and megatron.recompute_granularity == "selective"
-    if selective and "layernorm" in megatron.recompute_modules and has_cuda and not has_te:
-        where, modules = "policy.megatron_cfg.recompute_modules", ", ".join(megatron.recompute_modules)
-        expected = "no layernorm without Transformer Engine, which megatron-core 0.16.1 then asks about float8"
-        problems.append(Problem(where, modules, expected, f"{te}, or remove layernorm"))
-    return problems
 
 
 def build_optimizer(

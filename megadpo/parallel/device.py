@@ -1,11 +1,15 @@
-"""Which device a rank works on."""
+"""Which device a rank works on, and what the machine has."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
+import warnings
 
 import torch
 
+from megadpo.config.known import MIXED_PRODUCTS, Machine
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.parallel.cpu import enable_cpu
 
@@ -13,10 +17,17 @@ from megadpo.parallel.cpu import enable_cpu
 def setup_device(requested: str) -> torch.device:
     """The device for `policy.device` ('auto', 'cpu' or 'cuda'), made current; redirects megatron-core on a CPU.
 
-    Raises ConfigError where 'cuda' is asked for and absent, where there are more processes than GPUs, or where 'cpu' is
+    Raises ConfigError where 'cuda' is asked for and absent, where there are more processes than GPUs, where 'cpu' is
     asked for and CUDA is present (megatron-core then uses CUDA tensors of its own; hide the GPUs from the process
-    instead).
+    instead), or where the environment chooses Transformer Engine's attention.
     """
+    # megatron-core asserts this of every model it builds (language_module.py `_set_attention_backend`), and sets them
+    chosen = [n for n in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN") if os.environ.get(n, "1") != "1"]
+    if chosen:
+        fix = "unset {}; policy.attention_kernel chooses the kernel"
+        raise ConfigError(
+            [Problem(f"environment variable {n}", os.environ[n], "unset or 1", fix.format(n)) for n in chosen]
+        )
     has_cuda = torch.cuda.is_available()
     if requested == "cuda" and not has_cuda:
         raise ConfigError([Problem("policy.device", "cuda", "a machine with CUDA", "use policy.device=auto or cpu")])
@@ -42,6 +53,60 @@ def setup_device(requested: str) -> torch.device:
     # float32 is float32: NVIDIA's containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, and products would keep 10 bits
     torch.set_float32_matmul_precision("highest")
     return device
+
+
+@functools.cache
+def machine(device: torch.device) -> Machine:
+    """What variants may ask of this machine, whose rank works on `device`. A device without values is taken for a CPU."""
+    if device.type != "cuda":
+        return Machine(device="cpu", why_missing=why_missing)
+    major, minor = (torch.version.cuda or "0.0").split(".")[:2]
+    return Machine(
+        device="cuda",
+        compute_capability=torch.cuda.get_device_capability(device),
+        cuda_version=(int(major), int(minor)),
+        why_missing=why_missing,
+    )
+
+
+@functools.cache
+def why_missing(name: str) -> str | None:
+    """Why the Python package `name`, or MIXED_PRODUCTS, can't be used; None where it can.
+
+    Importing is the only test: a build for another torch or without its CUDA libraries is found, and fails to load.
+    """
+    if name == MIXED_PRODUCTS:
+        there = multiplies_into_float32(torch.device("cuda"))
+        return None if there else f"torch {torch.__version__} has none here"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module(name)
+            if name != "transformer_engine":
+                return None
+            importlib.import_module("transformer_engine.pytorch")
+            parts = importlib.import_module("megatron.core.extensions.transformer_engine")
+    except ModuleNotFoundError as error:
+        return f"{name} is not installed ({error})"
+    except Exception as error:  # the loader raises OSError, the build RuntimeError, its self-checks AssertionError
+        return f"{name} is installed but can't be loaded ({str(error).splitlines()[0]})"
+    return None if parts.HAVE_TE else "megatron-core could not import the parts of transformer_engine that it uses"
+
+
+def multiplies_into_float32(device: torch.device) -> bool:
+    """Whether torch multiplies bfloat16 matrices into a float32 one on this device, and adds to it, unrounded between.
+
+    CUDA builds do from 2.10 on (https://github.com/pytorch/pytorch/pull/167931); others refuse. Waits for the device.
+    """
+    a = torch.ones(16, 16, device=device, dtype=torch.bfloat16)
+    b = a.clone().fill_diagonal_(256.0)
+    total = torch.full((16, 16), 2.0**-10, device=device)
+    try:
+        product = torch.mm(a, b, out_dtype=torch.float32, out=torch.empty_like(total))
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):  # refused, or no such argument
+        return False
+    return bool((product == 271.0).all() & (total == 271.0 + 2.0**-10).all())  # neither is a bfloat16
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

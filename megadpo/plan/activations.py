@@ -67,7 +67,7 @@ class Estimate:
         answers = self.pack.answer_tokens // self.megatron.context_parallel_size
         if self.cfg.policy.logprob_kernel == "torch":
             return vocabulary * self.arch.hidden_size * (4 + width) + min(rows, answers) * vocabulary * (4 + width)
-        logits = min(1 << 27, min(rows, answers) * vocabulary)  # model/head_fused.py
+        logits = min(1 << 27, min(rows, answers) * vocabulary)  # MOST_LOGITS of model/heads/triton
         return answers * self.arch.hidden_size * 4 + vocabulary * self.arch.hidden_size * width + logits * (4 + width)
 
     def _attention(self) -> int:

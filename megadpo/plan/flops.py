@@ -77,7 +77,7 @@ def stage_flops(cfg: Config, arch: Architecture, reference: Architecture | None,
 
 
 def _repeated(megatron: MegatronConfig, arch: Architecture, pack: Pack, layers: int) -> float:
-    """The fused head's second product is left out: every layout has it (model/head_fused.py)."""
+    """The fused head's second product is left out: every layout has it (model/heads/triton)."""
     if not megatron.activation_checkpointing:
         return 0.0
     if megatron.recompute_granularity == "full":

@@ -73,7 +73,7 @@ def _parse(stated: str) -> tuple[int, int, int]:
 def _read(cfg: Config, arch: Architecture) -> tuple[Lengths, str]:
     """Tokenise the training file as training does, and put the pairs into the order of its first epoch."""
     from megadpo.data.batches.loader import GlobalBatchLoader
-    from megadpo.data.tokens.dataset import PairDataset
+    from megadpo.data.tokens.dataset import load_datasets
     from megadpo.data.tokens.tokenizer import load_tokenizer
 
     name = cfg.policy.tokenizer.name
@@ -85,6 +85,6 @@ def _read(cfg: Config, arch: Architecture) -> tuple[Lengths, str]:
         fix = "state the lengths with --lengths PROMPT,CHOSEN,REJECTED, or name a tokenizer"
         told = [Problem(one.where, one.value, one.expected, f"{one.fix}; or {fix}") for one in error.problems]
         raise ConfigError(told) from error
-    pairs = PairDataset(cfg, tokenizer, cfg.data.train_data_path)
+    pairs = load_datasets(cfg, {"train": cfg.data.train_data_path}, tokenizer, arch.vocab_size)["train"]
     loader = GlobalBatchLoader.from_config(pairs, cfg, arch, pad_token_id=0, training=True)
-    return pairs.arrays.text_tokens()[loader.order(0)], f"from {pairs.report.path}, {len(pairs)} pairs"
+    return pairs.text_tokens()[loader.order(0)], f"from {pairs.report.path}, {len(pairs)} pairs"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,9 +13,14 @@ from megatron.core.transformer import mlp
 from megatron.core.transformer.moe import token_dispatcher
 
 from megadpo.config.architecture import Architecture
+from megadpo.config.known import Known, Machine
 from megadpo.config.schema import Config
+from megadpo.config.variants import ATTENTION_KERNELS
 from megadpo.data.batches.pack import Segment
 from megadpo.model import build, moe
+from megadpo.model.heads import LogpsHead
+from megadpo.model.heads.triton import block_columns
+from megadpo.model.kernels import AttentionKernel
 from megadpo.parallel.pretend import META
 
 Answers = Mapping[Any, Callable[..., Any]]
@@ -134,30 +139,21 @@ def addresses() -> Iterator[None]:
         yield
 
 
-FUSED_LOGITS = 1 << 27
-"""head_fused.MOST_LOGITS, which can't be imported without Triton; a test holds the two together."""
-
-
-def fused_logits(cfg: Config, rows: int, vocabulary: int) -> int:
-    """Logits that exist at a time in the fused head, for `rows` tokens and this rank's `vocabulary`."""
-    columns = min(FUSED_LOGITS, cfg.policy.logprob_chunk_size * vocabulary) // max(rows, 1)
-    return rows * min(vocabulary, max(1, columns // 128) * 128)
-
-
 def uses_fused_head(cfg: Config, device_type: str) -> bool:
-    """Whether the run's head is model/head_fused.py: on GPUs, unless the config says torch."""
+    """Whether the run's head is model/heads/triton: on GPUs, unless the config says torch."""
     return device_type == "cuda" and cfg.policy.logprob_kernel != "torch"
 
 
-def fused_head(cfg: Config) -> Callable[..., torch.Tensor]:
+class TracedHead(LogpsHead):
     """The tensors that the fused head makes, and no products."""
 
-    def head(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, **_: Any) -> torch.Tensor:
-        logits = fused_logits(cfg, hidden.shape[0], weight.shape[0])
+    def __call__(
+        self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, chunk_tokens: int, **_: Any
+    ) -> torch.Tensor:
+        rows = hidden.shape[0]
+        logits = rows * block_columns(rows, weight.shape[0], chunk_tokens)
         result: torch.Tensor = _FusedHead.apply(hidden.contiguous(), weight, targets, logits)
         return result
-
-    return head
 
 
 class _FusedHead(torch.autograd.Function):
@@ -200,26 +196,13 @@ def _preprocess(dispatcher: Any, routing_map: torch.Tensor, counts_of: _Counts) 
     return mine * ranks
 
 
-class TracedKernel:
+class TracedKernel(AttentionKernel):
     """The kernel of the run's device, or its outline: what it keeps for backward, and nothing else."""
 
-    def __init__(self, cfg: Config, device_type: str) -> None:
-        requested: str = cfg.policy.attention_kernel
-        if requested == "auto":
-            on_gpu = "varlen" if cfg.policy.precision == "bfloat16" else "sdpa"
-            requested = on_gpu if device_type == "cuda" else "cpu"
-        self.name = requested
-        self.inner: Any
-        if requested == "cpu":
-            from megadpo.model.kernels.cpu import CpuKernel
-
-            self.inner = CpuKernel()
-        elif requested == "varlen":
-            from megadpo.model.kernels.varlen import VarlenKernel
-
-            self.inner = VarlenKernel()
-        else:
-            self.inner = _OutlineKernel()
+    def __init__(self, cfg: Config, device_type: Literal["cpu", "cuda"]) -> None:
+        kernel: AttentionKernel = ATTENTION_KERNELS.choose(Known(cfg=cfg, machine=Machine(device=device_type)))
+        self.name = kernel.name
+        self.inner: Any = kernel if self.name in ("cpu", "varlen") else _OutlineKernel()
 
     def plan(self, segments: tuple[Segment, ...], device: torch.device, dtype: torch.dtype) -> Any:
         # the CPU kernel makes its masks where tensors are made by default; the ragged kernels look into their index

@@ -13,7 +13,7 @@ from megadpo.config.architecture import Architecture
 from megadpo.config.check import micro_batch_multiple
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
-from megadpo.data.batches.deal import plan_global_batch
+from megadpo.data.batches.deal import deal_batch
 from megadpo.data.batches.work import WorkModel, query_keys
 
 Lengths = npt.NDArray[np.int64]
@@ -95,7 +95,7 @@ def workload(cfg: Config, arch: Architecture, lengths: Lengths, said: str, *, dp
     multiple, batches = cfg.policy.make_sequence_length_divisible_by, min(len(lengths) // size, MOST_BATCHES)
     padded = most = 0
     for start in range(0, batches * size, size):
-        ranks = plan_global_batch(
+        ranks = deal_batch(
             tokens[start : start + size],
             num_ranks=dp,
             budget_tokens=budget,

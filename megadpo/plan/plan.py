@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 from megadpo.config.architecture import Architecture
 from megadpo.config.check import check_layout, layers_per_stage
 from megadpo.config.grid import Grid
+from megadpo.config.known import Known, Machine
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
+from megadpo.config.variants import ATTENTION_KERNELS
 from megadpo.optimizer.kinds.adam import Adam
 from megadpo.plan.flops import stage_flops
 from megadpo.plan.memory import GIB, Assumptions, Gpu, memory_limit
@@ -113,12 +115,8 @@ def check_job(job: Job) -> list[Problem]:
     problems = check_layout(job.cfg, job.arch, job.world_size)
     if job.reference is not None and job.reference is not job.arch:
         problems += [one for one in check_layout(job.cfg, job.reference, None) if one not in problems]
-    kernel = job.cfg.policy.attention_kernel
-    where = "policy.attention_kernel"
-    if job.gpu is not None and kernel == "cpu":
-        problems.append(Problem(where, kernel, "another kernel on a GPU", "set it to auto"))
-    if job.gpu is not None and not job.bf16 and kernel in ("varlen", "transformer_engine"):
-        problems.append(Problem(where, kernel, "policy.precision bfloat16", "set it to sdpa for float32"))
+    if job.gpu is not None:
+        problems += ATTENTION_KERNELS.problems(Known(cfg=job.cfg, machine=Machine(device="cuda")))
     if getattr(job.cfg.policy.megatron_cfg.optimizer.kind, "optimizer_cpu_offload", False):
         where = "policy.megatron_cfg.optimizer.optimizer_cpu_offload"
         expected = "false: what it leaves on the GPU is not planned"

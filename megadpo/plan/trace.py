@@ -6,7 +6,7 @@ import dataclasses
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,10 +29,10 @@ from megadpo.parallel.groups import layout_of
 from megadpo.parallel.pretend import META, gather_buffers, pretend_rank
 from megadpo.plan.outlines import (
     Answers,
+    TracedHead,
     TracedKernel,
     addresses,
     even_routing,
-    fused_head,
     fusions_of,
     uses_fused_head,
 )
@@ -119,7 +119,7 @@ def trace_stage(
     lengths: Lengths,
     *,
     grid: Grid,
-    device_type: str,
+    device_type: Literal["cpu", "cuda"],
     expert_load: float = 1.0,
 ) -> StageTrace:
     """Build the rank that `grid` speaks of: model, gradient buffers, optimizer, reference. Then run a pack of
@@ -149,7 +149,7 @@ def trace_stage(
         for chunk in (*model, *reference):
             chunk.kernel = kernel
             if uses_fused_head(cfg, device_type):
-                chunk.head = fused_head(cfg)
+                chunk.head = TracedHead()
         if model[0].balance is not None:
             model[0].balance.start(num_tokens=1, num_pairs=1)
         walk = _Walk(cfg, lengths)

@@ -98,7 +98,7 @@ def compute_missing(
     done: list[npt.NDArray[np.int64]] = []
     mine: list[tuple[npt.NDArray[np.int64], torch.Tensor]] = []
     batches = -(-len(missing) // loader.global_batch_size)
-    for number, (chosen, plan) in enumerate(loader.plans_of(missing), start=1):
+    for number, (chosen, plan) in enumerate(loader.deals_of(missing), start=1):
         packs = [chosen[numbers] for numbers in plan[parallel.dp_rank]]
         logps = reference.logps([loader.pack(pack) for pack in packs])
         if parallel.tp_rank == parallel.cp_rank == 0:  # the others have the same numbers

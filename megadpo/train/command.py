@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Sequence
 
+from megadpo.config.known import Known, find_problems
 from megadpo.config.load import as_dict, save_resolved
 from megadpo.config.metric import parse_duration_s
 from megadpo.config.problems import EXIT_REFUSED, ConfigError, UserError
@@ -52,12 +53,11 @@ def world_size() -> int:
 
 def run_evaluating(cfg: Config) -> int:
     """Set up, evaluate, tear down. Every rank."""
-    from megadpo.model.implementation import implementation_problems
-    from megadpo.parallel import destroy, initialize, layout_of, setup_device
+    from megadpo.parallel import destroy, initialize, layout_of, machine, setup_device
     from megadpo.train.evaluation import run_evaluation
 
     device = setup_device(cfg.policy.device)
-    if problems := implementation_problems(cfg.policy, device):
+    if problems := find_problems(Known(cfg=cfg, machine=machine(device))):
         raise ConfigError(problems)
     parallel = initialize(layout_of(cfg), device)
     exit_code = run_evaluation(cfg, parallel)
@@ -82,8 +82,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def run_training(cfg: Config) -> int:
     """Set up, train, tear down. Every rank."""
-    from megadpo.optimizer.build import machine_problems
-    from megadpo.parallel import destroy, initialize, layout_of, setup_device
+    from megadpo.parallel import destroy, initialize, layout_of, machine, setup_device
     from megadpo.parallel.lifetime import signal_when_parent_ends
     from megadpo.train.loop import train
     from megadpo.train.metrics_logger import MetricsLogger
@@ -95,7 +94,7 @@ def run_training(cfg: Config) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:  # without it the ranks of a torchrun that died would train on
         signal_when_parent_ends(signal.SIGTERM, os.getppid())
     device = setup_device(cfg.policy.device)
-    if problems := machine_problems(cfg.policy, device):
+    if problems := find_problems(Known(cfg=cfg, machine=machine(device))):
         raise ConfigError(problems)
     parallel = initialize(layout_of(cfg), device)
     run = prepare(cfg, parallel)

@@ -12,7 +12,8 @@ from megadpo.config.architecture import Architecture
 from megadpo.config.problems import Attempts, ConfigError, Problem
 from megadpo.config.schema import Config
 from megadpo.data.batches.loader import DataRank, GlobalBatchLoader
-from megadpo.data.tokens.dataset import PairDataset, load_datasets
+from megadpo.data.pairs import PairDataset
+from megadpo.data.tokens.dataset import load_datasets
 from megadpo.data.tokens.tokenizer import load_tokenizer, pad_token_id
 from megadpo.families import read_architecture, weight_table
 from megadpo.model.source import ModelSource, reference_source, resolve_source, tokenizer_source
@@ -38,9 +39,8 @@ class RunInputs:
     """`source` itself where dpo.reference.model_name is null."""
     reference_arch: Architecture
     tokenizer: PreTrainedTokenizerBase
-    datasets: Mapping[str, PairDataset]
-    """By the name of the set, TRAIN first."""
     loaders: Mapping[str, GlobalBatchLoader]
+    """By the name of the set, TRAIN first; each holds its pairs (`.dataset`)."""
 
     @property
     def train_loader(self) -> GlobalBatchLoader:
@@ -54,10 +54,10 @@ class RunInputs:
     @property
     def reports(self) -> list[str]:
         """One line a file, what was read, dropped and truncated; and what an epoch leaves out."""
-        lines = [str(data.report) for data in self.datasets.values()]
-        for name, loader in self.loaders.items():
+        lines = [str(loader.dataset.report) for loader in self.loaders.values()]
+        for loader in self.loaders.values():
             if dropped := loader.dropped_pairs_per_epoch:
-                path, size = self.datasets[name].report.path, loader.global_batch_size
+                path, size = loader.dataset.report.path, loader.global_batch_size
                 lines.append(
                     f"{path}: {dropped} pairs an epoch don't fill a last global batch of {size} and are left out"
                 )
@@ -111,8 +111,8 @@ def open_run_inputs(
     if datasets is not None and reference_arch is not None and reference != source:
         attempt(lambda: _require_vocabulary(cfg, reference_arch, datasets.values()))
     attempt.refuse()
-    assert source and arch and reference and reference_arch and tokenizer is not None and datasets and loaders
-    return RunInputs(source, arch, reference, reference_arch, tokenizer, datasets, loaders)
+    assert source and arch and reference and reference_arch and tokenizer is not None and loaders is not None
+    return RunInputs(source, arch, reference, reference_arch, tokenizer, loaders)
 
 
 def _loaders(
@@ -153,12 +153,12 @@ def _require_complete_weights(source: ModelSource, arch: Architecture) -> None:
 
 def _read_rows(cfg: Config, paths: Iterable[str]) -> None:
     """Raises DataError with every problem that the rows have without a tokenizer."""
-    from megadpo.data.formats.recognise import FieldKeys
-    from megadpo.data.sources.rows import iterate_pairs
+    from megadpo.data.formats import FieldKeys
+    from megadpo.data.formats.read_pairs import read_pairs
 
     attempt = Attempts()
     keys = FieldKeys(cfg.data.prompt_key, cfg.data.chosen_key, cfg.data.rejected_key)
     for path in paths:
-        pairs = iterate_pairs(path, keys, dataset_name=cfg.data.dataset_name, on_bad_row=cfg.data.on_bad_row)
+        pairs = read_pairs(path, keys, dataset_name=cfg.data.dataset_name, on_bad_row=cfg.data.on_bad_row)
         attempt(partial(deque, pairs, maxlen=0))  # reads all, keeps none
     attempt.refuse()

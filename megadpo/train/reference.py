@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import hashlib
 import json
@@ -40,16 +41,19 @@ def cache_folder(cfg: Config) -> Path:
     return Path(cfg.checkpointing.checkpoint_dir) / "reference" if named is None else Path(named).expanduser()
 
 
-def attach_logps(cfg: Config, inputs: RunInputs, parallel: ParallelContext, total_steps: int) -> list[str]:
-    """Give the loaders the reference's log-probabilities of every pair that the run will see: from the files of
-    `dpo.reference.cache_dir`, and computed, and written there, where those lack some. The model is gone afterwards.
+def attach_logps(
+    cfg: Config, inputs: RunInputs, parallel: ParallelContext, total_steps: int
+) -> tuple[RunInputs, list[str]]:
+    """The inputs, with loaders that bring the reference's log-probabilities of every pair that the run will see: from the
+    files of `dpo.reference.cache_dir`, and computed, and written there, where those lack some. The model is gone afterwards.
 
-    Returns a line a data set. Raises ConfigError, on every rank, where the folder can't be written. Collectives: a
+    With them a line a data set. Raises ConfigError, on every rank, where the folder can't be written. Collectives: a
     broadcast a data set, and where something is computed one a write, those of the model and of `compute_missing`.
     """
     folder = cache_folder(cfg)
     model = from_first_rank(parallel, lambda: _describe(cfg, inputs))
     reference: ResidentReference | None = None
+    loaders = {}
     lines = []
     for key, loader in inputs.loaders.items():
         name, steps = ("train", total_steps) if key == TRAIN else (key, None)
@@ -63,18 +67,18 @@ def attach_logps(cfg: Config, inputs: RunInputs, parallel: ParallelContext, tota
                 reference = build_reference(cfg, inputs, parallel)
             keep = partial(_keep, cache, name, positions, parallel)
             table = compute_missing(reference, loader, positions, table, parallel, after_some=keep)
-        loader.reference_logps = table
+        loaders[key] = loader.with_reference_logps(table)
         lines.append(f"reference log-probabilities of {name}: {known} of {len(positions)} pairs from {cache.path}")
         broken = positions[~np.isfinite(table[positions]).all(axis=1)]
         if len(broken):
-            rows = ", ".join(str(row) for row in loader.dataset.arrays.rows[broken[:3]])
+            rows = ", ".join(str(row) for row in loader.dataset.rows[broken[:3]])
             lines.append(f"  not finite for {len(broken)} pairs of {name}, the first in rows {rows} (from 0)")
     if reference is not None:
         del reference
         gc.collect()  # a layer that refers to itself keeps its weights until the garbage collector runs
         if parallel.device.type == "cuda":
             torch.cuda.empty_cache()
-    return lines
+    return dataclasses.replace(inputs, loaders=loaders), lines
 
 
 def _describe(cfg: Config, inputs: RunInputs) -> dict[str, str]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from megadpo.config.known import Known
 from megadpo.config.schema import Config
-from megadpo.config.variants import LOSSES
+from megadpo.config.variants import LAYER_IMPLEMENTATIONS, LOSSES
 from megadpo.model.build import count_parameters, is_expert
-from megadpo.model.implementation import choose_implementation, fuses_weight_gradient
 from megadpo.optimizer.kinds.adam import Adam, adam_name
+from megadpo.parallel import machine
 from megadpo.train.progress import RunSummary
 from megadpo.train.setup import Run
 
@@ -26,7 +27,7 @@ def summarise(run: Run) -> RunSummary:
         precision=cfg.policy.precision,
         layers=chosen["layers"],
         attention_kernel=run.trainer.model[0].kernel.name,
-        logprob_kernel=run.trainer.model[0].head_name,
+        logprob_kernel=run.trainer.model[0].head.name,
         optimizer=chosen["optimizer"],
         global_batch_pairs=cfg.policy.train_global_batch_size,
         micro_batch=micro_batch_words(cfg),
@@ -48,11 +49,12 @@ def summarise(run: Run) -> RunSummary:
 def choices(run: Run) -> dict[str, str]:
     """What `auto` came to on this machine, and why."""
     policy, device = run.cfg.policy, run.parallel.device
-    implementation, config = choose_implementation(policy, device), run.trainer.model[0].config
-    kernels: list[str] = [implementation.name]
+    known = Known(cfg=run.cfg, machine=machine(device))
+    layers, config = LAYER_IMPLEMENTATIONS.choose(known), run.trainer.model[0].config
+    kernels: list[str] = [layers.name]
     if config.fp8:
         kernels.append(f"float8 {config.fp8_recipe} {config.fp8}")
-    if implementation.is_transformer_engine and fuses_weight_gradient(policy, implementation):
+    if layers.fuses_weight_gradient(policy.megatron_cfg):
         kernels.append("fused weight gradients")
     if run.trainer.model[0].rotary.fused:
         kernels.append("fused RoPE")
@@ -61,9 +63,9 @@ def choices(run: Run) -> dict[str, str]:
     kind = policy.megatron_cfg.optimizer.kind
     why = f" ({kind.choose(device.type)[1]})" if isinstance(kind, Adam) else ""
     return {
-        "layers": f"{', '.join(kernels)} ({implementation.reason})",
+        "layers": f"{', '.join(kernels)} ({layers.reason(known)})",
         "attention": run.trainer.model[0].kernel.name,
-        "log-probabilities": run.trainer.model[0].head_name,
+        "log-probabilities": run.trainer.model[0].head.name,
         "optimizer": f"{' and '.join(adam)}{why}" if adam else "none: this rank's weights are all frozen",
     }
 

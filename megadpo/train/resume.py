@@ -20,7 +20,7 @@ from megadpo.checkpoint.folder import move_aside, require_info, step_folders
 from megadpo.config.load import as_dict
 from megadpo.config.problems import ConfigError, Problem, UserError
 from megadpo.config.schema import Config
-from megadpo.data.tokens.dataset import PairDataset
+from megadpo.data.pairs import PairDataset
 from megadpo.model.manifest import checkpoint_before, no_manifest
 from megadpo.model.source import ModelSource, weights_fingerprint
 from megadpo.parallel import ParallelContext

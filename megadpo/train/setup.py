@@ -21,7 +21,7 @@ from megadpo.model.build import build_model
 from megadpo.model.freeze import freeze
 from megadpo.optimizer.build import build_optimizer, build_scheduler, wrap_for_training
 from megadpo.parallel import ParallelContext
-from megadpo.train.inputs import TRAIN, RunInputs, data_rank, open_run_inputs
+from megadpo.train.inputs import RunInputs, data_rank, open_run_inputs
 from megadpo.train.reference import attach_logps, build_reference
 from megadpo.train.resume import changes, claim, data_settings, find_resume
 from megadpo.train.step import Trainer
@@ -58,14 +58,15 @@ def prepare(cfg: Config, parallel: ParallelContext) -> Run:
     """Build the run on this rank. Raises UserError subclasses for everything a user can put right."""
     seed_everything(cfg.dpo.seed, parallel)
     inputs = open_run_inputs(cfg, data_rank(parallel))
-    pairs, arch = inputs.datasets[TRAIN], inputs.arch
+    pairs, arch = inputs.train_loader.dataset, inputs.arch
     total_steps = cfg.dpo.total_steps(inputs.train_loader.batches_per_epoch)
     settings = data_settings(cfg, inputs.reference, parallel)
     resume, notes = find_resume(cfg, pairs, settings, parallel)
 
     reference = None
     if cfg.dpo.reference.mode == "cached":  # before there is a policy, so that the two never share the memory
-        notes += attach_logps(cfg, inputs, parallel, total_steps)
+        inputs, lines = attach_logps(cfg, inputs, parallel, total_steps)
+        notes += lines
     elif cfg.dpo.reference.mode == "resident":
         reference = build_reference(cfg, inputs, parallel)
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import typing
-
 import pytest
 
-from megadpo.config.data_source import DATASET_NAMES, HUB_DATASETS, DataSource, file_suffix, parse_source
-from megadpo.config.schema import DataConfig
+from megadpo.config.data_source import DataSource, file_suffix, parse_source
 
 TEXTS = {
     "pairs.jsonl": DataSource("pairs.jsonl"),
@@ -49,9 +46,3 @@ def test_files_and_hub_names_are_told_apart(path: str, is_file: bool, is_hub_nam
 )
 def test_the_kind_of_a_file(path: str, suffix: str | None) -> None:
     assert file_suffix(path) == suffix
-
-
-def test_the_config_knows_the_same_names() -> None:
-    hint = typing.get_type_hints(DataConfig)["dataset_name"]
-    literal = next(one for one in typing.get_args(hint) if one is not type(None))
-    assert typing.get_args(literal) == DATASET_NAMES and set(HUB_DATASETS) <= set(DATASET_NAMES)

@@ -13,6 +13,7 @@ IDLE = {
     "policy.megatron_cfg.scheduler.lr_decay_iters": "10",
     "policy.megatron_cfg.scheduler.lr_warmup_init": "1.0e-7",
     "policy.train_micro_batch_size": "4",
+    "data.num_workers": "7",
     "dpo.val_at_end": "true",
 }
 

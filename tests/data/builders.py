@@ -10,8 +10,12 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from megadpo.data.pairs import LossMask, PreferencePair, TokenIds, TokenizedPair
-from megadpo.data.tokens.dataset import DataSettings, PairDataset
+from megadpo.data.formats import FieldKeys, PreferencePair
+from megadpo.data.formats.read_pairs import read_pairs
+from megadpo.data.pairs import LossMask, PairDataset, TokenIds, TokenizedPair
+from megadpo.data.sources import Place
+from megadpo.data.tokens.dataset import open_dataset
+from megadpo.data.tokens.encode import DataSettings
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 _ids = st.lists(st.integers(1, 99), min_size=1, max_size=7)
@@ -39,7 +43,7 @@ def loss_masks(draw: st.DrawFn, tokens: int) -> LossMask | None:
 
 
 def text_pair(prompt: Any, chosen: Any, rejected: Any, line: int = 1) -> PreferencePair:
-    return PreferencePair(prompt=prompt, chosen=chosen, rejected=rejected, row=line - 1, line=line, path="pairs.jsonl")
+    return PreferencePair(prompt=prompt, chosen=chosen, rejected=rejected, place=Place("pairs.jsonl", line, line - 1))
 
 
 def row(number: int = 0, **changes: object) -> dict[str, object]:
@@ -53,10 +57,14 @@ def write_rows(path: Path, rows: Iterable[object]) -> Path:
     return path
 
 
+def read_all(source: str | Path, keys: FieldKeys | None = None, **options: Any) -> list[PreferencePair]:
+    return list(read_pairs(source, keys, **options))
+
+
 def dataset(folder: Path, num_pairs: int, **settings: Any) -> PairDataset:
     """A data set of `num_pairs` good rows."""
     path = write_rows(folder / f"pairs_{num_pairs}.jsonl", (row(number) for number in range(num_pairs)))
-    return PairDataset.with_settings(
+    return open_dataset(
         path, tiny_tokenizer(adds_bos=True), DataSettings(**{"max_total_sequence_length": 256, **settings})
     )
 

@@ -1,27 +1,35 @@
-"""Ids with their loss masks in one array."""
+"""Pairs as flat arrays: every id and loss mask comes back."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
-from megadpo.data.pairs import largest_id, with_mask, without_mask
-from tests.data.builders import ids
-
-
-@given(st.data(), st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=9))
-def test_what_is_kept_in_one_array_comes_back(data: Any, tokens: list[int]) -> None:
-    mask = np.array(data.draw(st.lists(st.booleans(), min_size=len(tokens), max_size=len(tokens))), dtype=bool)
-    stored = with_mask(ids(*tokens), mask)
-    back, back_mask = without_mask(stored)
-    assert back.tolist() == tokens and back.dtype == stored.dtype == np.int32
-    assert back_mask is None if mask.all() else back_mask is not None and back_mask.tolist() == mask.tolist()
-    assert largest_id(stored) == max(tokens)
+from megadpo.data.pairs import FlatPairs, TokenizedPair, largest_id
+from tests.data.builders import equal_pairs, ids, tokenized_pairs
 
 
-def test_without_a_mask_nothing_is_copied() -> None:
-    tokens = ids(3, 0, 7)
-    assert with_mask(tokens, None) is tokens and without_mask(tokens)[0] is tokens
+@given(tokenized_pairs())
+def test_flat_arrays_give_back_every_pair(pairs: list[TokenizedPair]) -> None:
+    flat = FlatPairs.of(pairs)
+    assert len(flat) == len(pairs) and equal_pairs(flat, pairs)
+    assert flat.tokens.dtype == np.int32 and flat.offsets.dtype == np.int64
+    assert flat.text_tokens().tolist() == [[p.prompt_tokens, p.chosen_tokens, p.rejected_tokens] for p in pairs]
+    answers = [pair.chosen_tokens + pair.rejected_tokens for pair in pairs]
+    for prompts, share in ((1, True), (2, False)):
+        expected = [prompts * pair.prompt_tokens + answer for pair, answer in zip(pairs, answers, strict=True)]
+        assert flat.packed_tokens(share_prompt=share).tolist() == expected
+    if pairs:
+        assert largest_id(flat.tokens) == max(
+            int(text.max()) for p in pairs for text in (p.prompt_ids, p.chosen_ids, p.rejected_ids)
+        )
+
+
+def test_positions_slices_and_views() -> None:
+    flat = FlatPairs.of([TokenizedPair(number, ids(3, 0, number), ids(4), ids(5)) for number in range(5)])
+    assert flat[-1].index == flat[4].index == 4 and [pair.index for pair in flat[1:3]] == [1, 2]
+    assert np.shares_memory(flat[3].prompt_ids, flat.tokens), "a text without a mask is a view, not a copy"
+    for outside in (5, -6):
+        with pytest.raises(IndexError):
+            flat[outside]

@@ -14,11 +14,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megadpo.data.batches.cut import CONTEXT_BALANCE
-from megadpo.data.batches.deal import plan_global_batch
+from megadpo.data.batches.deal import deal_batch
 from megadpo.data.batches.loader import DataRank, GlobalBatchLoader
 from megadpo.data.batches.rebalance import BALANCE
 from megadpo.data.batches.work import WorkModel
-from megadpo.data.tokens.dataset import DataSettings, PairDataset
+from megadpo.data.pairs import PairDataset
+from megadpo.data.tokens.dataset import open_dataset
+from megadpo.data.tokens.encode import DataSettings
 from tests.helpers.tiny_tokenizer import CHATML, tiny_tokenizer
 
 FOLDER = Path(os.environ.get("MEGADPO_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
@@ -33,7 +35,7 @@ def pairs() -> PairDataset:
 
 
 def read(path: Path) -> PairDataset:
-    return PairDataset.with_settings(path, tiny_tokenizer(adds_bos=True), DataSettings(max_total_sequence_length=8192))
+    return open_dataset(path, tiny_tokenizer(adds_bos=True), DataSettings(max_total_sequence_length=8192))
 
 
 def test_every_row_is_a_pair(pairs: PairDataset) -> None:
@@ -44,7 +46,7 @@ def test_every_row_is_a_pair(pairs: PairDataset) -> None:
 
 def test_plain_rows_go_through_a_chat_template() -> None:
     settings = DataSettings(max_total_sequence_length=8192, chat_template=CHATML)
-    chats = PairDataset.with_settings(TRAIN, tiny_tokenizer(), settings)
+    chats = open_dataset(TRAIN, tiny_tokenizer(), settings)
     assert len(chats) == 1600 and chats.report.with_chat_template and chats.report.tokenized_apart == 0
 
 
@@ -57,7 +59,7 @@ def in_large_vocabulary() -> PairDataset:
     texts = (text for line in TRAIN.open(encoding="utf-8") for text in json.loads(line).values())
     backend.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-    return PairDataset.with_settings(TRAIN, tokenizer, DataSettings(max_total_sequence_length=4096))
+    return open_dataset(TRAIN, tokenizer, DataSettings(max_total_sequence_length=4096))
 
 
 LLAMA_8B = WorkModel(per_token=13_958_643_712, per_answer_token=1_050_673_152, per_query_key=524_288)
@@ -94,7 +96,7 @@ def test_an_epoch_is_complete_and_its_ranks_do_the_same_work(
 
 def test_full_packs_are_nearly_full(in_large_vocabulary: PairDataset) -> None:
     lengths = in_large_vocabulary.packed_tokens(share_prompt=True)
-    (packs,) = plan_global_batch(lengths, num_ranks=1, budget_tokens=4096)
+    (packs,) = deal_batch(lengths, num_ranks=1, budget_tokens=4096)
     filled = sorted((lengths[pack].sum() / 4096 for pack in packs), reverse=True)
     assert np.mean(filled[:-1]) > 0.97, "all but the last"
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megadpo.config.problems import DataError
-from megadpo.data.sources.rows import read_pairs
+from tests.data.builders import read_all
 
 GYM_REQUIRED_FORMAT = """\
 {
@@ -136,26 +136,26 @@ def test_a_snippet_is_a_row(snippet: str, tmp_path: Path) -> None:
     (tmp_path / "one_a_line.jsonl").write_text(json.dumps(json.loads(snippet)) + "\n")
     for path in ("verbatim.json", "one_a_line.jsonl"):
         for dataset_name in (None, name):
-            for pair in read_pairs(tmp_path / path, dataset_name=dataset_name):
+            for pair in read_all(tmp_path / path, dataset_name=dataset_name):
                 assert (pair.prompt, pair.chosen, pair.rejected) == texts
 
 
 def test_a_snippet_over_several_lines_of_a_jsonl_file_is_told_apart(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text(GYM_REQUIRED_FORMAT, encoding="utf-8")
     with pytest.raises(DataError) as refused:
-        read_pairs(tmp_path / "p.jsonl")
+        read_all(tmp_path / "p.jsonl")
     assert "p.jsonl:1: " in str(refused.value) and "name the file .json if rows span lines" in str(refused.value)
 
 
 def test_the_schema_with_comments_is_no_data(tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text(NEMO_RL_SCHEMA, encoding="utf-8")
     with pytest.raises(DataError) as refused:
-        read_pairs(tmp_path / "p.json")
+        read_all(tmp_path / "p.json")
     assert "p.json:2: " in str(refused.value) and "remove comments" in str(refused.value)
     bare = "\n".join(line.split(" //")[0] for line in NEMO_RL_SCHEMA.splitlines())
     (tmp_path / "p.json").write_text(bare, encoding="utf-8")
     with pytest.raises(DataError) as refused:
-        read_pairs(tmp_path / "p.json")
+        read_all(tmp_path / "p.json")
     said = str(refused.value)
     assert "'context' without messages" in said and "completions[0].completion" in said
 
@@ -163,7 +163,7 @@ def test_the_schema_with_comments_is_no_data(tmp_path: Path) -> None:
 def test_the_guides_dpo_dataset_keys(tmp_path: Path) -> None:
     row = {"prompt": "q", "chosen_response": "yes", "rejected_response": "no"}
     (tmp_path / "p.jsonl").write_text(json.dumps(row))
-    (pair,) = read_pairs(tmp_path / "p.jsonl")
+    (pair,) = read_all(tmp_path / "p.jsonl")
     assert (pair.prompt, pair.chosen, pair.rejected) == ("q", "yes", "no")
 
 
@@ -173,4 +173,4 @@ def test_pairs_as_the_training_guides_script_writes_them(tmp_path: Path) -> None
     with (tmp_path / "dpo_train.jsonl").open("w") as f:
         for pair in pairs:
             f.write(json.dumps(pair) + "\n")
-    assert [pair.prompt for pair in read_pairs(tmp_path / "dpo_train.jsonl")] == ["q 0", "q 1", "q 2"]
+    assert [pair.prompt for pair in read_all(tmp_path / "dpo_train.jsonl")] == ["q 0", "q 1", "q 2"]

@@ -29,7 +29,7 @@ def test_lengths_are_those_of_the_pairs(tmp_path: Path) -> None:
     )
     longest = [pair.longest_sequence_tokens for pair in pairs]
     assert found["prompt + longer answer"].mean == pytest.approx(np.mean(longest))
-    assert found["pair in a pack"].total == sum(pair.packed_tokens(share_prompt=True) for pair in pairs)
+    assert found["pair in a pack"].total == pairs.packed_tokens(share_prompt=True).sum()
     assert share_chosen_longer(pairs) == np.mean([pair.chosen_tokens > pair.rejected_tokens for pair in pairs])
 
 

@@ -24,7 +24,7 @@ import torch
 from tests.gpu.models import float64_logps_and_gradients, make_gpu_model
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import VOCAB
-from tests.model.test_kernels import random_pairs
+from tests.model.kernels.test_kernels import random_pairs
 
 pytestmark = pytest.mark.gpu
 LENGTHS = [(300, 40, 90), (17, 5, 8), (120, 130, 60)]

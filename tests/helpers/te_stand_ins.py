@@ -7,7 +7,7 @@ import pytest
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-from megadpo.model.norm import RMSNorm, _RmsNorm
+from megadpo.model.decoder import LayerModules, RMSNorm, _RmsNorm
 
 
 class _EmptyState:
@@ -127,17 +127,18 @@ class StandInGrouped(torch.nn.Module):
 
 def use_stand_ins(patch: pytest.MonkeyPatch) -> None:
     """In this process: Transformer Engine's layers are chosen, and are these."""
-    from megadpo.model import build, implementation, spec, spec_te, transformer_config
-    from megadpo.train import report
+    from megadpo.model.layers import local, transformer_engine
 
-    modules = spec_te.TeModules(
-        StandInNormColumn, StandInColumn, StandInRow, StandInNorm, StandInGrouped, StandInGrouped
+    modules = LayerModules(
+        norm=StandInNorm,
+        column=StandInColumn,
+        row=StandInRow,
+        norm_column=StandInNormColumn,
+        grouped_column=StandInGrouped,
+        grouped_row=StandInGrouped,
     )
-    chosen = implementation.Implementation("transformer_engine", "stand-ins")
-    for module in (spec, spec_te):
-        patch.setattr(module, "te_modules", lambda: modules)
-    for module in (build, transformer_config, report):
-        patch.setattr(module, "choose_implementation", lambda policy, device: chosen)
+    patch.setattr(transformer_engine, "te_modules", lambda: modules)
+    for module in (local, transformer_engine):
+        patch.setattr(module, "why_not_transformer_engine", lambda known: None)
     # Neither Transformer Engine's kernels nor apex's are here.
-    patch.setattr(build, "fuses_weight_gradient", lambda policy, implementation: False)
-    patch.setattr(report, "fuses_weight_gradient", lambda policy, implementation: False)
+    patch.setattr(transformer_engine, "with_fused_weight_gradient", lambda part: part)

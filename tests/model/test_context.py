@@ -11,10 +11,10 @@ import torch
 
 from megadpo.data.batches.cut import context_part
 from megadpo.data.batches.pack import pack_pairs
-from megadpo.model.kernels.ragged import gather_keys, ragged_plan
+from megadpo.model.kernels import RaggedKernel
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import make_model
-from tests.model.test_kernels import random_pairs, reference_attention
+from tests.model.kernels.test_kernels import random_pairs, reference_attention
 
 HEADS, GROUPS, DIM = 4, 2, 8
 
@@ -25,16 +25,16 @@ def inputs(tokens):
     return [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
 
 
-class RaggedKernel:
+class RaggedStandIn(RaggedKernel):
     """Stands for the fused kernels: keys gathered by index, then one call, which keeps them for its backward."""
 
     name = "ragged"
 
     def plan(self, segments, device, dtype):
-        return segments, ragged_plan(segments, device)
+        return segments, super().plan(segments, device, dtype)
 
     def prepare(self, k, v, plan):
-        return gather_keys(k, plan[1]), gather_keys(v, plan[1])
+        return super().prepare(k, v, plan[1])
 
     def attend(self, q, k, v, plan):
         return dense_attention(q, k, v, plan[0])
@@ -69,7 +69,7 @@ def attend_in_parts(batch):
     unpack = _PreparedAgain.unpack
     _PreparedAgain.unpack = lambda self, kept: (places.append(isinstance(kept, tuple)), unpack(self, kept))[1]
     results = {}
-    for kernel in (CpuKernel(), SdpaKernel(), RaggedKernel()):
+    for kernel in (CpuKernel(), SdpaKernel(), RaggedStandIn()):
         plan = kernel.plan(part.segments, torch.device("cpu"), torch.float64)
         for keep in (False, True):
             q, k, v, upstream = (x[part.run_index] for x in inputs(batch.tokens.numel()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.helpers.distributed import run_distributed
-from tests.model.test_kernels import random_pairs
+from tests.model.kernels.test_kernels import random_pairs
 from tests.model.weights.hf_models import LAYERS, make_hf_folder
 
 LENGTHS = [(10, 3, 7), (2, 1, 2)]

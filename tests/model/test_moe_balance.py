@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megadpo.data.batches.pack import pack_pairs
 from megadpo.model.moe_balance import LoadBalance, TokenSets, answer_sequences, balance_loss, balance_metrics
-from tests.model.test_kernels import random_pairs
+from tests.model.kernels.test_kernels import random_pairs
 
 LENGTHS = [(40, 20, 7), (1, 1, 2), (3, 50, 30)]
 TOPK, EXPERTS = 2, 5

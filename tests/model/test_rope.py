@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from megadpo.families import read_architecture
-from megadpo.model.rope import RotaryTable
+from megadpo.model.rope import PlainRotation, RotaryTable
 
 SCALINGS = {
     "default": {"rope_type": "default"},
@@ -89,3 +89,26 @@ def test_the_fused_rotation_is_handed_the_same_angles(name, tmp_path, monkeypatc
     positions, x = torch.tensor([0, 1, 2, 0, 1, 300, 2]), torch.randn(7, 2, 64)
     assert fused.fused == (name != "yarn")  # its factor on cos and sin is not in the kernel
     torch.testing.assert_close(fused(positions, x.dtype)(x), plain(positions, x.dtype)(x), rtol=1e-6, atol=1e-6)
+
+
+def plain_rotate(x, cos, sin):
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+
+def test_rotate():
+    torch.manual_seed(0)
+    x = torch.randn(6, 3, 8, dtype=torch.float64, requires_grad=True)
+    angles, upstream = torch.randn(6, 1, 4, dtype=torch.float64), torch.randn(6, 3, 8, dtype=torch.float64)
+    cos, sin = angles.cos(), angles.sin()
+    got, want = PlainRotation(cos, sin)(x), plain_rotate(x, cos, sin)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    grads = [torch.autograd.grad(out, x, upstream)[0] for out in (got, want)]
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
+
+
+def test_rotate_takes_a_view_of_the_projection():
+    """q, k and v are strided views of one tensor; the turned ones must not be."""
+    qkv, turn = torch.randn(6, 3, 24), PlainRotation(torch.ones(6, 1, 4), torch.zeros(6, 1, 4))
+    assert turn(qkv[..., :8]).is_contiguous()
+    torch.testing.assert_close(turn(qkv[..., 8:16]), qkv[..., 8:16])

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megadpo.config.known import Known, Machine
 from megadpo.config.reader import keys_of
+from megadpo.config.schema import CheckpointingConfig, Config
 from megadpo.config.schema_megatron import (
     DistributedDataParallelConfig,
     MegatronConfig,
@@ -18,7 +20,6 @@ from megadpo.config.schema_megatron import (
 from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
 from megadpo.config.variants import OPTIMIZERS
 from megadpo.optimizer import build
-from megadpo.optimizer.build import machine_problems
 from tests.helpers.distributed import run_distributed
 from tests.model.weights.hf_models import make_hf_folder
 
@@ -59,21 +60,27 @@ def test_bfloat16_gradients_are_summed_in_float32_where_asked(tmp_path):
     assert found == [{(torch.bfloat16, torch.float32)}, {(torch.bfloat16, torch.bfloat16)}]
 
 
-def test_machines_without_cuda_or_transformer_engine_are_told_why(monkeypatch):
+def refusals(machine, **options):
+    """What Adam with these options refuses on a machine, in a run that saves no optimizer."""
+    cfg = Config(policy=policy_of("x", **options), checkpointing=CheckpointingConfig(save_optimizer=False))
+    return list(OPTIMIZERS.problems(Known(cfg=cfg, machine=machine)))
+
+
+def test_machines_without_cuda_or_transformer_engine_are_told_why():
     aware = {"use_precision_aware_optimizer": True}
     offload = {**aware, "optimizer_cpu_offload": True, "optimizer_offload_fraction": 1.0}
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert machine_problems(policy_of("x"), cpu) == []
+    cpu, cuda = Machine(device="cpu"), Machine(device="cuda")
+    assert refusals(cpu) == []
     for options in (aware, offload):
-        [problem] = machine_problems(policy_of("x", **options), cpu)
+        [problem] = refusals(cpu, **options)
         assert "without CUDA" in problem.expected and problem.where.endswith("use_precision_aware_optimizer")
-    missing = "Transformer Engine is not installed"
-    monkeypatch.setattr("megadpo.optimizer.build.transformer_engine_missing", lambda: missing)
-    [problem] = machine_problems(policy_of("x", **aware), cuda)
+    bare = Machine(device="cuda", why_missing=lambda _: "Transformer Engine is not installed")
+    [problem] = refusals(bare, **aware)
     assert "Transformer Engine" in problem.expected
-    assert machine_problems(policy_of("x", **offload), cuda) == []  # HybridDeviceOptimizer does without it
-    monkeypatch.setattr("megadpo.optimizer.build.transformer_engine_missing", lambda: None)
-    assert machine_problems(policy_of("x", **aware), cuda) == []
+    assert refusals(bare, **offload) == []  # HybridDeviceOptimizer does without it
+    [problem] = refusals(bare, adam_impl="transformer_engine")
+    assert "Transformer Engine is not installed" in problem.expected
+    assert refusals(cuda, **aware) == []
 
 
 @pytest.mark.parametrize("name", ["adam", "sgd"])

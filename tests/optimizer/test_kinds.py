@@ -12,6 +12,7 @@ import types
 import pytest
 import torch
 
+from megadpo.optimizer.kinds.adam import Adam
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import make_config, make_model, read_metrics
 
@@ -119,3 +120,12 @@ def test_megatron_core_is_told():
     use_adam("torch")
     assert mcore.Adam is torch.optim.AdamW and mcore.USING_PYTORCH_OPTIMIZER
     assert not distrib_optimizer.HAVE_APEX_OR_TE and not distrib_optimizer.USING_TE_OPTIMIZER
+
+
+def test_whose_adam(monkeypatch):
+    monkeypatch.setattr("megadpo.parallel.device.why_missing", lambda name: None)
+    assert Adam().choose("cpu")[0] == "torch"
+    assert Adam().choose("cuda")[0] == "transformer_engine"
+    assert Adam(adam_impl="torch").choose("cuda")[0] == "torch"
+    monkeypatch.setattr("megadpo.parallel.device.why_missing", lambda name: "not installed")
+    assert Adam().choose("cuda") == ("torch", "not installed")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 
 from megadpo.config.problems import ConfigError
-from megadpo.parallel import setup_device
+from megadpo.parallel import machine, setup_device
+from megadpo.parallel.device import why_missing
 
 
 @pytest.fixture
@@ -47,3 +50,30 @@ def test_products_in_float32_are_not_in_tf32(two_gpus, monkeypatch):
 def test_a_cpu_run_beside_gpus_is_refused(two_gpus):
     with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES"):
         setup_device("cpu")
+
+
+@pytest.mark.parametrize("name", ["NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"])
+def test_switches_that_megatron_core_would_stop_at_are_refused(name, two_gpus, monkeypatch):
+    """Its assertion, in every model it builds, speaks of an argument that megadpo hasn't."""
+    monkeypatch.setenv(name, "0")
+    with pytest.raises(ConfigError, match=f"environment variable {name}: .*unset {name}"):
+        setup_device("auto")
+    monkeypatch.setenv(name, "1")  # as megatron-core leaves it
+    setup_device("auto")
+
+
+def test_what_a_machine_is_asked(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    gpu = machine(torch.device("cuda", 7))
+    assert (gpu.device, gpu.compute_capability, gpu.cuda_version) == ("cuda", (8, 9), (12, 8))
+    assert machine(torch.device("cpu")).device == machine(torch.device("meta")).device == "cpu"
+    assert why_missing("json") is None
+    assert why_missing("no_such_package") == "no_such_package is not installed (No module named 'no_such_package')"
+
+
+def test_without_transformer_engine_the_reason_is_the_import_error():
+    if importlib.util.find_spec("transformer_engine") is not None:
+        pytest.skip("Transformer Engine is installed")
+    reason = "transformer_engine is not installed (No module named 'transformer_engine')"
+    assert why_missing("transformer_engine") == reason

@@ -110,9 +110,7 @@ def peak(path: str, overrides: list[str], lengths: Lengths, micro_batches: int) 
     packs = [context_part(whole, parallel.cp_rank, parallel.cp_size)] * micro_batches
     packs = [dataclasses.replace(pack, tokens=pack.tokens + 5) for pack in packs]
     pairs = len(lengths) * micro_batches * parallel.dp_size
-    batch = GlobalBatch(
-        micro_batches=packs, num_pairs=pairs, num_tokens=0, pair_indices=list(range(pairs)), epoch=0, batch=0
-    )
+    batch = GlobalBatch(micro_batches=packs, num_pairs=pairs, num_tokens=0, pair_indices=list(range(pairs)))
     trainer.step(batch)
     assert trainer.reference is not None
     weights = parameters(trainer.model)

@@ -34,7 +34,7 @@ def main() -> None:
         before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
         cfg, _, trainer = measured.build(path, overrides)
     packs = [empty_pack(cfg, full_pack(cfg, np.array([[312, 100, 100]]))) for _ in range(2)]
-    batch = GlobalBatch(micro_batches=packs, num_pairs=8, num_tokens=0, pair_indices=list(range(8)), epoch=0, batch=0)
+    batch = GlobalBatch(micro_batches=packs, num_pairs=8, num_tokens=0, pair_indices=list(range(8)))
     for _ in range(2):
         trainer.step(batch)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from megadpo.config.grid import Grid
 from megadpo.config.load import load_config
 from megadpo.plan.inputs import architectures
-from megadpo.plan.outlines import FUSED_LOGITS
 from megadpo.plan.packs import full_pack
 from megadpo.plan.trace import trace_stage
 from tests.plan.cases import MIXTRAL, write_case
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 MEG = "policy.megatron_cfg"
 
 
@@ -34,10 +30,3 @@ def test_uneven_experts_take_memory_in_proportion(tmp_path):
     rows = 2048 * 2  # as many come to one expert of four as go out: each token's two choices, from four ranks
     each = 72 + 3 * 200  # the row itself, both sides of SwiGLU and their product's input
     assert saved[1] - saved[0] == pytest.approx(4 * rows * each * 2, rel=0.1)
-
-
-def test_the_fused_heads_blocks_are_those_of_the_head():
-    """Read from the source: importing it takes Triton."""
-    source = (REPOSITORY / "megadpo/model/head_fused.py").read_text()
-    assert "MOST_LOGITS = 1 << 27\n" in source and FUSED_LOGITS == 1 << 27
-    assert "COLUMN_MULTIPLE = 128\n" in source

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from megadpo.config.problems import DataError
-from megadpo.data.sources.rows import read_pairs
 from megadpo.rollouts import build
 from megadpo.rollouts.build import build_pairs
 from megadpo.rollouts.options import BuildOptions, rejected_path
 from megadpo.rollouts.pairing import PairingOptions
 from megadpo.rollouts.report import BuildReport
 from megadpo.rollouts.row import RowOptions
+from tests.data.builders import read_all
 from tests.rollouts.builders import call, call_output, current, message, reasoning, write
 
 
@@ -67,7 +67,7 @@ def test_training_reads_what_was_built(tmp_path: Path, text: bool) -> None:
     rows = [current(f"question {n}?", [message(f"answer {k}")], k) for n in range(5) for k in range(3)]
     options = BuildOptions(row=RowOptions(text=text), pairing=PairingOptions(pairing="all"))
     pairs, _, report = built(tmp_path, rows, options)
-    read = read_pairs(tmp_path / "pairs.jsonl")
+    read = read_all(tmp_path / "pairs.jsonl")
     assert len(read) == len(pairs) == len(report.pairs) == 15
     assert isinstance(read[0].prompt, str) == text
     assert (pairs[0]["chosen"] if text else pairs[0]["chosen"][0]["content"]) == "answer 2"

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from megadpo.data.sources.rows import read_pairs
 from megadpo.rollouts.build import build_pairs
 from megadpo.rollouts.options import BuildOptions, rejected_path
 from megadpo.rollouts.report import BuildReport
+from tests.data.builders import read_all
 
 FOLDER = Path(os.environ.get("MEGADPO_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
 FILES = sorted((FOLDER / "gym_rollouts").glob("*.jsonl"))
@@ -58,7 +58,7 @@ def test_a_second_answer_with_another_reward_makes_a_pair(path: Path, tmp_path: 
     for pair in pairs:
         original = rows[(int(pair["chosen_from"].split(".jsonl:")[1].split()[0]) - 1) // 2]
         assert_same_words(original, pair)
-    assert len(read_pairs(tmp_path / "pairs.jsonl")) == len(pairs)
+    assert len(read_all(tmp_path / "pairs.jsonl")) == len(pairs)
 
 
 def worse(row: dict[str, Any]) -> dict[str, Any]:

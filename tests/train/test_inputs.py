@@ -24,7 +24,7 @@ def problems_of(config, *overrides, **options):
 def test_the_sets_asked_for_are_opened(model, tmp_path):
     cfg = load_config(str(make_config(tmp_path, model)), ["data.cache_dir=null"])
     inputs = open_run_inputs(cfg)
-    assert list(inputs.loaders) == list(inputs.datasets) == [TRAIN, *(cfg.data.val_data_paths or {})]
+    assert list(inputs.loaders) == [TRAIN, *(cfg.data.val_data_paths or {})]
     assert list(inputs.validation) == list(cfg.data.val_data_paths or {})
     assert inputs.reference == inputs.source and inputs.reference_arch == inputs.arch
     (name,) = inputs.validation

@@ -10,7 +10,7 @@ import torch
 
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import make_model
-from tests.model.test_kernels import random_pairs
+from tests.model.kernels.test_kernels import random_pairs
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -39,7 +39,7 @@ def test_validation_is_due(period, at_end, ranked_by, step, last, save, due):
 @pytest.mark.parametrize("updated", [True, False])
 def test_a_step_counts_what_was_skipped_and_divides_by_its_seconds(updated):
     outcome = StepOutcome({"loss": 0.5}, grad_norm=3.0, lr=0.1, updated=updated)
-    batch = GlobalBatch(micro_batches=[], num_pairs=4, num_tokens=30, pair_indices=[], epoch=1, batch=2)
+    batch = GlobalBatch(micro_batches=[], num_pairs=4, num_tokens=30, pair_indices=[])
     before = TrainingPosition(step=7, epoch=1, batch=2, skipped_steps=2)
     assert step_record(batch, outcome, before, seconds=2.0) == {
         "epoch": 1,
@@ -97,8 +97,8 @@ def test_a_run_saves_by_its_period_at_its_end_and_where_it_is_stopped(stopped_at
 
     def batches(epoch, start):
         begun.append((epoch, start))
-        for number in range(start, 4):
-            yield GlobalBatch(micro_batches=[], num_pairs=2, num_tokens=8, pair_indices=[], epoch=epoch, batch=number)
+        for _ in range(start, 4):
+            yield GlobalBatch(micro_batches=[], num_pairs=2, num_tokens=8, pair_indices=[])
 
     run = SimpleNamespace(
         cfg=SimpleNamespace(

@@ -19,7 +19,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="u
 def test_every_name_of_a_step_is_on_the_page_and_no_other() -> None:
     objective = metric_names(DpoConfig(), has_reference=True)
     outcome = StepOutcome(dict.fromkeys([*objective, CONTEXT_IMBALANCE], 0.0), grad_norm=0.0, lr=0.0, updated=True)
-    batch = GlobalBatch(micro_batches=[], num_pairs=1, num_tokens=1, pair_indices=[0], epoch=0, batch=0)
+    batch = GlobalBatch(micro_batches=[], num_pairs=1, num_tokens=1, pair_indices=[0])
     before = TrainingPosition(step=0, epoch=0, batch=0, data_fingerprint="", data_settings={})
     logged = {"step", *step_record(batch, outcome, before, seconds=1.0)}
     logged |= {"train/moe_aux_loss", "train/moe_aux_loss_layer_<n>"}  # model/moe_balance.py's, of models with experts

@@ -37,7 +37,7 @@ def step_with(monkeypatch, loss, norm, on_nonfinite_loss):
         _ready=lambda batch: batch,
         _forward_backward=lambda batch: SimpleNamespace(means=lambda: {"loss": loss}),
     )
-    batch = GlobalBatch(micro_batches=[], num_pairs=2, num_tokens=9, pair_indices=[5, 3], epoch=0, batch=0)
+    batch = GlobalBatch(micro_batches=[], num_pairs=2, num_tokens=9, pair_indices=[5, 3])
     try:
         return Trainer.step(trainer, batch), counts
     except NonFiniteLoss as error:

@@ -191,6 +191,7 @@ def test_a_rank_that_dies_ends_the_run_and_leaves_no_process(model, tmp_path, st
         tmp_path,
         model,
         dpo={"max_num_steps": None, "max_num_epochs": 400},
+        policy={"megatron_cfg": {"tensor_model_parallel_size": 2}},  # so that each rank has something to write
         checkpointing={"enabled": True, "save_period": 1},
     )
     run = start(config)

@@ -1,8 +1,7 @@
 """Which pairs of a global batch share a micro-batch, and on which data-parallel rank.
 
-Every rank computes the same plan from the pairs' lengths and work alone, so nothing is communicated. Positions in the
-global batch go out. Packs are bounded by tokens (memory); ranks are compared by work (time): attention costs a long
-pair more per token than a short one. See work.py.
+Every rank computes the same deal from the pairs' lengths and work alone, so nothing is communicated. Packs are bounded by
+tokens (memory); ranks are compared by work (time): attention costs a long pair more per token than a short one (work.py).
 
 With a token budget, three ways to deal pairs to ranks x m packs are known, each from the longest pair down:
   global  best fit over the packs of all ranks, which are then dealt out to the ranks, the most work first
@@ -24,11 +23,11 @@ import numpy as np
 
 from megadpo.data.batches.rebalance import BALANCE, Packs, rebalance
 
-Plan = list[list[list[int]]]
+Deal = list[list[list[int]]]
 """[rank][micro-batch][pair] -> position in the global batch."""
 
 
-def plan_global_batch(
+def deal_batch(
     lengths: Sequence[int] | np.ndarray,
     *,
     num_ranks: int,
@@ -36,7 +35,7 @@ def plan_global_batch(
     pairs_per_micro_batch: int | None = None,
     work: Sequence[int] | np.ndarray | None = None,
     micro_batch_multiple: int = 1,
-) -> Plan:
+) -> Deal:
     """Deals the positions 0 .. len(lengths) - 1 to ranks and micro-batches, each exactly once.
 
     work: what each pair costs, whole numbers >= 0 in any unit; None: its length. With a token budget the ranks' sums of
@@ -62,7 +61,7 @@ def plan_global_batch(
     return _by_tokens(job, micro_batch_multiple)
 
 
-def _by_count(num_pairs: int, num_ranks: int, pairs_per_micro_batch: int, multiple: int) -> Plan:
+def _by_count(num_pairs: int, num_ranks: int, pairs_per_micro_batch: int, multiple: int) -> Deal:
     """Contiguous ranges of positions; ranks differ by at most one pair."""
     if pairs_per_micro_batch < 1:
         raise ValueError(f"pairs_per_micro_batch must be at least 1, got {pairs_per_micro_batch}")
@@ -78,7 +77,7 @@ def _by_count(num_pairs: int, num_ranks: int, pairs_per_micro_batch: int, multip
     ]
 
 
-def _by_tokens(job: _Job, multiple: int) -> Plan:
+def _by_tokens(job: _Job, multiple: int) -> Deal:
     per_rank = max(1, -(-len(job.best_fit) // job.num_ranks))
     best = _best_packs(job, per_rank)
     assert best is not None, "best fit has just packed them"
@@ -223,11 +222,11 @@ def _pack_global(job: _Job, per_rank: int) -> Packs | None:
     return packs
 
 
-def _in_order(packs: Packs) -> Plan:
+def _in_order(packs: Packs) -> Deal:
     """Largest pack first, so that what is too much for the memory shows at once; pairs of a pack in batch order."""
-    plan = []
+    deal = []
     for rank_pairs, rank_tokens in zip(packs.pairs, packs.tokens, strict=True):
         first = [min(pairs, default=-1) for pairs in rank_pairs]
         numbers = sorted(range(len(rank_pairs)), key=lambda number: (-rank_tokens[number], first[number]))
-        plan.append([sorted(rank_pairs[number]) for number in numbers])
-    return plan
+        deal.append([sorted(rank_pairs[number]) for number in numbers])
+    return deal

@@ -1,13 +1,14 @@
 """Global batches of packed pairs, for one data-parallel rank.
 
 Order of an epoch: a function of (seed, epoch) alone, so that neither the number of ranks nor where a run was
-interrupted changes which pairs share a global batch. Every rank knows all lengths, plans the whole global batch alike
+interrupted changes which pairs share a global batch. Every rank knows all lengths, deals out the whole global batch alike
 and packs only its own micro-batches: no communication. Held per pair: its length and its work, 16 bytes, and while an
 epoch runs 8 more for its order; token ids stay where the data set has them.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,18 +21,16 @@ import torch
 from megadpo.config.check import micro_batch_multiple
 from megadpo.config.problems import DataError, Problem
 from megadpo.data.batches.cut import context_part
-from megadpo.data.batches.deal import Plan, plan_global_batch
+from megadpo.data.batches.deal import Deal, deal_batch
 from megadpo.data.batches.pack import PackedBatch, pack_pairs
 from megadpo.data.batches.prefetch import Prefetcher
 from megadpo.data.batches.work import WorkModel
-from megadpo.data.sources.rows import MOST_PROBLEMS
-from megadpo.data.tokens.dataset import PairDataset, TokenizedPairs
+from megadpo.data.pairs import PairDataset
+from megadpo.data.sources import MOST_PROBLEMS
 
 if TYPE_CHECKING:
     from megadpo.config.architecture import Architecture
     from megadpo.config.schema import Config
-
-__all__ = ["DataRank", "GlobalBatch", "GlobalBatchLoader", "PairDataset"]
 
 PREFETCH_BATCHES = 2
 """Global batches packed ahead of need."""
@@ -49,9 +48,6 @@ class GlobalBatch:
     """Packed tokens of the whole global batch without padding; a shared prompt counts once."""
     pair_indices: list[int]
     """Rows of the data file, of the whole global batch, in the order of the epoch."""
-    epoch: int
-    batch: int
-    """Number of the batch in its epoch. (epoch, batch + 1) is where a resumed run goes on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +76,7 @@ class GlobalBatchLoader:
 
     def __init__(
         self,
-        dataset: TokenizedPairs,
+        dataset: PairDataset,
         *,
         global_batch_size: int,
         shuffle: bool,
@@ -93,7 +89,7 @@ class GlobalBatchLoader:
         micro_batch_multiple: int = 1,
         drop_last: bool,
         limit_batches: int | None = None,
-        num_workers: int = 1,
+        prefetch: bool = True,
         work_model: WorkModel | None = None,
         rank: DataRank = WHOLE,
     ) -> None:
@@ -103,8 +99,8 @@ class GlobalBatchLoader:
         micro_batch_multiple: every rank gets a multiple of this many micro-batches, empty ones among them if need be.
         drop_last: leave out the last, incomplete global batch of an epoch (training); else it comes as it is.
         limit_batches: at most this many batches of an epoch (dpo.val_batches); None or 0 or less: all.
-        num_workers: 0 packs in the caller; any other number packs ahead in one background thread, which is enough:
-            packing takes a thousandth of a step.
+        prefetch: pack ahead in one background thread, which is enough: packing takes a thousandth of a step. False:
+            pack in the caller.
         work_model: ranks get the same work by it (with budget_tokens only); None: as many tokens each.
         rank: whose micro-batches come out; pad_to_multiple is a multiple of its cp_size.
         Raises DataError for pairs longer than budget_tokens, and for a data set that drop_last leaves nothing of.
@@ -113,8 +109,6 @@ class GlobalBatchLoader:
             raise ValueError(f"packs padded to {pad_to_multiple} tokens can't be cut over cp_size {rank.cp_size}")
         if global_batch_size < 1:
             raise ValueError(f"global_batch_size must be at least 1, got {global_batch_size}")
-        if (budget_tokens is None) == (pairs_per_micro_batch is None):
-            raise ValueError("give either budget_tokens or pairs_per_micro_batch")
         self.dataset = dataset
         self.global_batch_size = global_batch_size
         self.shuffle = shuffle
@@ -126,15 +120,14 @@ class GlobalBatchLoader:
         self.pairs_per_micro_batch = pairs_per_micro_batch
         self.micro_batch_multiple = micro_batch_multiple
         self.drop_last = drop_last
-        self.num_workers = num_workers
+        self.prefetch = prefetch
         self.lengths = dataset.packed_tokens(share_prompt=share_prompt)
         """int64 [pairs]: tokens that each pair takes in a pack."""
         self.work = self.lengths
         """int64 [pairs]: what ranks are balanced by."""
-        self.reference_logps: npt.NDArray[np.float32] | None = None
-        """[pairs, 2], where they were computed beforehand (dpo.reference.mode cached): come with each micro-batch."""
         if work_model is not None:
-            self.work = work_model.pair_work(dataset.arrays.text_tokens(), share_prompt=share_prompt)
+            self.work = work_model.pair_work(dataset.text_tokens(), share_prompt=share_prompt)
+        self._reference_logps: npt.NDArray[np.float32] | None = None
         # Padding may not take a pack over the budget
         self.budget_tokens = None if budget_tokens is None else budget_tokens // pad_to_multiple * pad_to_multiple
         self._refuse_longer_than_budget()
@@ -149,7 +142,7 @@ class GlobalBatchLoader:
     @classmethod
     def from_config(
         cls,
-        dataset: TokenizedPairs,
+        dataset: PairDataset,
         cfg: Config,
         arch: Architecture,
         *,
@@ -174,10 +167,17 @@ class GlobalBatchLoader:
             drop_last=training,
             limit_batches=None if training else cfg.dpo.val_batches,
             micro_batch_multiple=micro_batch_multiple(cfg),
-            num_workers=cfg.data.num_workers,
+            prefetch=cfg.data.num_workers > 0,
             work_model=WorkModel.of(arch),
             rank=rank,
         )
+
+    def with_reference_logps(self, logps: npt.NDArray[np.float32]) -> GlobalBatchLoader:
+        """The same loader, whose micro-batches bring the reference's numbers along: float32 [pairs, 2], in the data
+        set's order, computed beforehand (dpo.reference.mode cached)."""
+        loader = copy.copy(self)
+        loader._reference_logps = logps
+        return loader
 
     def order(self, epoch: int) -> npt.NDArray[np.int64]:
         """int64 [pairs]: positions of the data set in the order of the epoch."""
@@ -191,24 +191,24 @@ class GlobalBatchLoader:
         if not 0 <= start_batch <= self.batches_per_epoch:
             raise ValueError(f"start_batch {start_batch} of an epoch of {self.batches_per_epoch} batches")
         made = self._make(epoch, start_batch)
-        if self.num_workers == 0:
-            yield from made
-        else:
+        if self.prefetch:
             with Prefetcher(made, PREFETCH_BATCHES) as ahead:
                 yield from ahead
+        else:
+            yield from made
 
-    def plans(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[npt.NDArray[np.int64], Plan]]:
-        """For each global batch, int64 [pairs] positions of the data set, and how all ranks deal them out."""
+    def deals(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[npt.NDArray[np.int64], Deal]]:
+        """For each global batch, int64 [pairs] positions of the data set, and how they are dealt to all ranks."""
         size = self.global_batch_size
-        yield from self.plans_of(self.order(epoch)[start_batch * size : self.batches_per_epoch * size])
+        yield from self.deals_of(self.order(epoch)[start_batch * size : self.batches_per_epoch * size])
 
-    def plans_of(self, order: npt.NDArray[np.int64]) -> Iterator[tuple[npt.NDArray[np.int64], Plan]]:
+    def deals_of(self, order: npt.NDArray[np.int64]) -> Iterator[tuple[npt.NDArray[np.int64], Deal]]:
         """The same for the positions of `order`, one global batch after another; the last one may be smaller."""
         for start in range(0, len(order), self.global_batch_size):
             positions = order[start : start + self.global_batch_size]
             yield (
                 positions,
-                plan_global_batch(
+                deal_batch(
                     self.lengths[positions],
                     num_ranks=self.rank.dp_size,
                     budget_tokens=self.budget_tokens,
@@ -219,14 +219,12 @@ class GlobalBatchLoader:
             )
 
     def _make(self, epoch: int, start_batch: int) -> Iterator[GlobalBatch]:
-        for batch, (positions, plan) in enumerate(self.plans(epoch, start_batch), start=start_batch):
+        for positions, deal in self.deals(epoch, start_batch):
             yield GlobalBatch(
-                micro_batches=[self.pack(positions[numbers]) for numbers in plan[self.rank.dp_rank]],
+                micro_batches=[self.pack(positions[numbers]) for numbers in deal[self.rank.dp_rank]],
                 num_pairs=len(positions),
                 num_tokens=int(self.lengths[positions].sum()),
-                pair_indices=self.dataset.arrays.rows[positions].tolist(),
-                epoch=epoch,
-                batch=batch,
+                pair_indices=self.dataset.rows[positions].tolist(),
             )
             # A touched page maps 64 KiB and more around it, so a few hundred batches would map the whole file
             self.dataset.release()
@@ -239,8 +237,8 @@ class GlobalBatchLoader:
             pad_to_multiple=self.pad_to_multiple,
             pad_token_id=self.pad_token_id,
         )
-        if self.reference_logps is not None:
-            known = torch.from_numpy(self.reference_logps[positions].reshape(-1))
+        if self._reference_logps is not None:
+            known = torch.from_numpy(self._reference_logps[positions].reshape(-1))
             whole = dataclasses.replace(whole, reference_logps=known)
         return context_part(whole, self.rank.cp_rank, self.rank.cp_size)
 
@@ -258,7 +256,7 @@ class GlobalBatchLoader:
         raise DataError(
             [
                 Problem(
-                    where=self.dataset.source_of(int(self.dataset.arrays.rows[position])),
+                    where=self.dataset.source_of(int(self.dataset.rows[position])),
                     value=f"a pair of {self.lengths[position]} packed tokens",
                     expected=f"at most policy.sequence_packing.train_mb_tokens, here {self.budget_tokens}",
                     fix=advice,
@@ -268,7 +266,7 @@ class GlobalBatchLoader:
         )
 
 
-def _too_few_pairs(dataset: TokenizedPairs, global_batch_size: int) -> Problem:
+def _too_few_pairs(dataset: PairDataset, global_batch_size: int) -> Problem:
     return Problem(
         where=dataset.report.path,
         value=f"{len(dataset)} pairs",

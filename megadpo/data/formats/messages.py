@@ -9,27 +9,13 @@ import contextlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from megadpo.config.problems import Problem
-from megadpo.data.pairs import Message
+from megadpo.data.formats import Message, Text
+from megadpo.data.sources import Place
 from megadpo.files.jsonl import type_name
 from megadpo.messages.chat import MessageError, arguments_of, text_of
-
-Text: TypeAlias = str | tuple[Message, ...]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a row stands."""
-
-    path: str
-    line: int
-    row: int
-
-    def __str__(self) -> str:
-        return f"{self.path}:{self.line}"
 
 
 def read_text(value: object, key: str, place: Place, *, is_prompt: bool) -> tuple[Text | None, list[Problem]]:
@@ -215,9 +201,3 @@ def string_problem(text: str, name: str, place: Place, *, may_be_empty: bool) ->
             fix="remove it, or write both halves of the surrogate pair",
         )
     return None
-
-
-def some_keys(row: Mapping[str, Any]) -> str:
-    """The first field names of a row, for a message about it."""
-    names = [repr(str(key)[:30]) for key in list(row)[:6]]
-    return ", ".join(names) + (", ..." if len(row) > 6 else "") if names else "an empty object"

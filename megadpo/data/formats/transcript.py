@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from megadpo.data.pairs import Message
+from megadpo.data.formats import Message
 
 ASSISTANT = "\n\nAssistant:"
 

@@ -11,13 +11,12 @@ from typing import Any
 
 from megadpo.config.data_source import DataSource, file_suffix
 from megadpo.config.problems import DataError, Problem
-from megadpo.data.formats.messages import Place
-from megadpo.data.sources.text import Rows, json_rows, jsonl_rows
+from megadpo.data.sources import MOST_PROBLEMS, Place, Rows
+from megadpo.data.sources.text import json_rows, jsonl_rows
 
 _BATCH_ROWS = 256
 _DIGEST_BYTES = 2**22
 _ARROW_FILE = b"ARROW1"
-_MOST_FILES = 20
 _NO_DATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
@@ -178,7 +177,7 @@ def _left_out(folder: Path, read: list[Path]) -> list[Problem]:
         and file.name not in _NO_DATA
         and not any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)
         and file.resolve() not in known
-    ][:_MOST_FILES]
+    ][:MOST_PROBLEMS]
 
 
 def _broken_rows(files: list[Path]) -> list[Problem]:
@@ -189,11 +188,11 @@ def _broken_rows(files: list[Path]) -> list[Problem]:
         if reader is None:
             continue
         try:
-            problems += [row for _, row in reader(file) if isinstance(row, Problem)][:_MOST_FILES]
+            problems += [row for _, row in reader(file) if isinstance(row, Problem)][:MOST_PROBLEMS]
         except (OSError, EOFError) as error:
             fix = "write the file again: it is cut off or damaged, or not what its name says"
             problems.append(Problem(str(file), str(error), "a file that can be read", fix))
-    return problems[:_MOST_FILES]
+    return problems[:MOST_PROBLEMS]
 
 
 def _not_loaded(source: DataSource, split: str, error: Exception) -> Problem:

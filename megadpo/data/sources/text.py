@@ -9,17 +9,13 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megadpo.config.problems import Problem
-from megadpo.data.formats.messages import Place
+from megadpo.data.sources import Place, Rows
 from megadpo.files import jsonl
 from megadpo.files.jsonl import type_name
-
-Rows = Iterator[tuple[Place, dict[str, object] | Problem]]
-"""Each row with its place, or what is wrong with it."""
 
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
 _HALF_BYTE = re.compile("[\udc80-\udcff]")

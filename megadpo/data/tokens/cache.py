@@ -1,9 +1,12 @@
-"""Token ids on disk: made once, by one process of a machine, then mapped into the memory of all of them.
+"""Token ids on disk: made once, by one process of a node, then mapped into the memory of all of them.
 
 A cache is a folder `<key>` in `data.cache_dir`: each array as a file of plain little-endian numbers, and header.json
 with their lengths and sha256, the report of the data file and its fingerprint. It is written aside and renamed, so it
 is complete or absent. Whoever opens it reads it through once (about a second a gigabyte) and holds it against the
 hashes: a flipped bit would be a wrong token in every epoch.
+
+Beside the caches lie notes that the processes of one start leave each other: a source's digest, and why a source was
+refused. Both are for the next minutes only; a later start reads the source itself.
 """
 
 from __future__ import annotations
@@ -28,14 +31,17 @@ import numpy as np
 import numpy.typing as npt
 
 from megadpo.config.problems import ConfigError, DataError, Problem
-from megadpo.data.tokens.arrays import DataReport, TokenArrays, TokenizedFile
-from megadpo.data.tokens.encode import Sink, Summary
+from megadpo.data.pairs import DataReport, PairDataset
+from megadpo.data.sources.rows import source_digest, source_state
+from megadpo.data.tokens.encode import Sink
 
 _DTYPES = {"tokens": "<i4", "offsets": "<i8", "rows": "<i8", "lines": "<i8"}
 _HEADER = "header.json"
 _READ_BYTES = 1 << 22
-_REFUSAL_HOLDS_S = 600.0
-"""How long a refused file stays refused without being read again: the processes of one start, one after the other."""
+_NOTE_HOLDS_S = 600.0
+"""How long a note is believed: the processes of one start come one after the other."""
+_SETTLED_S = 2.0
+"""A file that changed less than this ago may change again within the same tick of its clock."""
 
 
 class _Damaged(Exception):
@@ -49,10 +55,36 @@ class TokenCache:
         """`folder` is made when something is written to it; ~ is the home folder."""
         self.folder = Path(folder).expanduser()
 
-    def open_or_build(self, key: str, path: str, build: Callable[[Sink], Summary]) -> TokenizedFile:
-        """The data file `path` from the cache `key`, its arrays mapped read-only.
+    def source_digest(self, source: str) -> str:
+        """`sources.rows.source_digest`, computed by one process of a node: it leaves a note, and the others, which waited
+        for the lock, take the digest from it.
 
-        Where there is none, or a damaged one, one process of the machine builds it while the others wait. Raises what
+        A note can't hide a change: it counts only where every file still has the size, inode and times that it had
+        before it was hashed, and it is not made for files that have just been written. Where the folder can't be written
+        each process hashes the source itself. Raises DataError.
+        """
+        try:
+            state = source_state(source)
+            now_ns = time.time_ns()
+            if now_ns - max((changed_ns for *_, changed_ns in state.values()), default=now_ns) < _SETTLED_S * 1e9:
+                return source_digest(source)
+            name = "source-" + hashlib.sha256("\n".join(state).encode() + source.encode()).hexdigest()[:32]
+            with self._locked(name):
+                note = self.folder / f"{name}.json"
+                known = _read_note(note)
+                if known is not None and known.get("state") == state:
+                    return str(known["digest"])
+                digest = source_digest(source)
+                if source_state(source) == state:
+                    _write_note(note, {"state": state, "digest": digest})
+                return digest
+        except (ConfigError, OSError):
+            return source_digest(source)
+
+    def open_or_build(self, key: str, path: str, build: Callable[[Sink], DataReport]) -> PairDataset:
+        """The source `path` from the cache `key`, its arrays mapped read-only.
+
+        Where there is none, or a damaged one, one process of the node builds it while the others wait. Raises what
         `build` raises, in the processes that waited as well, and ConfigError for a folder that can't be written.
         """
         found = self._open(key, path)
@@ -66,7 +98,8 @@ class TokenCache:
                 try:
                     self._build(key, build)
                 except DataError as error:
-                    _remember(refusal, path, error)
+                    problems = [dataclasses.asdict(problem) for problem in error.problems]
+                    _write_note(refusal, {"path": path, "problems": problems})
                     raise
                 found = self._open(key, path, say_why=True)
         if found is None:
@@ -75,7 +108,7 @@ class TokenCache:
             )
         return found
 
-    def _open(self, key: str, path: str, *, say_why: bool = False) -> TokenizedFile | None:
+    def _open(self, key: str, path: str, *, say_why: bool = False) -> PairDataset | None:
         """The cache, if it is there and whole."""
         place = self.folder / key
         try:
@@ -103,7 +136,7 @@ class TokenCache:
         finally:
             lock.release()
 
-    def _build(self, key: str, build: Callable[[Sink], Summary]) -> None:
+    def _build(self, key: str, build: Callable[[Sink], DataReport]) -> None:
         """Writes the cache aside and renames it. Under the lock."""
         ours = f"{key}.building-{socket.gethostname()}-"
         for left in self.folder.glob(f"{ours}*"):  # by a process that was killed: the lock says that none is at work
@@ -114,8 +147,7 @@ class TokenCache:
             raise self._unwritable(error) from error
         try:
             with _Writer(aside, self._unwritable) as writer:
-                summary = build(writer)
-                writer.finish(key, summary)
+                writer.finish(key, build(writer.append))
             self._put_in_place(aside, self.folder / key)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
@@ -168,13 +200,11 @@ class _Writer:
         except OSError as error:
             raise self._refused(error) from error
 
-    def finish(self, key: str, summary: Summary) -> None:
+    def finish(self, key: str, report: DataReport) -> None:
         """Everything written, the header last. Raises ConfigError."""
         header = {
             "key": key,
-            "report": dataclasses.asdict(summary.report),
-            "fingerprint": summary.fingerprint,
-            "max_token_id": summary.max_token_id,
+            "report": dataclasses.asdict(report),
             "arrays": {
                 name: {"dtype": dtype, "length": self._lengths[name], "sha256": self._hashes[name].hexdigest()}
                 for name, dtype in _DTYPES.items()
@@ -188,7 +218,7 @@ class _Writer:
             raise self._refused(error) from error
 
 
-def _read(place: Path, key: str, path: str) -> TokenizedFile:
+def _read(place: Path, key: str, path: str) -> PairDataset:
     """Raises FileNotFoundError, OSError or _Damaged."""
     header = _read_header(place / _HEADER)
     if header["key"] != key:
@@ -197,15 +227,8 @@ def _read(place: Path, key: str, path: str) -> TokenizedFile:
     arrays = {
         name: np.frombuffer(mapped[name], dtype=described["dtype"]) for name, described in header["arrays"].items()
     }
-    lines = arrays.pop("lines")
-    return TokenizedFile(
-        arrays=TokenArrays(**arrays),
-        lines=lines,
-        report=DataReport(**{**header["report"], "path": path}),
-        fingerprint=header["fingerprint"],
-        max_token_id=header["max_token_id"],
-        release=lambda: mapped["tokens"].madvise(mmap.MADV_DONTNEED),
-    )
+    report = DataReport(**{**header["report"], "path": path})
+    return PairDataset(**arrays, report=report, release=lambda: mapped["tokens"].madvise(mmap.MADV_DONTNEED))
 
 
 def _read_header(path: Path) -> dict[str, Any]:
@@ -239,24 +262,28 @@ def _json_hash(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-# A refused file: the processes that waited for its cache say the same, at once
+# Notes, for the processes of one start
 
 
-def _remember(refusal: Path, path: str, error: DataError) -> None:
-    problems = [dataclasses.asdict(problem) for problem in error.problems]
+def _write_note(place: Path, note: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):
-        refusal.write_text(json.dumps({"path": path, "problems": problems}, default=str))
+        place.write_text(json.dumps(note, default=str))
+
+
+def _read_note(place: Path) -> dict[str, Any] | None:
+    """What a note says, if it is there, whole and recent."""
+    try:
+        note = json.loads(place.read_bytes())
+        recent = time.time() - place.stat().st_mtime < _NOTE_HOLDS_S
+    except (OSError, ValueError):
+        return None
+    return note if recent and isinstance(note, dict) else None
 
 
 def _raise_again(refusal: Path, path: str) -> None:
-    try:
-        age_s = time.time() - refusal.stat().st_mtime
-        stored = json.loads(refusal.read_bytes())
-        problems = [Problem(**problem) for problem in stored["problems"]]
-        recent = age_s < _REFUSAL_HOLDS_S and stored["path"] == path
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    if recent and problems:
-        raise DataError(problems)
+    """The processes that waited for a cache whose source was refused say the same, at once."""
+    note = _read_note(refusal)
+    if note is not None and note.get("path") == path and note.get("problems"):
+        raise DataError([Problem(**problem) for problem in note["problems"]])
     with contextlib.suppress(OSError):
         refusal.unlink()

@@ -1,47 +1,44 @@
-"""What the token ids of a file depend on, as one hash: the name of their cache.
+"""What token ids depend on, as one hash: the name of their cache.
 
-The file counts with its content, not with its size and time: copying with `-p`, `rsync -t` or a coarse clock leaves
-those as they were while the pairs change, and training on the wrong pairs is worse than reading the file once at the
-start (about a second a gigabyte). Its name and place don't count, so that moving it makes no second cache.
+The source counts with its content, not with its size and time: copying with `-p` or `rsync -t` leaves those as they were
+while the pairs change, and training on the wrong pairs is worse than reading the source once at the start (about a second
+a gigabyte). Its name and place don't count, so that moving it makes no second cache.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megadpo.data.sources.rows import source_digest
+from megadpo.config.variants import FORMATS
 from megadpo.data.sources.tables import file_digest
-from megadpo.data.tokens.arrays import DataSettings
-from megadpo.data.tokens.encode import pair_tokenizer, settings_text
+from megadpo.data.tokens.encode import DataSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "datasets")
-_AFTER_TOKENS = frozenset(
-    {"loader.py", "pack.py", "plan.py", "prefetch.py", "rebalance.py", "statistics.py", "work.py"}
-)
-"""Files of this folder that token ids can't depend on. A further one needn't be listed: it costs a rebuild when it
-changes, no more."""
+_PACKAGE = Path(__file__).parents[2]
+_CODE = ("data/*.py", "data/sources/*.py", "data/formats/*.py", "data/tokens/*.py", "messages/*.py", "files/jsonl.py")
+"""What token ids can depend on."""
 
 
-def cache_key(path: str | Path, tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> str:
-    """64 hexadecimal digits that change with the file's content, the tokenizer, the template, any setting, this
-    package's own reading code and the libraries under it.
+def cache_key(digest: str, tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> str:
+    """64 hexadecimal digits that change with the source's `digest`, the tokenizer, the template, any setting, the code of
+    this package that reads and tokenises, and the libraries under it.
 
-    Raises DataError for a file that can't be read, ConfigError for an unusable tokenizer or template.
+    Raises ConfigError for an unusable tokenizer or template.
     """
-    encoder = pair_tokenizer(tokenizer, settings)
     parts = {
-        "source": source_digest(path),
+        "source": digest,
         "tokenizer": tokenizer_digest(tokenizer),
         "settings": asdict(settings),
-        "resolved": settings_text(settings, encoder),  # a template as text, where the settings name a file
+        "resolved": settings.text(settings.pair_tokenizer(tokenizer)),  # a template as text, where it is a file
         "code": _code_digest(),
         "libraries": {name: _version(name) for name in _LIBRARIES},
     }
@@ -69,7 +66,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _saved_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """A tokenizer without the tokenizers library behind it is what it saves."""
+    """What a tokenizer saves that has no tokenizers library behind it."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -78,10 +75,12 @@ def _saved_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 
 def _code_digest() -> str:
+    """Of the package's own modules, and of those that add further formats."""
+    formats = {getattr(sys.modules.get(one.read.__module__), "__file__", None) for one in FORMATS}
+    paths = {path for pattern in _CODE for path in _PACKAGE.glob(pattern)} | {Path(file) for file in formats if file}
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        if path.name not in _AFTER_TOKENS:
-            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in sorted(paths, key=lambda path: (path.parent.name, path.name)):
+        digest.update(f"{path.parent.name}/{path.name}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 

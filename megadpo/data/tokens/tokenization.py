@@ -6,23 +6,27 @@ In both, where ids(prompt) is not a prefix (characters on both sides of the line
 its ids, the answer is tokenised apart, and the pair is counted in the report. (TRL 1.16 moves the line to the left
 there, so that the model no longer sees the prompt as it will at inference.)
 
-An answer of several turns is cut into pieces, each inside or outside the loss (tokenization_turns.py). A cut is drawn
-as the line after the prompt is: by the ids of the text before it, or, where those are no prefix, by tokenising apart.
+An answer of several turns is cut into pieces, each inside or outside the loss (turns.py). A cut is drawn as the line
+after the prompt is: by the ids of the text before it, or, where those are no prefix, by tokenising apart.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from megadpo.config.problems import ConfigError, DataError, Problem
-from megadpo.data.pairs import LossMask, Message, PreferencePair, TokenIds, TokenizedPair
-from megadpo.data.sources.rows import MOST_PROBLEMS, OnBadRow
+from megadpo.config.problems import ConfigError, Problem
+from megadpo.data.formats import Message, PreferencePair
+from megadpo.data.formats.read_pairs import OnBadRow
+from megadpo.data.pairs import LossMask, TokenIds, TokenizedPair
+from megadpo.data.sources import MOST_PROBLEMS
+from megadpo.data.tokens.chunk import Chunk
 from megadpo.data.tokens.tokenizer import OWN_TEMPLATE, require_eos, resolve_chat_template, template_variables
 from megadpo.data.tokens.turns import (
     LossOn,
@@ -52,21 +56,6 @@ class _Texts:
     answers: tuple[list[Piece], list[Piece]]
 
 
-@dataclass
-class Tokenized:
-    """Pairs in the order given, and how they came about."""
-
-    pairs: list[TokenizedPair] = field(default_factory=list)
-    sources: list[str] = field(default_factory=list)
-    """file:line of each."""
-    tokenized_apart: int = 0
-    """Pairs with an answer whose first characters merge with the prompt's last, or such a place inside an answer."""
-    bad_pairs: list[Problem] = field(default_factory=list)
-    """The first MOST_PROBLEMS problems of pairs left out."""
-    dropped_bad_pairs: int = 0
-    """Pairs left out, with `on_bad_row` drop."""
-
-
 class PairTokenizer:
     """Turns pairs to token ids. Raises ConfigError at once for a tokenizer without EOS, an unusable chat template or
     chat_template_kwargs that are not the user's to set."""
@@ -93,34 +82,32 @@ class PairTokenizer:
         # Some tokenizers end every text with EOS of their own accord; that is no end of the prompt
         self._suffix_tokens = 0 if self.chat_template is not None else _suffix_tokens(tokenizer)
 
-    def encode(self, pairs: Sequence[PreferencePair], *, on_bad_row: OnBadRow = "refuse") -> Tokenized:
-        """Token ids of all pairs, none cut. Raises DataError with up to MOST_PROBLEMS problems by file:line; with
-        on_bad_row drop such pairs are left out and counted."""
-        done = Tokenized()
+    def encode(self, pairs: Sequence[PreferencePair], *, on_bad_row: OnBadRow = "refuse") -> Chunk:
+        """Token ids of all pairs, none cut, and the problems of those that no ids can be made of. With on_bad_row refuse
+        it stops after MOST_PROBLEMS problems."""
+        chunk = Chunk(places=[pair.place for pair in pairs])
+        made: list[TokenizedPair] = []
         for start in range(0, len(pairs), _BATCH_PAIRS):
-            texts = []
-            problems = []
-            for pair in pairs[start : start + _BATCH_PAIRS]:
-                made = self._texts(pair)
-                if isinstance(made, Problem):
-                    problems.append(made)
+            read = [self._texts(pair) for pair in pairs[start : start + _BATCH_PAIRS]]
+            problems = [one for one in read if isinstance(one, Problem)]
+            for one in self._encode_batch([one for one in read if isinstance(one, _Texts)], chunk.counts):
+                if isinstance(one, Problem):
+                    problems.append(one)
                 else:
-                    texts.append(made)
-            problems.extend(self._encode_batch(texts, done))
-            done.dropped_bad_pairs += len(problems)
-            done.bad_pairs += problems[: MOST_PROBLEMS - len(done.bad_pairs)]
-            if on_bad_row == "refuse" and len(done.bad_pairs) >= MOST_PROBLEMS:
+                    made.append(one)
+            chunk.counts["dropped_bad_rows"] += len(problems)
+            chunk.problems += problems[: MOST_PROBLEMS - len(chunk.problems)]
+            if on_bad_row == "refuse" and len(chunk.problems) >= MOST_PROBLEMS:
                 break
-        if on_bad_row == "refuse" and done.bad_pairs:
-            raise DataError(done.bad_pairs)
-        return done
+        chunk.pairs = made
+        return chunk
 
     # Text
 
     def _texts(self, pair: PreferencePair) -> _Texts | Problem:
         if pair.tools and not self._reads_tools:
             return Problem(
-                where=pair.source,
+                where=str(pair.place),
                 value="field 'tools'",
                 expected="no tools, since " + ("the chat template reads none" if self.chat_template else _NO_TEMPLATE),
                 fix="remove the field, or set policy.tokenizer.chat_template to one that reads tools",
@@ -158,7 +145,7 @@ class PairTokenizer:
         prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
         if not (isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str)):
             return Problem(
-                where=pair.source,
+                where=str(pair.place),
                 value="messages, and no chat template",
                 expected="plain strings, or a tokenizer with a chat template",
                 fix="set policy.tokenizer.chat_template, use an instruct model's tokenizer, or write strings",
@@ -192,29 +179,24 @@ class PairTokenizer:
 
     # Ids
 
-    def _encode_batch(self, texts: list[_Texts], done: Tokenized) -> list[Problem]:
-        """Appends the pairs of `texts` to `done`; returns the problems of those that can't be."""
+    def _encode_batch(self, texts: list[_Texts], counts: Counter[str]) -> Iterator[TokenizedPair | Problem]:
+        """Each pair's ids, or what is wrong with them. Counts pairs with an answer whose first characters merge with
+        the prompt's last, or such a place inside an answer."""
         if not texts:
-            return []
+            return
         rows = [text.prompt for text in texts]
         for number in (0, 1):
             rows += [text.prompt + "".join(piece.text for piece in text.answers[number]) for text in texts]
         ids = self._ids(rows, special_tokens=self.chat_template is None)
-        problems = []
         count = len(texts)
         for number, text in enumerate(texts):
             prompt = ids[number]
             chosen, chosen_mask, chosen_apart = self._answer(text, 0, prompt, ids[count + number])
             rejected, rejected_mask, rejected_apart = self._answer(text, 1, prompt, ids[2 * count + number])
-            tokenized = TokenizedPair(text.pair.row, prompt, chosen, rejected, chosen_mask, rejected_mask)
-            problem = _token_problem(text.pair, tokenized)
-            if problem is not None:
-                problems.append(problem)
-                continue
-            done.pairs.append(tokenized)
-            done.sources.append(text.pair.source)
-            done.tokenized_apart += chosen_apart or rejected_apart
-        return problems
+            pair = TokenizedPair(text.pair.place.row, prompt, chosen, rejected, chosen_mask, rejected_mask)
+            problem = _token_problem(text.pair, pair)
+            counts["tokenized_apart"] += problem is None and (chosen_apart or rejected_apart)
+            yield problem or pair
 
     def _answer(
         self, text: _Texts, number: int, prompt: TokenIds, whole: TokenIds
@@ -284,7 +266,7 @@ def _suffix_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
 def _token_problem(pair: PreferencePair, tokenized: TokenizedPair) -> Problem | None:
     if tokenized.prompt_tokens == 0:
         return Problem(
-            where=pair.source,
+            where=str(pair.place),
             value="a prompt without tokens",
             expected="at least one token before the answers, which predicts their first",
             fix="give the pair a prompt, or use a tokenizer that begins a text with BOS",
@@ -292,14 +274,14 @@ def _token_problem(pair: PreferencePair, tokenized: TokenizedPair) -> Problem | 
     for name, tokens in (("chosen", tokenized.chosen_tokens), ("rejected", tokenized.rejected_tokens)):
         if tokens == 0:
             return Problem(
-                where=pair.source,
+                where=str(pair.place),
                 value=f"a {name} answer without tokens after the chat template",
                 expected="a template that writes the answer after the prompt",
                 fix="mend policy.tokenizer.chat_template",
             )
     if np.array_equal(tokenized.chosen_ids, tokenized.rejected_ids):
         return Problem(
-            where=pair.source,
+            where=str(pair.place),
             value="answers that differ as text, but not as tokens",
             expected="two different answers",
             fix="remove the row: its answers differ only in what tokenizer or chat template drop, such as white space",
@@ -307,7 +289,7 @@ def _token_problem(pair: PreferencePair, tokenized: TokenizedPair) -> Problem | 
     for name, mask in (("chosen", tokenized.chosen_mask), ("rejected", tokenized.rejected_mask)):
         if mask is not None and not mask.any():
             return Problem(
-                where=pair.source,
+                where=str(pair.place),
                 value=f"a {name} answer without tokens in the loss",
                 expected="at least one, in an assistant turn that data.loss_on names",
                 fix="remove the row, or set data.loss_on: last_turn",
@@ -317,7 +299,7 @@ def _token_problem(pair: PreferencePair, tokenized: TokenizedPair) -> Problem | 
 
 def _rewritten(pair: PreferencePair, error: RewrittenError) -> Problem:
     return Problem(
-        where=pair.source,
+        where=str(pair.place),
         value=f"a chat template that writes {error.what} differently once more follows",
         expected="what stands before a turn to be what the whole conversation begins with, as at inference",
         fix="set policy.tokenizer.chat_template_kwargs (such as enable_thinking) or chat_template so that it is"
@@ -327,7 +309,7 @@ def _rewritten(pair: PreferencePair, error: RewrittenError) -> Problem:
 
 def _nothing_in_loss(pair: PreferencePair, name: str, loss_on: LossOn) -> Problem:
     return Problem(
-        where=pair.source,
+        where=str(pair.place),
         value=f"a {name} answer without anything in the loss with data.loss_on {loss_on}",
         expected="an assistant turn that differs from the other answer's, written by the chat template",
         fix="set data.loss_on: last_turn or mend policy.tokenizer.chat_template, or remove the row",
@@ -336,7 +318,7 @@ def _nothing_in_loss(pair: PreferencePair, name: str, loss_on: LossOn) -> Proble
 
 def _only_special_tokens(pair: PreferencePair, name: str) -> Problem:
     return Problem(
-        where=pair.source,
+        where=str(pair.place),
         value=f"a {name} answer of only special tokens",
         expected="an answer with text in it",
         fix="give the pair an answer, or remove the row",
@@ -345,7 +327,7 @@ def _only_special_tokens(pair: PreferencePair, name: str) -> Problem:
 
 def _refused_by_template(pair: PreferencePair, error: Exception) -> Problem:
     return Problem(
-        where=pair.source,
+        where=str(pair.place),
         value=f"messages that the chat template refuses: {error}",
         expected="roles and an order of turns that the template takes",
         fix="change the row's messages, or set policy.tokenizer.chat_template",

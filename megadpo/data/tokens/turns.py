@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
+from megadpo.data.formats import Message, PreferencePair, Text
 from megadpo.data.formats.transcript import ASSISTANT, messages_of, turns_of
-from megadpo.data.pairs import Message, PreferencePair
 
 LossOn = Literal["last_turn", "differing_turns"]
 
@@ -48,7 +48,7 @@ def prompt_messages(pair: PreferencePair) -> list[Message]:
     return list(pair.prompt)
 
 
-def answer_messages(pair: PreferencePair, answer: str | tuple[Message, ...]) -> list[Message]:
+def answer_messages(pair: PreferencePair, answer: Text) -> list[Message]:
     """An answer of the pair as chat messages; a plain string is the assistant's."""
     if isinstance(answer, str):
         if pair.is_transcript:

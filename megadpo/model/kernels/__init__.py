@@ -1,71 +1,115 @@
 """Attention over segments, by interchangeable kernels held to one float64 reference in the tests.
 
-A kernel prepares a plan from a pack's segments once a micro-batch (`plan`), and every layer calls it with q, k, v.
+A kernel is one file here, or in a file that the config names in `plugins`: `@ATTENTION_KERNELS.add(name)` on an
+AttentionKernel. It makes a plan from a pack's segments once a micro-batch, and every layer calls it with q, k, v. Its
+file is read whenever a config is checked, so it imports torch when it first runs.
+
+Shapes: T query tokens, K key tokens, H query heads, G key heads (G divides H), D channels of a head.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
+from megadpo.config.known import INSTALL, Known
+from megadpo.config.problems import Problem
+from megadpo.config.variants import ATTENTION_KERNELS, Lazy
 
-from megadpo.config.problems import ConfigError, Problem
-from megadpo.data.batches.pack import Segment
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-KERNELS = ("cpu", "sdpa", "varlen", "transformer_engine")
+    from megadpo import parallel
+    from megadpo.data.batches.pack import Segment
+else:  # a config is checked without torch
+    torch, parallel = Lazy("torch"), Lazy("megadpo.parallel")
 
 
-class AttentionKernel(Protocol):
-    """Causal attention of segments of queries over lists of keys, aligned at the bottom right."""
+class AttentionKernel:
+    """Base of the kernels: causal attention of segments of queries over lists of keys, aligned at the bottom right."""
 
     name: str
+    priority: ClassVar[int | None] = None
+    """With attention_kernel auto the kernel with the highest that can run here does. None: by its name only."""
+    only_on: ClassVar[Literal["cpu", "cuda"] | None] = None
+    """None: it runs on any device."""
+    only_bfloat16: ClassVar[bool] = False
+    package: ClassVar[str | None] = None
+    """A Python package that it needs besides torch."""
+
+    def problems(self, known: Known) -> Iterator[Problem]:
+        """Why it can't run."""
+        field, device, policy = ATTENTION_KERNELS.field, known.device, known.cfg.policy
+        if self.only_on is not None and device not in ("auto", self.only_on):
+            others = [kernel.name for kernel in ATTENTION_KERNELS if kernel.only_on in (None, device)]
+            expected = f"auto, {' or '.join(others)} on the device {device}: this kernel needs {self.only_on}"
+            yield Problem(field, self.name, expected, "set it to auto")
+        elif self.only_bfloat16 and policy.precision != "bfloat16":
+            fix = "set it to auto, or policy.precision: bfloat16"
+            yield Problem(field, self.name, f"a kernel for policy.precision {policy.precision}, such as sdpa", fix)
+        elif self.package and known.machine and (reason := known.machine.why_missing(self.package)):
+            fix = f"set it to auto, or {INSTALL}"
+            yield Problem(field, self.name, f"a kernel that can be used here: {reason}", fix)
 
     def plan(self, segments: tuple[Segment, ...], device: torch.device, dtype: torch.dtype) -> Any:
-        """What depends on the segments alone; computed once a micro-batch and shared by all layers."""
+        """What depends on the segments alone: made once a micro-batch, for all layers."""
+        raise NotImplementedError
 
-    def prepare(self, k: torch.Tensor, v: torch.Tensor, plan: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def prepare(self, k: Tensor, v: Tensor, plan: Any) -> tuple[Tensor, Tensor]:
         """k and v [K, G, D] as `attend` takes them; cheap to do again. No collectives.
 
         K is T, or under context parallelism the tokens of all ranks: k and v are then views of one tensor, and may hold
         keys that no segment of this rank sees."""
+        return k, v
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Any) -> torch.Tensor:
-        """q [T, H, D] (G divides H), k and v from `prepare` -> [T, H, D]; scores scaled by D^-0.5. No collectives."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Any) -> Tensor:
+        """q [T, H, D], k and v from `prepare` -> [T, H, D]; scores scaled by D^-0.5. No collectives."""
+        raise NotImplementedError
 
 
-def choose_kernel(requested: str, device: torch.device, dtype: torch.dtype) -> AttentionKernel:
-    """The kernel for `policy.attention_kernel`: 'auto' is cpu on a CPU, sdpa in float32 on a GPU, else varlen.
+@dataclass(frozen=True)
+class RaggedPlan:
+    """Segments as cumulative lengths; `key_index` is None where the keys are the flat run itself, or under context
+    parallelism its first tokens."""
 
-    Raises ConfigError where the kernel asked for cannot run on this device, dtype or installation.
-    """
-    name = requested
-    if name == "auto":
-        on_gpu = "varlen" if dtype == torch.bfloat16 else "sdpa"
-        name = on_gpu if device.type == "cuda" else "cpu"
-    if name == "sdpa":
-        from megadpo.model.kernels.sdpa import SdpaKernel
+    cu_seqlens_q: Tensor  # [segments + 1] int32
+    cu_seqlens_k: Tensor  # [segments + 1] int32
+    max_seqlen_q: int
+    max_seqlen_k: int
+    key_tokens: int  # sum of key lengths
+    key_index: Tensor | None  # [key_tokens] int64
 
-        return SdpaKernel()
-    where = "policy.attention_kernel"
-    if name == "cpu":
-        if device.type != "cpu":
-            raise ConfigError([Problem(where, name, "a CPU for this kernel", "use 'auto' on a GPU")])
-        from megadpo.model.kernels.cpu import CpuKernel
 
-        return CpuKernel()
-    if device.type != "cuda":
-        raise ConfigError([Problem(where, name, "a CUDA device for this kernel", "use 'auto' on a CPU")])
-    if dtype != torch.bfloat16:
-        raise ConfigError([Problem(where, name, "policy.precision bfloat16", "use 'sdpa' for float32")])
-    if name == "varlen":
-        from megadpo.model.kernels.varlen import VarlenKernel
+class RaggedKernel(AttentionKernel):
+    """Base of the fused kernels: one call for all segments, with the keys gathered by index."""
 
-        return VarlenKernel()
-    if name == "transformer_engine":
-        try:
-            from megadpo.model.kernels.transformer_engine import TransformerEngineKernel
-        except ImportError as error:
-            fix = "install the 'gpu' extra (pip install megadpo[gpu]) or use 'varlen'"
-            raise ConfigError([Problem(where, name, f"Transformer Engine importable ({error})", fix)]) from error
-        return TransformerEngineKernel()
-    raise ConfigError([Problem(where, name, "one of auto, " + ", ".join(KERNELS), "choose one of these")])
+    only_on, only_bfloat16 = "cuda", True
+
+    def plan(self, segments: tuple[Segment, ...], device: torch.device, dtype: torch.dtype) -> RaggedPlan:
+        """Built on the CPU and sent over in one copy a tensor, through pinned memory: nothing waits for the device."""
+        query_lengths = [s.query_tokens for s in segments]
+        key_lengths = [s.key_tokens for s in segments]
+        ranges = [keys for s in segments for keys in s.keys]
+        ends = [0, *(end for _, end in ranges)]
+        plain = ends[-1] == segments[-1].query_end and all(a == end for (a, _), end in zip(ranges, ends, strict=False))
+
+        def cumulative(lengths: list[int]) -> Tensor:
+            return parallel.send(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), device)
+
+        return RaggedPlan(
+            cu_seqlens_q=cumulative(query_lengths),
+            cu_seqlens_k=cumulative(key_lengths),
+            max_seqlen_q=max(query_lengths),
+            max_seqlen_k=max(key_lengths),
+            key_tokens=sum(key_lengths),
+            key_index=None if plain else parallel.send(torch.cat([torch.arange(a, b) for a, b in ranges]), device),
+        )
+
+    def prepare(self, k: Tensor, v: Tensor, plan: RaggedPlan) -> tuple[Tensor, Tensor]:
+        """-> [key_tokens, G, D] each; shared prompts appear once a segment that sees them."""
+        if plan.key_index is None:
+            return k[: plan.key_tokens], v[: plan.key_tokens]
+        return k.index_select(0, plan.key_index), v.index_select(0, plan.key_index)

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch.nn import functional as F
+from megadpo.config.variants import ATTENTION_KERNELS, Lazy
+from megadpo.model.kernels import AttentionKernel
 
-from megadpo.data.batches.pack import Segment
+if TYPE_CHECKING:
+    import torch
+    from torch.nn import functional
+
+    from megadpo.data.batches.pack import Segment
+else:
+    torch, functional = Lazy("torch"), Lazy("torch.nn.functional")
 
 
 @dataclass(frozen=True)
@@ -21,10 +28,11 @@ class SdpaPlan:
     masks: list[torch.Tensor | None]  # per segment [n, m] bool, True = seen; None for a plain causal square
 
 
-class SdpaKernel:
+@ATTENTION_KERNELS.add("sdpa")
+class SdpaKernel(AttentionKernel):
     """Loops over segments. Gradients of keys shared by several segments add up through `split`."""
 
-    name = "sdpa"
+    name, priority = "sdpa", 0
 
     def plan(self, segments: tuple[Segment, ...], device: torch.device, dtype: torch.dtype) -> SdpaPlan:
         borders = sorted({0, *(border for segment in segments for keys in segment.keys for border in keys)})
@@ -32,18 +40,14 @@ class SdpaKernel:
         pieces, masks = [], []
         for segment in segments:
             pieces.append([i for a, b in segment.keys for i in range(start_of[a], start_of[b])])
-            n = segment.query_end - segment.query_start
-            m = sum(b - a for a, b in segment.keys)
+            n, m = segment.query_tokens, segment.key_tokens
             masks.append(None if n == m else torch.ones(n, m, dtype=torch.bool, device=device).tril(m - n))
         return SdpaPlan(
-            query_lengths=[s.query_end - s.query_start for s in segments],
+            query_lengths=[s.query_tokens for s in segments],
             piece_lengths=[b - a for a, b in itertools.pairwise(borders)],
             pieces=pieces,
             masks=masks,
         )
-
-    def prepare(self, k: torch.Tensor, v: torch.Tensor, plan: SdpaPlan) -> tuple[torch.Tensor, torch.Tensor]:
-        return k, v
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: SdpaPlan) -> torch.Tensor:
         grouped = q.shape[1] != k.shape[1]
@@ -56,7 +60,7 @@ class SdpaKernel:
         for query, pieces, mask in zip(queries, plan.pieces, plan.masks, strict=True):
             key = keys[pieces[0]] if len(pieces) == 1 else torch.cat([keys[i] for i in pieces], dim=1)
             value = values[pieces[0]] if len(pieces) == 1 else torch.cat([values[i] for i in pieces], dim=1)
-            out = F.scaled_dot_product_attention(
+            out = functional.scaled_dot_product_attention(
                 query[None], key[None], value[None], attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
             )
             outputs.append(out[0])

@@ -6,15 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from megadpo.config.known import Known, Machine
+from megadpo.config.known import INSTALL, Known, Machine
 from megadpo.config.problems import Problem
 from megadpo.config.types import PositiveFloat, Precision, Proportion, Range
 from megadpo.config.variants import OPTIMIZERS, Lazy
 
 if TYPE_CHECKING:
     import torch
+
+    from megadpo.parallel import device as device_room
 else:  # a config is checked without torch
-    torch = Lazy("torch")
+    torch, device_room = Lazy("torch"), Lazy("megadpo.parallel.device")
 
 AdamName = Literal["transformer_engine", "torch"]
 _OPT = "policy.megatron_cfg.optimizer"
@@ -79,9 +81,7 @@ class Adam:
             return self.adam_impl, f"asked for by {_OPT}.adam_impl"
         if device_type != "cuda":
             return "torch", "no CUDA device"
-        from megadpo.model.implementation import transformer_engine_missing
-
-        missing = transformer_engine_missing()
+        missing = device_room.why_missing("transformer_engine")
         return ("torch", missing) if missing else ("transformer_engine", "CUDA, Transformer Engine installed")
 
     def install(self, device_type: str) -> None:
@@ -100,22 +100,21 @@ class Adam:
             expected = "transformer_engine or auto with use_precision_aware_optimizer, which is its FusedAdam"
             yield Problem(f"{_OPT}.adam_impl", "torch", expected, fix)
         if known.machine is not None:
-            yield from self.machine_problems(known.machine)
+            yield from self._lacking(known.machine)
 
-    def machine_problems(self, machine: Machine) -> Iterator[Problem]:
+    def _lacking(self, machine: Machine) -> Iterator[Problem]:
         """What these options need and the machine lacks."""
         has_cuda = machine.device == "cuda"
         lacks = machine.why_missing("transformer_engine") if has_cuda else "no CUDA device"
-        install = "install the 'gpu' extra (pip install megadpo[gpu], see docs/gpu.md)"
         if self.adam_impl == "transformer_engine" and lacks is not None:
             expected = f"torch or auto: Transformer Engine can't be used here: {lacks}"
-            yield Problem(f"{_OPT}.adam_impl", self.adam_impl, expected, f"set it to auto, or {install}")
+            yield Problem(f"{_OPT}.adam_impl", self.adam_impl, expected, f"set it to auto, or {INSTALL}")
         where = f"{_OPT}.use_precision_aware_optimizer"
         if self.use_precision_aware_optimizer and not has_cuda:
             yield Problem(where, True, "false on a machine without CUDA: its kernels are CUDA's", "set it to false")
         elif self.needs_fused and lacks is not None:
             yield Problem(
-                where, True, "false without Transformer Engine, whose FusedAdam it is", f"{install}, or set it to false"
+                where, True, "false without Transformer Engine, whose FusedAdam it is", f"{INSTALL}, or set it to false"
             )
 
     def _precision_aware(self, known: Known) -> Iterator[Problem]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megadpo.config.known import Known, Machine
+from megadpo.config.known import Known
 from megadpo.config.problems import Problem
 from megadpo.config.types import Proportion
 from megadpo.config.variants import OPTIMIZERS
@@ -40,7 +40,3 @@ class Sgd:
             expected = f"false with {_OPT}.optimizer sgd: megatron-core shards Adam's state only"
             fix = f"set it to false, or {_OPT}.optimizer: adam"
             yield Problem(f"{_OPT}.use_distributed_optimizer", True, expected, fix)
-
-    def machine_problems(self, machine: Machine) -> Iterator[Problem]:
-        """None: it runs everywhere."""
-        yield from ()

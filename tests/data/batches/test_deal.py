@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megadpo.data.batches.deal import Plan, _Job, _pack_even, _pack_global, _pack_tight, plan_global_batch
+from megadpo.data.batches.deal import Deal, _Job, _pack_even, _pack_global, _pack_tight, deal_batch
 from megadpo.data.batches.rebalance import BALANCE, Packs, rebalance
 from megadpo.data.batches.work import WorkModel
 
@@ -21,12 +21,12 @@ lengths_lists = st.lists(st.integers(1, BUDGET), max_size=40)
 ranks = st.integers(1, 5)
 
 
-def positions(plan: Plan) -> list[int]:
-    return [position for rank in plan for pack in rank for position in pack]
+def positions(deal: Deal) -> list[int]:
+    return [position for rank in deal for pack in rank for position in pack]
 
 
-def imbalance(plan: Plan, lengths: list[int]) -> float:
-    totals = [sum(lengths[position] for pack in rank for position in pack) for rank in plan]
+def imbalance(deal: Deal, lengths: list[int]) -> float:
+    totals = [sum(lengths[position] for pack in rank for position in pack) for rank in deal]
     return 1 - min(totals) / max(totals)
 
 
@@ -38,37 +38,37 @@ def hh_like_lengths(count: int, seed: int = 0) -> list[int]:
 
 @given(lengths_lists, ranks)
 def test_every_position_once_packs_in_budget_and_ranks_with_equal_counts(lengths: list[int], num_ranks: int) -> None:
-    plan = plan_global_batch(lengths, num_ranks=num_ranks, budget_tokens=BUDGET)
-    assert sorted(positions(plan)) == list(range(len(lengths)))
-    assert len(plan) == num_ranks and len({len(rank) for rank in plan}) == 1 and len(plan[0]) >= 1
-    assert all(sum(lengths[p] for p in pack) <= BUDGET for rank in plan for pack in rank)
-    assert all(pack == sorted(pack) for rank in plan for pack in rank)
+    deal = deal_batch(lengths, num_ranks=num_ranks, budget_tokens=BUDGET)
+    assert sorted(positions(deal)) == list(range(len(lengths)))
+    assert len(deal) == num_ranks and len({len(rank) for rank in deal}) == 1 and len(deal[0]) >= 1
+    assert all(sum(lengths[p] for p in pack) <= BUDGET for rank in deal for pack in rank)
+    assert all(pack == sorted(pack) for rank in deal for pack in rank)
 
 
 @given(lengths_lists, ranks, st.integers(1, 4), st.booleans())
 def test_counts_are_multiples(lengths: list[int], num_ranks: int, multiple: int, packed: bool) -> None:
     sizes = {"budget_tokens": BUDGET} if packed else {"pairs_per_micro_batch": 2}
-    plan = plan_global_batch(lengths, num_ranks=num_ranks, micro_batch_multiple=multiple, **sizes)  # type: ignore[arg-type]
-    fewest = plan_global_batch(lengths, num_ranks=num_ranks, **sizes)  # type: ignore[arg-type]
-    counts = {len(rank) for rank in plan}
-    assert sorted(positions(plan)) == list(range(len(lengths)))
+    deal = deal_batch(lengths, num_ranks=num_ranks, micro_batch_multiple=multiple, **sizes)  # type: ignore[arg-type]
+    fewest = deal_batch(lengths, num_ranks=num_ranks, **sizes)  # type: ignore[arg-type]
+    counts = {len(rank) for rank in deal}
+    assert sorted(positions(deal)) == list(range(len(lengths)))
     assert len(counts) == 1 and counts.pop() % multiple == 0
     # a round-up, and one round more at most where that balances the ranks
-    assert len(fewest[0]) <= len(plan[0]) + 1 and len(plan[0]) < len(fewest[0]) + 2 * multiple
+    assert len(fewest[0]) <= len(deal[0]) + 1 and len(deal[0]) < len(fewest[0]) + 2 * multiple
     if packed:
-        assert all(sum(lengths[p] for p in pack) <= BUDGET for rank in plan for pack in rank)
+        assert all(sum(lengths[p] for p in pack) <= BUDGET for rank in deal for pack in rank)
 
 
 def test_packs_that_must_be_there_are_used() -> None:
     """Four packs asked for, two needed: the pairs are spread, not put into two full packs and two empty ones."""
-    plan = plan_global_batch([25] * 8, num_ranks=1, budget_tokens=100, micro_batch_multiple=4)
-    assert [len(pack) for pack in plan[0]] == [2, 2, 2, 2]
+    deal = deal_batch([25] * 8, num_ranks=1, budget_tokens=100, micro_batch_multiple=4)
+    assert [len(pack) for pack in deal[0]] == [2, 2, 2, 2]
 
 
 @given(lengths_lists, ranks)
-def test_a_plan_is_a_function_of_the_lengths(lengths: list[int], num_ranks: int) -> None:
-    plans = [plan_global_batch(kind(lengths), num_ranks=num_ranks, budget_tokens=BUDGET) for kind in (list, np.array)]
-    assert plans[0] == plans[1]
+def test_a_deal_is_a_function_of_the_lengths(lengths: list[int], num_ranks: int) -> None:
+    deals = [deal_batch(kind(lengths), num_ranks=num_ranks, budget_tokens=BUDGET) for kind in (list, np.array)]
+    assert deals[0] == deals[1]
 
 
 @given(st.lists(st.integers(1, BUDGET), min_size=1, max_size=40), ranks)
@@ -79,10 +79,10 @@ def test_no_more_packs_than_best_fit_needs(lengths: list[int], num_ranks: int) -
         fitting = [room for room in rooms if room >= length]
         rooms.remove(min(fitting)) if fitting else None
         rooms.append((min(fitting) if fitting else BUDGET) - length)
-    plan = plan_global_batch(lengths, num_ranks=num_ranks, budget_tokens=BUDGET)
-    assert len(plan[0]) <= -(-len(rooms) // num_ranks) + 1
+    deal = deal_batch(lengths, num_ranks=num_ranks, budget_tokens=BUDGET)
+    assert len(deal[0]) <= -(-len(rooms) // num_ranks) + 1
     if num_ranks == 1:
-        assert len(plan[0]) <= len(rooms)
+        assert len(deal[0]) <= len(rooms)
 
 
 @pytest.mark.parametrize("way", [_pack_even, _pack_tight, _pack_global])
@@ -128,8 +128,8 @@ def hh_like_texts(count: int, seed: int) -> np.ndarray:
     return np.stack(texts, axis=1).astype(np.int64)
 
 
-def work_imbalance(plan: Plan, work: np.ndarray) -> float:
-    totals = [sum(int(work[position]) for pack in rank for position in pack) for rank in plan]
+def work_imbalance(deal: Deal, work: np.ndarray) -> float:
+    totals = [sum(int(work[position]) for pack in rank for position in pack) for rank in deal]
     return 1 - min(totals) / max(totals)
 
 
@@ -145,18 +145,18 @@ def test_ranks_do_the_same_work_within_two_percent(
         texts = hh_like_texts(num_ranks * per_rank, seed)
         lengths = texts @ np.array([1 if share_prompt else 2, 1, 1])
         work = model.pair_work(texts, share_prompt=share_prompt)
-        plan = plan_global_batch(lengths, num_ranks=num_ranks, budget_tokens=4096, work=work)
-        assert work_imbalance(plan, work) <= BALANCE
-        assert sorted(positions(plan)) == list(range(len(texts))) and len({len(rank) for rank in plan}) == 1
-        assert max(sum(lengths[p] for p in pack) for rank in plan for pack in rank) <= 4096
+        deal = deal_batch(lengths, num_ranks=num_ranks, budget_tokens=4096, work=work)
+        assert work_imbalance(deal, work) <= BALANCE
+        assert sorted(positions(deal)) == list(range(len(texts))) and len({len(rank) for rank in deal}) == 1
+        assert max(sum(lengths[p] for p in pack) for rank in deal for pack in rank) <= 4096
 
 
 def test_ranks_are_compared_by_work_and_not_by_tokens() -> None:
     """A long pair and many short ones: attention makes the long one dearer, so its rank gets fewer short ones."""
     texts = np.array([[1000, 500, 500]] + [[20, 20, 20]] * 100)
     lengths, work = texts.sum(axis=1), MODELS["small, whose attention weighs"].pair_work(texts, share_prompt=True)
-    by_tokens = plan_global_batch(lengths, num_ranks=2, budget_tokens=4096)
-    by_work = plan_global_batch(lengths, num_ranks=2, budget_tokens=4096, work=work)
+    by_tokens = deal_batch(lengths, num_ranks=2, budget_tokens=4096)
+    by_work = deal_batch(lengths, num_ranks=2, budget_tokens=4096, work=work)
     assert work_imbalance(by_tokens, lengths) <= BALANCE < work_imbalance(by_work, lengths)
     assert work_imbalance(by_work, work) <= BALANCE < work_imbalance(by_tokens, work)
 
@@ -167,13 +167,13 @@ works = st.lists(st.tuples(st.integers(1, BUDGET), st.integers(0, 10**15)), min_
 @given(works, ranks)
 def test_any_work_is_dealt_out_whole_and_alike(pairs: list[tuple[int, int]], num_ranks: int) -> None:
     lengths, work = [length for length, _ in pairs], [cost for _, cost in pairs]
-    plan = plan_global_batch(lengths, num_ranks=num_ranks, budget_tokens=BUDGET, work=work)
-    assert plan == plan_global_batch(
+    deal = deal_batch(lengths, num_ranks=num_ranks, budget_tokens=BUDGET, work=work)
+    assert deal == deal_batch(
         np.array(lengths), num_ranks=num_ranks, budget_tokens=BUDGET, work=np.array(work, dtype=np.int64)
     )
-    assert sorted(positions(plan)) == list(range(len(pairs)))
-    assert len(plan) == num_ranks and len({len(rank) for rank in plan}) == 1
-    assert all(sum(lengths[p] for p in pack) <= BUDGET for rank in plan for pack in rank)
+    assert sorted(positions(deal)) == list(range(len(pairs)))
+    assert len(deal) == num_ranks and len({len(rank) for rank in deal}) == 1
+    assert all(sum(lengths[p] for p in pack) <= BUDGET for rank in deal for pack in rank)
 
 
 def test_small_batches_are_balanced_where_any_split_is() -> None:
@@ -185,35 +185,35 @@ def test_small_batches_are_balanced_where_any_split_is() -> None:
         splits = itertools.product((0, 1), repeat=len(lengths) - 1)
         halves = (sum(length for length, rank in zip(lengths[1:], split, strict=True) if rank) for split in splits)
         best = min(1 - min(half, sum(lengths) - half) / max(half, sum(lengths) - half) for half in halves)
-        plan = plan_global_batch(lengths, num_ranks=2, budget_tokens=1000)
+        deal = deal_batch(lengths, num_ranks=2, budget_tokens=1000)
         possible += best <= BALANCE
-        missed += best <= BALANCE < imbalance(plan, lengths)
+        missed += best <= BALANCE < imbalance(deal, lengths)
     assert possible > 100
     assert missed <= 0.03 * possible  # a heuristic: exchanges of one or two pairs
 
 
 def test_pairs_that_fill_the_budget_leave_no_room_for_balance() -> None:
-    plan = plan_global_batch([100, 100, 100], num_ranks=2, budget_tokens=100)
-    assert [len(rank) for rank in plan] == [2, 2] and sorted(positions(plan)) == [0, 1, 2]
-    assert [] in plan[1]
+    deal = deal_batch([100, 100, 100], num_ranks=2, budget_tokens=100)
+    assert [len(rank) for rank in deal] == [2, 2] and sorted(positions(deal)) == [0, 1, 2]
+    assert [] in deal[1]
 
 
 def test_fewer_pairs_than_ranks_leave_empty_packs() -> None:
-    assert plan_global_batch([5], num_ranks=3, budget_tokens=10) == [[[0]], [[]], [[]]]
-    assert plan_global_batch([], num_ranks=2, budget_tokens=10) == [[[]], [[]]]
+    assert deal_batch([5], num_ranks=3, budget_tokens=10) == [[[0]], [[]], [[]]]
+    assert deal_batch([], num_ranks=2, budget_tokens=10) == [[[]], [[]]]
 
 
 def test_the_largest_pack_comes_first() -> None:
     lengths = hh_like_lengths(200)
-    (rank,) = plan_global_batch(lengths, num_ranks=1, budget_tokens=2048)
+    (rank,) = deal_batch(lengths, num_ranks=1, budget_tokens=2048)
     tokens = [sum(lengths[p] for p in pack) for pack in rank]
     assert tokens == sorted(tokens, reverse=True) and len(tokens) > 10
 
 
 def test_packs_are_nearly_full_when_there_are_many() -> None:
     lengths = hh_like_lengths(20_000)
-    plan = plan_global_batch(lengths, num_ranks=4, budget_tokens=4096)
-    assert sum(lengths) / (4 * len(plan[0]) * 4096) > 0.99
+    deal = deal_batch(lengths, num_ranks=4, budget_tokens=4096)
+    assert sum(lengths) / (4 * len(deal[0]) * 4096) > 0.99
 
 
 @pytest.mark.parametrize("kind", ["like human preferences", "just over half the budget", "uniform"])
@@ -225,26 +225,26 @@ def test_planning_a_hundred_thousand_pairs_is_quick(kind: str) -> None:
         "uniform": np.random.default_rng(0).integers(1, 4097, 100_000).tolist(),
     }[kind]
     started = time.process_time()
-    plan = plan_global_batch(lengths, num_ranks=8, budget_tokens=4096)
+    deal = deal_batch(lengths, num_ranks=8, budget_tokens=4096)
     assert time.process_time() - started < 10
-    assert sorted(positions(plan)) == list(range(100_000))
+    assert sorted(positions(deal)) == list(range(100_000))
 
 
 @given(st.integers(0, 50), ranks, st.integers(1, 7))
 def test_by_count_keeps_order_and_fills_micro_batches(num_pairs: int, num_ranks: int, each: int) -> None:
-    plan = plan_global_batch([1] * num_pairs, num_ranks=num_ranks, pairs_per_micro_batch=each)
-    assert positions(plan) == list(range(num_pairs))
-    assert len(plan) == num_ranks and len({len(rank) for rank in plan}) == 1
-    per_rank = [sum(map(len, rank)) for rank in plan]
+    deal = deal_batch([1] * num_pairs, num_ranks=num_ranks, pairs_per_micro_batch=each)
+    assert positions(deal) == list(range(num_pairs))
+    assert len(deal) == num_ranks and len({len(rank) for rank in deal}) == 1
+    per_rank = [sum(map(len, rank)) for rank in deal]
     assert max(per_rank) - min(per_rank) <= 1
-    assert len(plan[0]) == max(1, -(-max(per_rank) // each))
-    for rank, count in zip(plan, per_rank, strict=True):
+    assert len(deal[0]) == max(1, -(-max(per_rank) // each))
+    for rank, count in zip(deal, per_rank, strict=True):
         assert [len(pack) for pack in rank[: count // each]] == [each] * (count // each)
 
 
 def test_by_count_written_out() -> None:
-    plan = plan_global_batch([9] * 7, num_ranks=2, pairs_per_micro_batch=2)
-    assert plan == [[[0, 1], [2]], [[3, 4], [5, 6]]]
+    deal = deal_batch([9] * 7, num_ranks=2, pairs_per_micro_batch=2)
+    assert deal == [[[0, 1], [2]], [[3, 4], [5, 6]]]
 
 
 @pytest.mark.parametrize(
@@ -258,9 +258,9 @@ def test_by_count_written_out() -> None:
         ({"num_ranks": 1, "budget_tokens": 9, "work": [1, 2]}, "work of 2 pairs for 1 lengths"),
     ],
 )
-def test_impossible_plans_are_refused(arguments: dict[str, Any], message: str) -> None:
+def test_impossible_deals_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        plan_global_batch([5], **arguments)
+        deal_batch([5], **arguments)
 
 
 def packs_of(dealt: list[list[list[int]]], budget: int, work: list[int] | None = None) -> Packs:

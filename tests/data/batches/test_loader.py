@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from megadpo.config.problems import DataError
 from megadpo.data.batches.loader import DataRank, GlobalBatch, GlobalBatchLoader
 from megadpo.data.batches.pack import PackedBatch, pack_pairs
 from megadpo.data.batches.work import WorkModel
-from megadpo.data.pairs import TokenizedPair
-from megadpo.data.tokens.arrays import TokenArrays, TokenizedFile
-from megadpo.data.tokens.dataset import DataSettings, PairDataset, TokenizedPairs
+from megadpo.data.pairs import FlatPairs, PairDataset, TokenizedPair
+from megadpo.data.tokens.dataset import open_dataset
+from megadpo.data.tokens.encode import DataSettings
 from megadpo.families import parse_architecture
 from tests.data.batches.test_work import LLAMA_8B
 from tests.data.builders import dataset, ids, row, write_rows
@@ -35,7 +35,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> PairDataset:
 RANK = ("dp_rank", "dp_size", "cp_rank", "cp_size")
 
 
-def loader(pairs: TokenizedPairs, **changes: Any) -> GlobalBatchLoader:
+def loader(pairs: PairDataset, **changes: Any) -> GlobalBatchLoader:
     defaults: dict[str, Any] = {
         "global_batch_size": 4,
         "shuffle": True,
@@ -44,7 +44,7 @@ def loader(pairs: TokenizedPairs, **changes: Any) -> GlobalBatchLoader:
         "pad_token_id": 2,
         "budget_tokens": 160,
         "drop_last": True,
-        "num_workers": 0,
+        "prefetch": False,
     }
     rank = {name: changes.pop(name) for name in RANK if name in changes}
     return GlobalBatchLoader(pairs, **{**defaults, **changes}, rank=DataRank(**rank))
@@ -110,8 +110,7 @@ def test_a_resumed_epoch_goes_on_with_the_same_pairs_on_any_number_of_ranks(
 ) -> None:
     whole = rows_of(list(loader(pairs).batches(epoch)))
     first = list(loader(pairs, dp_size=before).batches(epoch))[:split]
-    position = (first[-1].epoch, first[-1].batch + 1) if first else (epoch, 0)
-    rest = list(loader(pairs, dp_size=after, dp_rank=after - 1).batches(*position))
+    rest = list(loader(pairs, dp_size=after, dp_rank=after - 1).batches(epoch, start_batch=len(first)))
     assert rows_of(first) + rows_of(rest) == whole
 
 
@@ -177,7 +176,7 @@ def test_training_shuffles_whole_batches_and_validation_takes_the_files_order(pa
         assert {batch.num_pairs for batch in batches} == {size}
         packs = [pack for batch in batches for pack in batch.micro_batches]
         assert all(pack.tokens.numel() % 4 == 0 for pack in packs)
-        work = WorkModel.of(arch).pair_work(pairs.arrays.text_tokens(), share_prompt=packed)
+        work = WorkModel.of(arch).pair_work(pairs.text_tokens(), share_prompt=packed)
         assert made.work.tolist() == work.tolist()
         if packed:
             assert made.budget_tokens == 180
@@ -211,19 +210,16 @@ def test_ranks_without_pairs_get_padding(pairs: PairDataset) -> None:
 def test_the_work_model_decides_what_ranks_get(pairs: PairDataset) -> None:
     """Long prompts and long answers in turn, as many tokens each: by tokens, one rank gets all the long answers."""
     texts = [(96, 2, 2), (2, 49, 49)] * 8
-    arrays = TokenArrays.of(
+    flat = FlatPairs.of(
         [TokenizedPair(row, *(ids(*range(3, 3 + length)) for length in lengths)) for row, lengths in enumerate(texts)]
     )
-    lines = np.arange(1, 17)
-    made = TokenizedPairs(
-        TokenizedFile(arrays=arrays, lines=lines, report=pairs.report, fingerprint="", max_token_id=99)
-    )
+    made = PairDataset(flat.tokens, flat.offsets, flat.rows, np.arange(1, 17), pairs.report)
 
     def answers(**options: Any) -> list[int]:
         options = {"global_batch_size": 16, "budget_tokens": 2000, "dp_size": 2, "shuffle": False, **options}
-        ((positions, plan),) = loader(made, **options).plans(0)
+        ((positions, deal),) = loader(made, **options).deals(0)
         assert positions.tolist() == list(range(16))
-        return [sum(sum(texts[number][1:]) for pack in rank for number in pack) for rank in plan]
+        return [sum(sum(texts[number][1:]) for pack in rank for number in pack) for rank in deal]
 
     answers_cost_all = WorkModel(per_token=1, per_answer_token=10**6, per_query_key=0)
     assert answers() == [32, 784]
@@ -232,8 +228,8 @@ def test_the_work_model_decides_what_ranks_get(pairs: PairDataset) -> None:
 
 def test_a_pair_over_the_budget_is_refused_at_its_line_with_the_need(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "p.jsonl", [row(0), row(1, prompt="the " * 60), row(2)])
-    long = PairDataset.with_settings(path, tiny_tokenizer(), DataSettings(max_total_sequence_length=500))
-    tokens = long[1].packed_tokens(share_prompt=True)
+    long = open_dataset(path, tiny_tokenizer(), DataSettings(max_total_sequence_length=500))
+    tokens = int(long.packed_tokens(share_prompt=True)[1])
     with pytest.raises(DataError) as refused:
         loader(long, budget_tokens=tokens - 1, global_batch_size=1, pad_to_multiple=4)
     (problem,) = refused.value.problems
@@ -265,7 +261,7 @@ def test_fewer_pairs_than_a_global_batch_are_refused_in_training(pairs: PairData
 )
 def test_impossible_arguments_are_refused(pairs: PairDataset, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        loader(pairs, **changes)
+        next(loader(pairs, **changes).batches(0))
 
 
 def test_a_start_outside_the_epoch_is_refused(pairs: PairDataset) -> None:
@@ -275,10 +271,9 @@ def test_a_start_outside_the_epoch_is_refused(pairs: PairDataset) -> None:
             next(loader(pairs).batches(0, start_batch=start))
 
 
-def test_token_ids_are_released_after_every_batch(pairs: PairDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_ids_are_released_after_every_batch(pairs: PairDataset) -> None:
     released: list[int] = []
-    monkeypatch.setattr(pairs, "release", lambda: released.append(1))
-    batches = list(loader(pairs).batches(0))
+    batches = list(loader(dataclasses.replace(pairs, release=lambda: released.append(1))).batches(0))
     assert len(released) == len(batches) == 5
 
 
@@ -290,7 +285,7 @@ def prefetch_threads() -> list[threading.Thread]:
 
 
 def test_packing_ahead_changes_nothing(pairs: PairDataset) -> None:
-    here, ahead = (list(loader(pairs, num_workers=workers).batches(0)) for workers in (0, 2))
+    here, ahead = (list(loader(pairs, prefetch=prefetch).batches(0)) for prefetch in (False, True))
     assert rows_of(here) == rows_of(ahead)
     assert all(equal_batches(a.micro_batches, b.micro_batches) for a, b in zip(here, ahead, strict=True))
     assert not prefetch_threads()
@@ -304,15 +299,15 @@ def test_packing_happens_in_one_other_thread(pairs: PairDataset, monkeypatch: py
         return pack_pairs(*args, **options)
 
     monkeypatch.setattr("megadpo.data.batches.loader.pack_pairs", noting)
-    list(loader(pairs, num_workers=4).batches(0))
+    list(loader(pairs, prefetch=True).batches(0))
     assert set(names) == {"megadpo-prefetch"}
     names.clear()
-    list(loader(pairs, num_workers=0).batches(0))
+    list(loader(pairs, prefetch=False).batches(0))
     assert set(names) == {threading.current_thread().name}
 
 
 def test_leaving_an_epoch_early_ends_the_thread(pairs: PairDataset) -> None:
-    batches = loader(pairs, num_workers=1).batches(0)
+    batches = loader(pairs, prefetch=True).batches(0)
     next(batches)
     assert len(prefetch_threads()) == 1
     batches.close()  # type: ignore[attr-defined]
@@ -329,14 +324,20 @@ def test_a_failure_in_the_background_reaches_the_caller(pairs: PairDataset, monk
         return pack_pairs(*args, **options)
 
     monkeypatch.setattr("megadpo.data.batches.loader.pack_pairs", failing)
-    batches = loader(pairs, num_workers=1, budget_tokens=400).batches(0)
-    assert [next(batches).batch for _ in range(3)] == [0, 1, 2]
+    batches = loader(pairs, prefetch=True, budget_tokens=400).batches(0)
+    for _ in range(3):
+        next(batches)
     with pytest.raises(MemoryError, match="planted"):
         next(batches)
     assert not prefetch_threads()
 
 
-def test_batches_know_their_place(pairs: PairDataset) -> None:
-    places = [(batch.epoch, batch.batch) for batch in loader(pairs).batches(3, start_batch=1)]
-    assert places == [(3, number) for number in range(1, 5)]
-    assert all(later[1] == earlier[1] + 1 for earlier, later in pairwise(places))
+def test_a_loader_with_reference_numbers_brings_them_with_each_pack(pairs: PairDataset) -> None:
+    table = np.arange(2 * len(pairs), dtype=np.float32).reshape(-1, 2)
+    plain = loader(pairs)
+    made = plain.with_reference_logps(table)
+    for batch in made.batches(0):
+        for pack in batch.micro_batches:
+            assert pack.reference_logps is not None
+            assert pack.reference_logps.tolist() == table[pack.pair_indices.numpy()].ravel().tolist()
+    assert all(pack.reference_logps is None for batch in plain.batches(0) for pack in batch.micro_batches)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megadpo.config.problems import DataError
 from megadpo.data.batches.pack import PackedBatch, Segment, pack_pairs
-from megadpo.data.pairs import TokenizedPair
+from megadpo.data.pairs import FlatPairs, TokenizedPair
 from tests.data.builders import ids, tokenized_pairs
 
 TWO_PAIRS = [TokenizedPair(7, ids(1, 2, 3), ids(4, 5), ids(6)), TokenizedPair(9, ids(8), ids(9, 10), ids(11, 12, 13))]
@@ -79,7 +79,7 @@ def test_segments_cover_the_run_in_order_and_padding_is_the_last(
     assert [segment.query_start for segment in batch.segments] == ends[:-1]
     assert ends[-1] == batch.tokens.numel() == batch.positions.numel()
     assert ends[-1] % multiple == 0 and batch.padding_tokens <= (multiple if not pairs else multiple - 1)
-    assert batch.num_tokens == sum(pair.packed_tokens(share_prompt=share_prompt) for pair in pairs)
+    assert batch.num_tokens == FlatPairs.of(pairs).packed_tokens(share_prompt=share_prompt).sum()
     assert all(segment.keys[-1][1] == segment.query_end for segment in batch.segments)
     per_pair = 3 if share_prompt else 2
     assert len(batch.segments) == per_pair * len(pairs) + bool(batch.padding_tokens)

@@ -8,8 +8,7 @@ from hypothesis import given
 
 from megadpo.data.batches.pack import pack_pairs
 from megadpo.data.batches.work import UNITS_PER_TOKEN, WorkModel, query_keys
-from megadpo.data.pairs import TokenizedPair
-from megadpo.data.tokens.arrays import TokenArrays
+from megadpo.data.pairs import FlatPairs, TokenizedPair
 from megadpo.families import parse_architecture
 from tests.data.builders import tokenized_pairs
 
@@ -28,7 +27,7 @@ LLAMA_8B = {
 @pytest.mark.parametrize("share_prompt", [True, False])
 @given(pairs=tokenized_pairs())
 def test_query_keys_are_those_of_the_segments(share_prompt: bool, pairs: list[TokenizedPair]) -> None:
-    counted = query_keys(TokenArrays.of(pairs).text_tokens(), share_prompt=share_prompt)
+    counted = query_keys(FlatPairs.of(pairs).text_tokens(), share_prompt=share_prompt)
     for pair, count in zip(pairs, counted, strict=True):
         batch = pack_pairs([pair], share_prompt=share_prompt, pad_to_multiple=1, pad_token_id=0)
         seen = [segment.key_tokens - back for segment in batch.segments for back in range(segment.query_tokens)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -18,10 +19,14 @@ import numpy as np
 import pytest
 
 from megadpo.config.problems import ConfigError, DataError
-from megadpo.data.formats.recognise import FieldKeys
+from megadpo.data.formats import FieldKeys
+from megadpo.data.pairs import PairDataset
+from megadpo.data.sources.rows import source_digest
+from megadpo.data.tokens import cache
 from megadpo.data.tokens.cache import TokenCache
 from megadpo.data.tokens.cache_key import cache_key
-from megadpo.data.tokens.dataset import DataSettings, PairDataset
+from megadpo.data.tokens.dataset import open_dataset
+from megadpo.data.tokens.encode import DataSettings
 from tests.data.builders import equal_pairs, row, write_rows
 from tests.helpers.tiny_tokenizer import CHATML, tiny_tokenizer
 
@@ -34,7 +39,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def load(path: Path, folder: Path, settings: DataSettings = SETTINGS, **options: Any) -> PairDataset:
-    return PairDataset.with_settings(path, tiny_tokenizer(), settings, cache=TokenCache(folder), **options)
+    return open_dataset(path, tiny_tokenizer(), settings, cache=TokenCache(folder), **options)
 
 
 def caches(folder: Path) -> list[Path]:
@@ -45,7 +50,7 @@ def caches(folder: Path) -> list[Path]:
 def no_reading(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fails where a data file is tokenised."""
     with monkeypatch.context() as patch:
-        patch.setattr("megadpo.data.tokens.dataset.encode_file", lambda *a, **k: pytest.fail("tokenised once more"))
+        patch.setattr("megadpo.data.tokens.dataset.encode_source", lambda *a, **k: pytest.fail("tokenised once more"))
         yield
 
 
@@ -53,40 +58,40 @@ def test_what_comes_out_of_the_cache_is_what_tokenising_gives(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = DataSettings(max_total_sequence_length=25, on_too_long="truncate")
-    plain = PairDataset.with_settings(path, tiny_tokenizer(), settings)
+    plain = open_dataset(path, tiny_tokenizer(), settings)
     built = load(path, tmp_path / "cache", settings)
     with no_reading(monkeypatch):
         opened = load(path, tmp_path / "cache", settings)
     assert plain.report.truncated > 0
     for cached in (built, opened):
         assert cached.fingerprint == plain.fingerprint and cached.report == plain.report
-        assert cached.max_token_id == plain.max_token_id == plain.arrays.tokens.max()
+        assert cached.max_token_id == plain.max_token_id == plain.tokens.max()
         assert equal_pairs(list(cached), list(plain))
         assert cached.source_of(7) == plain.source_of(7)
 
 
 def test_the_arrays_are_mapped_and_can_not_be_written(path: Path, tmp_path: Path) -> None:
     pairs = load(path, tmp_path / "cache")
-    (cache,) = caches(tmp_path / "cache")
+    (made,) = caches(tmp_path / "cache")
     maps = Path("/proc/self/maps").read_text()
     for name in ("tokens", "offsets", "rows"):
-        assert not getattr(pairs.arrays, name).flags.writeable
-        assert f"{cache / name}.bin" in maps
+        assert not getattr(pairs, name).flags.writeable
+        assert f"{made / name}.bin" in maps
 
 
 def test_released_pages_are_mapped_no_more_and_stay_readable(path: Path, tmp_path: Path) -> None:
     pairs = load(path, tmp_path / "cache")
-    (cache,) = caches(tmp_path / "cache")
+    (made,) = caches(tmp_path / "cache")
 
     def resident_kb() -> int:
-        mapping = Path("/proc/self/smaps").read_text().split(f"{cache / 'tokens.bin'}\n")[1]
+        mapping = Path("/proc/self/smaps").read_text().split(f"{made / 'tokens.bin'}\n")[1]
         return int(next(line for line in mapping.splitlines() if line.startswith("Rss:")).split()[1])
 
-    before = pairs.arrays.tokens.tolist()
+    before = pairs.tokens.tolist()
     assert resident_kb() > 0
     pairs.release()
     assert resident_kb() == 0
-    assert pairs.arrays.tokens.tolist() == before
+    assert pairs.tokens.tolist() == before
 
 
 def test_a_moved_file_meets_its_cache_again_under_its_new_name(
@@ -113,7 +118,9 @@ def test_the_key_changes_with_every_input(path: Path, tmp_path: Path, monkeypatc
     template.write_text(CHATML)
 
     def key(tokenizer: Any = None, **changes: Any) -> str:
-        return cache_key(path, tokenizer or tiny_tokenizer(), DataSettings(**{**vars(SETTINGS), **changes}))
+        return cache_key(
+            source_digest(path), tokenizer or tiny_tokenizer(), DataSettings(**{**vars(SETTINGS), **changes})
+        )
 
     keys = [
         key(),
@@ -129,16 +136,21 @@ def test_the_key_changes_with_every_input(path: Path, tmp_path: Path, monkeypatc
     assert len(set(keys)) == len(keys) and key() == keys[0]
     template.write_text(CHATML + " ")
     assert key(chat_template=str(template)) not in keys
-    monkeypatch.setattr("megadpo.data.tokens.cache_key._code_digest", lambda: "other code")
-    assert key() not in keys
+    for module in ("data.formats.fields", "data.sources.text", "data.tokens.turns", "data.pairs", "messages.chat"):
+        with monkeypatch.context() as patch:
+            code = Path(importlib.import_module(f"megadpo.{module}").__file__ or "")
+            read_bytes = Path.read_bytes
+            patch.setattr(Path, "read_bytes", lambda path, c=code, r=read_bytes: r(path) + b" " * (path == c))
+            assert key() not in keys, module
+    assert key() == keys[0]
 
 
 def test_using_a_tokenizer_does_not_change_its_key(path: Path) -> None:
     tokenizer = tiny_tokenizer()
     settings = DataSettings(max_total_sequence_length=200, chat_template=CHATML)
-    fresh = cache_key(path, tokenizer, settings)
+    fresh = cache_key(source_digest(path), tokenizer, settings)
     tokenizer(["a", "text of another length"], padding=True, truncation=True, max_length=3)
-    assert cache_key(path, tokenizer, settings) == fresh
+    assert cache_key(source_digest(path), tokenizer, settings) == fresh
 
 
 def cut(file: Path) -> None:
@@ -160,16 +172,16 @@ def test_a_damaged_cache_is_noticed_and_built_anew(
     path: Path, tmp_path: Path, name: str, damage: Callable[[Path], None],
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    sound = PairDataset.with_settings(path, tiny_tokenizer(), SETTINGS)
+    sound = open_dataset(path, tiny_tokenizer(), SETTINGS)
     load(path, tmp_path / "cache")
-    (cache,) = caches(tmp_path / "cache")
-    damage(cache / name)
+    (made,) = caches(tmp_path / "cache")
+    damage(made / name)
     mended = load(path, tmp_path / "cache")
     assert mended.fingerprint == sound.fingerprint and equal_pairs(list(mended), list(sound))
-    assert f"{cache}: damaged" in capsys.readouterr().err
+    assert f"{made}: damaged" in capsys.readouterr().err
     with no_reading(monkeypatch):
         load(path, tmp_path / "cache")
-    assert caches(tmp_path / "cache") == [cache]
+    assert caches(tmp_path / "cache") == [made]
 
 
 def test_another_caches_folder_under_this_name_is_not_taken(path: Path, tmp_path: Path) -> None:
@@ -182,45 +194,96 @@ def test_another_caches_folder_under_this_name_is_not_taken(path: Path, tmp_path
     assert load(path, tmp_path / "cache").fingerprint == sound.fingerprint != other.fingerprint
 
 
+# A source's digest
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The sources that were hashed; files that have just been written count as settled."""
+    hashed: list[str] = []
+    monkeypatch.setattr(cache, "_SETTLED_S", 0.0)
+    monkeypatch.setattr(cache, "source_digest", lambda source: hashed.append(source) or source_digest(source))
+    return hashed
+
+
+def test_a_source_is_hashed_once_in_a_start(path: Path, tmp_path: Path, hashed: list[str]) -> None:
+    digests = {TokenCache(tmp_path / "cache").source_digest(str(path)) for _ in range(4)}
+    assert digests == {source_digest(path)} and len(hashed) == 1
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    shutil.copy(path, folder / "train.jsonl")
+    assert len({TokenCache(tmp_path / "cache").source_digest(f"{folder}@train") for _ in range(4)}) == 1
+    assert len(hashed) == 2
+
+
+def test_a_note_hides_no_change_of_the_same_size_and_time(path: Path, tmp_path: Path, hashed: list[str]) -> None:
+    before, times = TokenCache(tmp_path / "cache").source_digest(str(path)), path.stat()
+    path.write_text(path.read_text().replace("7 is right", "7 is rigid"))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert TokenCache(tmp_path / "cache").source_digest(str(path)) == source_digest(path) != before
+
+
+def test_an_old_note_is_not_believed(path: Path, tmp_path: Path, hashed: list[str]) -> None:
+    for _ in range(2):
+        TokenCache(tmp_path / "cache").source_digest(str(path))
+        (note,) = (tmp_path / "cache").glob("source-*.json")
+        os.utime(note, (time.time() - 3600,) * 2)
+    assert len(hashed) == 2
+
+
+def test_a_file_that_has_just_been_written_gets_no_note(path: Path, tmp_path: Path) -> None:
+    assert TokenCache(tmp_path / "cache").source_digest(str(path)) == source_digest(path)
+    assert not (tmp_path / "cache").exists()
+
+
 # Several processes
 
 
-def _load_together(arguments: tuple[str, str, float]) -> tuple[str, int]:
-    """In a process of its own: the fingerprint (or the refusal), and how often this process tokenised."""
+def _load_together(arguments: tuple[str, str, float]) -> tuple[str, int, int]:
+    """In a process of its own: the fingerprint (or the refusal), and how often this process hashed and tokenised."""
     import megadpo.data.tokens.dataset as dataset
 
     path, folder, seconds = arguments
-    calls, encode = [], dataset.encode_file
+    hashes: list[int] = []
+    cache._SETTLED_S = 0.0
+
+    def counted(source: str) -> str:
+        hashes.append(1)
+        time.sleep(seconds)
+        return source_digest(source)
+
+    cache.source_digest = counted  # type: ignore[assignment]
+    calls, encode = [], dataset.encode_source
 
     def slow(*args: Any, **options: Any) -> Any:
         calls.append(1)
         time.sleep(seconds)
         return encode(*args, **options)
 
-    dataset.encode_file = slow  # type: ignore[assignment]
+    dataset.encode_source = slow  # type: ignore[assignment]
     try:
-        return load(Path(path), Path(folder)).fingerprint, len(calls)
+        return load(Path(path), Path(folder)).fingerprint, len(hashes), len(calls)
     except DataError as error:
-        return str(error), len(calls)
+        return str(error), len(hashes), len(calls)
 
 
-def in_processes(path: Path, folder: Path, count: int = 3) -> list[tuple[str, int]]:
+def in_processes(path: Path, folder: Path, count: int = 3) -> list[tuple[str, int, int]]:
     with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(_load_together, [(str(path), str(folder), 1.0)] * count))
 
 
-def test_one_process_builds_and_the_others_wait(path: Path, tmp_path: Path) -> None:
+def test_one_process_hashes_and_builds_and_the_others_wait(path: Path, tmp_path: Path) -> None:
     results = in_processes(path, tmp_path / "cache")
-    assert {fingerprint for fingerprint, _ in results} == {load(path, tmp_path / "cache").fingerprint}
-    assert sum(calls for _, calls in results) == 1
+    assert {fingerprint for fingerprint, *_ in results} == {load(path, tmp_path / "cache").fingerprint}
+    assert [sum(calls) for calls in list(zip(*results, strict=True))[1:]] == [1, 1]
 
 
 def test_a_refused_file_is_read_by_one_and_refused_by_all(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "p.jsonl", [row(0), {"prompt": "x"}])
     results = in_processes(path, tmp_path / "cache")
-    (message,) = {message for message, _ in results}
+    (message,) = {message for message, *_ in results}
     assert f"{path}:2: " in message and "no field 'chosen'" in message
-    assert sum(calls for _, calls in results) == 1
+    assert sum(calls for *_, calls in results) == 1
 
 
 def test_a_mended_file_is_no_longer_refused(tmp_path: Path) -> None:
@@ -238,7 +301,7 @@ def test_an_old_refusal_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (refusal,) = (tmp_path / "cache").glob("*.refused.json")
     os.utime(refusal, (time.time() - 3600,) * 2)
     read: list[int] = []
-    monkeypatch.setattr("megadpo.data.tokens.dataset.encode_file", lambda *a, **k: read.append(1) or 1 / 0)
+    monkeypatch.setattr("megadpo.data.tokens.dataset.encode_source", lambda *a, **k: read.append(1) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         load(path, tmp_path / "cache")
     assert read == [1] and not refusal.exists()
@@ -246,7 +309,9 @@ def test_an_old_refusal_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_build_that_fails_or_was_killed_leaves_nothing(path: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
-    (folder / f"{cache_key(path, tiny_tokenizer(), SETTINGS)}.building-{os.uname().nodename}-left").mkdir(parents=True)
+    (
+        folder / f"{cache_key(source_digest(path), tiny_tokenizer(), SETTINGS)}.building-{os.uname().nodename}-left"
+    ).mkdir(parents=True)
     with pytest.raises(DataError):
         load(write_rows(tmp_path / "bad.jsonl", [{"prompt": "x"}]), folder)
     load(path, folder)
@@ -258,13 +323,13 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
 ) -> None:
     import megadpo.data.tokens.dataset as dataset
 
-    encode = dataset.encode_file
+    encode = dataset.encode_source
 
     def changing(*args: Any, **options: Any) -> Any:
         write_rows(path, [row(1)])
         return encode(*args, **options)
 
-    monkeypatch.setattr(dataset, "encode_file", changing)
+    monkeypatch.setattr(dataset, "encode_source", changing)
     with pytest.raises(DataError, match="changed while it was read"):
         load(path, tmp_path / "cache")
     assert caches(tmp_path / "cache") == []
@@ -275,7 +340,12 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
 
 def test_a_cache_that_is_there_needs_no_writing(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load(path, tmp_path / "cache")
-    monkeypatch.setattr("filelock.FileLock", lambda *_: pytest.fail("locked"))
+    monkeypatch.setattr("megadpo.data.tokens.cache._SETTLED_S", -1.0)
+
+    def read_only(*_: object) -> None:
+        raise PermissionError("read-only file system")
+
+    monkeypatch.setattr("filelock.FileLock", read_only)
     assert len(load(path, tmp_path / "cache")) == 50
 
 
@@ -302,10 +372,10 @@ def test_a_full_disk_is_refused_and_leaves_nothing(path: Path, tmp_path: Path) -
 
 def test_the_header_says_what_the_files_hold(path: Path, tmp_path: Path) -> None:
     pairs = load(path, tmp_path / "cache")
-    (cache,) = caches(tmp_path / "cache")
-    header = json.loads((cache / "header.json").read_text())["header"]
-    assert header["arrays"]["offsets"]["length"] == 151 and header["fingerprint"] == pairs.fingerprint
-    assert np.fromfile(cache / "tokens.bin", "<i4").tolist() == pairs.arrays.tokens.tolist()
+    (made,) = caches(tmp_path / "cache")
+    header = json.loads((made / "header.json").read_text())["header"]
+    assert header["arrays"]["offsets"]["length"] == 151 and header["report"]["fingerprint"] == pairs.fingerprint
+    assert np.fromfile(made / "tokens.bin", "<i4").tolist() == pairs.tokens.tolist()
 
 
 def test_a_folder_and_loss_masks_come_back_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,11 +386,11 @@ def test_a_folder_and_loss_masks_come_back_from_the_cache(tmp_path: Path, monkey
     chosen = [{"role": role, "content": content} for role, content in turns]
     write_rows(folder / "train.jsonl", [{"prompt": [chosen[1]], "chosen": chosen, "rejected": chosen[:1]}])
     settings = DataSettings(max_total_sequence_length=256, chat_template=CHATML)
-    cache = TokenCache(tmp_path / "cache")
-    made, found = (PairDataset.with_settings(folder, tiny_tokenizer(), settings, cache=cache) for _ in range(2))
+    kept = TokenCache(tmp_path / "cache")
+    made, found = (open_dataset(folder, tiny_tokenizer(), settings, cache=kept) for _ in range(2))
     assert equal_pairs(made, found) and found[0].chosen_mask is not None and found[0].rejected_mask is None
     other = DataSettings(max_total_sequence_length=256, chat_template=CHATML, on_bad_row="drop")
-    assert len({cache_key(folder, tiny_tokenizer(), one) for one in (settings, other)}) == 2
-    before = cache_key(folder, tiny_tokenizer(), settings)
+    assert len({cache_key(source_digest(folder), tiny_tokenizer(), one) for one in (settings, other)}) == 2
+    before = cache_key(source_digest(folder), tiny_tokenizer(), settings)
     write_rows(folder / "train.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    assert cache_key(folder, tiny_tokenizer(), settings) != before
+    assert cache_key(source_digest(folder), tiny_tokenizer(), settings) != before

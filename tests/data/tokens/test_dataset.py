@@ -6,38 +6,21 @@ from pathlib import Path
 from types import SimpleNamespace as Section
 from typing import Any, cast
 
-import numpy as np
 import pytest
-from hypothesis import given
 
 from megadpo.config.problems import DataError
 from megadpo.config.schema import Config
-from megadpo.data.formats.recognise import FieldKeys
-from megadpo.data.pairs import TokenizedPair
-from megadpo.data.tokens.dataset import DataSettings, PairDataset, TokenArrays
-from tests.data.builders import as_lists, dataset, equal_pairs, row, tokenized_pairs, write_rows
+from megadpo.data.formats import FieldKeys
+from megadpo.data.pairs import PairDataset
+from megadpo.data.tokens.dataset import load_datasets, open_dataset
+from megadpo.data.tokens.encode import DataSettings
+from tests.data.builders import as_lists, dataset, row, write_rows
 from tests.helpers.tiny_tokenizer import CHATML, tiny_tokenizer
-
-
-@given(tokenized_pairs())
-def test_flat_arrays_give_back_every_pair(pairs: list[TokenizedPair]) -> None:
-    arrays = TokenArrays.of(pairs)
-    assert equal_pairs([arrays.pair(position) for position in range(len(arrays))], pairs)
-    assert arrays.tokens.dtype == np.int32 and arrays.offsets.dtype == np.int64
-    assert arrays.text_tokens().tolist() == [[p.prompt_tokens, p.chosen_tokens, p.rejected_tokens] for p in pairs]
 
 
 def test_a_file_becomes_pairs_in_order_with_their_rows(tmp_path: Path) -> None:
     pairs = dataset(tmp_path, 5)
     assert len(pairs) == 5 and [pair.index for pair in pairs] == [0, 1, 2, 3, 4]
-    assert as_lists(pairs[-1]) == as_lists(pairs[4]) and equal_pairs(pairs[1:3], [pairs[1], pairs[2]])
-    assert np.shares_memory(pairs[3].chosen_ids, pairs.arrays.tokens), "views, not copies"
-    for outside in (5, -6):
-        with pytest.raises(IndexError):
-            pairs[outside]
-    shared, repeated = (pairs.packed_tokens(share_prompt=share) for share in (True, False))
-    assert shared.tolist() == [pair.packed_tokens(share_prompt=True) for pair in pairs]
-    assert repeated.tolist() == [pair.packed_tokens(share_prompt=False) for pair in pairs]
     assert pairs.max_token_id == max(int(t) for p in pairs for ids in as_lists(p)[1:] for t in ids)
 
 
@@ -46,7 +29,7 @@ def test_rows_and_lines_stay_those_of_the_file_when_pairs_are_dropped(tmp_path: 
     write_rows(path, [row(0), row(1, prompt="the " * 400), row(2)])
     path.write_text("\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
     settings = DataSettings(max_total_sequence_length=100, on_too_long="drop")
-    pairs = PairDataset.with_settings(path, tiny_tokenizer(adds_bos=True), settings)
+    pairs = open_dataset(path, tiny_tokenizer(adds_bos=True), settings)
     assert [pair.index for pair in pairs] == [0, 2]
     assert pairs.source_of(2) == f"{path}:4"
     assert (pairs.report.rows, pairs.report.pairs, pairs.report.dropped_too_long) == (3, 2, 1)
@@ -61,7 +44,7 @@ def test_the_report_counts_what_happened(tmp_path: Path) -> None:
         row(2, prompt="t", chosen="he", rejected="!"),  # merges over the line
     ]
     settings = DataSettings(max_total_sequence_length=100, on_too_long="truncate")
-    report = PairDataset.with_settings(write_rows(tmp_path / "p.jsonl", rows), tokenizer, settings).report
+    report = open_dataset(write_rows(tmp_path / "p.jsonl", rows), tokenizer, settings).report
     assert (report.truncated, report.dropped_equal_after_truncation, report.tokenized_apart) == (1, 1, 1)
     assert (report.rows, report.pairs) == (3, 2)
     for words in ("1 cut to the limit", "1 dropped because", "1 whose prompt and answer merge"):
@@ -81,14 +64,14 @@ def test_the_report_totals_tokens(tmp_path: Path) -> None:
 def test_a_too_long_pair_is_refused_at_its_line(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "p.jsonl", [row(0), row(1, prompt="the " * 400)])
     with pytest.raises(DataError, match=f"{path}:2: "):
-        PairDataset.with_settings(path, tiny_tokenizer(), DataSettings(max_total_sequence_length=100))
+        open_dataset(path, tiny_tokenizer(), DataSettings(max_total_sequence_length=100))
 
 
 def test_a_file_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "p.jsonl", [row(0, prompt="the " * 400)])
     settings = DataSettings(max_total_sequence_length=100, on_too_long="drop")
     with pytest.raises(DataError, match="no pair left of 1"):
-        PairDataset.with_settings(path, tiny_tokenizer(), settings)
+        open_dataset(path, tiny_tokenizer(), settings)
 
 
 def test_the_fingerprint_follows_tokens_and_settings_but_not_the_files_name(tmp_path: Path) -> None:
@@ -98,7 +81,7 @@ def test_the_fingerprint_follows_tokens_and_settings_but_not_the_files_name(tmp_
 
     def fingerprint(path: Path, **changes: Any) -> str:
         changed = DataSettings(**{**vars(settings), **changes})
-        return PairDataset.with_settings(path, tokenizer, changed).fingerprint
+        return open_dataset(path, tokenizer, changed).fingerprint
 
     assert fingerprint(first) == fingerprint(write_rows(tmp_path / "b.jsonl", rows)) and len(fingerprint(first)) == 64
     others = [
@@ -117,10 +100,9 @@ def test_the_boundary_between_texts_is_part_of_the_fingerprint(tmp_path: Path) -
     tokenizer, settings = tiny_tokenizer(), DataSettings(max_total_sequence_length=200)
     rows = [[row(0, prompt="a", chosen="bc")], [row(0, prompt="ab", chosen="c")]]
     one, other = (
-        PairDataset.with_settings(write_rows(tmp_path / f"{n}.jsonl", some), tokenizer, settings)
-        for n, some in enumerate(rows)
+        open_dataset(write_rows(tmp_path / f"{n}.jsonl", some), tokenizer, settings) for n, some in enumerate(rows)
     )
-    assert one.arrays.tokens.tolist() == other.arrays.tokens.tolist() and one.fingerprint != other.fingerprint
+    assert one.tokens.tolist() == other.tokens.tolist() and one.fingerprint != other.fingerprint
 
 
 def test_the_config_decides(tmp_path: Path) -> None:
@@ -154,9 +136,9 @@ def test_the_config_decides(tmp_path: Path) -> None:
         on_bad_row="drop",
     )
     path = write_rows(tmp_path / "p.jsonl", [{"q": "the " * 50, "good": "yes", "bad": "no"}])
-    pairs = PairDataset(cast(Config, cfg), tiny_tokenizer(), path)
+    pairs = load_datasets(cast(Config, cfg), {"train": str(path)}, tiny_tokenizer(), 10**6)["train"]
     assert pairs[0].longest_sequence_tokens == 32 and pairs.report.with_chat_template
-    assert pairs.fingerprint == PairDataset.with_settings(path, tiny_tokenizer(), settings).fingerprint
+    assert pairs.fingerprint == open_dataset(path, tiny_tokenizer(), settings).fingerprint
     assert len(list((tmp_path / "cache").glob("*/header.json"))) == 1
 
 
@@ -173,7 +155,7 @@ def test_loss_masks_come_back_and_are_part_of_the_fingerprint(tmp_path: Path) ->
 
     def read(loss_on: Any) -> PairDataset:
         settings = DataSettings(max_total_sequence_length=256, chat_template=CHATML, loss_on=loss_on)
-        return PairDataset.with_settings(path, tiny_tokenizer(), settings)
+        return open_dataset(path, tiny_tokenizer(), settings)
 
     last, differing = read("last_turn"), read("differing_turns")
     plain, turns = last[0], last[1]
@@ -193,7 +175,7 @@ def test_the_largest_token_id_may_be_outside_the_loss(tmp_path: Path) -> None:
     turns = [TURNS[0], asked, TURNS[2]]
     path = write_rows(tmp_path / "p.jsonl", [{"prompt": "so?", "chosen": turns, "rejected": "yes"}])
     settings = DataSettings(max_total_sequence_length=256, chat_template=CHATML.replace("\n", ""))
-    pairs = PairDataset.with_settings(path, tiny_tokenizer(), settings)
+    pairs = open_dataset(path, tiny_tokenizer(), settings)
     place = pairs[0].chosen_ids.tolist().index(largest)
     assert pairs[0].chosen_mask is not None and not pairs[0].chosen_mask[place]
     assert pairs.max_token_id == largest
@@ -203,10 +185,10 @@ def test_unusable_rows_are_left_out_and_counted(tmp_path: Path) -> None:
     rows = [row(0), {"prompt": "x"}, row(2, chosen="</s>"), row(3), row(4, chosen="x" * 999)]
     path = write_rows(tmp_path / "p.jsonl", rows)
     settings = DataSettings(max_total_sequence_length=256, on_bad_row="drop", on_too_long="drop")
-    pairs = PairDataset.with_settings(path, tiny_tokenizer(), settings)
+    pairs = open_dataset(path, tiny_tokenizer(), settings)
     assert [pair.index for pair in pairs] == [0, 3] and pairs.source_of(3) == f"{path}:4"
     report = pairs.report
     assert (report.rows, report.pairs, report.dropped_bad_rows, report.dropped_too_long) == (5, 2, 2, 1)
     assert f"2 rows left out that can't be used (the first: {path}:2: got" in str(report)
     with pytest.raises(DataError, match="only special tokens"):
-        PairDataset.with_settings(write_rows(path, [row(2, chosen="</s>")]), tiny_tokenizer(), settings)
+        open_dataset(write_rows(path, [row(2, chosen="</s>")]), tiny_tokenizer(), settings)

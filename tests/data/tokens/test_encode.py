@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megadpo.config.problems import DataError
-from megadpo.data.tokens.dataset import DataSettings, PairDataset
-from megadpo.data.tokens.encode import MemorySink, encode_file
+from megadpo.data.pairs import DataReport
+from megadpo.data.tokens.dataset import open_dataset
+from megadpo.data.tokens.encode import DataSettings, encode_source
 from tests.data.builders import row, write_rows
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 
-def encode(path: Path, *, num_workers: int = 1, **settings: Any) -> tuple[Any, dict[str, list[int]]]:
-    sink = MemorySink()
+def encode(path: Path, *, num_workers: int = 1, **settings: Any) -> tuple[DataReport, dict[str, list[int]]]:
+    made: dict[str, list[int]] = defaultdict(list)
     limits: dict[str, Any] = {"max_total_sequence_length": 60, "on_too_long": "drop", **settings}
-    summary = encode_file(path, tiny_tokenizer(), DataSettings(**limits), sink=sink, num_workers=num_workers)
-    return summary, {name: sink.array(name).tolist() for name in ("tokens", "offsets", "rows", "lines")}
+
+    def sink(name: str, values: Any) -> None:
+        made[name] += values.tolist()
+
+    report = encode_source(path, tiny_tokenizer(), DataSettings(**limits), sink=sink, num_workers=num_workers)
+    assert set(made) == {"tokens", "offsets", "rows", "lines"}
+    return report, made
 
 
 @pytest.mark.parametrize("chunk_pairs", [1, 3, 100])
@@ -32,7 +39,7 @@ def test_cutting_and_sharing_change_nothing(
     monkeypatch.setattr("megadpo.data.tokens.encode.CHUNK_PAIRS", chunk_pairs)
     monkeypatch.setattr("megadpo.data.tokens.encode.ALONE_CHUNKS", 2)
     assert encode(path, num_workers=num_workers) == whole
-    report = whole[0].report
+    report = whole[0]
     assert (report.rows, report.pairs, report.dropped_too_long) == (17, 12, 5)
 
 
@@ -54,7 +61,7 @@ def test_a_large_file_says_how_far_it_is(
     monkeypatch.setattr("megadpo.data.tokens.encode.CHUNK_PAIRS", 2)
     monkeypatch.setattr("megadpo.data.tokens.encode._PROGRESS_S", 0.0)
     settings = DataSettings(max_total_sequence_length=100)
-    encode_file(path, tiny_tokenizer(), settings, sink=MemorySink(), show_progress=True)
+    encode_source(path, tiny_tokenizer(), settings, sink=lambda name, values: None, show_progress=True)
     said = capsys.readouterr().err.splitlines()
     assert [line.split(" rows")[0] for line in said] == [f"{path}: {count}" for count in (2, 4, 6)]
 
@@ -64,7 +71,7 @@ def test_without_a_cache_a_file_is_tokenised_in_this_process(tmp_path: Path, mon
     monkeypatch.setattr("megadpo.data.tokens.workers._in_processes", lambda *_: pytest.fail("started a process"))
     path = write_rows(tmp_path / "p.jsonl", [row(0)])
     settings = DataSettings(max_total_sequence_length=100)
-    assert len(PairDataset.with_settings(path, tiny_tokenizer(), settings, num_workers=4)) == 1
+    assert len(open_dataset(path, tiny_tokenizer(), settings, num_workers=4)) == 1
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -79,7 +86,7 @@ def test_rows_left_out_leave_lines_and_counts_right(
     rows = [{"x": n} if n in bad else row(n, chosen="</s>") if n in special else row(n) for n in range(20)]
     path = write_rows(tmp_path / "p.jsonl", rows)
     settings = DataSettings(max_total_sequence_length=256, on_bad_row="drop")
-    pairs = PairDataset.with_settings(path, tiny_tokenizer(), settings, num_workers=num_workers)
+    pairs = open_dataset(path, tiny_tokenizer(), settings, num_workers=num_workers)
     assert [pair.index for pair in pairs] == [n for n in range(20) if n not in bad | special]
     assert [pairs.source_of(pair.index) for pair in pairs] == [f"{path}:{pair.index + 1}" for pair in pairs]
     assert (pairs.report.rows, pairs.report.dropped_bad_rows, pairs.report.pairs) == (20, 8, 12)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megadpo.config.problems import DataError
-from megadpo.data.pairs import LossMask, Message, PreferencePair, TokenIds, TokenizedPair
+from megadpo.data.formats import Message, PreferencePair
+from megadpo.data.pairs import LossMask, TokenIds, TokenizedPair
 from megadpo.data.tokens.tokenization import PairTokenizer
 from tests.data.builders import as_lists, text_pair
 from tests.helpers.tiny_tokenizer import CHATML, tiny_tokenizer
@@ -215,16 +215,16 @@ def test_a_cut_inside_a_token_is_made_by_tokenising_apart() -> None:
     pair = text_pair((user("?"),), (bot("is"), user("t"), bot("he")), (bot("!"),))
     encoder = PairTokenizer(tiny_tokenizer(), chat_template=template)
     done = encoder.encode([pair])
-    assert done.tokenized_apart == 1
+    assert done.counts["tokenized_apart"] == 1
     assert in_loss(done.pairs[0].chosen_ids, done.pairs[0].chosen_mask) == ["he"]
     assert tiny_tokenizer().decode(done.pairs[0].chosen_ids) == "isthe"
 
 
 def refusal(pair: PreferencePair, template: str | None = CHATML, **options: Any) -> str:
-    with pytest.raises(DataError) as refused:
-        encode(pair, template, **options)
-    assert str(refused.value).startswith("pairs.jsonl:1: ")
-    return str(refused.value)
+    tokenizer = tiny_tokenizer(adds_bos=True)
+    (problem,) = PairTokenizer(tokenizer, chat_template=template, **options).encode([pair]).problems
+    assert problem.where == "pairs.jsonl:1"
+    return str(problem)
 
 
 def test_a_template_that_drops_reasoning_of_earlier_turns() -> None:

@@ -1,0 +1,155 @@
+"""What the formats have in common: fields as texts, answers as what follows the prompt, and the refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from megadpo.config.problems import Problem
+from megadpo.data.formats import FieldKeys, Message, PreferencePair, Row, Text
+from megadpo.data.formats.messages import read_text, read_tools, roles_of
+from megadpo.data.sources import Place
+
+Messages = tuple[Message, ...]
+
+_MEDIA_FIELDS = ("image", "images", "video", "videos", "audio")
+
+
+def read_fields(
+    row: Row, wanted: Mapping[str, str | None], place: Place, *, prompt: str | None = None
+) -> dict[str, Text] | list[Problem]:
+    """The fields as texts by their names, or every problem of them. `wanted`: name, and the config key that renames it,
+    if one does. `prompt`: the name of the one that may be empty."""
+    problems: list[Problem] = []
+    texts: dict[str, Text] = {}
+    for key, config_key in wanted.items():
+        if key not in row:
+            problems.append(missing_field(row, key, wanted, config_key, place))
+            continue
+        text, found = read_text(row[key], key, place, is_prompt=key == prompt)
+        problems.extend(found)
+        if text is not None:
+            texts[key] = text
+    return problems or texts
+
+
+def read_answers(row: Row, keys: FieldKeys, place: Place) -> tuple[Text | None, Text | None, list[Problem]]:
+    """The chosen and the rejected field, of which the prompt is part, and what is wrong with them."""
+    texts = read_fields(row, {keys.chosen: "chosen_key", keys.rejected: "rejected_key"}, place)
+    return (None, None, texts) if isinstance(texts, list) else (texts[keys.chosen], texts[keys.rejected], [])
+
+
+def missing_field(row: Row, key: str, wanted: Iterable[str], config_key: str | None, place: Place) -> Problem:
+    """What to say of a row without the field `key`, one of the format's fields `wanted`."""
+    *others, last = map(repr, wanted)
+    renamed = f", or say in data.{config_key} what the file calls it" if config_key else ""
+    fix = f"add the field{renamed}, or name the rows' format in data.dataset_name (docs/data.md lists them)"
+    if "responses_create_params" in row:
+        fix = "make pairs of these rollouts: python tools/build_pairs.py ROLLOUTS.jsonl -o PAIRS.jsonl"
+    return Problem(
+        where=str(place),
+        value=f"no field {key!r}, only {some_keys(row)}",
+        expected=f"an object with the fields {', '.join(others)} and {last}",
+        fix=fix,
+    )
+
+
+def some_keys(row: Mapping[str, Any]) -> str:
+    """The first field names of a row, for a message about it."""
+    names = [repr(str(key)[:30]) for key in list(row)[:6]]
+    return ", ".join(names) + (", ..." if len(row) > 6 else "") if names else "an empty object"
+
+
+def make_pair(
+    row: Row, place: Place, prompt: Text, chosen: Text, rejected: Text, *, is_transcript: bool = False
+) -> PreferencePair | list[Problem]:
+    """The pair, unless its answers prefer nothing or the row holds what no text model reads."""
+    if chosen == rejected:
+        fix = "remove the row: a pair of equal answers prefers nothing"
+        return [Problem(str(place), "two equal answers ('chosen' equal to 'rejected')", "two different answers", fix)]
+    media = next((name for name in _MEDIA_FIELDS if row.get(name)), None)
+    if media is not None:
+        return [Problem(str(place), f"field {media!r}", "text only", "remove the row, or the field if it says nothing")]
+    tools = read_tools(row.get("tools"), place)
+    if isinstance(tools, Problem):
+        return [tools]
+    return PreferencePair(
+        prompt=prompt,
+        chosen=chosen,
+        rejected=rejected,
+        place=place,
+        tools=tools,
+        is_transcript=is_transcript,
+    )
+
+
+def pair_with_prompt(
+    row: Row, place: Place, prompt: Text, chosen: Text, rejected: Text
+) -> PreferencePair | list[Problem]:
+    """A pair with a prompt of its own; answers written as full conversations are shortened to what follows it."""
+    if isinstance(chosen, tuple) and isinstance(rejected, tuple):
+        if isinstance(prompt, tuple):
+            start = len(prompt)
+            if chosen[:start] == prompt and rejected[:start] == prompt:
+                chosen, rejected = chosen[start:], rejected[start:]
+        elif chosen[0]["role"] != "assistant" and rejected[0]["role"] != "assistant":
+            return pair_of_conversations(row, place, chosen, rejected, prompt)
+    problems = [_prompt_problem(prompt, place)] if isinstance(prompt, tuple) else []
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        if isinstance(answer, tuple) and (not answer or answer[0]["role"] != "assistant"):
+            got = f"the {name} answer with the roles {roles_of(answer)[:6]}"
+            expected = "the assistant's messages that answer the prompt, or the whole conversation, prompt included"
+            fix = "remove the turns before the answer, or make both answers begin with the prompt's messages"
+            problems.append(Problem(str(place), got, expected, fix))
+    found = [problem for problem in problems if problem is not None]
+    if found:
+        return found
+    if isinstance(prompt, tuple) and isinstance(chosen, tuple) and isinstance(rejected, tuple):
+        shared = shared_turns(chosen, rejected)
+        prompt, chosen, rejected = prompt + chosen[:shared], chosen[shared:], rejected[shared:]
+    return make_pair(row, place, prompt, chosen, rejected)
+
+
+def _prompt_problem(prompt: Messages, place: Place) -> Problem | None:
+    if prompt[-1]["role"] != "assistant":
+        return None
+    return Problem(
+        where=str(place),
+        value="a prompt that ends in an assistant message",
+        expected="a prompt that waits for the assistant",
+        fix="move that message into the answers",
+    )
+
+
+def shared_turns(chosen: tuple[Any, ...], rejected: tuple[Any, ...]) -> int:
+    """How many leading turns both have; at least one turn is left to each."""
+    most = min(len(chosen), len(rejected)) - 1
+    return next((number for number in range(most) if chosen[number] != rejected[number]), most)
+
+
+def pair_of_conversations(
+    row: Row, place: Place, chosen: Messages, rejected: Messages, prompt: str | None = None
+) -> PreferencePair | list[Problem]:
+    """A pair of conversations whose common turns are the prompt. `prompt`: a copy of one of those turns, to check."""
+    shared = shared_turns(chosen, rejected)
+    context = chosen[:shared]
+    if chosen == rejected:
+        return make_pair(row, place, context, chosen, rejected)
+    asked = [str(message["content"]).strip() for message in context if message["role"] != "assistant"]
+    if "user" not in roles_of(context):
+        return [not_shared(place)]
+    if prompt is not None and prompt.strip() not in asked:
+        got = "a prompt that is none of the turns which both answers begin with"
+        expected = "the same prompt in all three fields"
+        fix = "mend the row, or set data.dataset_name: Tulu3Preference, which takes the prompt from the answers alone"
+        return [Problem(str(place), got, expected, fix)]
+    return make_pair(row, place, context, chosen[shared:], rejected[shared:])
+
+
+def not_shared(place: Place) -> Problem:
+    return Problem(
+        where=str(place),
+        value="two conversations that begin differently",
+        expected="two answers to one prompt: at least the first user turn in common",
+        fix="remove the row, or mend what differs in its first turns",
+    )

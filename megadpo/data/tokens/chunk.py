@@ -1,0 +1,119 @@
+"""Some consecutive pairs of a source on their way to token ids, and the limit on their length (`data.on_too_long`)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from megadpo.config.problems import Problem
+from megadpo.config.rules_run import SHORTEST_LIMIT
+from megadpo.data.pairs import TokenizedPair
+from megadpo.data.sources import MOST_PROBLEMS, Place
+
+OnTooLong = Literal["refuse", "drop", "truncate"]
+
+
+@dataclass(kw_only=True)
+class Chunk:
+    """What is left of the pairs, in order, and what became of the others."""
+
+    places: list[Place]
+    """Of the pairs as they came."""
+    pairs: Sequence[TokenizedPair] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    """Under the names of DataReport's fields."""
+    problems: list[Problem] = field(default_factory=list)
+    """Of pairs that no ids could be made of, which are left out: the first MOST_PROBLEMS."""
+    too_long: list[tuple[Place, int]] = field(default_factory=list)
+    """Place and tokens of each pair over the limit, where those are refused."""
+
+    @property
+    def first_row(self) -> int:
+        return self.places[0].row
+
+    def lines(self) -> npt.NDArray[np.int64]:
+        """Line of each row from first_row to that of the last pair; 0 for rows that no pair was read from."""
+        lines = np.zeros(self.places[-1].row + 1 - self.first_row, dtype=np.int64)
+        lines[[place.row - self.first_row for place in self.places]] = [place.line for place in self.places]
+        return lines
+
+
+def apply_limit(chunk: Chunk, max_tokens: int, on_too_long: OnTooLong, bos_token_id: int | None) -> None:
+    """Holds every pair of the chunk, in place, to prompt + longer answer <= max_tokens.
+
+    refuse: such pairs are named in `too_long`. drop: they are left out and counted. truncate: `truncate`; a pair whose
+    answers become equal by that, or lose all that is in the loss, is dropped and counted. Raises ValueError for a limit
+    under SHORTEST_LIMIT.
+    """
+    if max_tokens < SHORTEST_LIMIT:
+        raise ValueError(f"max_tokens must be at least {SHORTEST_LIMIT}, got {max_tokens}")
+    places = {place.row: place for place in chunk.places}
+    kept = []
+    for pair in chunk.pairs:
+        cut = pair
+        if pair.longest_sequence_tokens > max_tokens:
+            if on_too_long == "refuse":
+                chunk.too_long.append((places[pair.index], pair.longest_sequence_tokens))
+                continue
+            if on_too_long == "drop":
+                chunk.counts["dropped_too_long"] += 1
+                continue
+            cut = truncate(pair, max_tokens, bos_token_id)
+            if np.array_equal(cut.chosen_ids, cut.rejected_ids):
+                chunk.counts["dropped_equal_after_truncation"] += 1
+                continue
+            if not all(mask is None or mask.any() for mask in (cut.chosen_mask, cut.rejected_mask)):
+                chunk.counts["dropped_unanswered_after_truncation"] += 1
+                continue
+            chunk.counts["truncated"] += 1
+        kept.append(cut)
+    chunk.pairs = kept
+
+
+def truncate(pair: TokenizedPair, max_tokens: int, bos_token_id: int | None) -> TokenizedPair:
+    """The pair cut to max_tokens: prompt before answers, because only answers are learned from.
+
+    The prompt loses tokens at its left, where a transcript is oldest; a BOS at its start stays, and so does its last
+    token, which predicts the answers' first. If that is not enough, answers lose their right end, EOS with it."""
+    kept = 1 if bos_token_id is not None and pair.prompt_ids[0] == bos_token_id else 0
+    longest_answer = max(pair.chosen_tokens, pair.rejected_tokens)
+    prompt_tokens = min(pair.prompt_tokens, max(max_tokens - longest_answer, kept + 1))
+    start = pair.prompt_tokens - prompt_tokens
+    prompt = np.concatenate([pair.prompt_ids[:kept], pair.prompt_ids[start + kept :]])
+    room = max_tokens - len(prompt)
+    masks = [None if mask is None else mask[:room] for mask in (pair.chosen_mask, pair.rejected_mask)]
+    return TokenizedPair(pair.index, prompt, pair.chosen_ids[:room], pair.rejected_ids[:room], *masks)
+
+
+@dataclass
+class TooLong:
+    """Pairs over the limit: how many, the longest, and the first of them."""
+
+    max_tokens: int
+    count: int = 0
+    longest_tokens: int = 0
+    first: list[tuple[Place, int]] = field(default_factory=list)
+    """Place and tokens, of at most MOST_PROBLEMS."""
+
+    def add(self, pairs: Sequence[tuple[Place, int]]) -> None:
+        """Further pairs, by place and tokens of prompt and longer answer."""
+        self.count += len(pairs)
+        self.longest_tokens = max([self.longest_tokens, *(tokens for _, tokens in pairs)])
+        self.first += pairs[: MOST_PROBLEMS - len(self.first)]
+
+    def problems(self) -> list[Problem]:
+        """What to say about them; nothing if there are none."""
+        fix = (
+            f"raise policy.max_total_sequence_length (the longest of {self.count} such pairs needs "
+            f"{self.longest_tokens}), or set data.on_too_long to drop or truncate"
+        )
+        expected = f"at most {self.max_tokens}"
+        return [
+            Problem(str(place), f"a pair of {tokens} tokens (prompt and longer answer)", expected, fix)
+            for place, tokens in self.first
+        ]

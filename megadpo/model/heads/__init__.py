@@ -1,0 +1,73 @@
+"""The model's end: log-probabilities of given tokens against a vocabulary shard, without a tokens x vocabulary tensor.
+
+A head is one file or folder here, or in a file that the config names in `plugins`: `@LOGPROB_KERNELS.add(name)` on a
+LogpsHead. It is read whenever a config is checked, so it imports torch when it first runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar
+
+from megadpo.config.known import Known
+from megadpo.config.problems import Problem
+from megadpo.config.variants import Lazy
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+else:  # a config is checked without torch; a file torch.py in this folder would take the place of this name
+    torch, dist = Lazy("torch"), Lazy("torch.distributed")
+
+
+class LogpsHead:
+    """Base of the heads."""
+
+    name: str
+    priority: ClassVar[int | None] = None
+    """With logprob_kernel auto the head with the highest that can run here does. None: by its name only."""
+
+    def problems(self, known: Known) -> Iterator[Problem]:
+        """Why it can't run."""
+        yield from ()
+
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        vocab_start: int,
+        group: dist.ProcessGroup,
+        chunk_tokens: int,
+    ) -> torch.Tensor:
+        """log softmax(hidden @ full_weight^T)[target], for each row.
+
+        hidden [A, h], the same on every rank of `group`; weight [V/tp, h], this rank's rows of the output matrix, the
+        first being token `vocab_start`; targets [A] int64 in the full vocabulary. Returns [A] in nats, float32 (float64
+        for float64 input), the same on every rank. About `chunk_tokens` x V/tp logits exist at a time, in forward and
+        backward. Collectives: one all-gather of [2, A] over `group` in forward, none in backward: the gradient of
+        `hidden` is this shard's share, to be summed over the group by whatever made `hidden` whole (the backward of
+        megatron-core's copy_to or gather_from region).
+        """
+        raise NotImplementedError
+
+
+def combine_shards(parts: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-sum-exp and target's logit over the whole vocabulary, each [A], from this shard's parts [2, A]: its own
+    log-sum-exp, and the target's logit or 0 where another shard holds it. Collectives: one all-gather over `group`."""
+    if dist.get_world_size(group) == 1:
+        return parts[0], parts[1]
+    # One collective for all chunks: log-sum-exp is associative, so shards combine afterwards.
+    gathered = [torch.empty_like(parts) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, parts, group=group)
+    stacked = torch.stack(gathered)
+    return stacked[:, 0].logsumexp(dim=0), stacked[:, 1].sum(dim=0)
+
+
+def sum_per_answer(token_logps: torch.Tensor, answer_tokens: torch.Tensor) -> torch.Tensor:
+    """token_logps [A] in answer order, answer_tokens [2P] int64 with sum A -> [2P] sums, in a fixed order of addition
+    (an index_add would make a resumed GPU run differ in the last bits)."""
+    if answer_tokens.numel() == 0:
+        return token_logps.sum()[None][:0]
+    return torch.segment_reduce(token_logps, "sum", lengths=answer_tokens, unsafe=True)

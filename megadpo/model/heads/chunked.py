@@ -1,0 +1,72 @@
+"""The head of torch's operations, in chunks of tokens: on any device and in any dtype."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from megadpo.config.variants import LOGPROB_KERNELS, Lazy
+from megadpo.model.heads import LogpsHead, combine_shards
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = Lazy("torch")
+
+
+@LOGPROB_KERNELS.add("torch")
+class TorchHead(LogpsHead):
+    """Forward keeps one number a token (the log of the partition sum); backward computes each chunk's logits again."""
+
+    name, priority = "torch", 0
+
+    def __call__(self, hidden, weight, targets, *, vocab_start, group, chunk_tokens):  # type: ignore[no-untyped-def]
+        return _chunked_logps().apply(hidden, weight, targets, vocab_start, group, chunk_tokens)
+
+
+def _forward(ctx, hidden, weight, targets, vocab_start, group, chunk_tokens):  # type: ignore[no-untyped-def]
+    local = targets - vocab_start
+    mine = (local >= 0) & (local < weight.shape[0])
+    local = local.clamp(0, weight.shape[0] - 1)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    # Row 0: log-sum-exp over this shard; row 1: the target's logit where this shard holds it.
+    parts = hidden.new_empty((2, hidden.shape[0]), dtype=dtype)
+    for start in range(0, hidden.shape[0], chunk_tokens):
+        rows = slice(start, start + chunk_tokens)
+        logits = (hidden[rows] @ weight.t()).to(dtype)
+        parts[1, rows] = logits.gather(1, local[rows, None])[:, 0]
+        top = logits.amax(dim=1)
+        parts[0, rows] = logits.sub_(top[:, None]).exp_().sum(dim=1).log_().add_(top)
+    parts[1].masked_fill_(~mine, 0.0)
+    log_sum, target_logit = combine_shards(parts, group)
+    ctx.save_for_backward(hidden, weight, local, mine, log_sum)
+    ctx.chunk_tokens = chunk_tokens
+    return target_logit - log_sum
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    hidden, weight, local, mine, log_sum = ctx.saved_tensors
+    grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+    grad_weight = torch.zeros_like(weight, dtype=log_sum.dtype) if ctx.needs_input_grad[1] else None
+    for start in range(0, hidden.shape[0], ctx.chunk_tokens):
+        rows = slice(start, start + ctx.chunk_tokens)
+        # d logp[t] / d logits[v] = 1[v = target] - softmax(logits)[v]
+        d_logits = (hidden[rows] @ weight.t()).to(log_sum.dtype).sub_(log_sum[rows, None]).exp_()
+        d_logits.scatter_add_(1, local[rows, None], -mine[rows, None].to(d_logits.dtype))
+        d_logits = d_logits.mul_(-grad[rows, None]).to(hidden.dtype)
+        if grad_hidden is not None:
+            torch.mm(d_logits, weight, out=grad_hidden[rows])
+        if grad_weight is not None:
+            if grad_weight.dtype == hidden.dtype:
+                grad_weight.addmm_(d_logits.t(), hidden[rows])
+            else:
+                grad_weight += d_logits.t() @ hidden[rows]
+    return grad_hidden, grad_weight.to(weight.dtype) if grad_weight is not None else None, None, None, None, None
+
+
+@functools.cache
+def _chunked_logps() -> Any:
+    """The autograd function of the two, made at first use: its base class is torch's, and a config is checked without
+    torch."""
+    members = {"forward": staticmethod(_forward), "backward": staticmethod(_backward)}
+    return type("ChunkedLogps", (torch.autograd.Function,), members)

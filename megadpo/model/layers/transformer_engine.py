@@ -1,0 +1,156 @@
+"""Transformer Engine's modules: norm and linear in one kernel, fused weight gradients, float8.
+
+The embedding, the head and attention stay as with the local layers: the head takes its weight and no logits are made,
+and attention is PackedAttention over the run's kernel.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from megadpo.config.architecture import Architecture
+from megadpo.config.known import INSTALL, Known, Machine
+from megadpo.config.problems import Problem
+from megadpo.config.schema_megatron import FP8_TOKENS, Fp8Config, MegatronConfig
+from megadpo.config.variants import LAYER_IMPLEMENTATIONS
+from megadpo.model.layers import MEGATRON, LayerImplementation
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megadpo.model.decoder import LayerModules
+
+_FP8 = f"{MEGATRON}.fp8_cfg.enabled"
+
+
+@LAYER_IMPLEMENTATIONS.add("transformer_engine")
+class TransformerEngineLayers(LayerImplementation):
+    """Its modules as megatron-core wraps them."""
+
+    name, priority, fuses_rope = "transformer_engine", 1, True
+
+    def problems(self, known: Known) -> Iterator[Problem]:
+        reason = why_not_transformer_engine(known)
+        if reason is not None:
+            fix = f"set it to auto or local, or change the other; on a machine with CUDA, {INSTALL}"
+            expected = f"local or auto: Transformer Engine can't be used here: {reason}"
+            yield Problem(LAYER_IMPLEMENTATIONS.field, self.name, expected, fix)
+        if known.cfg.policy.megatron_cfg.fp8_cfg.enabled:
+            yield from [without_float8(reason)] if reason is not None else _float8_problems(known)
+
+    def reason_of_auto(self, known: Known) -> str:
+        return "CUDA, bfloat16, Transformer Engine installed"
+
+    def modules(self, *, fuse_weight_gradient: bool) -> LayerModules:
+        modules = te_modules()
+        if not fuse_weight_gradient:
+            return modules
+        fused = {name: with_fused_weight_gradient(part) for name, part in vars(modules).items() if name != "norm"}
+        return type(modules)(norm=modules.norm, **fused)
+
+    def fuses_weight_gradient(self, megatron: MegatronConfig) -> bool:
+        return megatron.gradient_accumulation_fusion is not False
+
+    def groups_experts(self, megatron: MegatronConfig) -> bool:
+        return megatron.moe_grouped_gemm is not False
+
+
+def why_not_transformer_engine(known: Known) -> str | None:
+    """What keeps its layers from being used; None where nothing known does."""
+    policy, megatron = known.cfg.policy, known.cfg.policy.megatron_cfg
+    if known.device == "cpu":
+        return "no CUDA device" if known.machine is not None else "policy.device cpu"
+    if policy.precision != "bfloat16":
+        return f"policy.precision {policy.precision}: its matrix products of float32 run in TF32"
+    selective = megatron.activation_checkpointing and megatron.recompute_granularity == "selective"
+    if selective and "layernorm" in megatron.recompute_modules:
+        return f"{MEGATRON}.recompute_modules with layernorm: its norms are part of the linear layers that follow"
+    return None if known.machine is None else known.machine.why_missing("transformer_engine")
+
+
+def without_float8(reason: str) -> Problem:
+    """Where other layers run, for this reason."""
+    expected = f"false: float8 needs Transformer Engine's layers, which don't run here: {reason}"
+    return Problem(_FP8, True, expected, f"set it to false, or change the other; on a machine with CUDA, {INSTALL}")
+
+
+def _float8_problems(known: Known) -> Iterator[Problem]:
+    """Where these layers run: what of float8 this config, this model and this GPU don't allow."""
+    policy, megatron = known.cfg.policy, known.cfg.policy.megatron_cfg
+    recipe, multiple = megatron.fp8_cfg.fp8_recipe, policy.make_sequence_length_divisible_by
+    shards = megatron.context_parallel_size * (megatron.tensor_model_parallel_size if megatron.sequence_parallel else 1)
+    needed = shards * FP8_TOKENS[recipe]
+    if multiple % needed:
+        where = "policy.make_sequence_length_divisible_by"
+        each = f"{FP8_TOKENS[recipe]} tokens on each of {shards} ranks"
+        expected = f"a multiple of {needed}: {recipe} float8 wants multiples of {each}"
+        yield Problem(where, multiple, expected, f"remove it, or set it to {needed}")
+    if known.machine is not None and (reason := _no_float8(megatron.fp8_cfg, known.machine)) is not None:
+        yield Problem(_FP8, True, f"false on this GPU: {reason}", "set it to false")
+    if known.arch is not None:
+        yield from _float8_shape(megatron, known.arch)
+
+
+def _no_float8(fp8: Fp8Config, machine: Machine) -> str | None:
+    """Why this GPU has no float8 of this recipe; None where it has, or isn't known."""
+    if machine.compute_capability is not None and machine.compute_capability < (9, 0):
+        return f"its compute capability {'.'.join(map(str, machine.compute_capability))} is older than Hopper's 9.0"
+    if fp8.fp8_recipe == "blockwise" and machine.cuda_version is not None and machine.cuda_version < (12, 9):
+        return f"blockwise scaling needs CUDA 12.9, and torch was built for {'.'.join(map(str, machine.cuda_version))}"
+    return None
+
+
+def _float8_shape(megatron: MegatronConfig, arch: Architecture) -> Iterator[Problem]:
+    """Every matrix that float8 can't take: its sides, as each tensor-parallel rank holds them, are multiples of 16, or
+    of 128 where scales are blockwise."""
+    if arch.moe is not None:
+        expected = f"false for {arch.hf_class}: layers of experts have not been run in float8"
+        yield Problem(_FP8, True, expected, "set it to false")
+        return
+    recipe, tp = megatron.fp8_cfg.fp8_recipe, megatron.tensor_model_parallel_size
+    multiple = FP8_TOKENS[recipe]
+    sides = {
+        "hidden channels": arch.hidden_size,
+        "MLP channels": arch.ffn_hidden_size // tp,
+        "query channels": arch.num_heads * arch.head_dim // tp,
+        "query, key and value channels": (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim // tp,
+    }
+    odd = [f"{count} {what}" for what, count in sides.items() if count % multiple]
+    if odd:
+        other = ", or fp8_recipe: tensorwise" if recipe == "blockwise" else ""
+        expected = f"layers whose sides are multiples of {multiple} for {recipe} float8; a rank's have {', '.join(odd)}"
+        yield Problem(_FP8, True, expected, f"set it to false, lower tensor_model_parallel_size{other}")
+
+
+def te_modules() -> LayerModules:
+    from megatron.core.extensions import transformer_engine as te
+
+    from megadpo.model.decoder import LayerModules
+
+    return LayerModules(
+        norm=te.TENorm,
+        column=te.TEColumnParallelLinear,
+        row=te.TERowParallelLinear,
+        norm_column=te.TELayerNormColumnParallelLinear,
+        grouped_column=te.TEColumnParallelGroupedLinear,
+        grouped_row=te.TERowParallelGroupedLinear,
+    )
+
+
+def with_fused_weight_gradient(module: type) -> type:
+    """`module`, adding weight gradients to the gradient buffer in the kernel that computes them.
+
+    A switch of the module's own config: megatron-core's output layer, which shares the run's, would refuse it without
+    apex, although our head never calls that layer.
+    """
+
+    class Fused(module):
+        def __init__(self, *args: Any, config: TransformerConfig, **kwargs: Any) -> None:
+            config = copy.copy(config)
+            config.gradient_accumulation_fusion = True
+            super().__init__(*args, config=config, **kwargs)
+
+    Fused.__name__ = Fused.__qualname__ = module.__name__
+    return Fused

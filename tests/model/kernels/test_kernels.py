@@ -1,0 +1,248 @@
+"""Attention over segments against the written-out softmax in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from megadpo.config.known import Known, Machine
+from megadpo.config.problems import ConfigError
+from megadpo.config.schema import Config
+from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
+from megadpo.config.variants import ATTENTION_KERNELS
+from megadpo.data.batches.cut import context_part
+from megadpo.data.batches.pack import Segment, pack_pairs
+from megadpo.data.pairs import TokenizedPair
+from megadpo.model.kernels import RaggedKernel
+from megadpo.model.kernels.cpu import CpuKernel
+from megadpo.model.kernels.sdpa import SdpaKernel
+
+LENGTHS = [(5, 3, 4), (1, 1, 2), (9, 7, 1)]
+
+
+def random_pairs(lengths=LENGTHS, vocab=50, seed=0):
+    rng = np.random.default_rng(seed)
+    return [TokenizedPair(i, *(rng.integers(0, vocab, n).astype(np.int32) for n in ns)) for i, ns in enumerate(lengths)]
+
+
+def reference_attention(q, k, v, segments):
+    """softmax(q k^T / sqrt(D)) v, segment by segment, written out; q [T, H, D], k and v [T, G, D]."""
+    group = q.shape[1] // k.shape[1]
+    rows = []
+    for segment in segments:
+        index = torch.cat([torch.arange(a, b) for a, b in segment.keys])
+        for i in range(segment.query_start, segment.query_end):
+            seen = index[: len(index) - (segment.query_end - 1 - i)]
+            heads = []
+            for h in range(q.shape[1]):
+                scores = (k[seen, h // group] @ q[i, h]) / q.shape[2] ** 0.5
+                heads.append(scores.softmax(0) @ v[seen, h // group])
+            rows.append(torch.stack(heads))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+@pytest.mark.parametrize(("heads", "groups"), [(2, 2), (4, 2), (4, 1)])
+@pytest.mark.parametrize("kernel", [SdpaKernel(), CpuKernel()], ids=lambda kernel: kernel.name)
+def test_kernels_equal_written_out_attention(kernel, share_prompt, heads, groups):
+    batch = pack_pairs(random_pairs(), share_prompt=share_prompt, pad_to_multiple=8, pad_token_id=0)
+    generator = torch.Generator().manual_seed(0)
+    tokens = batch.tokens.numel()
+    q = torch.randn(tokens, heads, 8, dtype=torch.float64, generator=generator, requires_grad=True)
+    k, v = (
+        torch.randn(tokens, groups, 8, dtype=torch.float64, generator=generator, requires_grad=True) for _ in range(2)
+    )
+    upstream = torch.randn(tokens, heads, 8, dtype=torch.float64, generator=generator)
+    out = kernel.attend(q, k, v, kernel.plan(batch.segments, torch.device("cpu"), torch.float64))
+    want = reference_attention(q, k, v, batch.segments)
+    torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
+    for got, expected in zip(
+        torch.autograd.grad(out, (q, k, v), upstream), torch.autograd.grad(want, (q, k, v), upstream), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("kernel", [SdpaKernel(), CpuKernel()], ids=lambda kernel: kernel.name)
+def test_parts_over_gathered_keys_equal_written_out_attention(kernel, size, share_prompt):
+    """Context parallelism: each part's queries over all keys, in the order of the all-gather, keys and values in one
+    tensor. The gradients of keys add up over the parts."""
+    batch = pack_pairs(random_pairs(), share_prompt=share_prompt, pad_to_multiple=12, pad_token_id=0)
+    parts = [context_part(batch, rank, size) for rank in range(size)]
+    order = torch.cat([part.run_index for part in parts])
+    generator = torch.Generator().manual_seed(0)
+    tokens = batch.tokens.numel()
+    q, upstream = (torch.randn(tokens, 4, 8, dtype=torch.float64, generator=generator) for _ in range(2))
+    both = torch.randn(tokens, 2, 2, 8, dtype=torch.float64, generator=generator)
+    q, both = q.requires_grad_(), both.requires_grad_()
+    want = reference_attention(q, both[:, 0], both[:, 1], batch.segments)
+    outs = []
+    for part in parts:
+        gathered = both[order]
+        plan = kernel.plan(part.segments, torch.device("cpu"), torch.float64)
+        outs.append(kernel.attend(q[part.run_index], gathered[:, 0], gathered[:, 1], plan))
+        torch.testing.assert_close(outs[-1], want[part.run_index], rtol=1e-12, atol=1e-12)
+    got = torch.autograd.grad(torch.cat(outs), (q, both), upstream[order])
+    for mine, expected in zip(got, torch.autograd.grad(want, (q, both), upstream), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-11, atol=1e-12)
+
+
+def ragged_plan(segments):
+    return RaggedKernel().plan(segments, torch.device("cpu"), torch.bfloat16)
+
+
+def dense_from_ragged_plan(q, k, v, segments):
+    """Attention by what the fused kernels are handed, which can't run here: cumulative lengths and gathered keys."""
+    plan = ragged_plan(segments)
+    keys, values = RaggedKernel().prepare(k, v, plan)
+    assert len(keys) == len(values) == plan.cu_seqlens_k[-1] and len(q) == plan.cu_seqlens_q[-1]
+    rows = []
+    for s in range(len(segments)):
+        qs = q[plan.cu_seqlens_q[s] : plan.cu_seqlens_q[s + 1]]
+        ks, vs = (x[plan.cu_seqlens_k[s] : plan.cu_seqlens_k[s + 1]] for x in (keys, values))
+        scores = torch.einsum("nhd,mhd->hnm", qs, ks) / 8**0.5
+        seen = torch.ones(len(qs), len(ks), dtype=torch.bool).tril(len(ks) - len(qs))
+        rows.append(torch.einsum("hnm,mhd->nhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), vs))
+        assert len(qs) <= plan.max_seqlen_q and len(ks) <= plan.max_seqlen_k
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_ragged_plan_describes_the_same_attention(size, share_prompt):
+    batch = pack_pairs(random_pairs(), share_prompt=share_prompt, pad_to_multiple=8, pad_token_id=0)
+    parts = [context_part(batch, rank, size) for rank in range(size)]
+    order = torch.cat([part.run_index for part in parts])
+    generator = torch.Generator().manual_seed(1)
+    tokens = batch.tokens.numel()
+    q, k, v = (torch.randn(tokens, 2, 8, dtype=torch.float64, generator=generator) for _ in range(3))
+    want = reference_attention(q, k, v, batch.segments)
+    for part in parts:
+        got = dense_from_ragged_plan(q[part.run_index], k[order], v[order], part.segments)
+        torch.testing.assert_close(got, want[part.run_index], rtol=1e-12, atol=1e-12)
+
+
+def test_a_part_whose_keys_are_the_first_of_all_gathers_nothing():
+    """The first rank's short sequences, seen by nobody else: kernels still get no more keys than they were told of."""
+    plan = ragged_plan((Segment(0, 2, ((0, 2),)), Segment(2, 3, ((2, 3),))))
+    keys = torch.arange(6.0).view(6, 1, 1)
+    assert plan.key_index is None
+    assert [x.flatten().tolist() for x in RaggedKernel().prepare(keys, keys, plan)] == [[0.0, 1.0, 2.0]] * 2
+
+
+def test_plain_packing_gathers_nothing():
+    batch = pack_pairs(random_pairs(), share_prompt=False, pad_to_multiple=1, pad_token_id=0)
+    assert ragged_plan(batch.segments).key_index is None
+    assert ragged_plan((Segment(0, 2, ((0, 2),)), Segment(2, 3, ((0, 2), (2, 3))))).key_index is not None
+
+
+GPU = Machine(device="cuda")
+BARE_GPU = Machine(device="cuda", why_missing=lambda name: f"{name} is not installed")
+
+
+def known_of(kernel, machine, precision="bfloat16", device="auto"):
+    tokenizer = TokenizerConfig(name="m")
+    policy = PolicyConfig(
+        model_name="m", tokenizer=tokenizer, attention_kernel=kernel, precision=precision, device=device
+    )
+    return Known(cfg=Config(policy=policy), machine=machine)
+
+
+@pytest.mark.parametrize(
+    ("machine", "precision", "name"),
+    [
+        (Machine(device="cpu"), "float32", "cpu"),
+        (Machine(device="cpu"), "bfloat16", "cpu"),
+        (GPU, "bfloat16", "varlen"),
+        (GPU, "float32", "sdpa"),
+        (BARE_GPU, "bfloat16", "varlen"),
+    ],
+)
+def test_auto_is_the_first_that_can_run(machine, precision, name):
+    assert ATTENTION_KERNELS.choose(known_of("auto", machine, precision)).name == name
+
+
+@pytest.mark.parametrize(
+    ("kernel", "machine", "options", "why"),
+    [
+        ("varlen", Machine(device="cpu"), {}, "auto, cpu or sdpa on the device cpu"),
+        ("transformer_engine", Machine(device="cpu"), {}, "needs cuda"),
+        ("cpu", GPU, {}, "needs cpu"),
+        ("varlen", GPU, {"precision": "float32"}, "such as sdpa"),
+        ("transformer_engine", BARE_GPU, {}, "transformer_engine is not installed"),
+        ("varlen", None, {"device": "cpu"}, "on the device cpu"),
+        ("cpu", None, {"device": "cuda"}, "on the device cuda"),
+        ("transformer_engine", None, {"precision": "float32"}, "such as sdpa"),
+    ],
+)
+def test_a_kernel_says_why_it_cannot_run(kernel, machine, options, why):
+    """None: what the config alone tells."""
+    known = known_of(kernel, machine, **options)
+    [problem] = ATTENTION_KERNELS.problems(known)
+    assert problem.where == "policy.attention_kernel" and why in problem.expected and "auto" in problem.fix
+    with pytest.raises(ConfigError, match="policy.attention_kernel"):
+        ATTENTION_KERNELS.choose(known)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["varlen", "transformer_engine"])
+@pytest.mark.parametrize("share_prompt", [True, False])
+@pytest.mark.parametrize(("heads", "groups", "dim"), [(8, 8, 64), (16, 4, 128)])
+def test_fused_kernels_against_float64(name, share_prompt, heads, groups, dim):
+    if name == "transformer_engine":
+        pytest.importorskip("transformer_engine.pytorch")
+    lengths = [(500, 60, 75), (130, 40, 52), (333, 210, 17)]
+    batch = pack_pairs(random_pairs(lengths), share_prompt=share_prompt, pad_to_multiple=8, pad_token_id=0)
+    device = torch.device("cuda")
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (batch.tokens.numel(), groups, dim)
+    q = torch.randn(shape[0], heads, dim, device=device, dtype=torch.bfloat16, generator=generator, requires_grad=True)
+    k, v = (
+        torch.randn(shape, device=device, dtype=torch.bfloat16, generator=generator, requires_grad=True)
+        for _ in range(2)
+    )
+    upstream = torch.randn(q.shape, device=device, dtype=torch.bfloat16, generator=generator)
+    kernel = ATTENTION_KERNELS.configured(name, {})
+    plan = kernel.plan(batch.segments, device, torch.bfloat16)
+    out = kernel.attend(q, *kernel.prepare(k, v, plan), plan)
+    got = (out, *torch.autograd.grad(out, (q, k, v), upstream))
+    wide = [x.detach().cpu().double().requires_grad_() for x in (q, k, v)]
+    sdpa = SdpaKernel()  # held to the written-out attention above
+    want_out = sdpa.attend(*wide, sdpa.plan(batch.segments, torch.device("cpu"), torch.float64))
+    want = (want_out, *torch.autograd.grad(want_out, wide, upstream.cpu().double()))
+    for a, b in zip(got, want, strict=True):
+        error = (a.detach().cpu().double() - b.detach()).norm() / b.detach().norm()
+        assert error < 1e-2  # bfloat16 rounds at 4e-3
+
+
+PART = (  # what one context-parallel rank holds: queries of 4 segments over keys gathered from two ranks, [0, 640)
+    Segment(0, 100, ((0, 100),)),
+    Segment(100, 180, ((0, 100), (320, 400))),
+    Segment(180, 200, ((0, 100), (320, 400), (400, 540), (100, 120))),
+    Segment(200, 320, ((120, 320), (540, 640))),
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["varlen", "transformer_engine"])
+def test_fused_kernels_with_more_keys_than_queries(name):
+    if name == "transformer_engine":
+        pytest.importorskip("transformer_engine.pytorch")
+    device, generator = torch.device("cuda"), torch.Generator("cuda").manual_seed(0)
+
+    def random(*shape):
+        x = torch.randn(shape, device=device, dtype=torch.bfloat16, generator=generator)
+        return x.requires_grad_()
+
+    q, k, v = random(320, 8, 64), random(640, 2, 64), random(640, 2, 64)
+    upstream = random(320, 8, 64).detach()
+    kernel = ATTENTION_KERNELS.configured(name, {})
+    out = kernel.attend(q, k, v, kernel.plan(PART, device, torch.bfloat16))
+    got = (out, *torch.autograd.grad(out, (q, k, v), upstream))
+    wide = [x.detach().cpu().double().requires_grad_() for x in (q, k, v)]
+    want_out = reference_attention(*wide, PART)
+    want = (want_out, *torch.autograd.grad(want_out, wide, upstream.cpu().double()))
+    for a, b in zip(got, want, strict=True):
+        assert (a.detach().cpu().double() - b.detach()).norm() / b.detach().norm() < 1e-2  # bfloat16 rounds at 4e-3

@@ -1,0 +1,65 @@
+"""The CPU's own forward and backward formulas against autograd of the plain ones in float64, and against bfloat16."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from megadpo.model.decoder import RMSNorm, swiglu
+
+
+def plain_swiglu(x):
+    gate, linear = x.chunk(2, dim=-1)
+    return F.silu(gate) * linear
+
+
+def plain_norm(x, weight, eps=1e-5):
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def norm_of(weight, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
+    module = RMSNorm(SimpleNamespace(params_dtype=weight.dtype, sequence_parallel=False), weight.shape[0])
+    module.weight = torch.nn.Parameter(weight)
+    return module
+
+
+def both_gradients(ours, plain, inputs):
+    outs = ours(*inputs), plain(*inputs)
+    upstream = torch.randn(outs[0].shape, dtype=outs[0].dtype)
+    wanted = [x for x in inputs if x.requires_grad]
+    grads = [torch.autograd.grad(out, wanted, upstream) for out in outs]
+    return [outs[0], *grads[0]], [outs[1], *grads[1]]
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def test_swiglu():
+    x = torch.randn(7, 1, 12, dtype=torch.float64, requires_grad=True)
+    for got, want in zip(*both_gradients(swiglu, plain_swiglu, [x]), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_norm(monkeypatch):
+    x = torch.randn(5, 2, 12, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(12, dtype=torch.float64)
+    module = norm_of(weight, monkeypatch)
+    got, want = both_gradients(lambda x, w: module(x), plain_norm, [x, module.weight])
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_norm_in_bfloat16_takes_its_mean_in_float32(monkeypatch):
+    x = (torch.randn(4, 512) * 30).bfloat16().requires_grad_()
+    module = norm_of(torch.randn(512).bfloat16(), monkeypatch)
+    out = module(x)
+    (grad,) = torch.autograd.grad(out.float().sum(), x)
+    assert out.dtype == grad.dtype == torch.bfloat16
+    want = plain_norm(x.double(), module.weight.double())
+    assert ((out - want).norm() / want.norm()) < 1.9e-3  # one rounding to bfloat16
