@@ -87,7 +87,7 @@ def run_training(cfg: Config) -> int:
     from megadpo.train.loop import train
     from megadpo.train.metrics_logger import MetricsLogger
     from megadpo.train.progress import ProgressLine, print_banner
-    from megadpo.train.report import choices, summarise
+    from megadpo.train.report import banner_rows, choices
     from megadpo.train.setup import prepare
     from megadpo.train.stop import StopWatcher
 
@@ -102,7 +102,8 @@ def run_training(cfg: Config) -> int:
     must_save_by = cfg.checkpointing.checkpoint_must_save_by
     stop = StopWatcher(parallel, None if must_save_by is None else parse_duration_s(must_save_by))
     stop.install()
-    summary, chosen = summarise(run), choices(run)
+    chosen = choices(run)
+    rows = banner_rows(run, chosen)
     run_config = {**as_dict(cfg), "chosen": chosen}
     with (
         MetricsLogger(cfg.logger, enabled=first, resumed_step=run.position.step, run_config=run_config) as logger,
@@ -110,7 +111,7 @@ def run_training(cfg: Config) -> int:
     ):
         if first:
             save_resolved(cfg, os.path.join(cfg.logger.log_dir, "config.yaml"), chosen)
-            print_banner(summary)
+            print_banner(rows)
         exit_code = train(run, logger, progress, stop)
     destroy()
     return exit_code

@@ -94,7 +94,6 @@ def prepare(cfg: Config, parallel: ParallelContext) -> Run:
             model=policy,
             optimizer=optimizer,
             scheduler=scheduler,
-            some_frozen=bool(cfg.policy.freeze),
         )
         position = resume.position
     notes += [] if resume is None else changes(cfg, resume)
