@@ -27,7 +27,7 @@ _FINGERPRINTED = ("policy_api", "num_repeats", "num_repeats_add_seed", "limit", 
 
 
 @dataclass(frozen=True)
-class Job:
+class Collection:
     """A checked collection."""
 
     options: CollectOptions
@@ -47,7 +47,7 @@ def collect(arguments: Sequence[str]) -> int:
         return INCOMPLETE
 
 
-def check(arguments: Sequence[str]) -> Job:
+def check(arguments: Sequence[str]) -> Collection:
     """Options, input file and reward function. Raises UserError with the problems of all three."""
     options = parse_options(arguments)
     problems: list[Problem] = []
@@ -66,10 +66,10 @@ def check(arguments: Sequence[str]) -> Job:
         problems.append(Problem("output_jsonl_fpath", str(output), "a file that this collection began", fix))
     if problems or tasks is None:
         raise DataError(problems)
-    return Job(options, tasks, function)
+    return Collection(options, tasks, function)
 
 
-async def _run_until_signal(job: Job) -> int:
+async def _run_until_signal(job: Collection) -> int:
     """Run; Ctrl-C and SIGTERM (Slurm's notice) cancel it in order."""
     task = asyncio.current_task()
     assert task is not None
@@ -93,7 +93,7 @@ async def _run_until_signal(job: Job) -> int:
         return 128 + received[0]
 
 
-async def _run(job: Job) -> int:
+async def _run(job: Collection) -> int:
     options = job.options
     async with contextlib.AsyncExitStack() as stack:
         shared: dict[str, Any] = {
@@ -146,7 +146,7 @@ async def _run(job: Job) -> int:
         return _finish(options, journal, progress, stopped=collector.stopped)
 
 
-def fingerprint(job: Job, model: str) -> dict[str, Any]:
+def fingerprint(job: Collection, model: str) -> dict[str, Any]:
     """What a resumed collection must have in common with the one that began it. Not in it: addresses, parallelism,
     time-outs and attempts, which change no answer's distribution. No secret is in it."""
     options = job.options
@@ -158,7 +158,7 @@ def fingerprint(job: Job, model: str) -> dict[str, Any]:
     return found
 
 
-def _say_what_runs(job: Job, model: str, journal: Journal) -> None:
+def _say_what_runs(job: Collection, model: str, journal: Journal) -> None:
     options, tasks = job.options, job.tasks
     print(f"Found {tasks.rows:,} rows!")
     if options.num_repeats > 1:

@@ -37,7 +37,7 @@ _START = b'{"' + _HEADER.encode() + b'": '
 _READ_BYTES = 1 << 20
 
 
-class Entry(NamedTuple):
+class JournalEntry(NamedTuple):
     """Where a finished rollout is in the journal."""
 
     offset: int
@@ -53,7 +53,7 @@ class Journal:
 
     def __init__(self, path: Path, header: Mapping[str, Any], *, start_anew: bool = False) -> None:
         self.path = path
-        self.done: dict[Key, Entry] = {}
+        self.done: dict[Key, JournalEntry] = {}
         self.answers: dict[Key, Body] = {}
         """Responses that lack only their reward."""
         self.finished_rows: int | None = None
@@ -166,7 +166,7 @@ class Journal:
             self.answers[answer[TASK_INDEX], answer[ROLLOUT_INDEX]] = answer["response"]
         else:
             key = (record[TASK_INDEX], record[ROLLOUT_INDEX])
-            self.done.setdefault(key, Entry(offset, length, float(record["reward"])))
+            self.done.setdefault(key, JournalEntry(offset, length, float(record["reward"])))
             self.answers.pop(key, None)
 
     def _compare(self, before: Mapping[str, Any]) -> None:
@@ -188,7 +188,7 @@ class Journal:
         offset = os.lseek(self._file.fileno(), 0, os.SEEK_END)
         self._append(line)
         key = (row[TASK_INDEX], row[ROLLOUT_INDEX])
-        self.done[key] = Entry(offset, len(line), row["reward"])
+        self.done[key] = JournalEntry(offset, len(line), row["reward"])
         self.answers.pop(key, None)
 
     def _append(self, line: bytes) -> None:

@@ -40,7 +40,7 @@ LOSSES_BEGIN, LOSSES_END = "<!-- losses: written by tools/config_keys.py -->", "
 
 
 @dataclass(frozen=True)
-class Entry:
+class KeyEntry:
     """One key of a config, in words."""
 
     path: str
@@ -57,7 +57,7 @@ class Section:
 
     path: str
     meaning: str
-    keys: tuple[Entry, ...]
+    keys: tuple[KeyEntry, ...]
 
 
 def sections() -> list[Section]:
@@ -120,7 +120,7 @@ def _sections(cls: type, path: str) -> Iterator[Section]:
             meaning = key.meaning or _field_docs(key.owner).get(name, "")
             if readers := [reader for kind in option_fields(cls).values() for reader in kind.readers(name)]:
                 meaning += f" Read by {', '.join(readers)}."
-            keys.append(Entry(where, describe(key.annotation), _default(key.default, meaning), meaning))
+            keys.append(KeyEntry(where, describe(key.annotation), _default(key.default, meaning), meaning))
     meaning = _one_line(inspect.getdoc(cls) or "").removeprefix(f"`{path}`").lstrip(".: ") if path else ""
     yield Section(path, meaning[:1].upper() + meaning[1:], tuple(keys))
     for below, where in inner:

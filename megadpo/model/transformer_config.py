@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from megadpo.config.architecture import Architecture
 from megadpo.config.known import Known
+from megadpo.config.schema_megatron import MegatronConfig
 from megadpo.config.schema_policy import PolicyConfig
 from megadpo.model.layers import LayerImplementation, has_apex_kernel
 
@@ -28,7 +29,6 @@ def transformer_config(
     """The TransformerConfig of `arch` under `policy`; `recompute=False` for a model that never sees a backward."""
     megatron = policy.megatron_cfg
     dtype = DTYPES[policy.precision]
-    pipeline, chunks = megatron.pipeline_model_parallel_size, megatron.virtual_pipeline_model_parallel_size
     config = TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -50,16 +50,7 @@ def transformer_config(
         tensor_model_parallel_size=megatron.tensor_model_parallel_size,
         sequence_parallel=megatron.sequence_parallel,
         context_parallel_size=megatron.context_parallel_size,
-        pipeline_model_parallel_size=pipeline,
-        pipeline_dtype=dtype if pipeline > 1 else None,
-        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
-        # Batched sends and receives between the same two ranks pair up wrongly in the interleaved schedule.
-        overlap_p2p_comm=chunks > 1,
-        batch_p2p_comm=chunks == 1,
-        batch_p2p_sync=False,  # it stops the host at every transfer, for a bug of older PyTorch's
-        num_layers_in_first_pipeline_stage=megatron.num_layers_in_first_pipeline_stage,
-        num_layers_in_last_pipeline_stage=megatron.num_layers_in_last_pipeline_stage,
-        variable_seq_lengths=pipeline > 1,  # packs differ in length
+        **_pipeline(megatron, dtype),
         moe_token_dispatcher_type="alltoall",  # variable_seq_lengths insists on it, for dense models too
         **_experts(arch, policy, layers),
         perform_initialization=False,  # every weight comes from a file
@@ -81,6 +72,22 @@ def transformer_config(
         # them to one length around the experts.
         config.moe_token_dispatcher_type = megatron.moe_token_dispatcher_type
     return config
+
+
+def _pipeline(megatron: MegatronConfig, dtype: torch.dtype) -> dict[str, Any]:
+    stages, chunks = megatron.pipeline_model_parallel_size, megatron.virtual_pipeline_model_parallel_size
+    return {
+        "pipeline_model_parallel_size": stages,
+        "pipeline_dtype": dtype if stages > 1 else None,
+        "virtual_pipeline_model_parallel_size": chunks if chunks > 1 else None,
+        # Batched sends and receives between the same two ranks pair up wrongly in the interleaved schedule.
+        "overlap_p2p_comm": chunks > 1,
+        "batch_p2p_comm": chunks == 1,
+        "batch_p2p_sync": False,  # it stops the host at every transfer, for a bug of older PyTorch's
+        "num_layers_in_first_pipeline_stage": megatron.num_layers_in_first_pipeline_stage,
+        "num_layers_in_last_pipeline_stage": megatron.num_layers_in_last_pipeline_stage,
+        "variable_seq_lengths": stages > 1,  # packs differ in length
+    }
 
 
 def _float8(policy: PolicyConfig) -> dict[str, Any]:

@@ -88,16 +88,11 @@ def dpo_loss(
         loss_sum = loss_sum + cfg.sft_loss_weight * sft.sum()
     metrics["sft_loss"] = sft.sum()
 
-    metrics.update(_reward_sums(scores, cfg))
-    metrics["logps/chosen"] = policy_chosen.sum()
-    metrics["logps/rejected"] = policy_rejected.sum()
-
-    num_pairs = policy_chosen.shape[0]
+    metrics |= _reward_sums(scores, cfg)
+    metrics |= {"logps/chosen": policy_chosen.sum(), "logps/rejected": policy_rejected.sum()}
+    num_pairs = float(policy_chosen.shape[0])
     sums = {"loss": loss_sum, **metrics}
-    return LossOutput(
-        loss_sum=loss_sum,
-        metrics={name: (value.detach(), float(num_pairs)) for name, value in sums.items()},
-    )
+    return LossOutput(loss_sum, {name: (value.detach(), num_pairs) for name, value in sums.items()})
 
 
 def _preference_losses(scores: PairScores, cfg: DpoConfig) -> Tensor | None:

@@ -57,7 +57,7 @@ def deal_batch(
     costs = lengths if work is None else work
     if len(costs) != len(lengths):
         raise ValueError(f"work of {len(costs)} pairs for {len(lengths)} lengths")
-    job = _Job([int(length) for length in lengths], [int(cost) for cost in costs], num_ranks, budget_tokens)
+    job = _Dealing([int(length) for length in lengths], [int(cost) for cost in costs], num_ranks, budget_tokens)
     return _by_tokens(job, micro_batch_multiple)
 
 
@@ -77,7 +77,7 @@ def _by_count(num_pairs: int, num_ranks: int, pairs_per_micro_batch: int, multip
     ]
 
 
-def _by_tokens(job: _Job, multiple: int) -> Deal:
+def _by_tokens(job: _Dealing, multiple: int) -> Deal:
     per_rank = max(1, -(-len(job.best_fit) // job.num_ranks))
     best = _best_packs(job, per_rank)
     assert best is not None, "best fit has just packed them"
@@ -102,7 +102,7 @@ def _rounded_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-class _Job:
+class _Dealing:
     """The pairs of a global batch, longest first, and best fit decreasing with as many packs as it takes: at most
     11/9 of the fewest possible (Johnson 1974)."""
 
@@ -156,7 +156,7 @@ class _Rooms:
         return pack
 
 
-def _best_packs(job: _Job, per_rank: int) -> Packs | None:
+def _best_packs(job: _Dealing, per_rank: int) -> Packs | None:
     """The pairs on num_ranks x per_rank packs, as well balanced as the three ways allow; None if none fits them."""
     found: list[Packs] = []
     for way in (_pack_even, _pack_tight, _pack_global):
@@ -171,7 +171,7 @@ def _best_packs(job: _Job, per_rank: int) -> Packs | None:
     return min(found, key=Packs.imbalance, default=None)
 
 
-def _pack_even(job: _Job, per_rank: int) -> Packs | None:
+def _pack_even(job: _Dealing, per_rank: int) -> Packs | None:
     packs = job.empty_packs(per_rank)
     ranks = [(0, rank) for rank in range(job.num_ranks)]
     emptiest = [[(0, number) for number in range(per_rank)] for _ in ranks]
@@ -187,7 +187,7 @@ def _pack_even(job: _Job, per_rank: int) -> Packs | None:
     return packs
 
 
-def _pack_tight(job: _Job, per_rank: int) -> Packs | None:
+def _pack_tight(job: _Dealing, per_rank: int) -> Packs | None:
     packs = job.empty_packs(per_rank)
     ranks = [(0, rank) for rank in range(job.num_ranks)]  # kept sorted
     rooms = [_Rooms() for _ in ranks]
@@ -207,7 +207,7 @@ def _pack_tight(job: _Job, per_rank: int) -> Packs | None:
     return packs
 
 
-def _pack_global(job: _Job, per_rank: int) -> Packs | None:
+def _pack_global(job: _Dealing, per_rank: int) -> Packs | None:
     if len(job.best_fit) > job.num_ranks * per_rank:
         return None
     packs = job.empty_packs(per_rank)

@@ -99,8 +99,7 @@ class GlobalBatchLoader:
         micro_batch_multiple: every rank gets a multiple of this many micro-batches, empty ones among them if need be.
         drop_last: leave out the last, incomplete global batch of an epoch (training); else it comes as it is.
         limit_batches: at most this many batches of an epoch (dpo.val_batches); None or 0 or less: all.
-        prefetch: pack ahead in one background thread, which is enough: packing takes a thousandth of a step. False:
-            pack in the caller.
+        prefetch: pack ahead in one background thread (packing takes a thousandth of a step), or in the caller.
         work_model: ranks get the same work by it (with budget_tokens only); None: as many tokens each.
         rank: whose micro-batches come out; pad_to_multiple is a multiple of its cp_size.
         Raises DataError for pairs longer than budget_tokens, and for a data set that drop_last leaves nothing of.
@@ -131,13 +130,18 @@ class GlobalBatchLoader:
         # Padding may not take a pack over the budget
         self.budget_tokens = None if budget_tokens is None else budget_tokens // pad_to_multiple * pad_to_multiple
         self._refuse_longer_than_budget()
-        whole, rest = divmod(len(dataset), global_batch_size)
-        batches = whole if drop_last or not rest else whole + 1
-        if batches == 0:
-            raise DataError(_too_few_pairs(dataset, global_batch_size))
+        batches = self._count_batches()
         self.batches_per_epoch = batches if limit_batches is None or limit_batches < 1 else min(batches, limit_batches)
-        self.dropped_pairs_per_epoch = rest if drop_last else 0
+        self.dropped_pairs_per_epoch = len(dataset) % global_batch_size if drop_last else 0
         """Pairs that drop_last leaves out of each epoch: other ones in each, where shuffled."""
+
+    def _count_batches(self) -> int:
+        """Global batches of all pairs. Raises DataError where there is none."""
+        whole, rest = divmod(len(self.dataset), self.global_batch_size)
+        batches = whole if self.drop_last or not rest else whole + 1
+        if batches == 0:
+            raise DataError(_too_few_pairs(self.dataset, self.global_batch_size))
+        return batches
 
     @classmethod
     def from_config(

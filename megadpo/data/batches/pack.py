@@ -143,7 +143,7 @@ class PackedBatch:
         )
 
 
-class _Run:
+class _FlatRun:
     """The flat run while it grows, as lists of numpy pieces."""
 
     def __init__(self) -> None:
@@ -187,7 +187,7 @@ def pack_pairs(
     if pad_to_multiple < 1:
         raise ValueError(f"pad_to_multiple must be at least 1, got {pad_to_multiple}")
     _refuse_empty(pairs)
-    run = _Run()
+    run = _FlatRun()
     for pair in pairs:
         prompt = pair.prompt_ids
         answers = ((pair.chosen_ids, pair.chosen_mask), (pair.rejected_ids, pair.rejected_mask))

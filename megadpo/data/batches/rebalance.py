@@ -53,7 +53,7 @@ class Packs:
 
 
 @dataclass(frozen=True)
-class _Group:
+class _Bundle:
     """No, one or two pairs of one pack."""
 
     pairs: tuple[int, ...]
@@ -100,19 +100,19 @@ def _exchange(packs: Packs, most: int, least: int) -> bool:
     return True
 
 
-def _groups(packs: Packs, rank: int) -> list[_Group]:
+def _groups(packs: Packs, rank: int) -> list[_Bundle]:
     """What a rank might give: nothing, a pair, two pairs of one pack; at most _MOST_CANDIDATES, in this order."""
-    every = [_Group((), number) for number in range(len(packs.pairs[rank]))]
+    every = [_Bundle((), number) for number in range(len(packs.pairs[rank]))]
     for size in (1, 2):
         for number, pairs in enumerate(packs.pairs[rank]):
             if len(every) >= _MOST_CANDIDATES:
                 return every[:_MOST_CANDIDATES]
-            every += [_Group(some, number) for some in combinations(pairs, size)]
+            every += [_Bundle(some, number) for some in combinations(pairs, size)]
     return every[:_MOST_CANDIDATES]
 
 
 def _sizes(
-    packs: Packs, rank: int, groups: list[_Group]
+    packs: Packs, rank: int, groups: list[_Bundle]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Tokens and work of each group, and the room in its pack."""
     tokens = [sum(packs.lengths[pair] for pair in group.pairs) for group in groups]

@@ -30,8 +30,8 @@ from megadpo.data.tokens.chunk import Chunk
 from megadpo.data.tokens.tokenizer import OWN_TEMPLATE, require_eos, resolve_chat_template, template_variables
 from megadpo.data.tokens.turns import (
     LossOn,
-    Piece,
     RewrittenError,
+    TurnPiece,
     answer_messages,
     chat_pieces,
     opens_answer,
@@ -53,7 +53,7 @@ class _Texts:
 
     pair: PreferencePair
     prompt: str
-    answers: tuple[list[Piece], list[Piece]]
+    answers: tuple[list[TurnPiece], list[TurnPiece]]
 
 
 class PairTokenizer:
@@ -157,7 +157,7 @@ class PairTokenizer:
             if self._only_special.fullmatch(pieces[-1].text):
                 return _only_special_tokens(pair, name)
             last = pieces[-1]
-            answers.append([*pieces[:-1], Piece(last.text.removesuffix(eos) + eos, last.in_loss)])
+            answers.append([*pieces[:-1], TurnPiece(last.text.removesuffix(eos) + eos, last.in_loss)])
         return _Texts(pair, prompt, (answers[0], answers[1]))
 
     def _says_nothing(self, message: Message) -> bool:

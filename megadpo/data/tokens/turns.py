@@ -18,7 +18,7 @@ Render = Callable[[list[Message], bool], str]
 """(messages, open for the assistant's answer) -> text."""
 
 
-class Piece(NamedTuple):
+class TurnPiece(NamedTuple):
     """A stretch of an answer's text."""
 
     text: str
@@ -57,19 +57,19 @@ def answer_messages(pair: PreferencePair, answer: Text) -> list[Message]:
     return list(answer)
 
 
-def plain_pieces(pair: PreferencePair, answer: str, other: str, loss_on: LossOn) -> list[Piece]:
+def plain_pieces(pair: PreferencePair, answer: str, other: str, loss_on: LossOn) -> list[TurnPiece]:
     """The pieces of an answer in plain text: one, unless it is a transcript of several turns."""
     if not pair.is_transcript:
-        return [Piece(answer, True)]
+        return [TurnPiece(answer, True)]
     inside = opens_answer(pair)
     turns, others = (turns_of(text, inside_assistant=inside) for text in (answer, other))
     counted = _counted(turns, others, [turn.role for turn in turns], loss_on)
-    pieces: list[Piece] = []
+    pieces: list[TurnPiece] = []
     for turn, in_loss in zip(turns, counted, strict=True):
         if in_loss:
-            pieces += [Piece(turn.opening, False), Piece(turn.said, True)]
+            pieces += [TurnPiece(turn.opening, False), TurnPiece(turn.said, True)]
         else:
-            pieces.append(Piece(turn.text, False))
+            pieces.append(TurnPiece(turn.text, False))
     return _joined(pieces)
 
 
@@ -80,7 +80,7 @@ def chat_pieces(
     answer: list[Message],
     other: list[Message],
     loss_on: LossOn,
-) -> list[Piece]:
+) -> list[TurnPiece]:
     """The pieces of an answer as the chat template writes it after the text `opened` of its prompt.
 
     A turn in the loss begins where the template, asked for an answer to what stands before, stops; it ends with what
@@ -90,8 +90,8 @@ def chat_pieces(
         raise RewrittenError("the prompt")
     counted = _counted(answer, other, [str(message["role"]) for message in answer], loss_on)
     if len(answer) == 1:
-        return [Piece(whole[len(opened) :], counted[0])]
-    pieces: list[Piece] = []
+        return [TurnPiece(whole[len(opened) :], counted[0])]
+    pieces: list[TurnPiece] = []
     position = len(opened)
     for number, in_loss in enumerate(counted):
         if not in_loss:
@@ -103,9 +103,9 @@ def chat_pieces(
             raise RewrittenError(f"the first {len(prompt) + number + 1} messages")
         # a turn of the assistant right after another: what opens it can't be told from the end of the other's
         first = max(len(start), position)
-        pieces += [Piece(whole[position:first], False), Piece(whole[first : len(end)], True)]
+        pieces += [TurnPiece(whole[position:first], False), TurnPiece(whole[first : len(end)], True)]
         position = len(end)
-    pieces.append(Piece(whole[position:], False))
+    pieces.append(TurnPiece(whole[position:], False))
     return _joined(pieces)
 
 
@@ -119,12 +119,12 @@ def _counted(turns: Sequence[Any], others: Sequence[Any], roles: list[str], loss
     ]
 
 
-def _joined(pieces: list[Piece]) -> list[Piece]:
+def _joined(pieces: list[TurnPiece]) -> list[TurnPiece]:
     """The same text in as few pieces as it can be: neighbours alike joined, empty ones left out."""
-    joined: list[Piece] = []
+    joined: list[TurnPiece] = []
     for piece in pieces:
         if joined and joined[-1].in_loss == piece.in_loss:
-            joined[-1] = Piece(joined[-1].text + piece.text, piece.in_loss)
+            joined[-1] = TurnPiece(joined[-1].text + piece.text, piece.in_loss)
         elif piece.text:
             joined.append(piece)
     return joined

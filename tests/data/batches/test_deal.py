@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megadpo.data.batches.deal import Deal, _Job, _pack_even, _pack_global, _pack_tight, deal_batch
+from megadpo.data.batches.deal import Deal, _Dealing, _pack_even, _pack_global, _pack_tight, deal_batch
 from megadpo.data.batches.rebalance import BALANCE, Packs, rebalance
 from megadpo.data.batches.work import WorkModel
 
@@ -90,7 +90,7 @@ def test_no_more_packs_than_best_fit_needs(lengths: list[int], num_ranks: int) -
 def test_each_way_deals_all_pairs_within_the_budget_or_gives_up(  # type: ignore[no-untyped-def]
     way, lengths: list[int], num_ranks: int, per_rank: int
 ) -> None:
-    packs = way(_Job(lengths, lengths, num_ranks, BUDGET), per_rank)
+    packs = way(_Dealing(lengths, lengths, num_ranks, BUDGET), per_rank)
     if packs is not None:
         assert sorted(positions(packs.pairs)) == list(range(len(lengths)))
         assert [len(rank) for rank in packs.pairs] == [per_rank] * num_ranks
@@ -102,7 +102,7 @@ def test_each_way_deals_all_pairs_within_the_budget_or_gives_up(  # type: ignore
 
 def test_the_three_ways_written_out() -> None:
     lengths = [30, 30, 20, 20, 10, 10]
-    job = _Job(lengths, lengths, num_ranks=2, budget=60)
+    job = _Dealing(lengths, lengths, num_ranks=2, budget=60)
     expected = {
         _pack_even: [[30, 30], [30, 30]],
         _pack_tight: [[60, 0], [60, 0]],
