@@ -143,8 +143,8 @@ def prune_checkpoints(
 
 
 def delete(checkpoint: Path) -> None:
-    """Take a checkpoint away whole: under its own name there is never a part of it, whenever the process dies. What can't
-    be deleted (a file that another node has open, say) stays under the other name until the next call."""
+    """Rename a checkpoint, then delete it, so that its own name never stands for a part of it, even if the process dies.
+    What can't be deleted (a file that another node has open) stays under the other name until the next call."""
     aside = checkpoint.parent / f"{DELETED_PREFIX}{checkpoint.name}"
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(checkpoint, aside)

@@ -111,7 +111,7 @@ def data_settings(cfg: Config, reference: ModelSource, parallel: ParallelContext
 
 def changes(cfg: Config, info: CheckpointInfo) -> list[str]:
     """One line for each setting of the objective, the optimizer and its schedule that differs from the run that wrote
-    `info`: allowed, but not in silence."""
+    `info`: allowed, but the user is told."""
     file = info.path / "config.yaml"
     try:
         before = dict(_flat(yaml.safe_load(file.read_text()), ""))

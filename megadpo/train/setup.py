@@ -1,5 +1,5 @@
-"""From a checked config to everything a run needs, in the order that costs the user least time when something is wrong:
-data first (seconds), then weights (minutes)."""
+"""From a checked config to everything a run needs. Data comes first (seconds), then weights (minutes), so that a user hears
+early of what is wrong."""
 
 from __future__ import annotations
 
