@@ -34,16 +34,21 @@ def test_the_search_estimates_experts_as_they_are_counted(tmp_path, tp, ep, reco
     assert foretold.backward_peak == pytest.approx(max(counted.forward_peak, counted.backward_peak), rel=0.15)
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
-def test_the_search_estimates_activations_as_they_are_counted(tmp_path, recompute):
+@pytest.mark.parametrize(("recompute", "cp"), [("none", 1), ("full", 1), ("core_attn", 1), ("none", 2)])
+def test_the_search_estimates_activations_as_they_are_counted(tmp_path, recompute, cp):
     """Saved bytes within 3%, the peak of one micro-batch within 15%, where it is only used to choose what to build."""
     overrides = [f"{MEG}.pipeline_model_parallel_size=2", f"{MEG}.activation_checkpointing={recompute != 'none'}"]
+    overrides += [f"{MEG}.context_parallel_size={cp}"]
+    if recompute == "core_attn":
+        overrides += [f"{MEG}.recompute_granularity=selective", f"{MEG}.recompute_modules=[core_attn]"]
     path = write_case(tmp_path / "case", LLAMA_30M, device="auto", sequence_packing={"train_mb_tokens": 2048})
     cfg = load_config(path, [override.replace("True", "true").replace("False", "false") for override in overrides])
     arch, _ = architectures(cfg)
     lengths = full_pack(cfg, np.array([[300, 106, 106]]))
     for stage in (0, 1):
-        (counted,) = trace_stage(cfg, arch, None, lengths, grid=Grid.of(cfg, 2).stage(stage), device_type="cuda").chunks
+        (counted,) = trace_stage(
+            cfg, arch, None, lengths, grid=Grid.of(cfg, 2 * cp).stage(stage), device_type="cuda"
+        ).chunks
         foretold = Estimate(cfg, arch, Pack.of(cfg, lengths)).chunk(4, last=stage == 1)
         assert foretold.saved == pytest.approx(counted.saved, rel=0.03)
         assert foretold.backward_peak == pytest.approx(max(counted.forward_peak, counted.backward_peak), rel=0.15)
