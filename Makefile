@@ -3,7 +3,7 @@
 # make test-layouts  every pair of layouts against one process; writes docs/layouts.md
 # make test-long  the slow ones as well
 # make gpu-test   the tests that need a CUDA device (says so and passes where there is none)
-# make gpu-bench  benchmarks/gpu_session.sh: check, GPU tests, head, 8B and 1B beside TRL, float8; results in GPU_OUT
+# make gpu-bench  benchmarks/gpu_session.sh: its next part (GPU_PART, default: first); results in GPU_OUT
 # make lint       ruff and mypy
 
 PYTHON ?= python3
@@ -16,7 +16,8 @@ WORKERS ?= 2
 #   make gpu-test GPU_PYTHON=python3
 GPU_PYTHON ?= $(BIN)/python
 GPU_STAMP := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))
-GPU_OUT ?= gpu_results
+GPU_OUT ?= benchmarks/results/gpu
+GPU_PART ?= first
 GPU_HERE = $(GPU_PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
@@ -47,7 +48,7 @@ gpu-test: $(GPU_STAMP)
 	else echo "gpu-test: skipped, this machine has no CUDA device"; fi
 
 gpu-bench: $(GPU_STAMP)
-	@if $(GPU_HERE); then PYTHON=$(GPU_PYTHON) benchmarks/gpu_session.sh --out $(GPU_OUT); \
+	@if $(GPU_HERE); then PYTHON=$(GPU_PYTHON) benchmarks/gpu_session.sh --out $(GPU_OUT) $(GPU_PART); \
 	else echo "gpu-bench: skipped, this machine has no CUDA device"; fi
 
 lint: $(STAMP)

@@ -8,7 +8,9 @@
 
 Every run is a fresh process; the contenders take turns until --rounds or --minutes are up; the JSON is rewritten after
 every run. Timed are the steps after the warm-up, reference pass included. What the figures mean: benchmarks/README.md.
-Exit code 0 whatever the ratios; 1 where one of ours fails; 2 without a GPU (but for --smoke).
+A call with the same
+--out and settings goes on where the one before stopped. Exit code 0 whatever the ratios; 1 where one of ours fails; 2
+without a GPU (but for --smoke); 3 where the time did not suffice for everybody once.
 """
 
 from __future__ import annotations
@@ -31,21 +33,30 @@ import torch
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # run as a script, the path starts in benchmarks/
 
-from benchmarks import gpu_inputs, gpu_machine, gpu_report, sides  # noqa: E402
-from benchmarks.gpu_contenders import FLOAT8, OURS, TRL, absent, nothing_to_compare  # noqa: E402
-from benchmarks.gpu_sides import TIMED_OUT, OurSettings, Outcome, our_config, run_ours, run_trl  # noqa: E402
+from benchmarks import gpu_inputs, gpu_machine, gpu_report, gpu_trl, gpu_work, sides  # noqa: E402
+from benchmarks.gpu_contenders import FLOAT8, OURS, absent, nothing_to_compare  # noqa: E402
+from benchmarks.gpu_options import parse  # noqa: E402
+from benchmarks.gpu_sides import (  # noqa: E402
+    OUT_OF_MEMORY,
+    TIMED_OUT,
+    OurSettings,
+    Outcome,
+    our_config,
+    run_float64,
+    run_ours,
+    run_trl,
+)
 from benchmarks.trl_worker import Spec  # noqa: E402
 from megadpo.families import read_architecture  # noqa: E402
 
-PACK_TOKENS = {"llama-3.2-1b": 16384, "llama-3.1-8b": 4096, "tiny": 512}
 MARGIN_S = 15.0
 """Kept back at the end of --minutes: to write, and to clean up."""
 LEAST_S = 5.0
 """No run is shorter."""
+UNFINISHED = 3
+"""Exit code: the time did not suffice for everybody once; a call with the same --out goes on."""
 ASIDE_S = 60.0
 """For making the model, however little is left, and at most for tools/plan.py, after the runs."""
-LOSS_TOLERANCE = {"cuda": 5e-2, "cpu": 1e-4}
-"""Relative; in bfloat16 the two round differently from the second step on."""
 FLOAT8_TOLERANCE = 1e-2
 """Of float8's losses against `ours`."""
 
@@ -81,7 +92,7 @@ class Job:
             pack_tokens=max(self.options.pack_tokens, longest_pair),
             longest_tokens=longest,
             share_prompt=share,
-            lean=self.lean,
+            lean=OURS[name].get("lean", self.lean),
             overrides=overrides,
         )
 
@@ -150,21 +161,26 @@ def contenders(job: Job) -> list[tuple[str, Callable[[], Outcome]]]:
         return lambda: run_ours(name, job.spec, job.settings(name), job.run_limit_s())
 
     def theirs(name: str) -> Callable[[], Outcome]:
-        spec = dataclasses.replace(job.spec, **TRL[name])
+        spec = dataclasses.replace(job.spec, **gpu_trl.settings(name))
         return lambda: run_trl(name, spec, job.options.trl_python, job.run_limit_s())
 
     return [*((n, ours(n)) for n in job.options.ours), *((n, theirs(n)) for n in job.options.trl)]
 
 
 def run_rounds(
-    job: Job, failed: dict[str, str], left_out: dict[str, str], write: Callable[[dict[str, list[Outcome]]], None]
+    job: Job,
+    outcomes: dict[str, list[Outcome]],
+    failed: dict[str, str],
+    left_out: dict[str, str],
+    write: Callable[[], None],
 ) -> None:
-    """Until the rounds are done or the time is up. `failed` gains whoever fails; they take no further turn. `left_out`
-    gains whoever the time did not suffice for even once."""
-    outcomes: dict[str, list[Outcome]] = {}
+    """Until the rounds are done or the time is up. `outcomes` holds what was run before, if anything was, and gains every
+    run; `failed` gains whoever fails; they take no further turn. `left_out` gains whoever the time did not suffice for
+    even once. write: called after every run."""
+    failed |= {name: OUT_OF_MEMORY for name, runs in outcomes.items() if any(run.error for run in runs)}
     for number in range(1, job.options.rounds + 1):
         for name, start in contenders(job):
-            if name in failed:
+            if name in failed or len(outcomes.get(name, [])) >= number:
                 continue
             needed, left = seconds_needed(name, outcomes), job.left_s()
             ran = bool(outcomes.get(name))
@@ -172,7 +188,7 @@ def run_rounds(
                 print(f"round {number}  {name:36} not started: {left:.0f} s are left, {needed:.0f} needed", flush=True)
                 if not ran:
                     left_out[name] = f"not started: {left:.0f} s were left, {needed:.0f} needed"
-                    write(outcomes)
+                    write()
                 continue
             outcome = start()
             outcomes.setdefault(name, []).append(outcome)
@@ -191,7 +207,7 @@ def run_rounds(
                 print(f"round {number}  {name:36} {outcome.error}", flush=True)
                 if name.startswith("ours"):
                     print(outcome.log, file=sys.stderr)
-            write(outcomes)
+            write()
 
 
 def seconds_needed(name: str, outcomes: Mapping[str, list[Outcome]]) -> float:
@@ -224,14 +240,15 @@ def conclusions(
         "lengths": gpu_report.summary_of(job.lengths),
         "spec": dataclasses.asdict(job.spec),
         "our_config": our_config(job.spec, job.settings(job.options.ours[0] if job.options.ours else "ours"), Path()),
-        "contender_settings": {name: (OURS | TRL)[name] for name in (*job.options.ours, *job.options.trl)},
+        "contender_settings": settings_of(job),
         "state_bytes": gpu_report.state_bytes(job.shape, lean=job.lean),
         "measured": [dataclasses.asdict(one) for one in found],
         "failed": failed,
         "left_out": left_out,
         "float8": gpu_report.float8_beside(found, _losses(outcomes), FLOAT8, FLOAT8_TOLERANCE),
         "goals": gpu_report.goals(found, rate),
-        "different_losses": different_losses(job, outcomes),
+        "first_steps": gpu_work.first_steps(outcomes),
+        "different_work": different_work(job, outcomes),
         "table": gpu_report.table(
             found, failed | left_out, rate, gpu_machine.datasheet_tflops(job.machine.get("gpu", ""))
         ),
@@ -245,17 +262,39 @@ def _losses(outcomes: Mapping[str, list[Outcome]]) -> dict[str, list[float]]:
     return {name: run.losses for name, run in whole.items() if run is not None}
 
 
-def different_losses(job: Job, outcomes: Mapping[str, list[Outcome]]) -> list[str]:
-    """Steps at which somebody's loss is not the first one's: then they did not do the same work. Float8's losses are
-    held to a tolerance of their own (gpu_report.float8_beside)."""
-    losses = {name: values for name, values in _losses(outcomes).items() if name not in FLOAT8}
-    found = []
-    first = next(iter(losses), "")
-    for other in list(losses)[1:]:
-        for step, (a, b) in enumerate(zip(losses[first], losses[other], strict=False), start=1):
-            if not abs(a - b) <= LOSS_TOLERANCE[job.device] * max(abs(a), abs(b)):
-                found.append(f"step {step}: {first} {a:.6f}, {other} {b:.6f}")
-    return found
+def settings_of(job: Job) -> dict[str, Any]:
+    """Of every contender, with the peak foretold for TRL's."""
+    trl = [name for name in job.options.trl if name not in ("auto", "quick")]
+    pairs = job.options.global_batch
+    found = {name: gpu_trl.settings(name) for name in trl}
+    return {name: OURS[name] for name in job.options.ours} | {
+        name: one | {"peak_bytes_foretold": gpu_trl.peak_bytes(job.shape, one, job.lengths, pairs)}
+        for name, one in found.items()
+    }
+
+
+def different_work(job: Job, outcomes: Mapping[str, list[Outcome]]) -> list[str]:
+    """Where somebody computed something else than the first one, in words."""
+    steps, first_batch = gpu_work.first_steps(outcomes), job.lengths[: job.options.global_batch]
+    found = gpu_work.different_first_steps(steps, first_batch)
+    timed = {name: values for name, values in _losses(outcomes).items() if values}
+    return found + gpu_work.different_losses(timed, job.device)
+
+
+def held_to_float64(job: Job, outcomes: dict[str, list[Outcome]], failed: dict[str, str]) -> None:
+    """Adds the outcome `float64` if it isn't there, or says in `failed` why not."""
+    memory = job.machine.get("gpu_memory_bytes", 1 << 40)
+    if "float64" in outcomes or job.left_s() < LEAST_S:
+        return
+    if 20 * job.shape.parameters > memory:
+        failed["float64"] = "weights and gradients in float64 don't fit; name fewer --layers"
+        return
+    outcome = run_float64(job.spec, job.run_limit_s())
+    if outcome.error is None:
+        outcomes["float64"] = [outcome]
+    else:
+        failed["float64"] = f"{outcome.error}: {outcome.log[-300:]}"
+    print(f"float64: {outcome.first_step or outcome.error}", flush=True)
 
 
 def plan_of(job: Job) -> dict[str, Any] | None:
@@ -277,46 +316,8 @@ def plan_of(job: Job) -> dict[str, Any] | None:
         return {"error": str(error)}
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=sorted(gpu_inputs.SHAPES), default="llama-3.2-1b")
-    parser.add_argument("--layers", type=int, help="default: all that fit")
-    parser.add_argument("--lengths", choices=["hh", "ultrafeedback"], default="ultrafeedback")
-    parser.add_argument("--data", type=Path, default=sides.default_data(), help="hh_train.jsonl, for --lengths hh")
-    parser.add_argument("--ours", default="ours", help=f"of {', '.join(OURS)}; '' for none")
-    parser.add_argument("--trl", default=None, help=f"of {', '.join(TRL)}; '' for none")
-    parser.add_argument("--trl-python", default=sys.executable, help="interpreter that has TRL (default: this one)")
-    parser.add_argument("--optimizer", choices=["auto", "full", "lean"], default="auto", help="of ours; see README.md")
-    parser.add_argument("--pack-tokens", type=int, help=f"default: {PACK_TOKENS}")
-    parser.add_argument("--global-batch", type=int, default=32, help="pairs")
-    parser.add_argument("--warmup-steps", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=4, help="timed steps")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=7.5, help="for everything, start to end")
-    parser.add_argument("--run-minutes", type=float, default=4.0, help="for one run; a longer one is ended and fails")
-    parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="for our config")
-    parser.add_argument("--out", type=Path, help="JSON file")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model and few pairs, to see that everything runs")
-    options = parser.parse_args(arguments)
-    if options.smoke:
-        options.model, options.rounds, options.global_batch, options.warmup_steps, options.steps = "tiny", 1, 4, 1, 1
-        options.trl = "trl-mb1" if options.trl is None else options.trl
-    if options.trl is None:
-        options.trl = "trl-bf16-mb4-sorted,trl-bf16-mb8-sorted"
-    options.ours, options.trl = ([name for name in text.split(",") if name] for text in (options.ours, options.trl))
-    unknown = sorted((set(options.ours) - set(OURS)) | (set(options.trl) - set(TRL)))
-    if unknown:
-        parser.error(f"unknown: {', '.join(unknown)}")
-    if set(options.ours) & set(FLOAT8) and "ours" not in options.ours:
-        parser.error("float8 is held against bfloat16: name 'ours' in --ours as well")
-    if options.lengths == "hh" and not options.data.exists():
-        parser.error(f"no such file: {options.data}; name hh_train.jsonl with --data or MEGADPO_DATA")
-    options.pack_tokens = options.pack_tokens or PACK_TOKENS[options.model]
-    return options
-
-
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
+    options = parse(arguments, __doc__.splitlines()[0])
     deadline = time.monotonic() + 60 * options.minutes - MARGIN_S
     if not torch.cuda.is_available() and not options.smoke:
         print("no CUDA device: nothing to measure; --smoke runs a tiny model on the CPU", file=sys.stderr)
@@ -331,29 +332,45 @@ def main(arguments: list[str] | None = None) -> int:
         print("nothing is measured:", *(f"{name}: {reason}" for name, reason in missing.items()), sep="\n  ")
         save(options.out, {"machine": machine, "command": sys.argv, "measured": [], "failed": missing})
         return 0
-    failed, left_out = dict(missing), dict[str, str]()
+    failed: dict[str, str] = dict(missing)
+    left_out: dict[str, str] = {}
     float8 = any(name in FLOAT8 and name not in missing for name in options.ours)
     folder = gpu_inputs.work_folder(2 * gpu_inputs.SHAPES[options.model].parameters)
-    outcomes: dict[str, list[Outcome]] = {}
     try:
         job = prepare(options, folder, machine, deadline, float8=float8)
+        if not set(options.trl) & missing.keys():
+            options.trl, unfit = choose_trl(job)
+            failed |= unfit
         describe(job)
+        asked = {key: str(value) for key, value in vars(options).items()}
+        outcomes = gpu_work.continued(options.out, asked, machine)
 
-        def write(so_far: dict[str, list[Outcome]]) -> None:
-            outcomes.update(so_far)
+        def write() -> None:
             save(options.out, conclusions(job, outcomes, failed, left_out))
 
-        write({})
-        run_rounds(job, failed, left_out, write)
+        write()
+        run_rounds(job, outcomes, failed, left_out, write)
+        if options.float64:
+            held_to_float64(job, outcomes, failed)
         plan = plan_of(job)
         content = conclusions(job, outcomes, failed, left_out) | {"plan": plan}
         save(options.out, content)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    conclude(content, plan)
+    gpu_report.conclude(content)
     if options.smoke:
         print("A smoke run: everything ran that is said to; the figures mean nothing.")
-    return 1 if any(name.startswith("ours") for name in failed.keys() - missing.keys()) else 0
+    if any(name.startswith("ours") for name in failed.keys() - missing.keys()):
+        return 1
+    return UNFINISHED if left_out else 0
+
+
+def choose_trl(job: Job) -> tuple[list[str], dict[str, str]]:
+    """As gpu_trl.choose; everything fits on a CPU."""
+    options, shape = job.options, job.shape
+    shape = dataclasses.replace(shape, num_layers=options.trl_fit_layers or shape.num_layers)
+    memory = job.machine.get("gpu_memory_bytes", 1 << 40)
+    return gpu_trl.choose(options.trl, shape, job.lengths, options.global_batch, memory, options.trl_from)
 
 
 def save(path: Path | None, content: dict[str, Any]) -> None:
@@ -376,22 +393,6 @@ def describe(job: Job) -> None:
     what = "bfloat16 moments, no second copy" if job.lean else "float32 weights, gradients and moments"
     print(f"ours: {what}: {state:.1f} GiB of weights, reference, gradients and optimizer state")
     print(f"{len(job.lengths)} pairs, {gpu_report.summary_of(job.lengths)}", flush=True)
-
-
-def conclude(content: dict[str, Any], plan: dict[str, Any] | None) -> None:
-    """Print tables, goals and warnings."""
-    print("", *content["table"], "", sep="\n")
-    for goal in content["goals"]:
-        verdict = "met" if goal["met"] else "not met"
-        print(f"{goal['what']}: {goal['value']:.2f} ({goal['against']}); goal {goal['goal']}: {verdict}")
-    for one in content["float8"]:
-        verdict = "within" if one["within"] else "NOT WITHIN"
-        apart = f"losses at most {one['losses_apart']:.2%} apart, {verdict} {FLOAT8_TOLERANCE:.0%}"
-        print(f"{one['name']} ({one['recipe']}): {one['speed_up']:.2f} times the speed of ours; {apart}")
-    if plan and plan.get("stages"):
-        print(f"plan's peak: {plan['stages'][0]['peak_bytes'] / gpu_report.GIB:.1f} GiB")
-    if content["different_losses"]:
-        print("NOT THE SAME WORK, the losses differ:", *content["different_losses"], sep="\n  ")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ _FP8 = "policy.megatron_cfg.fp8_cfg"
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours-unshared": {"share_prompt": False},
+    "ours-lean": {"lean": True},
     "ours-recompute": {"overrides": ("policy.megatron_cfg.activation_checkpointing=true",)},
     "ours-torch-head": {"overrides": ("policy.logprob_kernel=torch",)},
     "ours-varlen": {"overrides": ("policy.attention_kernel=varlen",)},
@@ -24,33 +25,6 @@ OURS: dict[str, dict[str, Any]] = {
     "ours-te-layers": {"overrides": ("policy.megatron_cfg.transformer_impl=transformer_engine",)},
     "ours-local-layers": {"overrides": ("policy.megatron_cfg.transformer_impl=local",)},
     **{name: {"overrides": (f"{_FP8}.enabled=true", f"{_FP8}.fp8_recipe={recipe}")} for name, recipe in FLOAT8.items()},
-}
-_SORTED = {"sort_within_global_batch": True}
-_BF16 = {"dtype": "bfloat16"}
-_FUSED = {"optim": "adamw_torch_fused"}
-TRL: dict[str, dict[str, Any]] = {
-    # bf16: weights, gradients and moments in bfloat16, no float32 copy. mixed: float32 weights under autocast, as ours
-    # keeps them. sorted: each global batch longest pair first, so that micro-batches pad less.
-    **{f"trl-bf16-mb{n}": {"micro_batch_pairs": n, **_BF16, "extra": _FUSED} for n in (1, 2, 4, 8, 16)},
-    **{f"trl-bf16-mb{n}-sorted": {"micro_batch_pairs": n, **_BF16, **_SORTED, "extra": _FUSED} for n in (2, 4, 8, 16)},
-    **{f"trl-mixed-mb{n}-sorted": {"micro_batch_pairs": n, **_SORTED, "extra": _FUSED} for n in (1, 2, 4, 8)},
-    **{
-        f"trl-bf16-mb{n}-sorted-liger": {
-            "micro_batch_pairs": n,
-            **_BF16,
-            **_SORTED,
-            "extra": {**_FUSED, "use_liger_kernel": True},
-        }
-        for n in (4, 8, 16)
-    },
-    "trl-bf16-mb8-sorted-checkpointing": {
-        "micro_batch_pairs": 8,
-        **_BF16,
-        **_SORTED,
-        "extra": {**_FUSED, "gradient_checkpointing": True},
-    },
-    "trl-bf16-mb4-sorted-flash": {"micro_batch_pairs": 4, **_BF16, **_SORTED, "attention": "flash_attention_2"},
-    "trl-mb1": {"micro_batch_pairs": 1},
 }
 
 

@@ -117,6 +117,15 @@ def one_head(
     return found
 
 
+def earlier(path: Path | None, machine: dict[str, Any]) -> list[dict[str, Any]]:
+    """Results of a call before this one, where GPU, versions and commit are the same."""
+    if path is None or not path.exists():
+        return []
+    content = json.loads(path.read_text(encoding="utf-8"))
+    same = all(content["machine"].get(key) == machine.get(key) for key in ("gpu", "commit", "versions"))
+    return list(content["results"]) if same else []
+
+
 def table(results: list[dict[str, Any]]) -> list[str]:
     lines = [
         "| vocabulary | hidden | answer tokens | head | forward ms (x products) | both ms (x products) | peak MiB |"
@@ -149,16 +158,21 @@ def main(arguments: list[str] | None = None) -> int:
         print("no CUDA device: nothing to measure; --smoke runs tiny sizes on the CPU", file=sys.stderr)
         return 2
     device = torch.device("cuda" if cuda else "cpu")
-    started = time.monotonic()
+    started, code = time.monotonic(), 0
     with tempfile.TemporaryDirectory() as folder:
         backend = "nccl" if cuda else "gloo"
         dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
         content: dict[str, Any] = {"machine": gpu_machine.machine(), "command": sys.argv, "results": []}
         content["matrix_rate_tflops"] = gpu_machine.matrix_rate_tflops(device)
         content["copy_rate_gbytes_per_s"] = gpu_machine.copy_rate_gbytes(device)
+        content["results"] = earlier(options.out, content["machine"])
+        before = [tuple(one[key] for key in ("vocab", "hidden_size", "answer_tokens")) for one in content["results"]]
         for size in SMOKE_SIZES if options.smoke else SIZES:
+            if size in before:
+                continue
             if time.monotonic() - started > 60 * options.minutes:
-                print(f"out of time before {size}")
+                print(f"out of time before {size}; a call with the same --out goes on")
+                code = 3
                 break
             content["results"].append(measure(*size, device, 2 if options.smoke else options.repeats))
             if options.out:
@@ -169,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"{content['copy_rate_gbytes_per_s']:.0f} GB/s in copies"
     )
     print(*table(content["results"]), sep="\n")
-    return 0
+    return code
 
 
 if __name__ == "__main__":

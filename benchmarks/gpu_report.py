@@ -177,3 +177,21 @@ def summary_of(lengths: Lengths) -> dict[str, float]:
     names = ("prompt", "chosen", "rejected")
     means = {f"mean_{name}": float(value) for name, value in zip(names, lengths.mean(axis=0), strict=True)}
     return means | {"longest_sequence": float(np.max(lengths[:, 0] + lengths[:, 1:].max(axis=1)))}
+
+
+def conclude(content: Mapping[str, Any]) -> None:
+    """Print a result's tables, goals and warnings."""
+    plan = content["plan"]
+    print("", *content["table"], "", sep="\n")
+    for goal in content["goals"]:
+        verdict = "met" if goal["met"] else "not met"
+        print(f"{goal['what']}: {goal['value']:.2f} ({goal['against']}); goal {goal['goal']}: {verdict}")
+    for one in content["float8"]:
+        verdict = "within" if one["within"] else "NOT WITHIN"
+        apart = f"losses at most {one['losses_apart']:.2%} apart, {verdict} {one['tolerance']:.0%}"
+        print(f"{one['name']} ({one['recipe']}): {one['speed_up']:.2f} times the speed of ours; {apart}")
+    if plan and plan.get("stages"):
+        print(f"plan's peak: {plan['stages'][0]['peak_bytes'] / GIB:.1f} GiB")
+    print("step 1:", *(f"{name} {values}" for name, values in content["first_steps"].items()), sep="\n  ")
+    if content["different_work"]:
+        print("NOT THE SAME WORK:", *content["different_work"], sep="\n  ")

@@ -1,44 +1,64 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in parts of at most 8 minutes each, the default ones 29 together, with results in one folder:
+# Everything that wants a GPU, in calls of under 8 minutes each, with results in one folder:
 #
-#   benchmarks/gpu_session.sh --out DIR [--wheels DIR] [--data hh_train.jsonl] [PART ...]
+#   benchmarks/gpu_session.sh [--out DIR] [--wheels DIR] [--data hh_train.jsonl] [--again] [PART ...]
 #
-#   check   what is installed, what the GPU is                                                          under 1 minute
-#   test    the tests marked gpu (as `make gpu-test`), and the benchmarks' smoke runs                    6 minutes at most
-#   head    benchmarks/gpu_head.py                                                                       2.5
-#   8b      Llama-3.1-8B, UltraFeedback-like lengths, beside TRL                                         7
+#   first   check, te, head, four, then as many GPU tests as there is time for                           7.5 minutes at most
+#   test    the GPU tests that have not passed yet (as `make gpu-test`)                                  6.5
+#   trl8b   which of TRL's settings is its best at 8B's width, 8 layers, of those that fit with all      6.5
+#   8b      Llama-3.1-8B, UltraFeedback-like lengths, beside the fastest that trl8b found                7
+#   alike   18 layers of 8B, fp32 weights and moments on both sides: with all 32 TRL's don't fit         6
+#   trl     which of TRL's settings is its best, Llama-3.2-1B                                            7
 #   1b      Llama-3.2-1B, hh lengths (UltraFeedback-like without --data): shared and repeated prompts,   6
-#           beside TRL
+#           beside the fastest that trl found
 #   fp8     float8 beside bfloat16, Llama-3.1-8B with as many layers as fit; needs Transformer Engine    6
-#   trl     which of TRL's settings is its best, Llama-3.2-1B                                            7.5
-#   ours    which of our settings is our best, Llama-3.2-1B                                              7.5
+#   ours    which of our settings is our best, Llama-3.2-1B                                              7
+#   of `first`:
+#   check   what is installed, what the GPU is                                                           1
+#   te      Transformer Engine beside float64 (benchmarks/gpu_te.py)                                     1
+#   head    benchmarks/gpu_head.py                                                                       1.5
+#   four    4 layers of Llama-3.1-8B: ours and TRL beside float64                                        2.7
 #
-# Default: check test head 8b 1b fp8. Where a command may take 10 minutes: `check test head`, then each of the others.
-# --wheels: installs them into a folder of their own, without a network, in front of what is there. PYTHON: the
-# interpreter (python3). The exit code is 1 where a part failed; the others ran all the same.
+# Default: first. What to run next is printed at the end. Where a command may take 10 minutes, one part a call.
+# A part that fails does not stop the next. One that came to its end is not run again in the same --out (--again: it is);
+# one that did not goes on from its file of results. --out: benchmarks/results/DATE by default. --wheels: installed into a
+# folder of their own, without a network, in front of what is there. PYTHON: the interpreter (python3). LIMIT_S: seconds for
+# the whole call, wheels included (450 a part named). The exit code is 1 where a part failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-python=${PYTHON:-python3} out="" wheels="" data="" parts=()
+python=${PYTHON:-python3} out="" wheels="" data="" again="" parts=() first=(check te head four test)
 while (($#)); do
   case $1 in
     --out) out=$2; shift 2 ;;
     --wheels) wheels=$2; shift 2 ;;
     --data) data=$2; shift 2 ;;
-    check | test | head | 8b | 1b | fp8 | trl | ours) parts+=("$1"); shift ;;
+    --again) again=1; shift ;;
+    first | check | te | head | four | test | trl8b | 8b | alike | trl | 1b | fp8 | ours) parts+=("$1"); shift ;;
     *) echo "gpu_session.sh: unknown argument $1; see its first lines" >&2; exit 2 ;;
   esac
 done
-[[ -n $out ]] || { echo "gpu_session.sh: --out DIR is missing" >&2; exit 2; }
-((${#parts[@]})) || parts=(check test head 8b 1b fp8)
+((${#parts[@]})) || parts=(first)
+limit=${LIMIT_S:-$((450 * ${#parts[@]}))}
+out=${out:-benchmarks/results/$(date +%F)}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
+left() { echo $((limit - SECONDS)); } # bash counts SECONDS from the script's start
+
+# note PART RC SECONDS: a line of session.jsonl
+note() { printf '{"part": "%s", "rc": %d, "seconds": %d, "date": "%s"}\n' "$1" "$2" "$3" "$(date -u +%FT%TZ)" >>"$out/session.jsonl"; }
+ended() { [[ -f $out/session.jsonl ]] && grep -q "\"part\": \"$1\", \"rc\": 0," "$out/session.jsonl"; }
 
 if [[ -n $wheels ]]; then
   site=$(mktemp -d)
   trap 'rm -rf "$site"' EXIT
-  "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$wheels"/*.whl || exit 1
-  export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+  if "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$wheels"/*.whl; then
+    export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+    note wheels 0 "$SECONDS"
+  else
+    echo "gpu_session.sh: the wheels could not be installed; going on without them"
+    note wheels 1 "$SECONDS"
+  fi
 fi
 # Transformer Engine looks for cuDNN and cuBLAS by the loader's path; torch carries them in folders of its own.
 libraries=$("$python" -c 'import glob, sysconfig; print(":".join(glob.glob(sysconfig.get_path("purelib") + "/nvidia/*/lib")))')
@@ -48,46 +68,78 @@ export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True # of both sides: packs a
 
 lengths=(--lengths ultrafeedback)
 [[ -n $data ]] && lengths=(--lengths hh --data "$data")
-# bench NAME SECONDS ARGUMENTS: gpu.py ends by itself; `timeout` is for when it doesn't
+# within SECONDS: so many, or what is left of the call
+within() { echo $(($1 < $(left) ? $1 : $(left))); }
+# limited SECONDS COMMAND: interrupted then, so that it says what it has, and killed 15 s later
+limited() { timeout --signal=INT --kill-after=15 "$1" "${@:2}"; }
+# bench NAME SECONDS ARGUMENTS: gpu.py ends by itself; `limited` is for when it doesn't
 bench() {
-  local minutes
-  minutes=$("$python" -c "print($2 / 60)")
-  timeout --kill-after=10 $(($2 + 20)) "$python" benchmarks/gpu.py --minutes "$minutes" --out "$out/$1.json" "${@:3}"
+  local seconds
+  seconds=$(within "$2")
+  limited $((seconds + 10)) "$python" benchmarks/gpu.py --minutes "$(((seconds * 100) / 60))e-2" --out "$out/$1.json" "${@:3}"
 }
 
 run() {
   case $1 in
     check)
-      nvidia-smi
-      "$python" -m benchmarks.gpu_machine
+      command -v nvidia-smi >/dev/null && nvidia-smi
       "$python" -c 'import transformer_engine.pytorch as te; print("Transformer Engine imports:", te.__name__)' ||
         echo "Transformer Engine does not import: its tests skip, 8b runs with fewer layers, fp8 says so"
-      "$python" -c 'import trl; print("TRL", trl.__version__)' || echo "TRL does not import: 8b and 1b run without it"
+      "$python" -c 'import trl; print("TRL", trl.__version__)' || echo "TRL does not import: its contenders are left out"
+      limited "$(within 60)" "$python" -m benchmarks.gpu_machine | tee "$out/check.json"
       ;;
+    te) limited "$(within 60)" "$python" benchmarks/gpu_te.py --out "$out/te.json" ;;
+    head) limited "$(within 100)" "$python" benchmarks/gpu_head.py --minutes 0.9 --out "$out/head.json" ;;
+    four) bench four 160 --model llama-3.1-8b --layers 4 --rounds 1 --steps 3 --float64 --ours ours --trl trl-bf16-mb2-sorted ;;
     test)
-      timeout 270 "$python" -m pytest -m gpu -q -p no:cacheprovider
-      local tests=$?
-      timeout 90 "$python" benchmarks/gpu.py --smoke --out "$out/smoke.json" && return "$tests"
+      local seconds
+      seconds=$(within 390)
+      "$python" benchmarks/gpu_tests.py --minutes "$(((seconds * 100) / 60))e-2" --out "$out/tests.json"
       ;;
-    head) timeout 150 "$python" benchmarks/gpu_head.py --minutes 1.5 --out "$out/head.json" ;;
-    8b) bench 8b 420 --model llama-3.1-8b ;;
+    trl8b) bench trl8b 390 --model llama-3.1-8b --layers 8 --trl-fit-layers 32 --ours "" --rounds 1 --trl auto ;;
+    8b) bench 8b 420 --model llama-3.1-8b --trl-from "$out/trl8b.json" ;;
+    alike) bench alike 360 --model llama-3.1-8b --layers 18 --optimizer full --rounds 2 --ours ours,ours-lean --trl \
+      trl-mixed-mb2-sorted-liger,trl-mixed-mb8-sorted-checkpointing-liger ;;
+    trl) bench trl 420 --model llama-3.2-1b "${lengths[@]}" --ours "" --rounds 1 --trl auto ;;
     1b) bench 1b 360 --model llama-3.2-1b "${lengths[@]}" --global-batch 64 --steps 12 --ours ours,ours-unshared \
-      --trl trl-bf16-mb8-sorted,trl-bf16-mb8-sorted-liger,trl-mixed-mb4-sorted ;;
+      --trl-from "$out/trl.json" ;;
     fp8) bench fp8 360 --model llama-3.1-8b --rounds 1 --ours ours,ours-fp8,ours-fp8-tensorwise --trl "" ;;
-    trl)
-      bench trl 450 --model llama-3.2-1b "${lengths[@]}" --ours "" --rounds 1 --trl \
-        trl-bf16-mb8-sorted,trl-bf16-mb4-sorted,trl-bf16-mb16-sorted,trl-bf16-mb8-sorted-liger,trl-bf16-mb16-sorted-liger,trl-bf16-mb8,trl-mixed-mb4-sorted,trl-bf16-mb8-sorted-checkpointing,trl-bf16-mb4-sorted-flash
-      ;;
     ours)
-      bench ours 450 --model llama-3.2-1b "${lengths[@]}" --trl "" --global-batch 64 --ours \
+      bench ours 420 --model llama-3.2-1b "${lengths[@]}" --trl "" --global-batch 64 --ours \
         ours,ours-unshared,ours-torch-head,ours-te-attention,ours-te-layers,ours-local-layers,ours-sdpa
       ;;
   esac
 }
 
 failed=0
+one() {
+  local began=$SECONDS rc
+  if [[ -z $again ]] && ended "$1"; then
+    echo "== $1: ended before; --again runs it once more"
+  elif (($(left) < 20)); then
+    echo "== $1: not started, $(left) s are left"
+  else
+    echo "== $1"
+    run "$1" 2>&1 | tee -a "$out/$1.log"
+    rc=${PIPESTATUS[0]}
+    note "$1" "$rc" $((SECONDS - began))
+    case $rc in
+      0) ;;
+      3) echo "== $1: the time was up; the same command goes on" ;;
+      *) failed=1; echo "== $1 FAILED with code $rc" ;;
+    esac
+  fi
+}
 for part in "${parts[@]}"; do
-  echo "== $part"
-  run "$part" 2>&1 | tee "$out/$part.log" || { failed=1; echo "== $part FAILED"; }
+  if [[ $part == first ]]; then
+    for each in "${first[@]}"; do one "$each"; done
+  else
+    one "$part"
+  fi
+done
+
+echo "== next, in this order, one a call:"
+for part in "${first[@]}" trl8b 8b alike trl 1b fp8 ours; do
+  ended "$part" || echo "  benchmarks/gpu_session.sh --out $out${wheels:+ --wheels $wheels}${data:+ --data $data} $part"
 done
 exit "$failed"

@@ -20,6 +20,8 @@ from benchmarks.trl_worker import Spec
 LOG_CHARACTERS = 6000
 OUT_OF_MEMORY = "out of memory"
 TIMED_OUT = "timed out"
+FIRST_STEP = ("logps/chosen", "logps/rejected", "grad_norm")
+"""What is compared of step 1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Outcome:
     error: str | None
     """Why it did not finish: 'out of memory', 'timed out', or the log's last words."""
     log: str
+    first_step: dict[str, float] = dataclasses.field(default_factory=dict)
+    """FIRST_STEP's figures, before any update."""
 
     def pairs_per_s(self, warmup_steps: int, pairs_per_step: int) -> float | None:
         """Over the steps after the warm-up; None where there are none."""
@@ -95,31 +99,53 @@ def run_ours(name: str, spec: Spec, settings: OurSettings, timeout_s: float) -> 
         records = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
         times = [record["timing/train/step_time_s"] for record in records]
         losses = [record["train/loss"] for record in records]
-        return _outcome(name, seconds, times, losses, folder / "result.json", error, log)
+        first = {what: records[0][f"train/{what}"] for what in FIRST_STEP} if records else {}
+        return _outcome(name, seconds, times, losses, first, folder / "result.json", error, log)
 
 
 def run_trl(name: str, spec: Spec, python: str, timeout_s: float) -> Outcome:
-    """TRL's side, in the interpreter `python`."""
+    """TRL's side, in the interpreter `python`. A reference pass made beforehand is added to the steps' times."""
     with tempfile.TemporaryDirectory(prefix="megadpo-trl-") as path:
-        folder = Path(path)
-        spec = dataclasses.replace(spec, output_dir=str(folder / "out"))
-        (folder / "spec.json").write_text(json.dumps(dataclasses.asdict(spec)), encoding="utf-8")
-        worker = str(sides.REPOSITORY / "benchmarks" / "trl_worker.py")
-        command = [python, worker, str(folder / "spec.json"), str(folder / "result.json")]
-        seconds, log, error = _run(command, spec.threads, timeout_s)
-        result = folder / "result.json"
-        steps = json.loads(result.read_text())["steps"] if result.exists() else []
-        times, losses = [step["step_time_s"] for step in steps], [step["loss"] for step in steps]
-        return _outcome(name, seconds, times, losses, result, error, log)
+        spec = dataclasses.replace(spec, output_dir=str(Path(path) / "out"))
+        result, seconds, log, error = _work("trl_worker.py", spec, python, Path(path), timeout_s)
+        content = json.loads(result.read_text()) if result.exists() else {"steps": []}
+        before = content.get("precompute_step_times_s") or [0.0] * len(content["steps"])
+        times = [step["step_time_s"] + more for step, more in zip(content["steps"], before, strict=True)]
+        losses = [step["loss"] for step in content["steps"]]
+        first = {what: content["steps"][0][what] for what in FIRST_STEP} if losses else {}
+        return _outcome(name, seconds, times, losses, first, result, error, log)
+
+
+def run_float64(spec: Spec, timeout_s: float) -> Outcome:
+    """Step 1 in float64, by transformers, in this interpreter."""
+    with tempfile.TemporaryDirectory(prefix="megadpo-float64-") as path:
+        result, seconds, log, error = _work("gpu_float64.py", spec, sys.executable, Path(path), timeout_s)
+        first = json.loads(result.read_text())["first_step"] if result.exists() else {}
+        return _outcome("float64", seconds, [], [], first, result, error, log)
+
+
+def _work(script: str, spec: Spec, python: str, folder: Path, timeout_s: float) -> tuple[Path, float, str, str | None]:
+    """Run a worker on a spec: its result's path, seconds, output, error."""
+    (folder / "spec.json").write_text(json.dumps(dataclasses.asdict(spec)), encoding="utf-8")
+    worker = str(sides.REPOSITORY / "benchmarks" / script)
+    command = [python, worker, str(folder / "spec.json"), str(folder / "result.json")]
+    return (folder / "result.json", *_run(command, spec.threads, timeout_s))
 
 
 def _outcome(
-    name: str, seconds: float, times: list[float], losses: list[float], result: Path, error: str | None, log: str
+    name: str,
+    seconds: float,
+    times: list[float],
+    losses: list[float],
+    first: dict[str, float],
+    result: Path,
+    error: str | None,
+    log: str,
 ) -> Outcome:
     memory = json.loads(result.read_text()) if result.exists() else {}
     allocated = memory.get("gpu_peak_allocated_bytes", memory.get("peak_bytes"))
     reserved = memory.get("gpu_peak_reserved_bytes")
-    return Outcome(name, seconds, times, losses, allocated, reserved, error, log[-LOG_CHARACTERS:])
+    return Outcome(name, seconds, times, losses, allocated, reserved, error, log[-LOG_CHARACTERS:], first)
 
 
 def _run(command: Sequence[str], threads: int, timeout_s: float) -> tuple[float, str, str | None]:

@@ -31,7 +31,8 @@ class Spec:
     device: str = "cpu"
     """cpu or cuda."""
     dtype: str = "float32"
-    """Of the weights. On cuda the computation is bfloat16 whatever this says: autocast, as TRL has it by default."""
+    """Of the weights. On cuda the computation is bfloat16 whatever this says: autocast, as TRL has it by default, unless
+    `extra` has bf16 False."""
     beta: float = 0.1
     learning_rate: float = 1e-6
     weight_decay: float = 0.0
@@ -121,12 +122,20 @@ def make_trainer(spec: Spec) -> Any:
             self.micro_losses: list[Any] = []
             self.step_records: list[dict[str, Any]] = []
             self.precompute_s = 0.0
+            self.reference_times: list[float] = []
             super().__init__(*args, **kwargs)
 
         def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
+            self.reference_times = [start]
             result = super()._precompute_ref_logps(*args, **kwargs)
             self.precompute_s += time.perf_counter() - start
+            return result
+
+        def compute_ref_log_probs(self, *args: Any, **kwargs: Any) -> Any:
+            result = super().compute_ref_log_probs(*args, **kwargs)
+            result[0].cpu()  # waits for a GPU
+            self.reference_times.append(time.perf_counter())
             return result
 
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -218,6 +227,17 @@ def count_tokens(trainer: Any) -> list[dict[str, int]]:
     return [dict(zip(columns, row, strict=True)) for row in zip(*lengths, strict=True)]
 
 
+def precompute_step_times(spec: Spec, times: list[float]) -> list[float]:
+    """Seconds that the reference pass made beforehand took for each step's pairs; `times`: when it began, and when each
+    micro-batch of it ended. Empty without one."""
+    if not spec.precompute_reference:
+        return []
+    calls = spec.global_batch_pairs // spec.micro_batch_pairs
+    if len(times) != 1 + spec.steps * calls:
+        raise ValueError(f"{len(times) - 1} reference passes of micro-batches; {spec.steps * calls} expected")
+    return [times[(step + 1) * calls] - times[step * calls] for step in range(spec.steps)]
+
+
 def token_digest(trainer: Any) -> str:
     """sha256 over every pair's ids, so that a stored run can be matched to the tokens it saw."""
     import hashlib
@@ -278,6 +298,7 @@ def run(spec: Spec) -> dict[str, Any]:
         "pair_tokens": count_tokens(trainer),
         "token_sha256": token_digest(trainer),
         "precompute_s": trainer.precompute_s,
+        "precompute_step_times_s": precompute_step_times(spec, trainer.reference_times),
         "parts": parts,
         "peak_bytes": peak_memory_bytes(),
         "peak_bytes_before_training": loaded_bytes,

@@ -11,13 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_contenders, gpu_head, gpu_inputs, gpu_report, make_llama
-from benchmarks.gpu_sides import Outcome
+from benchmarks import gpu, gpu_contenders, gpu_head, gpu_inputs, gpu_options, gpu_report, make_llama
+from benchmarks.gpu_sides import OUT_OF_MEMORY, Outcome
 from megadpo.config.load import load_config
 from megadpo.data.tokens.tokenizer import load_tokenizer
 from megadpo.families import read_architecture
 
 TINY = gpu_inputs.SHAPES["tiny"]
+
+
+def parse(arguments):
+    return gpu_options.parse(arguments, "")
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +134,7 @@ WITH_TE, WITHOUT_TE = ({"versions": {"transformer-engine": version}} for version
     ],
 )
 def test_float8_is_left_out_where_it_cannot_run_and_says_why(machine, blockwise, tensorwise):
-    options = gpu.parse(["--ours", "ours,ours-fp8,ours-fp8-tensorwise", "--trl", ""])
+    options = parse(["--ours", "ours,ours-fp8,ours-fp8-tensorwise", "--trl", ""])
     missing = gpu_contenders.absent(options, machine)
     assert "ours" not in missing
     for name, reason in (("ours-fp8", blockwise), ("ours-fp8-tensorwise", tensorwise)):
@@ -152,10 +156,10 @@ def test_float8_that_cannot_run_costs_no_session(monkeypatch, tmp_path, capsys):
 def test_what_is_compared_without_float8_is_run_all_the_same():
     missing = {"ours-fp8": "no Transformer Engine"}
     for asked in (["--ours", "ours,ours-fp8"], ["--ours", "ours", "--trl", ""], ["--ours", "ours"]):
-        options = gpu.parse(asked)
+        options = parse(asked)
         assert not gpu_contenders.nothing_to_compare(options, missing | dict.fromkeys(options.trl, "no TRL"))
     with pytest.raises(SystemExit):
-        gpu.parse(["--ours", "ours-fp8", "--trl", ""])
+        parse(["--ours", "ours-fp8", "--trl", ""])
 
 
 def test_float8_configs_are_accepted_up_to_the_device(model, tmp_path):
@@ -193,7 +197,7 @@ class Clock:
     def __init__(self, session_s, run_minutes=4.0, rounds=3):
         self.now, self.session_s, self.started = 0.0, session_s, []
         arguments = ["--trl", "", "--rounds", str(rounds), "--run-minutes", str(run_minutes)]
-        self.options = gpu.parse([*arguments, "--model", "tiny"])
+        self.options = parse([*arguments, "--model", "tiny"])
 
     def left_s(self):
         return self.session_s - self.now
@@ -209,10 +213,14 @@ class Clock:
         return name, start
 
 
-def held(monkeypatch, clock, *contenders):
-    failed, left_out, written = {}, {}, []
+def held(monkeypatch, clock, *contenders, before=None):
+    outcomes, failed, left_out, written = before or {}, {}, {}, []
     monkeypatch.setattr(gpu, "contenders", lambda job: list(contenders))
-    gpu.run_rounds(clock, failed, left_out, lambda outcomes: written.append({n: len(r) for n, r in outcomes.items()}))
+
+    def write():
+        written.append({name: len(runs) for name, runs in outcomes.items()})
+
+    gpu.run_rounds(clock, outcomes, failed, left_out, write)
     return failed, left_out, written
 
 
@@ -243,6 +251,15 @@ def test_a_run_that_hangs_is_ended_and_the_others_still_run(monkeypatch):
     assert clock.started == ["hangs", "ours", "breaks", "ours"]
 
 
+def test_a_call_goes_on_where_the_one_before_stopped(monkeypatch):
+    clock = Clock(1000, rounds=2)
+    before = {"ours": [outcome("ours", 1.0, 10)], "large": [outcome("large", 1.0, 10, OUT_OF_MEMORY)]}
+    contenders = [clock.contender(name, 40) for name in ("ours", "large", "new")]
+    failed, _, _ = held(monkeypatch, clock, *contenders, before=before)
+    assert clock.started == ["new", "ours", "new"]
+    assert failed == {"large": OUT_OF_MEMORY}
+
+
 def test_a_file_of_results_is_whole_or_the_one_before(tmp_path):
     path = tmp_path / "result.json"
     gpu.save(path, {"runs": 1})
@@ -264,7 +281,7 @@ def test_a_smoke_run_ends_well_without_trl(tmp_path, capsys):
 
 
 def test_without_time_nothing_is_started(tmp_path, capsys):
-    assert gpu.main(["--smoke", "--trl", "", "--minutes", "0.1", "--out", str(tmp_path / "r.json")]) == 0
+    assert gpu.main(["--smoke", "--trl", "", "--minutes", "0.1", "--out", str(tmp_path / "r.json")]) == gpu.UNFINISHED
     assert "not started" in capsys.readouterr().out
     assert json.loads((tmp_path / "r.json").read_text())["measured"] == []
 

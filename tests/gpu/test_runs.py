@@ -77,6 +77,7 @@ def curves(tmp_path_factory):
     return found
 
 
+@pytest.mark.xdist_group("curves")
 def test_the_loss_of_50_steps_is_the_local_layers_within_noise(curves):
     local, te = curves["local"][0], curves["transformer_engine"][0]
     assert "layers       transformer_engine" in curves["transformer_engine"][1]
@@ -87,6 +88,7 @@ def test_the_loss_of_50_steps_is_the_local_layers_within_noise(curves):
     assert difference < 5e-3
 
 
+@pytest.mark.xdist_group("curves")
 @pytest.mark.parametrize("recipe", FP8)
 def test_the_loss_in_float8_is_within_a_hundredth_of_bfloat16s(curves, recipe):
     if recipe not in curves:
@@ -104,6 +106,7 @@ def test_the_loss_in_float8_is_within_a_hundredth_of_bfloat16s(curves, recipe):
     assert abs(off) < 0.01
 
 
+@pytest.mark.xdist_group("curves")
 @pytest.mark.parametrize("name", ["local", "transformer_engine", *FP8])
 def test_the_first_loss_is_ln_2(curves, name):
     """The reference computes as the policy does, in float8 too."""
@@ -157,9 +160,9 @@ def test_evaluation(tmp_path):
 
 
 def step_without_waits(config, overrides):
-    from megadpo import reference
     from megadpo.config import load_config
     from megadpo.parallel import initialize, layout_of, setup_device
+    from megadpo.reference import resident
     from megadpo.train import step
     from megadpo.train.setup import prepare
 
@@ -181,7 +184,7 @@ def step_without_waits(config, overrides):
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (step, reference):
+        for module in (step, resident):
             patch.setattr(module, "run_pipeline", without_waits(module.run_pipeline))
         outcome = run.trainer.step(next(batches))
     return len(guarded), outcome.updated

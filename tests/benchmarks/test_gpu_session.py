@@ -1,0 +1,148 @@
+"""The GPU session's order of events: results as they come, parts that fail or run out of time, and going on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_head, gpu_tests
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TESTS = """
+import time
+import pytest
+
+@pytest.mark.gpu
+def test_a():
+    print("1e-3 off")
+
+@pytest.mark.gpu
+def test_ab():
+    assert not {fails}
+
+@pytest.mark.gpu
+@pytest.mark.xdist_group("shared")
+def test_c():
+    time.sleep({sleeps})
+
+@pytest.mark.gpu
+@pytest.mark.xdist_group("shared")
+def test_d():
+    pass
+
+def test_on_any_machine():
+    pass
+"""
+
+
+def run_tests(folder, limit_s, *, fails=False, sleeps=0):
+    (folder / "test_some.py").write_text(TESTS.format(fails=fails, sleeps=sleeps))
+    machine = {"commit": "a"}
+    content = gpu_tests.run([str(folder / "test_some.py")], folder / "tests.json", machine, limit_s, workers=3)
+    assert json.loads((folder / "tests.json").read_text()) == content
+    return {one["id"].split("::")[1]: one for one in content["tests"]}, [
+        name.split("::")[1] for name in content["left"]
+    ]
+
+
+def test_gpu_tests_write_what_they_have_when_time_is_up_and_go_on(tmp_path, capfd):
+    found, left = run_tests(tmp_path, 25.0, fails=True, sleeps=100)
+    assert {name: one["outcome"] for name, one in found.items()} == {"test_a": "passed", "test_ab": "failed"}
+    assert "1e-3 off" in found["test_a"]["said"] and "assert not True" in found["test_ab"]["failed"]
+    assert left == ["test_c", "test_d"]  # they share a group, so one process ran them in order
+    assert "1 failed, 1 passed" in capfd.readouterr().out  # interrupted, so pytest says what it has
+    found, left = run_tests(tmp_path, 60.0)
+    assert {name: one["outcome"] for name, one in found.items()} == dict.fromkeys(
+        ("test_a", "test_ab", "test_c", "test_d"), "passed"
+    )
+    assert left == [] and "3 passed" in capfd.readouterr().out  # test_a is not run again
+
+
+PYTHON = """#!/bin/bash
+echo "$*" >>{log}
+case "$*" in
+  *import*) exit 1 ;;
+  *gpu_te.py*) exit 1 ;;
+  *gpu_head.py*) exit 3 ;;
+  *gpu_machine*) echo '{{"gpu": "none"}}' ;;
+esac
+"""
+
+
+@pytest.fixture
+def session(tmp_path):
+    """gpu_session.sh with an interpreter that notes what it was asked."""
+    python, log = tmp_path / "python", tmp_path / "asked"
+    python.write_text(PYTHON.format(log=log))
+    python.chmod(0o755)
+
+    def call(*arguments, limit_s=450):
+        log.write_text("")
+        environment = {**os.environ, "PYTHON": str(python), "LIMIT_S": str(limit_s)}
+        command = [
+            "bash",
+            str(REPOSITORY / "benchmarks" / "gpu_session.sh"),
+            "--out",
+            str(tmp_path / "out"),
+            *arguments,
+        ]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        scripts = ("gpu_machine", "gpu_te.py", "gpu_head", "gpu_tests", "four.json", "8b.json")
+        asked = [next((name for name in scripts if name in line), None) for line in log.read_text().splitlines()]
+        return done, [name for name in asked if name]
+
+    return call
+
+
+def test_the_first_hour_runs_every_part_and_goes_on_where_it_stopped(session, tmp_path):
+    done, asked = session("first")
+    assert asked == ["gpu_machine", "gpu_te.py", "gpu_head", "four.json", "gpu_tests"], done.stderr
+    assert done.returncode == 1 and "te FAILED with code 1" in done.stdout
+    assert json.loads((tmp_path / "out" / "check.json").read_text()) == {"gpu": "none"}
+    lines = [json.loads(line) for line in (tmp_path / "out" / "session.jsonl").read_text().splitlines()]
+    assert [(one["part"], one["rc"]) for one in lines] == [
+        ("check", 0), ("te", 1), ("head", 3), ("four", 0), ("test", 0)
+    ]  # fmt: skip
+    following = done.stdout.split("== next")[1].splitlines()[1:]
+    assert [line.split()[-1] for line in following] == [
+        "te",
+        "head",
+        "trl8b",
+        "8b",
+        "alike",
+        "trl",
+        "1b",
+        "fp8",
+        "ours",
+    ]
+    assert session("first")[1] == ["gpu_te.py", "gpu_head"]
+    assert "gpu_machine" in session("first", "--again")[1]
+
+
+def test_no_part_is_started_that_has_no_time(session):
+    done, asked = session("8b", limit_s=10)
+    assert asked == [] and "8b: not started" in done.stdout and done.stdout.rstrip().endswith("ours")
+
+
+def test_the_head_goes_on_with_the_sizes_that_are_missing(tmp_path, capsys):
+    out = tmp_path / "head.json"
+    assert gpu_head.main(["--smoke", "--minutes", "-1", "--out", str(out)]) == 3
+    assert gpu_head.main(["--smoke", "--out", str(out)]) == 0
+    content = json.loads(out.read_text())
+    content["results"][0]["answer_tokens"] = 64
+    content["results"][0]["mark"] = "measured before"
+    out.write_text(json.dumps(content))
+    assert gpu_head.main(["--smoke", "--out", str(out)]) == 0
+    capsys.readouterr()
+    assert [one["mark"] for one in json.loads(out.read_text() or "{}")["results"]] == ["measured before"]
+
+
+def test_every_script_says_what_it_wants_without_a_gpu():
+    for script in ("gpu_te.py", "gpu_tests.py"):
+        command = [sys.executable, str(REPOSITORY / "benchmarks" / script), "--help"]
+        assert subprocess.run(command, capture_output=True, timeout=120).returncode == 0
