@@ -80,44 +80,33 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def show(options: argparse.Namespace, console: Console) -> None:
     """Raises UserError."""
-    from megadpo.data.batches.loader import DataRank, GlobalBatchLoader
-    from megadpo.data.tokens.dataset import load_datasets
-    from megadpo.data.tokens.tokenizer import load_tokenizer, pad_token_id
-    from megadpo.model.source import resolve_source, tokenizer_source
+    from megadpo.data.batches.loader import DataRank
+    from megadpo.model.source import resolve_source
+    from megadpo.train import inputs
 
     cfg = load_config(options.config, options.overrides, purpose="train" if options.set == TRAIN else "evaluate")
-    path = _path(cfg, options.set)
+    name = _set(cfg, options.set, inputs.TRAIN)
     source = resolve_source(cfg.policy.model_name, "policy.model_name", weights=False)
-    arch = read_architecture(source.hf_files)
-    dp_size = _dp_size(cfg, arch, options.world_size)
-    tokenizer = load_tokenizer(str(tokenizer_source(cfg, source)))
-    dataset = load_datasets(cfg, {options.set: path}, tokenizer, arch.vocab_size)[options.set]
-    pad = pad_token_id(tokenizer)
-    training = options.set == TRAIN
-    loader = GlobalBatchLoader.from_config(
-        dataset,
-        cfg,
-        arch,
-        pad_token_id=pad,
-        training=training,
-        rank=DataRank(dp_size=dp_size, cp_size=cfg.policy.megatron_cfg.context_parallel_size),
-    )
+    dp_size = _dp_size(cfg, read_architecture(source.hf_files), options.world_size)
+    rank = DataRank(dp_size=dp_size, cp_size=cfg.policy.megatron_cfg.context_parallel_size)
+    opened = inputs.open_run_inputs(cfg, rank, sets=[name], weights=False)
+    loader = opened.loaders[name]
+    dataset = loader.dataset
     position = _position(dataset, options.pair)
     for note in cfg.notes:
         console.print(Text(note, style="dim"))
     console.print(Text(str(dataset.report)))
     show_lengths(console, dataset, loader)
     show_packs(console, loader, options.batches)
-    show_pair(console, dataset, position, tokenizer, loader.share_prompt, 10**9 if options.all_tokens else 400)
+    show_pair(console, dataset, position, opened.tokenizer, loader.share_prompt, 10**9 if options.all_tokens else 400)
 
 
-def _path(cfg: Config, name: str) -> str:
-    if name == TRAIN:
-        return cfg.data.train_data_path
+def _set(cfg: Config, name: str, training: str) -> str:
+    """The set's name among a run's inputs, where the training set is called `training`."""
     paths = cfg.data.val_data_paths or {}
-    if name not in paths:
+    if name != TRAIN and name not in paths:
         raise ConfigError(Problem("--set", name, f"one of {', '.join([TRAIN, *paths])}", "name one of these"))
-    return paths[name]
+    return training if name == TRAIN else name
 
 
 def _dp_size(cfg: Config, arch: Architecture, world_size: int | None) -> int:

@@ -17,7 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megadpo.config.problems import ConfigError, Problem, UserError
-from megadpo.train.command import checked_config, quiet_libraries, refuse
+from megadpo.train.check import checked_config
+from megadpo.train.command import quiet_libraries, refuse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,8 +1,7 @@
 """Checkpoints in megatron-core's distributed format: complete or absent, resumable in the same or another layout."""
 
-from megadpo.checkpoint.folder import CheckpointInfo, complete_checkpoints, prune_checkpoints
+from megadpo.checkpoint.folder import CheckpointInfo, TrainingPosition, complete_checkpoints, prune_checkpoints
 from megadpo.checkpoint.load import load_training_state, load_weights
-from megadpo.checkpoint.position import TrainingPosition
 from megadpo.checkpoint.save import save_checkpoint
 from megadpo.checkpoint.verify import damages_together
 

@@ -17,15 +17,34 @@ import json
 import math
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from megadpo.checkpoint.position import TrainingPosition
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.model.manifest import INFO_FILE, MANIFEST_FILE, step_number
 
 FORMAT = 1
 DELETED_PREFIX = ".deleted."
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPosition:
+    """Where a run stands, apart from tensors: what resuming needs to go on with the very next batch.
+
+    Counts are of completed work; the next batch is number `batch` of epoch `epoch`, both from 0.
+    """
+
+    step: int
+    epoch: int
+    batch: int
+    skipped_steps: int = 0
+    data_fingerprint: str = ""
+    """Of the training pairs as tokenised; a resume on other data is refused."""
+    data_settings: dict[str, Any] = field(default_factory=dict)
+    """What else a resumed run must not change: seed, shuffle, global batch size, frozen weights."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of this very step, by their logged names; validation among them where it ran after this step."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +143,8 @@ def prune_checkpoints(
 
 
 def delete(checkpoint: Path) -> None:
-    """Take a checkpoint away whole: under its own name there is never a part of it, whenever the process dies. What can't
-    be deleted (a file that another node has open, say) stays under the other name until the next call."""
+    """Rename a checkpoint, then delete it, so that its own name never stands for a part of it, even if the process dies.
+    What can't be deleted (a file that another node has open) stays under the other name until the next call."""
     aside = checkpoint.parent / f"{DELETED_PREFIX}{checkpoint.name}"
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(checkpoint, aside)

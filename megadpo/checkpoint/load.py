@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import random
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -40,6 +41,7 @@ from megadpo.optimizer.state import load_sharded_state, sharded_state
 from megadpo.parallel import ParallelContext
 
 LOG = logging.getLogger(__name__)
+_ONE_LAYERS_STATE = re.compile(r"optimizer\.state\..+\.layers\.\d+\.")
 
 
 def load_weights(
@@ -70,17 +72,16 @@ def load_training_state(
     model: Sequence[MegatronModule],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
-    some_frozen: bool,
 ) -> None:
     """Restore weights, optimizer, schedule and random-number states of the run that wrote `info`.
 
-    some_frozen: whether the run freezes weights, on any rank. In the same layout the following losses are the same bits;
-    in another, or from a GPU to a CPU, random-number states start from the seed anew. Collectives: those of
-    dist_checkpointing.load. Raises ConfigError where the optimizer state is of another kind or absent.
+    In the same layout the following losses are the same bits; in another, or from a GPU to a CPU, random-number states
+    start from the seed anew. Collectives: those of dist_checkpointing.load. Raises ConfigError where the optimizer state is
+    of another kind or absent.
     """
     _check_optimizer(info, optimizer)
     weights = _wanted_weights(model)
-    whose = _wanted_weights(model, per_layer=True) if some_frozen else weights
+    whose = _wanted_weights(model, per_layer=True) if _is_per_layer(info.path) else weights
     wanted = {
         "weights": weights,
         "optimizer": sharded_state(optimizer, whose, is_loading=True),
@@ -96,6 +97,11 @@ def load_training_state(
         state = read_data(file, file)
         if state.get("device", parallel.device.type) == parallel.device.type:
             _restore_rng(state)
+
+
+def _is_per_layer(checkpoint: Path) -> bool:
+    """Whether its optimizer state has a key for each layer (`sharded_weights`): the same answer on every rank."""
+    return any(_ONE_LAYERS_STATE.search(key) for key in read_metadata(checkpoint / "model").state_dict_metadata)
 
 
 def _wanted_weights(model: Sequence[MegatronModule], *, per_layer: bool = False) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 
-from megadpo.checkpoint.folder import FORMAT, delete, partial_folder
-from megadpo.checkpoint.position import TrainingPosition
+from megadpo.checkpoint.folder import FORMAT, TrainingPosition, delete, partial_folder
 from megadpo.checkpoint.writer import SaveStrategy
 from megadpo.config.load import save_resolved
 from megadpo.config.schema import Config
@@ -48,10 +48,10 @@ def save_checkpoint(
     """Write <folder>/step_<N> and return it. All ranks call it together.
 
     model: the unwrapped chunks of this rank (the DDP wrapper would prefix every key). optimizer None: weights only.
-    hf_files: folder whose files, weights apart, go into hf/. Collectives: those of dist_checkpointing.save, and
-    an all-gather of pickled objects and barriers over the world. Raises what the file system raises (a full disk, a folder
-    that can't be written); the partial folder then stays behind, complete checkpoints are untouched, and the next save
-    starts it anew.
+    hf_files: folder whose files, weights apart, go into hf/. Collectives: those of dist_checkpointing.save and
+    has_frozen_weights, an all-gather of pickled objects and barriers over the world. Raises what the file system raises (a
+    full disk, a folder that can't be written); the partial folder then stays behind, complete checkpoints are untouched,
+    and the next save starts it anew.
     """
     final = folder / f"step_{position.step}"
     partial = partial_folder(final)
@@ -65,7 +65,7 @@ def save_checkpoint(
     weights = sharded_weights(model)
     state: dict[str, Any] = {"weights": weights, "scheduler": scheduler.state_dict()}
     if optimizer is not None:
-        whose = sharded_weights(model, per_layer=True) if cfg.policy.freeze else weights
+        whose = sharded_weights(model, per_layer=True) if has_frozen_weights(model, parallel) else weights
         state["optimizer"] = sharded_state(optimizer, whose, is_loading=False)
     dist_checkpointing.save(state, str(partial / "model"), SaveStrategy())
     torch.save(_rng_state(parallel.device.type), partial / "rng" / f"rank_{parallel.rank}.pt")
@@ -81,7 +81,7 @@ def save_checkpoint(
             "layout": layout_name(parallel),
             "has_optimizer": optimizer is not None,
             "optimizer_format": optimizer_format(optimizer),
-            "position": position.to_json(),
+            "position": asdict(position),
             "manifest": True,
         }
         with write_then_rename(partial / "megadpo.json") as file:
@@ -116,6 +116,15 @@ def sharded_weights(model: Sequence[MegatronModule], *, per_layer: bool = False)
         f"model{number}": _same_in_every_implementation(chunk.sharded_state_dict(metadata=metadata))
         for number, chunk in enumerate(model)
     }
+
+
+def has_frozen_weights(model: Sequence[torch.nn.Module], parallel: ParallelContext) -> bool:
+    """Whether training leaves out a weight of any rank: one pipeline stage may be frozen and another not, and all have to
+    write the same keys. Collectives: an all-reduce of one number over the world."""
+    frozen = any(not parameter.requires_grad for chunk in model for parameter in chunk.parameters())
+    shared = torch.tensor([frozen], dtype=torch.int32, device=parallel.device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return bool(shared.item())
 
 
 def _same_in_every_implementation(state: dict[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
+
+Made = TypeVar("Made")
 
 EXIT_REFUSED = 2
 """Exit code of a run whose config or data was refused (0 is success, anything else a crash)."""
@@ -60,3 +63,26 @@ def first_line(error: BaseException) -> str:
 def covered(path: str, paths: frozenset[str]) -> bool:
     """True when `path`, a section above it, or something inside it is in `paths`."""
     return any(path == one or path.startswith(one + ".") or one.startswith((path + ".", path + "[")) for one in paths)
+
+
+class Attempts:
+    """Several things that may each be refused, so that the user hears of all of them at once."""
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+        self._kind: type[UserError] = ConfigError
+
+    def __call__(self, make: Callable[[], Made]) -> Made | None:
+        """What `make` gives; None where it raises a UserError, whose problems are kept."""
+        try:
+            return make()
+        except UserError as error:
+            if not self.problems:
+                self._kind = type(error)
+            self.problems += [problem for problem in error.problems if problem not in self.problems]
+            return None
+
+    def refuse(self) -> None:
+        """Raises a UserError, of the first one's class, with every problem kept; does nothing where there is none."""
+        if self.problems:
+            raise self._kind(self.problems)

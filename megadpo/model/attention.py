@@ -9,30 +9,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from megadpo.data.batches.pack import PackedBatch
 from megadpo.model.context import attend_over_context
 from megadpo.model.kernels import AttentionKernel
 from megadpo.model.rope import Rotation
 
-_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""What `once` has made of each micro-batch, by the tensor of its positions; gone with that."""
-
 
 def once(batch: PackedBatch, key: Hashable, make: Callable[[], Any]) -> Any:
     """make(), kept with the micro-batch `batch`: made once for all chunks of a stage, and for policy and reference.
 
     key: what it depends on besides the batch."""
-    made = _made.setdefault(batch.positions, {})
-    if key not in made:
-        made[key] = make()
-    return made[key]
-
-
-def forget(batch: PackedBatch) -> None:
-    """Drop what `once` has made of `batch`: nobody comes for it any more. Backward passes keep what they need."""
-    _made.pop(batch.positions, None)
+    if key not in batch.made:
+        batch.made[key] = make()
+    return batch.made[key]
 
 
 @dataclass

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megadpo.config.architecture import Architecture
 from megadpo.data.batches.pack import PackedBatch
-from megadpo.model.attention import PackContext, forget, once
+from megadpo.model.attention import PackContext, once
 from megadpo.model.context import sum_over_context
 from megadpo.model.decoder import LayerModules, block_spec
 from megadpo.model.heads import LogpsHead, sum_per_answer
@@ -97,7 +97,7 @@ class PairModel(GPTModel):
             plan=once(batch, (kernel.name, dtype), lambda: kernel.plan(batch.segments, batch.tokens.device, dtype)),
         )
         if self.comes_last:
-            forget(batch)
+            batch.made.clear()  # nobody comes for it any more; backward passes keep what they need
         if batch.part is not None:
             context.context_group = self.pg_collection.cp
             context.keep_gathered = _recomputes_all_attention(self.config)

@@ -47,11 +47,12 @@ def resolve_source(name: str, field: str, *, weights: bool = True) -> ModelSourc
     return ModelSource(hf_files=_from_hub(name, field, expected, weights), megatron=None)
 
 
-def reference_source(cfg: Config, policy_source: ModelSource) -> ModelSource:
-    """Where the reference's weights are: `dpo.reference.model_name`, or what the policy started from."""
+def reference_source(cfg: Config, policy_source: ModelSource, *, weights: bool = True) -> ModelSource:
+    """Where the reference's weights are: `dpo.reference.model_name`, or what the policy started from. weights: as in
+    `resolve_source`."""
     if cfg.dpo.reference.model_name is None:
         return policy_source
-    return resolve_source(cfg.dpo.reference.model_name, "dpo.reference.model_name")
+    return resolve_source(cfg.dpo.reference.model_name, "dpo.reference.model_name", weights=weights)
 
 
 def weights_fingerprint(source: ModelSource, *, every_tensor: bool = False) -> str:

@@ -62,11 +62,6 @@ def enable_cpu() -> None:
     _enabled = True
 
 
-def is_cpu_enabled() -> bool:
-    """Whether `enable_cpu` has run in this process."""
-    return _enabled
-
-
 def _to_cpu(device: Any) -> Any:
     return torch.device("cpu") if str(device).startswith("cuda") else device
 

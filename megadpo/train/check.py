@@ -1,90 +1,55 @@
-"""`launch/train.py --check`: everything that can be said about a run without its weights, all at once."""
+"""A config held against model folder, layout and data before anything is built: at every start, and by `--check`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+import dataclasses
+from collections.abc import Sequence
 
-from megadpo.config.load import load_config
-from megadpo.config.problems import ConfigError, DataError, Problem, UserError
+from megadpo.config.check import check_layout
+from megadpo.config.load import Purpose, load_config
+from megadpo.config.no_effect import unused_by_dense
+from megadpo.config.problems import Attempts, ConfigError
 from megadpo.config.schema import Config
 from megadpo.families import read_architecture
 
-if TYPE_CHECKING:
-    from megadpo.model.source import ModelSource
 
-Made = TypeVar("Made")
+def checked_config(path: str, overrides: Sequence[str], world_size: int | None, purpose: Purpose = "train") -> Config:
+    """The config, held against the model's config.json and the world. Raises ConfigError with every problem."""
+    from megadpo.model.freeze import freeze_problems
+    from megadpo.model.source import reference_source, resolve_source
+    from megadpo.model.weights import linked_out
+
+    cfg = load_config(path, overrides, purpose=purpose)
+    source = resolve_source(cfg.policy.model_name, "policy.model_name")
+    arch = read_architecture(source.hf_files)
+    problems = check_layout(cfg, arch, world_size) + freeze_problems(cfg.policy.freeze, arch)
+    if (reference := reference_source(cfg, source)) != source:
+        # the reference runs in the policy's layout, so its own shape must allow that too
+        for one in check_layout(cfg, read_architecture(reference.hf_files, "dpo.reference.model_name"), None):
+            problems.append(dataclasses.replace(one, expected=f"{one.expected} (dpo.reference.model_name's)"))
+    if purpose == "train" and cfg.checkpointing.enabled:
+        problems += linked_out(source.hf_files)
+    if problems:
+        raise ConfigError(problems)
+    return dataclasses.replace(cfg, notes=(*cfg.notes, *unused_by_dense(cfg, arch)))
 
 
-def check(path: str, overrides: Sequence[str], checked_config: Callable[[], Config]) -> int:
-    """Print what the data files hold and the number of steps.
+def check(path: str, overrides: Sequence[str], world_size: int | None) -> int:
+    """`launch/train.py --check`: everything that can be said about a run without its weights; prints what the data files
+    hold and the number of steps. Returns the exit code.
 
-    checked_config: loads the config and holds it against model folder and layout. Raises ConfigError: the config's
-    problems first, since it says where the rest is, then those of model folder, layout, weight files and data together.
+    Raises UserError: the config's problems first, since it says where the rest is, then those of model folder, layout,
+    weight files and data together.
     """
-    from megadpo.data.batches.loader import DataRank
-    from megadpo.data.tokens.tokenizer import load_tokenizer
-    from megadpo.model.source import reference_source, resolve_source, tokenizer_source
-    from megadpo.train.setup import RunData, load_data
-
-    problems: list[Problem] = []
-
-    def attempt(make: Callable[[], Made]) -> Made | None:
-        try:
-            return make()
-        except UserError as error:
-            problems.extend(one for one in error.problems if one not in problems)
-            return None
+    from megadpo.train.inputs import open_run_inputs
 
     cfg = load_config(path, overrides)
-    cfg = attempt(checked_config) or cfg
-    source = attempt(lambda: resolve_source(cfg.policy.model_name, "policy.model_name"))
-    arch = None if source is None else attempt(lambda: read_architecture(source.hf_files))
-    tokenizer = None if source is None else attempt(lambda: load_tokenizer(str(tokenizer_source(cfg, source))))
-    data: RunData | None = None
-    if source is not None and arch is not None:
-        reference = attempt(lambda: reference_source(cfg, source)) or source
-        for one in dict.fromkeys((source, reference)):
-            problems += _weight_problems(one)
-    if source is None or arch is None or tokenizer is None:
-        attempt(lambda: _read_rows(cfg))
-    else:
-        data = attempt(lambda: load_data(cfg, arch, source, DataRank()))
-    if problems or data is None:
-        raise ConfigError(problems)
-    for line in [*cfg.notes, *data.reports]:
+    attempt = Attempts()
+    cfg = attempt(lambda: checked_config(path, overrides, world_size)) or cfg
+    inputs = attempt(lambda: open_run_inputs(cfg, thorough=True))
+    attempt.refuse()
+    assert inputs is not None
+    for line in [*cfg.notes, *inputs.reports]:
         print(line)
-    print(f"{cfg.dpo.total_steps(data.train_loader.batches_per_epoch)} steps; no problem found")
+    print(f"{cfg.dpo.total_steps(inputs.train_loader.batches_per_epoch)} steps; no problem found")
     return 0
-
-
-def _weight_problems(source: ModelSource) -> list[Problem]:
-    """Weight files complete, by their headers."""
-    from megadpo.families import weight_table
-    from megadpo.model.weights.hf_folder import HfWeights
-
-    if source.megatron is not None:
-        return []
-    try:
-        table = weight_table(read_architecture(source.hf_files))
-        return list(HfWeights.open(source.hf_files, table).problems(table))
-    except UserError as error:
-        return error.problems
-
-
-def _read_rows(cfg: Config) -> None:
-    """The data files without a tokenizer, where there is none. Raises DataError."""
-    from megadpo.data.formats import FieldKeys
-    from megadpo.data.formats.read_pairs import read_pairs
-
-    problems: list[Problem] = []
-    keys = FieldKeys(cfg.data.prompt_key, cfg.data.chosen_key, cfg.data.rejected_key)
-    for path in (cfg.data.train_data_path, *(cfg.data.val_data_paths or {}).values()):
-        pairs = read_pairs(path, keys, dataset_name=cfg.data.dataset_name, on_bad_row=cfg.data.on_bad_row)
-        try:
-            for _ in pairs:
-                pass
-        except DataError as error:
-            problems += error.problems
-    if problems:
-        raise DataError(problems)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import logging
 import os
 import signal
@@ -12,15 +11,12 @@ import time
 import warnings
 from collections.abc import Sequence
 
-from megadpo.config.check import check_layout
 from megadpo.config.known import Known, find_problems
-from megadpo.config.load import Purpose, as_dict, load_config, save_resolved
+from megadpo.config.load import as_dict, save_resolved
 from megadpo.config.metric import parse_duration_s
-from megadpo.config.no_effect import unused_by_dense
 from megadpo.config.problems import EXIT_REFUSED, ConfigError, UserError
 from megadpo.config.schema import Config
-from megadpo.families import read_architecture
-from megadpo.train.check import check
+from megadpo.train.check import check, checked_config
 
 OTHERS_WAIT_S = 20.0
 
@@ -30,12 +26,9 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     quiet_libraries()
     try:
-        world_size = options.world_size or (None if options.check else int(os.environ.get("WORLD_SIZE", "1")))
-
-        def checked() -> Config:
-            return checked_config(options.config, options.overrides, world_size)
-
-        return check(options.config, options.overrides, checked) if options.check else run_training(checked())
+        if options.check:
+            return check(options.config, options.overrides, options.world_size)
+        return run_training(checked_config(options.config, options.overrides, world_size()))
     except UserError as error:
         return refuse(error)
 
@@ -48,11 +41,14 @@ def evaluate_main(arguments: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     quiet_libraries()
     try:
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        cfg = checked_config(options.config, options.overrides, world_size, purpose="evaluate")
-        return run_evaluating(cfg)
+        return run_evaluating(checked_config(options.config, options.overrides, world_size(), purpose="evaluate"))
     except UserError as error:
         return refuse(error)
+
+
+def world_size() -> int:
+    """Ranks of this run, by what torchrun says; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def run_evaluating(cfg: Config) -> int:
@@ -84,27 +80,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def checked_config(path: str, overrides: Sequence[str], world_size: int | None, purpose: Purpose = "train") -> Config:
-    """The config, held against the model's config.json and the world. Raises ConfigError with every problem."""
-    from megadpo.model.freeze import freeze_problems
-    from megadpo.model.source import reference_source, resolve_source
-    from megadpo.model.weights import linked_out
-
-    cfg = load_config(path, overrides, purpose=purpose)
-    source = resolve_source(cfg.policy.model_name, "policy.model_name")
-    arch = read_architecture(source.hf_files)
-    problems = check_layout(cfg, arch, world_size) + freeze_problems(cfg.policy.freeze, arch)
-    if (reference := reference_source(cfg, source)) != source:
-        # the reference runs in the policy's layout, so its own shape must allow that too
-        for one in check_layout(cfg, read_architecture(reference.hf_files, "dpo.reference.model_name"), None):
-            problems.append(dataclasses.replace(one, expected=f"{one.expected} (dpo.reference.model_name's)"))
-    if purpose == "train" and cfg.checkpointing.enabled:
-        problems += linked_out(source.hf_files)
-    if problems:
-        raise ConfigError(problems)
-    return dataclasses.replace(cfg, notes=(*cfg.notes, *unused_by_dense(cfg, arch)))
-
-
 def run_training(cfg: Config) -> int:
     """Set up, train, tear down. Every rank."""
     from megadpo.parallel import destroy, initialize, layout_of, machine, setup_device
@@ -112,13 +87,11 @@ def run_training(cfg: Config) -> int:
     from megadpo.train.loop import train
     from megadpo.train.metrics_logger import MetricsLogger
     from megadpo.train.progress import ProgressLine, print_banner
-    from megadpo.train.report import choices, summarise
+    from megadpo.train.report import banner_rows, choices
     from megadpo.train.setup import prepare
     from megadpo.train.stop import StopWatcher
 
-    if (
-        "TORCHELASTIC_RUN_ID" in os.environ
-    ):  # the ranks of a torchrun that died would train on, with nobody to stop them
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # without it the ranks of a torchrun that died would train on
         signal_when_parent_ends(signal.SIGTERM, os.getppid())
     device = setup_device(cfg.policy.device)
     if problems := find_problems(Known(cfg=cfg, machine=machine(device))):
@@ -129,7 +102,8 @@ def run_training(cfg: Config) -> int:
     must_save_by = cfg.checkpointing.checkpoint_must_save_by
     stop = StopWatcher(parallel, None if must_save_by is None else parse_duration_s(must_save_by))
     stop.install()
-    summary, chosen = summarise(run), choices(run)
+    chosen = choices(run)
+    rows = banner_rows(run, chosen)
     run_config = {**as_dict(cfg), "chosen": chosen}
     with (
         MetricsLogger(cfg.logger, enabled=first, resumed_step=run.position.step, run_config=run_config) as logger,
@@ -137,7 +111,7 @@ def run_training(cfg: Config) -> int:
     ):
         if first:
             save_resolved(cfg, os.path.join(cfg.logger.log_dir, "config.yaml"), chosen)
-            print_banner(summary)
+            print_banner(rows)
         exit_code = train(run, logger, progress, stop)
     destroy()
     return exit_code

@@ -15,19 +15,15 @@ import torch.distributed as dist
 
 from megadpo.checkpoint import load_weights
 from megadpo.config.schema import Config
-from megadpo.data.batches.loader import GlobalBatchLoader
-from megadpo.data.tokens.dataset import load_datasets
-from megadpo.data.tokens.tokenizer import load_tokenizer, pad_token_id
-from megadpo.families import read_architecture
 from megadpo.model.build import build_model
-from megadpo.model.source import resolve_source, tokenizer_source
 from megadpo.objective.dpo import metric_names
 from megadpo.parallel import ParallelContext
 from megadpo.reference import ResidentReference
+from megadpo.train.inputs import data_rank, open_run_inputs
 from megadpo.train.metrics import MetricSums
-from megadpo.train.reference import build_reference, require_reference_vocabulary
+from megadpo.train.reference import build_reference
 from megadpo.train.resume import require_writable
-from megadpo.train.setup import data_rank, seed_everything
+from megadpo.train.setup import seed_everything
 from megadpo.train.step import pair_loss
 
 
@@ -48,23 +44,15 @@ class Evaluator:
     def __init__(self, cfg: Config, parallel: ParallelContext) -> None:
         seed_everything(cfg.dpo.seed, parallel)
         self.parallel = parallel
-        source = resolve_source(cfg.policy.model_name, "policy.model_name")
-        arch = read_architecture(source.hf_files)
-        tokenizer = load_tokenizer(str(tokenizer_source(cfg, source)))
-        datasets = load_datasets(cfg, cfg.data.val_data_paths or {}, tokenizer, arch.vocab_size)
-        require_reference_vocabulary(cfg, source, datasets.values())
         whole = dataclasses.replace(cfg, dpo=dataclasses.replace(cfg.dpo, val_batches=0))  # evaluation means every pair
-        pad, rank = pad_token_id(tokenizer), data_rank(parallel)
-        self.loaders = {
-            name: GlobalBatchLoader.from_config(data, whole, arch, pad_token_id=pad, training=False, rank=rank)
-            for name, data in datasets.items()
-        }
-        self.policy = ResidentReference(build_model(arch, cfg.policy, parallel, frozen=True), parallel)
-        load_weights(self.policy.model, source, arch, parallel)
+        inputs = open_run_inputs(whole, data_rank(parallel), sets=list(cfg.data.val_data_paths or {}))
+        self.loaders = inputs.loaders
+        self.policy = ResidentReference(build_model(inputs.arch, cfg.policy, parallel, frozen=True), parallel)
+        load_weights(self.policy.model, inputs.source, inputs.arch, parallel)
         named = cfg.dpo.reference.model_name is not None
-        self.reference = build_reference(cfg, source, arch, parallel) if named else None
+        self.reference = build_reference(cfg, inputs, parallel) if named else None
         self.has_preference_loss = named or not cfg.dpo.loss.reads_reference
-        # Where it can't be had its weight is 0 for the objective, whatever the config says.
+        # Without the reference that it needs, the preference loss has weight 0, whatever the config says.
         self.dpo = cfg.dpo if self.has_preference_loss else dataclasses.replace(cfg.dpo, preference_loss_weight=0.0)
 
     def evaluate(self, name: str) -> tuple[dict[str, float | None], list[PairScore]]:
@@ -105,7 +93,7 @@ def metrics_of(
 
 
 def write_scores(path: Path, scores: list[PairScore]) -> None:
-    """pairs-<name>.jsonl: one object a pair, in file order. null for what is not finite, which JSON has no word for."""
+    """pairs-<name>.jsonl: one object a pair, in file order. null for a number that is not finite, which JSON can't write."""
     path.write_text("".join(json.dumps(_finite(dataclasses.asdict(score))) + "\n" for score in scores))
 
 

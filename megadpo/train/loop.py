@@ -23,7 +23,7 @@ def train(run: Run, logger: MetricsLogger, progress: ProgressLine, stop: StopWat
     All ranks call it together. Raises NonFiniteLoss where the config says so; complete checkpoints stay.
     """
     dpo, saving = run.cfg.dpo, run.cfg.checkpointing
-    steps_per_epoch = run.data.train_loader.batches_per_epoch
+    steps_per_epoch = run.inputs.train_loader.batches_per_epoch
     position = run.position
     if position.step == 0 and dpo.val_at_start:
         position = validate(run, position, logger, progress, stop, also_log={})
@@ -33,7 +33,7 @@ def train(run: Run, logger: MetricsLogger, progress: ProgressLine, stop: StopWat
     saved_step = position.step
 
     while position.step < run.total_steps:
-        batches = run.data.train_loader.batches(position.epoch, position.batch)
+        batches = run.inputs.train_loader.batches(position.epoch, position.batch)
         started = time.perf_counter()
         for batch in batches:
             outcome = run.trainer.step(batch)
@@ -87,7 +87,7 @@ def step_record(batch: GlobalBatch, outcome: StepOutcome, before: TrainingPositi
 def validation_due(run: Run, step: int, *, last: bool, save: bool) -> bool:
     """By the period, at the end, and before a checkpoint that is ranked by a validation metric."""
     dpo = run.cfg.dpo
-    if not run.data.validation:
+    if not run.inputs.validation:
         return False
     ranked_by_validation = (run.ranking_metric or "").startswith("validation")
     by_period = dpo.val_period > 0 and step % dpo.val_period == 0
@@ -107,7 +107,7 @@ def validate(
     to stop breaks it off: what was measured by then of a set counts for nothing, and the caller asks `stop` again."""
     started = time.perf_counter()
     record: dict[str, float] = {}
-    for name in run.data.validation:
+    for name in run.inputs.validation:
         set_started = time.perf_counter()
         try:
             metrics = run.trainer.evaluate(until_stopped(run.validation_batches(name), stop))
@@ -148,7 +148,7 @@ def save_and_prune(run: Run, position: TrainingPosition) -> None:
         model=run.trainer.model_to_save(),
         optimizer=run.trainer.optimizer if saving.save_optimizer else None,
         scheduler=run.trainer.scheduler,
-        hf_files=run.source.hf_files,
+        hf_files=run.inputs.source.hf_files,
         cfg=run.cfg,
     )
     if run.parallel.rank == 0:

@@ -15,7 +15,7 @@ class MetricSums:
 
     A mean of micro-batch means is wrong as soon as the micro-batches differ in pairs; a sum of sums over a sum of
     counts is exact under any split. Sums are kept as fp64 scalars on the device they come from; `add` and `pack` never
-    wait for that device, `reduce`, `means` and `counts` wait once each.
+    wait for that device, `reduce` and `means` wait once each.
 
         sums = MetricSums(device)
         for micro_batch in ...:
@@ -83,11 +83,6 @@ class MetricSums:
         names, values = self.names(), self.pack().tolist()
         pairs = zip(values[: len(names)], values[len(names) :], strict=True)
         return {name: total / count if count else math.nan for name, (total, count) in zip(names, pairs, strict=True)}
-
-    def counts(self) -> dict[str, float]:
-        """name -> count, sorted by name. One copy from the device."""
-        names = self.names()
-        return dict(zip(names, self.pack()[len(names) :].tolist(), strict=True))
 
     def _scalar(self, value: Tensor | float) -> Tensor:
         """fp64 scalar on the device; a number is filled in by a kernel there, which needs no copy."""

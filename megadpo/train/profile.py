@@ -68,7 +68,7 @@ def profile_run(cfg: Config, *, warmup: int, steps: int, trace: Path | None) -> 
     )
     device = setup_device(cfg.policy.device)
     run = prepare(cfg, initialize(layout_of(cfg), device))
-    batches = run.data.train_loader.batches(0)
+    batches = run.inputs.train_loader.batches(0)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     for _ in range(warmup):
         run.trainer.step(next(batches))

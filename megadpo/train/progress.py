@@ -11,8 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TextIO
 
@@ -142,78 +141,11 @@ class TimeLeft:
         return max(self._total_steps - step, 0) * sum(self._durations_s) / len(self._durations_s)
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunSummary:
-    """What is about to run, for the banner at the start."""
-
-    model: str
-    """The policy's folder or hub name, with its family."""
-    num_parameters: int
-    """Of the policy, over all shards."""
-    layout: Mapping[str, int]
-    """Size of each dimension in the order to show it: {"TP": 2, "PP": 1, "DP": 4}; those of size 1 are left out."""
-    world_size: int
-    device: str
-    precision: str
-    layers: str
-    """Whose layers, and why: "local (no CUDA device)"."""
-    attention_kernel: str
-    optimizer: str
-    """Whose AdamW, and why."""
-    logprob_kernel: str
-    global_batch_pairs: int
-    micro_batch: str
-    """How a global batch is cut: "packs of at most 4,096 tokens, prompt once" or "2 pairs"."""
-    total_steps: int
-    start_step: int = 0
-    """The step resumed from; 0 for a new run."""
-    train_pairs: int
-    validation_pairs: Mapping[str, int] = field(default_factory=dict)
-    """Pairs that validation uses, by the set's name."""
-    loss: str
-    """"sigmoid, beta 0.05", with the weights where they differ from 1 and 0."""
-    reference: str
-    """"resident copy of the policy's start", a folder, or "none"."""
-    log_dir: str
-    checkpoint_dir: str | None = None
-    """None: no checkpoints."""
-    notes: tuple[str, ...] = ()
-    """Anything else worth saying before the first step, such as pairs dropped or keys without effect."""
-
-
-def print_banner(summary: RunSummary, file: TextIO | None = None) -> None:
-    """Print `format_banner` to the file (default: stdout)."""
-    print(format_banner(summary), file=file or sys.stdout, flush=True)
-
-
-def format_banner(summary: RunSummary) -> str:
-    """A table of what will run: plain text, one line per fact, no trailing newline."""
-    wide = [f"{name} {size}" for name, size in summary.layout.items() if size != 1]
-    ranks = f"{summary.world_size} rank" + ("s" if summary.world_size != 1 else "")
-    steps = f"{summary.total_steps:,}"
-    if summary.start_step:
-        steps += f", resuming after step {summary.start_step:,}"
-    data = [f"{summary.train_pairs:,} training pairs"]
-    data += [f"{pairs:,} in validation set {name}" for name, pairs in summary.validation_pairs.items()]
-    rows = [
-        ("model", summary.model),
-        ("parameters", _parameters(summary.num_parameters)),
-        ("layout", f"{' x '.join(wide)} ({ranks})" if wide else ranks),
-        ("device", f"{summary.device}, {summary.precision}"),
-        ("layers", summary.layers),
-        ("kernels", f"attention {summary.attention_kernel}, log-probabilities {summary.logprob_kernel}"),
-        ("optimizer", summary.optimizer),
-        ("batch", f"{summary.global_batch_pairs:,} pairs, in {summary.micro_batch}"),
-        ("steps", steps),
-        ("data", ", ".join(data)),
-        ("loss", summary.loss),
-        ("reference", summary.reference),
-        ("logs", summary.log_dir),
-        ("checkpoints", summary.checkpoint_dir or "none"),
-        *(("note", note) for note in summary.notes),
-    ]
+def print_banner(rows: Sequence[tuple[str, str]], file: TextIO | None = None) -> None:
+    """What will run, a line each: plain text, names in a column. file: default stdout."""
     width = max(len(name) for name, _ in rows)
-    return "\n".join(["megadpo", *(f"  {name:<{width}}  {value}" for name, value in rows)])
+    lines = ["megadpo", *(f"  {name:<{width}}  {value}" for name, value in rows)]
+    print("\n".join(lines), file=file or sys.stdout, flush=True)
 
 
 def _stdout_console() -> Console:
@@ -257,11 +189,3 @@ def _duration(seconds: float | None) -> str:
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
     return f"{days}d {hours:02}:{minutes:02}:{rest:02}" if days else f"{hours}:{minutes:02}:{rest:02}"
-
-
-def _parameters(count: int) -> str:
-    """8,030,261,248 (8.03 B)."""
-    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if count >= size:
-            return f"{count:,} ({count / size:.2f} {unit})"
-    return f"{count:,}"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -14,17 +14,13 @@ import numpy.typing as npt
 import torch
 
 from megadpo.checkpoint import load_weights
-from megadpo.config.architecture import Architecture
-from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
-from megadpo.data.batches.loader import GlobalBatchLoader
-from megadpo.data.pairs import PairDataset
-from megadpo.families import read_architecture
 from megadpo.model.build import build_model
-from megadpo.model.source import ModelSource, reference_source, weights_fingerprint
+from megadpo.model.source import weights_fingerprint
 from megadpo.parallel import ParallelContext
 from megadpo.reference import LogpsCache, ResidentReference, compute_missing, positions_by_use
 from megadpo.reference.cached import Table
+from megadpo.train.inputs import TRAIN, RunInputs
 from megadpo.train.resume import from_first_rank, require_writable
 
 Positions = npt.NDArray[np.int64]
@@ -32,27 +28,11 @@ FORMAT = 1
 """Counted up by a change after which the same model gives other log-probabilities."""
 
 
-def build_reference(
-    cfg: Config, policy_source: ModelSource, arch: Architecture, parallel: ParallelContext
-) -> ResidentReference:
+def build_reference(cfg: Config, inputs: RunInputs, parallel: ParallelContext) -> ResidentReference:
     """The frozen reference of `dpo.reference`, loaded."""
-    source, arch = _source(cfg, policy_source, arch)
-    model = build_model(arch, cfg.policy, parallel, frozen=True)
-    load_weights(model, source, arch, parallel)
+    model = build_model(inputs.reference_arch, cfg.policy, parallel, frozen=True)
+    load_weights(model, inputs.reference, inputs.reference_arch, parallel)
     return ResidentReference(model, parallel)
-
-
-def require_reference_vocabulary(cfg: Config, policy_source: ModelSource, datasets: Iterable[PairDataset]) -> None:
-    """Raises ConfigError for a reference that lacks some of the pairs' tokens: under tensor parallelism no shard of its
-    embedding would hold them, and its log-probabilities be nonsense without an error."""
-    source, name = reference_source(cfg, policy_source), cfg.dpo.reference.model_name
-    if source == policy_source:  # whose vocabulary the pairs have been held against
-        return
-    vocab_size = read_architecture(source.hf_files, "dpo.reference.model_name").vocab_size
-    largest = max(data.max_token_id for data in datasets)
-    if largest >= vocab_size:
-        expected = f"a model that has the pairs' token ids, up to {largest}; its vocabulary has {vocab_size}"
-        raise ConfigError(Problem("dpo.reference.model_name", name, expected, "name one with the policy's tokenizer"))
 
 
 def cache_folder(cfg: Config) -> Path:
@@ -62,26 +42,21 @@ def cache_folder(cfg: Config) -> Path:
 
 
 def attach_logps(
-    cfg: Config,
-    policy_source: ModelSource,
-    arch: Architecture,
-    parallel: ParallelContext,
-    training: GlobalBatchLoader,
-    validation: Mapping[str, GlobalBatchLoader],
-    total_steps: int,
-) -> tuple[GlobalBatchLoader, dict[str, GlobalBatchLoader], list[str]]:
-    """The loaders with the reference's log-probabilities of every pair that the run will see: from the files of
-    `dpo.reference.cache_dir`, and computed, and written there, where those lack some. The model is gone afterwards.
+    cfg: Config, inputs: RunInputs, parallel: ParallelContext, total_steps: int
+) -> tuple[RunInputs, list[str]]:
+    """The inputs, with loaders that bring the reference's log-probabilities of every pair that the run will see: from the
+    files of `dpo.reference.cache_dir`, and computed, and written there, where those lack some. The model is gone afterwards.
 
     With them a line a data set. Raises ConfigError, on every rank, where the folder can't be written. Collectives: a
     broadcast a data set, and where something is computed one a write, those of the model and of `compute_missing`.
     """
     folder = cache_folder(cfg)
-    model = from_first_rank(parallel, lambda: _describe(cfg, policy_source, arch))
+    model = from_first_rank(parallel, lambda: _describe(cfg, inputs))
     reference: ResidentReference | None = None
-    loaders: list[GlobalBatchLoader] = []
+    loaders = {}
     lines = []
-    for name, loader, steps in [("train", training, total_steps), *((n, v, None) for n, v in validation.items())]:
+    for key, loader in inputs.loaders.items():
+        name, steps = ("train", total_steps) if key == TRAIN else (key, None)
         cache = LogpsCache(folder / f"{name}-{_digest({**model, 'data': loader.dataset.fingerprint})}.safetensors")
         positions = positions_by_use(loader, steps)
         table = from_first_rank(parallel, partial(cache.read, len(loader.dataset)))
@@ -89,10 +64,10 @@ def attach_logps(
         if known < len(positions):
             if reference is None:
                 from_first_rank(parallel, partial(require_writable, folder, "dpo.reference.cache_dir"))
-                reference = build_reference(cfg, policy_source, arch, parallel)
+                reference = build_reference(cfg, inputs, parallel)
             keep = partial(_keep, cache, name, positions, parallel)
             table = compute_missing(reference, loader, positions, table, parallel, after_some=keep)
-        loaders.append(loader.with_reference_logps(table))
+        loaders[key] = loader.with_reference_logps(table)
         lines.append(f"reference log-probabilities of {name}: {known} of {len(positions)} pairs from {cache.path}")
         broken = positions[~np.isfinite(table[positions]).all(axis=1)]
         if len(broken):
@@ -100,25 +75,19 @@ def attach_logps(
             lines.append(f"  not finite for {len(broken)} pairs of {name}, the first in rows {rows} (from 0)")
     if reference is not None:
         del reference
-        gc.collect()  # a layer that refers to itself would otherwise keep its weights for as long as it likes
+        gc.collect()  # a layer that refers to itself keeps its weights until the garbage collector runs
         if parallel.device.type == "cuda":
             torch.cuda.empty_cache()
-    return loaders[0], dict(zip(validation, loaders[1:], strict=True)), lines
+    return dataclasses.replace(inputs, loaders=loaders), lines
 
 
-def _source(cfg: Config, policy_source: ModelSource, arch: Architecture) -> tuple[ModelSource, Architecture]:
-    source = reference_source(cfg, policy_source)
-    return source, arch if source == policy_source else read_architecture(source.hf_files, "dpo.reference.model_name")
-
-
-def _describe(cfg: Config, policy_source: ModelSource, arch: Architecture) -> dict[str, str]:
+def _describe(cfg: Config, inputs: RunInputs) -> dict[str, str]:
     """What the numbers depend on, beside the data; not the layout, which changes them by rounding only."""
-    source, arch = _source(cfg, policy_source, arch)
     fp8 = cfg.policy.megatron_cfg.fp8_cfg
     return {
         "format": str(FORMAT),
-        "weights": weights_fingerprint(source, every_tensor=True),
-        "architecture": arch.fingerprint,
+        "weights": weights_fingerprint(inputs.reference, every_tensor=True),
+        "architecture": inputs.reference_arch.fingerprint,
         "precision": cfg.policy.precision,
         "fp8": f"{fp8.fp8} {fp8.fp8_recipe}" if fp8.enabled else "",
     }

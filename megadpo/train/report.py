@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 
@@ -11,39 +13,34 @@ from megadpo.config.variants import LAYER_IMPLEMENTATIONS, LOSSES
 from megadpo.model.build import count_parameters, is_expert
 from megadpo.optimizer.kinds.adam import Adam, adam_name
 from megadpo.parallel import machine
-from megadpo.train.progress import RunSummary
 from megadpo.train.setup import Run
 
 
-def summarise(run: Run) -> RunSummary:
-    """Facts of the run for the banner. All ranks call it. Collectives: an all-reduce of the parameter count."""
-    cfg, parallel, chosen = run.cfg, run.parallel, choices(run)
-    return RunSummary(
-        model=cfg.policy.model_name,
-        num_parameters=all_parameters(run),
-        layout=layout_sizes(run),
-        world_size=parallel.world_size,
-        device=parallel.device.type,
-        precision=cfg.policy.precision,
-        layers=chosen["layers"],
-        attention_kernel=run.trainer.model[0].kernel.name,
-        logprob_kernel=run.trainer.model[0].head.name,
-        optimizer=chosen["optimizer"],
-        global_batch_pairs=cfg.policy.train_global_batch_size,
-        micro_batch=micro_batch_words(cfg),
-        total_steps=run.total_steps,
-        start_step=run.position.step,
-        train_pairs=len(run.data.train),
-        validation_pairs={
-            name: min(loader.batches_per_epoch * loader.global_batch_size, len(loader.dataset))
-            for name, loader in run.data.validation.items()
-        },
-        loss=loss_words(cfg),
-        reference=reference_words(cfg),
-        log_dir=cfg.logger.log_dir,
-        checkpoint_dir=cfg.checkpointing.checkpoint_dir if cfg.checkpointing.enabled else None,
-        notes=(*cfg.notes, *run.notes, *run.data.reports),
-    )
+def banner_rows(run: Run, chosen: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(name, words) of each fact about the run, for the banner. chosen: its `choices`. All ranks call it. Collectives: an
+    all-reduce of the parameter count."""
+    cfg, parallel, inputs = run.cfg, run.parallel, run.inputs
+    validation = {
+        name: min(loader.batches_per_epoch * loader.global_batch_size, len(loader.dataset))
+        for name, loader in inputs.validation.items()
+    }
+    return [
+        ("model", cfg.policy.model_name),
+        ("parameters", count_words(all_parameters(run))),
+        ("layout", layout_words(layout_sizes(run), parallel.world_size)),
+        ("device", f"{parallel.device.type}, {cfg.policy.precision}"),
+        ("layers", chosen["layers"]),
+        ("kernels", f"attention {chosen['attention']}, log-probabilities {chosen['log-probabilities']}"),
+        ("optimizer", chosen["optimizer"]),
+        ("batch", f"{cfg.policy.train_global_batch_size:,} pairs, in {micro_batch_words(cfg)}"),
+        ("steps", step_words(run.total_steps, run.position.step)),
+        ("data", data_words(len(inputs.train_loader.dataset), validation)),
+        ("loss", loss_words(cfg)),
+        ("reference", reference_words(cfg)),
+        ("logs", cfg.logger.log_dir),
+        ("checkpoints", cfg.checkpointing.checkpoint_dir if cfg.checkpointing.enabled else "none"),
+        *(("note", note) for note in (*cfg.notes, *run.notes, *inputs.reports)),
+    ]
 
 
 def choices(run: Run) -> dict[str, str]:
@@ -91,6 +88,30 @@ def all_parameters(run: Run) -> int:
     counted = torch.tensor([mine], dtype=torch.int64, device=run.parallel.device)
     dist.all_reduce(counted, group=run.parallel.pp_group)
     return int(counted.item())
+
+
+def layout_words(sizes: Mapping[str, int], world_size: int) -> str:
+    """TP 4 x DP 2 (8 ranks); sizes of 1 are left out."""
+    wide = [f"{name} {size}" for name, size in sizes.items() if size != 1]
+    ranks = f"{world_size} rank" + ("s" if world_size != 1 else "")
+    return f"{' x '.join(wide)} ({ranks})" if wide else ranks
+
+
+def count_words(count: int) -> str:
+    """8,030,261,248 (8.03 B)."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count:,} ({count / size:.2f} {unit})"
+    return f"{count:,}"
+
+
+def step_words(total_steps: int, start_step: int) -> str:
+    return f"{total_steps:,}" + (f", resuming after step {start_step:,}" if start_step else "")
+
+
+def data_words(train_pairs: int, validation_pairs: Mapping[str, int]) -> str:
+    sets = [f"{pairs:,} in validation set {name}" for name, pairs in validation_pairs.items()]
+    return ", ".join([f"{train_pairs:,} training pairs", *sets])
 
 
 def micro_batch_words(cfg: Config) -> str:

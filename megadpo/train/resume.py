@@ -22,7 +22,7 @@ from megadpo.config.problems import ConfigError, Problem, UserError
 from megadpo.config.schema import Config
 from megadpo.data.pairs import PairDataset
 from megadpo.model.manifest import checkpoint_before, no_manifest
-from megadpo.model.source import ModelSource, reference_source, weights_fingerprint
+from megadpo.model.source import ModelSource, weights_fingerprint
 from megadpo.parallel import ParallelContext
 
 FIELD = "checkpointing.checkpoint_dir"
@@ -96,7 +96,7 @@ def _way_on(damaged: Path, before: Path | None) -> str:
     )
 
 
-def data_settings(cfg: Config, source: ModelSource, parallel: ParallelContext) -> dict[str, Any]:
+def data_settings(cfg: Config, reference: ModelSource, parallel: ParallelContext) -> dict[str, Any]:
     """What, beside the pairs themselves, must stay as it was: it decides which pairs a step sees, which weights the
     optimizer holds, and what the policy is compared with. Collectives: a broadcast."""
     return {
@@ -105,13 +105,13 @@ def data_settings(cfg: Config, source: ModelSource, parallel: ParallelContext) -
         "policy.train_global_batch_size": cfg.policy.train_global_batch_size,
         "policy.freeze": list(cfg.policy.freeze),
         "policy.megatron_cfg.freeze_moe_router": cfg.policy.megatron_cfg.freeze_moe_router,
-        REFERENCE: from_first_rank(parallel, lambda: _reference_fingerprint(cfg, source)),
+        REFERENCE: from_first_rank(parallel, lambda: _reference_fingerprint(cfg, reference)),
     }
 
 
 def changes(cfg: Config, info: CheckpointInfo) -> list[str]:
     """One line for each setting of the objective, the optimizer and its schedule that differs from the run that wrote
-    `info`: allowed, but not in silence."""
+    `info`: allowed, but the user is told."""
     file = info.path / "config.yaml"
     try:
         before = dict(_flat(yaml.safe_load(file.read_text()), ""))
@@ -170,8 +170,8 @@ def from_first_rank(parallel: ParallelContext, get: Any) -> Any:
     return shared[0]
 
 
-def _reference_fingerprint(cfg: Config, source: ModelSource) -> str | None:
-    return None if cfg.dpo.reference.mode == "none" else weights_fingerprint(reference_source(cfg, source))
+def _reference_fingerprint(cfg: Config, reference: ModelSource) -> str | None:
+    return None if cfg.dpo.reference.mode == "none" else weights_fingerprint(reference)
 
 
 def _other_reference(cfg: Config, info: CheckpointInfo, fix: str) -> Problem:

@@ -34,7 +34,7 @@ class StopWatcher:
         """Catch STOP_SIGNALS: the step in progress is finished and saved.
 
         Ctrl-C more than SAME_SIGNAL_S after the first signal ends the process at once: somebody does not want to wait.
-        What else comes later, Slurm's SIGTERM at the time limit say, leaves it saving; SIGKILL follows by itself.
+        Another later signal, such as Slurm's SIGTERM at the time limit, changes nothing: the save goes on.
         """
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)

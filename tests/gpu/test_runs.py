@@ -164,7 +164,7 @@ def step_without_waits(config, overrides):
 
     cfg = load_config(config, overrides)
     run = prepare(cfg, initialize(layout_of(cfg), setup_device("auto")))
-    batches = run.data.train_loader.batches(0)
+    batches = run.inputs.train_loader.batches(0)
     run.trainer.step(next(batches))  # kernels are compiled and chosen, memory is cached
     guarded = []
 

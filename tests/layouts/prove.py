@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megadpo.config.problems import ConfigError, Problem
-from megadpo.train.command import checked_config
+from megadpo.train.check import checked_config
 from tests.helpers.equal_runs import Outcome, assert_equal_runs, run
 from tests.helpers.runs import make_config
 from tests.layouts.impossible import IMPOSSIBLE

@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 import torch
 
+from megadpo.data.batches.cut import context_part
 from megadpo.data.batches.pack import pack_pairs
-from megadpo.model import attention
-from megadpo.model.attention import forget, once
+from megadpo.model.attention import once
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import make_model
 from tests.model.kernels.test_kernels import random_pairs
@@ -29,15 +29,12 @@ def test_it_is_made_once_and_goes_with_the_micro_batch():
     with_logps = dataclasses.replace(batch, reference_logps=torch.zeros(6))  # still the same micro-batch
     assert [once(one, "a", make) for one in (batch, with_logps, batch.to("cpu"))] == [0, 0, 0]
     assert (once(batch, "b", make), once(a_batch(), "a", make)) == (1, 2)
-    forget(with_logps)
-    assert once(batch, "a", make) == 3
-    left = len(attention._made)
-    del batch, with_logps
-    assert len(attention._made) == left - 1
+    part = context_part(batch, 0, 2)  # another run of tokens
+    assert once(part, "a", make) == 3 and once(batch, "a", make) == 0
 
 
 def forward_twice(folder):
-    """Plans and rotations that this rank made for two micro-batches, and micro-batches that it keeps some of."""
+    """Plans and rotations that this rank made for two micro-batches, and what it keeps of each."""
     from megadpo.config.schema_megatron import MegatronConfig
     from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
     from megadpo.families import read_architecture
@@ -77,7 +74,7 @@ def forward_twice(folder):
             model = build_model(arch, policy, parallel, frozen=frozen)
             load_hf_weights(model, arch, folder, place_of(parallel))
             answer_logps(model, batches, parallel)
-            kept.append(len(attention._made))
+            kept.append([len(batch.made) for batch in batches])
     return made, kept
 
 
@@ -85,4 +82,4 @@ def forward_twice(folder):
 def test_chunks_of_a_stage_and_the_reference_share_it(tmp_path):
     model = make_model(tmp_path / "model", "llama", num_hidden_layers=4)
     for made, kept in run_distributed(forward_twice, 2, str(model), init_process_group=False):
-        assert made == {"plan": 2, "forward": 2} and kept == [2, 0]
+        assert made == {"plan": 2, "forward": 2} and kept == [[2, 2], [0, 0]]

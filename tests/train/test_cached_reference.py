@@ -202,17 +202,13 @@ def model_after_attaching(config: str) -> tuple[int, list[bool]]:
     import gc
     import weakref
 
-    from megadpo.families import read_architecture
-    from megadpo.model.source import resolve_source
     from megadpo.parallel import initialize, layout_of, setup_device
-    from megadpo.train import reference, setup
-    from megadpo.train.command import checked_config
+    from megadpo.train import inputs, reference
+    from megadpo.train.check import checked_config
 
     cfg = checked_config(config, [], 1)
     parallel = initialize(layout_of(cfg), setup_device("cpu"))
-    source = resolve_source(cfg.policy.model_name, "policy.model_name")
-    arch = read_architecture(source.hf_files)
-    data = setup.load_data(cfg, arch, source, setup.data_rank(parallel))
+    opened = inputs.open_run_inputs(cfg, inputs.data_rank(parallel))
     weights: list[weakref.ref[torch.Tensor]] = []
     build = reference.build_reference
 
@@ -224,7 +220,7 @@ def model_after_attaching(config: str) -> tuple[int, list[bool]]:
 
     reference.build_reference = build_reference
     gc.disable()
-    reference.attach_logps(cfg, source, arch, parallel, data.train_loader, data.validation, 3)
+    reference.attach_logps(cfg, opened, parallel, 3)
     return len(weights), [one() is not None for one in weights]
 
 

@@ -146,7 +146,7 @@ def run_case(config):
             FakeCuda({operation: only_for_experts(answer) for operation, answer in answers.items()}) as gpu,
         ):
             run = prepare(cfg, initialize(layout_of(cfg), setup_device(cfg.policy.device)))
-            with contextlib.closing(run.data.train_loader.batches(0)) as batches:
+            with contextlib.closing(run.inputs.train_loader.batches(0)) as batches:
                 batch = next(batches)
                 gpu.waits.clear()
                 outcome = run.trainer.step(batch)

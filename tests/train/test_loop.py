@@ -32,7 +32,7 @@ from megadpo.train.step import StepOutcome
 def test_validation_is_due(period, at_end, ranked_by, step, last, save, due):
     cfg = SimpleNamespace(dpo=DpoConfig(val_period=period, val_at_end=at_end))
     for sets in ({"a": None}, {}):
-        run = SimpleNamespace(cfg=cfg, data=SimpleNamespace(validation=sets), ranking_metric=ranked_by)
+        run = SimpleNamespace(cfg=cfg, inputs=SimpleNamespace(validation=sets), ranking_metric=ranked_by)
         assert validation_due(run, step, last=last, save=save) == (due and bool(sets))
 
 
@@ -65,7 +65,7 @@ def test_a_save_is_pruned_and_never_made_in_another_runs_folder(tmp_path, monkey
         owner=claim(tmp_path),
         parallel=SimpleNamespace(rank=0),
         ranking_metric="validation-a/loss",
-        source=SimpleNamespace(hf_files="files"),
+        inputs=SimpleNamespace(source=SimpleNamespace(hf_files="files")),
         trainer=SimpleNamespace(model_to_save=lambda: "whole", optimizer="adam", scheduler="cosine"),
     )
     position = TrainingPosition(step=7, epoch=0, batch=7)
@@ -104,7 +104,7 @@ def test_a_run_saves_by_its_period_at_its_end_and_where_it_is_stopped(stopped_at
         cfg=SimpleNamespace(
             dpo=DpoConfig(val_period=1), checkpointing=CheckpointingConfig(save_period=3, enabled=enabled)
         ),
-        data=SimpleNamespace(train_loader=SimpleNamespace(batches_per_epoch=4, batches=batches), validation={}),
+        inputs=SimpleNamespace(train_loader=SimpleNamespace(batches_per_epoch=4, batches=batches), validation={}),
         position=TrainingPosition(step=1, epoch=0, batch=1),
         total_steps=5,
         trainer=SimpleNamespace(step=lambda batch: StepOutcome({"loss": 0.5}, grad_norm=1.0, lr=0.1, updated=True)),

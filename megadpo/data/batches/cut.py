@@ -99,6 +99,7 @@ def context_part(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
             most_work=int(cut.work.max()),
             mean_work=float(cut.work.mean()),
         ),
+        made={},
     )
 
 

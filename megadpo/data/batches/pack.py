@@ -11,8 +11,9 @@ Under context parallelism a rank holds part of the run (data/batches/cut.py): it
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,7 +89,9 @@ class PackedBatch:
     part: ContextPart | None = None
     """None: the whole run is here."""
     reference_logps: torch.Tensor | None = None
-    """[2P] float32: the reference's, where they were computed beforehand; rows as in `answer_tokens`."""
+    """[2P] float32: the reference's, where they are known; rows as in `answer_tokens`."""
+    made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+    """What the model made of this run of tokens, by what it is (model/attention.py `once`): copies share it."""
 
     @property
     def num_pairs(self) -> int:
