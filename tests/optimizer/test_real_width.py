@@ -58,7 +58,7 @@ def norms_of_a_step(config: str, overrides: list[str]) -> tuple[float, float, fl
 
     optimizer.get_grad_norm = get_grad_norm
     optimizer.step_with_ready_grads = lambda: seen.append(exact_norm())
-    outcome = run.trainer.step(next(iter(run.data.train_loader.batches(0, 0))))
+    outcome = run.trainer.step(next(iter(run.inputs.train_loader.batches(0, 0))))
     destroy()
     return outcome.grad_norm, seen[0], seen[1]
 
