@@ -1,7 +1,7 @@
 """The checkpoint folder: names, which ones are complete, and which ones go.
 
     <checkpoint_dir>/step_<N>/model/         megatron-core distributed checkpoint: weights, optimizer state
-                              hf/            config.json and tokenizer files, as they came from Hugging Face
+                              hf/            an export but for the weights: configs, tokenizer, model card
                               rng/           random-number states, one file a rank
                               config.yaml    the resolved config of the run
                               megadpo.json   holds the TrainingPosition, and says that there is a manifest

@@ -6,7 +6,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,14 @@ def save_checkpoint(
     optimizer: MegatronOptimizer | None,
     scheduler: OptimizerParamScheduler,
     hf_files: Path,
+    own_files: Mapping[str, bytes],
     cfg: Config,
 ) -> Path:
     """Write <folder>/step_<N> and return it. All ranks call it together.
 
     model: the unwrapped chunks of this rank (the DDP wrapper would prefix every key). optimizer None: weights only.
-    hf_files: folder whose files, weights apart, go into hf/. Collectives: those of dist_checkpointing.save and
+    hf_files, own_files: folder whose files, weights apart, go into hf/, and on rank 0 what takes the place of some (see
+    `copy_hf_files`). Collectives: those of dist_checkpointing.save and
     has_frozen_weights, an all-gather of pickled objects and barriers over the world. Raises what the file system raises (a
     full disk, a folder that can't be written); the partial folder then stays behind, complete checkpoints are untouched,
     and the next save starts it anew.
@@ -72,7 +74,7 @@ def save_checkpoint(
     proofs = _proofs_of_writers(partial, parallel)
 
     if parallel.rank == 0:
-        copy_hf_files(hf_files, partial / "hf")
+        copy_hf_files(hf_files, partial / "hf", own_files)
         save_resolved(cfg, partial / "config.yaml")
         record = {
             "format": FORMAT,

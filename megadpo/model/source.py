@@ -12,6 +12,10 @@ from megadpo.config.problems import ConfigError, Problem, first_line
 from megadpo.config.schema import Config
 from megadpo.model.manifest import INFO_FILE, MANIFEST_FILE, small_files, verify
 
+_TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")
+_SMALL_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "README.md", *_TERMS)
+"""Of a hub model; checkpoints keep its card and terms of use."""
+
 _SAMPLES, _SAMPLE_BYTES = 32, 2048
 _TENSOR_SAMPLES, _TENSOR_SAMPLE_BYTES = 2, 1024
 
@@ -115,7 +119,7 @@ def _from_hub(name: str, field: str, expected: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.json", "*.model", "*.jinja", "*.txt", *(["*.safetensors"] if weights else [])]
+        patterns = [*_SMALL_FILES, *(["*.safetensors"] if weights else [])]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub client raises a dozen kinds: the model can't be fetched, whichever it is
         reason = first_line(error)

@@ -11,7 +11,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
 from megadpo.config.schema_policy import PolicyConfig
-from megadpo.optimizer.step import use_norm_without_waits
+from megadpo.optimizer.step import use_our_norm
 
 
 def wrap_for_training(chunks: Sequence[MegatronModule], policy: PolicyConfig) -> list[DistributedDataParallel]:
@@ -43,7 +43,7 @@ def build_optimizer(
     """
     optimizer = policy.megatron_cfg.optimizer
     optimizer.kind.install(device.type)
-    use_norm_without_waits()
+    use_our_norm()
     return get_megatron_optimizer(
         OptimizerConfig(
             optimizer=optimizer.optimizer,

@@ -10,10 +10,14 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, clip_gr
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.utils import local_multi_tensor_l2_norm
 
+NORM_BLOCK = 2**11
+"""Elements of a tensor whose squares are added up in float32 on a CPU: at most 7e-7 of a block's norm is lost."""
 
-def use_norm_without_waits() -> None:
-    """For the rest of the process: without Transformer Engine or apex, megatron-core reads the norm of every parameter's
-    gradient off the GPU by itself (utils.py `local_multi_tensor_l2_norm`)."""
+
+def use_our_norm() -> None:
+    """For the rest of the process, where there is no Transformer Engine or apex. megatron-core then reads the norm of every
+    parameter's gradient off the GPU by itself (utils.py `local_multi_tensor_l2_norm`), and has torch add up a whole tensor
+    in float32, which on a CPU loses 1.5% of the norm at 1.4e8 elements."""
     if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
         clip_grads.l2_norm_impl = _l2_norm
 
@@ -21,8 +25,19 @@ def use_norm_without_waits() -> None:
 def _l2_norm(
     chunk_size: int, flag: torch.Tensor, tensors: list[list[torch.Tensor]], per_tensor: bool, *_: Any
 ) -> tuple[torch.Tensor, None]:
-    """The norm of all tensors together, [1] on their device, where it stays: what multi_tensor_l2norm gives."""
-    return torch.nn.utils.get_total_norm(tensors[0]).reshape(1), None
+    """The norm of all tensors together, [1] on their device, where it stays: what multi_tensor_l2norm gives. Within 1e-6 of
+    the exact one: torch's kernel for a GPU adds up in a tree, and its kernel for a CPU gets blocks."""
+    if tensors[0][0].is_cuda:
+        return torch.nn.utils.get_total_norm(tensors[0]).reshape(1), None
+    norms = [norm for tensor in tensors[0] for norm in _norms_of_blocks(tensor.flatten())]
+    return torch.linalg.vector_norm(torch.cat(norms), dtype=torch.float64).float().reshape(1), None
+
+
+def _norms_of_blocks(flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm of each whole block of a tensor [n], and [1] of what is left."""
+    end = flat.numel() // NORM_BLOCK * NORM_BLOCK
+    whole = torch.linalg.vector_norm(flat[:end].view(-1, NORM_BLOCK), dim=1)
+    return whole, torch.linalg.vector_norm(flat[end:]).reshape(1)
 
 
 @torch.no_grad()

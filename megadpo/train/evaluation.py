@@ -47,6 +47,7 @@ class Evaluator:
         whole = dataclasses.replace(cfg, dpo=dataclasses.replace(cfg.dpo, val_batches=0))  # evaluation means every pair
         inputs = open_run_inputs(whole, data_rank(parallel), sets=list(cfg.data.val_data_paths or {}))
         self.loaders = inputs.loaders
+        self.notes = inputs.tokenizer_notes
         self.policy = ResidentReference(build_model(inputs.arch, cfg.policy, parallel, frozen=True), parallel)
         load_weights(self.policy.model, inputs.source, inputs.arch, parallel)
         named = cfg.dpo.reference.model_name is not None
@@ -103,6 +104,9 @@ def run_evaluation(cfg: Config, parallel: ParallelContext) -> int:
     if parallel.rank == 0:
         require_writable(log_dir, "logger.log_dir")
     evaluator = Evaluator(cfg, parallel)
+    if parallel.rank == 0:
+        for note in evaluator.notes:
+            print(note, flush=True)
     record: dict[str, float | None] = {}
     for name in evaluator.loaders:
         started = time.perf_counter()

@@ -17,6 +17,7 @@ from megadpo.data.tokens.dataset import load_datasets
 from megadpo.data.tokens.tokenizer import load_tokenizer, pad_token_id
 from megadpo.families import read_architecture, weight_table
 from megadpo.model.source import ModelSource, reference_source, resolve_source, tokenizer_source
+from megadpo.train.handed_on import tokenizer_notes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,6 +40,8 @@ class RunInputs:
     """`source` itself where dpo.reference.model_name is null."""
     reference_arch: Architecture
     tokenizer: PreTrainedTokenizerBase
+    tokenizer_notes: list[str]
+    """A line where tokenizer, template or EOS are not the model folder's own."""
     loaders: Mapping[str, GlobalBatchLoader]
     """By the name of the set, TRAIN first; each holds its pairs (`.dataset`)."""
 
@@ -53,8 +56,9 @@ class RunInputs:
 
     @property
     def reports(self) -> list[str]:
-        """One line a file, what was read, dropped and truncated; and what an epoch leaves out."""
-        lines = [str(loader.dataset.report) for loader in self.loaders.values()]
+        """The tokenizer's notes; one line a file, what was read, dropped and truncated; and what an epoch leaves out."""
+        lines = [*self.tokenizer_notes]
+        lines += [str(loader.dataset.report) for loader in self.loaders.values()]
         for loader in self.loaders.values():
             if dropped := loader.dropped_pairs_per_epoch:
                 path, size = loader.dataset.report.path, loader.global_batch_size
@@ -112,7 +116,8 @@ def open_run_inputs(
         attempt(lambda: _require_vocabulary(cfg, reference_arch, datasets.values()))
     attempt.refuse()
     assert source and arch and reference and reference_arch and tokenizer is not None and loaders is not None
-    return RunInputs(source, arch, reference, reference_arch, tokenizer, loaders)
+    notes = tokenizer_notes(cfg, source.hf_files, tokenizer)
+    return RunInputs(source, arch, reference, reference_arch, tokenizer, notes, loaders)
 
 
 def _loaders(

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from megadpo.checkpoint import TrainingPosition, prune_checkpoints, save_checkpoint
 from megadpo.data.batches.loader import GlobalBatch
+from megadpo.model.weights.convert import CARD_FILE
+from megadpo.train.card import model_card
 from megadpo.train.metrics_logger import MetricsLogger
 from megadpo.train.progress import ProgressLine
 from megadpo.train.resume import require_owner
@@ -152,6 +154,7 @@ def save_and_prune(run: Run, position: TrainingPosition) -> None:
         optimizer=run.trainer.optimizer if saving.save_optimizer else None,
         scheduler=run.trainer.scheduler,
         hf_files=run.inputs.source.hf_files,
+        own_files={**run.own_files, CARD_FILE: model_card(run, position).encode()} if run.parallel.rank == 0 else {},
         cfg=run.cfg,
     )
     if run.parallel.rank == 0:

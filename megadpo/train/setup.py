@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from megadpo.model.build import build_model
 from megadpo.model.freeze import freeze
 from megadpo.optimizer.build import build_optimizer, build_scheduler, wrap_for_training
 from megadpo.parallel import ParallelContext
+from megadpo.train.handed_on import own_files
 from megadpo.train.inputs import RunInputs, data_rank, open_run_inputs
 from megadpo.train.reference import attach_logps, build_reference
 from megadpo.train.resume import changes, claim, data_settings, find_resume
@@ -42,6 +43,8 @@ class Run:
     """One line for each thing to know about a cached reference and a resume."""
     owner: str | None
     """What `claim` gave the rank that saves."""
+    own_files: Mapping[str, bytes]
+    """Of the rank that saves: what its checkpoints hold instead of the starting model's files, but for the card."""
 
     @property
     def ranking_metric(self) -> str | None:
@@ -99,7 +102,8 @@ def prepare(cfg: Config, parallel: ParallelContext) -> Run:
     notes += [] if resume is None else changes(cfg, resume)
     saves = cfg.checkpointing.enabled and parallel.rank == 0
     owner = claim(Path(cfg.checkpointing.checkpoint_dir)) if saves else None
-    return Run(cfg, parallel, inputs, trainer, position, total_steps, notes, owner)
+    files = own_files(cfg, inputs.source.hf_files, inputs.tokenizer) if saves else {}
+    return Run(cfg, parallel, inputs, trainer, position, total_steps, notes, owner, files)
 
 
 def seed_everything(seed: int, parallel: ParallelContext) -> None:

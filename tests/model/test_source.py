@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
+
 import pytest
 
 from megadpo.config.problems import ConfigError
@@ -15,3 +17,14 @@ def test_a_file_and_a_folder_that_is_not_there_are_told_apart(tmp_path):
         resolve_source(str(file), "policy.model_name")
     with pytest.raises(ConfigError, match="there is no such folder"):
         resolve_source(str(tmp_path / "none"), "policy.model_name")
+
+
+def test_a_hub_model_comes_with_its_card_and_licence(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, allow_patterns: asked.append(allow_patterns) or tmp_path
+    )
+    resolve_source("some/model", "policy.model_name", weights=False)
+    for file in ("config.json", "README.md", "LICENSE", "LICENSE.md", "NOTICE", "USE_POLICY.md"):
+        assert any(fnmatch(file, pattern) for pattern in asked[0]), file
+    assert not any(fnmatch("model.safetensors", pattern) for pattern in asked[0])

@@ -1,4 +1,4 @@
-"""The guarded step clips gradients wherever the optimizer keeps them."""
+"""The guarded step clips gradients wherever the optimizer keeps them, by a norm that is right for tensors of any length."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megadpo.optimizer import step
 from megadpo.optimizer.step import guarded_step
 from megadpo.parallel.cpu import enable_cpu
 
@@ -55,3 +56,21 @@ def test_without_a_limit_gradients_stay_as_they_are():
     part = OnePart(parameter, decoupled=False, clip_grad=0.0)
     assert guarded_step(part) == (6.0, True) and part.stepped
     assert parameter.grad.tolist() == [3.0] * 4
+
+
+@pytest.mark.parametrize("values", ["random", "equal"])
+def test_the_norm_of_a_long_tensor_is_exact(values):
+    block = torch.randn(2**16, generator=torch.Generator().manual_seed(0))
+    block = block if values == "random" else torch.full_like(block, 0.1234567)
+    long = block.repeat(2**11)  # 2^27 elements, whose norm torch's kernel for a CPU gets wrong by a per cent
+    short = torch.full((5,), 100.0)
+    want = (float(block.double().square().sum()) * 2**11 + 5e4) ** 0.5
+    norm, _ = step._l2_norm(2048, torch.zeros(1), [[long, short, torch.zeros(0)]], False)
+    assert norm.dtype == torch.float32 and norm.shape == (1,)
+    assert float(norm) == pytest.approx(want, rel=1e-6)
+
+
+def test_the_norm_says_what_is_not_finite():
+    for value in (float("nan"), float("inf")):
+        norm, _ = step._l2_norm(2048, torch.zeros(1), [[torch.zeros(5000), torch.tensor([[1.0, value]])]], False)
+        assert not norm.isfinite().any()

@@ -43,3 +43,34 @@ def test_refusals_exit_with_2_and_name_the_problem(tmp_path, capsys):
         (tmp_path / f"empty/step_{step}/megadpo.json").touch()
     assert megatron_to_hf.main(["--megatron", empty, "--hf", str(tmp_path / "hf")]) == 2
     assert f"such as {empty}/step_100" in capsys.readouterr().err
+
+
+def test_an_export_is_uploaded_whole(tmp_path, capsys, monkeypatch):
+    calls = []
+
+    class Api:
+        def create_repo(self, name, **how):
+            calls.append((name, how))
+            return f"https://hub/{name}"
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message):
+            if repo_id == "me/closed":
+                raise OSError("403 Forbidden: not yours\nsecond line")
+            calls.append((repo_id, {path.name for path in Path(folder_path).iterdir()}))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    source = make_hf_folder(tmp_path / "source", "llama")
+    megatron = str(tmp_path / "megatron")
+    assert hf_to_megatron.main(["--hf", str(source), "--megatron", megatron]) == 0
+    out = str(tmp_path / "open")
+    assert megatron_to_hf.main(["--megatron", megatron, "--hf", out, "--push-to-hub", "me/model"]) == 0
+    assert calls == [
+        ("me/model", {"private": True, "exist_ok": True}),
+        ("me/model", {path.name for path in source.iterdir()}),
+    ]
+    assert "uploaded to https://hub/me/model" in capsys.readouterr().out
+    closed = str(tmp_path / "closed")
+    assert megatron_to_hf.main(["--megatron", megatron, "--hf", closed, "--push-to-hub", "me/closed"]) == 2
+    said = capsys.readouterr()
+    assert "403 Forbidden: not yours)" in said.err and f"hf upload me/closed {closed}" in said.err
+    assert f"wrote {closed}" in said.out and (tmp_path / "closed/model.safetensors").is_file()

@@ -60,17 +60,20 @@ def test_a_save_is_pruned_and_never_made_in_another_runs_folder(tmp_path, monkey
     monkeypatch.setattr(loop, "save_checkpoint", lambda *place, **what: done.update(place=place, what=what))
     monkeypatch.setattr(loop, "prune_checkpoints", lambda folder, **how: done.update(how=how))
     saving = {"checkpoint_dir": str(tmp_path), "keep_top_k": 3, "higher_is_better": True, "save_optimizer": False}
+    monkeypatch.setattr(loop, "model_card", lambda run, position: f"step {position.step}")
     run = SimpleNamespace(
         cfg=SimpleNamespace(checkpointing=CheckpointingConfig(**saving)),
         owner=claim(tmp_path),
         parallel=SimpleNamespace(rank=0),
         ranking_metric="validation-a/loss",
         inputs=SimpleNamespace(source=SimpleNamespace(hf_files="files")),
+        own_files={"tokenizer.json": b"{}"},
         trainer=SimpleNamespace(model_to_save=lambda: "whole", optimizer="adam", scheduler="cosine"),
     )
     position = TrainingPosition(step=7, epoch=0, batch=7)
     save_and_prune(run, position)
     assert done["place"] == (tmp_path, position, run.parallel)
+    assert done["what"]["own_files"] == {"tokenizer.json": b"{}", "README.md": b"step 7"}
     assert done["what"]["model"] == "whole" and done["what"]["optimizer"] is None
     assert done["how"] == {"keep_top_k": 3, "metric": "validation-a/loss", "higher_is_better": True}
     done.clear()

@@ -11,6 +11,7 @@ from megadpo.model.weights.convert import (
     linked_out,
     write_info,
 )
+from megadpo.model.weights.hub import push_to_hub
 from megadpo.model.weights.load import load_hf_weights
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "is_megatron_folder",
     "linked_out",
     "load_hf_weights",
+    "push_to_hub",
     "write_info",
 ]

@@ -12,8 +12,9 @@ import itertools
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,14 @@ LOG = logging.getLogger(__name__)
 HF_FOLDER = "hf"
 FORMAT = 1
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data")
-NEEDED_FILES = {
-    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "chat_template.json", "chat_template.jinja", "vocab.json", "vocab.txt", "merges.txt"),
-    *("tokenizer.model", "spiece.model"),
+TOKENIZER_FILES = {
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.json", "chat_template.jinja", "vocab.json", "vocab.txt", "merges.txt"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json"),
 }
+NEEDED_FILES = {"config.json", "generation_config.json", *TOKENIZER_FILES}
+TEMPLATES_FOLDER = "additional_chat_templates"
+CARD_FILE = "README.md"
 
 
 def is_megatron_folder(folder: str | Path) -> bool:
@@ -59,15 +63,27 @@ def write_info(folder: str | Path, dtype: torch.dtype, step: int) -> None:
     write_manifest(Path(folder))
 
 
-def copy_hf_files(source: str | Path, target: str | Path) -> None:
+def copy_hf_files(source: str | Path, target: str | Path, own_files: Mapping[str, bytes] | None = None) -> None:
     """Copy everything of a Hugging Face folder except weights (and hidden files) to `target`, byte for byte. Left out: a
-    link out of the folder, whose file is not the model's to hand on."""
-    source, target = Path(source), Path(target)
+    link out of the folder, whose file is not the model's to hand on.
+
+    own_files: name -> content of files to write instead of the folder's. With a tokenizer among them none of the folder's
+    tokenizer files is copied; with a card the folder's cards stay beside it, README.md as README.base.md, README.base.md
+    as README.base.base.md.
+    """
+    source, target, own_files = Path(source), Path(target), own_files or {}
     for path in _other_files(source):
-        if not _leads_out(path, source):
-            copy = target / path.relative_to(source)
+        name = path.relative_to(source).as_posix()
+        of_tokenizer = name in TOKENIZER_FILES or name.startswith(f"{TEMPLATES_FOLDER}/")
+        if CARD_FILE in own_files and re.fullmatch(r"README(\.base)*\.md", name):
+            name = name.removesuffix(".md") + ".base.md"
+        if not _leads_out(path, source) and not (of_tokenizer and own_files.keys() & TOKENIZER_FILES):
+            copy = target / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
+    for name, content in own_files.items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_bytes(content)
 
 
 def linked_out(folder: str | Path) -> list[Problem]:

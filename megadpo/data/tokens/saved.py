@@ -1,0 +1,54 @@
+"""The tokenizer and chat template of a training as files, for the checkpoints to hand on."""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megadpo.data.tokens.tokenizer import require_eos
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ANSWER = "answer-4711"
+
+
+def saved_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> dict[str, bytes]:
+    """File name -> content of a folder that transformers opens as `tokenizer` with this template (None: without one)."""
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = chat_template
+    with tempfile.TemporaryDirectory() as folder:
+        own.save_pretrained(folder)
+        files = (path for path in Path(folder).rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> list[int]:
+    """What ends an answer: the special token that the template writes after one, where it writes one, and EOS."""
+    eos = require_eos(tokenizer)
+    if chat_template is None:
+        return [eos]
+    messages: Any = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False))
+    except Exception:  # a template may raise anything, such as for a conversation without tools
+        return [eos]
+    rest = text.rpartition(_ANSWER)[2].lstrip()
+    special = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    found = max((name for name in special if rest.startswith(name)), key=len, default=None)
+    return [eos] if found is None or special[found] == eos else [special[found], eos]
+
+
+def same_token_ids(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether both make the same ids of every text."""
+    backends = [getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (one, other)]
+    if None in backends:
+        return type(one) is type(other) and one.get_vocab() == other.get_vocab()
+    states = [json.loads(backend.to_str()) for backend in backends]  # type: ignore[union-attr]
+    for state in states:
+        state.pop("truncation", None)  # calls set these two as they need them
+        state.pop("padding", None)
+    return bool(states[0] == states[1])

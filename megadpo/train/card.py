@@ -1,0 +1,132 @@
+"""The model card of a checkpoint: what it was trained from, on and with, and how it did. README.md of its export."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCardData, metadata_load
+
+import megadpo
+from megadpo.checkpoint import TrainingPosition
+from megadpo.config.load import as_dict
+from megadpo.config.schema import Config
+from megadpo.data.tokens.tokenizer import resolve_chat_template
+from megadpo.model.weights.convert import CARD_FILE
+from megadpo.train.report import loss_words, reference_words
+from megadpo.train.setup import Run
+
+LIBRARIES = ("torch", "megatron-core", "transformers", "tokenizers")
+KEPT = ("license", "license_name", "license_link", "language")
+"""Of the base's metadata; the rest, its scores above all, is not the trained model's."""
+
+
+def model_card(run: Run, position: TrainingPosition) -> str:
+    """Markdown with the hub's metadata, of the checkpoint at `position`."""
+    cfg, base = run.cfg, base_metadata(run.inputs.source.hf_files)
+    data = ModelCardData(
+        base_model=None if Path(cfg.policy.model_name).exists() else cfg.policy.model_name,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["dpo", "megadpo"],
+        **{name: base[name] for name in KEPT if name in base},
+    )
+    named = _table([("what", "value"), *_facts(run, position)])
+    measured = {name: value for name, value in position.metrics.items() if name.startswith("validation")}
+    numbers = [(name, _number(value)) for name, value in sorted(measured.items())]
+    validation = _table([("metric", "value"), *numbers]) if numbers else "None was run at this step."
+    return f"""---
+{data.to_yaml()}
+---
+
+# {cfg.policy.model_name.rstrip("/")}, trained on preferences
+
+Trained with megadpo {megadpo.__version__}, {position.step} of {run.total_steps} optimizer steps. What its base's authors say
+of the base is in README.base.md, where they said something; its scores are not this model's.
+
+{named}
+
+## Validation at step {position.step}
+
+{validation}
+
+## Train again
+
+With the config below as config.yaml, and the base and the data where it says:
+
+    torchrun {_processes(run.parallel.world_size)} launch/train.py config.yaml
+
+<details><summary>config.yaml</summary>
+
+```yaml
+{yaml.safe_dump(as_dict(cfg), sort_keys=False, allow_unicode=True).rstrip()}
+```
+
+</details>
+"""
+
+
+def base_metadata(hf_files: Path) -> dict[str, Any]:
+    """The metadata of the base's card; empty where there is none that can be read."""
+    try:
+        return dict(metadata_load(hf_files / CARD_FILE) or {})
+    except Exception:  # no card, or a YAML block that is none
+        return {}
+
+
+def _facts(run: Run, position: TrainingPosition) -> list[tuple[str, str]]:
+    cfg, pairs = run.cfg, run.inputs.train_loader.dataset
+    optimizer = cfg.policy.megatron_cfg.optimizer
+    return [
+        ("base_model", cfg.policy.model_name),
+        ("loss", loss_words(cfg)),
+        ("beta", f"{cfg.dpo.reference_policy_kl_penalty:g}"),
+        ("reference", reference_words(cfg)),
+        ("steps", f"{position.step} of {run.total_steps}, {position.skipped_steps} skipped"),
+        ("pairs per step", str(cfg.policy.train_global_batch_size)),
+        ("epochs", f"{position.epoch + position.batch / run.inputs.train_loader.batches_per_epoch:.2f}"),
+        ("learning rate", f"{optimizer.lr:g}, {cfg.policy.megatron_cfg.scheduler.lr_decay_style}"),
+        ("precision", cfg.policy.precision),
+        ("data", str(pairs.report)),
+        ("data, rows and pairs", f"{pairs.report.rows} rows, {pairs.report.pairs} pairs"),
+        ("data, fingerprint", pairs.fingerprint),
+        *(("validation data", str(loader.dataset.report)) for loader in run.inputs.validation.values()),
+        ("tokenizer", _tokenizer_words(cfg, run)),
+        ("frozen weights", ", ".join(cfg.policy.freeze) or "none"),
+        (
+            "versions",
+            ", ".join([f"megadpo {megadpo.__version__}", *(f"{name} {_version(name)}" for name in LIBRARIES)]),
+        ),
+    ]
+
+
+def _tokenizer_words(cfg: Config, run: Run) -> str:
+    settings, tokenizer = cfg.policy.tokenizer, run.inputs.tokenizer
+    template = resolve_chat_template(tokenizer, settings.chat_template)
+    words = f"{settings.name}, EOS {tokenizer.eos_token}, {'with its' if template else 'no'} chat template"
+    given = settings.chat_template_kwargs
+    return words + (f", given {given}, which no file of a model can say" if given else "")
+
+
+def _processes(world_size: int) -> str:
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return f"--nnodes {world_size // node} --nproc-per-node {node}" if world_size > node else f"--nproc-per-node {node}"
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    first, *rest = [f"| {name} | {' '.join(value.split()).replace('|', chr(92) + '|')} |" for name, value in rows]
+    return "\n".join([first, "|---|---|", *rest])
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6g}"
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "unknown"
