@@ -18,7 +18,7 @@ NAMED = re.compile(r"(?<![\w/.{<*-])((?:[A-Za-z_][\w.-]*/)+[\w.-]+\.(?:py|md|yam
 """A path with a folder in it, such as train/step.py."""
 OUTSIDE = {"transformer_engine", "megatron", "transformers", "examples", "torch", "moe", "dist_checkpointing"}
 """First folders of other projects' files."""
-WRITTEN = re.compile(r"(^|/)(logs|results/dpo|demo_run|step_|checkpoints|hf|rng|model|reference|trained|data/my)")
+WRITTEN = re.compile(r"^(logs|results/dpo|demo_run|step_\w*|checkpoints|hf|rng|model|reference|trained)/")
 """What runs write, and users' own files."""
 
 
