@@ -49,11 +49,10 @@ def save_checkpoint(
     """Write <folder>/step_<N> and return it. All ranks call it together.
 
     model: the unwrapped chunks of this rank (the DDP wrapper would prefix every key). optimizer None: weights only.
-    hf_files, own_files: folder whose files, weights apart, go into hf/, and on rank 0 what takes the place of some (see
-    `copy_hf_files`). Collectives: those of dist_checkpointing.save and
-    has_frozen_weights, an all-gather of pickled objects and barriers over the world. Raises what the file system raises (a
-    full disk, a folder that can't be written); the partial folder then stays behind, complete checkpoints are untouched,
-    and the next save starts it anew.
+    hf_files, own_files: as `copy_hf_files` takes them, for hf/; own_files counts on rank 0. Collectives: those of
+    dist_checkpointing.save and has_frozen_weights, an all-gather of pickled objects and barriers over the world. Raises what
+    the file system raises (a full disk, a folder that can't be written); the partial folder then stays behind, complete
+    checkpoints are untouched, and the next save starts it anew.
     """
     final = folder / f"step_{position.step}"
     partial = partial_folder(final)

@@ -47,6 +47,12 @@ def as_dict(cfg: Config) -> dict[str, Any]:
     return {name: value for name, value in _plain(cfg).items() if name != "notes"}
 
 
+def resolved_text(cfg: Config) -> str:
+    """The resolved config as YAML that load_config reads back as an equal Config."""
+    text: str = yaml.safe_dump(_escaped(as_dict(cfg)), sort_keys=False, allow_unicode=True)
+    return text
+
+
 def save_resolved(cfg: Config, path: str | Path, chosen: Mapping[str, str] | None = None) -> None:
     """Write the resolved config as YAML, complete or not at all; load_config reads it back as an equal Config.
 
@@ -54,10 +60,9 @@ def save_resolved(cfg: Config, path: str | Path, chosen: Mapping[str, str] | Non
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(_escaped(as_dict(cfg)), sort_keys=False, allow_unicode=True)
     comments = "".join(f"# chosen on this machine: {name}: {words}\n" for name, words in (chosen or {}).items())
     with write_then_rename(target) as partial:
-        partial.write_text(comments + text, encoding="utf-8")
+        partial.write_text(comments + resolved_text(cfg), encoding="utf-8")
 
 
 def _build(tree: dict[str, Any], problems: list[Problem], purpose: Purpose) -> Config:

@@ -7,19 +7,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import ModelCardData, metadata_load
 
-import megadpo
 from megadpo.checkpoint import TrainingPosition
-from megadpo.config.load import as_dict
+from megadpo.config.load import resolved_text
 from megadpo.config.schema import Config
 from megadpo.data.tokens.tokenizer import resolve_chat_template
 from megadpo.model.weights.convert import CARD_FILE
 from megadpo.train.report import loss_words, reference_words
 from megadpo.train.setup import Run
 
-LIBRARIES = ("torch", "megatron-core", "transformers", "tokenizers")
+LIBRARIES = ("megadpo", "torch", "megatron-core", "transformers", "tokenizers")
 KEPT = ("license", "license_name", "license_link", "language")
 """Of the base's metadata; the rest, its scores above all, is not the trained model's."""
 
@@ -44,7 +42,7 @@ def model_card(run: Run, position: TrainingPosition) -> str:
 
 # {cfg.policy.model_name.rstrip("/")}, trained on preferences
 
-Trained with megadpo {megadpo.__version__}, {position.step} of {run.total_steps} optimizer steps. What its base's authors say
+Trained with megadpo {_version("megadpo")}, {position.step} of {run.total_steps} optimizer steps. What its base's authors say
 of the base is in README.base.md, where they said something; its scores are not this model's.
 
 {named}
@@ -62,7 +60,7 @@ With the config below as config.yaml, and the base and the data where it says:
 <details><summary>config.yaml</summary>
 
 ```yaml
-{yaml.safe_dump(as_dict(cfg), sort_keys=False, allow_unicode=True).rstrip()}
+{resolved_text(cfg).rstrip()}
 ```
 
 </details>
@@ -98,7 +96,7 @@ def _facts(run: Run, position: TrainingPosition) -> list[tuple[str, str]]:
         ("frozen weights", ", ".join(cfg.policy.freeze) or "none"),
         (
             "versions",
-            ", ".join([f"megadpo {megadpo.__version__}", *(f"{name} {_version(name)}" for name in LIBRARIES)]),
+            ", ".join(f"{name} {_version(name)}" for name in LIBRARIES),
         ),
     ]
 

@@ -35,8 +35,6 @@ def model(tmp_path_factory):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": [7, 8], "bos_token_id": 9}))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 7, "temperature": 0.6}))
-    (folder / "additional_chat_templates").mkdir()
-    (folder / "additional_chat_templates/tools.jinja").write_text("{{ tools }}")
     (folder / "README.md").write_text(BASE_CARD)
     (folder / "LICENSE").write_text("do what you like")
     return folder
@@ -103,9 +101,12 @@ def test_no_template_is_handed_on_too_and_own_ones_stay_bit_for_bit(model, token
     (tmp_path / "chat").mkdir()
     chat = make_model(tmp_path / "chat/model")
     (chat / "chat_template.jinja").write_text(CHATML)
+    (chat / "additional_chat_templates").mkdir()
+    (chat / "additional_chat_templates/tools.jinja").write_text("{{ tools }}")
     said, step = started(tmp_path, "plain", chat, tokenizer={"chat_template": None})
     assert f"not that of {chat} (chat template)" in said
     assert not (step / "hf/chat_template.jinja").exists()
+    assert not (step / "hf/additional_chat_templates").exists()
     said, again = started(tmp_path, "again", step)
     assert fingerprint(again) == fingerprint(step)
     _, step = started(tmp_path, "own", model)
