@@ -80,7 +80,7 @@ class Variants(Generic[V]):
         self._keys = None
 
     def names(self) -> tuple[str, ...]:
-        """Every name, in the order of registration."""
+        """Every name: those of a package's files in alphabetical order, those of one file as they stand there."""
         return tuple(self._all())
 
     def __iter__(self) -> Iterator[V]:
@@ -178,6 +178,8 @@ class Variants(Generic[V]):
             package = importlib.import_module(self._package)
             for module in pkgutil.iter_modules(getattr(package, "__path__", ())):
                 importlib.import_module(f"{self._package}.{module.name}")
+            if hasattr(package, "__path__"):  # by name: which file was imported first is chance
+                self._variants = dict(sorted(self._variants.items()))
         return self._variants
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -209,3 +211,17 @@ def test_a_name_belongs_to_one_variant() -> None:
     kind.add("one")(object())
     with pytest.raises(ValueError, match="'one' already"):
         kind.add("one")(object())
+
+
+def test_names_do_not_follow_the_order_of_imports() -> None:
+    code = (
+        "import sys; [__import__(name) for name in sys.argv[1:]]\n"
+        "from megadpo.config.variants import ATTENTION_KERNELS, FORMATS\n"
+        "print(ATTENTION_KERNELS.names(), FORMATS.names())"
+    )
+    first = ("megadpo.model.kernels.varlen", "megadpo.data.formats.tulu3")
+    printed = [
+        subprocess.run([sys.executable, "-c", code, *modules], text=True, capture_output=True, check=True).stdout
+        for modules in ((), first)
+    ]
+    assert printed[0] == printed[1] != ""
