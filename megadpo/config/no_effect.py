@@ -57,7 +57,7 @@ def _idle(cfg: Config) -> Iterator[tuple[str, str]]:
 
 def unused_by_dense(cfg: Config, arch: Architecture) -> list[str]:
     """One note for each key about experts that was set for a model without any."""
-    if arch.moe is not None:
+    if arch.experts is not None:
         return []
     given, usual = cfg.policy.megatron_cfg, MegatronConfig()
     return [
