@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from megadpo.config import check_layout, data_parallel_size, layers_per_stage, stated_world_size
+from megadpo.config import check_layout, layers_per_stage, stated_world_size
 from megadpo.families import parse_architecture
 
 LLAMA_8B = parse_architecture(
@@ -176,7 +176,6 @@ def test_layers_per_stage(config, changes, stages):
 
 def test_sizes_of_the_world(config):
     cfg = config(**{TP: 2, PP: 2, "cluster__gpus_per_node": 8, "cluster__num_nodes": 3})
-    assert data_parallel_size(cfg, 24) == 6
     assert stated_world_size(cfg) == 24
     assert stated_world_size(config()) is None
 
