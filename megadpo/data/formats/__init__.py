@@ -1,9 +1,9 @@
 """Rows -> preference pairs. A format is one file of this folder; docs/data.md shows a row of each.
 
-A format is a frozen dataclass whose fields are its options, keys of `data`. It says whether a row looks like one of its
-own, how such a row becomes a pair, and which data set of the hub it is known for. A further one is a file here, or one
-that the config names in `plugins`, with `@FORMATS.add(name)`: `data.dataset_name`, NeMo RL's name where it has one.
-Nothing here needs numpy or torch: the config is checked with it.
+A format is a frozen dataclass whose fields are its options, keys of `data`. It has the fields by which it recognises a
+row, a method that makes a pair of a row, and the hub data set that it is named after. A new format is a file here, or a file
+that the config names in `plugins`, with `@FORMATS.add(name)`: the value of `data.dataset_name`, NeMo RL's name if it has
+one. Nothing here imports numpy or torch, because the config check imports it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from megadpo.data.sources import Place
 Row: TypeAlias = Mapping[str, Any]
 
 Message: TypeAlias = Mapping[str, Any]
-"""One chat message: `role` and `content` are strings; further keys (`reasoning_content`, `tool_calls`, `name`, ...)
-reach the chat template as they are, except that arguments of tool calls are objects even where the file has JSON text."""
+"""One chat message. `role` and `content` are strings. Other keys (`reasoning_content`, `tool_calls`, `name`, ...) are
+passed to the chat template unchanged, but arguments of tool calls are always objects, even if the file has JSON text."""
 
 Text: TypeAlias = str | tuple[Message, ...]
 
@@ -29,7 +29,7 @@ Text: TypeAlias = str | tuple[Message, ...]
 class PreferencePair:
     """Two answers to one prompt, before tokenisation. Each is a text or a tuple of messages.
 
-    An answer of several messages ends in the assistant's; the others may be the user's, a tool's or the assistant's.
+    The last message of an answer is the assistant's. Those before it may be of a user, a tool or the assistant.
     """
 
     prompt: Text
@@ -37,36 +37,36 @@ class PreferencePair:
     rejected: Text
     place: Place
     tools: tuple[Mapping[str, Any], ...] | None = None
-    """Tools that the chat template is told of."""
+    """Tools for the chat template."""
     is_transcript: bool = False
-    """The three texts are parts of Human/Assistant transcripts (transcript.py). With a chat template their turns become
+    """The three texts are parts of Human/Assistant transcripts (transcript.py). A chat template gets their turns as
     messages."""
 
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A data set of the hub that NeMo RL knows by the format's name alone."""
+    """The hub data set that NeMo RL loads when only the format's name is given."""
 
     path: str
     subset: str | None = None
     validation_split: str | None = None
-    """The split that validates by default; None where it has none."""
+    """The split for validation by default; None if there is none."""
 
 
 class RowFormat:
     """Base of the formats: one way to write a pair down."""
 
     hub: ClassVar[HubDataset | None] = None
-    """Where its own data set is."""
+    """Its own hub data set."""
     is_last: ClassVar[bool] = False
-    """Rows of other formats have its fields, too: it is tried after those."""
+    """Rows of other formats also have its fields, so it is tried last."""
 
     def fields(self) -> tuple[str, ...]:
-        """Fields that a row of this format has: it is recognised by them. (): never recognised, only named."""
+        """Fields by which a row of this format is recognised. (): never recognised; the config must name the format."""
         raise NotImplementedError
 
     def read(self, row: Row, place: Place) -> PreferencePair | list[Problem]:
-        """The pair, or every problem of the row."""
+        """Makes the pair of a row, or lists every problem of the row."""
         raise NotImplementedError
 
 

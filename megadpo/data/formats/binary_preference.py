@@ -1,5 +1,5 @@
-"""`prompt`, `chosen` and `rejected`, by these or other names. A row that no format recognises is read as this one, so
-that its refusal names the fields that are missing."""
+"""`prompt`, `chosen` and `rejected`; the config may rename them. A row that no format recognises is read as this one, so
+that the error names the missing fields."""
 
 from __future__ import annotations
 

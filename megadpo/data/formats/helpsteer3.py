@@ -1,5 +1,5 @@
-"""`context`, `response1`, `response2` and `overall_preference`, as in nvidia/HelpSteer3: below 0 prefers response1, above
-0 response2."""
+"""`context`, `response1`, `response2` and `overall_preference`, as in nvidia/HelpSteer3. A negative preference is for
+response1, a positive one for response2."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class HelpSteer3(RowFormat):
         if isinstance(texts, list):
             return texts
         if preference == 0:
-            fix = "remove the row: it prefers nothing"
+            fix = "remove the row: it expresses no preference"
             return [Problem(where, f"{_PREFERENCE} 0", "a preference for one of the two", fix)]
         better, worse = ("response1", "response2") if preference < 0 else ("response2", "response1")
         return pair_with_prompt(row, place, texts["context"], texts[better], texts[worse])

@@ -1,4 +1,4 @@
-"""Two full conversations, or two transcripts of Human and Assistant turns: the prompt is what both begin with."""
+"""Two full conversations, or two transcripts of Human and Assistant turns. Their common beginning is the prompt."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def _transcripts(row: Row, place: Place, chosen: str, rejected: str) -> Preferen
         if not turns:
             got = f"no field 'prompt', and a {name} text that does not begin with a turn such as 'Human:'"
             expected = "a prompt, or two transcripts of turns that begin with a blank line and 'Human:' or 'Assistant:'"
-            fix = "add the prompt's field (data.prompt_key says its name), or write the transcript's turns so"
+            fix = "add the prompt's field (data.prompt_key is its name), or begin the transcript's turns like this"
             problems.append(Problem(str(place), got, expected, fix))
         elif turns[-1].role != "assistant" or not turns[-1].said.strip():
             said = "without an answer at its end" if turns[-1].said.strip() else "empty at its end"
-            expected, fix = "one that ends in what the assistant said", "remove what follows the answer, or the row"
+            expected, fix = "a transcript that ends with the assistant's text", "remove what follows it, or the row"
             problems.append(Problem(str(place), f"a {name} transcript {said}", expected, fix))
     if problems:
         return problems

@@ -1,4 +1,4 @@
-"""`context` and two `completions`, each with a `rank`, as NeMo RL's PreferenceDataset; the lower rank is preferred."""
+"""`context` and two `completions`, each with a `rank`, as in NeMo RL's PreferenceDataset. The lower rank is preferred."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Ranked(RowFormat):
         completions = row["completions"]
         if not isinstance(completions, list) or len(completions) != 2:
             got = f"{len(completions)} completions" if isinstance(completions, list) else type_name(completions)
-            fix = "keep the best and the worst, or write a row for each two"
+            fix = "keep the best and the worst, or write one row for each pair of completions"
             return [*problems, Problem(str(place), f"completions: {got}", "a list of exactly two completions", fix)]
         ranked: list[tuple[int, Text]] = []
         for number, completion in enumerate(completions):
@@ -37,9 +37,8 @@ class Ranked(RowFormat):
                 got = f"{name} of type {type_name(completion)}"
                 if isinstance(completion, dict):
                     got = f"{name} with rank {rank!r} and the fields {some_keys(completion)}"
-                problems.append(
-                    Problem(str(place), got, expected, "write each completion so; lower ranks are preferred")
-                )
+                fix = "write each completion in this form; the lower rank is preferred"
+                problems.append(Problem(str(place), got, expected, fix))
                 continue
             answer, found = read_text(completion["completion"], f"{name}.completion", place, is_prompt=False)
             problems += found
@@ -48,7 +47,7 @@ class Ranked(RowFormat):
         if problems or context is None:
             return problems
         if ranked[0][0] == ranked[1][0]:
-            fix = "remove the row: completions of equal rank prefer nothing"
+            fix = "remove the row: equal ranks express no preference"
             return [Problem(str(place), f"two completions of rank {ranked[0][0]}", "two different ranks", fix)]
         (_, chosen), (_, rejected) = sorted(ranked, key=lambda one: one[0])
         return pair_with_prompt(row, place, context, chosen, rejected)

@@ -1,4 +1,4 @@
-"""Sources -> preference pairs. Every problem of a source is found before any is reported."""
+"""Sources -> preference pairs. All problems of a source are reported together."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ USUAL = "BinaryPreferenceDataset"
 
 @dataclass
 class ReadCounts:
-    """What a reading found, complete when it has ended."""
+    """What `read_pairs` found; complete when it has ended."""
 
     rows: int = 0
     bad_rows: list[Problem] = field(default_factory=list)
-    """The first MOST_PROBLEMS problems of rows left out."""
+    """The first MOST_PROBLEMS problems of invalid rows."""
     dropped_bad_rows: int = 0
-    """Rows left out, with `on_bad_row` drop."""
+    """Number of invalid rows."""
 
 
 def read_pairs(
@@ -36,14 +36,14 @@ def read_pairs(
     on_bad_row: OnBadRow = "refuse",
     counts: ReadCounts | None = None,
 ) -> Iterator[PreferencePair]:
-    """The good pairs of a source, in its order and, except for .json files, in constant memory.
+    """The valid pairs of a source, in order and in constant memory (but .json files are read whole).
 
     source: as for `read_rows`. options: of the formats, by name; None: their defaults. dataset_name: the format of the rows;
-    without it the first good row decides, and a row of another format is bad. counts: filled in.
+    None: the format of the first valid row, and a row of another format is invalid. counts: is updated.
 
-    Raises DataError at the end, or after MOST_PROBLEMS problems, each with file:line: what `read_rows` raises, and a row
-    that its format refuses. With on_bad_row drop such rows are left out and counted, and it raises only for sources
-    that can't be read or of which nothing is left."""
+    Raises DataError at the end, or after MOST_PROBLEMS problems: those of `read_rows`, and those of invalid rows, each
+    with file:line. With on_bad_row "drop" invalid rows are left out and counted; then it raises only for a source that
+    can't be read or has no valid row."""
     counts = ReadCounts() if counts is None else counts
     reader = _PairReader(formats_with(options or {}), dataset_name)
     try:
@@ -58,17 +58,17 @@ def read_pairs(
             if on_bad_row == "refuse" and len(counts.bad_rows) >= MOST_PROBLEMS:
                 break
     except DataError as error:
-        # What was found so far is said too: the file's end is not the only thing to mend
+        # The problems found before are reported too, not only the last one
         raise DataError([*counts.bad_rows, *error.problems]) from error
     if on_bad_row == "refuse" and len(counts.bad_rows) >= MOST_PROBLEMS:
-        got, fix = f"{MOST_PROBLEMS} problems so far", "mend these first: the rest of the file was not read"
+        got, fix = f"{MOST_PROBLEMS} problems so far", "correct these first: the rest of the file was not read"
         raise DataError([*counts.bad_rows, Problem(str(place), got, "none", fix)])
     if counts.bad_rows and (on_bad_row == "refuse" or counts.dropped_bad_rows == counts.rows):
         raise DataError(counts.bad_rows)
 
 
 class _PairReader:
-    """The format of one source: named, or that of its first good row."""
+    """Reads the rows of one source in its format: the named one, or that of the first valid row."""
 
     def __init__(self, formats: Mapping[str, RowFormat], named: str | None) -> None:
         self.formats = formats
@@ -81,8 +81,8 @@ class _PairReader:
             return self.formats[self.named].read(row, place)
         own = find_format(row, self.formats)
         if self.found is not None and own not in (None, self.found):
-            fix = "keep one format a file: split it, or rewrite these rows"
-            expected = f"one of {self.found}, as line {self.found_at.line if self.found_at else 1} has it"
+            fix = "use one format in each file: split the file, or rewrite these rows"
+            expected = f"a row of the format {self.found}, as in line {self.found_at.line if self.found_at else 1}"
             return [Problem(str(place), f"a row of the format {own}", expected, fix)]
         name = own or self.found or USUAL
         read = self.formats[name].read(row, place)

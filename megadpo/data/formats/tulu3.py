@@ -1,5 +1,5 @@
-"""Two full conversations, as in Tülu 3's preference mixture; further fields (`prompt` among them) are not read.
-Its rows look like those of two other formats, which read them, too: so it applies only where it is named."""
+"""Two full conversations, as in Tülu 3's preference mixture. Other fields, such as `prompt`, are not read.
+Two other formats recognise the same rows, so the config must name this one."""
 
 from __future__ import annotations
 
@@ -25,4 +25,6 @@ class Tulu3(AnswerKeys):
         if isinstance(chosen, tuple) and isinstance(rejected, tuple):
             return pair_of_conversations(row, place, chosen, rejected)
         fix = "write both answers as lists of messages, or leave data.dataset_name out"
-        return problems or [Problem(str(place), "answers as strings", "two lists of messages, prompt included", fix)]
+        return problems or [
+            Problem(str(place), "answers as strings", "two lists of messages that include the prompt", fix)
+        ]

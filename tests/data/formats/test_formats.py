@@ -279,7 +279,7 @@ def test_a_row_of_another_format_than_the_first_is_refused_by_its_line(tmp_path:
     strings, dpo = ROWS["strings"][0], ROWS["DPODataset"][0]
     said = refusals(tmp_path, strings, dpo, strings, ranked(0, 1))
     assert [one.split(" ")[0] for one in said] == ["rows.jsonl:2:", "rows.jsonl:4:"]
-    assert "a row of the format DPODataset" in said[0] and "BinaryPreferenceDataset, as line 1" in said[0]
+    assert "a row of the format DPODataset" in said[0] and "BinaryPreferenceDataset, as in line 1" in said[0]
 
 
 def test_a_named_format_is_held_to(tmp_path: Path) -> None:

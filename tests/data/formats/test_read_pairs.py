@@ -80,7 +80,7 @@ def test_further_keys_of_messages_are_kept_for_the_template(tmp_path: Path) -> N
             {"chosen": [{"role": "assistant", "content": " "}]},
             "content of message 0 of field 'chosen' of white space only",
         ),
-        ({"prompt": "half \ud83d of it"}, "half character"),
+        ({"prompt": "half \ud83d of it"}, "half a surrogate pair"),
     ],
 )
 def test_a_bad_field_is_refused_at_its_line(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:

@@ -362,7 +362,7 @@ def test_a_full_disk_is_refused_and_leaves_nothing(path: Path, tmp_path: Path) -
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        with pytest.raises(ConfigError, match=r"data.cache_dir: .*File too large.*make room"):
+        with pytest.raises(ConfigError, match=r"data.cache_dir: .*File too large.*free some space"):
             load(path, tmp_path / "cache")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

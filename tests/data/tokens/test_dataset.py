@@ -46,7 +46,7 @@ def test_the_report_counts_what_happened(tmp_path: Path) -> None:
     report = open_dataset(write_rows(tmp_path / "p.jsonl", rows), tokenizer, settings).report
     assert (report.truncated, report.dropped_equal_after_truncation, report.tokenized_apart) == (1, 1, 1)
     assert (report.rows, report.pairs) == (3, 2)
-    for words in ("1 cut to the limit", "1 dropped because", "1 whose prompt and answer merge"):
+    for words in ("1 cut to the limit", "1 dropped because", "1 with the answer tokenised alone"):
         assert words in str(report)
 
 
@@ -69,7 +69,7 @@ def test_a_too_long_pair_is_refused_at_its_line(tmp_path: Path) -> None:
 def test_a_file_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "p.jsonl", [row(0, prompt="the " * 400)])
     settings = DataSettings(max_total_sequence_length=100, on_too_long="drop")
-    with pytest.raises(DataError, match="no pair left of 1"):
+    with pytest.raises(DataError, match="1 pairs, all longer than 100 tokens"):
         open_dataset(path, tiny_tokenizer(), settings)
 
 
@@ -186,6 +186,6 @@ def test_unusable_rows_are_left_out_and_counted(tmp_path: Path) -> None:
     assert [pair.index for pair in pairs] == [0, 3] and pairs.source_of(3) == f"{path}:4"
     report = pairs.report
     assert (report.rows, report.pairs, report.dropped_bad_rows, report.dropped_too_long) == (5, 2, 2, 1)
-    assert f"2 rows left out that can't be used (the first: {path}:2: got" in str(report)
+    assert f"2 invalid rows left out (the first: {path}:2: got" in str(report)
     with pytest.raises(DataError, match="only special tokens"):
         open_dataset(write_rows(path, [row(2, chosen="</s>")]), tiny_tokenizer(), settings)
