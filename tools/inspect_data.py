@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megadpo.config.architecture import Architecture
 from megadpo.config.check import check_layout, data_parallel_size, model_parallel_size, stated_world_size
 from megadpo.config.load import load_config
+from megadpo.config.no_effect import without_experts
 from megadpo.config.problems import ConfigError, DataError, Problem, UserError
 from megadpo.config.schema import Config
 from megadpo.families import read_architecture
@@ -87,7 +88,8 @@ def show(options: argparse.Namespace, console: Console) -> None:
     cfg = load_config(options.config, options.overrides, purpose="train" if options.set == TRAIN else "evaluate")
     name = _set(cfg, options.set, inputs.TRAIN)
     source = resolve_source(cfg.policy.model_name, "policy.model_name", weights=False)
-    dp_size = _dp_size(cfg, read_architecture(source.hf_files), options.world_size)
+    arch = read_architecture(source.hf_files)
+    dp_size = _dp_size(without_experts(cfg, arch), arch, options.world_size)
     rank = DataRank(dp_size=dp_size, cp_size=cfg.policy.megatron_cfg.context_parallel_size)
     opened = inputs.open_run_inputs(cfg, rank, sets=[name], weights=False)
     loader = opened.loaders[name]
