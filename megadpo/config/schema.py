@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from megadpo.config.problems import Problem
 from megadpo.config.schema_policy import PolicyConfig
 from megadpo.config.types import CountOrZero, FloatOrZero, PositiveFloat, PositiveInt, Seed, Text
 from megadpo.config.variants import FORMATS, LOGGERS, LOSSES, OneOf, OptionsOf
@@ -190,3 +191,5 @@ class Config:
     """Python files or modules that add variants: losses, model families, formats, loggers, kernels. They are executed."""
     notes: tuple[str, ...] = field(default=(), compare=False)
     """Not a YAML key: what the loader accepted although it has no effect here, one line each, for rank 0 to print."""
+    refused_with_experts: tuple[Problem, ...] = field(default=(), compare=False)
+    """Not a YAML key: what the file says that only a model with experts refuses."""
