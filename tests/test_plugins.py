@@ -128,5 +128,5 @@ def test_what_they_refuse_is_refused(plugins: list[str], tmp_path: Path, capsys:
     assert train_command([str(config), "--check", f"plugins={plugins}"]) == 2
     assert "train.jsonl:1: got \"good ''\"; expected an answer" in " ".join(capsys.readouterr().err.split())
     tree = {"plugins": plugins, "policy": {"model_name": "m"}, "data": {"train_data_path": "t", "prompt_key": "x"}}
-    with pytest.raises(Exception, match="GoodBad has field names of its own"):
+    with pytest.raises(Exception, match="GoodBad has fixed field names"):
         build_config({**tree, "data": {**tree["data"], "dataset_name": "GoodBad"}})  # type: ignore[dict-item]
