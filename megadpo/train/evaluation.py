@@ -29,7 +29,7 @@ from megadpo.train.step import pair_loss
 
 @dataclasses.dataclass(frozen=True)
 class PairScore:
-    """One pair: its row of the file, and sums of log-probabilities in nats; None where there is no reference."""
+    """One pair: its row in the file, and sums of log-probabilities in nats (None: there is no reference)."""
 
     index: int
     policy_chosen_logps: float
@@ -39,12 +39,12 @@ class PairScore:
 
 
 class Evaluator:
-    """The model of `policy.model_name`, and the one that `dpo.reference.model_name` names, if it names one."""
+    """Evaluates the model `policy.model_name`, with the reference `dpo.reference.model_name` if that is set."""
 
     def __init__(self, cfg: Config, parallel: ParallelContext) -> None:
         seed_everything(cfg.dpo.seed, parallel)
         self.parallel = parallel
-        whole = dataclasses.replace(cfg, dpo=dataclasses.replace(cfg.dpo, val_batches=0))  # evaluation means every pair
+        whole = dataclasses.replace(cfg, dpo=dataclasses.replace(cfg.dpo, val_batches=0))  # 0: every pair
         inputs = open_run_inputs(whole, parallel.grid, sets=list(cfg.data.val_data_paths or {}))
         self.loaders = inputs.loaders
         self.notes = inputs.tokenizer_notes
@@ -53,20 +53,20 @@ class Evaluator:
         named = cfg.dpo.reference.model_name is not None
         self.reference = build_reference(cfg, inputs, parallel) if named else None
         self.has_preference_loss = named or not cfg.dpo.loss.reads_reference
-        # Without the reference that it needs, the preference loss has weight 0, whatever the config says.
+        # Without the reference that it needs, the preference loss gets weight 0
         self.dpo = cfg.dpo if self.has_preference_loss else dataclasses.replace(cfg.dpo, preference_loss_weight=0.0)
 
     def evaluate(self, name: str) -> tuple[dict[str, float | None], list[PairScore]]:
-        """Metrics of one set, the same on every rank, and its pairs in file order (on every rank as well).
+        """Metrics of one set, and its pairs in file order. Both are the same on every rank.
 
-        Collectives: the models' own; one all-reduce and one broadcast of the metrics; an all-gather of the scores.
+        Collectives: those of the models, one all-reduce and one broadcast of the metrics, an all-gather of the scores.
         """
         sums = MetricSums(self.parallel.device)
         mine: list[PairScore] = []
         for batch in self.loaders[name].batches(epoch=0):
             policy = self.policy.logps(batch.micro_batches)
             reference = self.reference.logps(batch.micro_batches) if self.reference else [None] * len(policy)
-            # logps come out of the last pipeline stage; on the others there is nothing to add
+            # only the last pipeline stage has logps
             for logps, reference_logps, micro_batch in zip(policy, reference, batch.micro_batches, strict=False):
                 scored = dataclasses.replace(micro_batch, reference_logps=reference_logps)
                 sums.add(pair_loss(logps, scored, self.dpo).metrics)
@@ -84,8 +84,8 @@ class Evaluator:
 def metrics_of(
     means: dict[str, float], scores: list[PairScore], *, has_preference_loss: bool
 ) -> dict[str, float | None]:
-    """`accuracy`: share of pairs whose chosen answer the policy itself finds likelier. Without
-    the reference that the loss needs, rewards/*, preference_loss and loss are left out."""
+    """`means`, with `pairs`, `logps/margins` and `accuracy`: the share of pairs whose chosen answer is likelier for the
+    policy. If the loss needs a reference and there is none, rewards/*, preference_loss and loss are left out."""
     likelier = [s.policy_chosen_logps > s.policy_rejected_logps for s in scores]
     margins = [s.policy_chosen_logps - s.policy_rejected_logps for s in scores]
     extra = {"pairs": len(scores), "accuracy": _mean(likelier), "logps/margins": _mean(margins)}
@@ -95,12 +95,12 @@ def metrics_of(
 
 
 def write_scores(path: Path, scores: list[PairScore]) -> None:
-    """pairs-<name>.jsonl: one object a pair, in file order. null for a number that is not finite, which JSON can't write."""
+    """Writes pairs-<name>.jsonl: one object for each pair, in file order. Numbers that are not finite become null."""
     path.write_text("".join(json.dumps(_finite(dataclasses.asdict(score))) + "\n" for score in scores))
 
 
 def run_evaluation(cfg: Config, parallel: ParallelContext) -> int:
-    """Evaluate every set of `data.val_data_paths`; rank 0 writes and prints. Returns the exit code."""
+    """Evaluates every set of `data.val_data_paths`. Rank 0 writes and prints. Returns the exit code."""
     log_dir = Path(cfg.logger.log_dir)
     if parallel.rank == 0:
         require_writable(log_dir, "logger.log_dir")

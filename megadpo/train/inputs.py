@@ -1,4 +1,4 @@
-"""What a run starts from: model folders, tokenizer and data. Training, evaluation, --check and inspection open it here."""
+"""Opens what a run needs: model folders, tokenizer and data. For training, evaluation, --check and data inspection."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TRAIN = ""
-"""Stands for the training set among the names of data.val_data_paths, none of which is empty."""
+"""Key of the training set. The other keys are the names in data.val_data_paths, which are never empty."""
 REFERENCE = "dpo.reference.model_name"
 
 
 @dataclass(frozen=True)
 class RunInputs:
-    """Models by their folders, without weights; the pairs, tokenised, and the loaders over them."""
+    """The folders of the models, without weights, and the tokenised pairs with their loaders."""
 
     source: ModelSource
     arch: Architecture
     """The policy's."""
     reference: ModelSource
-    """`source` itself where dpo.reference.model_name is null."""
+    """`source` itself if dpo.reference.model_name is null."""
     reference_arch: Architecture
     tokenizer: PreTrainedTokenizerBase
     tokenizer_notes: list[str]
-    """A line where tokenizer, template or EOS are not the model folder's own."""
+    """A line if tokenizer, template or EOS differ from the model folder's."""
     loaders: Mapping[str, GlobalBatchLoader]
-    """By the name of the set, TRAIN first; each holds its pairs (`.dataset`)."""
+    """Name of the set -> loader, TRAIN first. Each has its pairs (`.dataset`)."""
 
     @property
     def train_loader(self) -> GlobalBatchLoader:
@@ -55,14 +55,15 @@ class RunInputs:
 
     @property
     def reports(self) -> list[str]:
-        """The tokenizer's notes; one line a file, what was read, dropped and truncated; and what an epoch leaves out."""
+        """The tokenizer's notes; a line for each file with its read, dropped and truncated pairs; the pairs that an epoch
+        leaves out."""
         lines = [*self.tokenizer_notes]
         lines += [str(loader.dataset.report) for loader in self.loaders.values()]
         for loader in self.loaders.values():
             if dropped := loader.dropped_pairs_per_epoch:
                 path, size = loader.dataset.report.path, loader.global_batch_size
                 lines.append(
-                    f"{path}: {dropped} pairs an epoch don't fill a last global batch of {size} and are left out"
+                    f"{path}: {dropped} pairs of each epoch are left out: they don't fill a global batch of {size}"
                 )
         return lines
 
@@ -75,11 +76,11 @@ def open_run_inputs(
     weights: bool = True,
     thorough: bool = False,
 ) -> RunInputs:
-    """Find the models, read and tokenise the data, and deal it out: to the rank of `grid` its part (None: everything).
+    """Finds the models, reads and tokenises the data, and makes loaders of this rank's part (grid None: of everything).
 
     sets: names of the sets to open; None: TRAIN and all of data.val_data_paths. weights: also download a hub model's
-    weights. thorough: hold the weight files' headers against the model's shape, and read the rows of the data even where
-    there is no tokenizer for them. Raises UserError with every problem of all parts. Collectives: none.
+    weights. thorough: compare the headers of the weight files with the model's shape, and read the rows of the data even
+    if there is no tokenizer. Raises UserError with every problem of all parts. Collectives: none.
     """
     paths = {TRAIN: cfg.data.train_data_path, **(cfg.data.val_data_paths or {})}
     paths = {name: path for name, path in paths.items() if sets is None or name in sets}
@@ -127,18 +128,19 @@ def _loaders(
 
 
 def _require_vocabulary(cfg: Config, reference_arch: Architecture, datasets: Iterable[PairDataset]) -> None:
-    """Raises ConfigError for a reference that lacks some of the pairs' tokens: under tensor parallelism no shard of its
-    embedding would hold them, and its log-probabilities would be wrong without an error."""
+    """Raises ConfigError if the reference's vocabulary lacks token ids of the pairs. With tensor parallelism no shard of
+    the embedding would have them, and log-probabilities would be wrong without an error."""
     vocab_size, largest = reference_arch.vocab_size, max(data.max_token_id for data in datasets)
     if largest >= vocab_size:
-        expected = f"a model that has the pairs' token ids, up to {largest}; its vocabulary has {vocab_size}"
-        raise ConfigError(
-            Problem(REFERENCE, cfg.dpo.reference.model_name, expected, "name one with the policy's tokenizer")
+        expected = (
+            f"a model with more than {largest} token ids, the largest in the data; its vocabulary has {vocab_size}"
         )
+        fix = "name a model with the policy's tokenizer"
+        raise ConfigError(Problem(REFERENCE, cfg.dpo.reference.model_name, expected, fix))
 
 
 def _require_complete_weights(source: ModelSource, arch: Architecture) -> None:
-    """Raises ConfigError for a Hugging Face folder whose files don't hold the model's tensors, by their headers."""
+    """Raises ConfigError if the weight files of a Hugging Face folder lack tensors of the model. Reads only headers."""
     from megadpo.model.weights.hf_folder import HfWeights
 
     if source.megatron is not None:
@@ -149,7 +151,7 @@ def _require_complete_weights(source: ModelSource, arch: Architecture) -> None:
 
 
 def _read_rows(cfg: Config, paths: Iterable[str]) -> None:
-    """Raises DataError with every problem that the rows have without a tokenizer."""
+    """Raises DataError with every problem of the rows that can be found without a tokenizer."""
     from megadpo.data.formats.read_pairs import read_pairs
 
     attempt = Attempts()
@@ -157,5 +159,5 @@ def _read_rows(cfg: Config, paths: Iterable[str]) -> None:
         pairs = read_pairs(
             path, cfg.data.format_options, dataset_name=cfg.data.dataset_name, on_bad_row=cfg.data.on_bad_row
         )
-        attempt(partial(deque, pairs, maxlen=0))  # reads all, keeps none
+        attempt(partial(deque, pairs, maxlen=0))  # reads all and keeps none
     attempt.refuse()

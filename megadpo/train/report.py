@@ -1,4 +1,4 @@
-"""What a run is, in the words of the banner."""
+"""The banner of a run: its facts as text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megadpo.train.setup import Run
 
 
 def banner_rows(run: Run, chosen: Mapping[str, str]) -> list[tuple[str, str]]:
-    """(name, words) of each fact about the run, for the banner. chosen: its `choices`. All ranks call it. Collectives: an
+    """(name, text) of each fact about the run. chosen: the result of `choices`. All ranks call it. Collectives: an
     all-reduce of the parameter count."""
     cfg, parallel, inputs = run.cfg, run.parallel, run.inputs
     validation = {
@@ -44,7 +44,7 @@ def banner_rows(run: Run, chosen: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def choices(run: Run) -> dict[str, str]:
-    """What `auto` came to on this machine, and why."""
+    """What `auto` has chosen on this machine, and why."""
     policy, device = run.cfg.policy, run.parallel.device
     known = Known(cfg=run.cfg, machine=machine(device))
     layers, config = LAYER_IMPLEMENTATIONS.choose(known), run.trainer.model[0].config
@@ -68,7 +68,7 @@ def choices(run: Run) -> dict[str, str]:
 
 
 def layout_sizes(run: Run) -> dict[str, int]:
-    """The parallel sizes under their short names; those of experts where there are any."""
+    """Short name -> parallel size. EP and ETP only for models with experts."""
     grid = run.parallel.grid
     sizes = {"TP": grid.tensor, "PP": grid.pipeline, "VPP": grid.virtual_pipeline, "CP": grid.context, "DP": grid.data}
     return sizes if run.trainer.balance is None else sizes | {"EP": grid.expert, "ETP": grid.expert_tensor}
@@ -90,14 +90,14 @@ def all_parameters(run: Run) -> int:
 
 
 def layout_words(sizes: Mapping[str, int], world_size: int) -> str:
-    """TP 4 x DP 2 (8 ranks); sizes of 1 are left out."""
+    """Such as "TP 4 x DP 2 (8 ranks)". Sizes of 1 are left out."""
     wide = [f"{name} {size}" for name, size in sizes.items() if size != 1]
     ranks = f"{world_size} rank" + ("s" if world_size != 1 else "")
     return f"{' x '.join(wide)} ({ranks})" if wide else ranks
 
 
 def count_words(count: int) -> str:
-    """8,030,261,248 (8.03 B)."""
+    """Such as "8,030,261,248 (8.03 B)"."""
     for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
         if count >= size:
             return f"{count:,} ({count / size:.2f} {unit})"

@@ -17,7 +17,7 @@ BROKEN = [
     ({OPT + "bf16": True, "policy__precision": "float32"}, "policy.megatron_cfg.optimizer.bf16", "policy.precision"),
     ({MEG + "pipeline_dtype": "float32"}, "policy.megatron_cfg.pipeline_dtype", "policy.precision"),
     ({OPT + "clip_grad": 2.0}, "policy.megatron_cfg.optimizer.clip_grad", "policy.max_grad_norm"),
-    ({**AWARE, OPT + "exp_avg_dtype": "bfloat16"}, AWARE_FIELD, "resumes is not proved"),
+    ({**AWARE, OPT + "exp_avg_dtype": "bfloat16"}, AWARE_FIELD, "resuming from this state has not been tested"),
     ({OPT + "optimizer": "sgd"}, "policy.megatron_cfg.optimizer.use_distributed_optimizer", "Adam"),
     ({**AWARE, SAVE: False, OPT + "use_distributed_optimizer": False}, AWARE_FIELD, "use_distributed_optimizer"),
     ({**AWARE, SAVE: False, "policy__device": "cpu"}, AWARE_FIELD, "CUDA"),

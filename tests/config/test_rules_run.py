@@ -11,12 +11,12 @@ BROKEN = [
     # changes, where, words of `expected`
     ({"dpo__preference_loss_weight": 0}, "dpo.preference_loss_weight", "positive"),
     ({"dpo__reference__mode": "none"}, "dpo.reference.mode", "resident"),
-    ({"dpo__loss_type": "cpo"}, "dpo.reference.mode", "none: dpo.loss_type cpo"),
+    ({"dpo__loss_type": "cpo"}, "dpo.reference.mode", "none: dpo.loss_type cpo reads no reference"),
     ({"dpo__reference__cache_dir": "x"}, "dpo.reference.cache_dir", "null with mode resident"),
     (
         {"dpo__loss_type": "simpo", "dpo__reference__mode": "none"},
         "dpo.preference_average_log_probs",
-        "true: dpo.loss_type simpo",
+        "true: dpo.loss_type simpo is defined on means",
     ),
     ({"dpo__loss_type": "exo_pair"}, "dpo.label_smoothing", "more than 0"),
     ({"dpo__loss_type": "hinge", "dpo__label_smoothing": 0.1}, "dpo.label_smoothing", "sigmoid, exo_pair, robust, cpo"),

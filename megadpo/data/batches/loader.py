@@ -87,8 +87,7 @@ class GlobalBatchLoader:
         limit_batches: at most this many batches of an epoch (dpo.val_batches); None, 0 or less: all.
         prefetch: pack in one background thread. Packing takes a thousandth of a step.
         work_model: balances the ranks' work (with budget_tokens only); None: balances their tokens.
-        grid: this rank's place; it gets the micro-batches of its data-parallel rank. pad_to_multiple is a multiple of
-            the context-parallel size.
+        grid: this rank's place. pad_to_multiple is a multiple of the context-parallel size.
         Raises DataError for pairs longer than budget_tokens, and if drop_last leaves no global batch.
         """
         if pad_to_multiple % grid.context:
