@@ -93,7 +93,7 @@ def prepare(options: argparse.Namespace) -> Job:
         fix = f"add policy.device=auto, or leave {what} out: a CPU's memory has no limit here"
         raise ConfigError(Problem("policy.device", "cpu", f"auto or cuda with {what}", fix))
     arch, reference = architectures(cfg)
-    lengths, said = choose_lengths(cfg, arch, options.lengths)
+    lengths, said = choose_lengths(cfg, options.lengths)
     return Job(
         cfg=cfg,
         arch=arch,
