@@ -95,7 +95,7 @@ def prepare(options: argparse.Namespace) -> Job:
         raise ConfigError(Problem("policy.device", "cpu", f"auto or cuda with {what}", fix))
     arch, reference = architectures(cfg)
     cfg = without_experts(cfg, arch, reference or arch)
-    lengths, said = choose_lengths(cfg, arch, options.lengths)
+    lengths, said = choose_lengths(cfg, options.lengths)
     return Job(
         cfg=cfg,
         arch=arch,
