@@ -32,7 +32,7 @@ class Squared(Loss):
     squared_aim: PositiveFloat = 1.0
     """Margin that squared aims at."""
 
-    def of_pairs(self, scores, beta):
+    def pair_losses(self, scores, beta):
         return (beta * (scores.chosen_logratios - scores.rejected_logratios) - self.squared_aim) ** 2
 '''
 FORMAT = """

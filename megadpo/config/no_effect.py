@@ -61,7 +61,7 @@ _MODULES = ("moe", "shared_experts")
 def without_experts(cfg: Config, *archs: Architecture) -> Config:
     """`cfg` with what it says about experts at its defaults, and one note of that, where none of the run's models, the
     policy and the reference, has any; else `cfg`."""
-    if any(arch.moe is not None for arch in archs):
+    if any(arch.experts is not None for arch in archs):
         return cfg
     given, usual = cfg.policy.megatron_cfg, MegatronConfig()
     names = [field.name for field in dataclasses.fields(MegatronConfig)]

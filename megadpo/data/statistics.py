@@ -75,7 +75,7 @@ def batch_fills(loader: GlobalBatchLoader, count: int) -> list[BatchFill]:
     for batch, (positions, deal) in enumerate(islice(loader.deals(epoch=0), count)):
         tokens, work = loader.lengths[positions], loader.work[positions]
         rank_work = [int(work[[number for pack in rank for number in pack]].sum()) for rank in deal]
-        parts = [loader.pack(positions[pack]).part for rank in deal for pack in rank if loader.rank.cp_size > 1]
+        parts = [loader.pack(positions[pack]).part for rank in deal for pack in rank if loader.grid.context > 1]
         room = None if loader.budget_tokens is None else loader.budget_tokens * len(deal) * len(deal[0])
         fills.append(
             BatchFill(

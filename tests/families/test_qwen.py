@@ -25,4 +25,4 @@ SLIDING = [
 @pytest.mark.parametrize(("name", "said", "window"), SLIDING)
 def test_sliding_window(name, said, window):
     raw = {key: value for key, value in LLAMA.items() if key != "model_type"}
-    assert parse_architecture({**raw, "architectures": [name], **said}).sliding_window == window
+    assert parse_architecture({**raw, "architectures": [name], **said}).attention.window == window

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from megadpo.config.check import micro_batch_multiple
+from megadpo.config.grid import Grid
 from megadpo.config.problems import DataError, Problem
 from megadpo.data.batches.cut import context_part
 from megadpo.data.batches.deal import Deal, deal_batch
@@ -50,25 +51,7 @@ class GlobalBatch:
     """Rows of the data file, of the whole global batch, in the order of the epoch."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataRank:
-    """Which part of every global batch a rank gets; by default all of it. Raises ValueError for a rank out of range."""
-
-    dp_rank: int = 0
-    dp_size: int = 1
-    """Ranks that share out the micro-batches."""
-    cp_rank: int = 0
-    cp_size: int = 1
-    """Ranks that share out the tokens of each micro-batch."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.dp_rank < self.dp_size:
-            raise ValueError(f"dp_rank {self.dp_rank} of dp_size {self.dp_size}")
-        if not 0 <= self.cp_rank < self.cp_size:
-            raise ValueError(f"cp_rank {self.cp_rank} of cp_size {self.cp_size}")
-
-
-WHOLE = DataRank()
+ONE_RANK = Grid()
 
 
 class GlobalBatchLoader:
@@ -91,7 +74,7 @@ class GlobalBatchLoader:
         limit_batches: int | None = None,
         prefetch: bool = True,
         work_model: WorkModel | None = None,
-        rank: DataRank = WHOLE,
+        grid: Grid = ONE_RANK,
     ) -> None:
         """Sizes count pairs. Exactly one of `budget_tokens` (sequence packing) and `pairs_per_micro_batch` is given.
 
@@ -101,18 +84,18 @@ class GlobalBatchLoader:
         limit_batches: at most this many batches of an epoch (dpo.val_batches); None or 0 or less: all.
         prefetch: pack ahead in one background thread (packing takes a thousandth of a step), or in the caller.
         work_model: ranks get the same work by it (with budget_tokens only); None: as many tokens each.
-        rank: whose micro-batches come out; pad_to_multiple is a multiple of its cp_size.
+        grid: whose micro-batches come out; pad_to_multiple is a multiple of its context-parallel size.
         Raises DataError for pairs longer than budget_tokens, and for a data set that drop_last leaves nothing of.
         """
-        if pad_to_multiple % rank.cp_size:
-            raise ValueError(f"packs padded to {pad_to_multiple} tokens can't be cut over cp_size {rank.cp_size}")
+        if pad_to_multiple % grid.context:
+            raise ValueError(f"packs padded to {pad_to_multiple} tokens can't be cut over {grid.context} ranks")
         if global_batch_size < 1:
             raise ValueError(f"global_batch_size must be at least 1, got {global_batch_size}")
         self.dataset = dataset
         self.global_batch_size = global_batch_size
         self.shuffle = shuffle
         self.seed = seed
-        self.rank = rank
+        self.grid = grid
         self.share_prompt = share_prompt
         self.pad_token_id = pad_token_id
         self.pad_to_multiple = pad_to_multiple
@@ -152,7 +135,7 @@ class GlobalBatchLoader:
         *,
         pad_token_id: int,
         training: bool,
-        rank: DataRank = WHOLE,
+        grid: Grid = ONE_RANK,
     ) -> GlobalBatchLoader:
         """Training: the config's order, whole global batches only. Validation: file order, every pair."""
         packing = cfg.policy.sequence_packing
@@ -173,7 +156,7 @@ class GlobalBatchLoader:
             micro_batch_multiple=micro_batch_multiple(cfg),
             prefetch=cfg.data.num_workers > 0,
             work_model=WorkModel.of(arch),
-            rank=rank,
+            grid=grid,
         )
 
     def with_reference_logps(self, logps: npt.NDArray[np.float32]) -> GlobalBatchLoader:
@@ -214,7 +197,7 @@ class GlobalBatchLoader:
                 positions,
                 deal_batch(
                     self.lengths[positions],
-                    num_ranks=self.rank.dp_size,
+                    num_ranks=self.grid.data,
                     budget_tokens=self.budget_tokens,
                     pairs_per_micro_batch=self.pairs_per_micro_batch,
                     work=self.work[positions],
@@ -225,7 +208,7 @@ class GlobalBatchLoader:
     def _make(self, epoch: int, start_batch: int) -> Iterator[GlobalBatch]:
         for positions, deal in self.deals(epoch, start_batch):
             yield GlobalBatch(
-                micro_batches=[self.pack(positions[numbers]) for numbers in deal[self.rank.dp_rank]],
+                micro_batches=[self.pack(positions[numbers]) for numbers in deal[self.grid.dp_rank]],
                 num_pairs=len(positions),
                 num_tokens=int(self.lengths[positions].sum()),
                 pair_indices=self.dataset.rows[positions].tolist(),
@@ -244,7 +227,7 @@ class GlobalBatchLoader:
         if self._reference_logps is not None:
             known = torch.from_numpy(self._reference_logps[positions].reshape(-1))
             whole = dataclasses.replace(whole, reference_logps=known)
-        return context_part(whole, self.rank.cp_rank, self.rank.cp_size)
+        return context_part(whole, self.grid.cp_rank, self.grid.context)
 
     def _refuse_longer_than_budget(self) -> None:
         if self.budget_tokens is None:

@@ -1,7 +1,8 @@
 """How much a pair costs to compute: what data-parallel ranks are balanced by.
 
 Floating-point operations of one forward pass, counting matrix products, 2 for each multiply and add, with L layers,
-hidden size h, H query heads and G key-value heads of size d, MLP width f, vocabulary V:
+hidden size h, H query heads and G key-value heads of size d, MLP width f (of experts: those that a token goes to, and the
+shared one), vocabulary V:
 
     each token          2 L (h d (2 H + 2 G) + 3 h f)     projections and the gated MLP
     each answer token   2 h V                             the head; prompt tokens are not projected
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megadpo.config.architecture import Architecture
+from megadpo.config.architecture import Architecture, Mlp
 
 UNITS_PER_TOKEN = 16
 """Work is counted in sixteenths of what one token costs in the layers, attention apart."""
@@ -39,12 +40,20 @@ class WorkModel:
     @classmethod
     def of(cls, arch: Architecture) -> WorkModel:
         """The formulas above."""
-        hidden, head = arch.hidden_size, arch.head_dim
-        projections = hidden * head * (2 * arch.num_heads + 2 * arch.num_kv_heads)
+        per_token = per_query_key = 0
+        for layer in arch.layers:
+            one, mlp = layer.attention, layer.feed_forward
+            if isinstance(mlp, Mlp):
+                channels = mlp.ffn_size
+            else:
+                channels = mlp.per_token * mlp.mlp.ffn_size + (mlp.shared_ffn_size or 0)
+            heads = (one.num_heads + one.num_kv_heads) * (one.head_dim + one.value_dim)
+            per_token += 2 * arch.hidden_size * (heads + 3 * channels)
+            per_query_key += 2 * one.num_heads * (one.head_dim + one.value_dim)
         return cls(
-            per_token=2 * arch.num_layers * (projections + 3 * hidden * arch.ffn_hidden_size),
-            per_answer_token=2 * hidden * arch.vocab_size,
-            per_query_key=4 * arch.num_layers * arch.num_heads * head,
+            per_token=per_token,
+            per_answer_token=2 * arch.hidden_size * arch.vocab_size,
+            per_query_key=per_query_key,
         )
 
     def pair_work(self, text_tokens: npt.NDArray[np.int64], *, share_prompt: bool) -> npt.NDArray[np.int64]:
