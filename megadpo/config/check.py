@@ -102,6 +102,7 @@ def _smallest_pack(known: Known) -> Iterator[Problem]:
 def _pipeline_stages(known: Known) -> Iterator[Problem]:
     megatron = known.cfg.policy.megatron_cfg
     if megatron.pipeline_model_parallel_size > 1:
+        yield from _two_uneven_stages(megatron)
         return
     if megatron.virtual_pipeline_model_parallel_size > 1:
         where = f"{_MEG}.virtual_pipeline_model_parallel_size"
@@ -114,6 +115,17 @@ def _pipeline_stages(known: Known) -> Iterator[Problem]:
         if value is not None:
             fix = f"set it to null, or raise {_MEG}.pipeline_model_parallel_size"
             yield Problem(f"{_MEG}.{name}", value, "null with pipeline_model_parallel_size 1", fix)
+
+
+def _two_uneven_stages(megatron: MegatronConfig) -> Iterator[Problem]:
+    """megatron-core divides by the stages in between, none (get_transformer_layer_offset in transformer_layer.py)."""
+    first, last = megatron.num_layers_in_first_pipeline_stage, megatron.num_layers_in_last_pipeline_stage
+    virtual = megatron.virtual_pipeline_model_parallel_size > 1
+    if virtual and megatron.pipeline_model_parallel_size == 2 and first is not None and last is not None:
+        expected = (
+            "null with two stages and a virtual pipeline: the layers that the first stage leaves are the last one's"
+        )
+        yield Problem(f"{_MEG}.num_layers_in_last_pipeline_stage", last, expected, "set it to null")
 
 
 @rule

@@ -74,14 +74,6 @@ def _pack_budget(known: Known) -> Iterator[Problem]:
 
 
 @rule
-def _columns(known: Known) -> Iterator[Problem]:
-    keys = (known.cfg.data.prompt_key, known.cfg.data.chosen_key, known.cfg.data.rejected_key)
-    if len(set(keys)) < len(keys):
-        fix = "name prompt, chosen and rejected apart"
-        yield Problem("data.rejected_key", ", ".join(keys), "three different keys", fix)
-
-
-@rule
 def _validation_names(known: Known) -> Iterator[Problem]:
     for name in known.cfg.data.val_data_paths or {}:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):

@@ -101,12 +101,8 @@ class DataConfig:
     dataset_name: Annotated[str, OneOf(FORMATS)] | None = None
     """The format of the rows, by NeMo RL's names (docs/data.md shows each). null: that of a source's first good row.
     HelpSteer3 and Tulu3Preference without a train_data_path are read from the hub."""
-    prompt_key: Text = "prompt"
-    """What the rows call the prompt, in BinaryPreferenceDataset."""
-    chosen_key: Text = "chosen"
-    """And the chosen answer; in Tulu3Preference and ImplicitPrompt too."""
-    rejected_key: Text = "rejected"
-    """And the rejected one."""
+    format_options: Annotated[Mapping[str, Any], OptionsOf(FORMATS)] = field(default_factory=FORMATS.defaults)
+    """Options of the formats, by name (docs/data.md); in a file they are keys of `data`."""
     loss_on: Literal["last_turn", "differing_turns"] = "last_turn"
     """Of an answer with several turns. last_turn: the loss is on the assistant's last one, as in NeMo RL. differing_turns:
     on each of the assistant's turns that is not the same in the other answer, at the same place."""

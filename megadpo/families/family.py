@@ -37,7 +37,7 @@ class Family:
         length = config.size("max_position_embeddings")
         head_dim = max(1, hidden // heads) if config.get("head_dim") is None else config.size("head_dim")
         if not config.problems:
-            if hidden % heads and config.raw.get("head_dim") is None:
+            if hidden % heads and config.get("head_dim") is None:
                 config.report("num_attention_heads", heads, f"a divisor of hidden_size {hidden}")
             if heads % groups:
                 config.report("num_key_value_heads", groups, f"a divisor of num_attention_heads {heads}")

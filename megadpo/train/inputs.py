@@ -150,12 +150,12 @@ def _require_complete_weights(source: ModelSource, arch: Architecture) -> None:
 
 def _read_rows(cfg: Config, paths: Iterable[str]) -> None:
     """Raises DataError with every problem that the rows have without a tokenizer."""
-    from megadpo.data.formats import FieldKeys
     from megadpo.data.formats.read_pairs import read_pairs
 
     attempt = Attempts()
-    keys = FieldKeys(cfg.data.prompt_key, cfg.data.chosen_key, cfg.data.rejected_key)
     for path in paths:
-        pairs = read_pairs(path, keys, dataset_name=cfg.data.dataset_name, on_bad_row=cfg.data.on_bad_row)
+        pairs = read_pairs(
+            path, cfg.data.format_options, dataset_name=cfg.data.dataset_name, on_bad_row=cfg.data.on_bad_row
+        )
         attempt(partial(deque, pairs, maxlen=0))  # reads all, keeps none
     attempt.refuse()

@@ -57,7 +57,7 @@ POSSIBLE = [
     ({**UNIFORM, UNIFORM_LAYERS: 4, PP: 2, VPP: 4}, {}, 2),
     ({UNIFORM_LAYERS: 3}, {}, 1),
     ({**UNIFORM, UNIFORM_LAYERS: 3, MEG + "recompute_method": "block"}, {}, 1),
-    ({PP: 2, VPP: 4, FIRST: 12, LAST: 20}, {}, 2),
+    ({PP: 2, VPP: 4, FIRST: 12}, {}, 2),
     ({PP: 2, VPP: 2, "policy__sequence_packing__enabled": False}, {}, 2),
     ({"policy__max_total_sequence_length": 131072}, {}, 1),
     ({"policy__max_total_sequence_length": 4096}, {"window": 4096}, 1),
@@ -248,6 +248,7 @@ BROKEN = [
         "use_distributed_optimizer",
     ),
     ({VPP: 2}, "policy.megatron_cfg.virtual_pipeline_model_parallel_size", "1 with pipeline_model_parallel_size 1"),
+    ({PP: 2, VPP: 4, FIRST: 12, LAST: 20}, "policy.megatron_cfg.num_layers_in_last_pipeline_stage", "null with two"),
     ({**SELECTIVE, MEG + "recompute_method": "block"}, "policy.megatron_cfg.recompute_method", "no use"),
     ({**SELECTIVE, MEG + "recompute_num_layers": 2}, "policy.megatron_cfg.recompute_num_layers", "no use"),
     (

@@ -43,7 +43,7 @@ def test_shared_experts_are_cut_like_dense_layers(config):
     options = {MEG + "tensor_model_parallel_size": 2, MEG + "sequence_parallel": True}
     odd = parse_architecture({**QWEN2_MOE, "shared_expert_intermediate_size": 33})
     (problem,) = check_layout(config(**options), odd, 2)
-    assert "33 MLP channels" in problem.expected
+    assert "33 channels of the shared expert" in problem.expected
     # a dense size that no layer has does not matter
     assert check_layout(config(**options), parse_architecture({**QWEN3_MOE, "intermediate_size": 33}), 2) == []
 

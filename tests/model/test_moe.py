@@ -47,7 +47,7 @@ def tokens_of_experts(folder: str, tensor: int) -> tuple[list[int], int, int]:
     model(batch).sum().backward()
     routing = plan_routing(batch, model.config, model.balance)
     assert routing.sets is not None and routing.sets.members.sum() == routing.real.sum()
-    return seen, batch.num_tokens, batch.padding_tokens
+    return seen, batch.num_tokens, batch.run_tokens - batch.num_tokens
 
 
 @pytest.mark.distributed

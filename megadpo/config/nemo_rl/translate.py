@@ -19,13 +19,14 @@ _MEG = "policy.megatron_cfg"
 _HEAD_CHUNK = "policy.logprob_chunk_size"
 _HEAD_CHUNK_NAMES = ("fused_linear_logprobs_chunk_size", "linear_ce_fusion_chunk_size")
 _TARGETS = {"train": "train_data_path", "validation": "val_data_paths"}
-_KEYS = ("prompt_key", "chosen_key", "rejected_key")
 # Keys of a dataset section that are refused at any value but null.
 _MUST_BE_NULL = ("prompt_file", "system_prompt_file")
-_SECTION_KEYS = ("dataset_name", "data_path", "subset", "split", *_KEYS, *_MUST_BE_NULL)
-_DATA_PATHS = frozenset(
-    f"data.{section}.{key}" for section in ("train", "validation", "default") for key in _SECTION_KEYS
-)
+_SECTIONS = ("train", "validation", "default")
+
+
+def _section_keys() -> tuple[str, ...]:
+    """Keys of a dataset section."""
+    return ("dataset_name", "data_path", "subset", "split", *FORMATS.keys(), *_MUST_BE_NULL)
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,11 @@ def _collect(section: Mapping[str, Any], prefix: str, keys: dict[str, NemoKey]) 
             _collect(one, f"{path}.", keys)
 
 
-@functools.cache
 def nemo_paths() -> frozenset[str]:
     """Every key that is translated or in the table, for the nearest name of an unknown one."""
-    return frozenset(path for path in nemo_keys() if not path.endswith(".*")) | _DATA_PATHS
+    return frozenset(path for path in nemo_keys() if not path.endswith(".*")) | {
+        f"data.{section}.{key}" for section in _SECTIONS for key in _section_keys()
+    }
 
 
 @functools.cache
@@ -234,7 +236,7 @@ def _translate_data(data: dict[str, Any], problems: list[Problem], notes: list[s
             unset.add(f"data.{target}")
     sections = {name: _section(data, name, problems) for name in _TARGETS}
     seen: dict[str, tuple[object, str]] = {
-        key: (data[key], f"data.{key}") for key in ("dataset_name", *_KEYS) if data.get(key) is not None
+        key: (data[key], f"data.{key}") for key in ("dataset_name", *FORMATS.keys()) if data.get(key) is not None
     }
     for name, own in sections.items():
         if own is None:
@@ -278,7 +280,7 @@ def _take_common_keys(
     problems: list[Problem],
 ) -> None:
     """Moves the format and the field names of a section up to `data`, where they hold for every source."""
-    for key in ("dataset_name", *_KEYS):
+    for key in ("dataset_name", *FORMATS.keys()):
         mine = section.get(key)
         if mine is None or (key == "dataset_name" and mine not in FORMATS):
             continue
@@ -302,8 +304,8 @@ def _source(section: dict[str, Any], where: str, problems: list[Problem], notes:
         if key in _MUST_BE_NULL and section[key] is not None:
             fix = "remove it: prompts are taken as they are, so write what they say into the data"
             problems.append(Problem(f"{where}.{key}", section[key], "null", fix))
-        elif key not in _SECTION_KEYS:
-            fix = f"known here: {', '.join(_SECTION_KEYS)}"
+        elif key not in _section_keys():
+            fix = f"known here: {', '.join(_section_keys())}"
             problems.append(Problem(f"{where}.{key}", section[key], "a known key; this one is not", fix))
     path = section.get("data_path")
     hub = _hub_dataset(name)

@@ -91,7 +91,7 @@ def test_it_loads_and_every_idle_key_is_noted():
     cfg = load_config(NEMO, [*MEGATRON_ON, *DATA])
     assert cfg.data.train_data_path == "t.jsonl"
     assert cfg.data.val_data_paths == {"default": "v.jsonl"}
-    assert (cfg.data.prompt_key, cfg.data.chosen_key, cfg.data.rejected_key) == ("question", "good", "bad")
+    assert cfg.data.format_options == {"prompt_key": "question", "chosen_key": "good", "rejected_key": "bad"}
     assert cfg.policy.logprob_chunk_size == 256
     assert cfg.policy.megatron_cfg.distributed_data_parallel_config.grad_reduce_in_fp32 is False
     assert cfg.dpo.max_num_steps == 150
@@ -304,7 +304,7 @@ def test_datasets_by_name(data, train, val, name):
 
 def test_names_of_the_answers_are_read_in_the_formats_that_have_them(config):
     for name in ("BinaryPreferenceDataset", "Tulu3Preference", "ImplicitPrompt", None):
-        assert config(data__dataset_name=name, data__chosen_key="good").data.chosen_key == "good"
+        assert config(data__dataset_name=name, data__chosen_key="good").data.format_options["chosen_key"] == "good"
 
 
 def test_the_guides_yaml_with_two_validation_sets():

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import threading
+import time
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,7 @@ from hypothesis import strategies as st
 from megadpo.config import build_config
 from megadpo.config.grid import Grid
 from megadpo.config.problems import DataError
-from megadpo.data.batches.loader import GlobalBatch, GlobalBatchLoader
+from megadpo.data.batches.loader import GlobalBatch, GlobalBatchLoader, prefetched
 from megadpo.data.batches.pack import PackedBatch, pack_pairs
 from megadpo.data.batches.work import WorkModel
 from megadpo.data.pairs import FlatPairs, PairDataset, TokenizedPair
@@ -276,7 +280,7 @@ def test_token_ids_are_released_after_every_batch(pairs: PairDataset) -> None:
 
 
 def prefetch_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "megadpo-prefetch"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("megadpo-prefetch")]
 
 
 def test_packing_ahead_changes_nothing(pairs: PairDataset) -> None:
@@ -295,7 +299,7 @@ def test_packing_happens_in_one_other_thread(pairs: PairDataset, monkeypatch: py
 
     monkeypatch.setattr("megadpo.data.batches.loader.pack_pairs", noting)
     list(loader(pairs, prefetch=True).batches(0))
-    assert set(names) == {"megadpo-prefetch"}
+    assert set(names) == {"megadpo-prefetch_0"}
     names.clear()
     list(loader(pairs, prefetch=False).batches(0))
     assert set(names) == {threading.current_thread().name}
@@ -325,6 +329,48 @@ def test_a_failure_in_the_background_reaches_the_caller(pairs: PairDataset, monk
     with pytest.raises(MemoryError, match="planted"):
         next(batches)
     assert not prefetch_threads()
+
+
+class Source:
+    """0, 1, 2, ...; notes what was made and whether it was closed."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.made: list[int] = []
+        self.closed = False
+        self.items = self._items(fail_at)
+
+    def _items(self, fail_at: int | None) -> Iterator[int]:
+        try:
+            for number in itertools.count():
+                if number == fail_at:
+                    raise KeyError("planted")
+                self.made.append(number)
+                yield number
+        finally:
+            self.closed = True
+
+
+def test_no_more_than_depth_is_made_ahead() -> None:
+    source = Source()
+    ahead = prefetched(source.items, 2)
+    assert next(ahead) == 0
+    end = time.monotonic() + 10
+    while len(source.made) < 3 and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert len(source.made) == 3, "one taken, two ready"
+    ahead.close()  # type: ignore[attr-defined]
+    assert source.closed and not prefetch_threads()
+
+
+def test_an_exception_comes_in_place_of_its_item() -> None:
+    source = Source(fail_at=3)
+    ahead = prefetched(source.items, 2)
+    assert [next(ahead) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(KeyError, match="planted") as raised:
+        next(ahead)
+    assert "_items" in "".join(traceback.format_tb(raised.value.__traceback__)), "the traceback shows where"
+    assert source.closed and not prefetch_threads()
 
 
 def test_a_loader_with_reference_numbers_brings_them_with_each_pack(pairs: PairDataset) -> None:
