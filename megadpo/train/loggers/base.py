@@ -44,6 +44,8 @@ class Logger:
     """Its name in the config."""
     package: ClassVar[str]
     """The Python package of its client."""
+    to_install: ClassVar[str] = ""
+    """What pip calls it, where that is another name."""
 
     def open(self, run: LoggedRun) -> Sink:
         """Begin, or go on after `run.resumed_step`. Raises OSError, and ConfigError for settings that are refused."""
@@ -58,7 +60,7 @@ class Logger:
         """The client, where this Python hasn't got it."""
         if not _is_installed(self.package):
             expected = f"the Python package {self.package}, which is not installed"
-            fix = f"`pip install {self.package}`, or logger.{self.key}_enabled: false"
+            fix = f"`pip install {self.to_install or self.package}`, or logger.{self.key}_enabled: false"
             yield Problem(f"logger.{self.key}_enabled", True, expected, fix)
 
 
