@@ -48,6 +48,8 @@ def _idle(cfg: Config) -> Iterator[tuple[str, str]]:
             yield path, reason
     else:
         yield "policy.sequence_packing.share_prompt", "policy.sequence_packing.enabled is false"
+    if cfg.policy.device == "cpu":
+        yield "logger.monitor_gpus", "policy.device is cpu"
     if cfg.data.num_workers > 1:
         yield "data.num_workers", "one background thread packs ahead, as with 1, and that is enough"
     if not cfg.data.val_data_paths:

@@ -108,6 +108,16 @@ def _metric(known: Known) -> Iterator[Problem]:
 
 
 @rule
+def _gpu_counters(known: Known) -> Iterator[Problem]:
+    machine = known.machine
+    if not known.cfg.logger.monitor_gpus or machine is None or machine.device != "cuda":
+        return
+    if (reason := machine.why_missing("pynvml")) is not None:
+        fix = "`pip install nvidia-ml-py`, or logger.monitor_gpus: false"
+        yield Problem("logger.monitor_gpus", True, f"the Python package nvidia-ml-py ({reason})", fix)
+
+
+@rule
 def _cluster(known: Known) -> Iterator[Problem]:
     for name, other in (("gpus_per_node", "num_nodes"), ("num_nodes", "gpus_per_node")):
         if getattr(known.cfg.cluster, name) is None and getattr(known.cfg.cluster, other) is not None:

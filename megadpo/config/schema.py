@@ -158,6 +158,8 @@ class LoggerConfig:
 
     log_dir: Text = "logs"
     """Folder of metrics.jsonl and config.yaml."""
+    monitor_gpus: bool = False
+    """Log utilisation, memory and power of the first node's GPUs at each step, by NVML (docs/metrics.md)."""
     loggers: Annotated[Mapping[str, Any], OptionsOf(LOGGERS)] = field(default_factory=LOGGERS.defaults)
     """`<name>_enabled` and `<name>` of every logger of megadpo/train/loggers."""
 
