@@ -99,7 +99,9 @@ def show(options: argparse.Namespace, console: Console) -> None:
     console.print(Text(str(dataset.report)))
     show_lengths(console, dataset, loader)
     show_packs(console, loader, options.batches)
-    show_pair(console, dataset, position, opened.tokenizer, loader.share_prompt, 10**9 if options.all_tokens else 400)
+    show_pair(
+        console, dataset, position, opened.tokenizer, loader.options.share_prompt, 10**9 if options.all_tokens else 400
+    )
 
 
 def _set(cfg: Config, name: str, training: str) -> str:
@@ -136,13 +138,13 @@ def show_lengths(console: Console, dataset: PairDataset, loader: GlobalBatchLoad
     table = Table("tokens", box=None, pad_edge=False)
     for column in ("mean", "median", "90%", "99%", "longest", "total"):
         table.add_column(column, justify="right")
-    for row in lengths(dataset, share_prompt=loader.share_prompt):
+    for row in lengths(dataset, share_prompt=loader.options.share_prompt):
         numbers = (row.mean, row.median, row.percent_90, row.percent_99, row.longest, row.total)
         table.add_row(row.name, *(f"{number:,.0f}" for number in numbers))
     console.print()
     console.print(table)
     saving = f"{dataset.report.shared_prompt_saving:.1%} of the tokens"
-    off = "sharing prompts would save" if not loader.share_prompt else "shared prompts save"
+    off = "sharing prompts would save" if not loader.options.share_prompt else "shared prompts save"
     console.print(f"{off} {saving}; chosen is longer than rejected in {share_chosen_longer(dataset):.1%} of the pairs")
 
 
@@ -152,8 +154,14 @@ def show_packs(console: Console, loader: GlobalBatchLoader, count: int) -> None:
 
     fills = batch_fills(loader, count)
     budget = loader.budget_tokens
-    packs = f"packs of at most {budget:,} tokens" if budget else f"{loader.pairs_per_micro_batch} pairs a micro-batch"
-    title = f"Global batches of {loader.global_batch_size} pairs: {packs}, {loader.grid.data} data-parallel rank(s)"
+    packs = (
+        f"packs of at most {budget:,} tokens"
+        if budget
+        else f"{loader.options.pairs_per_micro_batch} pairs a micro-batch"
+    )
+    title = (
+        f"Global batches of {loader.options.global_batch_size} pairs: {packs}, {loader.grid.data} data-parallel rank(s)"
+    )
     table = Table("batch", box=None, pad_edge=False)
     columns = ["pairs", "tokens", "micro-batches a rank", "filled", "least loaded rank does"]
     if loader.grid.context > 1:

@@ -48,6 +48,8 @@ def _idle(cfg: Config) -> Iterator[tuple[str, str]]:
             yield path, reason
     else:
         yield "policy.sequence_packing.share_prompt", "policy.sequence_packing.enabled is false"
+    if not (cfg.policy.sequence_packing.enabled and cfg.policy.sequence_packing.share_prompt):
+        yield "data.group_prompts", "each pair's prompt is computed with each answer"
     if cfg.policy.device == "cpu":
         yield "logger.monitor_gpus", "policy.device is cpu"
     if cfg.data.num_workers > 1:

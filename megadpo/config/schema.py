@@ -113,6 +113,9 @@ class DataConfig:
     """Most tokens in prompt + one answer. Left out or null: policy.max_total_sequence_length, and at most that."""
     shuffle: bool = True
     """A new order each epoch, decided by dpo.seed and the epoch. false: file order."""
+    group_prompts: bool = True
+    """Pairs with the same prompt go into one pack where they can, and their prompt and each distinct answer are computed
+    once. false: each pair alone. Loss and gradients are the same. Counts with policy.sequence_packing.share_prompt."""
     num_workers: CountOrZero = 1
     """0: batches are packed when they are asked for. 1: ahead of time, in a background thread. More change nothing."""
     on_too_long: Literal["refuse", "drop", "truncate"] = "refuse"

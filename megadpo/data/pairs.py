@@ -9,9 +9,12 @@ from typing import TypeAlias, overload
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 TokenIds: TypeAlias = npt.NDArray[np.int32]
 """Token ids of one text, int32 [n]."""
+
+Ints: TypeAlias = npt.NDArray[np.int64]
 
 LossMask: TypeAlias = npt.NDArray[np.bool_]
 """Whether each token of an answer is in the loss, bool [n]."""
@@ -30,6 +33,11 @@ class TokenizedPair:
     chosen_mask: LossMask | None = None
     """None: every token of the answer is in the loss. A mask has at least one true entry."""
     rejected_mask: LossMask | None = None
+
+    @property
+    def answers(self) -> tuple[tuple[TokenIds, LossMask | None], tuple[TokenIds, LossMask | None]]:
+        """Chosen and rejected, with their masks."""
+        return (self.chosen_ids, self.chosen_mask), (self.rejected_ids, self.rejected_mask)
 
     @property
     def prompt_tokens(self) -> int:
@@ -60,6 +68,9 @@ class FlatPairs(Sequence[TokenizedPair]):
     """int64 [3N + 1]: text k is tokens[offsets[k] : offsets[k + 1]]."""
     rows: npt.NDArray[np.int64]
     """int64 [N]: row of the file."""
+    identities: npt.NDArray[np.int64]
+    """int64 [3N]: a hash of text k as it stands in `tokens`. Equal prompts have equal ones, and so have answers with the
+    same tokens and the same loss mask."""
 
     @staticmethod
     def of(pairs: Sequence[TokenizedPair]) -> FlatPairs:
@@ -71,7 +82,10 @@ class FlatPairs(Sequence[TokenizedPair]):
         offsets = np.zeros(len(texts) + 1, dtype=np.int64)
         np.cumsum([len(ids) for ids in texts], out=offsets[1:])
         tokens = np.concatenate(texts) if texts else np.empty(0, dtype=np.int32)
-        return FlatPairs(tokens, offsets, np.array([pair.index for pair in pairs], dtype=np.int64))
+        identities = np.array([xxhash.xxh3_64_intdigest(ids.tobytes()) for ids in texts], dtype=np.uint64).view(
+            np.int64
+        )
+        return FlatPairs(tokens, offsets, np.array([pair.index for pair in pairs], dtype=np.int64), identities)
 
     def __len__(self) -> int:
         return len(self.rows)

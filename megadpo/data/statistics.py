@@ -73,8 +73,8 @@ def batch_fills(loader: GlobalBatchLoader, count: int) -> list[BatchFill]:
     """The first `count` global batches of epoch 0, or as many as there are."""
     fills = []
     for batch, (positions, deal) in enumerate(islice(loader.deals(epoch=0), count)):
-        tokens, work = loader.lengths[positions], loader.work[positions]
-        rank_work = [int(work[[number for pack in rank for number in pack]].sum()) for rank in deal]
+        tokens, work = loader.totals(positions, [pack for rank in deal for pack in rank])
+        rank_work = work.reshape(len(deal), -1).sum(axis=1).tolist()
         parts = [loader.pack(positions[pack]).part for rank in deal for pack in rank if loader.grid.context > 1]
         capacity = None if loader.budget_tokens is None else loader.budget_tokens * len(deal) * len(deal[0])
         fills.append(

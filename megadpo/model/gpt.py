@@ -73,7 +73,7 @@ class PairModel(GPTModel):
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """T tokens -> hidden states [T, 1, h] for the next stage ([T/tp, 1, h] under sequence parallelism), or, on
-        the last stage, logps [2P] float32: row 2p the chosen answer of pair p, row 2p + 1 its rejected one.
+        the last stage, logps [K] float32 of the batch's answers.
 
         Under context parallelism `batch` is this rank's part, T counts its tokens, and logps are of the whole answers.
         Collectives: megatron-core's over the tensor-parallel group and, for experts, theirs; with context parallelism

@@ -7,7 +7,7 @@ the numbers differ by rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +19,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from megadpo.config.problems import ConfigError, Problem
+from megadpo.data.batches.deal import Deal
 from megadpo.data.batches.loader import GlobalBatchLoader
+from megadpo.data.batches.pack import PackedBatch
 from megadpo.files.atomic import write_then_rename
 from megadpo.parallel import ParallelContext
 from megadpo.reference.resident import ResidentReference
 
 Table = npt.NDArray[np.float32]
-"""[pairs, 2]: logps of the chosen and rejected answer, in nats, by position in the data set. NaN: not computed yet."""
+"""[answers]: logps in nats, by the number of the answer in the data set (`loader.answers`). NaN: not computed yet."""
 
 SAVE_EVERY_BATCHES = 20
 """Global batches between two writes of the file. An interruption loses at most this much."""
@@ -37,18 +39,18 @@ class LogpsCache:
 
     path: Path
 
-    def read(self, num_pairs: int) -> Table:
-        """[num_pairs, 2], NaN for pairs that are not in the file. Raises ConfigError if the file has no such table."""
+    def read(self, num_answers: int) -> Table:
+        """[num_answers], NaN for answers that are not in the file. Raises ConfigError if the file has no such table."""
         try:
             if not self.path.exists():
-                return np.full((num_pairs, 2), np.nan, dtype=np.float32)
+                return np.full(num_answers, np.nan, dtype=np.float32)
             table: Table = load_file(self.path)["logps"]
-            fits = table.shape == (num_pairs, 2) and table.dtype == np.float32
+            fits = table.shape == (num_answers,) and table.dtype == np.float32
             found = f"{table.dtype} {table.shape}"
         except (OSError, SafetensorError, KeyError) as error:
             fits, found = False, str(error)
         if not fits:
-            expected = f"float32 ({num_pairs}, 2): the log-probabilities of these pairs"
+            expected = f"float32 ({num_answers},): the log-probabilities of these answers"
             raise ConfigError([Problem(str(self.path), found, expected, "delete the file; it will be computed again")])
         return table
 
@@ -72,7 +74,7 @@ def positions_by_use(loader: GlobalBatchLoader, steps: int | None) -> npt.NDArra
     epoch = 0
     while left > 0 and not taken.all():
         batches = min(left, loader.batches_per_epoch)
-        order = loader.order(epoch)[: batches * loader.global_batch_size]
+        order = loader.order(epoch)[: batches * loader.options.global_batch_size]
         parts.append(order[~taken[order]])
         taken[order] = True
         left, epoch = left - batches, epoch + 1
@@ -91,25 +93,48 @@ def compute_missing(
     """`table`, with the missing pairs among `positions` [N] computed. The result is the same on every rank.
 
     after_some(table): called on every rank with the table so far, every SAVE_EVERY_BATCHES global batches and at the end.
-    Collectives: those of model and pipeline, and an all-reduce of [pairs, 2] before each call of after_some.
+    Collectives: those of model and pipeline, and an all-reduce of [answers] before each call of after_some.
     """
     table = table.copy()
-    missing = positions[np.isnan(table[positions]).any(axis=1)]
+    missing = positions[np.isnan(table[loader.answers[positions]]).any(axis=1)]
     done: list[npt.NDArray[np.int64]] = []
     mine: list[tuple[npt.NDArray[np.int64], torch.Tensor]] = []
-    batches = -(-len(missing) // loader.global_batch_size)
+    batches = -(-len(missing) // loader.options.global_batch_size)
     for number, (chosen, plan) in enumerate(loader.deals_of(missing), start=1):
-        packs = [chosen[numbers] for numbers in plan[parallel.grid.dp_rank]]
-        logps = reference.logps([loader.pack(pack) for pack in packs])
+        packs = [loader.pack(chosen[numbers]) for numbers in plan[parallel.grid.dp_rank]]
+        logps = reference.logps(packs)
         if parallel.grid.tp_rank == parallel.grid.cp_rank == 0:  # the other ranks of these groups have the same numbers
-            mine += zip(packs, logps, strict=False)  # only the last pipeline stage has logps
+            new = _new_answers(loader, chosen, plan, parallel.grid.dp_rank, packs, done)
+            mine += zip(new, logps, strict=False)  # only the last pipeline stage has logps
         loader.dataset.release()
-        done.append(chosen)
+        done.append(loader.answers[chosen].ravel())
         if number % SAVE_EVERY_BATCHES == 0 or number == batches:
             _share(table, np.concatenate(done), mine, parallel.device)
             done, mine = [], []
             after_some(table)
     return table
+
+
+def _new_answers(
+    loader: GlobalBatchLoader,
+    positions: npt.NDArray[np.int64],
+    plan: Deal,
+    rank: int,
+    packs: Sequence[PackedBatch],
+    done: Sequence[npt.NDArray[np.int64]],
+) -> list[npt.NDArray[np.int64]]:
+    """Of each pack of this rank, int64 [K]: the numbers of its answers; -1 if the answer is in `done`, or an earlier rank or
+    pack of this global batch has it too. So each answer counts once."""
+    before = [pair for earlier in plan[:rank] for pack in earlier for pair in pack]
+    known = np.concatenate([*done, loader.answers[positions[np.array(before, dtype=np.int64)]].ravel()])
+    numbers: list[npt.NDArray[np.int64]] = []
+    for pairs, pack in zip(plan[rank], packs, strict=True):
+        of_rows = np.empty(pack.num_answers, dtype=np.int64)
+        of_rows[pack.pairs.numpy()] = loader.answers[positions[pairs]]
+        new = np.where(np.isin(of_rows, known), -1, of_rows)
+        numbers.append(new)
+        known = np.concatenate([known, new])
+    return numbers
 
 
 def _share(
@@ -118,10 +143,10 @@ def _share(
     mine: list[tuple[npt.NDArray[np.int64], torch.Tensor]],
     device: torch.device,
 ) -> None:
-    """Copies every rank's results into every rank's table, by a sum in which only one rank's term of a pair isn't 0."""
+    """Copies every rank's results into every rank's table, by a sum in which only one rank's term of an answer isn't 0."""
     found = np.zeros_like(table)
-    for pack, logps in mine:
-        found[pack] = logps.reshape(-1, 2).cpu().numpy()
+    for numbers, logps in mine:
+        found[numbers[numbers >= 0]] = logps.cpu().numpy()[numbers >= 0]
     total = torch.from_numpy(found).to(device)
     dist.all_reduce(total)
     table[done] = total.cpu().numpy()[done]

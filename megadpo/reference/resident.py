@@ -19,7 +19,7 @@ class ResidentReference:
         self.parallel = parallel
 
     def logps(self, micro_batches: Sequence[PackedBatch]) -> list[torch.Tensor]:
-        """For each micro-batch a [2P] float32 tensor of answer logps, on the last pipeline stage. Other stages: [].
+        """For each micro-batch a [K] float32 tensor of answer logps, on the last pipeline stage. Other stages: [].
 
         Collectives: the pipeline's sends and receives, and the model's own.
         """

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megadpo.checkpoint import load_weights
 from megadpo.config.schema import Config
+from megadpo.data.batches.pack import PackedBatch
 from megadpo.model.build import build_model
 from megadpo.objective.dpo import metric_names
 from megadpo.parallel import ParallelContext
@@ -70,7 +71,7 @@ class Evaluator:
             for logps, reference_logps, micro_batch in zip(policy, reference, batch.micro_batches, strict=False):
                 scored = dataclasses.replace(micro_batch, reference_logps=reference_logps)
                 sums.add(pair_loss(logps, scored, self.dpo).metrics)
-                mine += _scores(micro_batch.pair_indices.tolist(), logps, reference_logps)
+                mine += _scores(micro_batch, logps, reference_logps)
         sums.reduce(
             self.parallel.total_from_last_stage, metric_names(self.dpo, has_reference=self.reference is not None)
         )
@@ -123,11 +124,11 @@ def run_evaluation(cfg: Config, parallel: ParallelContext) -> int:
     return 0
 
 
-def _scores(rows: list[int], logps: torch.Tensor, reference: torch.Tensor | None) -> Iterator[PairScore]:
+def _scores(batch: PackedBatch, logps: torch.Tensor, reference: torch.Tensor | None) -> Iterator[PairScore]:
     values = logps.tolist()
-    reference_values = [None] * len(values) if reference is None else reference.tolist()
-    for i, row in enumerate(rows):
-        yield PairScore(row, values[2 * i], values[2 * i + 1], reference_values[2 * i], reference_values[2 * i + 1])
+    of_reference = [None] * len(values) if reference is None else reference.tolist()
+    for row, (chosen, rejected) in zip(batch.pair_indices.tolist(), batch.pairs.tolist(), strict=True):
+        yield PairScore(row, values[chosen], values[rejected], of_reference[chosen], of_reference[rejected])
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class RunInputs(RunModels):
         lines += [str(loader.dataset.report) for loader in self.loaders.values()]
         for loader in self.loaders.values():
             if dropped := loader.dropped_pairs_per_epoch:
-                path, size = loader.dataset.report.path, loader.global_batch_size
+                path, size = loader.dataset.report.path, loader.options.global_batch_size
                 lines.append(
                     f"{path}: {dropped} pairs of each epoch are left out: they don't fill a global batch of {size}"
                 )

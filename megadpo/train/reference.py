@@ -23,9 +23,8 @@ from megadpo.reference.cached import Table
 from megadpo.train.inputs import TRAIN, RunInputs
 from megadpo.train.resume import from_first_rank, require_writable
 
-Positions = npt.NDArray[np.int64]
-FORMAT = 1
-"""Increase it after a change by which the same model gives other log-probabilities."""
+FORMAT = 2
+"""Increase it after a change by which the same model gives other log-probabilities, or another table of them."""
 
 
 def build_reference(cfg: Config, inputs: RunInputs, parallel: ParallelContext) -> ResidentReference:
@@ -58,19 +57,21 @@ def attach_logps(
     lines = []
     for key, loader in inputs.loaders.items():
         name, steps = ("train", total_steps) if key == TRAIN else (key, None)
-        cache = LogpsCache(folder / f"{name}-{_digest({**model, 'data': loader.dataset.fingerprint})}.safetensors")
+        data = {"data": loader.dataset.fingerprint, "answers": "distinct" if loader.groups else "two a pair"}
+        cache = LogpsCache(folder / f"{name}-{_digest({**model, **data})}.safetensors")
         positions = positions_by_use(loader, steps)
-        table = from_first_rank(parallel, partial(cache.read, len(loader.dataset)))
-        known = _known(table, positions)
+        num_answers = int(loader.answers.max()) + 1
+        table = from_first_rank(parallel, partial(cache.read, num_answers))
+        known = _known(table, loader.answers[positions])
         if known < len(positions):
             if reference is None:
                 from_first_rank(parallel, partial(require_writable, folder, "dpo.reference.cache_dir"))
                 reference = build_reference(cfg, inputs, parallel)
-            keep = partial(_keep, cache, name, positions, parallel)
+            keep = partial(_keep, cache, name, loader.answers[positions], parallel)
             table = compute_missing(reference, loader, positions, table, parallel, after_some=keep)
         loaders[key] = loader.with_reference_logps(table)
         lines.append(f"reference log-probabilities of {name}: {known} of {len(positions)} pairs from {cache.path}")
-        broken = positions[~np.isfinite(table[positions]).all(axis=1)]
+        broken = positions[~np.isfinite(table[loader.answers[positions]]).all(axis=1)]
         if len(broken):
             rows = ", ".join(str(row) for row in loader.dataset.rows[broken[:3]])
             lines.append(f"  not finite for {len(broken)} pairs of {name}, the first in rows {rows} (from 0)")
@@ -98,12 +99,15 @@ def _digest(description: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _known(table: Table, positions: Positions) -> int:
-    return int((~np.isnan(table[positions]).any(axis=1)).sum())
+def _known(table: Table, answers: npt.NDArray[np.int64]) -> int:
+    """How many of the pairs with these answers [pairs, 2] the table has both numbers of."""
+    return int((~np.isnan(table[answers]).any(axis=1)).sum())
 
 
-def _keep(cache: LogpsCache, name: str, positions: Positions, parallel: ParallelContext, table: Table) -> None:
+def _keep(
+    cache: LogpsCache, name: str, answers: npt.NDArray[np.int64], parallel: ParallelContext, table: Table
+) -> None:
     from_first_rank(parallel, partial(cache.write, table))
     if parallel.rank == 0:
-        known = f"{_known(table, positions)} of {len(positions)} pairs"
+        known = f"{_known(table, answers)} of {len(answers)} pairs"
         print(f"reference log-probabilities of {name}: {known}", flush=True)

@@ -21,7 +21,7 @@ def banner_rows(run: Run, chosen: Mapping[str, str]) -> list[tuple[str, str]]:
     all-reduce of the parameter count."""
     cfg, parallel, inputs = run.cfg, run.parallel, run.inputs
     validation = {
-        name: min(loader.batches_per_epoch * loader.global_batch_size, len(loader.dataset))
+        name: min(loader.batches_per_epoch * loader.options.global_batch_size, len(loader.dataset))
         for name, loader in inputs.validation.items()
     }
     return [

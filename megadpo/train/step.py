@@ -170,15 +170,17 @@ class Trainer:
 
 
 def pair_loss(logps: torch.Tensor, micro_batch: PackedBatch, cfg: DpoConfig) -> LossOutput:
-    """The objective of one micro-batch. logps: [2P], the policy's; even entries are chosen, odd ones rejected answers. The
-    reference's logps are in the micro-batch."""
+    """The objective of one micro-batch. logps: [K], the policy's, one for each answer. The reference's logps are in the
+    micro-batch."""
+    chosen, rejected = micro_batch.pairs.to(logps.device).unbind(1)
     tokens, reference = micro_batch.answer_tokens.to(logps.device), micro_batch.reference_logps
+    # Indexed, not index_select: on a GPU the gradients of an answer in several pairs are then summed in a fixed order
     return dpo_loss(
-        logps[0::2],
-        logps[1::2],
-        None if reference is None else reference[0::2],
-        None if reference is None else reference[1::2],
-        tokens[0::2],
-        tokens[1::2],
+        logps[chosen],
+        logps[rejected],
+        None if reference is None else reference[chosen],
+        None if reference is None else reference[rejected],
+        tokens[chosen],
+        tokens[rejected],
         cfg,
     )

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from megadpo.config.grid import Grid
 from megadpo.data.batches.cut import CONTEXT_BALANCE
 from megadpo.data.batches.deal import deal_batch
-from megadpo.data.batches.loader import GlobalBatchLoader
+from megadpo.data.batches.loader import BatchOptions, GlobalBatchLoader
 from megadpo.data.batches.rebalance import BALANCE
 from megadpo.data.batches.work import WorkModel
 from megadpo.data.pairs import PairDataset
@@ -74,13 +74,15 @@ def test_an_epoch_is_complete_and_its_ranks_do_the_same_work(
     loaders = [
         GlobalBatchLoader(
             in_large_vocabulary,
-            global_batch_size=64,
-            shuffle=True,
-            seed=42,
-            share_prompt=share_prompt,
-            pad_token_id=0,
-            budget_tokens=4096,
-            drop_last=True,
+            BatchOptions(
+                global_batch_size=64,
+                shuffle=True,
+                seed=42,
+                share_prompt=share_prompt,
+                pad_token_id=0,
+                budget_tokens=4096,
+                drop_last=True,
+            ),
             work_model=LLAMA_8B,
             grid=Grid(data=dp_size, rank=rank),
         )
@@ -108,8 +110,11 @@ def test_context_parallel_ranks_have_even_work(
     in_large_vocabulary: PairDataset, ranks: int, share_prompt: bool
 ) -> None:
     loader = GlobalBatchLoader(
-        in_large_vocabulary, global_batch_size=400, shuffle=True, seed=3, drop_last=True,
-        share_prompt=share_prompt, pad_token_id=0, pad_to_multiple=ranks, budget_tokens=4096,
+        in_large_vocabulary,
+        BatchOptions(
+            global_batch_size=400, shuffle=True, seed=3, drop_last=True,
+            share_prompt=share_prompt, pad_token_id=0, pad_to_multiple=ranks, budget_tokens=4096,
+        ),
         grid=Grid(context=ranks),
     )  # fmt: skip
     parts = [pack.part for batch in loader.batches(0) for pack in batch.micro_batches]

@@ -81,7 +81,7 @@ def context_part(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
     place = here[batch.predict_index.numpy()]
     mine = place >= 0
     answer_index = batch.answer_index.numpy()[mine]
-    predicted = np.bincount(answer_index, minlength=2 * batch.num_pairs).astype(np.int64, copy=False)
+    predicted = np.bincount(answer_index, minlength=batch.num_answers).astype(np.int64, copy=False)
     index = torch.from_numpy(run_index)
     return dataclasses.replace(
         batch,

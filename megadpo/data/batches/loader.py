@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,6 +25,7 @@ from megadpo.config.grid import Grid
 from megadpo.config.problems import DataError, Problem
 from megadpo.data.batches.cut import context_part
 from megadpo.data.batches.deal import Deal, deal_batch
+from megadpo.data.batches.groups import PairGroups, deal_groups
 from megadpo.data.batches.pack import PackedBatch, pack_pairs
 from megadpo.data.batches.work import WorkModel
 from megadpo.data.pairs import PairDataset
@@ -57,76 +58,109 @@ class GlobalBatch:
 ONE_RANK = Grid()
 
 
+@dataclass(frozen=True, kw_only=True)
+class BatchOptions:
+    """How pairs become global batches and micro-batches. Sizes count pairs. Exactly one of `budget_tokens` (sequence
+    packing) and `pairs_per_micro_batch` is given. Raises ValueError for impossible values."""
+
+    global_batch_size: int
+    shuffle: bool
+    seed: int
+    share_prompt: bool
+    group_prompts: bool = False
+    """With share_prompt and budget_tokens: pairs with the same prompt go into one pack where they can, and what they share is
+    in it once (data/batches/groups.py)."""
+    pad_token_id: int
+    pad_to_multiple: int = 1
+    budget_tokens: int | None = None
+    """The most tokens of a micro-batch, padding included."""
+    pairs_per_micro_batch: int | None = None
+    micro_batch_multiple: int = 1
+    """Every rank gets a multiple of this many micro-batches. Some of them may be empty."""
+    drop_last: bool
+    """Leave out the last global batch of an epoch if it is incomplete (training)."""
+    limit_batches: int | None = None
+    """At most this many batches of an epoch (dpo.val_batches); None, 0 or less: all."""
+    prefetch: bool = True
+    """Pack in one background thread. Packing takes a thousandth of a step."""
+
+    def __post_init__(self) -> None:
+        if self.global_batch_size < 1:
+            raise ValueError(f"global_batch_size must be at least 1, got {self.global_batch_size}")
+
+    @classmethod
+    def from_config(cls, cfg: Config, *, pad_token_id: int, training: bool) -> BatchOptions:
+        """Training: the config's order, whole global batches only. Validation: file order, every pair."""
+        packing = cfg.policy.sequence_packing
+        pairs = cfg.policy.train_micro_batch_size if training else cfg.dpo.val_micro_batch_size
+        return cls(
+            global_batch_size=cfg.policy.train_global_batch_size if training else cfg.dpo.val_global_batch_size,
+            shuffle=cfg.data.shuffle and training,
+            seed=cfg.dpo.seed,
+            # without packing, every sequence of a micro-batch has its own prompt
+            share_prompt=packing.enabled and packing.share_prompt,
+            group_prompts=cfg.data.group_prompts,
+            pad_token_id=pad_token_id,
+            pad_to_multiple=cfg.policy.make_sequence_length_divisible_by,
+            budget_tokens=packing.train_mb_tokens if packing.enabled else None,
+            pairs_per_micro_batch=None if packing.enabled else pairs,
+            drop_last=training,
+            limit_batches=None if training else cfg.dpo.val_batches,
+            micro_batch_multiple=micro_batch_multiple(cfg),
+            prefetch=cfg.data.num_workers > 0,
+        )
+
+
 class GlobalBatchLoader:
     """The global batches of a data set, epoch by epoch."""
 
     def __init__(
         self,
         dataset: PairDataset,
+        options: BatchOptions,
         *,
-        global_batch_size: int,
-        shuffle: bool,
-        seed: int,
-        share_prompt: bool,
-        pad_token_id: int,
-        pad_to_multiple: int = 1,
-        budget_tokens: int | None = None,
-        pairs_per_micro_batch: int | None = None,
-        micro_batch_multiple: int = 1,
-        drop_last: bool,
-        limit_batches: int | None = None,
-        prefetch: bool = True,
         work_model: WorkModel | None = None,
         grid: Grid = ONE_RANK,
     ) -> None:
-        """Sizes count pairs. Exactly one of `budget_tokens` (sequence packing) and `pairs_per_micro_batch` is given.
-
-        budget_tokens: the most tokens of a micro-batch, padding included.
-        micro_batch_multiple: every rank gets a multiple of this many micro-batches. Some of them may be empty.
-        drop_last: leave out the last global batch of an epoch if it is incomplete (training).
-        limit_batches: at most this many batches of an epoch (dpo.val_batches); None, 0 or less: all.
-        prefetch: pack in one background thread. Packing takes a thousandth of a step.
-        work_model: balances the ranks' work (with budget_tokens only); None: balances their tokens.
+        """work_model: balances the ranks' work (with budget_tokens only); None: balances their tokens.
         grid: this rank's place. pad_to_multiple is a multiple of the context-parallel size.
         Raises DataError for pairs longer than budget_tokens, and if drop_last leaves no global batch.
         """
-        if pad_to_multiple % grid.context:
-            raise ValueError(f"packs padded to {pad_to_multiple} tokens can't be cut over {grid.context} ranks")
-        if global_batch_size < 1:
-            raise ValueError(f"global_batch_size must be at least 1, got {global_batch_size}")
+        multiple, budget = options.pad_to_multiple, options.budget_tokens
+        if multiple % grid.context:
+            raise ValueError(f"packs padded to {multiple} tokens can't be cut over {grid.context} ranks")
         self.dataset = dataset
-        self.global_batch_size = global_batch_size
-        self.shuffle = shuffle
-        self.seed = seed
+        self.options = options
+        self.work_model = work_model
         self.grid = grid
-        self.share_prompt = share_prompt
-        self.pad_token_id = pad_token_id
-        self.pad_to_multiple = pad_to_multiple
-        self.pairs_per_micro_batch = pairs_per_micro_batch
-        self.micro_batch_multiple = micro_batch_multiple
-        self.drop_last = drop_last
-        self.prefetch = prefetch
-        self.lengths = dataset.packed_tokens(share_prompt=share_prompt)
-        """int64 [pairs]: tokens of each pair in a pack."""
+        self.lengths = dataset.packed_tokens(share_prompt=options.share_prompt)
+        """int64 [pairs]: tokens of each pair in a pack of its own."""
         self.work = self.lengths
         """int64 [pairs]: cost of each pair, to balance the ranks."""
         if work_model is not None:
-            self.work = work_model.pair_work(dataset.text_tokens(), share_prompt=share_prompt)
+            self.work = work_model.pair_work(dataset.text_tokens(), share_prompt=options.share_prompt)
+        self.groups: PairGroups | None = None
+        """None: pairs share nothing."""
+        if options.group_prompts and options.share_prompt and budget is not None:
+            groups = PairGroups.of(dataset)
+            self.groups = groups if groups.num_prompts < len(dataset) else None
+        self.answers = np.arange(2 * len(dataset)).reshape(-1, 2) if self.groups is None else self.groups.answers
+        """int64 [pairs, 2]: number of the chosen and of the rejected answer in the data set."""
         self._reference_logps: npt.NDArray[np.float32] | None = None
         # A pack with its padding must stay within the budget
-        self.budget_tokens = None if budget_tokens is None else budget_tokens // pad_to_multiple * pad_to_multiple
+        self.budget_tokens = None if budget is None else budget // multiple * multiple
         self._refuse_longer_than_budget()
-        batches = self._count_batches()
-        self.batches_per_epoch = batches if limit_batches is None or limit_batches < 1 else min(batches, limit_batches)
-        self.dropped_pairs_per_epoch = len(dataset) % global_batch_size if drop_last else 0
+        batches, limit = self._count_batches(), options.limit_batches
+        self.batches_per_epoch = batches if limit is None or limit < 1 else min(batches, limit)
+        self.dropped_pairs_per_epoch = len(dataset) % options.global_batch_size if options.drop_last else 0
         """Pairs that drop_last leaves out of each epoch. With shuffling they differ between epochs."""
 
     def _count_batches(self) -> int:
-        """Global batches in the data set. Raises DataError if there is none."""
-        whole, rest = divmod(len(self.dataset), self.global_batch_size)
-        batches = whole if self.drop_last or not rest else whole + 1
+        """Global batches of all pairs. Raises DataError where there is none."""
+        whole, rest = divmod(len(self.dataset), self.options.global_batch_size)
+        batches = whole if self.options.drop_last or not rest else whole + 1
         if batches == 0:
-            raise DataError(_too_few_pairs(self.dataset, self.global_batch_size))
+            raise DataError(_too_few_pairs(self.dataset, self.options.global_batch_size))
         return batches
 
     @classmethod
@@ -140,76 +174,83 @@ class GlobalBatchLoader:
         training: bool,
         grid: Grid = ONE_RANK,
     ) -> GlobalBatchLoader:
-        """Training: the config's order, whole global batches only. Validation: file order, every pair."""
-        packing = cfg.policy.sequence_packing
-        pairs = cfg.policy.train_micro_batch_size if training else cfg.dpo.val_micro_batch_size
-        return cls(
-            dataset,
-            global_batch_size=cfg.policy.train_global_batch_size if training else cfg.dpo.val_global_batch_size,
-            shuffle=cfg.data.shuffle and training,
-            seed=cfg.dpo.seed,
-            # without packing, every sequence of a micro-batch has its own prompt
-            share_prompt=packing.enabled and packing.share_prompt,
-            pad_token_id=pad_token_id,
-            pad_to_multiple=cfg.policy.make_sequence_length_divisible_by,
-            budget_tokens=packing.train_mb_tokens if packing.enabled else None,
-            pairs_per_micro_batch=None if packing.enabled else pairs,
-            drop_last=training,
-            limit_batches=None if training else cfg.dpo.val_batches,
-            micro_batch_multiple=micro_batch_multiple(cfg),
-            prefetch=cfg.data.num_workers > 0,
-            work_model=WorkModel.of(arch),
-            grid=grid,
-        )
+        options = BatchOptions.from_config(cfg, pad_token_id=pad_token_id, training=training)
+        return cls(dataset, options, work_model=WorkModel.of(arch), grid=grid)
 
     def with_reference_logps(self, logps: npt.NDArray[np.float32]) -> GlobalBatchLoader:
-        """The same loader, but its micro-batches include the reference's log-probabilities. logps: float32 [pairs, 2] in
-        the data set's order, computed before training (dpo.reference.mode cached)."""
+        """The same loader, but its micro-batches include the reference's log-probabilities. logps: float32, one for each
+        number in `answers`, computed before training (dpo.reference.mode cached)."""
         loader = copy.copy(self)
         loader._reference_logps = logps
         return loader
 
     def order(self, epoch: int) -> npt.NDArray[np.int64]:
         """int64 [pairs]: positions of the data set in the order of the epoch."""
-        if not self.shuffle:
+        if not self.options.shuffle:
             return np.arange(len(self.dataset), dtype=np.int64)
-        generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, epoch])))
-        return generator.permutation(len(self.dataset))
+        generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.options.seed, epoch])))
+        if self.groups is None:
+            return generator.permutation(len(self.dataset))
+        return self.groups.order(
+            generator.permutation(self.groups.num_prompts).tolist(), self.options.global_batch_size
+        )
 
     def batches(self, epoch: int, start_batch: int = 0) -> Iterator[GlobalBatch]:
         """The batches of an epoch from number `start_batch` on. Closing the iterator ends its thread."""
         if not 0 <= start_batch <= self.batches_per_epoch:
             raise ValueError(f"start_batch {start_batch} of an epoch of {self.batches_per_epoch} batches")
         made = self._make(epoch, start_batch)
-        yield from prefetched(made, PREFETCH_BATCHES) if self.prefetch else made
+        yield from prefetched(made, PREFETCH_BATCHES) if self.options.prefetch else made
 
     def deals(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[npt.NDArray[np.int64], Deal]]:
         """For each global batch: int64 [pairs] positions in the data set, and their deal to all ranks."""
-        size = self.global_batch_size
+        size = self.options.global_batch_size
         yield from self.deals_of(self.order(epoch)[start_batch * size : self.batches_per_epoch * size])
 
     def deals_of(self, order: npt.NDArray[np.int64]) -> Iterator[tuple[npt.NDArray[np.int64], Deal]]:
         """The same for the positions in `order`. The last global batch may be smaller."""
-        for start in range(0, len(order), self.global_batch_size):
-            positions = order[start : start + self.global_batch_size]
-            yield (
+        for start in range(0, len(order), self.options.global_batch_size):
+            positions = order[start : start + self.options.global_batch_size]
+            yield positions, self._deal(positions)
+
+    def _deal(self, positions: npt.NDArray[np.int64]) -> Deal:
+        if self.groups is not None and self.budget_tokens is not None:
+            return deal_groups(
+                self.groups,
                 positions,
-                deal_batch(
-                    self.lengths[positions],
-                    num_ranks=self.grid.data,
-                    budget_tokens=self.budget_tokens,
-                    pairs_per_micro_batch=self.pairs_per_micro_batch,
-                    work=self.work[positions],
-                    micro_batch_multiple=self.micro_batch_multiple,
-                ),
+                num_ranks=self.grid.data,
+                budget_tokens=self.budget_tokens,
+                work_model=self.work_model,
+                micro_batch_multiple=self.options.micro_batch_multiple,
             )
+        return deal_batch(
+            self.lengths[positions],
+            num_ranks=self.grid.data,
+            budget_tokens=self.budget_tokens,
+            pairs_per_micro_batch=self.options.pairs_per_micro_batch,
+            work=self.work[positions],
+            micro_batch_multiple=self.options.micro_batch_multiple,
+        )
+
+    def totals(
+        self, positions: npt.NDArray[np.int64], packs: Sequence[Sequence[int]]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """int64 [packs] each: tokens without padding, and work, of packs of the pairs at `positions`."""
+        labels = np.repeat(np.arange(len(packs)), [len(pack) for pack in packs])
+        pairs = positions[np.array([number for pack in packs for number in pack], dtype=np.int64)]
+        if self.groups is None:
+            tokens, work = np.zeros((2, len(packs)), dtype=np.int64)
+            np.add.at(tokens, labels, self.lengths[pairs])
+            np.add.at(work, labels, self.work[pairs])
+            return tokens, work
+        return self.groups.totals(pairs, labels, len(packs), self.work_model)
 
     def _make(self, epoch: int, start_batch: int) -> Iterator[GlobalBatch]:
         for positions, deal in self.deals(epoch, start_batch):
             yield GlobalBatch(
                 micro_batches=[self.pack(positions[numbers]) for numbers in deal[self.grid.dp_rank]],
                 num_pairs=len(positions),
-                num_tokens=int(self.lengths[positions].sum()),
+                num_tokens=int(self.totals(positions, [pack for rank in deal for pack in rank])[0].sum()),
                 pair_indices=self.dataset.rows[positions].tolist(),
             )
             # Each access maps 64 KiB or more of the file; after a few hundred batches the whole file would be in memory
@@ -219,12 +260,15 @@ class GlobalBatchLoader:
         """A micro-batch of these positions of the data set; with context parallelism, this rank's part of it."""
         whole = pack_pairs(
             [self.dataset[int(position)] for position in positions],
-            share_prompt=self.share_prompt,
-            pad_to_multiple=self.pad_to_multiple,
-            pad_token_id=self.pad_token_id,
+            share_prompt=self.options.share_prompt,
+            pad_to_multiple=self.options.pad_to_multiple,
+            pad_token_id=self.options.pad_token_id,
+            same=None if self.groups is None else (self.groups.prompts[positions], self.answers[positions]),
         )
         if self._reference_logps is not None:
-            known = torch.from_numpy(self._reference_logps[positions].reshape(-1))
+            numbers = np.empty(whole.num_answers, dtype=np.int64)
+            numbers[whole.pairs.numpy()] = self.answers[positions]
+            known = torch.from_numpy(self._reference_logps[numbers])
             whole = dataclasses.replace(whole, reference_logps=known)
         return context_part(whole, self.grid.cp_rank, self.grid.context)
 
@@ -235,9 +279,9 @@ class GlobalBatchLoader:
         if len(too_long) == 0:
             return
         longest = int(self.lengths.max())
-        needed = -(-longest // self.pad_to_multiple) * self.pad_to_multiple
+        needed = -(-longest // self.options.pad_to_multiple) * self.options.pad_to_multiple
         advice = f"raise it to {needed} or more (the longest of {len(too_long)} such pairs)"
-        if not self.share_prompt:
+        if not self.options.share_prompt:
             advice += ", or set policy.sequence_packing.share_prompt: true"
         raise DataError(
             [

@@ -1,10 +1,12 @@
 """Packs pairs into one micro-batch: a flat run of tokens, and segments of queries over lists of keys.
 
     share_prompt:  prompt | chosen | rejected            three segments; both answers see the prompt's keys
+                   prompt | answer | answer | answer     pairs of one group: its prompt and each answer once
     else:          prompt+chosen | prompt+rejected       two segments; the prompt is computed twice
     padding:       the last segment, which sees only itself
 
-Shape letters: T tokens of the run (with padding), P pairs, A tokens in the loss, of all 2P answers.
+Shape letters: T tokens of the run (with padding), P pairs, K answers (2P if no pairs share one), A tokens in the loss, of
+all K answers.
 With context parallelism a rank holds part of the run (data/batches/cut.py). Its tokens are queries over the keys of all
 ranks.
 """
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 
 from megadpo.config.problems import DataError, Problem
-from megadpo.data.pairs import LossMask, TokenIds, TokenizedPair
+from megadpo.data.pairs import Ints, LossMask, TokenIds, TokenizedPair
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class ContextPart:
     run_index: torch.Tensor
     """[t] int64, ascending, on the CPU: each token's place in the whole run."""
     answer_tokens: torch.Tensor
-    """[2P] int64: tokens of each answer that this part predicts. The sum is this part's A."""
+    """[K] int64: tokens of each answer that this part predicts. The sum is this part's A."""
     run_segments: tuple[Segment, ...]
     """The segments of the whole run."""
     run_tokens: int
@@ -84,7 +86,7 @@ class PackedBatch:
     tokens: torch.Tensor
     """[T] token ids."""
     positions: torch.Tensor
-    """[T] position of each token in its own sequence: both answers start at len(prompt), padding at 0."""
+    """[T] position of each token in its own sequence: answers start at len(prompt), padding at 0."""
     segments: tuple[Segment, ...]
     """In order, without gap or overlap, from 0 to T. Padding is the last one."""
     predict_index: torch.Tensor
@@ -93,9 +95,11 @@ class PackedBatch:
     targets: torch.Tensor
     """[A] the answer token itself."""
     answer_index: torch.Tensor
-    """[A] ascending, in [0, 2P): 2p is the chosen answer of pair p, 2p + 1 its rejected one."""
+    """[A] ascending, in [0, K): which answer."""
     answer_tokens: torch.Tensor
-    """[2P] tokens of each answer that are in the loss. The sum is A."""
+    """[K] tokens per answer that are in the loss; sums to A."""
+    pairs: torch.Tensor
+    """[P, 2] which answer is the chosen, and which the rejected one of each pair."""
     pair_indices: torch.Tensor
     """[P] row of the data file."""
     num_tokens: int
@@ -103,13 +107,22 @@ class PackedBatch:
     part: ContextPart | None = None
     """None: the whole run is here."""
     reference_logps: torch.Tensor | None = None
-    """[2P] float32: the reference's log-probabilities, if they are known. The order is that of `answer_tokens`."""
+    """[K] float32: the reference's log-probabilities, if they are known. The order is that of `answer_tokens`."""
     made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
     """A cache for what the model computes from this run (model/attention.py `once`). Copies of the batch share it."""
 
     @property
     def num_pairs(self) -> int:
         return self.pair_indices.numel()
+
+    @property
+    def num_answers(self) -> int:
+        return self.answer_tokens.numel()
+
+    @property
+    def padding_tokens(self) -> int:
+        """Of the whole run."""
+        return self.run_tokens - self.num_tokens
 
     @property
     def run_tokens(self) -> int:
@@ -128,7 +141,7 @@ class PackedBatch:
 
     @property
     def predicted_tokens(self) -> torch.Tensor:
-        """[2P] int64: tokens of each answer that are predicted here. The sum is A."""
+        """[K] int64: tokens of each answer that are predicted here. The sum is A."""
         return self.answer_tokens if self.part is None else self.part.answer_tokens
 
     def to(self, device: torch.device | str) -> PackedBatch:
@@ -149,6 +162,7 @@ class PackedBatch:
             targets=move(self.targets),
             answer_index=move(self.answer_index),
             answer_tokens=move(self.answer_tokens),
+            pairs=move(self.pairs),
             pair_indices=move(self.pair_indices),
             reference_logps=None if self.reference_logps is None else move(self.reference_logps),
             part=self.part and dataclasses.replace(self.part, answer_tokens=move(self.part.answer_tokens)),
@@ -188,28 +202,31 @@ class _FlatRun:
 
 
 def pack_pairs(
-    pairs: Sequence[TokenizedPair], *, share_prompt: bool, pad_to_multiple: int, pad_token_id: int
+    pairs: Sequence[TokenizedPair],
+    *,
+    share_prompt: bool,
+    pad_to_multiple: int,
+    pad_token_id: int,
+    same: tuple[Ints, Ints] | None = None,
 ) -> PackedBatch:
     """Packs P >= 0 pairs, in the given order, into a run of T tokens. T is the next multiple of `pad_to_multiple`.
 
     With P = 0 the run is `pad_to_multiple` padding tokens, for a data-parallel rank that has no pair. Raises DataError if
     the prompt of a pair has no tokens, or an answer has no tokens in the loss, and ValueError for pad_to_multiple < 1.
+    same: the number of each pair's prompt, int64 [P], and of its answers, int64 [P, 2]. With share_prompt, texts with the
+    same number are in the run once, where the first pair that has them stands. None: no two pairs share one.
     """
     if pad_to_multiple < 1:
         raise ValueError(f"pad_to_multiple must be at least 1, got {pad_to_multiple}")
     _refuse_empty(pairs)
     run = _FlatRun()
-    for pair in pairs:
-        prompt = pair.prompt_ids
-        answers = ((pair.chosen_ids, pair.chosen_mask), (pair.rejected_ids, pair.rejected_mask))
-        if share_prompt:
-            prompt_start = run.append([prompt], 0)
-            prompt_range = (prompt_start, prompt_start + len(prompt))
-            for answer, mask in answers:
-                start = run.append([answer], len(prompt), seen=(prompt_range,))
-                run.predict(answer, mask, start, last_prompt_token=prompt_range[1] - 1)
-        else:
-            for answer, mask in answers:
+    answers_of_pairs = np.arange(2 * len(pairs)).reshape(-1, 2)
+    if share_prompt:
+        answers_of_pairs = _append_groups(run, pairs, same or (np.arange(len(pairs)), answers_of_pairs))
+    else:
+        for pair in pairs:
+            prompt = pair.prompt_ids
+            for answer, mask in pair.answers:
                 start = run.append([prompt, answer], 0) + len(prompt)
                 run.predict(answer, mask, start, last_prompt_token=start - 1)
     num_tokens = run.length
@@ -219,7 +236,7 @@ def pack_pairs(
     answer_tokens = np.array(run.answer_tokens, dtype=np.int64)
     # numpy, not torch: a parallel torch operation would start OpenMP threads for the loader's thread. With more threads
     # than cores, training's own threads sleep instead of spinning at every barrier (10% of a CPU step).
-    answer_index = np.repeat(np.arange(2 * len(pairs)), answer_tokens)
+    answer_index = np.repeat(np.arange(len(answer_tokens)), answer_tokens)
     return PackedBatch(
         tokens=_join(run.tokens),
         positions=_join(run.positions),
@@ -228,9 +245,37 @@ def pack_pairs(
         targets=_join(run.targets),
         answer_index=torch.from_numpy(answer_index),
         answer_tokens=torch.from_numpy(answer_tokens),
+        pairs=torch.from_numpy(answers_of_pairs),
         pair_indices=torch.tensor([pair.index for pair in pairs], dtype=torch.int64),
         num_tokens=num_tokens,
     )
+
+
+def _append_groups(run: _FlatRun, pairs: Sequence[TokenizedPair], same: tuple[Ints, Ints]) -> Ints:
+    """Adds each prompt once, with its distinct answers. Returns int64 [P, 2]: which answer of the run is the chosen, and
+    which the rejected one of each pair."""
+    prompts, answers = same
+    rows = np.empty((len(pairs), 2), dtype=np.int64)
+    groups: dict[int, list[int]] = {}
+    for number, prompt_number in enumerate(prompts.tolist()):
+        groups.setdefault(prompt_number, []).append(number)
+    for members in groups.values():
+        prompt = pairs[members[0]].prompt_ids
+        start = run.append([prompt], 0)
+        prompt_range = (start, start + len(prompt))
+        found: dict[int, tuple[int, TokenIds]] = {}  # number of the answer -> row, ids
+        for number in members:
+            pair = pairs[number]
+            assert np.array_equal(pair.prompt_ids, prompt), "two prompts have the same hash"
+            for side, (ids, mask) in enumerate(pair.answers):
+                answer = int(answers[number, side])
+                if answer not in found:
+                    found[answer] = len(run.answer_tokens), ids
+                    start = run.append([ids], len(prompt), seen=(prompt_range,))
+                    run.predict(ids, mask, start, last_prompt_token=prompt_range[1] - 1)
+                rows[number, side], same_ids = found[answer]
+                assert np.array_equal(ids, same_ids), "two answers have the same hash"
+    return rows
 
 
 def _refuse_empty(pairs: Sequence[TokenizedPair]) -> None:

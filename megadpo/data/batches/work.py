@@ -65,12 +65,27 @@ class WorkModel:
         prompt, chosen, rejected = text_tokens.T
         answers = chosen + rejected
         tokens = (1 if share_prompt else 2) * prompt + answers
+        keys = {window: query_keys(text_tokens, share_prompt=share_prompt, window=window) for window in self.windows}
+        return self.work(tokens, answers, keys)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of its layers."""
+        return tuple(self.per_query_key)
+
+    def work(
+        self,
+        tokens: npt.NDArray[np.int64],
+        answers: npt.NDArray[np.int64],
+        keys: Mapping[int | None, npt.NDArray[np.int64]],
+    ) -> npt.NDArray[np.int64]:
+        """int64 [N], from counts, each int64 [N]: all tokens, those in answers, and query-key pairs by window."""
         # Divided by their common factor, so that the longest pairs of the largest models fit into int64
         common = math.gcd(self.per_token, self.per_answer_token, *self.per_query_key.values())
         per_token = self.per_token // common
         total = per_token * tokens + self.per_answer_token // common * answers
         for window, operations in self.per_query_key.items():
-            total += operations // common * query_keys(text_tokens, share_prompt=share_prompt, window=window)
+            total += operations // common * keys[window]
         work: npt.NDArray[np.int64] = UNITS_PER_TOKEN * total // per_token
         return work
 
@@ -84,12 +99,13 @@ def query_keys(
     text_tokens: npt.NDArray[np.int64], *, share_prompt: bool, window: int | None = None
 ) -> npt.NDArray[np.int64]:
     """int64 [N]: keys that the queries of a pair see, summed over them; causal, and of the last `window` ones."""
-
-    def up_to(place: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Seen by the first `place` tokens of a sequence."""
-        near = place if window is None else np.minimum(place, window)
-        return near * (near + 1) // 2 + (place - near) * near
-
     prompt, chosen, rejected = text_tokens.T
-    in_answers = sum(up_to(prompt + answer) - up_to(prompt) for answer in (chosen, rejected))
-    return np.asarray((1 if share_prompt else 2) * up_to(prompt) + in_answers, dtype=np.int64)
+    before = keys_up_to(prompt, window)
+    in_answers = sum(keys_up_to(prompt + answer, window) - before for answer in (chosen, rejected))
+    return np.asarray((1 if share_prompt else 2) * before + in_answers, dtype=np.int64)
+
+
+def keys_up_to(tokens: npt.NDArray[np.int64], window: int | None) -> npt.NDArray[np.int64]:
+    """int64 [N]: keys that the first `tokens` queries of a sequence see, summed over them."""
+    near = tokens if window is None else np.minimum(tokens, window)
+    return np.asarray(near * (near + 1) // 2 + (tokens - near) * near, dtype=np.int64)

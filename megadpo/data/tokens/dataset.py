@@ -75,5 +75,5 @@ def open_dataset(
         return cache.open_or_build(cache_key(digest, tokenizer, settings), path, build)
     pieces: dict[str, list[npt.NDArray[Any]]] = defaultdict(list)
     report = encode_source(path, tokenizer, settings, sink=lambda name, values: pieces[name].append(values))
-    tokens, offsets, rows, lines = (np.concatenate(pieces.pop(name)) for name in ("tokens", "offsets", "rows", "lines"))
-    return PairDataset(tokens, offsets, rows, lines, report)
+    arrays: dict[str, Any] = {name: np.concatenate(values) for name, values in pieces.items()}
+    return PairDataset(**arrays, report=report)

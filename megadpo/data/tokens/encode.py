@@ -41,7 +41,8 @@ _FINGERPRINT_VERSION = "megadpo pairs 1"
 _PROGRESS_S = 10.0
 
 Sink: TypeAlias = Callable[[str, npt.NDArray[Any]], None]
-"""Gets the arrays of a PairDataset in pieces: (name, values), where the name is 'tokens', 'offsets', 'rows' or 'lines'."""
+"""Gets the arrays of a PairDataset in pieces: (name, values), where the name is
+'tokens', 'offsets', 'rows', 'identities' or 'lines'."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +212,13 @@ class _Result:
             self._largest = max(self._largest, largest_id(pairs.tokens))
         lines = np.concatenate([np.zeros(chunk.first_row - self._next_row, dtype=np.int64), chunk.lines()])
         self._next_row += len(lines)
-        named = {"tokens": pairs.tokens, "offsets": offsets, "rows": pairs.rows, "lines": lines}
+        named = {
+            "tokens": pairs.tokens,
+            "offsets": offsets,
+            "rows": pairs.rows,
+            "identities": pairs.identities,
+            "lines": lines,
+        }
         for name, values in named.items():
             self._sink(name, values)
 

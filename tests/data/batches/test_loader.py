@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from megadpo.config import build_config
 from megadpo.config.grid import Grid
 from megadpo.config.problems import DataError
-from megadpo.data.batches.loader import GlobalBatch, GlobalBatchLoader, prefetched
+from megadpo.data.batches.loader import BatchOptions, GlobalBatch, GlobalBatchLoader, prefetched
 from megadpo.data.batches.pack import PackedBatch, pack_pairs
 from megadpo.data.batches.work import WorkModel
 from megadpo.data.pairs import FlatPairs, PairDataset, TokenizedPair
@@ -48,7 +48,8 @@ def loader(pairs: PairDataset, **changes: Any) -> GlobalBatchLoader:
         "drop_last": True,
         "prefetch": False,
     }
-    return GlobalBatchLoader(pairs, **{**defaults, **changes})
+    ranks = {name: changes.pop(name) for name in ("work_model", "grid") if name in changes}
+    return GlobalBatchLoader(pairs, BatchOptions(**{**defaults, **changes}), **ranks)
 
 
 def equal_batches(some: list[PackedBatch], others: list[PackedBatch]) -> bool:
@@ -214,7 +215,7 @@ def test_the_work_model_decides_what_ranks_get(pairs: PairDataset) -> None:
     flat = FlatPairs.of(
         [TokenizedPair(row, *(ids(*range(3, 3 + length)) for length in lengths)) for row, lengths in enumerate(texts)]
     )
-    made = PairDataset(flat.tokens, flat.offsets, flat.rows, np.arange(1, 17), pairs.report)
+    made = PairDataset(flat.tokens, flat.offsets, flat.rows, flat.identities, np.arange(1, 17), pairs.report)
 
     def answers(**options: Any) -> list[int]:
         options = {"global_batch_size": 16, "budget_tokens": 2000, "grid": Grid(data=2), "shuffle": False, **options}
@@ -374,11 +375,11 @@ def test_an_exception_comes_in_place_of_its_item() -> None:
 
 
 def test_a_loader_with_reference_numbers_brings_them_with_each_pack(pairs: PairDataset) -> None:
-    table = np.arange(2 * len(pairs), dtype=np.float32).reshape(-1, 2)
+    table = np.arange(2 * len(pairs), dtype=np.float32)
     plain = loader(pairs)
     made = plain.with_reference_logps(table)
     for batch in made.batches(0):
         for pack in batch.micro_batches:
             assert pack.reference_logps is not None
-            assert pack.reference_logps.tolist() == table[pack.pair_indices.numpy()].ravel().tolist()
+            assert pack.reference_logps.tolist() == table.reshape(-1, 2)[pack.pair_indices.numpy()].ravel().tolist()
     assert all(pack.reference_logps is None for batch in plain.batches(0) for pack in batch.micro_batches)
