@@ -74,11 +74,12 @@ class Estimate:
         return answers * self.arch.hidden_size * 4 + vocabulary * self.arch.hidden_size * width + logits * (4 + width)
 
     def _attention(self, one: Attention) -> int:
-        """Two norms' inputs and outputs; rotated queries; keys and values; the output."""
+        """Norms' inputs and the linear layers'; rotated queries; keys and values; the output."""
         width, tokens = self.width, self.tokens
         heads, keys = one.num_heads * one.head_dim, self.key_tokens * one.num_kv_heads * one.head_dim
         attention = (2 * tokens * heads + 2 * keys) * width + 4 * tokens * one.num_heads
-        norms = 4 * self.stream + 8 * self.stream // (self.arch.hidden_size * width)
+        norms = (6 if self.arch.norms.placement == "sandwich" else 4) * self.stream
+        norms += 8 * self.stream // (self.arch.hidden_size * width)
         if one.qk_norm == "head":
             norms += tokens * (one.num_heads + one.num_kv_heads) * (one.head_dim * width + 4) // self.tp
         return norms + attention // self.tp
