@@ -35,6 +35,8 @@ class Rotary:
     theta: float
     dims: int
     """Channels that are turned, the first ones of a head."""
+    interleaved: bool = False
+    """Pairs are neighbours, 0 and 1, 2 and 3; else channel i of the first half and channel i of the second."""
     scaling: RopeScaling | None = None
     """None: plain RoPE."""
 
@@ -97,7 +99,7 @@ class Experts:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A decoder layer: norm, attention, norm, and an MLP or experts."""
+    """A decoder layer: attention, then an MLP or experts, with norms where `Norms` says."""
 
     attention: Attention
     feed_forward: Mlp | Experts
@@ -108,6 +110,8 @@ class Norms:
     """RMSNorm, everywhere."""
 
     eps: float
+    placement: Literal["pre", "post", "sandwich"] = "pre"
+    """Of a layer's two parts: norms before each, after each and before the residual is added, or both."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +133,10 @@ class Architecture:
     pad_token_id: int | None
     torch_dtype: str | None
     """Dtype of the stored weights, e.g. bfloat16, where config.json says."""
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    """Of what each part of a layer adds to the residual stream."""
+    logit_divisor: float = 1.0
 
     @property
     def num_layers(self) -> int:

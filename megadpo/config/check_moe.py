@@ -58,7 +58,7 @@ def _modules_of_the_model(known: Known) -> Iterator[Problem]:
     megatron, arch = known.cfg.policy.megatron_cfg, known.arch
     if arch is None or not megatron.activation_checkpointing or megatron.recompute_granularity != "selective":
         return
-    absent = {"mlp": arch.mlp is None, "moe": arch.experts is None}
+    absent = {"layernorm": arch.norms.placement == "post", "mlp": arch.mlp is None, "moe": arch.experts is None}
     absent["shared_experts"] = arch.experts is None or arch.experts.shared_ffn_size is None
     for module in megatron.recompute_modules:
         if absent.get(module):

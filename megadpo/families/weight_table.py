@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -29,7 +30,8 @@ class WeightEntry:
     expert: int | None
     """Global, from 0; None outside the experts."""
     hf: tuple[str, ...]
-    shapes: tuple[Shape, ...]
+    parts: tuple[tuple[Shape, ...], ...]
+    """Of each tensor of `hf`: the shapes of its parts, mostly one."""
     groups: int
     """KV heads of the architecture."""
     also: Mapping[str, str]
@@ -70,6 +72,11 @@ class WeightEntry:
         names = (prefix + self.row.stacked,) if self.row.is_expert else self.names
         return names if self.layer is None else (*names, *(_all_layers(name, self.layer) for name in names))
 
+    @functools.cached_property
+    def shapes(self) -> tuple[Shape, ...]:
+        """Of each tensor of `hf`."""
+        return tuple((sum(part[0] for part in parts), *parts[0][1:]) for parts in self.parts)
+
     @property
     def full_shape(self) -> Shape:
         """Shape of the whole Megatron tensor."""
@@ -81,7 +88,23 @@ class WeightEntry:
 
     def rectangles(self, tp_rank: int = 0, tp_size: int = 1) -> list[Rectangle]:
         """Where the parts of the Hugging Face tensors lie in one rank's shard."""
-        return self.row.layout.rectangles(self.shapes, self.groups, tp_rank, tp_size)
+        flat = [part for parts in self.parts for part in parts]
+        found = self.row.layout.rectangles(flat, self.groups, tp_rank, tp_size)
+        if len(flat) == len(self.hf):
+            return found
+        starts = [(n, start) for n, parts in enumerate(self.parts) for start in _starts(parts)]
+        return [_in_tensor(rectangle, *starts[rectangle.source]) for rectangle in found]
+
+
+def _starts(parts: tuple[Shape, ...]) -> Iterator[int]:
+    """The first row of each part of a tensor."""
+    return itertools.accumulate((part[0] for part in parts[:-1]), initial=0)
+
+
+def _in_tensor(rectangle: Rectangle, source: int, first_row: int) -> Rectangle:
+    """`rectangle` of a part, as one of the tensor in whose rows the part begins at `first_row`."""
+    rows, *others = rectangle.source_index
+    return Rectangle(source, (slice(rows.start + first_row, rows.stop + first_row), *others), rectangle.shard_index)
 
 
 def _all_layers(name: str, layer: int) -> str:
@@ -166,7 +189,10 @@ def _entry(
         layer=layer,
         expert=expert,
         hf=tuple(on_disk(name) for name in row.hf),
-        shapes=tuple(tuple(sizes[axis] for axis in axes) for axes in row.hf.values()),
+        parts=tuple(
+            tuple(tuple(sizes[axis] for axis in part) for part in ((axes,) if isinstance(axes, str) else axes))
+            for axes in row.hf.values()
+        ),
         groups=arch.attention.num_kv_heads,
         also={on_disk(name): on_disk(other) for name, other in row.also.items()},
         hf_stacked=on_disk(row.hf_stacked) if row.hf_stacked else "",

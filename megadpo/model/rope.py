@@ -64,29 +64,28 @@ def _yarn(plain: torch.Tensor, rotary: Rotary, scaling: RopeScaling) -> torch.Te
     return plain / scaling.factor * ramp + plain * (1 - ramp)
 
 
-class RotaryTable(torch.nn.Module):
-    """The rotation at given positions. Holds no parameter and nothing in the state dict."""
+class RotaryTable:
+    """The rotation at given positions."""
 
     def __init__(self, rotary: Rotary, device: torch.device, *, fused: bool = False) -> None:
         """fused: by Transformer Engine's kernel, which needs CUDA, and has no factor on cos and sin (YaRN's): with one,
         torch's operations do it."""
-        super().__init__()
         inverse, self.factor = inverse_frequencies(rotary)
-        self.fused = fused and self.factor == 1.0
+        self.interleaved = rotary.interleaved
+        self.fused = fused and self.factor == 1.0 and not self.interleaved
         self.key = (rotary, self.fused)
         """Tables of one key turn alike."""
-        self.inverse: torch.Tensor
-        self.register_buffer("inverse", inverse.to(device), persistent=False)
+        self.inverse = inverse.to(device)
 
     @torch.no_grad()
-    def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> Rotation:
+    def __call__(self, positions: torch.Tensor, dtype: torch.dtype) -> Rotation:
         """positions [T] int64 -> what turns tokens at these positions, the angles in float32 whatever the dtype."""
-        angles = positions.to(torch.float32)[:, None] * self.inverse.float()[None, :]
+        angles = positions.to(torch.float32)[:, None] * self.inverse[None, :]
         if self.fused:
             # One sequence of T tokens: the kernel then takes row i of the angles for token i.
             return FusedRotation(torch.cat([angles, angles], dim=-1)[:, None, None, :], _one_sequence(positions))
         cos, sin = angles.cos() * self.factor, angles.sin() * self.factor
-        return PlainRotation(cos[:, None, :].to(dtype), sin[:, None, :].to(dtype))
+        return PlainRotation(cos[:, None, :].to(dtype), sin[:, None, :].to(dtype), self.interleaved)
 
 
 def _one_sequence(tokens: torch.Tensor) -> torch.Tensor:
@@ -107,9 +106,10 @@ class PlainRotation:
     cos: torch.Tensor
     """[T, 1, D/2], constants as sin is: no gradient flows to them."""
     sin: torch.Tensor
+    interleaved: bool = False
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        turned: torch.Tensor = _Rotate.apply(x, self.cos, self.sin)
+        turned: torch.Tensor = _Rotate.apply(x, self.cos, self.sin, self.interleaved)
         return turned
 
 
@@ -132,20 +132,27 @@ class _Rotate(torch.autograd.Function):
     """The gradient of a turn is the turn back, so only cos and sin are kept."""
 
     @staticmethod
-    def forward(ctx, x, cos, sin):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, cos, sin, interleaved):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, 1)
+        ctx.interleaved = interleaved
+        return _turn(x, cos, sin, 1, interleaved)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, sin, -1), None, None
+        return _turn(grad, cos, sin, -1, ctx.interleaved), None, None, None
 
 
-def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: int) -> torch.Tensor:
-    turned = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    x1, x2 = x.chunk(2, dim=-1)
-    y1, y2 = turned.chunk(2, dim=-1)
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: int, interleaved: bool) -> torch.Tensor:
+    """cos and sin [T, 1, dims/2]; channels from dims on stay as they are."""
+    turned, dims = torch.empty(x.shape, dtype=x.dtype, device=x.device), 2 * cos.shape[-1]
+    if interleaved:
+        pairs = [[tensor[..., first:dims:2] for first in (0, 1)] for tensor in (x, turned)]
+    else:
+        pairs = [list(tensor[..., :dims].chunk(2, dim=-1)) for tensor in (x, turned)]
+    (x1, x2), (y1, y2) = pairs
     torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-direction)
     torch.mul(x2, cos, out=y2).addcmul_(x1, sin, value=direction)
+    if dims < x.shape[-1]:
+        turned[..., dims:] = x[..., dims:]
     return turned

@@ -76,12 +76,13 @@ class Estimate:
         return self.tokens if self.tokens < self.pack.tokens else self.pack.key_tokens(window)
 
     def _attention(self, one: Attention) -> int:
-        """Two norms' inputs and outputs; rotated queries; keys and values; the output."""
+        """Norms' inputs and the linear layers'; rotated queries; keys and values; the output."""
         width, tokens = self.width, self.tokens
         widths = one.head_dim + one.value_dim
         numbers = (tokens * one.num_heads + self._key_tokens(one.window) * one.num_kv_heads) * widths
         attention = numbers * width + 4 * tokens * one.num_heads
-        norms = 4 * self.stream + 8 * self.stream // (self.arch.hidden_size * width)
+        norms = (6 if self.arch.norms.placement == "sandwich" else 4) * self.stream
+        norms += 8 * self.stream // (self.arch.hidden_size * width)
         if one.qk_norm == "head":
             norms += tokens * (one.num_heads + one.num_kv_heads) * (one.head_dim * width + 4) // self.tp
         return norms + attention // self.tp

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from megadpo.config.architecture import Architecture, Layer, Mlp
+from megadpo.config.architecture import Architecture, Experts, Layer, Mlp
 from megadpo.config.grid import Grid
 from megadpo.config.schema import Config
 from megadpo.config.schema_megatron import MegatronConfig
@@ -57,23 +57,34 @@ def layer_parameters(arch: Architecture, layer: Layer, grid: Grid) -> Iterator[P
     """Of one layer on one rank, in the model's own order."""
     tp, hidden, one, experts = grid.tensor, arch.hidden_size, layer.attention, layer.feed_forward
     qkv = (one.num_heads + 2 * one.num_kv_heads) * one.head_dim
-    yield Parameter(hidden)  # input norm
+    norms = arch.norms.placement
+    if norms != "post":
+        yield Parameter(hidden)  # input norm
     yield Parameter(one.num_heads * one.head_dim // tp * hidden)  # attention output
     yield Parameter(qkv // tp * hidden)
     if one.qkv_bias:
         yield Parameter(qkv // tp)
     if one.qk_norm == "head":
         yield from [Parameter(one.head_dim)] * 2
-    yield Parameter(hidden)  # norm before the MLP
+    if norms != "pre":
+        yield Parameter(hidden)  # norm after attention
+    if norms != "post":
+        yield Parameter(hidden)  # norm before the MLP
     if isinstance(experts, Mlp):
         yield from _mlp(experts.ffn_size // tp, hidden)
-        return
+    else:
+        yield from _experts(experts, hidden, grid)
+    if norms != "pre":
+        yield Parameter(hidden)  # norm after the MLP
+
+
+def _experts(experts: Experts, hidden: int, grid: Grid) -> Iterator[Parameter]:
     yield Parameter(experts.number * hidden)  # router
     for _ in range(experts.number // grid.expert):
         yield from _mlp(experts.mlp.ffn_size // grid.expert_tensor, hidden, expert=True)
     if experts.shared_ffn_size is not None:
         yield Parameter(hidden)  # the shared expert's gate
-        yield from _mlp(experts.shared_ffn_size // tp, hidden)
+        yield from _mlp(experts.shared_ffn_size // grid.tensor, hidden)
 
 
 def _mlp(channels: int, hidden: int, *, expert: bool = False) -> tuple[Parameter, Parameter]:

@@ -49,6 +49,7 @@ class LocalLayers(LayerImplementation):
     def modules(self, *, fuse_weight_gradient: bool) -> LayerModules:
         from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-        from megadpo.model.decoder import LayerModules, RMSNorm
+        from megadpo.model.decoder import LayerModules
+        from megadpo.model.norm import RMSNorm
 
         return LayerModules(norm=RMSNorm, column=ColumnParallelLinear, row=RowParallelLinear)
