@@ -63,7 +63,7 @@ def in_large_vocabulary() -> PairDataset:
     return open_dataset(TRAIN, tokenizer, DataSettings(max_total_sequence_length=4096))
 
 
-LLAMA_8B = WorkModel(per_token=13_958_643_712, per_answer_token=1_050_673_152, per_query_key=524_288)
+LLAMA_8B = WorkModel(per_token=13_958_643_712, per_answer_token=1_050_673_152, per_query_key={None: 524_288})
 
 
 @pytest.mark.parametrize("dp_size", [2, 4])

@@ -16,7 +16,7 @@ from megadpo.data.pairs import TokenizedPair
 from megadpo.data.statistics import as_seen, batch_fills, lengths, share_chosen_longer
 from tests.data.builders import dataset, ids, tokenized_pairs
 
-MODEL = WorkModel(per_token=1000, per_answer_token=100, per_query_key=5)
+MODEL = WorkModel(per_token=1000, per_answer_token=100, per_query_key={None: 5})
 
 
 def test_lengths_are_those_of_the_pairs(tmp_path: Path) -> None:

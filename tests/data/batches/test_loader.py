@@ -223,7 +223,7 @@ def test_the_work_model_decides_what_ranks_get(pairs: PairDataset) -> None:
         assert positions.tolist() == list(range(16))
         return [sum(sum(texts[number][1:]) for pack in rank for number in pack) for rank in deal]
 
-    answers_cost_all = WorkModel(per_token=1, per_answer_token=10**6, per_query_key=0)
+    answers_cost_all = WorkModel(per_token=1, per_answer_token=10**6, per_query_key={None: 0})
     assert answers() == [32, 784]
     assert min(answers(work_model=answers_cost_all)) > 400
 

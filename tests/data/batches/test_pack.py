@@ -125,7 +125,7 @@ def test_a_shared_pack_written_out() -> None:
 def test_all_tensors_are_int64_even_with_no_pairs() -> None:
     for batch in (pack(TWO_PAIRS), pack([], multiple=4)):
         tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
-        assert len(tensors) == 7 and {tensor.dtype for tensor in tensors} == {torch.int64}
+        assert len(tensors) == 8 and {tensor.dtype for tensor in tensors} == {torch.int64}
 
 
 def test_a_pack_of_no_pairs_is_padding_only() -> None:
