@@ -12,6 +12,7 @@ import yaml
 
 from megadpo.config import check, check_moe, rules_optimizer, rules_run  # noqa: F401  their rules register
 from megadpo.config.derive import derive
+from megadpo.config.interpolation import Environment, hidden
 from megadpo.config.known import Known, find_problems
 from megadpo.config.nemo_rl.translate import nemo_keys, nemo_paths, translate
 from megadpo.config.no_effect import idle_notes
@@ -33,8 +34,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, purpose: Pur
     Raises ConfigError with every problem found.
     """
     problems: list[Problem] = []
-    tree = read_tree(path, overrides, problems)
-    return _build(tree, problems, purpose)
+    tree, environment = read_tree(path, overrides, problems)
+    return _build(tree, problems, purpose, environment)
 
 
 def build_config(tree: Mapping[str, Any], *, purpose: Purpose = "train") -> Config:
@@ -43,13 +44,21 @@ def build_config(tree: Mapping[str, Any], *, purpose: Purpose = "train") -> Conf
 
 
 def as_dict(cfg: Config) -> dict[str, Any]:
-    """The resolved config as plain dicts, lists and scalars: what YAML and loggers take. `notes` is not part of it."""
-    return {name: value for name, value in _plain(cfg).items() if name != "notes"}
+    """The resolved config as plain dicts, lists and scalars. What only the loader adds is not part of it."""
+    keys = [field.name for field in dataclasses.fields(cfg) if field.compare]
+    return {name: _plain(getattr(cfg, name)) for name in keys}
+
+
+def as_written(cfg: Config) -> dict[str, Any]:
+    """`as_dict` as files and loggers get it: `${oc.env:NAME}` for what comes from the environment, and `\\${` for a `${`
+    that is none."""
+    written: dict[str, Any] = hidden(as_dict(cfg), cfg.environment)
+    return written
 
 
 def resolved_text(cfg: Config) -> str:
-    """The resolved config as YAML that load_config reads back as an equal Config."""
-    text: str = yaml.safe_dump(_escaped(as_dict(cfg)), sort_keys=False, allow_unicode=True)
+    """The resolved config as YAML that load_config, in the same environment, reads back as an equal Config."""
+    text: str = yaml.safe_dump(as_written(cfg), sort_keys=False, allow_unicode=True)
     return text
 
 
@@ -65,7 +74,9 @@ def save_resolved(cfg: Config, path: str | Path, chosen: Mapping[str, str] | Non
         partial.write_text(comments + resolved_text(cfg), encoding="utf-8")
 
 
-def _build(tree: dict[str, Any], problems: list[Problem], purpose: Purpose) -> Config:
+def _build(
+    tree: dict[str, Any], problems: list[Problem], purpose: Purpose, environment: Environment | None = None
+) -> Config:
     unreadable = {problem.where for problem in problems}
     plugins = tree.get("plugins")
     if isinstance(plugins, list):  # first: they add keys to the schema
@@ -91,7 +102,7 @@ def _build(tree: dict[str, Any], problems: list[Problem], purpose: Purpose) -> C
     problems += [one for one in _missing_data(cfg, purpose) if not covered(one.where, bad)]
     if problems:
         raise ConfigError(problems)
-    return dataclasses.replace(cfg, notes=(*notes, *idle_notes(cfg)))
+    return dataclasses.replace(cfg, notes=(*notes, *idle_notes(cfg)), environment=environment or {})
 
 
 def _with_reason(problem: Problem) -> Problem:
@@ -125,12 +136,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(one) for one in value]
     return value
-
-
-def _escaped(value: Any) -> Any:
-    """Resolved text may hold `${`, which must not be resolved once more when it is read back."""
-    if isinstance(value, dict):
-        return {name: _escaped(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [_escaped(one) for one in value]
-    return value.replace("${", "\\${") if isinstance(value, str) else value

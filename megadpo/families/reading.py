@@ -10,7 +10,14 @@ from typing import Any
 from megadpo.config.architecture import Architecture
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.variants import FAMILIES
+from megadpo.files.regular import read_at_most
 
+MOST_BYTES = 16 * 2**20
+"""Of config.json."""
+MOST_SIZE = 2**31 - 1
+"""Of anything: what tensors and indices of this field are counted in."""
+MOST_BLOCKS = 100_000
+"""Layers times experts. Each has rows in the weight table; the largest models have 20,000."""
 RESTORE = "restore the model's own config.json"
 OFF: tuple[object, ...] = (None, False, "", [], {})
 
@@ -38,6 +45,9 @@ def parse_architecture(raw: Mapping[str, Any], where: str = "config.json") -> Ar
     # transformers chooses the class by it
     config.refuse("model_type", f"{name}, of the class {hf_class}", RESTORE, unless=(None, name))
     arch: Architecture = family.read(config)
+    blocks = arch.num_layers * (1 if arch.moe is None else arch.moe.num_experts)
+    if blocks > MOST_BLOCKS:
+        config.report("num_hidden_layers", arch.num_layers, f"at most {MOST_BLOCKS} layers, or layers times experts")
     if config.problems:
         raise ConfigError(config.problems)
     return arch
@@ -61,8 +71,8 @@ def _read_json(folder: Path, field: str) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(Problem(field, str(folder), "a folder that holds config.json", hint))
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        raw = json.loads(read_at_most(path, MOST_BYTES).decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(Problem(str(path), str(error), "readable JSON", RESTORE)) from error
     if not isinstance(raw, dict):
         raise ConfigError(Problem(str(path), type(raw).__name__, "a JSON object", RESTORE))
@@ -94,10 +104,10 @@ class HfConfig:
         self.problems.append(Problem(f"{self._where}: {key}", value, expected, fix))
 
     def size(self, key: str) -> int:
-        """A whole number of at least 1; where it is none, that is noted and 1 stands for it."""
+        """A whole number from 1 to MOST_SIZE; where it is none, that is noted and 1 stands for it."""
         value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            self.report(key, value, "a whole number >= 1")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_SIZE:
+            self.report(key, value, f"a whole number from 1 to {MOST_SIZE}")
             return 1
         return value
 

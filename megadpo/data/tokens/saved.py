@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megadpo.config.bounded import bounded
 from megadpo.data.tokens.tokenizer import require_eos
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> li
         return [eos]
     messages: Any = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ANSWER}]
     try:
-        text = str(tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False))
+        with bounded():
+            text = str(tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False))
     except Exception:  # a template may raise anything, such as for a conversation without tools
         return [eos]
     rest = text.rpartition(_ANSWER)[2].lstrip()
