@@ -30,11 +30,11 @@ TOP = "Outside the sections"
 LIMITED_HEAD = """## NeMo RL's keys that have fewer values here
 
 Accepted at the values shown, which mean what megadpo does anyway, or left out; any other value is refused for the reason
-given, since it would change the run.
+given, since ignoring it would change numbers: by models with experts only where it says so.
 """
 NO_EFFECT_HEAD = """## NeMo RL's keys without effect here
 
-Accepted at any value, with a line in the log: nothing that they say can change a run.
+Accepted at any value: nothing that they say changes a number. One line of the log names those that ask for something.
 """
 LOSSES_BEGIN, LOSSES_END = "<!-- losses: written by tools/config_keys.py -->", "<!-- end of the losses -->"
 
@@ -128,9 +128,10 @@ def _sections(cls: type, path: str) -> Iterator[Section]:
 
 
 def _accepted(key: NemoKey) -> str:
+    of_experts = ", or the model has no experts" * key.experts
     if key.accepted is None:
-        return f"as above, in {key.path.rpartition('.')[0]}"
-    return " or ".join(dict.fromkeys(map(_yaml, key.accepted)))
+        return f"as above, in {key.path.rpartition('.')[0]}{of_experts}"
+    return " or ".join(dict.fromkeys(map(_yaml, key.accepted))) + of_experts
 
 
 def _default(default: object, meaning: str) -> str:

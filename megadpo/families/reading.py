@@ -16,8 +16,8 @@ MOST_BYTES = 16 * 2**20
 """Of config.json."""
 MOST_SIZE = 2**31 - 1
 """Of anything: what tensors and indices of this field are counted in."""
-MOST_BLOCKS = 100_000
-"""Layers times experts. Each has rows in the weight table; the largest models have 20,000."""
+MOST_LAYERS, MOST_EXPERTS = 1000, 1024
+"""Each has rows in the weight table. The largest models have 126 layers, and 512 experts."""
 RESTORE = "restore the model's own config.json"
 OFF: tuple[object, ...] = (None, False, "", [], {})
 
@@ -45,9 +45,6 @@ def parse_architecture(raw: Mapping[str, Any], where: str = "config.json") -> Ar
     # transformers chooses the class by it
     config.refuse("model_type", f"{name}, of the class {hf_class}", RESTORE, unless=(None, name))
     arch: Architecture = family.read(config)
-    blocks = arch.num_layers * (1 if arch.moe is None else arch.moe.num_experts)
-    if blocks > MOST_BLOCKS:
-        config.report("num_hidden_layers", arch.num_layers, f"at most {MOST_BLOCKS} layers, or layers times experts")
     if config.problems:
         raise ConfigError(config.problems)
     return arch
@@ -103,11 +100,11 @@ class HfConfig:
         """Note a problem."""
         self.problems.append(Problem(f"{self._where}: {key}", value, expected, fix))
 
-    def size(self, key: str) -> int:
-        """A whole number from 1 to MOST_SIZE; where it is none, that is noted and 1 stands for it."""
+    def size(self, key: str, *, most: int = MOST_SIZE) -> int:
+        """A whole number from 1 to `most`; where it is none, that is noted and 1 stands for it."""
         value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_SIZE:
-            self.report(key, value, f"a whole number from 1 to {MOST_SIZE}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            self.report(key, value, f"a whole number from 1 to {most}")
             return 1
         return value
 

@@ -11,37 +11,33 @@ from typing import Protocol
 
 import torch
 
-from megadpo.config.architecture import Architecture
+from megadpo.config.architecture import RopeScaling, Rotary
 
 
-def inverse_frequencies(arch: Architecture) -> tuple[torch.Tensor, float]:
-    """theta_i of the rotation by position x theta_i, [D/2] float32 on the CPU, and the factor on cos and sin.
+def inverse_frequencies(rotary: Rotary) -> tuple[torch.Tensor, float]:
+    """theta_i of the rotation by position x theta_i, [dims/2] float32 on the CPU, and the factor on cos and sin.
 
     RoFormer (arXiv 2104.09864) eq. 15 for plain RoPE; position interpolation (arXiv 2306.15595) for 'linear';
     Llama 3.1's frequency-dependent interpolation for 'llama3'; YaRN (arXiv 2309.00071) eq. 17-23 for 'yarn'.
-    ValueError for another type; the config check has refused those before.
     """
-    exponent = torch.arange(0, arch.head_dim, 2, dtype=torch.int64).float() / arch.head_dim
-    plain = 1.0 / (arch.rope_theta**exponent)
-    scaling = arch.rope_scaling
+    exponent = torch.arange(0, rotary.dims, 2, dtype=torch.int64).float() / rotary.dims
+    plain = 1.0 / (rotary.theta**exponent)
+    scaling = rotary.scaling
     if scaling is None:
         return plain, 1.0
-    kind = scaling["rope_type"]
-    if kind == "linear":
-        return plain / scaling["factor"], 1.0
-    if kind == "llama3":
-        return _llama3(plain, scaling), 1.0
-    if kind == "yarn":
-        return _yarn(plain, arch)
-    raise ValueError(f"rope_type {kind!r} is not one of linear, llama3, yarn")
+    if scaling.rope_type == "linear":
+        return plain / scaling.factor, scaling.attention_factor
+    if scaling.rope_type == "llama3":
+        return _llama3(plain, scaling), scaling.attention_factor
+    return _yarn(plain, rotary, scaling), scaling.attention_factor
 
 
-def _llama3(plain: torch.Tensor, scaling: dict) -> torch.Tensor:
+def _llama3(plain: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
     """Wavelengths beyond the original context are stretched by `factor`, short ones kept, the rest blended."""
-    old_length = scaling["original_max_position_embeddings"]
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    old_length, low, high = scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor
+    assert old_length is not None and low is not None and high is not None
     wavelength = 2 * math.pi / plain
-    stretched = plain / scaling["factor"]
+    stretched = plain / scaling.factor
     blend = (old_length / wavelength - low) / (high - low)
     blended = (1 - blend) * stretched + blend * plain
     result = torch.where(wavelength > old_length / low, stretched, plain)
@@ -49,47 +45,35 @@ def _llama3(plain: torch.Tensor, scaling: dict) -> torch.Tensor:
     return torch.where(medium, blended, result)
 
 
-def _yarn(plain: torch.Tensor, arch: Architecture) -> tuple[torch.Tensor, float]:
-    """NTK-by-parts interpolation (YaRN eq. 19-20), and the attention temperature as a factor on cos and sin (eq. 22)."""
-    scaling = arch.rope_scaling
-    assert scaling is not None
-    factor, dim = scaling["factor"], arch.head_dim
-    old_length = scaling.get("original_max_position_embeddings") or arch.max_position_embeddings
-
-    def temperature(mscale: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
-    attention_factor = scaling.get("attention_factor")
-    if attention_factor is None:
-        mscale, mscale_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
-        attention_factor = temperature(mscale) / temperature(mscale_all) if mscale and mscale_all else temperature(1.0)
+def _yarn(plain: torch.Tensor, rotary: Rotary, scaling: RopeScaling) -> torch.Tensor:
+    """NTK-by-parts interpolation (YaRN eq. 19-20). The attention temperature (eq. 22) is `scaling.attention_factor`."""
+    dim, old_length = rotary.dims, scaling.original_max_position_embeddings
+    assert old_length is not None and scaling.beta_fast is not None and scaling.beta_slow is not None
 
     def dimension_of(rotations: float) -> float:
         """The dimension that makes `rotations` full turns over the original context."""
-        return dim * math.log(old_length / (rotations * 2 * math.pi)) / (2 * math.log(arch.rope_theta))
+        return dim * math.log(old_length / (rotations * 2 * math.pi)) / (2 * math.log(rotary.theta))
 
-    low = dimension_of(scaling.get("beta_fast") or 32)
-    high = dimension_of(scaling.get("beta_slow") or 1)
-    if scaling.get("truncate", True):
+    low, high = dimension_of(scaling.beta_fast), dimension_of(scaling.beta_slow)
+    if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:
         high += 0.001  # a step, not a division by zero
     ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    return plain / factor * ramp + plain * (1 - ramp), attention_factor
+    return plain / scaling.factor * ramp + plain * (1 - ramp)
 
 
 class RotaryTable(torch.nn.Module):
     """The rotation at given positions. Holds no parameter and nothing in the state dict."""
 
-    def __init__(self, arch: Architecture, device: torch.device, *, fused: bool = False) -> None:
+    def __init__(self, rotary: Rotary, device: torch.device, *, fused: bool = False) -> None:
         """fused: by Transformer Engine's kernel, which needs CUDA, and has no factor on cos and sin (YaRN's): with one,
         torch's operations do it."""
         super().__init__()
-        inverse, self.factor = inverse_frequencies(arch)
+        inverse, self.factor = inverse_frequencies(rotary)
         self.fused = fused and self.factor == 1.0
-        scaling = str(arch.rope_scaling)
-        self.key = (arch.head_dim, arch.rope_theta, scaling, arch.max_position_embeddings, self.fused)
+        self.key = (rotary, self.fused)
         """Tables of one key turn alike."""
         self.inverse: torch.Tensor
         self.register_buffer("inverse", inverse.to(device), persistent=False)

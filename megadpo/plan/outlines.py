@@ -71,11 +71,11 @@ class _FusedSwiGlu(torch.autograd.Function):
 def even_routing(arch: Architecture, load: float) -> Iterator[Answers]:
     """Inside, every expert gets the same number of tokens, but this rank's `load` times that. The rest of the way to the
     experts and back is megatron-core's. Yields what a trace must answer for it."""
-    if arch.moe is None:
+    if arch.experts is None:
         yield {}
         return
     alltoall, allgather = token_dispatcher.MoEAlltoAllTokenDispatcher, token_dispatcher.MoEAllGatherTokenDispatcher
-    counts = _Counts(arch.moe.num_experts, arch.moe.experts_per_token, load)
+    counts = _Counts(arch.experts.number, arch.experts.per_token, load)
     gather = allgather.dispatch_postprocess
 
     def dispatch_postprocess(self: Any, hidden_states: torch.Tensor, probs: torch.Tensor) -> Any:

@@ -99,9 +99,9 @@ def compute_missing(
     mine: list[tuple[npt.NDArray[np.int64], torch.Tensor]] = []
     batches = -(-len(missing) // loader.global_batch_size)
     for number, (chosen, plan) in enumerate(loader.deals_of(missing), start=1):
-        packs = [chosen[numbers] for numbers in plan[parallel.dp_rank]]
+        packs = [chosen[numbers] for numbers in plan[parallel.grid.dp_rank]]
         logps = reference.logps([loader.pack(pack) for pack in packs])
-        if parallel.tp_rank == parallel.cp_rank == 0:  # the others have the same numbers
+        if parallel.grid.tp_rank == parallel.grid.cp_rank == 0:  # the others have the same numbers
             mine += zip(packs, logps, strict=False)  # no logps but on the last pipeline stage
         loader.dataset.release()
         done.append(chosen)

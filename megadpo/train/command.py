@@ -53,13 +53,14 @@ def world_size() -> int:
 
 def run_evaluating(cfg: Config) -> int:
     """Set up, evaluate, tear down. Every rank."""
-    from megadpo.parallel import destroy, initialize, layout_of, machine, setup_device
+    from megadpo.config.grid import Grid
+    from megadpo.parallel import destroy, initialize, machine, setup_device
     from megadpo.train.evaluation import run_evaluation
 
     device = setup_device(cfg.policy.device)
     if problems := find_problems(Known(cfg=cfg, machine=machine(device))):
         raise ConfigError(problems)
-    parallel = initialize(layout_of(cfg), device)
+    parallel = initialize(Grid.of(cfg), device)
     exit_code = run_evaluation(cfg, parallel)
     destroy()
     return exit_code
@@ -82,7 +83,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def run_training(cfg: Config) -> int:
     """Set up, train, tear down. Every rank."""
-    from megadpo.parallel import destroy, initialize, layout_of, machine, setup_device
+    from megadpo.config.grid import Grid
+    from megadpo.parallel import destroy, initialize, machine, setup_device
     from megadpo.parallel.lifetime import signal_when_parent_ends
     from megadpo.train.loop import train
     from megadpo.train.metrics_logger import MetricsLogger
@@ -96,7 +98,7 @@ def run_training(cfg: Config) -> int:
     device = setup_device(cfg.policy.device, tensor_parallel=cfg.policy.megatron_cfg.tensor_model_parallel_size)
     if problems := find_problems(Known(cfg=cfg, machine=machine(device))):
         raise ConfigError(problems)
-    parallel = initialize(layout_of(cfg), device)
+    parallel = initialize(Grid.of(cfg), device)
     run = prepare(cfg, parallel)
     first = parallel.rank == 0
     must_save_by = cfg.checkpointing.checkpoint_must_save_by

@@ -19,7 +19,7 @@ from megadpo.model.build import build_model
 from megadpo.objective.dpo import metric_names
 from megadpo.parallel import ParallelContext
 from megadpo.reference import ResidentReference
-from megadpo.train.inputs import data_rank, open_run_inputs
+from megadpo.train.inputs import open_run_inputs
 from megadpo.train.metrics import MetricSums
 from megadpo.train.reference import build_reference
 from megadpo.train.resume import require_writable
@@ -45,7 +45,7 @@ class Evaluator:
         seed_everything(cfg.dpo.seed, parallel)
         self.parallel = parallel
         whole = dataclasses.replace(cfg, dpo=dataclasses.replace(cfg.dpo, val_batches=0))  # evaluation means every pair
-        inputs = open_run_inputs(whole, data_rank(parallel), sets=list(cfg.data.val_data_paths or {}))
+        inputs = open_run_inputs(whole, parallel.grid, sets=list(cfg.data.val_data_paths or {}))
         self.loaders = inputs.loaders
         self.notes = inputs.tokenizer_notes
         self.policy = ResidentReference(build_model(inputs.arch, cfg.policy, parallel, frozen=True), parallel)
@@ -75,7 +75,8 @@ class Evaluator:
             self.parallel.total_from_last_stage, metric_names(self.dpo, has_reference=self.reference is not None)
         )
         gathered: list[Any] = [None] * self.parallel.world_size
-        dist.all_gather_object(gathered, mine if self.parallel.tp_rank == self.parallel.cp_rank == 0 else [])
+        grid = self.parallel.grid
+        dist.all_gather_object(gathered, mine if grid.tp_rank == grid.cp_rank == 0 else [])
         scores = sorted((score for rank in gathered for score in rank), key=lambda score: score.index)
         return metrics_of(sums.means(), scores, has_preference_loss=self.has_preference_loss), scores
 

@@ -9,9 +9,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from megadpo.config.architecture import Architecture
+from megadpo.config.grid import Grid
 from megadpo.config.problems import Attempts, ConfigError, Problem
 from megadpo.config.schema import Config
-from megadpo.data.batches.loader import DataRank, GlobalBatchLoader
+from megadpo.data.batches.loader import GlobalBatchLoader
 from megadpo.data.pairs import PairDataset
 from megadpo.data.tokens.dataset import load_datasets
 from megadpo.data.tokens.tokenizer import load_tokenizer, pad_token_id
@@ -21,8 +22,6 @@ from megadpo.train.handed_on import tokenizer_notes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from megadpo.parallel import ParallelContext
 
 TRAIN = ""
 """Stands for the training set among the names of data.val_data_paths, none of which is empty."""
@@ -68,22 +67,15 @@ class RunInputs:
         return lines
 
 
-def data_rank(parallel: ParallelContext) -> DataRank:
-    """Which part of the data this rank gets."""
-    return DataRank(
-        dp_rank=parallel.dp_rank, dp_size=parallel.dp_size, cp_rank=parallel.cp_rank, cp_size=parallel.cp_size
-    )
-
-
 def open_run_inputs(
     cfg: Config,
-    rank: DataRank | None = None,
+    grid: Grid | None = None,
     *,
     sets: Collection[str] | None = None,
     weights: bool = True,
     thorough: bool = False,
 ) -> RunInputs:
-    """Find the models, read and tokenise the data, and deal it out, to `rank` its part (None: everything).
+    """Find the models, read and tokenise the data, and deal it out: to the rank of `grid` its part (None: everything).
 
     sets: names of the sets to open; None: TRAIN and all of data.val_data_paths. weights: also download a hub model's
     weights. thorough: hold the weight files' headers against the model's shape, and read the rows of the data even where
@@ -111,7 +103,7 @@ def open_run_inputs(
     if arch is not None and tokenizer is not None:
         datasets = attempt(lambda: load_datasets(cfg, paths, tokenizer, arch.vocab_size))
         if datasets is not None:
-            loaders = attempt(lambda: _loaders(cfg, arch, datasets, pad_token_id(tokenizer), rank or DataRank()))
+            loaders = attempt(lambda: _loaders(cfg, arch, datasets, pad_token_id(tokenizer), grid or Grid()))
     if datasets is not None and reference_arch is not None and reference != source:
         attempt(lambda: _require_vocabulary(cfg, reference_arch, datasets.values()))
     attempt.refuse()
@@ -121,13 +113,13 @@ def open_run_inputs(
 
 
 def _loaders(
-    cfg: Config, arch: Architecture, datasets: Mapping[str, PairDataset], pad: int, rank: DataRank
+    cfg: Config, arch: Architecture, datasets: Mapping[str, PairDataset], pad: int, grid: Grid
 ) -> dict[str, GlobalBatchLoader]:
     attempt = Attempts()
     loaders = {}
     for name, data in datasets.items():
         open_one = partial(GlobalBatchLoader.from_config, data, cfg, arch)
-        made = attempt(partial(open_one, pad_token_id=pad, training=name == TRAIN, rank=rank))
+        made = attempt(partial(open_one, pad_token_id=pad, training=name == TRAIN, grid=grid))
         if made is not None:
             loaders[name] = made
     attempt.refuse()
@@ -158,12 +150,12 @@ def _require_complete_weights(source: ModelSource, arch: Architecture) -> None:
 
 def _read_rows(cfg: Config, paths: Iterable[str]) -> None:
     """Raises DataError with every problem that the rows have without a tokenizer."""
-    from megadpo.data.formats import FieldKeys
     from megadpo.data.formats.read_pairs import read_pairs
 
     attempt = Attempts()
-    keys = FieldKeys(cfg.data.prompt_key, cfg.data.chosen_key, cfg.data.rejected_key)
     for path in paths:
-        pairs = read_pairs(path, keys, dataset_name=cfg.data.dataset_name, on_bad_row=cfg.data.on_bad_row)
+        pairs = read_pairs(
+            path, cfg.data.format_options, dataset_name=cfg.data.dataset_name, on_bad_row=cfg.data.on_bad_row
+        )
         attempt(partial(deque, pairs, maxlen=0))  # reads all, keeps none
     attempt.refuse()

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity
 
+from megadpo.config.grid import Grid
 from megadpo.config.schema import Config
-from megadpo.parallel import initialize, layout_of, setup_device
+from megadpo.parallel import initialize, setup_device
 from megadpo.train.setup import prepare
 
 SHOWN = 14
@@ -67,7 +68,7 @@ def profile_run(cfg: Config, *, warmup: int, steps: int, trace: Path | None) -> 
         data=dataclasses.replace(cfg.data, val_data_paths=None),
     )
     device = setup_device(cfg.policy.device, tensor_parallel=cfg.policy.megatron_cfg.tensor_model_parallel_size)
-    run = prepare(cfg, initialize(layout_of(cfg), device))
+    run = prepare(cfg, initialize(Grid.of(cfg), device))
     batches = run.inputs.train_loader.batches(0)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     for _ in range(warmup):

@@ -69,19 +69,18 @@ def choices(run: Run) -> dict[str, str]:
 
 def layout_sizes(run: Run) -> dict[str, int]:
     """The parallel sizes under their short names; those of experts where there are any."""
-    parallel, layout = run.parallel, run.parallel.layout
-    sizes = {"TP": parallel.tp_size, "PP": parallel.pp_size, "VPP": parallel.chunks_per_stage, "CP": parallel.cp_size}
-    sizes["DP"] = parallel.dp_size
-    return sizes if run.trainer.balance is None else sizes | {"EP": layout.expert, "ETP": layout.expert_tensor}
+    grid = run.parallel.grid
+    sizes = {"TP": grid.tensor, "PP": grid.pipeline, "VPP": grid.virtual_pipeline, "CP": grid.context, "DP": grid.data}
+    return sizes if run.trainer.balance is None else sizes | {"EP": grid.expert, "ETP": grid.expert_tensor}
 
 
 def all_parameters(run: Run) -> int:
     """Parameters of the whole model: replicated ones once, tied embeddings once."""
-    chunks, layout, tp = run.trainer.model, run.parallel.layout, run.parallel.tp_size
+    chunks, grid, tp = run.trainer.model, run.parallel.grid, run.parallel.grid.tensor
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     experts = sum(p.numel() for p in parameters if is_expert(p))
     shards = sum(p.numel() for p in parameters if getattr(p, "tensor_model_parallel", False)) - experts
-    mine = count_parameters(chunks) + shards * (tp - 1) + experts * (layout.expert * layout.expert_tensor - 1)
+    mine = count_parameters(chunks) + shards * (tp - 1) + experts * (grid.expert * grid.expert_tensor - 1)
     last = chunks[-1]
     if last.share_embeddings_and_output_weights and last.post_process and not last.pre_process:
         mine -= last.output_layer.weight.numel() * tp  # the last stage's copy

@@ -22,7 +22,7 @@ from megadpo.model.freeze import freeze
 from megadpo.optimizer.build import build_optimizer, build_scheduler, wrap_for_training
 from megadpo.parallel import ParallelContext
 from megadpo.train.handed_on import own_files
-from megadpo.train.inputs import RunInputs, data_rank, open_run_inputs
+from megadpo.train.inputs import RunInputs, open_run_inputs
 from megadpo.train.reference import attach_logps, build_reference
 from megadpo.train.resume import changes, claim, data_settings, find_resume
 from megadpo.train.step import Trainer
@@ -60,7 +60,7 @@ class Run:
 def prepare(cfg: Config, parallel: ParallelContext) -> Run:
     """Build the run on this rank. Raises UserError subclasses for everything a user can put right."""
     seed_everything(cfg.dpo.seed, parallel)
-    inputs = open_run_inputs(cfg, data_rank(parallel))
+    inputs = open_run_inputs(cfg, parallel.grid)
     pairs, arch = inputs.train_loader.dataset, inputs.arch
     total_steps = cfg.dpo.total_steps(inputs.train_loader.batches_per_epoch)
     settings = data_settings(cfg, inputs.reference, parallel)
@@ -110,7 +110,7 @@ def seed_everything(seed: int, parallel: ParallelContext) -> None:
     """One seed for Python, NumPy and torch; tensor-parallel regions differ by rank (megatron-core's tracker)."""
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed + 100 * parallel.pp_rank)
+    torch.manual_seed(seed + 100 * parallel.grid.pp_rank)
     model_parallel_cuda_manual_seed(seed)
 
 

@@ -160,7 +160,7 @@ class Trainer:
             return chunk(micro_batch), loss_function
 
         run_pipeline(self.policy, batch.micro_batches, forward_step, forward_only=False)
-        return self._reduced(sums, also=[CONTEXT_IMBALANCE] if self.parallel.cp_size > 1 else [])
+        return self._reduced(sums, also=[CONTEXT_IMBALANCE] if self.parallel.grid.context > 1 else [])
 
     def _reduced(self, sums: MetricSums, also: Sequence[str] = ()) -> MetricSums:
         """Totals over data-parallel ranks, from the last pipeline stage to all. also: names beside the objective's."""

@@ -80,10 +80,11 @@ def files_of(checkpoint: Path) -> list[Path]:
 def unnamed_damages(folder: str) -> tuple[int, list[str]]:
     """On each rank: the damages made, and those that a reader of the newest checkpoint passed over or didn't name."""
     from megadpo.checkpoint.verify import require_whole_weights
-    from megadpo.parallel import Layout, initialize, setup_device
+    from megadpo.config.grid import Grid
+    from megadpo.parallel import initialize, setup_device
     from megadpo.train.resume import newest_whole
 
-    parallel = initialize(Layout(), setup_device("cpu"))
+    parallel = initialize(Grid(), setup_device("cpu"))
     checkpoint, made, missed = Path(folder) / "step_2", 0, []
     keys = [key for key in read_metadata(checkpoint / "model").state_dict_metadata if not key.startswith("optimizer")]
     alone: dict[str, Callable[[], Any]] = {

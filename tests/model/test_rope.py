@@ -51,7 +51,7 @@ def test_cos_and_sin_equal_transformers(name, theta, tmp_path):
     config.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llama"
     theirs = LlamaRotaryEmbedding(config)
-    ours = RotaryTable(read_architecture(tmp_path), torch.device("cpu"))
+    ours = RotaryTable(read_architecture(tmp_path).attention.rotary, torch.device("cpu"))
     positions = torch.arange(0, 512, 7)
     x = torch.randn(len(positions), 4, 64)
     cos, sin = theirs(x[None], positions[None])
@@ -84,8 +84,8 @@ def test_the_fused_rotation_is_handed_the_same_angles(name, tmp_path, monkeypatc
     for part in ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.attention"):
         monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
     monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
-    arch, device = read_architecture(tmp_path), torch.device("cpu")
-    plain, fused = RotaryTable(arch, device), RotaryTable(arch, device, fused=True)
+    rotary, device = read_architecture(tmp_path).attention.rotary, torch.device("cpu")
+    plain, fused = RotaryTable(rotary, device), RotaryTable(rotary, device, fused=True)
     positions, x = torch.tensor([0, 1, 2, 0, 1, 300, 2]), torch.randn(7, 2, 64)
     assert fused.fused == (name != "yarn")  # its factor on cos and sin is not in the kernel
     torch.testing.assert_close(fused(positions, x.dtype)(x), plain(positions, x.dtype)(x), rtol=1e-6, atol=1e-6)

@@ -81,11 +81,12 @@ def test_a_fingerprint_of_every_tensor_sees_the_smallest_one(tmp_path):
 
 def resume_in_two_folders(first: str, second: str) -> str:
     """Each rank given a folder of its own, as nodes without a shared file system have."""
-    from megadpo.parallel import Layout, initialize, setup_device
+    from megadpo.config.grid import Grid
+    from megadpo.parallel import initialize, setup_device
     from megadpo.train import resume
 
     resume.SEEN_WITHIN_S = 0.5
-    parallel = initialize(Layout(), setup_device("cpu"))
+    parallel = initialize(Grid(), setup_device("cpu"))
     try:
         resume.require_shared(Path((first, second)[dist.get_rank()]), parallel)
     except ConfigError as error:

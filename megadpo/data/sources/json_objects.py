@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, TypeGuard
 
 from megadpo.config.problems import Problem
 from megadpo.data.sources import Place, Rows
-from megadpo.data.sources.text import broken_json, no_object, not_utf8, unique_keys
+from megadpo.data.sources.text import broken_json, not_an_object, not_utf8, unique_keys
 from megadpo.files import jsonl
 
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -48,7 +48,7 @@ def json_rows(path: Path) -> Rows:
                     value = text.value()
                     after_value = True
                     row += 1
-                    yield place, value if isinstance(value, dict) else no_object(value, place)
+                    yield place, value if isinstance(value, dict) else not_an_object(value, place)
             except _NotReadable as error:
                 yield error.place, error.problem
                 return

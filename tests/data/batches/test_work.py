@@ -11,6 +11,7 @@ from megadpo.data.batches.work import UNITS_PER_TOKEN, WorkModel, query_keys
 from megadpo.data.pairs import FlatPairs, TokenizedPair
 from megadpo.families import parse_architecture
 from tests.data.builders import tokenized_pairs
+from tests.families.configs import QWEN2_MOE
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -46,6 +47,12 @@ def test_the_work_of_a_llama_by_hand() -> None:
     work = model.pair_work(texts, share_prompt=True)
     assert work.dtype == np.int64 and int(work[0]) == 16 * operations // model.per_token
     assert model.pair_work(texts, share_prompt=False)[0] > work[0]
+
+
+def test_a_token_is_worked_on_by_the_experts_it_goes_to() -> None:
+    arch = parse_architecture({**QWEN2_MOE, "shared_expert_intermediate_size": 32})
+    weights = 64 * (2 * 64 + 2 * 32) + 3 * 64 * (2 * 48 + 32)  # not the dense intermediate_size of 128
+    assert WorkModel.of(arch).per_token == 2 * 4 * weights
 
 
 def test_the_largest_pairs_do_not_overflow() -> None:
