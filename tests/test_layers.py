@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "demo": set(),
     "files": set(),
     "messages": {"config", "files"},
-    "families": {"config"},
+    "families": {"config", "files"},
     "data": {"config", "files", "messages"},
     "rollouts": {"config", "files", "messages", "data"},
     "collect": {"config", "files", "messages", "rollouts"},

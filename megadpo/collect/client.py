@@ -18,6 +18,11 @@ from typing import Any
 import httpx
 import tenacity
 
+from megadpo.collect.secret import Secret
+
+MOST_BODY_BYTES = 64 * 2**20
+"""Of an answer, uncompressed: as much as a line of a file may have."""
+
 _CONNECT_S = 10.0
 _LONGEST_WAIT_S = 60.0
 _LONGEST_RETRY_AFTER_S = 3600.0
@@ -69,7 +74,7 @@ class JsonClient:
         self._timeout_s = timeout_s
         self._max_attempts = max_attempts
         self._retry_wait_s = retry_wait_s
-        self._secret = api_key
+        self._secret = Secret(api_key)
         self._on_retry = on_retry
         self._http = httpx.AsyncClient(
             base_url=base_url.rstrip("/") + "/",
@@ -120,8 +125,7 @@ class JsonClient:
 
     async def _send(self, method: str, path: str, body: Any, timeout_s: float) -> dict[str, Any]:
         try:
-            request = self._http.request(method, path, json=body)
-            response = await asyncio.wait_for(request, timeout_s)
+            response = await asyncio.wait_for(self._whole_answer(method, path, body), timeout_s)
         except (asyncio.TimeoutError, TimeoutError) as error:
             raise TryAgain(f"no answer in {timeout_s:g} s") from error
         except httpx.RequestError as error:  # connections, and bodies cut short
@@ -140,7 +144,20 @@ class JsonClient:
             answer = None
         if not isinstance(answer, dict):
             raise TryAgain(f"HTTP {status} without a JSON object: {_shown(response)}", status=status)
-        return answer
+        hidden: dict[str, Any] = self._secret.hidden_in(answer)
+        return hidden
+
+    async def _whole_answer(self, method: str, path: str, body: Any) -> httpx.Response:
+        """With its body, uncompressed, in memory: at most MOST_BODY_BYTES. Raises RolloutFailure for more."""
+        async with self._http.stream(method, path, json=body) as response:
+            content = bytearray()
+            async for piece in response.aiter_bytes():
+                content += piece
+                if len(content) > MOST_BODY_BYTES:
+                    reason = f"an answer of more than {MOST_BODY_BYTES // 2**20} MiB"
+                    raise self._failure(reason, response.status_code, 1)
+            headers = {name: value for name, value in response.headers.items() if name != "content-encoding"}
+            return httpx.Response(response.status_code, headers=headers, content=bytes(content))
 
     def _wait_s(self, state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
@@ -152,14 +169,10 @@ class JsonClient:
 
     def _note_retry(self, state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
-        self._on_retry(self._without_secret(str(error)))
+        self._on_retry(self._secret.hidden(str(error)))
 
     def _failure(self, reason: str, status: int | None, attempts: int) -> RolloutFailure:
-        return RolloutFailure(self._kind, self._without_secret(reason), status=status, attempts=attempts)
-
-    def _without_secret(self, text: str) -> str:
-        """Servers repeat a key that they refuse."""
-        return text.replace(self._secret, "(key)") if self._secret else text
+        return RolloutFailure(self._kind, self._secret.hidden(reason), status=status, attempts=attempts)
 
 
 def retry_after(value: str | None) -> float | None:

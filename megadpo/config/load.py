@@ -12,6 +12,7 @@ import yaml
 
 from megadpo.config import check, check_moe, rules_optimizer, rules_run  # noqa: F401  their rules register
 from megadpo.config.derive import derive
+from megadpo.config.interpolation import Environment, hidden
 from megadpo.config.known import Known, find_problems
 from megadpo.config.nemo_rl.translate import Heard, nemo_keys, nemo_paths, translate
 from megadpo.config.no_effect import idle_notes
@@ -35,9 +36,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, purpose: Pur
     Raises ConfigError with every problem found.
     """
     problems: list[Problem] = []
-    tree = read_tree(path, overrides, problems)
+    tree, environment = read_tree(path, overrides, problems)
     notes = give_way(tree, overrides)
-    return _build(tree, problems, notes, purpose)
+    return _build(tree, problems, notes, purpose, environment)
 
 
 def build_config(tree: Mapping[str, Any], *, purpose: Purpose = "train") -> Config:
@@ -51,9 +52,16 @@ def as_dict(cfg: Config) -> dict[str, Any]:
     return {name: value for name, value in _plain(cfg).items() if name in keys}
 
 
+def as_written(cfg: Config) -> dict[str, Any]:
+    """`as_dict` as files and loggers get it: `${oc.env:NAME}` for values from the environment, and `\\${` for `${` in a
+    text."""
+    written: dict[str, Any] = hidden(as_dict(cfg), cfg.environment)
+    return written
+
+
 def resolved_text(cfg: Config) -> str:
-    """The resolved config as YAML that load_config reads back as an equal Config."""
-    text: str = yaml.safe_dump(_escaped(as_dict(cfg)), sort_keys=False, allow_unicode=True)
+    """The resolved config as YAML that load_config, in the same environment, reads back as an equal Config."""
+    text: str = yaml.safe_dump(as_written(cfg), sort_keys=False, allow_unicode=True)
     return text
 
 
@@ -69,7 +77,13 @@ def save_resolved(cfg: Config, path: str | Path, chosen: Mapping[str, str] | Non
         partial.write_text(comments + resolved_text(cfg), encoding="utf-8")
 
 
-def _build(tree: dict[str, Any], problems: list[Problem], notes: list[str], purpose: Purpose) -> Config:
+def _build(
+    tree: dict[str, Any],
+    problems: list[Problem],
+    notes: list[str],
+    purpose: Purpose,
+    environment: Environment | None = None,
+) -> Config:
     unreadable = {problem.where for problem in problems}
     plugins = tree.get("plugins")
     if isinstance(plugins, list):  # first: they add keys to the schema
@@ -96,7 +110,9 @@ def _build(tree: dict[str, Any], problems: list[Problem], notes: list[str], purp
     if problems:
         raise ConfigError(problems)
     notes = [*heard.all_notes(), *idle_notes(cfg)]
-    return dataclasses.replace(cfg, notes=tuple(notes), refused_with_experts=tuple(heard.of_experts))
+    return dataclasses.replace(
+        cfg, notes=tuple(notes), environment=environment or {}, refused_with_experts=tuple(heard.of_experts)
+    )
 
 
 def _with_reason(problem: Problem) -> Problem:
@@ -130,12 +146,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(one) for one in value]
     return value
-
-
-def _escaped(value: Any) -> Any:
-    """Resolved text may hold `${`, which must not be resolved once more when it is read back."""
-    if isinstance(value, dict):
-        return {name: _escaped(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [_escaped(one) for one in value]
-    return value.replace("${", "\\${") if isinstance(value, str) else value

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from megadpo.config.problems import Problem
-from megadpo.config.types import NotEmpty, Range, describe, literal_text, unwrap
+from megadpo.config.types import FitsPath, NotEmpty, Range, describe, literal_text, unwrap
 from megadpo.config.variants import Key, OneOf, default_of, option_fields
 
 Section = TypeVar("Section")
@@ -121,6 +121,8 @@ class Reader:
                 return self._problem(where, raw, expected, "write a finite number")
         if type(value) is not kind:
             return self._problem(where, raw, expected, _type_fix(kind, raw, where))
+        if kind is str and (problem := _not_text(value)):
+            return self._problem(where, raw, f"{expected} without {problem}", "remove it")
         if kind is float and not math.isfinite(value):
             return self._problem(where, raw, expected, "write a finite number")
         for bound in bounds:
@@ -128,6 +130,9 @@ class Reader:
                 return self._problem(where, raw, expected, f"choose a value {bound}")
             if isinstance(bound, NotEmpty) and not value.strip():
                 return self._problem(where, raw, expected, "fill it in")
+            if isinstance(bound, FitsPath) and not bound.holds(value):
+                limit = f"a path of at most {bound.most_bytes} bytes, each name in it of {bound.most_name_bytes}"
+                return self._problem(where, raw, limit, "shorten it")
         return value
 
     def _blank(self, annotation: Any, where: str) -> Any:
@@ -191,6 +196,14 @@ def section_of(annotation: Any) -> type | None:
     """The dataclass of a key that is a section; None for a value."""
     option = unwrap(annotation)[0][0]
     return option if dataclasses.is_dataclass(option) else None  # type: ignore[return-value]
+
+
+def _not_text(value: str) -> str | None:
+    """What neither a path nor UTF-8 can hold, if it is in `value`."""
+    if "\0" in value:
+        return "the character NUL"
+    half = next((character for character in value if "\ud800" <= character <= "\udfff"), None)
+    return None if half is None else f"the half character {half!a}"
 
 
 def _type_fix(kind: type, raw: object, where: str) -> str:

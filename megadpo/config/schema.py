@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from megadpo.config.interpolation import Environment
 from megadpo.config.problems import Problem
 from megadpo.config.schema_policy import PolicyConfig
-from megadpo.config.types import CountOrZero, FloatOrZero, PositiveFloat, PositiveInt, Seed, Text
+from megadpo.config.types import CountOrZero, FitsPath, FloatOrZero, PathText, PositiveFloat, PositiveInt, Seed
 from megadpo.config.variants import FORMATS, LOGGERS, LOSSES, OneOf, OptionsOf
 
 
@@ -29,9 +30,9 @@ class ReferenceConfig:
     """resident: a sharded copy beside the policy. cached: its log-probabilities of every pair, computed before training
     and kept in a file (docs/reference.md). none: no reference at all, for losses that read none (docs/losses.md) and for
     preference_loss_weight 0 (SFT)."""
-    model_name: Text | None = None
+    model_name: PathText | None = None
     """Hugging Face folder or hub name, or Megatron checkpoint folder. null: what the policy started from."""
-    cache_dir: Text | None = None
+    cache_dir: PathText | None = None
     """With mode cached: the folder of the log-probabilities. null: checkpointing.checkpoint_dir/reference."""
 
 
@@ -92,11 +93,11 @@ class DpoConfig:
 class DataConfig:
     """`data`."""
 
-    train_data_path: str = ""
+    train_data_path: Annotated[str, FitsPath()] = ""
     """Training pairs: a file (.jsonl, .json, .csv, these also .gz or .zst; .parquet, .arrow), a folder of such, or a
     dataset of the Hugging Face hub. Folders and hub names take `:subset` and `@split` behind them; without a split it
     is train. May be empty for evaluation, and with a dataset_name that stands for a dataset of the hub."""
-    val_data_paths: dict[str, Text] | None = None
+    val_data_paths: dict[str, PathText] | None = None
     """Validation sets, {name: as train_data_path}. A single one is taken as {default: it}. null: no validation."""
     dataset_name: Annotated[str, OneOf(FORMATS)] | None = None
     """The format of the rows, by NeMo RL's names (docs/data.md shows each). null: that of a source's first good row.
@@ -121,7 +122,7 @@ class DataConfig:
     on_too_long: Literal["refuse", "drop", "truncate"] = "refuse"
     """A pair longer than the limit: refuse the file, drop the pair and count it, or cut it and count it: the prompt from the
     left (BOS stays), and only then the answers from the right."""
-    cache_dir: Text | None = field(default_factory=user_cache_dir)
+    cache_dir: PathText | None = field(default_factory=user_cache_dir)
     """Folder for token ids, made once and then mapped into memory; ~ is the home folder. Left out:
     $XDG_CACHE_HOME/megadpo or ~/.cache/megadpo. null: every process tokenises for itself, into its own memory."""
     num_tokenize_workers: PositiveInt | None = None
@@ -135,7 +136,7 @@ class CheckpointingConfig:
 
     enabled: bool = True
     """false: nothing is saved, and nothing resumed."""
-    checkpoint_dir: Text = "results/dpo"
+    checkpoint_dir: PathText = "results/dpo"
     """Holds step_<N>/ folders. A run started again here resumes from the newest complete one."""
     metric_name: str | None = None
     """What makes a checkpoint good: `validation-<name>_loss`, NeMo RL's `val:validation-<name>_loss`, `train:loss`.
@@ -159,7 +160,7 @@ class CheckpointingConfig:
 class LoggerConfig:
     """`logger`. metrics.jsonl and the resolved config are always written to log_dir."""
 
-    log_dir: Text = "logs"
+    log_dir: PathText = "logs"
     """Folder of metrics.jsonl and config.yaml."""
     monitor_gpus: bool = False
     """Log utilisation, memory and power of the first node's GPUs at each step, by NVML (docs/metrics.md)."""
@@ -192,9 +193,11 @@ class Config:
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    plugins: tuple[Text, ...] = ()
+    plugins: tuple[PathText, ...] = ()
     """Python files or modules that add variants: losses, model families, formats, loggers, kernels. They are executed."""
     notes: tuple[str, ...] = field(default=(), compare=False)
     """Not a YAML key: what the loader accepted although it has no effect here, one line each, for rank 0 to print."""
+    environment: Environment = field(default_factory=dict, compare=False, repr=False)
+    """Not a YAML key: which values hold environment variables (`${oc.env:NAME}`), and how files name them."""
     refused_with_experts: tuple[Problem, ...] = field(default=(), compare=False)
     """Not a YAML key: what the file says that only a model with experts refuses."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from megadpo.config.schema_megatron import MegatronConfig
-from megadpo.config.types import FloatOrZero, PositiveInt, Precision, Text
+from megadpo.config.types import FloatOrZero, PathText, PositiveInt, Precision, Text
 from megadpo.config.variants import ATTENTION_KERNELS, LOGPROB_KERNELS, OneOf
 
 
@@ -14,7 +14,7 @@ from megadpo.config.variants import ATTENTION_KERNELS, LOGPROB_KERNELS, OneOf
 class TokenizerConfig:
     """`policy.tokenizer`."""
 
-    name: Text
+    name: PathText
     """Hugging Face folder or hub name. Left out or null: policy.model_name."""
     chat_template: str | None = "default"
     """default: the tokenizer's own, where it has one. null: none, plain text. Else Jinja text or a .jinja file."""
@@ -38,7 +38,7 @@ class SequencePackingConfig:
 class PolicyConfig:
     """`policy`."""
 
-    model_name: Text
+    model_name: PathText
     """Hugging Face folder or hub name, or Megatron checkpoint folder."""
     tokenizer: TokenizerConfig
     train_global_batch_size: PositiveInt = 128

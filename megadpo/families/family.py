@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from megadpo.config.architecture import Architecture, Attention, Layer, Mlp, Norms
-from megadpo.families.reading import HfConfig
+from megadpo.families.reading import MOST_LAYERS, HfConfig
 from megadpo.families.rope import read_rope
 from megadpo.families.rows import ATTENTION, EMBEDDING, FINAL_NORM, HEAD, MLP, Row
 
@@ -31,7 +31,9 @@ class Family:
 
     def read(self, config: HfConfig) -> Architecture:
         """The model that `config` describes. Problems are noted in `config`; the result counts only where there are none."""
-        hidden, layers, heads, ffn, vocabulary = map(config.size, _SIZES)
+        hidden = config.size("hidden_size")
+        layers = config.size("num_hidden_layers", most=MOST_LAYERS)
+        heads, ffn, vocabulary = map(config.size, ("num_attention_heads", "intermediate_size", "vocab_size"))
         # null key-value heads mean "no grouping" to transformers, a null head size that the heads share the width
         groups = heads if config.get("num_key_value_heads") is None else config.size("num_key_value_heads")
         length = config.size("max_position_embeddings")
@@ -71,7 +73,6 @@ class Family:
         return ATTENTION + MLP
 
 
-_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCardData, metadata_load
 
 from megadpo.checkpoint import TrainingPosition
+from megadpo.config.interpolation import hidden_words
 from megadpo.config.load import resolved_text
 from megadpo.config.schema import Config
 from megadpo.data.tokens.tokenizer import resolve_chat_template
@@ -25,14 +26,15 @@ KEPT = ("license", "license_name", "license_link", "language")
 def model_card(run: Run, position: TrainingPosition) -> str:
     """The card of the checkpoint at `position`: Markdown with the hub's metadata."""
     cfg, base = run.cfg, base_metadata(run.inputs.source.hf_files)
+    facts = hidden_words(_table([("what", "value"), *_facts(run, position)]), cfg.environment)
+    name = hidden_words(cfg.policy.model_name, cfg.environment)
     data = ModelCardData(
-        base_model=None if Path(cfg.policy.model_name).exists() else cfg.policy.model_name,
+        base_model=None if Path(cfg.policy.model_name).exists() else name,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["dpo", "megadpo"],
         **{name: base[name] for name in KEPT if name in base},
     )
-    facts = _table([("what", "value"), *_facts(run, position)])
     measured = {name: value for name, value in position.metrics.items() if name.startswith("validation")}
     numbers = [(name, _number(value)) for name, value in sorted(measured.items())]
     validation = _table([("metric", "value"), *numbers]) if numbers else "No validation was run at this step."
@@ -40,7 +42,7 @@ def model_card(run: Run, position: TrainingPosition) -> str:
 {data.to_yaml()}
 ---
 
-# {cfg.policy.model_name.rstrip("/")}, trained on preferences
+# {name.rstrip("/")}, trained on preferences
 
 Trained with megadpo {_version("megadpo")}, {position.step} of {run.total_steps} optimizer steps. README.base.md, if there is
 one, is the card of the base model. Its scores are not those of this model.

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 
 from megadpo.config.known import Known, find_problems
-from megadpo.config.load import as_dict, save_resolved
+from megadpo.config.load import as_written, save_resolved
 from megadpo.config.metric import parse_duration_s
 from megadpo.config.problems import EXIT_REFUSED, ConfigError, UserError
 from megadpo.config.schema import Config
@@ -106,7 +106,7 @@ def run_training(cfg: Config) -> int:
     stop.install()
     chosen = choices(run)
     rows = banner_rows(run, chosen)
-    run_config = {**as_dict(cfg), "chosen": chosen}
+    run_config = {**as_written(cfg), "chosen": chosen}
     with (
         MetricsLogger(cfg.logger, enabled=first, resumed_step=run.position.step, run_config=run_config) as logger,
         ProgressLine(run.total_steps, start_step=run.position.step, enabled=first) as progress,

@@ -17,7 +17,7 @@ import yaml
 
 from megadpo.checkpoint import CheckpointInfo, damages_together
 from megadpo.checkpoint.folder import move_aside, require_info, step_folders
-from megadpo.config.load import as_dict
+from megadpo.config.load import as_written
 from megadpo.config.problems import ConfigError, Problem, UserError
 from megadpo.config.schema import Config
 from megadpo.data.pairs import PairDataset
@@ -118,7 +118,7 @@ def changes(cfg: Config, info: CheckpointInfo) -> list[str]:
     watched = ("dpo.", "policy.max_grad_norm", "policy.megatron_cfg.optimizer.", "policy.megatron_cfg.scheduler.")
     return [
         f"resumed from {info.path.name} with {key} {value!r}, which was {before[key]!r}"
-        for key, value in _flat(as_dict(cfg), "")
+        for key, value in _flat(as_written(cfg), "")
         if key.startswith(watched) and not key.startswith("dpo.val_") and key in before and before[key] != value
     ]
 

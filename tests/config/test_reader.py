@@ -100,6 +100,22 @@ def test_unknown_key_is_refused_with_the_nearest_known_one(refusals, path, neare
     assert f"did you mean {nearest}?" in found[where].fix
 
 
+def test_text_that_no_path_can_be(refusals):
+    found = refusals(
+        policy__model_name="a\0b",
+        data__train_data_path="d/" + "x" * 5000,
+        checkpointing__checkpoint_dir="x" * 300,
+        logger__log_dir="a/" * 2500,
+        data__val_data_paths={"a": "\ud800"},
+        policy__tokenizer__chat_template="{{ x }}" + "y" * 9000 + "\0",
+    )
+    assert "NUL" in found["policy.model_name"].expected and "NUL" in found["policy.tokenizer.chat_template"].expected
+    assert "half character" in found["data.val_data_paths.a"].expected
+    for key in ("data.train_data_path", "checkpointing.checkpoint_dir", "logger.log_dir"):
+        assert "at most 3000 bytes" in found[key].expected
+    assert all(len(str(problem)) < 600 for problem in found.values())
+
+
 def test_what_the_loader_adds_is_not_a_key(refusals):
     assert list(refusals(notes=["x"])) == ["notes"]
 

@@ -49,6 +49,8 @@ def test_without_architectures_the_model_type_decides():
 
 
 REFUSED = [
+    ({"num_hidden_layers": 10**9}, ["num_hidden_layers"]),
+    ({"num_hidden_layers": 10**30, "vocab_size": 10**12}, ["num_hidden_layers", "vocab_size"]),
     ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, ["architectures"]),
     ({"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}, ["architectures"]),
     ({"architectures": [], "model_type": "bert"}, ["architectures"]),

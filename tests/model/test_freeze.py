@@ -60,6 +60,9 @@ def test_all_experts_of_a_layer_can_be_frozen():
         (["model.layers.12.*"], LLAMA, "matches a weight's Hugging Face name"),
         (["embedding"], LLAMA, "matches a weight's Hugging Face name"),
         (["embedding"], dataclasses.replace(LLAMA, tie_word_embeddings=True), "matches a weight's Hugging Face name"),
+        (["model.layers.{0..9999999999}.*"], LLAMA, "at most 10000 patterns"),
+        (["model.layers.{0..999}{0..999}.*"], LLAMA, "at most 10000 patterns"),
+        ([f"model.layers.{{0..{'9' * 5000}}}.*"], LLAMA, "at most 10000 patterns"),
         (["model.layers.{3..1}.*"], LLAMA, "matches a weight's Hugging Face name"),
         (["lm_head.weight"], dataclasses.replace(LLAMA, tie_word_embeddings=True), "model.embed_tokens.weight, which"),
         (

@@ -106,6 +106,8 @@ def _read_message(message: object, name: str, place: Place) -> Message | Problem
                 fix=f"give the message a {field}"
                 + ("; tools/build_pairs.py makes messages of Responses items" if "type" in message else ""),
             )
+    if not read["role"].strip():
+        return Problem(str(place), f"{name} with an empty role", "who speaks: system, user, assistant, tool", "name it")
     reasoning = read.get("reasoning_content", "")
     if not isinstance(reasoning, str):
         got = f"{name} with reasoning_content of type {type_name(reasoning)}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from megadpo.config.data_source import COMPRESSIONS, FILE_SUFFIXES, DataSource, file_suffix, parse_source
 from megadpo.config.problems import DataError, Problem, first_line
 from megadpo.data.sources import Rows
+from megadpo.data.sources.json_objects import json_rows
 from megadpo.data.sources.tables import (
     WRITE_AGAIN,
     arrow_rows,
@@ -17,7 +18,7 @@ from megadpo.data.sources.tables import (
     file_digest,
     parquet_rows,
 )
-from megadpo.data.sources.text import csv_rows, json_rows, jsonl_rows
+from megadpo.data.sources.text import csv_rows, jsonl_rows
 from megadpo.files.jsonl import UNREADABLE
 
 _OTHER_COMPRESSIONS = (".bz2", ".xz", ".lz4", ".zip", ".7z")
@@ -74,7 +75,7 @@ def source_state(source: str | Path) -> dict[str, list[int]]:
 
 def _resolve(text: str) -> DataSource:
     """An existing path is that path, even if it looks like a hub name."""
-    return DataSource(text) if Path(text).exists() else parse_source(text)
+    return DataSource(text) if os.path.exists(text) else parse_source(text)
 
 
 def _is_dataset(source: DataSource) -> bool:

@@ -11,7 +11,9 @@ from typing import Any
 from megadpo.config.data_source import DataSource, file_suffix
 from megadpo.config.problems import DataError, Problem
 from megadpo.data.sources import MOST_PROBLEMS, Place, Rows
-from megadpo.data.sources.text import duplicate_columns, json_rows, jsonl_rows
+from megadpo.data.sources.json_objects import json_rows
+from megadpo.data.sources.text import duplicate_columns, jsonl_rows
+from megadpo.files.regular import require_regular
 
 _BATCH_ROWS = 256
 _DIGEST_BYTES = 2**22
@@ -25,6 +27,7 @@ def parquet_rows(path: Path) -> Rows:
     """The rows of a Parquet file. Raises OSError, or pyarrow.ArrowException (a ValueError for most damage)."""
     import pyarrow.parquet
 
+    require_regular(path)
     with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
         yield from _numbered(str(path), file.iter_batches(batch_size=_BATCH_ROWS))
 
@@ -33,6 +36,7 @@ def arrow_rows(path: Path) -> Rows:
     """The rows of an Arrow IPC file or stream (`datasets` writes streams). Raises as parquet_rows does."""
     import pyarrow
 
+    require_regular(path)
     with path.open("rb") as file:
         is_file = file.read(len(_ARROW_FILE)) == _ARROW_FILE
     with pyarrow.memory_map(str(path)) as memory:
@@ -69,6 +73,7 @@ def dataset_digest(source: DataSource) -> str:
 def file_digest(path: Path) -> str:
     """sha256 of a file's content. Raises OSError."""
     digest = hashlib.sha256()
+    require_regular(path)
     with path.open("rb") as file:
         while piece := file.read(_DIGEST_BYTES):
             digest.update(piece)

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megadpo.config.bounded import bounded
 from megadpo.data.tokens.tokenizer import backend_state, require_eos
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> li
         return [eos]
     messages: Any = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ANSWER}]
     try:
-        text = str(tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False))
+        with bounded():
+            text = str(tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False))
     except Exception:  # a template may raise any exception, for example without tools
         return [eos]
     rest = text.rpartition(_ANSWER)[2].lstrip()

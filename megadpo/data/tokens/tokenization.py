@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from megadpo.config.problems import ConfigError, Problem
+from megadpo.config.bounded import OverLimit, bounded
+from megadpo.config.problems import ConfigError, DataError, Problem
 from megadpo.data.formats import Message, PreferencePair
 from megadpo.data.formats.read_pairs import OnBadRow
 from megadpo.data.pairs import LossMask, TokenIds, TokenizedPair
@@ -39,6 +40,7 @@ from megadpo.data.tokens.turns import (
     plain_pieces,
     prompt_messages,
 )
+from megadpo.files.jsonl import MAX_LINE_BYTES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +61,8 @@ class _Texts:
 
 class PairTokenizer:
     """Makes token ids of pairs. Its constructor raises ConfigError for a tokenizer without EOS, an unusable chat template
-    or chat_template_kwargs that can't be set."""
+    or chat_template_kwargs that can't be set; `encode` raises DataError for a template that takes too much time, memory
+    or text for a pair."""
 
     def __init__(
         self,
@@ -131,13 +134,16 @@ class PairTokenizer:
             return self._render(pair, messages, open_for_answer=open_for_answer)
 
         try:
-            opened = render(prompt, opens_answer(pair))
-            pieces = [
-                chat_pieces(render, prompt, opened, messages, other, self.loss_on)
-                for messages, other in (answers, answers[::-1])
-            ]
+            with bounded():
+                opened = render(prompt, opens_answer(pair))
+                pieces = [
+                    chat_pieces(render, prompt, opened, messages, other, self.loss_on)
+                    for messages, other in (answers, answers[::-1])
+                ]
         except RewrittenError as error:
             return _rewritten(pair, error)
+        except OverLimit as error:  # not left out as a bad row: the next may cost as much
+            raise DataError(_over_limit(pair, error)) from error
         except Exception as error:  # a template may raise any exception
             return _refused_by_template(pair, error)
         return _Texts(pair, opened, (pieces[0], pieces[1]))
@@ -176,6 +182,8 @@ class PairTokenizer:
             chat_template=self.chat_template,
             **self.chat_template_kwargs,
         )
+        if len(rendered) > MAX_LINE_BYTES:
+            raise OverLimit(f"it writes more than {MAX_LINE_BYTES // 2**20} MiB")
         return cast(str, rendered)
 
     # Ids
@@ -322,6 +330,15 @@ def _only_special_tokens(pair: PreferencePair, name: str) -> Problem:
         value=f"a {name} answer of only special tokens",
         expected="an answer with text",
         fix="give the pair an answer, or remove the row",
+    )
+
+
+def _over_limit(pair: PreferencePair, error: OverLimit) -> Problem:
+    return Problem(
+        where=str(pair.place),
+        value=f"a chat template that is not done: {error}",
+        expected="a text after milliseconds",
+        fix="set policy.tokenizer.chat_template to one without such loops and repetitions, or remove the row",
     )
 
 

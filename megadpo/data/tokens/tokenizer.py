@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megadpo.config.problems import ConfigError, Problem, first_line
+from megadpo.config.regular_files import require_regular_files
+from megadpo.files.regular import read_at_most
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MOST_TEMPLATE_BYTES = 2**20
 OWN_TEMPLATE = "default"
 """`policy.tokenizer.chat_template: default`: the tokenizer's own template, or plain text if it has none."""
 
@@ -22,6 +25,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face folder or hub name. Raises ConfigError if it can't be loaded or has no EOS."""
     from transformers import AutoTokenizer
 
+    require_regular_files(Path(name_or_path), "policy.tokenizer.name")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)  # None would ask "[y/N]"
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, plain Exception
@@ -87,7 +91,7 @@ def resolve_chat_template(tokenizer: PreTrainedTokenizerBase, setting: str | Non
         )
     if setting.endswith(".jinja"):
         try:
-            return Path(setting).read_text(encoding="utf-8")
+            return read_at_most(Path(setting), MOST_TEMPLATE_BYTES).decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(_template_problem(setting, f"a template file ({first_line(error)})")) from error
     if "{" not in setting:
@@ -115,6 +119,9 @@ def template_variables(template: str) -> frozenset[str]:
         parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", Generation]).parse(template)
     except jinja2.TemplateSyntaxError as error:
         reason = f"{error.message} (line {error.lineno} of the template)"
+        raise ConfigError(_template_problem(template, f"a Jinja template; Jinja says: {reason}")) from error
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number with thousands of digits
+        reason = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
         raise ConfigError(_template_problem(template, f"a Jinja template; Jinja says: {reason}")) from error
     return frozenset(name.name for name in parsed.find_all(nodes.Name) if name.ctx == "load")
 

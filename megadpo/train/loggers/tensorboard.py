@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megadpo.config.types import Text
+from megadpo.config.types import PathText
 from megadpo.config.variants import LOGGERS
 from megadpo.train.loggers.base import LoggedRun, Logger, Number
 
@@ -16,7 +16,7 @@ class TensorBoard(Logger):
     """Also write TensorBoard's event files."""
 
     key = package = "tensorboard"
-    log_dir: Text | None = None
+    log_dir: PathText | None = None
     """Folder of the event files, relative to logger.log_dir. null: tensorboard."""
 
     def open(self, run: LoggedRun) -> EventFiles:

@@ -201,6 +201,7 @@ BAD_ROWS = [
     ({"chosen": [ASK, GOOD], "rejected": [user("other"), BAD]}, "begin differently"),
     ({"chosen": [SYSTEM, ASK, GOOD], "rejected": [SYSTEM, user("other"), BAD]}, "begin differently"),
     ({"chosen": [ASK, GOOD], "rejected": [ASK, GOOD]}, "two equal answers"),
+    ({"prompt": [{"role": "", "content": "q"}], "chosen": "a", "rejected": "b"}, "with an empty role"),
     ({"chosen": [ASK, GOOD], "rejected": [ASK]}, "roles ['user']"),
     ({"chosen": [ASK, GOOD], "rejected": "\n\nHuman: ask\n\nAssistant: bad"}, "one answer as a string"),
     ({"chosen": "good", "rejected": "bad"}, "no field 'prompt'"),
