@@ -135,7 +135,10 @@ def test_a_resume_stops_at_damage_or_goes_on_from_before_it(run):
     config = str(folder / "config.yaml")
     for code, printed in run_distributed(train_and_read, 2, config, overrides, init_process_group=False):
         assert code == 2 and f"{file}: got 'other bytes, somewhere from 0 to" in printed and "Traceback" not in printed
-        assert f"mv {newest} {newest}.damaged; then the run resumes from the one before, {folder}/checkpoints/step_1" in printed
+        assert (
+            f"mv {newest} {newest}.damaged; then the run resumes from the one before, {folder}/checkpoints/step_1"
+            in printed
+        )
     previous = [*overrides, "checkpointing.on_damage=previous"]
     (code, printed), (other, _) = run_distributed(train_and_read, 2, config, previous, init_process_group=False)
     assert code == other == 0 and f"{newest} is damaged ({file}: other bytes" in printed, printed
