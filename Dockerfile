@@ -19,7 +19,7 @@ COPY setup.py pyproject.toml constraints.txt README.md ./
 COPY megadpo megadpo
 RUN python3 docker/keep_image_packages.py constraints.txt > /tmp/constraints.txt \
     && python3 -c "import torch; print(torch.__version__)" > /tmp/torch_before \
-    && pip install --constraint /tmp/constraints.txt --editable '.[wandb]' \
+    && pip install --constraint /tmp/constraints.txt --editable '.[wandb,mlflow,nvml]' \
     && python3 -c "import torch; print(torch.__version__)" | diff /tmp/torch_before - \
     && rm /tmp/constraints.txt /tmp/torch_before
 

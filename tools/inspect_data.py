@@ -28,6 +28,7 @@ from megadpo.config.architecture import Architecture
 from megadpo.config.check import check_layout, stated_world_size
 from megadpo.config.grid import Grid
 from megadpo.config.load import load_config
+from megadpo.config.no_effect import without_experts
 from megadpo.config.problems import ConfigError, DataError, Problem, UserError
 from megadpo.config.schema import Config
 from megadpo.families import read_architecture
@@ -87,7 +88,8 @@ def show(options: argparse.Namespace, console: Console) -> None:
     cfg = load_config(options.config, options.overrides, purpose="train" if options.set == TRAIN else "evaluate")
     name = _set(cfg, options.set, inputs.TRAIN)
     source = resolve_source(cfg.policy.model_name, "policy.model_name", weights=False)
-    grid = _grid(cfg, read_architecture(source.hf_files), options.world_size)
+    arch = read_architecture(source.hf_files)
+    grid = _grid(without_experts(cfg, arch), arch, options.world_size)
     opened = inputs.open_run_inputs(cfg, grid, sets=[name], weights=False)
     loader = opened.loaders[name]
     dataset = loader.dataset

@@ -65,7 +65,7 @@ def read_records(metrics: Path, output: Path) -> list[dict[str, Any]]:
 
 def draw(records: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Write the picture."""
-    prefixes = sorted({key.split("/")[0] for record in records for key in record if "/" in key} - {"timing"})
+    prefixes = sorted({key.split("/")[0] for record in records for key in record if "/" in key} - {"timing", "machine"})
 
     figure, axes = pyplot.subplots(1, len(CURVES), figsize=(4.5 * len(CURVES), 3.4), constrained_layout=True)
     for axis, (metric, label) in zip(axes, CURVES, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from megadpo.config.architecture import Architecture
+from megadpo.config.architecture import Architecture, Layer
 from megadpo.config.grid import Grid
 from megadpo.config.known import Known, find_problems, rule
 from megadpo.config.problems import Problem
@@ -44,6 +44,19 @@ def layers_per_stage(cfg: Config, num_layers: int) -> list[int] | None:
     if rest:
         return None
     return [*ends[0], *([each] * inner_stages), *ends[1]]
+
+
+def chunk_layers(cfg: Config, arch: Architecture) -> list[list[tuple[Layer, ...]]]:
+    """The layers of each chunk of each pipeline stage, for a layout that was checked."""
+    counts = layers_per_stage(cfg, arch.num_layers)
+    assert counts is not None, "check_layout accepts only layers that can be divided"
+    chunks, first = cfg.policy.megatron_cfg.virtual_pipeline_model_parallel_size, 0
+    stages: list[list[tuple[Layer, ...]]] = [[] for _ in counts]
+    for _ in range(chunks):
+        for stage, count in zip(stages, counts, strict=True):
+            stage.append(arch.layers[first : first + count // chunks])
+            first += count // chunks
+    return stages
 
 
 def micro_batch_multiple(cfg: Config) -> int:
@@ -89,6 +102,7 @@ def _smallest_pack(known: Known) -> Iterator[Problem]:
 def _pipeline_stages(known: Known) -> Iterator[Problem]:
     megatron = known.cfg.policy.megatron_cfg
     if megatron.pipeline_model_parallel_size > 1:
+        yield from _two_uneven_stages(megatron)
         return
     if megatron.virtual_pipeline_model_parallel_size > 1:
         where = f"{_MEG}.virtual_pipeline_model_parallel_size"
@@ -101,6 +115,17 @@ def _pipeline_stages(known: Known) -> Iterator[Problem]:
         if value is not None:
             fix = f"set it to null, or raise {_MEG}.pipeline_model_parallel_size"
             yield Problem(f"{_MEG}.{name}", value, "null with pipeline_model_parallel_size 1", fix)
+
+
+def _two_uneven_stages(megatron: MegatronConfig) -> Iterator[Problem]:
+    """megatron-core divides by the stages in between, none (get_transformer_layer_offset in transformer_layer.py)."""
+    first, last = megatron.num_layers_in_first_pipeline_stage, megatron.num_layers_in_last_pipeline_stage
+    virtual = megatron.virtual_pipeline_model_parallel_size > 1
+    if virtual and megatron.pipeline_model_parallel_size == 2 and first is not None and last is not None:
+        expected = (
+            "null with two stages and a virtual pipeline: the layers that the first stage leaves are the last one's"
+        )
+        yield Problem(f"{_MEG}.num_layers_in_last_pipeline_stage", last, expected, "set it to null")
 
 
 @rule
@@ -148,11 +173,12 @@ def _tensor_parallel(cfg: Config, arch: Architecture) -> Iterator[Problem]:
     where = f"{_MEG}.tensor_model_parallel_size"
     tp = cfg.policy.megatron_cfg.tensor_model_parallel_size
     # of a layer of experts they cut the shared expert; check_moe.py has the rules of the others
-    dense_channels = arch.ffn_hidden_size if arch.moe is None else arch.moe.shared_ffn_hidden_size or 0
+    dense, shared = 0 if arch.mlp is None else arch.mlp.ffn_size, arch.experts and arch.experts.shared_ffn_size
     divided = {
-        "attention heads": arch.num_heads,
-        "key-value heads": arch.num_kv_heads,
-        "MLP channels (intermediate_size)": dense_channels,
+        "attention heads": arch.attention.num_heads,
+        "key-value heads": arch.attention.num_kv_heads,
+        "MLP channels (intermediate_size)": dense,
+        "channels of the shared expert": shared or 0,
         "vocabulary entries (vocab_size)": arch.vocab_size,
     }
     possible = [n for n in range(1, _LARGEST_TP + 1) if not any(count % n for count in divided.values())]
@@ -222,8 +248,8 @@ def _sequence_length(cfg: Config, arch: Architecture) -> Iterator[Problem]:
         limit = arch.max_position_embeddings
         expected = f"at most {limit}, the model's max_position_embeddings"
         yield Problem(where, longest, expected, f"set it to {limit} or less")
-    if arch.sliding_window is not None and longest > arch.sliding_window:
-        window = arch.sliding_window
+    window = min((one.window for one in arch.attentions if one.window is not None), default=None)
+    if window is not None and longest > window:
         expected = f"at most {window}, the model's sliding_window, since attention here sees every earlier token"
         yield Problem(where, longest, expected, f"set it to {window} or less")
 

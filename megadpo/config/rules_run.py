@@ -74,14 +74,6 @@ def _pack_budget(known: Known) -> Iterator[Problem]:
 
 
 @rule
-def _columns(known: Known) -> Iterator[Problem]:
-    keys = (known.cfg.data.prompt_key, known.cfg.data.chosen_key, known.cfg.data.rejected_key)
-    if len(set(keys)) < len(keys):
-        fix = "name prompt, chosen and rejected apart"
-        yield Problem("data.rejected_key", ", ".join(keys), "three different keys", fix)
-
-
-@rule
 def _validation_names(known: Known) -> Iterator[Problem]:
     for name in known.cfg.data.val_data_paths or {}:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
@@ -113,6 +105,16 @@ def _metric(known: Known) -> Iterator[Problem]:
     if higher is not None and higher != checkpointing.higher_is_better:
         where, wanted = "checkpointing.higher_is_better", str(higher).lower()
         yield Problem(where, checkpointing.higher_is_better, f"{wanted} for {metric.metric}", f"set it to {wanted}")
+
+
+@rule
+def _gpu_counters(known: Known) -> Iterator[Problem]:
+    machine = known.machine
+    if not known.cfg.logger.monitor_gpus or machine is None or machine.device != "cuda":
+        return
+    if (reason := machine.why_missing("pynvml")) is not None:
+        fix = "`pip install nvidia-ml-py`, or logger.monitor_gpus: false"
+        yield Problem("logger.monitor_gpus", True, f"the Python package nvidia-ml-py ({reason})", fix)
 
 
 @rule

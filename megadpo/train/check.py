@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from megadpo.config.check import check_layout
 from megadpo.config.load import Purpose, load_config
-from megadpo.config.no_effect import unused_by_dense
+from megadpo.config.no_effect import without_experts
 from megadpo.config.problems import Attempts, ConfigError
 from megadpo.config.schema import Config
 from megadpo.families import read_architecture
@@ -22,16 +22,20 @@ def checked_config(path: str, overrides: Sequence[str], world_size: int | None, 
     cfg = load_config(path, overrides, purpose=purpose)
     source = resolve_source(cfg.policy.model_name, "policy.model_name")
     arch = read_architecture(source.hf_files)
+    reference, other = reference_source(cfg, source), arch
+    if reference != source:
+        other = read_architecture(reference.hf_files, "dpo.reference.model_name")
+    cfg = without_experts(cfg, arch, other)
     problems = check_layout(cfg, arch, world_size) + freeze_problems(cfg.policy.freeze, arch)
-    if (reference := reference_source(cfg, source)) != source:
+    if reference != source:
         # the reference runs in the policy's layout, so its shape must allow this layout too
-        for one in check_layout(cfg, read_architecture(reference.hf_files, "dpo.reference.model_name"), None):
+        for one in check_layout(cfg, other, None):
             problems.append(dataclasses.replace(one, expected=f"{one.expected} (for dpo.reference.model_name)"))
     if purpose == "train" and cfg.checkpointing.enabled:
         problems += linked_out(source.hf_files)
     if problems:
         raise ConfigError(problems)
-    return dataclasses.replace(cfg, notes=(*cfg.notes, *unused_by_dense(cfg, arch)))
+    return cfg
 
 
 def check(path: str, overrides: Sequence[str], world_size: int | None) -> int:

@@ -1,4 +1,5 @@
-"""Opens what a run needs: model folders, tokenizer and data. For training, evaluation, --check and data inspection."""
+"""Opens what a run needs: model folders, tokenizer and data. For training, evaluation, --check, data
+inspection and the planner."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megadpo.config.architecture import Architecture
 from megadpo.config.grid import Grid
@@ -29,8 +30,8 @@ REFERENCE = "dpo.reference.model_name"
 
 
 @dataclass(frozen=True)
-class RunInputs:
-    """The folders of the models, without weights, and the tokenised pairs with their loaders."""
+class RunModels:
+    """The models by their folders, without weights."""
 
     source: ModelSource
     arch: Architecture
@@ -38,6 +39,12 @@ class RunInputs:
     reference: ModelSource
     """`source` itself if dpo.reference.model_name is null."""
     reference_arch: Architecture
+
+
+@dataclass(frozen=True)
+class RunInputs(RunModels):
+    """The models, the tokenised pairs and their loaders."""
+
     tokenizer: PreTrainedTokenizerBase
     tokenizer_notes: list[str]
     """A line if tokenizer, template or EOS differ from the model folder's."""
@@ -68,6 +75,16 @@ class RunInputs:
         return lines
 
 
+def open_models(cfg: Config, *, weights: bool = True) -> RunModels:
+    """Find the models; the folders need nothing but config.json. weights: also download a hub model's weights.
+
+    Raises ConfigError with every problem of both."""
+    attempt = Attempts()
+    found = _models(cfg, attempt, weights)
+    attempt.refuse()
+    return RunModels(*found)
+
+
 def open_run_inputs(
     cfg: Config,
     grid: Grid | None = None,
@@ -85,15 +102,8 @@ def open_run_inputs(
     paths = {TRAIN: cfg.data.train_data_path, **(cfg.data.val_data_paths or {})}
     paths = {name: path for name, path in paths.items() if sets is None or name in sets}
     attempt = Attempts()
-    source = attempt(lambda: resolve_source(cfg.policy.model_name, "policy.model_name", weights=weights))
-    if source is None:
-        arch = tokenizer = reference = reference_arch = None
-    else:
-        arch = attempt(lambda: read_architecture(source.hf_files))
-        tokenizer = attempt(lambda: load_tokenizer(str(tokenizer_source(cfg, source))))
-        reference = attempt(lambda: reference_source(cfg, source, weights=weights))
-        other = None if reference == source else reference
-        reference_arch = arch if other is None else attempt(lambda: read_architecture(other.hf_files, REFERENCE))
+    source, arch, reference, reference_arch = _models(cfg, attempt, weights)
+    tokenizer = None if source is None else attempt(lambda: load_tokenizer(str(tokenizer_source(cfg, source))))
     if thorough:
         for one, shape in {source: arch, reference: reference_arch}.items():
             if one is not None and shape is not None:
@@ -111,6 +121,22 @@ def open_run_inputs(
     assert source and arch and reference and reference_arch and tokenizer is not None and loaders is not None
     notes = tokenizer_notes(cfg, source.hf_files, tokenizer)
     return RunInputs(source, arch, reference, reference_arch, tokenizer, notes, loaders)
+
+
+def _models(cfg: Config, attempt: Attempts, weights: bool) -> tuple[Any, ...]:
+    """The fields of RunModels; None for what `attempt` has problems of."""
+    source = attempt(lambda: resolve_source(cfg.policy.model_name, "policy.model_name", weights=weights))
+    if source is None:
+        return None, None, None, None
+    arch = attempt(lambda: read_architecture(source.hf_files))
+    reference = attempt(lambda: reference_source(cfg, source, weights=weights))
+    other = None if reference == source else reference
+    return (
+        source,
+        arch,
+        reference,
+        arch if other is None else attempt(lambda: read_architecture(other.hf_files, REFERENCE)),
+    )
 
 
 def _loaders(
@@ -152,12 +178,12 @@ def _require_complete_weights(source: ModelSource, arch: Architecture) -> None:
 
 def _read_rows(cfg: Config, paths: Iterable[str]) -> None:
     """Raises DataError with every problem of the rows that can be found without a tokenizer."""
-    from megadpo.data.formats import FieldKeys
     from megadpo.data.formats.read_pairs import read_pairs
 
     attempt = Attempts()
-    keys = FieldKeys(cfg.data.prompt_key, cfg.data.chosen_key, cfg.data.rejected_key)
     for path in paths:
-        pairs = read_pairs(path, keys, dataset_name=cfg.data.dataset_name, on_bad_row=cfg.data.on_bad_row)
+        pairs = read_pairs(
+            path, cfg.data.format_options, dataset_name=cfg.data.dataset_name, on_bad_row=cfg.data.on_bad_row
+        )
         attempt(partial(deque, pairs, maxlen=0))  # reads all and keeps none
     attempt.refuse()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megadpo.checkpoint import TrainingPosition, prune_checkpoints, save_checkpoint
@@ -41,6 +41,7 @@ def train(run: Run, logger: MetricsLogger, progress: ProgressLine, stop: StopWat
             exit_code = stop.agreed()  # waits for the GPU, so that the step's time includes its queued update
             ended = time.perf_counter()
             record = step_record(batch, outcome, position, ended - started)
+            logged = record | run.watch.read()
             started = ended
             position = position_after(position, batches_per_epoch=steps_per_epoch, skipped=not outcome.updated)
             position = dataclasses.replace(position, metrics=record)
@@ -50,11 +51,11 @@ def train(run: Run, logger: MetricsLogger, progress: ProgressLine, stop: StopWat
             due = last or position.step % saving.save_period == 0
             # after a signal there are 30 seconds: save at once, without validation
             if exit_code is None and validation_due(run, position.step, last=last, save=saving.enabled and due):
-                position = validate(run, position, logger, progress, stop, also_log=record)
+                position = validate(run, position, logger, progress, stop, also_log=logged)
                 exit_code = stop.agreed()
                 started = time.perf_counter()
             else:
-                logger.log(position.step, record)
+                logger.log(position.step, logged)
             if saving.enabled and (due or exit_code is not None):
                 save_and_prune(run, position)
                 saved_step = position.step
@@ -106,7 +107,7 @@ def validate(
     progress: ProgressLine,
     stop: StopWatcher,
     *,
-    also_log: dict[str, float],
+    also_log: Mapping[str, float | None],
 ) -> TrainingPosition:
     """Evaluates every validation set and logs one line for the step, with `also_log`. The returned position has the
     metrics. With a reason to stop it ends early and drops the unfinished set; the caller asks `stop` again."""
@@ -124,7 +125,7 @@ def validate(
     if record:
         record["timing/validation/total_validation_time"] = time.perf_counter() - started
     if record or also_log:
-        logger.log(position.step, also_log | record)
+        logger.log(position.step, {**also_log, **record})
     return dataclasses.replace(position, metrics=position.metrics | record)
 
 

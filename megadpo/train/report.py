@@ -53,7 +53,7 @@ def choices(run: Run) -> dict[str, str]:
         kernels.append(f"float8 {config.fp8_recipe} {config.fp8}")
     if layers.fuses_weight_gradient(policy.megatron_cfg):
         kernels.append("fused weight gradients")
-    if run.trainer.model[0].rotary.fused:
+    if any(table.fused for table in run.trainer.model[0].rotaries.values()):
         kernels.append("fused RoPE")
     parts = getattr(run.trainer.optimizer, "chained_optimizers", [run.trainer.optimizer])
     adam = sorted({adam_name(part.optimizer) for part in parts if part.optimizer is not None})

@@ -26,6 +26,7 @@ from megadpo.train.inputs import RunInputs, open_run_inputs
 from megadpo.train.reference import attach_logps, build_reference
 from megadpo.train.resume import changes, claim, data_settings, find_resume
 from megadpo.train.step import Trainer
+from megadpo.train.watch import MachineWatch
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Run:
     """Lines for the user about a cached reference and a resume."""
     owner: str | None
     """The result of `claim`, on the rank that saves."""
+    watch: MachineWatch
     own_files: Mapping[str, bytes]
     """On the rank that saves: files of a checkpoint that replace those of the starting model, without the card."""
 
@@ -103,7 +105,8 @@ def prepare(cfg: Config, parallel: ParallelContext) -> Run:
     saves = cfg.checkpointing.enabled and parallel.rank == 0
     owner = claim(Path(cfg.checkpointing.checkpoint_dir)) if saves else None
     files = own_files(cfg, inputs.source.hf_files, inputs.tokenizer) if saves else {}
-    return Run(cfg, parallel, inputs, trainer, position, total_steps, notes, owner, files)
+    watch = MachineWatch(parallel, monitor_gpus=cfg.logger.monitor_gpus)
+    return Run(cfg, parallel, inputs, trainer, position, total_steps, notes, owner, watch, files)
 
 
 def seed_everything(seed: int, parallel: ParallelContext) -> None:

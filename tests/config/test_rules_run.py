@@ -51,6 +51,7 @@ BROKEN = [
     ({"policy__device": "cpu", "policy__attention_kernel": "varlen"}, "policy.attention_kernel", "sdpa"),
     ({"policy__device": "cpu", "policy__logprob_kernel": "triton"}, "policy.logprob_kernel", "torch"),
     ({"data__chosen_key": "x", "data__rejected_key": "x"}, "data.rejected_key", "different"),
+    ({"data__prompt_key": "x", "data__rejected_key": "x"}, "data.prompt_key", "different"),
     ({"data__val_data_paths": {"a/b": "v.jsonl"}}, "data.val_data_paths", "letters"),
     (
         {"checkpointing__metric_name": "validation-gone_loss", "data__val_data_paths": SETS},

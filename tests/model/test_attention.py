@@ -56,7 +56,7 @@ def forward_twice(folder):
         precision="float32",
         megatron_cfg=MegatronConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
     )
-    made, kept = {"plan": 0, "forward": 0}, []
+    made, kept = {"plan": 0, "__call__": 0}, []
 
     def counted(owner, name):
         original = getattr(owner, name)
@@ -69,7 +69,7 @@ def forward_twice(folder):
 
     batches = [a_batch(), a_batch()]
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in ((CpuKernel, "plan"), (RotaryTable, "forward")):
+        for owner, name in ((CpuKernel, "plan"), (RotaryTable, "__call__")):
             patch.setattr(owner, name, counted(owner, name))
         for frozen in (True, False):  # the reference, then the policy
             model = build_model(arch, policy, parallel, frozen=frozen)
@@ -83,4 +83,4 @@ def forward_twice(folder):
 def test_chunks_of_a_stage_and_the_reference_share_it(tmp_path):
     model = make_model(tmp_path / "model", "llama", num_hidden_layers=4)
     for made, kept in run_distributed(forward_twice, 2, str(model), init_process_group=False):
-        assert made == {"plan": 2, "forward": 2} and kept == [[2, 2], [0, 0]]
+        assert made == {"plan": 2, "__call__": 2} and kept == [[2, 2], [0, 0]]

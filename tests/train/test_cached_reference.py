@@ -73,7 +73,7 @@ class Runs:
 
 
 def without_times(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if not name.startswith("timing/")}
+    return {name: value for name, value in row.items() if not name.startswith(("timing/", "machine/"))}
 
 
 @pytest.mark.distributed

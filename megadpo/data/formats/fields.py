@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from megadpo.config.known import Known
 from megadpo.config.problems import Problem
-from megadpo.data.formats import FieldKeys, Message, PreferencePair, Row, Text
+from megadpo.config.types import Text as Name
+from megadpo.data.formats import Message, PreferencePair, Row, RowFormat, Text
 from megadpo.data.formats.messages import read_text, read_tools, roles_of
 from megadpo.data.sources import Place
 
@@ -33,10 +36,26 @@ def read_fields(
     return problems or texts
 
 
-def read_answers(row: Row, keys: FieldKeys, place: Place) -> tuple[Text | None, Text | None, list[Problem]]:
-    """The chosen and the rejected field, which both include the prompt, and what is wrong with them."""
-    texts = read_fields(row, {keys.chosen: "chosen_key", keys.rejected: "rejected_key"}, place)
-    return (None, None, texts) if isinstance(texts, list) else (texts[keys.chosen], texts[keys.rejected], [])
+@dataclass(frozen=True, kw_only=True)
+class AnswerKeys(RowFormat):
+    """A format whose answers may have other names."""
+
+    chosen_key: Name = "chosen"
+    """What the rows call the chosen answer."""
+    rejected_key: Name = "rejected"
+    """And the rejected one."""
+
+    def answers(self, row: Row, place: Place) -> tuple[Text | None, Text | None, list[Problem]]:
+        """The chosen and the rejected field, which both include the prompt, and what is wrong with them."""
+        texts = read_fields(row, {self.chosen_key: "chosen_key", self.rejected_key: "rejected_key"}, place)
+        return (
+            (None, None, texts) if isinstance(texts, list) else (texts[self.chosen_key], texts[self.rejected_key], [])
+        )
+
+    def problems(self, known: Known) -> Iterator[Problem]:
+        if self.chosen_key == self.rejected_key:
+            expected = "different from data.chosen_key"
+            yield Problem("data.rejected_key", self.rejected_key, expected, "name chosen and rejected apart")
 
 
 def missing_field(row: Row, key: str, wanted: Iterable[str], config_key: str | None, place: Place) -> Problem:

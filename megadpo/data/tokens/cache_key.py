@@ -72,7 +72,7 @@ def _saved_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 def _code_digest() -> str:
     """sha256 of the modules in _CODE, and of plugins that add formats."""
-    formats = {getattr(sys.modules.get(one.read.__module__), "__file__", None) for one in FORMATS}
+    formats = {getattr(sys.modules.get(one.__module__), "__file__", None) for one in FORMATS}
     paths = {path for pattern in _CODE for path in _PACKAGE.glob(pattern)} | {Path(file) for file in formats if file}
     digest = hashlib.sha256()
     for path in sorted(paths, key=lambda path: (path.parent.name, path.name)):

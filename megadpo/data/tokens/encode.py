@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megadpo.config.problems import DataError, Problem
-from megadpo.data.formats import FieldKeys, PreferencePair
+from megadpo.config.variants import FORMATS
+from megadpo.data.formats import PreferencePair
 from megadpo.data.formats.read_pairs import OnBadRow, ReadCounts, read_pairs
 from megadpo.data.pairs import DataReport, FlatPairs, largest_id
 from megadpo.data.sources import MOST_PROBLEMS
@@ -51,7 +52,7 @@ class DataSettings:
     on_too_long: OnTooLong = "refuse"
     chat_template: str | None = OWN_TEMPLATE
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    keys: FieldKeys = field(default_factory=FieldKeys)
+    format_options: Mapping[str, Any] = field(default_factory=FORMATS.defaults)
     dataset_name: str | None = None
     loss_on: LossOn = "last_turn"
     on_bad_row: OnBadRow = "refuse"
@@ -64,7 +65,7 @@ class DataSettings:
             on_too_long=cfg.data.on_too_long,
             chat_template=cfg.policy.tokenizer.chat_template,
             chat_template_kwargs=cfg.policy.tokenizer.chat_template_kwargs or {},
-            keys=FieldKeys(cfg.data.prompt_key, cfg.data.chosen_key, cfg.data.rejected_key),
+            format_options=cfg.data.format_options,
             dataset_name=cfg.data.dataset_name,
             loss_on=cfg.data.loss_on,
             on_bad_row=cfg.data.on_bad_row,
@@ -146,7 +147,7 @@ class _Chunks:
         try:
             yield from read_pairs(
                 self._source,
-                self._settings.keys,
+                self._settings.format_options,
                 dataset_name=self._settings.dataset_name,
                 on_bad_row=self._settings.on_bad_row,
                 counts=self.read,

@@ -31,7 +31,7 @@ def load_shard(
 def to_hf(entry: WeightEntry, full: torch.Tensor) -> dict[str, torch.Tensor]:
     """Megatron -> Hugging Face: the tensors of `entry.hf` out of the whole one. Views where the rows adjoin."""
     parts: list[list[torch.Tensor]] = [[] for _ in entry.hf]
-    for rectangle in entry.rectangles():
+    for rectangle in sorted(entry.rectangles(), key=lambda one: one.source_index[0].start or 0):
         parts[rectangle.source].append(full[rectangle.shard_index])
     tensors = (part[0] if len(part) == 1 else torch.cat(part) for part in parts)
     return dict(zip(entry.hf, tensors, strict=True))

@@ -44,6 +44,8 @@ class Logger:
     """Its name in the config."""
     package: ClassVar[str]
     """The Python package of its client."""
+    to_install: ClassVar[str] = ""
+    """The name that pip knows it by, if that differs."""
 
     def open(self, run: LoggedRun) -> Sink:
         """Starts a log, or continues it after `run.resumed_step`. Raises OSError, and ConfigError for refused settings."""
@@ -58,7 +60,7 @@ class Logger:
         """Reports the client if it isn't installed."""
         if not _is_installed(self.package):
             expected = f"false, because the Python package {self.package} is not installed"
-            fix = f"`pip install {self.package}`, or logger.{self.key}_enabled: false"
+            fix = f"`pip install {self.to_install or self.package}`, or logger.{self.key}_enabled: false"
             yield Problem(f"logger.{self.key}_enabled", True, expected, fix)
 
 

@@ -10,7 +10,6 @@ import pytest
 
 from megadpo.config.problems import DataError
 from megadpo.config.schema import Config
-from megadpo.data.formats import FieldKeys
 from megadpo.data.pairs import PairDataset
 from megadpo.data.tokens.dataset import load_datasets, open_dataset
 from megadpo.data.tokens.encode import DataSettings
@@ -114,9 +113,7 @@ def test_the_config_decides(tmp_path: Path) -> None:
         data=Section(
             max_input_seq_length=32,
             on_too_long="truncate",
-            prompt_key="q",
-            chosen_key="good",
-            rejected_key="bad",
+            format_options={"prompt_key": "q", "chosen_key": "good", "rejected_key": "bad"},
             dataset_name="BinaryPreferenceDataset",
             loss_on="differing_turns",
             on_bad_row="drop",
@@ -130,7 +127,7 @@ def test_the_config_decides(tmp_path: Path) -> None:
         on_too_long="truncate",
         chat_template=CHATML,
         chat_template_kwargs={},
-        keys=FieldKeys("q", "good", "bad"),
+        format_options={"prompt_key": "q", "chosen_key": "good", "rejected_key": "bad"},
         dataset_name="BinaryPreferenceDataset",
         loss_on="differing_turns",
         on_bad_row="drop",
