@@ -55,7 +55,7 @@ def test_a_signal_ends_it_in_order(tmp_path, number, code):
         process.send_signal(number)
         out, error = process.communicate(timeout=30)
         assert (process.returncode, error) == (code, "")
-        assert "the same command goes on from there" in out
+        assert "the same command continues from there" in out
         # An answer whose reward was under way is kept as well.
         kept = len((tmp_path / "rollouts.jsonl.journal").read_text().splitlines()) - 1
         assert kept >= len(journaled(tmp_path)) >= 1
