@@ -14,6 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megadpo.config.problems import ConfigError, Problem, first_line
+from megadpo.config.shipped import find_config, shipped_configs
 
 _DEEPEST = 64
 _REPLACE = "_override_"
@@ -25,7 +26,7 @@ def read_tree(path: str | Path, overrides: Sequence[str], problems: list[Problem
     Raises ConfigError where there is nothing to go on with (no file, no YAML, a cycle); everything else is added to
     `problems`.
     """
-    tree = _read_with_defaults(Path(path), ())
+    tree = _read_with_defaults(find_config(path), ())
     for override in overrides:
         apply_override(tree, override, problems)
     _register_resolvers()
@@ -79,7 +80,7 @@ def _read_with_defaults(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for parent in parents:
         try:
-            read = _read_with_defaults(path.parent / os.path.expanduser(parent), (*below, here))
+            read = _read_with_defaults(_parent(path, parent), (*below, here))
         except ConfigError as error:
             problems += error.problems
         else:
@@ -87,6 +88,12 @@ def _read_with_defaults(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     if problems:
         raise ConfigError(problems)
     return _merge(merged, tree)
+
+
+def _parent(child: Path, name: str) -> Path:
+    """The file that a config's `defaults` names: beside it, or the shipped config of that name."""
+    beside = child.parent / os.path.expanduser(name)
+    return beside if beside.exists() else shipped_configs().get(name, beside)
 
 
 def _bad_markers(tree: dict[str, Any], where: str) -> Iterator[Problem]:
@@ -105,7 +112,8 @@ def _read_yaml(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        problem = Problem(where, str(path), f"a readable YAML file ({error.strerror})", "check the path")
+        expected = f"a readable YAML file ({error.strerror}), or a shipped config: {', '.join(shipped_configs())}"
+        problem = Problem(where, str(path), expected, "check the path")
         raise ConfigError(problem) from error
     try:
         text = content.decode("utf-8-sig")

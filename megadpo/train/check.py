@@ -15,11 +15,11 @@ from megadpo.families import read_architecture
 
 def checked_config(path: str, overrides: Sequence[str], world_size: int | None, purpose: Purpose = "train") -> Config:
     """The config, held against the model's config.json and the world. Raises ConfigError with every problem."""
+    cfg = load_config(path, overrides, purpose=purpose)  # before torch is imported: most refusals are its
     from megadpo.model.freeze import freeze_problems
     from megadpo.model.source import reference_source, resolve_source
     from megadpo.model.weights import linked_out
 
-    cfg = load_config(path, overrides, purpose=purpose)
     source = resolve_source(cfg.policy.model_name, "policy.model_name")
     arch = read_architecture(source.hf_files)
     problems = check_layout(cfg, arch, world_size) + freeze_problems(cfg.policy.freeze, arch)
@@ -35,15 +35,15 @@ def checked_config(path: str, overrides: Sequence[str], world_size: int | None, 
 
 
 def check(path: str, overrides: Sequence[str], world_size: int | None) -> int:
-    """`launch/train.py --check`: everything that can be said about a run without its weights; prints what the data files
+    """`megadpo check`: everything that can be said about a run without its weights; prints what the data files
     hold and the number of steps. Returns the exit code.
 
     Raises UserError: the config's problems first, since it says where the rest is, then those of model folder, layout,
     weight files and data together.
     """
+    cfg = load_config(path, overrides)
     from megadpo.train.inputs import open_run_inputs
 
-    cfg = load_config(path, overrides)
     attempt = Attempts()
     cfg = attempt(lambda: checked_config(path, overrides, world_size)) or cfg
     inputs = attempt(lambda: open_run_inputs(cfg, thorough=True))

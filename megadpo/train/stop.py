@@ -34,10 +34,12 @@ class StopWatcher:
         """Catch STOP_SIGNALS: the step in progress is finished and saved.
 
         Ctrl-C more than SAME_SIGNAL_S after the first signal ends the process at once: somebody does not want to wait.
-        Another later signal, such as Slurm's SIGTERM at the time limit, changes nothing: the save goes on.
+        Another later signal, such as Slurm's SIGTERM at the time limit, changes nothing: the save goes on. One that came
+        before, and waited (megadpo/launcher.py), is received now.
         """
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def agreed(self) -> int | None:
         """The exit code to stop with, the same on every rank, or None. One all-reduce of one number over the world."""

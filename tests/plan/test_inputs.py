@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 
+from megadpo.commands import main
 from megadpo.plan.inputs import model_folder
 from tests.plan.cases import SMALL
-from tools.plan import main
 
 
 def test_lengths_come_from_data_where_it_is_read(tmp_path, capsys):
     from tests.helpers.runs import make_config, make_model
 
     path = make_config(tmp_path, make_model(tmp_path / "model"))
-    assert main([str(path), "--world-size", "1", "--json"]) == 0
+    assert main(["plan", str(path), "--world-size", "1", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert "train.jsonl, 40 pairs" in plan["lengths"] and plan["pairs_per_step"] == 8
     assert 8 * 3 < plan["tokens_per_step"] < 8 * 100

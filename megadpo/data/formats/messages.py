@@ -105,7 +105,7 @@ def _read_message(message: object, name: str, place: Place) -> Message | Problem
                 else f"{name} without {field}",
                 expected=f"a string as its {field}",
                 fix=f"give the message a {field}"
-                + ("; tools/build_pairs.py makes messages of Responses items" if "type" in message else ""),
+                + ("; megadpo pairs makes messages of Responses items" if "type" in message else ""),
             )
     reasoning = read.get("reasoning_content", "")
     if not isinstance(reasoning, str):

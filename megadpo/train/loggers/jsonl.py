@@ -22,7 +22,8 @@ class JsonLines:
     """metrics.jsonl: {"step": 12, "epoch": 0, "train/loss": 0.69, ...} per line, in the file before `log` returns."""
 
     def __init__(self, path: Path, *, resumed_step: int) -> None:
-        set_aside_later_lines(path, resumed_step=resumed_step)
+        self.superseded = set_aside_later_lines(path, resumed_step=resumed_step)
+        """Where lines of an earlier run were moved to, or None."""
         # Unbuffered: a line that was logged survives the process, and a full disk is noticed at its own line.
         self._file = path.open("ab", buffering=0)
 
