@@ -23,7 +23,7 @@ COPY configs configs
 COPY launch launch
 RUN python3 docker/keep_image_packages.py constraints.txt > /tmp/constraints.txt \
     && python3 -c "import torch; print(torch.__version__)" > /tmp/torch_before \
-    && pip install --constraint /tmp/constraints.txt --editable '.[wandb]' \
+    && pip install --constraint /tmp/constraints.txt --editable '.[wandb,mlflow,nvml]' \
     && python3 -c "import torch; print(torch.__version__)" | diff /tmp/torch_before -
 
 COPY tools tools
@@ -35,7 +35,7 @@ RUN python3 docker/check_image.py && megadpo --help > /dev/null
 
 # The tests, those without a GPU and those for one, in the image that runs. Built only with --target test.
 FROM base AS test
-RUN pip install --constraint /tmp/constraints.txt --editable '.[wandb,dev]' \
+RUN pip install --constraint /tmp/constraints.txt --editable '.[wandb,mlflow,nvml,dev]' \
     && python3 -c "import torch; print(torch.__version__)" | diff /tmp/torch_before -
 COPY tests tests
 COPY docs docs

@@ -55,14 +55,17 @@ setup(
     ],
     extras_require={
         # Compiles against the torch that is there: pip install --no-build-isolation -e '.[gpu]' -c constraints.txt
-        "gpu": ["transformer-engine[core_cu13,pytorch]>=2.11,<3"],
+        "gpu": ["transformer-engine[core_cu13,pytorch]>=2.11,<3", "nvidia-ml-py>=12.535"],
+        "nvml": ["nvidia-ml-py>=12.535"],  # logger.monitor_gpus, where Transformer Engine is there already
         "wandb": ["wandb>=0.19"],
+        "mlflow": ["mlflow-skinny>=3.1,<4"],
         "report": ["matplotlib>=3.9"],  # megadpo pairs --report FILE.png, megadpo plot, megadpo profile
         # The peer in benchmarks and parity checks, used by nothing else.
         "trl": ['trl>=1.16,<1.17; python_version >= "3.11"'],
         "dev": [
             "hypothesis>=6.100",
             "matplotlib>=3.9",
+            "mlflow-skinny>=3.1,<4",
             "mypy>=1.15",
             "pytest>=9",
             "pytest-timeout>=2.3",

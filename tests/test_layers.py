@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("config", "families", "files", "data", "objective", "parallel"),
         *("model", "optimizer", "reference", "checkpoint", "launcher"),
     },
-    "plan": {"config", "families", "data", "parallel", "model", "optimizer"},
+    "plan": {"config", "families", "data", "parallel", "model", "optimizer", "train.inputs"},
 }
 USES_MEGATRON_CORE = {"parallel", "model", "optimizer", "reference", "checkpoint", "train", "plan"}
 # A config is checked anywhere in under a second, so nothing heavy may come in with it.

@@ -23,8 +23,10 @@ from rich.text import Text
 
 from megadpo.commands import command_parser
 from megadpo.config.architecture import Architecture
-from megadpo.config.check import check_layout, data_parallel_size, model_parallel_size, stated_world_size
+from megadpo.config.check import check_layout, stated_world_size
+from megadpo.config.grid import Grid
 from megadpo.config.load import load_config
+from megadpo.config.no_effect import without_experts
 from megadpo.config.problems import ConfigError, DataError, Problem
 from megadpo.config.schema import Config
 from megadpo.families import read_architecture
@@ -75,16 +77,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def show(options: argparse.Namespace, console: Console) -> None:
     """Raises UserError."""
-    from megadpo.data.batches.loader import DataRank
     from megadpo.model.source import resolve_source
     from megadpo.train import inputs
 
     cfg = load_config(options.config, options.overrides, purpose="train" if options.set == TRAIN else "evaluate")
     name = _set(cfg, options.set, inputs.TRAIN)
     source = resolve_source(cfg.policy.model_name, "policy.model_name", weights=False)
-    dp_size = _dp_size(cfg, read_architecture(source.hf_files), options.world_size)
-    rank = DataRank(dp_size=dp_size, cp_size=cfg.policy.megatron_cfg.context_parallel_size)
-    opened = inputs.open_run_inputs(cfg, rank, sets=[name], weights=False)
+    arch = read_architecture(source.hf_files)
+    grid = _grid(without_experts(cfg, arch), arch, options.world_size)
+    opened = inputs.open_run_inputs(cfg, grid, sets=[name], weights=False)
     loader = opened.loaders[name]
     dataset = loader.dataset
     position = _position(dataset, options.pair)
@@ -104,12 +105,12 @@ def _set(cfg: Config, name: str, training: str) -> str:
     return training if name == TRAIN else name
 
 
-def _dp_size(cfg: Config, arch: Architecture, world_size: int | None) -> int:
-    size = world_size or stated_world_size(cfg) or model_parallel_size(cfg)
+def _grid(cfg: Config, arch: Architecture, world_size: int | None) -> Grid:
+    size = world_size or stated_world_size(cfg) or Grid.of(cfg).model_ranks
     problems = check_layout(cfg, arch, size)
     if problems:
         raise ConfigError(problems)
-    return data_parallel_size(cfg, size)
+    return Grid.of(cfg, size)
 
 
 def _position(dataset: PairDataset, row: int | None) -> int:
@@ -147,11 +148,11 @@ def show_packs(console: Console, loader: GlobalBatchLoader, count: int) -> None:
     fills = batch_fills(loader, count)
     budget = loader.budget_tokens
     packs = f"packs of at most {budget:,} tokens" if budget else f"{loader.pairs_per_micro_batch} pairs a micro-batch"
-    title = f"Global batches of {loader.global_batch_size} pairs: {packs}, {loader.rank.dp_size} data-parallel rank(s)"
+    title = f"Global batches of {loader.global_batch_size} pairs: {packs}, {loader.grid.data} data-parallel rank(s)"
     table = Table("batch", box=None, pad_edge=False)
     columns = ["pairs", "tokens", "micro-batches a rank", "filled", "least loaded rank does"]
-    if loader.rank.cp_size > 1:
-        title += f", {loader.rank.cp_size} context-parallel ranks"
+    if loader.grid.context > 1:
+        title += f", {loader.grid.context} context-parallel ranks"
         columns.append("attention of the busiest context rank")
     for column in columns:
         table.add_column(column, justify="right")

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from megadpo.commands import command_parser
 from megadpo.config.load import load_config
+from megadpo.config.no_effect import without_experts
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.plan.inputs import architectures, choose_lengths
 from megadpo.plan.memory import GPUS, parse_assumptions
@@ -89,7 +90,8 @@ def prepare(options: argparse.Namespace) -> Job:
         fix = f"add policy.device=auto, or leave {what} out: a CPU's memory has no limit here"
         raise ConfigError(Problem("policy.device", "cpu", f"auto or cuda with {what}", fix))
     arch, reference = architectures(cfg)
-    lengths, said = choose_lengths(cfg, arch, options.lengths)
+    cfg = without_experts(cfg, arch, reference or arch)
+    lengths, said = choose_lengths(cfg, options.lengths)
     return Job(
         cfg=cfg,
         arch=arch,

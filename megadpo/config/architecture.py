@@ -1,67 +1,166 @@
 """The neutral description of a model: what common code builds, checks and plans from.
 
-megadpo/families reads it from a Hugging Face folder's config.json; nothing else asks for a family by name.
+megadpo/families reads it from a Hugging Face folder's config.json; nothing else asks for a family by name. What differs
+between layers is said layer by layer. Everything here can be compared and hashed, so that layers of a kind are known as such.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoeArchitecture:
-    """The experts of every layer. A token goes to the `experts_per_token` with the highest router logits."""
+class RopeScaling:
+    """How frequencies differ from plain RoPE's: every number of `rope_type`'s formula (model/rope.py), and None for those
+    that it has not."""
 
-    num_experts: int
-    experts_per_token: int
-    ffn_hidden_size: int
+    rope_type: Literal["linear", "llama3", "yarn"]
+    factor: float
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    truncate: bool | None = None
+    attention_factor: float = 1.0
+    """On cos and sin."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotary:
+    """Rotary positions: which channels of a head are turned, and how fast."""
+
+    theta: float
+    dims: int
+    """Channels that are turned, the first ones of a head."""
+    interleaved: bool = False
+    """Pairs are neighbours, 0 and 1, 2 and 3; else channel i of the first half and channel i of the second."""
+    scaling: RopeScaling | None = None
+    """None: plain RoPE."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Causal attention of one layer."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    """Channels of a query and of a key."""
+    value_dim: int
+    """Channels of a value."""
+    scale: float
+    """What a query times a key is multiplied by."""
+    rotary: Rotary | None
+    """None: positions are not told apart."""
+    window: int | None = None
+    """Keys that a query sees at most, its own included; None: all. check_layout refuses runs that would notice it."""
+    logit_softcap: float | None = None
+    """c: scores become c * tanh(score / c). No kernel does it yet."""
+    sinks: bool = False
+    """A learned number a head joins the softmax as one more score, whose value is 0. No kernel does it yet."""
+    qkv_bias: bool = False
+    """Bias of the query, key and value projections."""
+    qk_norm: Literal["none", "head", "head_after_rope", "width"] = "none"
+    """RMSNorm of queries and keys: of each head before RoPE or after it, or of all heads together before it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mlp:
+    """A gated MLP: down(silu(gate(x)) * up(x))."""
+
+    ffn_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Router:
+    """Which experts a token goes to, those with the highest logits, and with what weights."""
+
+    scores: Literal["softmax", "softmax_of_chosen"]
+    """Weights are a softmax over all experts' logits, or over those of the chosen ones alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """The experts of a layer."""
+
+    number: int
+    per_token: int
+    mlp: Mlp
     """Of each expert."""
-    normalized_weights: bool
-    """True: the chosen experts' weights sum to 1 (softmax over the chosen logits). False: they are their share of the
-    softmax over all experts."""
-    shared_ffn_hidden_size: int | None
+    router: Router
+    shared_ffn_size: int | None
     """Of the shared expert, which every token goes through, times the sigmoid of its own gate; None: there is none."""
     aux_loss_coef: float
     """The model's own router_aux_loss_coef."""
 
 
 @dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A decoder layer: attention, then an MLP or experts, with norms where `Norms` says."""
+
+    attention: Attention
+    feed_forward: Mlp | Experts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norms:
+    """RMSNorm, everywhere."""
+
+    eps: float
+    placement: Literal["pre", "post", "sandwich"] = "pre"
+    """Of a layer's two parts: norms before each, after each and before the residual is added, or both."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A decoder, sizes in elements. A layer is RMSNorm, causal attention with rotary positions, RMSNorm and a gated SiLU
-    MLP (or experts of such MLPs); there is a bias or a norm elsewhere only where a field says so."""
+    """A decoder, sizes in elements. There is a bias or a norm only where a field says so. Heads and their widths are the
+    same in every layer; so are all dense MLPs, and all layers of experts."""
 
     family: str
     """Which of FAMILIES reads its config.json and has its weight table."""
     hf_class: str
     """Class name in config.json, e.g. LlamaForCausalLM."""
     hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    ffn_hidden_size: int
-    """Of a dense layer; a model with experts has its sizes in `moe`."""
     vocab_size: int
-    rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: dict[str, Any] | None
-    """None: plain RoPE. Else `rope_type` linear, llama3 or yarn and every number of its formula (families/rope.py)."""
+    layers: tuple[Layer, ...]
+    norms: Norms
     max_position_embeddings: int
     tie_word_embeddings: bool
-    qkv_bias: bool
-    """Bias of the query, key and value projections."""
-    qk_norm: bool
-    """RMSNorm on each head of queries and keys, before RoPE."""
-    sliding_window: int | None
-    """Keys that a query sees at most; None: all. check_layout refuses runs that would notice it."""
     eos_token_id: int | tuple[int, ...] | None
     pad_token_id: int | None
     torch_dtype: str | None
     """Dtype of the stored weights, e.g. bfloat16, where config.json says."""
-    moe: MoeArchitecture | None
-    """The experts of every layer; None: a dense model."""
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    """Of what each part of a layer adds to the residual stream."""
+    logit_divisor: float = 1.0
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def attention(self) -> Attention:
+        """The first layer's, for the sizes, which all layers have in common."""
+        return self.layers[0].attention
+
+    @property
+    def attentions(self) -> tuple[Attention, ...]:
+        """The kinds there are, in the order of the layers."""
+        return tuple(dict.fromkeys(layer.attention for layer in self.layers))
+
+    @property
+    def mlp(self) -> Mlp | None:
+        """Of the dense layers; None where every layer has experts."""
+        return next((one.feed_forward for one in self.layers if isinstance(one.feed_forward, Mlp)), None)
+
+    @property
+    def experts(self) -> Experts | None:
+        """Of the layers that have them; None for a dense model."""
+        return next((one.feed_forward for one in self.layers if isinstance(one.feed_forward, Experts)), None)
 
     @property
     def fingerprint(self) -> str:
@@ -69,8 +168,22 @@ class Architecture:
         version to version: a field that comes later has a default, and is in the text only where it differs from that."""
         return _text(self)
 
+    def with_attention(self, **changes: Any) -> Architecture:
+        """The same with these fields in every layer's attention."""
+        layers = (
+            dataclasses.replace(one, attention=dataclasses.replace(one.attention, **changes)) for one in self.layers
+        )
+        return dataclasses.replace(self, layers=tuple(layers))
+
+    def with_feed_forward(self, feed_forward: Mlp | Experts) -> Architecture:
+        """The same with this in every layer."""
+        layers = tuple(dataclasses.replace(one, feed_forward=feed_forward) for one in self.layers)
+        return dataclasses.replace(self, layers=layers)
+
 
 def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_text, value))})"
     if not dataclasses.is_dataclass(value):
         return repr(value)
     words = []
@@ -78,6 +191,4 @@ def _text(value: Any) -> str:
         of_field = getattr(value, field.name)
         if field.default is dataclasses.MISSING or of_field != field.default:
             words.append(f"{field.name}={_text(of_field)}")
-        if field.name == "qkv_bias":  # two fields of the first version, which were always False
-            words.append("output_bias=False, mlp_bias=False")
     return f"{type(value).__name__}({', '.join(words)})"

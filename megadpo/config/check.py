@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from megadpo.config.architecture import Architecture
+from megadpo.config.architecture import Architecture, Layer
+from megadpo.config.grid import Grid
 from megadpo.config.known import Known, find_problems, rule
 from megadpo.config.problems import Problem
 from megadpo.config.schema import Config
@@ -15,17 +16,6 @@ _MEG = "policy.megatron_cfg"
 _OPT = f"{_MEG}.optimizer"
 _DDP = f"{_MEG}.distributed_data_parallel_config"
 _LARGEST_TP = 64
-
-
-def model_parallel_size(cfg: Config) -> int:
-    """Processes that hold one copy of the model: tp x pp x cp."""
-    megatron = cfg.policy.megatron_cfg
-    return megatron.tensor_model_parallel_size * megatron.pipeline_model_parallel_size * megatron.context_parallel_size
-
-
-def data_parallel_size(cfg: Config, world_size: int) -> int:
-    """Copies of the model in the world: world_size / (tp x pp x cp), rounded down."""
-    return world_size // model_parallel_size(cfg)
 
 
 def stated_world_size(cfg: Config) -> int | None:
@@ -54,6 +44,19 @@ def layers_per_stage(cfg: Config, num_layers: int) -> list[int] | None:
     if rest:
         return None
     return [*ends[0], *([each] * inner_stages), *ends[1]]
+
+
+def chunk_layers(cfg: Config, arch: Architecture) -> list[list[tuple[Layer, ...]]]:
+    """The layers of each chunk of each pipeline stage, for a layout that was checked."""
+    counts = layers_per_stage(cfg, arch.num_layers)
+    assert counts is not None, "check_layout accepts only layers that can be divided"
+    chunks, first = cfg.policy.megatron_cfg.virtual_pipeline_model_parallel_size, 0
+    stages: list[list[tuple[Layer, ...]]] = [[] for _ in counts]
+    for _ in range(chunks):
+        for stage, count in zip(stages, counts, strict=True):
+            stage.append(arch.layers[first : first + count // chunks])
+            first += count // chunks
+    return stages
 
 
 def micro_batch_multiple(cfg: Config) -> int:
@@ -99,6 +102,7 @@ def _smallest_pack(known: Known) -> Iterator[Problem]:
 def _pipeline_stages(known: Known) -> Iterator[Problem]:
     megatron = known.cfg.policy.megatron_cfg
     if megatron.pipeline_model_parallel_size > 1:
+        yield from _two_uneven_stages(megatron)
         return
     if megatron.virtual_pipeline_model_parallel_size > 1:
         where = f"{_MEG}.virtual_pipeline_model_parallel_size"
@@ -111,6 +115,17 @@ def _pipeline_stages(known: Known) -> Iterator[Problem]:
         if value is not None:
             fix = f"set it to null, or raise {_MEG}.pipeline_model_parallel_size"
             yield Problem(f"{_MEG}.{name}", value, "null with pipeline_model_parallel_size 1", fix)
+
+
+def _two_uneven_stages(megatron: MegatronConfig) -> Iterator[Problem]:
+    """megatron-core divides by the stages in between, none (get_transformer_layer_offset in transformer_layer.py)."""
+    first, last = megatron.num_layers_in_first_pipeline_stage, megatron.num_layers_in_last_pipeline_stage
+    virtual = megatron.virtual_pipeline_model_parallel_size > 1
+    if virtual and megatron.pipeline_model_parallel_size == 2 and first is not None and last is not None:
+        expected = (
+            "null with two stages and a virtual pipeline: the layers that the first stage leaves are the last one's"
+        )
+        yield Problem(f"{_MEG}.num_layers_in_last_pipeline_stage", last, expected, "set it to null")
 
 
 @rule
@@ -158,11 +173,12 @@ def _tensor_parallel(cfg: Config, arch: Architecture) -> Iterator[Problem]:
     where = f"{_MEG}.tensor_model_parallel_size"
     tp = cfg.policy.megatron_cfg.tensor_model_parallel_size
     # of a layer of experts they cut the shared expert; check_moe.py has the rules of the others
-    dense_channels = arch.ffn_hidden_size if arch.moe is None else arch.moe.shared_ffn_hidden_size or 0
+    dense, shared = 0 if arch.mlp is None else arch.mlp.ffn_size, arch.experts and arch.experts.shared_ffn_size
     divided = {
-        "attention heads": arch.num_heads,
-        "key-value heads": arch.num_kv_heads,
-        "MLP channels (intermediate_size)": dense_channels,
+        "attention heads": arch.attention.num_heads,
+        "key-value heads": arch.attention.num_kv_heads,
+        "MLP channels (intermediate_size)": dense,
+        "channels of the shared expert": shared or 0,
         "vocabulary entries (vocab_size)": arch.vocab_size,
     }
     possible = [n for n in range(1, _LARGEST_TP + 1) if not any(count % n for count in divided.values())]
@@ -232,8 +248,8 @@ def _sequence_length(cfg: Config, arch: Architecture) -> Iterator[Problem]:
         limit = arch.max_position_embeddings
         expected = f"at most {limit}, the model's max_position_embeddings"
         yield Problem(where, longest, expected, f"set it to {limit} or less")
-    if arch.sliding_window is not None and longest > arch.sliding_window:
-        window = arch.sliding_window
+    window = min((one.window for one in arch.attentions if one.window is not None), default=None)
+    if window is not None and longest > window:
         expected = f"at most {window}, the model's sliding_window, since attention here sees every earlier token"
         yield Problem(where, longest, expected, f"set it to {window} or less")
 
@@ -244,7 +260,7 @@ def _fits_the_world(known: Known) -> Iterator[Problem]:
         return
     cfg, world_size = known.cfg, known.world_size
     yield from _stated_world(cfg, world_size)
-    shards = model_parallel_size(cfg)
+    shards = Grid.of(cfg).model_ranks
     if world_size % shards:
         yield _undivided_world(cfg, world_size)
     else:
@@ -265,7 +281,7 @@ def _undivided_world(cfg: Config, world_size: int) -> Problem:
     names += ["context_parallel_size"] if megatron.context_parallel_size > 1 else []
     shown = " x ".join(str(getattr(megatron, name)) for name in names)
     expected = f"a product that divides the {world_size} processes started"
-    fix = f"start a multiple of {model_parallel_size(cfg)} processes (torchrun --nproc-per-node), or lower one of them"
+    fix = f"start a multiple of {Grid.of(cfg).model_ranks} processes (torchrun --nproc-per-node), or lower one of them"
     return Problem(f"{_MEG}.{' x '.join(names)}", shown, expected, fix)
 
 

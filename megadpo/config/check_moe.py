@@ -12,6 +12,9 @@ _MEG = "policy.megatron_cfg"
 
 @rule
 def _load_balancing(known: Known) -> Iterator[Problem]:
+    if known.arch is None or known.arch.experts is None:
+        return
+    yield from known.cfg.refused_with_experts
     megatron = known.cfg.policy.megatron_cfg
     kind = megatron.moe_router_load_balancing_type
     if kind == "none":
@@ -30,20 +33,20 @@ def _load_balancing(known: Known) -> Iterator[Problem]:
 def _experts_of_the_model(known: Known) -> Iterator[Problem]:
     if known.arch is None:
         return
-    megatron, arch, moe = known.cfg.policy.megatron_cfg, known.arch, known.arch.moe
+    megatron, arch, experts = known.cfg.policy.megatron_cfg, known.arch, known.arch.experts
     ep, etp = megatron.expert_model_parallel_size, megatron.expert_tensor_parallel_size
-    if moe is None:
+    if experts is None:
         for name, size in (("expert_model_parallel_size", ep), ("expert_tensor_parallel_size", etp)):
             if size != 1:
                 yield Problem(f"{_MEG}.{name}", size, f"1: {arch.hf_class} has no experts", "set it to 1")
         return
-    if moe.num_experts % ep:
-        divisors = [n for n in range(1, moe.num_experts + 1) if moe.num_experts % n == 0]
-        expected = f"a divisor of the model's {moe.num_experts} experts"
+    if experts.number % ep:
+        divisors = [n for n in range(1, experts.number + 1) if experts.number % n == 0]
+        expected = f"a divisor of the model's {experts.number} experts"
         fix = f"set it to one of {', '.join(map(str, divisors))}"
         yield Problem(f"{_MEG}.expert_model_parallel_size", ep, expected, fix)
-    if moe.ffn_hidden_size % etp:
-        expected = f"a divisor of the {moe.ffn_hidden_size} channels of an expert"
+    if experts.mlp.ffn_size % etp:
+        expected = f"a divisor of the {experts.mlp.ffn_size} channels of an expert"
         yield Problem(f"{_MEG}.expert_tensor_parallel_size", etp, expected, "set it to 1 or to such a divisor")
     if megatron.tensor_model_parallel_size > 1 and not megatron.sequence_parallel:
         expected = "true for a model with experts under tensor parallelism: each rank routes its own tokens"
@@ -55,8 +58,8 @@ def _modules_of_the_model(known: Known) -> Iterator[Problem]:
     megatron, arch = known.cfg.policy.megatron_cfg, known.arch
     if arch is None or not megatron.activation_checkpointing or megatron.recompute_granularity != "selective":
         return
-    absent = {"mlp": arch.moe is not None, "moe": arch.moe is None}
-    absent["shared_experts"] = arch.moe is None or arch.moe.shared_ffn_hidden_size is None
+    absent = {"layernorm": arch.norms.placement == "post", "mlp": arch.mlp is None, "moe": arch.experts is None}
+    absent["shared_experts"] = arch.experts is None or arch.experts.shared_ffn_size is None
     for module in megatron.recompute_modules:
         if absent.get(module):
             expected = f"modules of {arch.hf_class}, whose layers have no {module}"

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from megadpo.config.problems import Problem
 from megadpo.config.schema_policy import PolicyConfig
 from megadpo.config.types import CountOrZero, FloatOrZero, PositiveFloat, PositiveInt, Seed, Text
 from megadpo.config.variants import FORMATS, LOGGERS, LOSSES, OneOf, OptionsOf
@@ -100,12 +101,8 @@ class DataConfig:
     dataset_name: Annotated[str, OneOf(FORMATS)] | None = None
     """The format of the rows, by NeMo RL's names (docs/data.md shows each). null: that of a source's first good row.
     HelpSteer3 and Tulu3Preference without a train_data_path are read from the hub."""
-    prompt_key: Text = "prompt"
-    """What the rows call the prompt, in BinaryPreferenceDataset."""
-    chosen_key: Text = "chosen"
-    """And the chosen answer; in Tulu3Preference and ImplicitPrompt too."""
-    rejected_key: Text = "rejected"
-    """And the rejected one."""
+    format_options: Annotated[Mapping[str, Any], OptionsOf(FORMATS)] = field(default_factory=FORMATS.defaults)
+    """Options of the formats, by name (docs/data.md); in a file they are keys of `data`."""
     loss_on: Literal["last_turn", "differing_turns"] = "last_turn"
     """Of an answer with several turns. last_turn: the loss is on the assistant's last one, as in NeMo RL. differing_turns:
     on each of the assistant's turns that is not the same in the other answer, at the same place."""
@@ -161,6 +158,8 @@ class LoggerConfig:
 
     log_dir: Text = "logs"
     """Folder of metrics.jsonl and config.yaml."""
+    monitor_gpus: bool = False
+    """Log utilisation, memory and power of the first node's GPUs at each step, by NVML (docs/metrics.md)."""
     loggers: Annotated[Mapping[str, Any], OptionsOf(LOGGERS)] = field(default_factory=LOGGERS.defaults)
     """`<name>_enabled` and `<name>` of every logger of megadpo/train/loggers."""
 
@@ -194,3 +193,5 @@ class Config:
     """Python files or modules that add variants: losses, model families, formats, loggers, kernels. They are executed."""
     notes: tuple[str, ...] = field(default=(), compare=False)
     """Not a YAML key: what the loader accepted although it has no effect here, one line each, for rank 0 to print."""
+    refused_with_experts: tuple[Problem, ...] = field(default=(), compare=False)
+    """Not a YAML key: what the file says that only a model with experts refuses."""

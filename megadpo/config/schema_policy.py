@@ -58,7 +58,7 @@ class PolicyConfig:
     bfloat16. auto: varlen where it can run, cpu on a CPU, else sdpa."""
     sequence_packing: SequencePackingConfig = field(default_factory=SequencePackingConfig)
     make_sequence_length_divisible_by: PositiveInt = 1
-    """A pack is padded to a multiple of this. Left out or null: context_parallel_size, with sequence_parallel times
+    """A pack is padded to a multiple of this. Left out, null or 1: context_parallel_size, with sequence_parallel times
     tensor_model_parallel_size."""
     logprob_chunk_size: PositiveInt = 1024
     """Answer tokens projected onto the vocabulary at a time. null: 1024."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megadpo.config.architecture import MoeArchitecture
+from megadpo.config.architecture import Experts, Mlp, Router
 from megadpo.families.layouts import Columns, GatedMLP, Replicated
 from megadpo.families.reading import HfConfig
 from megadpo.families.rows import Row
@@ -14,9 +14,9 @@ def read_experts(
     ffn: str = "moe_intermediate_size",
     shared_ffn: str | None = None,
     normalized: bool | None = None,
-) -> MoeArchitecture:
+) -> Experts:
     """The experts that `config` names. ffn, shared_ffn: the keys of their sizes; None: there is no shared expert.
-    normalized: as MoeArchitecture says; None: by norm_topk_prob."""
+    normalized: whether the weights of a token's experts sum to 1; None: by norm_topk_prob."""
     _refuse_uncomputed(config)
     # transformers 5 writes Qwen3-MoE's and Mixtral's count as num_local_experts, the hub has num_experts for Qwen3-MoE
     count_key = "num_local_experts" if "num_local_experts" in config.raw else "num_experts"
@@ -30,12 +30,13 @@ def read_experts(
         expected = "at least 2, or norm_topk_prob false: the weight of a single expert is always 1"
         config.report("num_experts_per_tok", chosen, expected, "choose a model with two or more experts a token")
     shared = None if shared_ffn is None else config.size(shared_ffn)
-    return MoeArchitecture(
-        num_experts=experts,
-        experts_per_token=chosen,
-        ffn_hidden_size=config.size(ffn),
-        normalized_weights=normalized,
-        shared_ffn_hidden_size=shared,
+    return Experts(
+        number=experts,
+        per_token=chosen,
+        mlp=Mlp(ffn_size=config.size(ffn)),
+        # a softmax over all experts, divided by the sum of the chosen ones, is the softmax over those
+        router=Router(scores="softmax_of_chosen" if normalized else "softmax"),
+        shared_ffn_size=shared,
         aux_loss_coef=config.number("router_aux_loss_coef", zero_too=True),
     )
 

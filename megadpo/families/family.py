@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from megadpo.config.architecture import Architecture
+from megadpo.config.architecture import Architecture, Attention, Layer, Mlp, Norms
 from megadpo.families.reading import HfConfig
 from megadpo.families.rope import read_rope
 from megadpo.families.rows import ATTENTION, EMBEDDING, FINAL_NORM, HEAD, MLP, Row
@@ -37,36 +37,33 @@ class Family:
         length = config.size("max_position_embeddings")
         head_dim = max(1, hidden // heads) if config.get("head_dim") is None else config.size("head_dim")
         if not config.problems:
-            if hidden % heads and config.raw.get("head_dim") is None:
+            if hidden % heads and config.get("head_dim") is None:
                 config.report("num_attention_heads", heads, f"a divisor of hidden_size {hidden}")
             if heads % groups:
                 config.report("num_key_value_heads", groups, f"a divisor of num_attention_heads {heads}")
         eps = config.number("rms_norm_eps")
         _refuse_uncomputed(config)
-        theta, scaling = read_rope(config, length)
+        attention = Attention(
+            num_heads=heads,
+            num_kv_heads=groups,
+            head_dim=head_dim,
+            value_dim=head_dim,
+            scale=head_dim**-0.5,
+            rotary=read_rope(config, head_dim, length),
+        )
         eos = config.get("eos_token_id")
         return Architecture(
             family=config.family,
             hf_class=config.hf_class,
             hidden_size=hidden,
-            num_layers=layers,
-            num_heads=heads,
-            num_kv_heads=groups,
-            head_dim=head_dim,
-            ffn_hidden_size=ffn,
             vocab_size=vocabulary,
-            rms_norm_eps=eps,
-            rope_theta=theta,
-            rope_scaling=scaling,
+            layers=(Layer(attention=attention, feed_forward=Mlp(ffn_size=ffn)),) * layers,
+            norms=Norms(eps=eps),
             max_position_embeddings=length,
             tie_word_embeddings=bool(config.get("tie_word_embeddings")),
-            qkv_bias=False,
-            qk_norm=False,
-            sliding_window=None,
             eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
             pad_token_id=config.get("pad_token_id"),
             torch_dtype=config.get("dtype") or config.get("torch_dtype"),
-            moe=None,
         )
 
     def layer(self, arch: Architecture, number: int) -> tuple[Row, ...]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from megadpo.config.architecture import Architecture
 from megadpo.config.variants import FAMILIES
 from megadpo.families.family import Family
@@ -30,7 +28,7 @@ class Mistral(Family):
     }
 
     def read(self, config: HfConfig) -> Architecture:
-        return dataclasses.replace(super().read(config), sliding_window=window(config))
+        return super().read(config).with_attention(window=window(config))
 
 
 def window(config: HfConfig) -> int | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from megadpo.config.architecture import Architecture
 from megadpo.config.variants import FAMILIES
 from megadpo.families.experts import expert_rows, read_experts
@@ -29,9 +27,8 @@ class Mixtral(Family):
     }
 
     def read(self, config: HfConfig) -> Architecture:
-        arch = super().read(config)
-        moe = read_experts(config, ffn="intermediate_size", normalized=True)
-        return dataclasses.replace(arch, moe=moe, sliding_window=window(config))
+        experts = read_experts(config, ffn="intermediate_size", normalized=True)
+        return super().read(config).with_feed_forward(experts).with_attention(window=window(config))
 
     def layer(self, arch: Architecture, number: int) -> tuple[Row, ...]:
         return ATTENTION + expert_rows("block_sparse_moe", "w1", "w3", "w2")

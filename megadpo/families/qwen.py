@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from megadpo.config.architecture import Architecture
 from megadpo.config.variants import FAMILIES
 from megadpo.families.family import Family
@@ -29,7 +27,7 @@ class Qwen2(Family):
 
     def read(self, config: HfConfig) -> Architecture:
         arch = super().read(config)
-        return dataclasses.replace(arch, qkv_bias=True, sliding_window=qwen_window(config, arch.num_layers))
+        return arch.with_attention(qkv_bias=True, window=qwen_window(config, arch.num_layers))
 
     def layer(self, arch: Architecture, number: int) -> tuple[Row, ...]:
         return super().layer(arch, number) + QKV_BIAS
@@ -44,7 +42,7 @@ class Qwen3(Family):
 
     def read(self, config: HfConfig) -> Architecture:
         arch = super().read(config)
-        return dataclasses.replace(arch, qk_norm=True, sliding_window=qwen_window(config, arch.num_layers))
+        return arch.with_attention(qk_norm="head", window=qwen_window(config, arch.num_layers))
 
     def layer(self, arch: Architecture, number: int) -> tuple[Row, ...]:
         return super().layer(arch, number) + QK_NORM

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from megadpo.config.architecture import Architecture
 from megadpo.config.variants import FAMILIES
 from megadpo.families.experts import expert_rows, read_experts
@@ -38,15 +36,12 @@ class Qwen2Moe(Family):
     }
 
     def read(self, config: HfConfig) -> Architecture:
-        return dataclasses.replace(
-            super().read(config),
-            qkv_bias=bool(config.get("qkv_bias")),
-            moe=read_experts(config, shared_ffn="shared_expert_intermediate_size"),
-            sliding_window=qwen_window(config),
-        )
+        experts = read_experts(config, shared_ffn="shared_expert_intermediate_size")
+        arch = super().read(config).with_feed_forward(experts)
+        return arch.with_attention(qkv_bias=bool(config.get("qkv_bias")), window=qwen_window(config))
 
     def layer(self, arch: Architecture, number: int) -> tuple[Row, ...]:
-        return ATTENTION + (QKV_BIAS if arch.qkv_bias else ()) + EXPERTS + SHARED_EXPERT
+        return ATTENTION + (QKV_BIAS if arch.attention.qkv_bias else ()) + EXPERTS + SHARED_EXPERT
 
 
 @FAMILIES.add("qwen3_moe")
@@ -63,12 +58,8 @@ class Qwen3Moe(Family):
     }
 
     def read(self, config: HfConfig) -> Architecture:
-        return dataclasses.replace(
-            super().read(config),
-            qk_norm=True,
-            moe=read_experts(config),
-            sliding_window=qwen_window(config),
-        )
+        arch = super().read(config).with_feed_forward(read_experts(config))
+        return arch.with_attention(qk_norm="head", window=qwen_window(config))
 
     def layer(self, arch: Architecture, number: int) -> tuple[Row, ...]:
         return ATTENTION + QK_NORM + EXPERTS

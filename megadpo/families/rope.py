@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from megadpo.config.architecture import RopeScaling, Rotary
 from megadpo.families.reading import HfConfig
 
 _KEYS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
@@ -37,24 +38,23 @@ _NOT_POSITIVE = frozenset({"truncate"})
 _TRAINED_LENGTH = "original_max_position_embeddings"
 
 
-def read_rope(config: HfConfig, max_position_embeddings: int) -> tuple[float, dict[str, Any] | None]:
-    """(rope_theta, rope_scaling) from transformers 4's or transformers 5's spelling.
+def read_rope(config: HfConfig, head_dim: int, max_position_embeddings: int) -> Rotary:
+    """From transformers 4's or transformers 5's spelling, the defaults of transformers/modeling_rope_utils.py filled in.
 
-    rope_scaling is None for plain RoPE, else a dict with `rope_type` linear, llama3 or yarn and every number its
-    formula needs (transformers/modeling_rope_utils.py), defaults filled in. `dynamic` is None too: it differs from
-    plain RoPE only beyond max_position_embeddings, where a run is refused anyway.
+    `dynamic` is plain RoPE: it differs only beyond max_position_embeddings, where a run is refused anyway.
     """
+    plain = Rotary(theta=10000.0, dims=head_dim)
     raw, report = config.raw, config.report
     spelling = "rope_parameters" if raw.get("rope_parameters") is not None else "rope_scaling"
     given = raw.get(spelling) or {}
     if not isinstance(given, Mapping):
         report(spelling, given, "a JSON object or null")
-        return 10000.0, None
+        return plain
     other = raw.get("rope_scaling") or {}
     if spelling == "rope_parameters" and not _says_the_same(other, given):
         # transformers 5 reads rope_scaling then, and loses rope_parameters' rope_theta.
         report("rope_scaling", other, f"none beside rope_parameters {given}", "merge it into rope_parameters")
-        return 10000.0, None
+        return plain
     theta = given.get("rope_theta", config.get("rope_theta"))
     theta = 10000.0 if theta is None else theta
     if isinstance(theta, bool) or not isinstance(theta, (int, float)) or theta <= 0:
@@ -67,7 +67,7 @@ def read_rope(config: HfConfig, max_position_embeddings: int) -> tuple[float, di
     if rope_type not in _KEYS:
         known = ", ".join(sorted(_KEYS))
         report(f"{spelling}.rope_type", rope_type, f"one of {known}", "choose a model with one of these RoPE types")
-        return float(theta), None
+        return plain
     required, optional = _KEYS[rope_type]
     values = {key: value for key, value in given.items() if key not in _EVERYWHERE and value is not None}
     if _TRAINED_LENGTH in optional and raw.get(_TRAINED_LENGTH) is not None:
@@ -85,8 +85,9 @@ def read_rope(config: HfConfig, max_position_embeddings: int) -> tuple[float, di
             report(f"{spelling}.{key}", value, "a positive number")
             sound = False
     if not sound or rope_type in ("default", "dynamic"):
-        return float(theta), None
-    return float(theta), _with_defaults(rope_type, values, max_position_embeddings)
+        return Rotary(theta=float(theta), dims=head_dim)
+    scaling = _with_defaults(rope_type, values, max_position_embeddings)
+    return Rotary(theta=float(theta), dims=head_dim, scaling=scaling)
 
 
 def _says_the_same(other: object, given: Mapping[str, Any]) -> bool:
@@ -100,23 +101,28 @@ def _positive(value: object) -> bool:
     return isinstance(value, (int, float)) and value > 0
 
 
-def _with_defaults(rope_type: str, values: Mapping[str, Any], max_position_embeddings: int) -> dict[str, Any]:
+def _with_defaults(rope_type: str, values: Mapping[str, Any], max_position_embeddings: int) -> RopeScaling:
     """The numbers that `rope_type`'s formula needs, defaults as in transformers."""
-    scaling: dict[str, Any] = {"rope_type": rope_type, "factor": float(values["factor"])}
+    factor, trained = float(values["factor"]), int(values.get(_TRAINED_LENGTH, max_position_embeddings))
     if rope_type == "linear":
-        return scaling
-    scaling["original_max_position_embeddings"] = int(
-        values.get("original_max_position_embeddings", max_position_embeddings)
-    )
+        return RopeScaling(rope_type="linear", factor=factor)
     if rope_type == "llama3":
-        scaling["low_freq_factor"] = float(values["low_freq_factor"])
-        scaling["high_freq_factor"] = float(values["high_freq_factor"])
-        return scaling
-    scaling["beta_fast"] = float(values.get("beta_fast", 32))
-    scaling["beta_slow"] = float(values.get("beta_slow", 1))
-    scaling["truncate"] = bool(values.get("truncate", True))
-    scaling["attention_factor"] = float(values.get("attention_factor", _yarn_attention_factor(values)))
-    return scaling
+        return RopeScaling(
+            rope_type="llama3",
+            factor=factor,
+            original_max_position_embeddings=trained,
+            low_freq_factor=float(values["low_freq_factor"]),
+            high_freq_factor=float(values["high_freq_factor"]),
+        )
+    return RopeScaling(
+        rope_type="yarn",
+        factor=factor,
+        original_max_position_embeddings=trained,
+        beta_fast=float(values.get("beta_fast", 32)),
+        beta_slow=float(values.get("beta_slow", 1)),
+        truncate=bool(values.get("truncate", True)),
+        attention_factor=float(values.get("attention_factor", _yarn_attention_factor(values))),
+    )
 
 
 def _yarn_attention_factor(values: Mapping[str, Any]) -> float:

@@ -15,12 +15,13 @@ from megadpo.families.layouts import Columns, GatedMLP, GroupedQKV, Replicated, 
 
 @dataclass(frozen=True)
 class Row:
-    """One Megatron parameter, the Hugging Face tensors in it (name: axes), and how they lie in it. In names, {e} is the
-    number of an expert; rows of a layer leave the layer's prefix out."""
+    """One Megatron parameter, the Hugging Face tensors in it (name: axes), and how they lie in it. Several axes for one
+    name are of several parts, which the tensor has one after another in its rows. In names, {e} is the number of an expert;
+    rows of a layer leave the layer's prefix out."""
 
     megatron: str
     layout: TensorLayout
-    hf: Mapping[str, str]
+    hf: Mapping[str, str | tuple[str, ...]]
     fused: str = ""
     """Its other name: in Transformer Engine's spec, and in checkpoints, a norm belongs to the linear that follows."""
     grouped: str = ""

@@ -7,10 +7,12 @@ tensors a folder must hold and of which shape.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from megadpo.config.architecture import Architecture
+from megadpo.config.architecture import Architecture, Layer, Mlp
 from megadpo.config.variants import FAMILIES
 from megadpo.families.layouts import Rectangle, Shape
 from megadpo.families.rows import Row
@@ -28,7 +30,8 @@ class WeightEntry:
     expert: int | None
     """Global, from 0; None outside the experts."""
     hf: tuple[str, ...]
-    shapes: tuple[Shape, ...]
+    parts: tuple[tuple[Shape, ...], ...]
+    """Of each tensor of `hf`: the shapes of its parts, mostly one."""
     groups: int
     """KV heads of the architecture."""
     also: Mapping[str, str]
@@ -69,6 +72,11 @@ class WeightEntry:
         names = (prefix + self.row.stacked,) if self.row.is_expert else self.names
         return names if self.layer is None else (*names, *(_all_layers(name, self.layer) for name in names))
 
+    @functools.cached_property
+    def shapes(self) -> tuple[Shape, ...]:
+        """Of each tensor of `hf`."""
+        return tuple((sum(part[0] for part in parts), *parts[0][1:]) for parts in self.parts)
+
     @property
     def full_shape(self) -> Shape:
         """Shape of the whole Megatron tensor."""
@@ -80,7 +88,23 @@ class WeightEntry:
 
     def rectangles(self, tp_rank: int = 0, tp_size: int = 1) -> list[Rectangle]:
         """Where the parts of the Hugging Face tensors lie in one rank's shard."""
-        return self.row.layout.rectangles(self.shapes, self.groups, tp_rank, tp_size)
+        flat = [part for parts in self.parts for part in parts]
+        found = self.row.layout.rectangles(flat, self.groups, tp_rank, tp_size)
+        if len(flat) == len(self.hf):
+            return found
+        starts = [(n, start) for n, parts in enumerate(self.parts) for start in _starts(parts)]
+        return [_in_tensor(rectangle, *starts[rectangle.source]) for rectangle in found]
+
+
+def _starts(parts: tuple[Shape, ...]) -> Iterator[int]:
+    """The first row of each part of a tensor."""
+    return itertools.accumulate((part[0] for part in parts[:-1]), initial=0)
+
+
+def _in_tensor(rectangle: Rectangle, source: int, first_row: int) -> Rectangle:
+    """`rectangle` of a part, as one of the tensor in whose rows the part begins at `first_row`."""
+    rows, *others = rectangle.source_index
+    return Rectangle(source, (slice(rows.start + first_row, rows.stop + first_row), *others), rectangle.shard_index)
 
 
 def _all_layers(name: str, layer: int) -> str:
@@ -120,16 +144,19 @@ def weight_table(
     beside those of rows.py.
     """
     family = FAMILIES[arch.family]()
-    sizes = _sizes(arch)
-    layers = range(arch.num_layers)
+    sizes, layers = {"h": arch.hidden_size, "v": arch.vocab_size, "1": 1}, range(arch.num_layers)
+    of_layer = functools.cache(lambda layer: {**sizes, **_layer_sizes(layer), **(added_sizes or {})})
+
+    def rows_of(number: int, rows: Iterable[Row]) -> Iterator[WeightEntry]:
+        for row in rows:
+            yield from _layer_entries(arch, row, number, of_layer(arch.layers[number]))
+
     entries = [_entry(arch, family.embedding, sizes)]
-    entries += [entry for n in layers for row in family.layer(arch, n) for entry in _layer_entries(arch, row, n, sizes)]
+    entries += [entry for n in layers for entry in rows_of(n, family.layer(arch, n))]
     entries.append(_entry(arch, family.final_norm, sizes))
     if not arch.tie_word_embeddings:
         entries.append(_entry(arch, family.head, sizes))
-    sizes |= added_sizes or {}
-    beside = [entry for n in layers for row in added for entry in _layer_entries(arch, row, n, sizes)]
-    beside = [dataclasses.replace(entry, in_base=False) for entry in beside]
+    beside = [dataclasses.replace(entry, in_base=False) for n in layers for entry in rows_of(n, added)]
     tied = None
     if arch.tie_word_embeddings:
         tied = next(iter(family.embedding.hf)), next(iter(family.head.hf))
@@ -138,7 +165,7 @@ def weight_table(
     return WeightTable(
         entries=tuple(entries),
         num_layers=arch.num_layers,
-        num_experts=arch.moe.num_experts if arch.moe else 0,
+        num_experts=arch.experts.number if arch.experts else 0,
         by_name={name: entry for entry in (*entries, *beside) for name in entry.names},
         tied=tied,
     )
@@ -148,8 +175,7 @@ def _layer_entries(arch: Architecture, row: Row, layer: int, sizes: Mapping[str,
     if not row.is_expert:
         yield _entry(arch, row, sizes, layer)
         return
-    assert arch.moe is not None
-    yield from (_entry(arch, row, sizes, layer, expert) for expert in range(arch.moe.num_experts))
+    yield from (_entry(arch, row, sizes, layer, expert) for expert in range(sizes["n"]))
 
 
 def _entry(
@@ -163,24 +189,25 @@ def _entry(
         layer=layer,
         expert=expert,
         hf=tuple(on_disk(name) for name in row.hf),
-        shapes=tuple(tuple(sizes[axis] for axis in axes) for axes in row.hf.values()),
-        groups=arch.num_kv_heads,
+        parts=tuple(
+            tuple(tuple(sizes[axis] for axis in part) for part in ((axes,) if isinstance(axes, str) else axes))
+            for axes in row.hf.values()
+        ),
+        groups=arch.attention.num_kv_heads,
         also={on_disk(name): on_disk(other) for name, other in row.also.items()},
         hf_stacked=on_disk(row.hf_stacked) if row.hf_stacked else "",
     )
 
 
-def _sizes(arch: Architecture) -> dict[str, int]:
-    """The axes that rows.py names."""
+def _layer_sizes(layer: Layer) -> dict[str, int]:
+    """The axes of a layer that rows.py names."""
+    attention, feed_forward = layer.attention, layer.feed_forward
     sizes = {
-        "h": arch.hidden_size,
-        "q": arch.num_heads * arch.head_dim,
-        "k": arch.num_kv_heads * arch.head_dim,
-        "d": arch.head_dim,
-        "f": arch.ffn_hidden_size,
-        "v": arch.vocab_size,
-        "1": 1,
+        "q": attention.num_heads * attention.head_dim,
+        "k": attention.num_kv_heads * attention.head_dim,
+        "d": attention.head_dim,
     }
-    if arch.moe is not None:
-        sizes |= {"n": arch.moe.num_experts, "x": arch.moe.ffn_hidden_size, "s": arch.moe.shared_ffn_hidden_size or 0}
-    return sizes
+    if isinstance(feed_forward, Mlp):
+        return sizes | {"f": feed_forward.ffn_size}
+    shared = feed_forward.shared_ffn_size or 0
+    return sizes | {"n": feed_forward.number, "x": feed_forward.mlp.ffn_size, "s": shared}

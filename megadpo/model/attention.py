@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from megadpo.config.architecture import Attention, Rotary
 from megadpo.data.batches.pack import PackedBatch
 from megadpo.model.context import attend_over_context
 from megadpo.model.kernels import AttentionKernel
@@ -29,20 +32,21 @@ def once(batch: PackedBatch, key: Hashable, make: Callable[[], Any]) -> Any:
 class PackContext(PackedSeqParams):
     """What every layer needs of a pack; travels where megatron-core passes its `packed_seq_params`."""
 
-    rotation: Rotation | None = None
+    rotations: Mapping[Rotary, Rotation] = field(default_factory=dict)
     kernel: AttentionKernel | None = None
-    plan: Any = None
+    plans: Mapping[int | None, Any] = field(default_factory=dict)  # the kernel's, by window
     routing: Any = None  # what layers of experts need of the pack (model/moe.py)
     context_group: dist.ProcessGroup | None = None  # the ranks that hold the other parts of the pack; None: it is whole
     keep_gathered: bool = False  # see model/context.py
 
 
 class PackedAttention(torch.nn.Module):
-    """megatron-core's `core_attention` for packs. RoPE is applied here, from per-token positions computed once a
+    """megatron-core's `core_attention` for packs, of one kind. RoPE is applied here, from per-token positions computed once a
     micro-batch: megatron-core's own packed form recomputes cos and sin, and waits for the host, in every layer."""
 
-    def __init__(self, **_: Any) -> None:
-        super().__init__()  # megatron-core passes its config and group; everything needed comes with the pack
+    def __init__(self, *, kind: Attention, **_: Any) -> None:
+        super().__init__()  # megatron-core passes its config and group; everything else comes with the pack
+        self.kind = kind
 
     def forward(
         self,
@@ -61,18 +65,34 @@ class PackedAttention(torch.nn.Module):
         pack = packed_seq_params
         assert isinstance(pack, PackContext) and pack.kernel is not None, "the model was called without a PackContext"
         assert attention_mask is None and attention_bias is None, "segments are the mask"
-        assert pack.rotation is not None
-        query, key = pack.rotation(query), pack.rotation(key)
+        plan = pack.plans[self.kind.window]
+        if self.kind.rotary is not None:
+            rotation = pack.rotations[self.kind.rotary]
+            query, key = rotation(query), rotation(key)
         if pack.context_group is None:
-            out = pack.kernel.attend(query, *pack.kernel.prepare(key, value, pack.plan), pack.plan)
+            out = pack.kernel.attend(query, *pack.kernel.prepare(key, value, plan), plan)
         else:
             out = attend_over_context(
                 pack.kernel,
                 query,
                 key,
                 value,
-                pack.plan,
+                plan,
                 group=pack.context_group,
                 keep_gathered=pack.keep_gathered,
             )
         return out.reshape(query.shape[0], -1)
+
+
+class PackTransformerLayer(TransformerLayer):
+    """megatron-core's layer on packs: hands the pack's routing to experts, for which megatron-core passes nothing but
+    `padding_mask` on."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # torch.enable_grad by default: a norm there would keep its input in evaluation and in recomputed passes
+        self.bias_dropout_add_exec_handler = contextlib.nullcontext
+
+    def forward(self, *args: Any, packed_seq_params: Any, **kwargs: Any) -> Any:
+        kwargs["padding_mask"] = packed_seq_params.routing
+        return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)

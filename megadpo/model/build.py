@@ -40,17 +40,19 @@ def build_model(
     known = Known(cfg=Config(policy=policy), arch=arch, machine=machine(device))
     layers = LAYER_IMPLEMENTATIONS.choose(known)
     config = transformer_config(arch, policy, device, known=known, layers=layers, recompute=not frozen)
+    fused = megatron.apply_rope_fusion and layers.fuses_rope
+    rotaries = {attention.rotary for attention in arch.attentions if attention.rotary is not None}
     parts = ModelParts(
         layers=layers.modules(fuse_weight_gradient=not frozen and layers.fuses_weight_gradient(megatron)),
         kernel=ATTENTION_KERNELS.choose(known),
-        rotary=RotaryTable(arch, device, fused=megatron.apply_rope_fusion and layers.fuses_rope),
+        rotaries={one: RotaryTable(one, device, fused=fused) for one in rotaries},
         head=LOGPROB_KERNELS.choose(known),
         logprob_chunk_tokens=policy.logprob_chunk_size,
         balance=load_balance(arch, policy, parallel),
         frozen=frozen,
     )
     chunks = []
-    for number in range(parallel.chunks_per_stage):
+    for number in range(parallel.grid.virtual_pipeline):
         chunk = PairModel(arch, config, parallel, parts, number)
         chunk.to(device)
         mark_sharded_parameters(chunk)
@@ -66,10 +68,10 @@ def build_model(
 
 def load_balance(arch: Architecture, policy: PolicyConfig, parallel: ParallelContext) -> LoadBalance | None:
     """The load-balancing loss of `arch`'s experts; None for a dense model."""
-    if arch.moe is None:
+    if arch.experts is None:
         return None
     megatron = policy.megatron_cfg
-    coefficient = arch.moe.aux_loss_coef if megatron.moe_aux_loss_coeff is None else megatron.moe_aux_loss_coeff
+    coefficient = arch.experts.aux_loss_coef if megatron.moe_aux_loss_coeff is None else megatron.moe_aux_loss_coeff
     return LoadBalance(megatron.moe_router_load_balancing_type, coefficient, arch.num_layers, parallel.device)
 
 

@@ -1,4 +1,4 @@
-"""The decoder's layers: which module stands at which place of megatron-core's transformer layer, and those that are ours.
+"""The decoder's layers: which module stands at which place of megatron-core's transformer layer.
 
 Every choice is explicit. megatron-core's own spec helpers pick by what is installed (apex's FusedLayerNorm, for one,
 which refuses RMSNorm), and behaviour must not depend on that.
@@ -10,7 +10,6 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -23,12 +22,14 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from torch.nn import functional as F
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
 
-from megadpo.model.attention import PackedAttention
-from megadpo.model.moe import PackMoELayer, PackRouter, PackTransformerLayer
+from megadpo.config.architecture import Architecture, Layer, Mlp
+from megadpo.model.activation import swiglu
+from megadpo.model.attention import PackedAttention, PackTransformerLayer
+from megadpo.model.moe import PackMoELayer, PackRouter
 from megadpo.model.moe_balance import LoadBalance
+from megadpo.model.norm import ResidualAdd
 
 
 @dataclass(frozen=True)
@@ -48,48 +49,69 @@ class LayerModules:
 
 
 def block_spec(
-    config: TransformerConfig, modules: LayerModules, balance: LoadBalance | None, *, pp_rank: int, vp_stage: int | None
+    arch: Architecture,
+    config: TransformerConfig,
+    modules: LayerModules,
+    balance: LoadBalance | None,
+    *,
+    pp_rank: int,
+    vp_stage: int | None,
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, or of its model chunk `vp_stage` where it has several, and the final norm (built
     where the model ends). balance: of the model's layers of experts; None for a dense model."""
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
-    spec = _layer_spec(config, modules, balance)
-    return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=modules.norm)
+    first = get_transformer_layer_offset(config, vp_stage, pp_rank)
+    specs = {layer: _layer_spec(arch, layer, config, modules, balance) for layer in set(arch.layers)}
+    layers = [specs[layer] for layer in arch.layers[first : first + count]]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=modules.norm)
 
 
-def _layer_spec(config: TransformerConfig, modules: LayerModules, balance: LoadBalance | None) -> ModuleSpec:
-    """A pre-norm layer. Parameters have the names of Transformer Engine's fused modules in checkpoints, so that layers of
-    either implementation read them."""
-    joined, dense = modules.norm_column is not None, balance is None
+def _layer_spec(
+    arch: Architecture, layer: Layer, config: TransformerConfig, modules: LayerModules, balance: LoadBalance | None
+) -> ModuleSpec:
+    """Parameters have the names of Transformer Engine's fused modules in checkpoints, so that layers of either
+    implementation read them."""
+    dense, before = isinstance(layer.feed_forward, Mlp), arch.norms.placement != "post"
+    joined = before and modules.norm_column is not None
     first = modules.norm_column if joined else modules.column
-    qk_norm = modules.norm if config.qk_layernorm else IdentityOp
-    names = {} if joined else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-    if not joined and dense:
+    qk_norm = modules.norm if layer.attention.qk_norm == "head" else IdentityOp
+    names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"} if before and not joined else {}
+    if names and dense:
         names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    add = _residual_add(arch, config, modules)
     return ModuleSpec(
-        module=TransformerLayer if dense else PackTransformerLayer,
+        module=PackTransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=IdentityOp if joined else modules.norm,
+            input_layernorm=modules.norm if before and not joined else IdentityOp,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=first,
-                    core_attention=PackedAttention,
+                    core_attention=functools.partial(PackedAttention, kind=layer.attention),
                     linear_proj=modules.row,
                     q_layernorm=qk_norm,
                     k_layernorm=qk_norm,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=add,
             # Experts see the normed tokens through the router too, so their norm is always a module of its own.
-            pre_mlp_layernorm=IdentityOp if joined and dense else modules.norm,
+            pre_mlp_layernorm=modules.norm if before and not (joined and dense) else IdentityOp,
             mlp=ModuleSpec(module=MLP, submodules=_mlp(first, modules.row))
-            if balance is None
+            if balance is None or dense
             else ModuleSpec(module=PackMoELayer, submodules=_experts(config, modules, balance)),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=add,
             sharded_state_dict_keys_map=names,
         ),
+    )
+
+
+def _residual_add(arch: Architecture, config: TransformerConfig, modules: LayerModules) -> Any:
+    if arch.norms.placement == "pre" and arch.residual_multiplier == 1.0:
+        return get_bias_dropout_add
+    norm = None if arch.norms.placement == "pre" else modules.norm
+    return ModuleSpec(
+        module=ResidualAdd, params={"config": config, "norm": norm, "multiplier": arch.residual_multiplier}
     )
 
 
@@ -109,74 +131,3 @@ def _experts(config: TransformerConfig, modules: LayerModules, balance: LoadBala
         experts=experts,
         shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=_mlp(modules.column, modules.row)),
     )
-
-
-class _RmsNorm(torch.autograd.Function):
-    """One number a row is kept besides the input; torch's own, on CPUs, keeps three tensors of the input's size."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):  # type: ignore[no-untyped-def]
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        inverse_rms = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, inverse_rms)
-        return (wide * inverse_rms).mul_(weight).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        x, weight, inverse_rms = ctx.saved_tensors
-        normed = x * inverse_rms
-        d_weight = (grad * normed).flatten(0, -2).sum(dim=0)
-        d_normed = grad.to(normed.dtype) * weight
-        # d x = (d n - n * mean(d n * n)) / rms, for n = x / rms
-        along = (d_normed * normed).mean(dim=-1, keepdim=True)
-        d_x = d_normed.addcmul_(normed, along, value=-1).mul_(inverse_rms)
-        return d_x.to(x.dtype), d_weight.to(weight.dtype), None
-
-
-class RMSNorm(torch.nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019, eq. 4).
-
-    megatron-core's own WrappedTorchNorm refuses sequence parallelism; here the weight is marked instead, so that
-    `finalize_model_grads` sums its gradient over the tensor-parallel ranks, each of which sees only its own tokens.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(
-            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
-        )
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., hidden] -> the same shape and dtype; the mean is taken in float32 for half types."""
-        if x.is_cuda:
-            return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)  # one fused kernel
-        return _RmsNorm.apply(x, self.weight, self.eps)
-
-
-class _SwiGlu(torch.autograd.Function):
-    """For CPUs. Keeps its input only, and writes both halves of its gradient into one tensor: left to autograd, each half's
-    gradient becomes a full-size tensor of its own, and the step takes ten times as long."""
-
-    @staticmethod
-    def forward(ctx, x):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x)
-        gate, linear = x.chunk(2, dim=-1)
-        return F.silu(gate).mul_(linear)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        (x,) = ctx.saved_tensors
-        gate, linear = x.chunk(2, dim=-1)
-        d_x = torch.empty_like(x)
-        d_gate, d_linear = d_x.chunk(2, dim=-1)
-        torch.ops.aten.silu_backward.grad_input(grad * linear, gate, grad_input=d_gate)
-        torch.mul(F.silu(gate), grad, out=d_linear)
-        return d_x
-
-
-def swiglu(x: torch.Tensor) -> torch.Tensor:
-    """x [..., 2F], gate then linear -> silu(gate) * linear [..., F], same dtype (Shazeer 2020, arXiv 2002.05202)."""
-    return _SwiGlu.apply(x)

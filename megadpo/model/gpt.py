@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -12,7 +14,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megadpo.config.architecture import Architecture
+from megadpo.config.architecture import Architecture, Rotary
 from megadpo.data.batches.pack import PackedBatch
 from megadpo.model.attention import PackContext, once
 from megadpo.model.context import sum_over_context
@@ -21,7 +23,7 @@ from megadpo.model.heads import LogpsHead, sum_per_answer
 from megadpo.model.kernels import AttentionKernel
 from megadpo.model.moe import plan_routing
 from megadpo.model.moe_balance import LoadBalance
-from megadpo.model.rope import RotaryTable
+from megadpo.model.rope import RotaryTable, Rotation
 from megadpo.parallel import ParallelContext
 
 
@@ -31,7 +33,8 @@ class ModelParts:
 
     layers: LayerModules
     kernel: AttentionKernel
-    rotary: RotaryTable
+    rotaries: Mapping[Rotary, RotaryTable]
+    """One for each kind of rotary positions in the model."""
     head: LogpsHead
     logprob_chunk_tokens: int
     balance: LoadBalance | None
@@ -52,23 +55,25 @@ class PairModel(GPTModel):
         parts: ModelParts,
         chunk: int = 0,
     ) -> None:
-        vp_stage = chunk if parallel.chunks_per_stage > 1 else None
+        vp_stage = chunk if parallel.grid.virtual_pipeline > 1 else None
         super().__init__(
             config=config,
             transformer_layer_spec=block_spec(
-                config, parts.layers, parts.balance, pp_rank=parallel.pp_rank, vp_stage=vp_stage
+                arch, config, parts.layers, parts.balance, pp_rank=parallel.grid.pp_rank, vp_stage=vp_stage
             ),
             vocab_size=arch.vocab_size,
             max_sequence_length=arch.max_position_embeddings,
-            pre_process=parallel.is_first_chunk(chunk),
-            post_process=parallel.is_last_chunk(chunk),
+            pre_process=parallel.grid.is_first_chunk(chunk),
+            post_process=parallel.grid.is_last_chunk(chunk),
             share_embeddings_and_output_weights=arch.tie_word_embeddings,
             position_embedding_type="none",  # PackedAttention rotates by the pack's own positions
             vp_stage=vp_stage,
         )
-        self.rotary, self.kernel, self.head, self.balance = parts.rotary, parts.kernel, parts.head, parts.balance
+        self.rotaries, self.kernel, self.head, self.balance = parts.rotaries, parts.kernel, parts.head, parts.balance
+        self.arch = arch
+        self.windows = dict.fromkeys(attention.window for attention in arch.attentions)
         self.logprob_chunk_tokens = parts.logprob_chunk_tokens
-        self.comes_last = not parts.frozen and chunk == parallel.chunks_per_stage - 1
+        self.comes_last = not parts.frozen and chunk == parallel.grid.virtual_pipeline - 1
         """No other chunk of this rank runs on a micro-batch after this one."""
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
@@ -80,7 +85,11 @@ class PairModel(GPTModel):
         those of model/context.py; one all-gather of [2, A] on the last stage.
         """
         context = self._context(batch)
-        hidden = self.embedding(batch.tokens[None], None) if self.pre_process else None
+        hidden = None
+        if self.pre_process:
+            hidden = self.embedding(batch.tokens[None], None)
+            if self.arch.embedding_multiplier != 1.0:
+                hidden = hidden * self.arch.embedding_multiplier
         if hidden is not None and self.training and self.config.recompute_granularity is not None:
             # Recomputation asks its input, not its weights, whether a gradient is wanted; frozen embeddings want none.
             hidden.requires_grad_()
@@ -89,12 +98,19 @@ class PairModel(GPTModel):
 
     def _context(self, batch: PackedBatch) -> PackContext:
         """What all layers need of `batch`."""
-        dtype, rotary, kernel = self.config.params_dtype, self.rotary, self.kernel
+        dtype, kernel = self.config.params_dtype, self.kernel
+
+        def plan() -> Any:
+            return kernel.plan(batch.segments, batch.tokens.device, dtype)
+
+        def rotation(table: RotaryTable) -> Rotation:
+            return once(batch, (table.key, dtype), lambda: table(batch.positions, dtype))
+
         context = PackContext(
             qkv_format="thd",
-            rotation=once(batch, (rotary.key, dtype), lambda: rotary(batch.positions, dtype)),
+            rotations={rotary: rotation(table) for rotary, table in self.rotaries.items()},
             kernel=kernel,
-            plan=once(batch, (kernel.name, dtype), lambda: kernel.plan(batch.segments, batch.tokens.device, dtype)),
+            plans={window: once(batch, (kernel.name, dtype, window), plan) for window in self.windows},
         )
         if self.comes_last:
             batch.made.clear()  # nobody comes for it any more; backward passes keep what they need
@@ -117,8 +133,11 @@ class PairModel(GPTModel):
             hook(self.output_layer, ())
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         weight = self.output_layer.weight if weight is None else weight
+        predicting = whole[:, 0].index_select(0, batch.predict_index)
+        if self.arch.logit_divisor != 1.0:
+            predicting = predicting / self.arch.logit_divisor
         token_logps = self.head(
-            whole[:, 0].index_select(0, batch.predict_index),
+            predicting,
             weight,
             batch.targets,
             vocab_start=group.rank() * weight.shape[0],

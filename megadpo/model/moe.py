@@ -18,7 +18,6 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection, topk_routing_with_score_function
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.nn import functional as F
 
 from megadpo.data.batches.pack import PackedBatch
@@ -123,11 +122,3 @@ class PackMoELayer(MoELayer):
         output, _ = self.routed_experts_compute(dispatched, probs)
         output = self.postprocess(self.combine(output), None)[:tokens]
         return output if shared is None else output + shared
-
-
-class PackTransformerLayer(TransformerLayer):
-    """Hands the pack's routing to its experts: megatron-core passes nothing but `padding_mask` on to them."""
-
-    def forward(self, *args: Any, packed_seq_params: Any, **kwargs: Any) -> Any:
-        kwargs["padding_mask"] = packed_seq_params.routing
-        return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)

@@ -11,37 +11,33 @@ from typing import Protocol
 
 import torch
 
-from megadpo.config.architecture import Architecture
+from megadpo.config.architecture import RopeScaling, Rotary
 
 
-def inverse_frequencies(arch: Architecture) -> tuple[torch.Tensor, float]:
-    """theta_i of the rotation by position x theta_i, [D/2] float32 on the CPU, and the factor on cos and sin.
+def inverse_frequencies(rotary: Rotary) -> tuple[torch.Tensor, float]:
+    """theta_i of the rotation by position x theta_i, [dims/2] float32 on the CPU, and the factor on cos and sin.
 
     RoFormer (arXiv 2104.09864) eq. 15 for plain RoPE; position interpolation (arXiv 2306.15595) for 'linear';
     Llama 3.1's frequency-dependent interpolation for 'llama3'; YaRN (arXiv 2309.00071) eq. 17-23 for 'yarn'.
-    ValueError for another type; the config check has refused those before.
     """
-    exponent = torch.arange(0, arch.head_dim, 2, dtype=torch.int64).float() / arch.head_dim
-    plain = 1.0 / (arch.rope_theta**exponent)
-    scaling = arch.rope_scaling
+    exponent = torch.arange(0, rotary.dims, 2, dtype=torch.int64).float() / rotary.dims
+    plain = 1.0 / (rotary.theta**exponent)
+    scaling = rotary.scaling
     if scaling is None:
         return plain, 1.0
-    kind = scaling["rope_type"]
-    if kind == "linear":
-        return plain / scaling["factor"], 1.0
-    if kind == "llama3":
-        return _llama3(plain, scaling), 1.0
-    if kind == "yarn":
-        return _yarn(plain, arch)
-    raise ValueError(f"rope_type {kind!r} is not one of linear, llama3, yarn")
+    if scaling.rope_type == "linear":
+        return plain / scaling.factor, scaling.attention_factor
+    if scaling.rope_type == "llama3":
+        return _llama3(plain, scaling), scaling.attention_factor
+    return _yarn(plain, rotary, scaling), scaling.attention_factor
 
 
-def _llama3(plain: torch.Tensor, scaling: dict) -> torch.Tensor:
+def _llama3(plain: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
     """Wavelengths beyond the original context are stretched by `factor`, short ones kept, the rest blended."""
-    old_length = scaling["original_max_position_embeddings"]
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    old_length, low, high = scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor
+    assert old_length is not None and low is not None and high is not None
     wavelength = 2 * math.pi / plain
-    stretched = plain / scaling["factor"]
+    stretched = plain / scaling.factor
     blend = (old_length / wavelength - low) / (high - low)
     blended = (1 - blend) * stretched + blend * plain
     result = torch.where(wavelength > old_length / low, stretched, plain)
@@ -49,60 +45,47 @@ def _llama3(plain: torch.Tensor, scaling: dict) -> torch.Tensor:
     return torch.where(medium, blended, result)
 
 
-def _yarn(plain: torch.Tensor, arch: Architecture) -> tuple[torch.Tensor, float]:
-    """NTK-by-parts interpolation (YaRN eq. 19-20), and the attention temperature as a factor on cos and sin (eq. 22)."""
-    scaling = arch.rope_scaling
-    assert scaling is not None
-    factor, dim = scaling["factor"], arch.head_dim
-    old_length = scaling.get("original_max_position_embeddings") or arch.max_position_embeddings
-
-    def temperature(mscale: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
-    attention_factor = scaling.get("attention_factor")
-    if attention_factor is None:
-        mscale, mscale_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
-        attention_factor = temperature(mscale) / temperature(mscale_all) if mscale and mscale_all else temperature(1.0)
+def _yarn(plain: torch.Tensor, rotary: Rotary, scaling: RopeScaling) -> torch.Tensor:
+    """NTK-by-parts interpolation (YaRN eq. 19-20). The attention temperature (eq. 22) is `scaling.attention_factor`."""
+    dim, old_length = rotary.dims, scaling.original_max_position_embeddings
+    assert old_length is not None and scaling.beta_fast is not None and scaling.beta_slow is not None
 
     def dimension_of(rotations: float) -> float:
         """The dimension that makes `rotations` full turns over the original context."""
-        return dim * math.log(old_length / (rotations * 2 * math.pi)) / (2 * math.log(arch.rope_theta))
+        return dim * math.log(old_length / (rotations * 2 * math.pi)) / (2 * math.log(rotary.theta))
 
-    low = dimension_of(scaling.get("beta_fast") or 32)
-    high = dimension_of(scaling.get("beta_slow") or 1)
-    if scaling.get("truncate", True):
+    low, high = dimension_of(scaling.beta_fast), dimension_of(scaling.beta_slow)
+    if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:
         high += 0.001  # a step, not a division by zero
     ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    return plain / factor * ramp + plain * (1 - ramp), attention_factor
+    return plain / scaling.factor * ramp + plain * (1 - ramp)
 
 
-class RotaryTable(torch.nn.Module):
-    """The rotation at given positions. Holds no parameter and nothing in the state dict."""
+class RotaryTable:
+    """The rotation at given positions."""
 
-    def __init__(self, arch: Architecture, device: torch.device, *, fused: bool = False) -> None:
+    def __init__(self, rotary: Rotary, device: torch.device, *, fused: bool = False) -> None:
         """fused: by Transformer Engine's kernel, which needs CUDA, and has no factor on cos and sin (YaRN's): with one,
         torch's operations do it."""
-        super().__init__()
-        inverse, self.factor = inverse_frequencies(arch)
-        self.fused = fused and self.factor == 1.0
-        scaling = str(arch.rope_scaling)
-        self.key = (arch.head_dim, arch.rope_theta, scaling, arch.max_position_embeddings, self.fused)
+        inverse, self.factor = inverse_frequencies(rotary)
+        self.interleaved = rotary.interleaved
+        self.fused = fused and self.factor == 1.0 and not self.interleaved
+        self.key = (rotary, self.fused)
         """Tables of one key turn alike."""
-        self.inverse: torch.Tensor
-        self.register_buffer("inverse", inverse.to(device), persistent=False)
+        self.inverse = inverse.to(device)
 
     @torch.no_grad()
-    def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> Rotation:
+    def __call__(self, positions: torch.Tensor, dtype: torch.dtype) -> Rotation:
         """positions [T] int64 -> what turns tokens at these positions, the angles in float32 whatever the dtype."""
-        angles = positions.to(torch.float32)[:, None] * self.inverse.float()[None, :]
+        angles = positions.to(torch.float32)[:, None] * self.inverse[None, :]
         if self.fused:
             # One sequence of T tokens: the kernel then takes row i of the angles for token i.
             return FusedRotation(torch.cat([angles, angles], dim=-1)[:, None, None, :], _one_sequence(positions))
         cos, sin = angles.cos() * self.factor, angles.sin() * self.factor
-        return PlainRotation(cos[:, None, :].to(dtype), sin[:, None, :].to(dtype))
+        return PlainRotation(cos[:, None, :].to(dtype), sin[:, None, :].to(dtype), self.interleaved)
 
 
 def _one_sequence(tokens: torch.Tensor) -> torch.Tensor:
@@ -123,9 +106,10 @@ class PlainRotation:
     cos: torch.Tensor
     """[T, 1, D/2], constants as sin is: no gradient flows to them."""
     sin: torch.Tensor
+    interleaved: bool = False
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        turned: torch.Tensor = _Rotate.apply(x, self.cos, self.sin)
+        turned: torch.Tensor = _Rotate.apply(x, self.cos, self.sin, self.interleaved)
         return turned
 
 
@@ -148,20 +132,27 @@ class _Rotate(torch.autograd.Function):
     """The gradient of a turn is the turn back, so only cos and sin are kept."""
 
     @staticmethod
-    def forward(ctx, x, cos, sin):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, cos, sin, interleaved):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, 1)
+        ctx.interleaved = interleaved
+        return _turn(x, cos, sin, 1, interleaved)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, sin, -1), None, None
+        return _turn(grad, cos, sin, -1, ctx.interleaved), None, None, None
 
 
-def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: int) -> torch.Tensor:
-    turned = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    x1, x2 = x.chunk(2, dim=-1)
-    y1, y2 = turned.chunk(2, dim=-1)
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: int, interleaved: bool) -> torch.Tensor:
+    """cos and sin [T, 1, dims/2]; channels from dims on stay as they are."""
+    turned, dims = torch.empty(x.shape, dtype=x.dtype, device=x.device), 2 * cos.shape[-1]
+    if interleaved:
+        pairs = [[tensor[..., first:dims:2] for first in (0, 1)] for tensor in (x, turned)]
+    else:
+        pairs = [list(tensor[..., :dims].chunk(2, dim=-1)) for tensor in (x, turned)]
+    (x1, x2), (y1, y2) = pairs
     torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-direction)
     torch.mul(x2, cos, out=y2).addcmul_(x1, sin, value=direction)
+    if dims < x.shape[-1]:
+        turned[..., dims:] = x[..., dims:]
     return turned

@@ -28,21 +28,21 @@ def transformer_config(
 ) -> TransformerConfig:
     """The TransformerConfig of `arch` under `policy`; `recompute=False` for a model that never sees a backward."""
     megatron = policy.megatron_cfg
-    dtype = DTYPES[policy.precision]
+    dtype, attention = DTYPES[policy.precision], arch.attention
     config = TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
-        ffn_hidden_size=arch.ffn_hidden_size,
-        num_attention_heads=arch.num_heads,
-        num_query_groups=arch.num_kv_heads,
-        kv_channels=arch.head_dim,
+        ffn_hidden_size=_dense_ffn_size(arch),
+        num_attention_heads=attention.num_heads,
+        num_query_groups=attention.num_kv_heads,
+        kv_channels=attention.head_dim,
         normalization="RMSNorm",
-        layernorm_epsilon=arch.rms_norm_eps,
-        qk_layernorm=arch.qk_norm,
+        layernorm_epsilon=arch.norms.eps,
+        qk_layernorm=attention.qk_norm != "none",
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=arch.qkv_bias,
+        add_qkv_bias=attention.qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -67,11 +67,20 @@ def transformer_config(
         calculate_per_token_loss=True,
         **(_recompute(policy) if recompute else {}),
     )
-    if arch.moe is not None:
+    if arch.experts is not None:
         # Set after megatron-core's check, which refuses 'allgather' for packs of different lengths: model/moe.py brings
         # them to one length around the experts.
         config.moe_token_dispatcher_type = megatron.moe_token_dispatcher_type
     return config
+
+
+def _dense_ffn_size(arch: Architecture) -> int:
+    """Of the dense layers. megatron-core builds an MLP's second projection by the config alone; experts have their own size
+    there, and where there are only experts this one is used for nothing."""
+    if arch.mlp is not None:
+        return arch.mlp.ffn_size
+    assert arch.experts is not None
+    return arch.experts.mlp.ffn_size
 
 
 def _pipeline(megatron: MegatronConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -98,18 +107,18 @@ def _float8(policy: PolicyConfig) -> dict[str, Any]:
 
 def _experts(arch: Architecture, policy: PolicyConfig, layers: LayerImplementation) -> dict[str, Any]:
     """The experts of `arch`. Load balancing and padding are model/moe.py's."""
-    megatron, moe = policy.megatron_cfg, arch.moe
-    if moe is None:
+    megatron, experts = policy.megatron_cfg, arch.experts
+    if experts is None:
         return {}
     return {
-        "num_moe_experts": moe.num_experts,
-        "moe_ffn_hidden_size": moe.ffn_hidden_size,
-        "moe_router_topk": moe.experts_per_token,
-        "moe_router_pre_softmax": not moe.normalized_weights,
+        "num_moe_experts": experts.number,
+        "moe_ffn_hidden_size": experts.mlp.ffn_size,
+        "moe_router_topk": experts.per_token,
+        "moe_router_pre_softmax": experts.router.scores == "softmax",
         "moe_router_dtype": megatron.moe_router_dtype,
         "moe_router_load_balancing_type": "none",
-        "moe_shared_expert_intermediate_size": moe.shared_ffn_hidden_size,
-        "moe_shared_expert_gate": moe.shared_ffn_hidden_size is not None,
+        "moe_shared_expert_intermediate_size": experts.shared_ffn_size,
+        "moe_shared_expert_gate": experts.shared_ffn_size is not None,
         "moe_grouped_gemm": layers.groups_experts(megatron),
         "expert_model_parallel_size": megatron.expert_model_parallel_size,
         "expert_tensor_parallel_size": megatron.expert_tensor_parallel_size,

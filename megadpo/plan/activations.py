@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megadpo.config.architecture import Architecture
+from megadpo.config.architecture import Architecture, Attention, Experts, Layer, Mlp
 from megadpo.config.schema import Config
 from megadpo.plan.packs import Pack
 
@@ -34,28 +35,26 @@ class Estimate:
         self.tokens = pack.tokens // self.megatron.context_parallel_size
         """Of this rank, before sequence parallelism cuts them."""
         self.stream = self.tokens * arch.hidden_size * self.width // (self.tp if self.megatron.sequence_parallel else 1)
-        self.key_tokens = self.tokens if self.tokens < pack.tokens else pack.key_tokens
-        """Whose keys are kept: ranks of context parallelism keep their own and gather the others' again."""
         self.load = min(expert_load, self.megatron.expert_model_parallel_size)
 
-    def chunk(self, layers: int, *, last: bool) -> Activations:
-        """`layers` layers; `last`: with the head."""
+    def chunk(self, layers: Sequence[Layer], *, last: bool) -> Activations:
+        """A chunk of these layers; `last`: with the head."""
         megatron, arch, pack, width = self.megatron, self.arch, self.pack, self.width
-        layer = self._attention() + self._mlp()
-        kept, repeated = layer, 0
         full = megatron.activation_checkpointing and megatron.recompute_granularity == "full"
-        if full:
-            kept, repeated = self.stream, layer
-        elif megatron.activation_checkpointing:
-            repeated = min(self._recomputed(), layer)
-            kept = layer - repeated
-        saved = layers * kept + self.stream + self.tokens * arch.head_dim * width
+        selective = megatron.activation_checkpointing and not full
+        whole = [self._attention(one.attention) + self._feed_forward(one.feed_forward) for one in layers]
+        again = whole if full else [0] * len(layers)
+        if selective:
+            again = [min(self._recomputed(one), size) for one, size in zip(layers, whole, strict=True)]
+        repeated = max(again)
+        saved = len(layers) * self.stream if full else sum(whole) - sum(again)
+        saved += self.stream + self.tokens * arch.attention.head_dim * width
         if full and megatron.recompute_method == "block":
-            saved += max(0, layers - megatron.recompute_num_layers) * (layer - self.stream)
+            saved += sum(one - self.stream for one in whole[megatron.recompute_num_layers :])
         if full and megatron.recompute_method == "uniform":
-            saved -= (layers - -(-layers // megatron.recompute_num_layers)) * self.stream
+            saved -= (len(layers) - -(-len(layers) // megatron.recompute_num_layers)) * self.stream
             repeated *= megatron.recompute_num_layers
-        transient = repeated + self._gradients() + self.stream
+        transient = repeated + max(self._gradients(one.feed_forward) for one in layers) + self.stream
         if last:
             answers = pack.answer_tokens // megatron.context_parallel_size * arch.hidden_size * width
             saved += answers
@@ -72,59 +71,61 @@ class Estimate:
         logits = min(1 << 27, min(rows, answers) * vocabulary)  # MOST_LOGITS of model/heads/triton
         return answers * self.arch.hidden_size * 4 + vocabulary * self.arch.hidden_size * width + logits * (4 + width)
 
-    def _attention(self) -> int:
-        """Two norms' inputs and outputs; rotated queries; keys and values; the output."""
-        arch, width, tokens = self.arch, self.width, self.tokens
-        heads, keys = arch.num_heads * arch.head_dim, self.key_tokens * arch.num_kv_heads * arch.head_dim
-        attention = (2 * tokens * heads + 2 * keys) * width + 4 * tokens * arch.num_heads
-        norms = 4 * self.stream + 8 * self.stream // (arch.hidden_size * width)
-        if arch.qk_norm:
-            norms += tokens * (arch.num_heads + arch.num_kv_heads) * (arch.head_dim * width + 4) // self.tp
+    def _key_tokens(self, window: int | None) -> int:
+        """Whose keys are kept: ranks of context parallelism keep their own and gather the others' again."""
+        return self.tokens if self.tokens < self.pack.tokens else self.pack.key_tokens(window)
+
+    def _attention(self, one: Attention) -> int:
+        """Norms' inputs and the linear layers'; rotated queries; keys and values; the output."""
+        width, tokens = self.width, self.tokens
+        widths = one.head_dim + one.value_dim
+        numbers = (tokens * one.num_heads + self._key_tokens(one.window) * one.num_kv_heads) * widths
+        attention = numbers * width + 4 * tokens * one.num_heads
+        norms = (6 if self.arch.norms.placement == "sandwich" else 4) * self.stream
+        norms += 8 * self.stream // (self.arch.hidden_size * width)
+        if one.qk_norm == "head":
+            norms += tokens * (one.num_heads + one.num_kv_heads) * (one.head_dim * width + 4) // self.tp
         return norms + attention // self.tp
 
-    def _mlp(self) -> int:
+    def _feed_forward(self, one: Mlp | Experts) -> int:
         """Both sides of SwiGLU; with experts, also the tokens in their order and the router's weights."""
-        if self.arch.moe is None:
-            return 3 * self.tokens * self.arch.ffn_hidden_size * self.width // self.tp
-        return self._experts() + self._shared()
+        if isinstance(one, Mlp):
+            return 3 * self.tokens * one.ffn_size * self.width // self.tp
+        return self._experts(one) + self._shared(one)
 
-    def _shared(self) -> int:
-        assert self.arch.moe is not None
-        return 3 * self.tokens * (self.arch.moe.shared_ffn_hidden_size or 0) * self.width // self.tp
+    def _shared(self, one: Experts) -> int:
+        return 3 * self.tokens * (one.shared_ffn_size or 0) * self.width // self.tp
 
-    def _experts(self) -> int:
-        moe = self.arch.moe
-        assert moe is not None
+    def _experts(self, one: Experts) -> int:
         local, etp = self.tokens // self.tp, self.megatron.expert_tensor_parallel_size
-        router = local * (moe.num_experts * 18 + moe.experts_per_token * 56)
-        row = (self.arch.hidden_size + 3 * moe.ffn_hidden_size // etp) * self.width + 8
-        return router + int(self._dispatched() * row)
+        router = local * (one.number * 18 + one.per_token * 56)
+        row = (self.arch.hidden_size + 3 * one.mlp.ffn_size // etp) * self.width + 8
+        return router + int(self._dispatched(one) * row)
 
-    def _dispatched(self) -> float:
+    def _dispatched(self, one: Experts) -> float:
         """Rows at this rank's experts."""
-        moe = self.arch.moe
-        assert moe is not None
-        local = self.tokens // self.tp * moe.experts_per_token
+        local = self.tokens // self.tp * one.per_token
         return local * self.load * self.megatron.expert_tensor_parallel_size
 
-    def _gradients(self) -> int:
+    def _gradients(self, one: Mlp | Experts) -> int:
         """Of a layer's widest place."""
-        if self.arch.moe is None:
-            return 2 * self.tokens * self.arch.ffn_hidden_size * self.width // self.tp
-        return int(3 * self._dispatched() * self.arch.hidden_size * self.width)
+        if isinstance(one, Mlp):
+            return 2 * self.tokens * one.ffn_size * self.width // self.tp
+        return int(3 * self._dispatched(one) * self.arch.hidden_size * self.width)
 
-    def _recomputed(self) -> int:
+    def _recomputed(self, layer: Layer) -> int:
         """What of a layer selective recomputation does not keep; its modules' inputs are kept in its place."""
-        modules, arch = self.megatron.recompute_modules, self.arch
+        modules, one = self.megatron.recompute_modules, layer.attention
         freed = 0
         if "core_attn" in modules:
             # what is kept instead: queries, and the tensor with queries, keys and values that the others are views of
-            numbers = 2 * (self.key_tokens - self.tokens) * arch.num_kv_heads - self.tokens * arch.num_heads
-            freed += (numbers * arch.head_dim * self.width + 4 * self.tokens * arch.num_heads) // self.tp
+            keys = (self._key_tokens(one.window) - self.tokens) * one.num_kv_heads * (one.head_dim + one.value_dim)
+            numbers = keys - self.tokens * one.num_heads * one.head_dim
+            freed += (numbers * self.width + 4 * self.tokens * one.num_heads) // self.tp
         if "layernorm" in modules:
             freed += 2 * self.stream
         if {"mlp", "moe"} & set(modules):
-            freed += self._mlp()
-        elif "shared_experts" in modules:
-            freed += self._shared()
+            freed += self._feed_forward(layer.feed_forward)
+        elif "shared_experts" in modules and isinstance(layer.feed_forward, Experts):
+            freed += self._shared(layer.feed_forward)
         return freed

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
-from megadpo.config.architecture import Architecture
-from megadpo.config.check import layers_per_stage
+from megadpo.config.architecture import Architecture, Layer, Mlp
+from megadpo.config.check import chunk_layers
 from megadpo.config.schema import Config
 from megadpo.config.schema_megatron import MegatronConfig
 from megadpo.plan.packs import Pack
@@ -28,23 +31,25 @@ class Flops:
         return self.projections + self.mlp + self.experts + self.router + self.attention + self.head
 
 
-def forward_flops(arch: Architecture, pack: Pack, layers: int, *, head: bool) -> Flops:
-    """2 FLOPs a weight and token (of experts, those that the token goes to); 4 x heads x head_dim a (query, key) pair;
-    2 x hidden x vocabulary an ANSWER token, since only positions that predict an answer are projected. Norms, rotation
-    and softmax are left out, as usual (arXiv:2205.05198, appendix A)."""
-    moe, hidden = arch.moe, arch.hidden_size
-    mlp = 3 * hidden * (arch.ffn_hidden_size if moe is None else moe.shared_ffn_hidden_size or 0)
-    if moe is not None and moe.shared_ffn_hidden_size:
-        mlp += hidden  # the shared expert's gate
-    per_weight = 2.0 * pack.tokens * layers
-    return Flops(
-        projections=per_weight * hidden * arch.head_dim * (2 * arch.num_heads + 2 * arch.num_kv_heads),
-        mlp=per_weight * mlp,
-        experts=0.0 if moe is None else per_weight * moe.experts_per_token * 3 * hidden * moe.ffn_hidden_size,
-        router=0.0 if moe is None else per_weight * hidden * moe.num_experts,
-        attention=4.0 * pack.query_keys * arch.num_heads * arch.head_dim * layers,
-        head=2.0 * pack.answer_tokens * hidden * arch.vocab_size if head else 0.0,
-    )
+def forward_flops(arch: Architecture, pack: Pack, layers: Sequence[Layer], *, head: bool) -> Flops:
+    """Of `layers`. 2 FLOPs a weight and token (of experts, those that the token goes to); 4 x heads x head_dim a key that
+    a query sees; 2 x hidden x vocabulary an ANSWER token, since only positions that predict an answer are projected.
+    Norms, rotation and softmax are left out, as usual (arXiv:2205.05198, appendix A)."""
+    projections = mlp = experts = router = attention = 0.0
+    for layer, count in Counter(layers).items():
+        heads, feed_forward = layer.attention, layer.feed_forward
+        per_weight = 2.0 * pack.tokens * arch.hidden_size * count
+        projections += per_weight * (heads.num_heads + heads.num_kv_heads) * (heads.head_dim + heads.value_dim)
+        attention += 2.0 * pack.query_keys(heads.window) * heads.num_heads * (heads.head_dim + heads.value_dim) * count
+        if isinstance(feed_forward, Mlp):
+            mlp += per_weight * 3 * feed_forward.ffn_size
+            continue
+        if feed_forward.shared_ffn_size:
+            mlp += per_weight * (3 * feed_forward.shared_ffn_size + 1)  # with its gate
+        experts += per_weight * feed_forward.per_token * 3 * feed_forward.mlp.ffn_size
+        router += per_weight * feed_forward.number
+    last = 2.0 * pack.answer_tokens * arch.hidden_size * arch.vocab_size if head else 0.0
+    return Flops(projections, mlp, experts, router, attention, last)
 
 
 @dataclass(frozen=True)
@@ -59,32 +64,33 @@ class StageFlops:
 
 def stage_flops(cfg: Config, arch: Architecture, reference: Architecture | None, pack: Pack) -> list[StageFlops]:
     """Of each pipeline stage, for training on `pack` with nothing frozen. The layout was checked."""
-    megatron = cfg.policy.megatron_cfg
-    layers = layers_per_stage(cfg, arch.num_layers) or []
-    of_reference = [0] * len(layers) if reference is None else layers_per_stage(cfg, reference.num_layers) or []
-    known: dict[tuple[int, int, bool], StageFlops] = {}
-    stages = []
-    for stage, (count, reference_count) in enumerate(zip(layers, of_reference, strict=True)):
-        kind = (count, reference_count, stage == len(layers) - 1)
+    stages = chunk_layers(cfg, arch)
+    of_reference = [[]] * len(stages) if reference is None else chunk_layers(cfg, reference)
+    known: dict[tuple[object, ...], StageFlops] = {}
+    found = []
+    for number, (chunks, reference_chunks) in enumerate(zip(stages, of_reference, strict=True)):
+        last = number == len(stages) - 1
+        kind = (*chunks, *reference_chunks, last)
         if kind not in known:
-            forward = forward_flops(arch, pack, count, head=kind[2])
-            needed = 3 * forward.total
+            needed = 3 * forward_flops(arch, pack, [*chain(*chunks)], head=last).total
             if reference is not None:
-                needed += forward_flops(reference, pack, reference_count, head=kind[2]).total
-            known[kind] = StageFlops(needed, _repeated(megatron, arch, pack, count))
-        stages.append(known[kind])
-    return stages
+                needed += forward_flops(reference, pack, [*chain(*reference_chunks)], head=last).total
+            known[kind] = StageFlops(needed, _repeated(cfg.policy.megatron_cfg, arch, pack, chunks))
+        found.append(known[kind])
+    return found
 
 
-def _repeated(megatron: MegatronConfig, arch: Architecture, pack: Pack, layers: int) -> float:
+def _repeated(megatron: MegatronConfig, arch: Architecture, pack: Pack, chunks: Iterable[tuple[Layer, ...]]) -> float:
     """The fused head's second product is left out: every layout has it (model/heads/triton)."""
     if not megatron.activation_checkpointing:
         return 0.0
-    if megatron.recompute_granularity == "full":
-        if megatron.recompute_method == "block":
-            layers = min(layers, megatron.recompute_num_layers * megatron.virtual_pipeline_model_parallel_size)
-        return forward_flops(arch, pack, layers, head=False).total
-    modules, flops = set(megatron.recompute_modules), forward_flops(arch, pack, layers, head=False)
+    full, block = megatron.recompute_granularity == "full", megatron.recompute_method == "block"
+    if full and block:
+        chunks = (layers[: megatron.recompute_num_layers] for layers in chunks)
+    flops = forward_flops(arch, pack, [*chain(*chunks)], head=False)
+    if full:
+        return flops.total
+    modules = set(megatron.recompute_modules)
     repeated = flops.attention if "core_attn" in modules else 0.0
     if modules & {"mlp", "moe", "shared_experts"}:  # of a layer with experts `mlp` is the shared one
         repeated += flops.mlp

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from megadpo.config.architecture import Architecture
+from megadpo.config.architecture import Architecture, Experts, Layer, Mlp
 from megadpo.config.grid import Grid
 from megadpo.config.schema import Config
 from megadpo.config.schema_megatron import MegatronConfig
@@ -33,18 +33,19 @@ Chunk = Sequence[Parameter]
 """The parameters of one model chunk in the model's own order, which decides where padding goes."""
 
 
-def stage_parameters(arch: Architecture, grid: Grid, *, stage: int, layers: int) -> list[list[Parameter]]:
-    """The chunks of a stage of `layers` layers, all of them trainable."""
-    chunks = range(grid.virtual_pipeline)
-    return [_chunk(arch, grid.stage(stage), chunk, layers // grid.virtual_pipeline) for chunk in chunks]
+def stage_parameters(
+    arch: Architecture, grid: Grid, *, stage: int, chunks: Sequence[Sequence[Layer]]
+) -> list[list[Parameter]]:
+    """Of the chunks of a stage, which have these layers; all of them trainable."""
+    return [_chunk(arch, grid.stage(stage), number, layers) for number, layers in enumerate(chunks)]
 
 
-def _chunk(arch: Architecture, grid: Grid, chunk: int, layers: int) -> list[Parameter]:
+def _chunk(arch: Architecture, grid: Grid, chunk: int, layers: Sequence[Layer]) -> list[Parameter]:
     first, last = grid.is_first_chunk(chunk), grid.is_last_chunk(chunk)
     tied = arch.tie_word_embeddings and first != last
     table = Parameter(arch.vocab_size // grid.tensor * arch.hidden_size, shared_embedding=tied)
     found = [table] if first else []
-    found += [*layer_parameters(arch, grid)] * layers
+    found += [one for layer in layers for one in layer_parameters(arch, layer, grid)]
     if last:
         found.append(Parameter(arch.hidden_size))
         if not (arch.tie_word_embeddings and first):
@@ -52,26 +53,38 @@ def _chunk(arch: Architecture, grid: Grid, chunk: int, layers: int) -> list[Para
     return found
 
 
-def layer_parameters(arch: Architecture, grid: Grid) -> Iterator[Parameter]:
+def layer_parameters(arch: Architecture, layer: Layer, grid: Grid) -> Iterator[Parameter]:
     """Of one layer on one rank, in the model's own order."""
-    tp, hidden, qkv = grid.tensor, arch.hidden_size, (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
-    yield Parameter(hidden)  # input norm
-    yield Parameter(arch.num_heads * arch.head_dim // tp * hidden)  # attention output
+    tp, hidden, one, experts = grid.tensor, arch.hidden_size, layer.attention, layer.feed_forward
+    qkv = (one.num_heads + 2 * one.num_kv_heads) * one.head_dim
+    norms = arch.norms.placement
+    if norms != "post":
+        yield Parameter(hidden)  # input norm
+    yield Parameter(one.num_heads * one.head_dim // tp * hidden)  # attention output
     yield Parameter(qkv // tp * hidden)
-    if arch.qkv_bias:
+    if one.qkv_bias:
         yield Parameter(qkv // tp)
-    if arch.qk_norm:
-        yield from [Parameter(arch.head_dim)] * 2
-    yield Parameter(hidden)  # norm before the MLP
-    if arch.moe is None:
-        yield from _mlp(arch.ffn_hidden_size // tp, hidden)
-        return
-    yield Parameter(arch.moe.num_experts * hidden)  # router
-    for _ in range(arch.moe.num_experts // grid.expert):
-        yield from _mlp(arch.moe.ffn_hidden_size // grid.expert_tensor, hidden, expert=True)
-    if arch.moe.shared_ffn_hidden_size is not None:
+    if one.qk_norm == "head":
+        yield from [Parameter(one.head_dim)] * 2
+    if norms != "pre":
+        yield Parameter(hidden)  # norm after attention
+    if norms != "post":
+        yield Parameter(hidden)  # norm before the MLP
+    if isinstance(experts, Mlp):
+        yield from _mlp(experts.ffn_size // tp, hidden)
+    else:
+        yield from _experts(experts, hidden, grid)
+    if norms != "pre":
+        yield Parameter(hidden)  # norm after the MLP
+
+
+def _experts(experts: Experts, hidden: int, grid: Grid) -> Iterator[Parameter]:
+    yield Parameter(experts.number * hidden)  # router
+    for _ in range(experts.number // grid.expert):
+        yield from _mlp(experts.mlp.ffn_size // grid.expert_tensor, hidden, expert=True)
+    if experts.shared_ffn_size is not None:
         yield Parameter(hidden)  # the shared expert's gate
-        yield from _mlp(arch.moe.shared_ffn_hidden_size // tp, hidden)
+        yield from _mlp(experts.shared_ffn_size // grid.tensor, hidden)
 
 
 def _mlp(channels: int, hidden: int, *, expert: bool = False) -> tuple[Parameter, Parameter]:

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megadpo.config.architecture import Architecture
-from megadpo.config.check import check_layout, layers_per_stage
+from megadpo.config.architecture import Architecture, Layer
+from megadpo.config.check import check_layout, chunk_layers
 from megadpo.config.grid import Grid
 from megadpo.config.known import Known, Machine
 from megadpo.config.problems import ConfigError, Problem
@@ -156,10 +156,10 @@ def _stages(job: Job, grid: Grid, micro_batches: int) -> Iterator[StagePlan]:
 
     pack = full_pack(job.cfg, job.lengths)
     own_reference = None if job.reference is job.arch else job.reference
-    traces: dict[tuple[bool, bool, int, int], StageTrace] = {}
-    for stage, layers in enumerate(stage_layers(job)):
+    traces: dict[tuple[bool, bool, tuple[tuple[Layer, ...], ...], int], StageTrace] = {}
+    for stage, chunks in enumerate(chunk_layers(job.cfg, job.arch)):
         # freezing goes by the number of a layer, so stages of one kind may differ
-        kind = (stage == 0, stage == grid.pipeline - 1, layers, stage if job.cfg.policy.freeze else 0)
+        kind = (stage == 0, stage == grid.pipeline - 1, tuple(chunks), stage if job.cfg.policy.freeze else 0)
         if kind not in traces:
             traces[kind] = trace_stage(
                 job.cfg,
@@ -170,14 +170,7 @@ def _stages(job: Job, grid: Grid, micro_batches: int) -> Iterator[StagePlan]:
                 device_type="cpu" if job.gpu is None else "cuda",
                 expert_load=job.assumed.expert_load,
             )
-        yield _stage(job, grid, traces[kind], stage, layers, micro_batches)
-
-
-def stage_layers(job: Job) -> list[int]:
-    """Layers of each stage; the layout was checked."""
-    layers = layers_per_stage(job.cfg, job.arch.num_layers)
-    assert layers is not None, "check_layout accepts only layers that can be divided"
-    return layers
+        yield _stage(job, grid, traces[kind], stage, sum(map(len, chunks)), micro_batches)
 
 
 def optimizer_temporaries(job: Job, shards: tuple[int, int], chunks: Sequence[Chunk]) -> int:

@@ -13,11 +13,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import TypeAlias
 
-from megadpo.config.architecture import Architecture
-from megadpo.config.check import layers_per_stage, micro_batch_multiple
+from megadpo.config.architecture import Architecture, Layer
+from megadpo.config.check import chunk_layers, micro_batch_multiple
 from megadpo.config.grid import Grid
 from megadpo.config.load import load_config
 from megadpo.config.problems import ConfigError, Problem
@@ -27,10 +30,11 @@ from megadpo.plan.flops import stage_flops
 from megadpo.plan.memory import GIB, memory_limit
 from megadpo.plan.packs import Pack, Workload, full_pack, workload
 from megadpo.plan.parameters import Buffer, Parameter, StageBuffers, layer_parameters, static_bytes
-from megadpo.plan.plan import Job, Plan, check_job, make_plan, optimizer_temporaries, stage_layers, too_large
+from megadpo.plan.plan import Job, Plan, check_job, make_plan, optimizer_temporaries, too_large
 from megadpo.plan.schedule import alive
 
 _MEG = "policy.megatron_cfg"
+_Layers: TypeAlias = Sequence[Sequence[Layer]]  # of each chunk of a stage
 _ESTIMATE_MARGIN = 1.05  # an estimate this much over the limit is still built: building decides
 _MOST_BUILT_PER_SUGGESTION = 4
 _CHUNKS = (1, 2, 3, 4, 5, 6, 8)
@@ -163,7 +167,7 @@ class _Search:
         self.refused: Problem | None = None
         """The first reason why a layout can't be used."""
         self._dealt: dict[tuple[int, int, int], Workload | None] = {}
-        self._layers: dict[tuple[int, int, int], tuple[int, int]] = {}
+        self._layers: dict[tuple[int, Layer, int, int], tuple[int, int]] = {}
 
     def candidates(self, contexts: Sequence[int]) -> Iterator[Candidate]:
         """Every layout that the checks accept, whether it fits or not."""
@@ -194,38 +198,39 @@ class _Search:
 
     def _fullest(self, job: Job, grid: Grid, pack: Pack, micro_batches: int) -> tuple[int, int]:
         """Estimated bytes of the fullest rank: static ones, and the peak."""
-        layers = stage_layers(job)
-        of_reference = None if job.reference is None else layers_per_stage(job.cfg, job.reference.num_layers)
+        stages = chunk_layers(job.cfg, job.arch)
+        of_reference = [[]] * len(stages) if job.reference is None else chunk_layers(job.cfg, job.reference)
         estimate = Estimate(job.cfg, job.arch, pack, job.assumed.expert_load)
         fullest = (0, 0)
         for stage in sorted({0, min(1, grid.pipeline - 1), grid.pipeline - 1}):  # of inner stages the first holds most
-            reference = 0 if of_reference is None else of_reference[stage]
-            found = self._stage(job, grid.stage(stage), layers[stage], reference, estimate, micro_batches)
+            found = self._stage(job, grid.stage(stage), stages[stage], of_reference[stage], estimate, micro_batches)
             fullest = max(fullest, found, key=lambda sizes: sizes[1])
         return fullest
 
     def _stage(
-        self, job: Job, grid: Grid, layers: int, reference_layers: int, estimate: Estimate, micro_batches: int
+        self, job: Job, grid: Grid, chunks: _Layers, reference_chunks: _Layers, estimate: Estimate, micro_batches: int
     ) -> tuple[int, int]:
-        megatron, stage, chunks = job.cfg.policy.megatron_cfg, grid.pp_rank, range(grid.virtual_pipeline)
-        held = self._parameters(job.arch, grid, layers)
-        reference = [] if job.reference is None else [self._parameters(job.reference, grid, reference_layers)]
+        megatron, stage = job.cfg.policy.megatron_cfg, grid.pp_rank
+        held = self._parameters(job.arch, grid, chunks)
+        reference = [] if job.reference is None else [self._parameters(job.reference, grid, reference_chunks)]
         buffers = _rough_buffers(held, grid, megatron.optimizer.use_distributed_optimizer)
         shards = buffers.shards(grid, 0)
         static = static_bytes([held], reference, buffers, sum(shards), megatron, job.bf16).total
-        each = layers // grid.virtual_pipeline
-        used = [estimate.chunk(each, last=grid.is_last_chunk(chunk)) for chunk in chunks]
+        used = [estimate.chunk(layers, last=grid.is_last_chunk(number)) for number, layers in enumerate(chunks)]
         training = alive(grid, stage, min(micro_batches, 3 * grid.pipeline), used).peak
         return static, static + used[0].buffers + max(training, optimizer_temporaries(job, shards, [held]))
 
-    def _parameters(self, arch: Architecture, grid: Grid, layers: int) -> list[Parameter]:
+    def _parameters(self, arch: Architecture, grid: Grid, chunks: _Layers) -> list[Parameter]:
         """A stage's as two: all that is no expert's, and all experts'."""
-        key = (id(arch), grid.tensor, grid.expert)
-        if key not in self._layers:
-            layer = list(layer_parameters(arch, grid))
-            experts = sum(one.elements for one in layer if one.expert)
-            self._layers[key] = sum(one.elements for one in layer) - experts, experts
-        dense, experts = (layers * elements for elements in self._layers[key])
+        dense = experts = 0
+        for layer, count in Counter(chain(*chunks)).items():
+            key = (arch.hidden_size, layer, grid.tensor, grid.expert)
+            if key not in self._layers:
+                found = list(layer_parameters(arch, layer, grid))
+                of_experts = sum(one.elements for one in found if one.expert)
+                self._layers[key] = sum(one.elements for one in found) - of_experts, of_experts
+            dense += count * self._layers[key][0]
+            experts += count * self._layers[key][1]
         table = arch.vocab_size // grid.tensor * arch.hidden_size
         first, last = grid.pp_rank == 0, grid.pp_rank == grid.pipeline - 1
         dense += table * (first + last - (first and last and arch.tie_word_embeddings)) + last * arch.hidden_size
@@ -246,8 +251,10 @@ def _layouts(job: Job, contexts: Sequence[int]) -> Iterator[tuple[Config, tuple[
     """Tensor parallel inside a node, with sequence parallel; every pipeline depth, in equal chunks of a stage; experts
     whole; three recomputations."""
     arch, world = job.arch, job.world_size
-    experts = 1 if arch.moe is None else arch.moe.num_experts
-    for tp in (n for n in range(1, int(job.assumed.gpus_per_node) + 1) if not (arch.num_kv_heads % n or world % n)):
+    experts = 1 if arch.experts is None else arch.experts.number
+    for tp in (
+        n for n in range(1, int(job.assumed.gpus_per_node) + 1) if not (arch.attention.num_kv_heads % n or world % n)
+    ):
         for pp in (n for n in range(1, arch.num_layers + 1) if not world % (tp * n)):
             depths = list(divisions(arch.num_layers, pp))
             for cp in (n for n in contexts if not world % (tp * pp * n)):

@@ -1,8 +1,8 @@
-"""The reference's log-probabilities of a data set, computed once and kept in a file.
+"""The reference's log-probabilities of a data set, computed once and saved in a file.
 
-Pairs are computed in the order and the packs in which training will first see them. So in the same layout the first
-epoch has the very bits that a resident reference would give; another layout, a later epoch and a file of another run
-have the same numbers but for rounding.
+Pairs are computed in the same order and packs as in the first epoch of training. So in the same layout the first epoch
+has bit for bit the numbers of a resident reference. In another layout, in later epochs, or with a file from another run,
+the numbers differ by rounding.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from megadpo.parallel import ParallelContext
 from megadpo.reference.resident import ResidentReference
 
 Table = npt.NDArray[np.float32]
-"""[pairs, 2]: logps of chosen and rejected answer by position in the data set, in nats; NaN: not computed."""
+"""[pairs, 2]: logps of the chosen and rejected answer, in nats, by position in the data set. NaN: not computed yet."""
 
 SAVE_EVERY_BATCHES = 20
-"""Global batches computed between two writes of the file: what an interrupted start loses at most."""
+"""Global batches between two writes of the file. An interruption loses at most this much."""
 
 
 @dataclass(frozen=True)
 class LogpsCache:
-    """The file of one data set under one reference; rank 0 alone reads and writes it."""
+    """The file for one data set and one reference. Only rank 0 reads and writes it."""
 
     path: Path
 
     def read(self, num_pairs: int) -> Table:
-        """[num_pairs, 2], NaN where nothing is known. Raises ConfigError for a file that isn't such a table."""
+        """[num_pairs, 2], NaN for pairs that are not in the file. Raises ConfigError if the file has no such table."""
         try:
             if not self.path.exists():
                 return np.full((num_pairs, 2), np.nan, dtype=np.float32)
@@ -49,23 +49,23 @@ class LogpsCache:
             fits, found = False, str(error)
         if not fits:
             expected = f"float32 ({num_pairs}, 2): the log-probabilities of these pairs"
-            raise ConfigError([Problem(str(self.path), found, expected, "delete the file, to have it computed anew")])
+            raise ConfigError([Problem(str(self.path), found, expected, "delete the file; it will be computed again")])
         return table
 
     def write(self, table: Table) -> None:
-        """Replace the file as a whole. Raises ConfigError where there is no room for it."""
+        """Replaces the whole file. Raises ConfigError if it can't be written."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with write_then_rename(self.path, durable=False) as partial:
                 save_file({"logps": table}, partial)
         except (OSError, SafetensorError) as error:
-            fix = "make room, or set dpo.reference.cache_dir to another folder"
+            fix = "free some space, or set dpo.reference.cache_dir to another folder"
             raise ConfigError(Problem(str(self.path), str(error), "a file that can be written", fix)) from error
 
 
 def positions_by_use(loader: GlobalBatchLoader, steps: int | None) -> npt.NDArray[np.int64]:
-    """int64 [pairs used]: the positions that `steps` global batches take, epoch after epoch, each where it is first
-    taken; None: one epoch."""
+    """int64 [pairs used]: the positions of the pairs in `steps` global batches over all epochs (None: in one epoch), in
+    the order of their first use."""
     taken = np.zeros(len(loader.dataset), dtype=bool)
     parts = []
     left = loader.batches_per_epoch if steps is None else steps
@@ -88,10 +88,10 @@ def compute_missing(
     *,
     after_some: Callable[[Table], None],
 ) -> Table:
-    """`table` with the pairs at `positions` [N] that it lacks, the same on every rank.
+    """`table`, with the missing pairs among `positions` [N] computed. The result is the same on every rank.
 
-    after_some(table): called on every rank with what there is so far, every SAVE_EVERY_BATCHES global batches and at
-    the end. Collectives: the model's and the pipeline's; an all-reduce of [pairs, 2] before each call of after_some.
+    after_some(table): called on every rank with the table so far, every SAVE_EVERY_BATCHES global batches and at the end.
+    Collectives: those of model and pipeline, and an all-reduce of [pairs, 2] before each call of after_some.
     """
     table = table.copy()
     missing = positions[np.isnan(table[positions]).any(axis=1)]
@@ -99,10 +99,10 @@ def compute_missing(
     mine: list[tuple[npt.NDArray[np.int64], torch.Tensor]] = []
     batches = -(-len(missing) // loader.global_batch_size)
     for number, (chosen, plan) in enumerate(loader.deals_of(missing), start=1):
-        packs = [chosen[numbers] for numbers in plan[parallel.dp_rank]]
+        packs = [chosen[numbers] for numbers in plan[parallel.grid.dp_rank]]
         logps = reference.logps([loader.pack(pack) for pack in packs])
-        if parallel.tp_rank == parallel.cp_rank == 0:  # the others have the same numbers
-            mine += zip(packs, logps, strict=False)  # no logps but on the last pipeline stage
+        if parallel.grid.tp_rank == parallel.grid.cp_rank == 0:  # the other ranks of these groups have the same numbers
+            mine += zip(packs, logps, strict=False)  # only the last pipeline stage has logps
         loader.dataset.release()
         done.append(chosen)
         if number % SAVE_EVERY_BATCHES == 0 or number == batches:
@@ -118,10 +118,10 @@ def _share(
     mine: list[tuple[npt.NDArray[np.int64], torch.Tensor]],
     device: torch.device,
 ) -> None:
-    """Put every rank's results into every rank's table: sums in which each pair has one term that isn't 0."""
+    """Copies every rank's results into every rank's table, by a sum in which only one rank's term of a pair isn't 0."""
     found = np.zeros_like(table)
     for pack, logps in mine:
         found[pack] = logps.reshape(-1, 2).cpu().numpy()
-    everyones = torch.from_numpy(found).to(device)
-    dist.all_reduce(everyones)
-    table[done] = everyones.cpu().numpy()[done]
+    total = torch.from_numpy(found).to(device)
+    dist.all_reduce(total)
+    table[done] = total.cpu().numpy()[done]

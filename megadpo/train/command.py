@@ -6,13 +6,14 @@ import os
 import signal
 from collections.abc import Sequence
 
+from megadpo.config.grid import Grid
 from megadpo.config.known import Known, find_problems
 from megadpo.config.load import as_dict, save_resolved
 from megadpo.config.metric import parse_duration_s
 from megadpo.config.problems import ConfigError
 from megadpo.config.schema import Config
 from megadpo.launcher import under_torchrun
-from megadpo.parallel import destroy, initialize, layout_of, machine, setup_device
+from megadpo.parallel import destroy, initialize, machine, setup_device
 from megadpo.parallel.lifetime import signal_when_parent_ends
 from megadpo.train.evaluation import run_evaluation
 from megadpo.train.loop import train
@@ -29,7 +30,7 @@ def run_evaluating(configs: Sequence[Config]) -> int:
     device = setup_device(cfg.policy.device)
     if problems := find_problems(Known(cfg=cfg, machine=machine(device))):
         raise ConfigError(problems)
-    parallel = initialize(layout_of(cfg), device)
+    parallel = initialize(Grid.of(cfg), device)
     exit_code = run_evaluation(configs, parallel)
     destroy()
     return exit_code
@@ -42,7 +43,7 @@ def run_training(cfg: Config) -> int:
     device = setup_device(cfg.policy.device, tensor_parallel=cfg.policy.megatron_cfg.tensor_model_parallel_size)
     if problems := find_problems(Known(cfg=cfg, machine=machine(device))):
         raise ConfigError(problems)
-    parallel = initialize(layout_of(cfg), device)
+    parallel = initialize(Grid.of(cfg), device)
     run = prepare(cfg, parallel)
     first = parallel.rank == 0
     must_save_by = cfg.checkpointing.checkpoint_must_save_by

@@ -22,7 +22,7 @@ from megadpo.model.build import build_model
 from megadpo.objective.dpo import metric_names
 from megadpo.parallel import ParallelContext
 from megadpo.reference import ResidentReference
-from megadpo.train.inputs import RunInputs, data_rank, open_run_inputs
+from megadpo.train.inputs import RunInputs, open_run_inputs
 from megadpo.train.metrics import MetricSums
 from megadpo.train.reference import build_reference
 from megadpo.train.resume import require_writable
@@ -32,7 +32,7 @@ from megadpo.train.step import pair_loss
 
 @dataclasses.dataclass(frozen=True)
 class PairScore:
-    """One pair: its row of the file, and sums of log-probabilities in nats; None where there is no reference."""
+    """One pair: its row in the file, and sums of log-probabilities in nats (None: there is no reference)."""
 
     index: int
     policy_chosen_logps: float
@@ -42,7 +42,7 @@ class PairScore:
 
 
 class Evaluator:
-    """The model of `policy.model_name`, and the one that `dpo.reference.model_name` names, if it names one."""
+    """Evaluates the model `policy.model_name`, with the reference `dpo.reference.model_name` if that is set."""
 
     def __init__(self, cfg: Config, parallel: ParallelContext) -> None:
         seed_everything(cfg.dpo.seed, parallel)
@@ -54,7 +54,7 @@ class Evaluator:
         named = cfg.dpo.reference.model_name is not None
         self.reference = build_reference(cfg, inputs, parallel) if named else None
         self.has_preference_loss = named or not cfg.dpo.loss.reads_reference
-        # Without the reference that it needs, the preference loss has weight 0, whatever the config says.
+        # Without the reference that it needs, the preference loss gets weight 0
         self.dpo = cfg.dpo if self.has_preference_loss else dataclasses.replace(cfg.dpo, preference_loss_weight=0.0)
 
     def turn_to(self, cfg: Config) -> None:
@@ -69,23 +69,23 @@ class Evaluator:
         load_weights(self.policy.model, inputs.source, inputs.arch, self.parallel)
 
     def _open(self, cfg: Config) -> RunInputs:
-        whole = dataclasses.replace(cfg, dpo=dataclasses.replace(cfg.dpo, val_batches=0))  # evaluation means every pair
-        inputs = open_run_inputs(whole, data_rank(self.parallel), sets=list(cfg.data.val_data_paths or {}))
+        whole = dataclasses.replace(cfg, dpo=dataclasses.replace(cfg.dpo, val_batches=0))  # 0: every pair
+        inputs = open_run_inputs(whole, self.parallel.grid, sets=list(cfg.data.val_data_paths or {}))
         self.loaders = inputs.loaders
         self.notes = inputs.tokenizer_notes
         return inputs
 
     def evaluate(self, name: str) -> tuple[dict[str, float | None], list[PairScore]]:
-        """Metrics of one set, the same on every rank, and its pairs in file order (on every rank as well).
+        """Metrics of one set, and its pairs in file order. Both are the same on every rank.
 
-        Collectives: the models' own; one all-reduce and one broadcast of the metrics; an all-gather of the scores.
+        Collectives: those of the models, one all-reduce and one broadcast of the metrics, an all-gather of the scores.
         """
         sums = MetricSums(self.parallel.device)
         mine: list[PairScore] = []
         for batch in self.loaders[name].batches(epoch=0):
             policy = self.policy.logps(batch.micro_batches)
             reference = self.reference.logps(batch.micro_batches) if self.reference else [None] * len(policy)
-            # logps come out of the last pipeline stage; on the others there is nothing to add
+            # only the last pipeline stage has logps
             for logps, reference_logps, micro_batch in zip(policy, reference, batch.micro_batches, strict=False):
                 scored = dataclasses.replace(micro_batch, reference_logps=reference_logps)
                 sums.add(pair_loss(logps, scored, self.dpo).metrics)
@@ -94,7 +94,8 @@ class Evaluator:
             self.parallel.total_from_last_stage, metric_names(self.dpo, has_reference=self.reference is not None)
         )
         gathered: list[Any] = [None] * self.parallel.world_size
-        dist.all_gather_object(gathered, mine if self.parallel.tp_rank == self.parallel.cp_rank == 0 else [])
+        grid = self.parallel.grid
+        dist.all_gather_object(gathered, mine if grid.tp_rank == grid.cp_rank == 0 else [])
         scores = sorted((score for rank in gathered for score in rank), key=lambda score: score.index)
         return metrics_of(sums.means(), scores, has_preference_loss=self.has_preference_loss), scores
 
@@ -102,8 +103,8 @@ class Evaluator:
 def metrics_of(
     means: dict[str, float], scores: list[PairScore], *, has_preference_loss: bool
 ) -> dict[str, float | None]:
-    """`accuracy`: share of pairs whose chosen answer the policy itself finds likelier. Without
-    the reference that the loss needs, rewards/*, preference_loss and loss are left out."""
+    """`means`, with `pairs`, `logps/margins` and `accuracy`: the share of pairs whose chosen answer is likelier for the
+    policy. If the loss needs a reference and there is none, rewards/*, preference_loss and loss are left out."""
     likelier = [s.policy_chosen_logps > s.policy_rejected_logps for s in scores]
     margins = [s.policy_chosen_logps - s.policy_rejected_logps for s in scores]
     extra = {"pairs": len(scores), "accuracy": _mean(likelier), "logps/margins": _mean(margins)}
@@ -113,13 +114,13 @@ def metrics_of(
 
 
 def write_scores(path: Path, scores: list[PairScore]) -> None:
-    """pairs-<name>.jsonl: one object a pair, in file order. null for a number that is not finite, which JSON can't write."""
+    """Writes pairs-<name>.jsonl: one object for each pair, in file order. Numbers that are not finite become null."""
     path.write_text("".join(json.dumps(_finite(dataclasses.asdict(score))) + "\n" for score in scores))
 
 
 def run_evaluation(configs: Sequence[Config], parallel: ParallelContext) -> int:
-    """Evaluate each config's policy on every set of `data.val_data_paths`; rank 0 writes and prints, of several policies
-    a table too. The configs differ in policy.model_name and log_dir only. Returns the exit code."""
+    """Evaluates the policy of each config on every set of `data.val_data_paths`. Rank 0 writes and prints, and prints a table
+    if there are several policies. The configs differ in policy.model_name and log_dir only. Returns the exit code."""
     if parallel.rank == 0:
         for cfg in configs:
             require_writable(Path(cfg.logger.log_dir), "logger.log_dir")

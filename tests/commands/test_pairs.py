@@ -71,7 +71,7 @@ def test_every_wrong_option_is_named_at_once(tmp_path: Path, capsys: pytest.Capt
     said = capsys.readouterr().err
     for flag in ("min-gap", "max-length-ratio", "min-chosen-reward", "max-pairs-per-prompt", "num-repeats", "seed"):
         assert f"  --{flag}: got" in said, flag
-    for text in ("given twice", "ends in .html or .png", "ends in .jsonl", "make the folder", "no --group-by input"):
+    for text in ("given twice", "ends in .html or .png", "ends in .jsonl", "create the folder", "no --group-by input"):
         assert text in said, text
 
 

@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 
-from megadpo.config import check_layout, data_parallel_size, layers_per_stage, stated_world_size
+from megadpo.config import check_layout, layers_per_stage, stated_world_size
+from megadpo.config.architecture import Mlp
 from megadpo.families import parse_architecture
 
 LLAMA_8B = parse_architecture(
@@ -32,6 +33,16 @@ UNIFORM_FIELD = "policy.megatron_cfg.recompute_num_layers"
 VPP_FIELD = VPP.replace("__", ".")
 FIRST, LAST = MEG + "num_layers_in_first_pipeline_stage", MEG + "num_layers_in_last_pipeline_stage"
 
+
+def of_shape(shape):
+    """Llama 8B with other sizes."""
+    arch, others = LLAMA_8B, dict(shape)
+    attention = {name: others.pop(name) for name in ("num_heads", "num_kv_heads", "window") if name in others}
+    if "ffn_size" in others:
+        arch = arch.with_feed_forward(Mlp(ffn_size=others.pop("ffn_size")))
+    return dataclasses.replace(arch.with_attention(**attention), **others)
+
+
 POSSIBLE = [
     ({}, {}, 1),
     ({TP: 4, PP: 2}, {}, 8),
@@ -46,10 +57,10 @@ POSSIBLE = [
     ({**UNIFORM, UNIFORM_LAYERS: 4, PP: 2, VPP: 4}, {}, 2),
     ({UNIFORM_LAYERS: 3}, {}, 1),
     ({**UNIFORM, UNIFORM_LAYERS: 3, MEG + "recompute_method": "block"}, {}, 1),
-    ({PP: 2, VPP: 4, FIRST: 12, LAST: 20}, {}, 2),
+    ({PP: 2, VPP: 4, FIRST: 12}, {}, 2),
     ({PP: 2, VPP: 2, "policy__sequence_packing__enabled": False}, {}, 2),
     ({"policy__max_total_sequence_length": 131072}, {}, 1),
-    ({"policy__max_total_sequence_length": 4096}, {"sliding_window": 4096}, 1),
+    ({"policy__max_total_sequence_length": 4096}, {"window": 4096}, 1),
     ({"policy__train_global_batch_size": 3}, {}, 3),
     ({"policy__train_global_batch_size": 8, "policy__sequence_packing__enabled": False}, {}, 4),
     ({"cluster__gpus_per_node": 4, "cluster__num_nodes": 2}, {}, 8),
@@ -58,7 +69,7 @@ POSSIBLE = [
 
 @pytest.mark.parametrize(("changes", "shape", "world"), POSSIBLE)
 def test_possible_layout(config, changes, shape, world):
-    assert check_layout(config(**changes), dataclasses.replace(LLAMA_8B, **shape), world) == []
+    assert check_layout(config(**changes), of_shape(shape), world) == []
 
 
 IMPOSSIBLE = [
@@ -67,13 +78,13 @@ IMPOSSIBLE = [
     ({TP: 2, CP: 4}, {}, 4, [f"{TP_FIELD} x pipeline_model_parallel_size x context_parallel_size"], "4 processes"),
     (
         {TP: 3},
-        {"num_heads": 12, "num_kv_heads": 4, "ffn_hidden_size": 12, "vocab_size": 12},
+        {"num_heads": 12, "num_kv_heads": 4, "ffn_size": 12, "vocab_size": 12},
         3,
         [TP_FIELD],
         "key-value",
     ),
     ({TP: 2}, {"vocab_size": 32001}, 2, [TP_FIELD], "32001 vocabulary entries"),
-    ({TP: 4}, {"ffn_hidden_size": 130}, 4, [TP_FIELD], "130 MLP channels"),
+    ({TP: 4}, {"ffn_size": 130}, 4, [TP_FIELD], "130 MLP channels"),
     ({TP: 5}, {}, 5, [TP_FIELD] * 4, "32 attention heads"),
     ({PP: 5}, {}, 5, [PP_FIELD], "32 layers"),
     ({PP: 64}, {}, 64, [PP_FIELD], "32 layers"),
@@ -99,7 +110,7 @@ IMPOSSIBLE = [
     ),
     (
         {"policy__max_total_sequence_length": 9000},
-        {"sliding_window": 4096},
+        {"window": 4096},
         1,
         ["policy.max_total_sequence_length"],
         "4096",
@@ -124,7 +135,7 @@ IMPOSSIBLE = [
 
 @pytest.mark.parametrize(("changes", "shape", "world", "fields", "words"), IMPOSSIBLE)
 def test_impossible_layout(config, changes, shape, world, fields, words):
-    problems = check_layout(config(**changes), dataclasses.replace(LLAMA_8B, **shape), world)
+    problems = check_layout(config(**changes), of_shape(shape), world)
     assert [problem.where for problem in problems] == fields
     assert words in problems[0].expected
     assert all(problem.fix for problem in problems)
@@ -176,7 +187,6 @@ def test_layers_per_stage(config, changes, stages):
 
 def test_sizes_of_the_world(config):
     cfg = config(**{TP: 2, PP: 2, "cluster__gpus_per_node": 8, "cluster__num_nodes": 3})
-    assert data_parallel_size(cfg, 24) == 6
     assert stated_world_size(cfg) == 24
     assert stated_world_size(config()) is None
 
@@ -238,6 +248,7 @@ BROKEN = [
         "use_distributed_optimizer",
     ),
     ({VPP: 2}, "policy.megatron_cfg.virtual_pipeline_model_parallel_size", "1 with pipeline_model_parallel_size 1"),
+    ({PP: 2, VPP: 4, FIRST: 12, LAST: 20}, "policy.megatron_cfg.num_layers_in_last_pipeline_stage", "null with two"),
     ({**SELECTIVE, MEG + "recompute_method": "block"}, "policy.megatron_cfg.recompute_method", "no use"),
     ({**SELECTIVE, MEG + "recompute_num_layers": 2}, "policy.megatron_cfg.recompute_num_layers", "no use"),
     (

@@ -13,9 +13,10 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from megadpo.config.grid import Grid
 from megadpo.data.batches.cut import CONTEXT_BALANCE
 from megadpo.data.batches.deal import deal_batch
-from megadpo.data.batches.loader import DataRank, GlobalBatchLoader
+from megadpo.data.batches.loader import GlobalBatchLoader
 from megadpo.data.batches.rebalance import BALANCE
 from megadpo.data.batches.work import WorkModel
 from megadpo.data.pairs import PairDataset
@@ -81,7 +82,7 @@ def test_an_epoch_is_complete_and_its_ranks_do_the_same_work(
             budget_tokens=4096,
             drop_last=True,
             work_model=LLAMA_8B,
-            rank=DataRank(dp_rank=rank, dp_size=dp_size),
+            grid=Grid(data=dp_size, rank=rank),
         )
         for rank in range(dp_size)
     ]
@@ -109,7 +110,7 @@ def test_context_parallel_ranks_have_even_work(
     loader = GlobalBatchLoader(
         in_large_vocabulary, global_batch_size=400, shuffle=True, seed=3, drop_last=True,
         share_prompt=share_prompt, pad_token_id=0, pad_to_multiple=ranks, budget_tokens=4096,
-        rank=DataRank(cp_size=ranks),
+        grid=Grid(context=ranks),
     )  # fmt: skip
     parts = [pack.part for batch in loader.batches(0) for pack in batch.micro_batches]
     imbalance = [part.most_work / part.mean_work for part in parts if part is not None]

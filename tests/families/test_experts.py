@@ -11,14 +11,19 @@ from tests.families.configs import LLAMA, MIXTRAL, QWEN2_MOE, QWEN3_MOE
 
 def test_the_three_families():
     qwen3, qwen2, mixtral = (parse_architecture(raw) for raw in (QWEN3_MOE, QWEN2_MOE, MIXTRAL))
-    assert qwen3.moe.num_experts == 8 and qwen3.moe.ffn_hidden_size == 48 and qwen3.qk_norm and not qwen3.qkv_bias
-    assert qwen3.moe.normalized_weights and qwen3.moe.shared_ffn_hidden_size is None
-    assert qwen2.moe.shared_ffn_hidden_size == 5632 and not qwen2.moe.normalized_weights and qwen2.qkv_bias
-    assert not parse_architecture({**QWEN2_MOE, "qkv_bias": False}).qkv_bias
-    assert mixtral.moe.ffn_hidden_size == 128 and mixtral.moe.experts_per_token == 2 and mixtral.moe.normalized_weights
-    assert (mixtral.rope_theta, mixtral.rms_norm_eps) == (1e6, 1e-5)  # transformers' own, where config.json is silent
-    assert parse_architecture({**MIXTRAL, "rope_theta": 5e5}).rope_theta == 5e5
-    assert parse_architecture(LLAMA).moe is None
+    assert qwen3.experts.number == 8 and qwen3.experts.mlp.ffn_size == 48 and qwen3.mlp is None
+    assert qwen3.attention.qk_norm == "head" and not qwen3.attention.qkv_bias
+    assert qwen3.experts.router.scores == "softmax_of_chosen" and qwen3.experts.shared_ffn_size is None
+    assert qwen2.experts.shared_ffn_size == 5632 and qwen2.experts.router.scores == "softmax"
+    assert qwen2.attention.qkv_bias and not parse_architecture({**QWEN2_MOE, "qkv_bias": False}).attention.qkv_bias
+    assert mixtral.experts.mlp.ffn_size == 128 and mixtral.experts.per_token == 2
+    assert mixtral.experts.router.scores == "softmax_of_chosen"
+    assert (mixtral.attention.rotary.theta, mixtral.norms.eps) == (
+        1e6,
+        1e-5,
+    )  # transformers' own, where config.json is silent
+    assert parse_architecture({**MIXTRAL, "rope_theta": 5e5}).attention.rotary.theta == 5e5
+    assert parse_architecture(LLAMA).experts is None
 
 
 @pytest.mark.parametrize("name", ["Mixtral", "Qwen2Moe", "Qwen3Moe"])
@@ -28,11 +33,12 @@ def test_what_transformers_writes_is_read_as_transformers_means_it(name, tmp_pat
     made.architectures = [f"{name}ForCausalLM"]
     for raw in (made.to_dict(), made.to_diff_dict() | {"architectures": made.architectures}):
         arch = parse_architecture(raw)
-        assert arch.moe.num_experts == made.num_experts and arch.moe.experts_per_token == made.num_experts_per_tok
-        assert arch.moe.ffn_hidden_size == getattr(made, "moe_intermediate_size", made.intermediate_size)
-        assert arch.moe.shared_ffn_hidden_size == getattr(made, "shared_expert_intermediate_size", None)
-        assert arch.moe.normalized_weights == getattr(made, "norm_topk_prob", True)
-        assert (arch.rms_norm_eps, arch.rope_theta) == (made.rms_norm_eps, made.rope_parameters["rope_theta"])
+        assert arch.experts.number == made.num_experts and arch.experts.per_token == made.num_experts_per_tok
+        assert arch.experts.mlp.ffn_size == getattr(made, "moe_intermediate_size", made.intermediate_size)
+        assert arch.experts.shared_ffn_size == getattr(made, "shared_expert_intermediate_size", None)
+        assert (arch.experts.router.scores == "softmax_of_chosen") == getattr(made, "norm_topk_prob", True)
+        assert arch.norms.eps == made.rms_norm_eps
+        assert arch.attention.rotary.theta == made.rope_parameters["rope_theta"]
         assert arch.max_position_embeddings == made.max_position_embeddings
 
 

@@ -83,7 +83,7 @@ def test_it_is_read_and_refused_like_ours(plugin: str, tiny: Path) -> None:
     raw = json.loads((tiny / "config.json").read_text())
     arch = parse_architecture(raw)
     assert (arch.family, arch.hf_class) == ("tiny_llama", "TinyLlamaForCausalLM")
-    assert (arch.rms_norm_eps, arch.max_position_embeddings) == (1e-3, 128)
+    assert (arch.norms.eps, arch.max_position_embeddings) == (1e-3, 128)
     assert "model.layers.1.mlp.out_proj.weight" in weight_table(arch).hf_shapes
     with pytest.raises(ConfigError) as caught:
         parse_architecture({**raw, "window": 7, "attention_bias": True})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -24,7 +26,14 @@ def entry_of(layout, shapes, groups):
     names = [f"part{n}" for n in range(len(shapes))]
     row = Row("whole", layout, dict.fromkeys(names, ""))
     return WeightEntry(
-        row=row, layer=None, expert=None, hf=tuple(names), shapes=tuple(shapes), groups=groups, also={}, hf_stacked=""
+        row=row,
+        layer=None,
+        expert=None,
+        hf=tuple(names),
+        parts=tuple((s,) for s in shapes),
+        groups=groups,
+        also={},
+        hf_stacked="",
     )
 
 
@@ -51,6 +60,24 @@ def test_shards_hold_every_number_once_and_go_back(name, tp_size):
     if tp_size == 1:
         for got, want in zip(to_hf(entry, shards[0]).values(), sources, strict=True):
             assert got.equal(want)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize("name", ["gated", "qkv", "qkv bias"])
+def test_parts_of_one_tensor_are_those_tensors(name, tp_size):
+    """gate_up_proj, qkv_proj: what is stored apart elsewhere stands in the rows of one tensor."""
+    layout, shapes = LAYOUTS[name]
+    apart, sources = entry_of(layout, shapes, 4), list(counting(shapes))
+    joined = dataclasses.replace(apart, hf=("joined",), parts=(tuple(shapes),))
+    assert joined.shapes == ((sum(shape[0] for shape in shapes), *shapes[0][1:]),)
+    assert joined.full_shape == apart.full_shape and joined.local_shape(tp_size) == apart.local_shape(tp_size)
+    for rank in range(tp_size):
+        shards = [torch.full(apart.local_shape(tp_size), -1) for _ in range(2)]
+        load_shard(shards[0], apart, sources, rank, tp_size)
+        load_shard(shards[1], joined, [torch.cat(sources)], rank, tp_size)
+        assert shards[0].equal(shards[1])
+    if tp_size == 1:
+        assert to_hf(joined, shards[1])["joined"].equal(torch.cat(sources))
 
 
 def test_qkv_goes_group_by_group():

@@ -1,4 +1,4 @@
-"""Where a query sees a window of its keys: Mistral's whole model, some layers of Qwen."""
+"""Where a query sees a window of its keys: Mistral's whole model, some layers of Qwen. And Qwen3's own size of a head."""
 
 from __future__ import annotations
 
@@ -25,4 +25,10 @@ SLIDING = [
 @pytest.mark.parametrize(("name", "said", "window"), SLIDING)
 def test_sliding_window(name, said, window):
     raw = {key: value for key, value in LLAMA.items() if key != "model_type"}
-    assert parse_architecture({**raw, "architectures": [name], **said}).sliding_window == window
+    assert parse_architecture({**raw, "architectures": [name], **said}).attention.window == window
+
+
+def test_a_head_of_qwen3_has_a_size_of_its_own():
+    raw = {**LLAMA, "hidden_size": 66, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+    assert "head_dim" not in raw and raw["hidden_size"] % raw["num_attention_heads"]
+    assert parse_architecture(raw).attention.head_dim == 128  # transformers' default for the class

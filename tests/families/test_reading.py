@@ -7,6 +7,7 @@ import json
 import pytest
 
 from megadpo.config import ConfigError
+from megadpo.config.architecture import Rotary
 from megadpo.families import parse_architecture, read_architecture
 from tests.families.configs import LLAMA, YARN
 
@@ -21,23 +22,25 @@ def problem_keys(raw):
 
 def test_plain_llama():
     arch = parse_architecture({**LLAMA, "eos_token_id": [1, 2], "torch_dtype": "bfloat16", "rms_norm_eps": 1e-5})
-    assert (arch.family, arch.hf_class, arch.head_dim, arch.num_kv_heads) == ("llama", "LlamaForCausalLM", 16, 2)
-    assert (arch.eos_token_id, arch.torch_dtype, arch.rms_norm_eps) == ((1, 2), "bfloat16", 1e-5)
-    assert (arch.rope_theta, arch.rope_scaling, arch.sliding_window) == (10000.0, None, None)
-    assert not (arch.qkv_bias or arch.qk_norm or arch.tie_word_embeddings)
+    attention = arch.attention
+    assert (arch.family, arch.hf_class) == ("llama", "LlamaForCausalLM")
+    assert (attention.head_dim, attention.value_dim, attention.num_kv_heads, attention.scale) == (16, 16, 2, 16**-0.5)
+    assert (arch.eos_token_id, arch.torch_dtype, arch.norms.eps) == ((1, 2), "bfloat16", 1e-5)
+    assert attention.rotary == Rotary(theta=10000.0, dims=16, scaling=None) and attention.window is None
+    assert not (attention.qkv_bias or arch.tie_word_embeddings) and attention.qk_norm == "none"
 
 
 @pytest.mark.parametrize(
     ("name", "family", "qkv_bias", "qk_norm"),
     [
-        ("MistralForCausalLM", "mistral", False, False),
-        ("Qwen2ForCausalLM", "qwen2", True, False),
-        ("Qwen3ForCausalLM", "qwen3", False, True),
+        ("MistralForCausalLM", "mistral", False, "none"),
+        ("Qwen2ForCausalLM", "qwen2", True, "none"),
+        ("Qwen3ForCausalLM", "qwen3", False, "head"),
     ],
 )
 def test_families_differ_in_biases_and_norms(name, family, qkv_bias, qk_norm):
     arch = parse_architecture({**LLAMA, "architectures": [name], "model_type": family})
-    assert (arch.family, arch.qkv_bias, arch.qk_norm) == (family, qkv_bias, qk_norm)
+    assert (arch.family, arch.attention.qkv_bias, arch.attention.qk_norm) == (family, qkv_bias, qk_norm)
 
 
 def test_without_architectures_the_model_type_decides():
@@ -115,14 +118,15 @@ def test_what_transformers_writes_is_read_as_transformers_means_it(name, tied, t
     made.save_pretrained(tmp_path)
     arch = read_architecture(tmp_path)
     assert arch.hidden_size == made.hidden_size and arch.num_layers == made.num_hidden_layers
-    assert (arch.num_heads, arch.num_kv_heads) == (6, 3)
-    assert arch.head_dim == (getattr(made, "head_dim", None) or 96 // 6)
-    assert (arch.ffn_hidden_size, arch.vocab_size) == (made.intermediate_size, made.vocab_size)
-    assert (arch.rms_norm_eps, arch.max_position_embeddings) == (made.rms_norm_eps, made.max_position_embeddings)
+    attention, scaling = arch.attention, arch.attention.rotary.scaling
+    assert (attention.num_heads, attention.num_kv_heads) == (6, 3)
+    assert attention.head_dim == (getattr(made, "head_dim", None) or 96 // 6)
+    assert (arch.mlp.ffn_size, arch.vocab_size) == (made.intermediate_size, made.vocab_size)
+    assert (arch.norms.eps, arch.max_position_embeddings) == (made.rms_norm_eps, made.max_position_embeddings)
     assert arch.tie_word_embeddings is tied
-    assert arch.rope_theta == 1e6 and arch.rope_scaling is not None and arch.rope_scaling["rope_type"] == "yarn"
+    assert attention.rotary.theta == 1e6 and scaling is not None and scaling.rope_type == "yarn"
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    assert arch.rope_scaling["attention_factor"] == ROPE_INIT_FUNCTIONS["yarn"](made)[1]
-    assert arch.sliding_window == (made.sliding_window if name == "Mistral" else None)
+    assert scaling.attention_factor == ROPE_INIT_FUNCTIONS["yarn"](made)[1]
+    assert attention.window == (made.sliding_window if name == "Mistral" else None)
     assert (arch.eos_token_id, arch.pad_token_id) == (made.eos_token_id, made.pad_token_id)

@@ -6,24 +6,25 @@ import math
 
 import pytest
 
+from megadpo.config.architecture import RopeScaling, Rotary
 from megadpo.families import parse_architecture
 from tests.families.configs import LLAMA, MIXTRAL, YARN
 
 
 def test_mixtral_has_a_theta_of_its_own():
     for said, theta in (({}, 1e6), ({"rope_parameters": {"rope_type": "default"}}, 1e6), ({"rope_theta": 5e5}, 5e5)):
-        assert parse_architecture({**MIXTRAL, **said}).rope_theta == theta
+        assert parse_architecture({**MIXTRAL, **said}).attention.rotary.theta == theta
 
 
 def test_rope_twice_is_taken_where_both_say_the_same():
     twice = {"rope_parameters": {**YARN, "rope_theta": 1e6}, "rope_scaling": {**YARN, "type": "yarn"}}
     arch = parse_architecture({**LLAMA, **twice})
-    assert arch.rope_theta == 1e6 and arch.rope_scaling is not None
+    assert arch.attention.rotary.theta == 1e6 and arch.attention.rotary.scaling is not None
 
 
 def test_the_trained_length_outside_goes_first():
     arch = parse_architecture({**LLAMA, "rope_scaling": YARN, "original_max_position_embeddings": 4096})
-    assert arch.rope_scaling["original_max_position_embeddings"] == 4096
+    assert arch.attention.rotary.scaling.original_max_position_embeddings == 4096
 
 
 ROPES = [
@@ -75,15 +76,14 @@ ROPES = [
 
 @pytest.mark.parametrize(("said", "wanted"), ROPES)
 def test_rope_in_one_spelling(said, wanted):
-    arch = parse_architecture({**LLAMA, **said})
-    assert (arch.rope_theta, arch.rope_scaling) == wanted
+    rotary, (theta, scaling) = parse_architecture({**LLAMA, **said}).attention.rotary, wanted
+    assert rotary == Rotary(theta=theta, dims=16, scaling=scaling and RopeScaling(**scaling))
 
 
 def test_yarn_attention_factor():
     def factor(**more):
-        scaling = parse_architecture({**LLAMA, "rope_scaling": {**YARN, **more}}).rope_scaling
-        assert scaling is not None
-        return scaling["attention_factor"]
+        scaling = parse_architecture({**LLAMA, "rope_scaling": {**YARN, **more}}).attention.rotary.scaling
+        return scaling.attention_factor
 
     assert factor(attention_factor=1.5) == 1.5
     assert factor(mscale=2.0, mscale_all_dim=1.0) == (0.2 * math.log(4) + 1) / (0.1 * math.log(4) + 1)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-from megadpo.model.decoder import LayerModules, RMSNorm, _RmsNorm
+from megadpo.model.decoder import LayerModules
+from megadpo.model.norm import RMSNorm, _RmsNorm
 
 
 class _EmptyState:

@@ -35,18 +35,19 @@ def test_it_is_made_once_and_goes_with_the_micro_batch():
 
 def forward_twice(folder):
     """Plans and rotations that this rank made for two micro-batches, and what it keeps of each."""
+    from megadpo.config.grid import Grid
     from megadpo.config.schema_megatron import MegatronConfig
     from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
     from megadpo.families import read_architecture
     from megadpo.model.build import build_model
     from megadpo.model.kernels.cpu import CpuKernel
     from megadpo.model.rope import RotaryTable
-    from megadpo.model.weights.load import load_hf_weights, place_of
-    from megadpo.parallel import Layout, initialize, setup_device
+    from megadpo.model.weights.load import load_hf_weights
+    from megadpo.parallel import initialize, setup_device
     from megadpo.reference import answer_logps
     from megadpo.train.setup import seed_everything
 
-    parallel = initialize(Layout(pipeline=2, virtual_pipeline=2), setup_device("auto"))
+    parallel = initialize(Grid(pipeline=2, virtual_pipeline=2), setup_device("auto"))
     seed_everything(1, parallel)
     arch = read_architecture(folder)
     policy = PolicyConfig(
@@ -55,7 +56,7 @@ def forward_twice(folder):
         precision="float32",
         megatron_cfg=MegatronConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
     )
-    made, kept = {"plan": 0, "forward": 0}, []
+    made, kept = {"plan": 0, "__call__": 0}, []
 
     def counted(owner, name):
         original = getattr(owner, name)
@@ -68,11 +69,11 @@ def forward_twice(folder):
 
     batches = [a_batch(), a_batch()]
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in ((CpuKernel, "plan"), (RotaryTable, "forward")):
+        for owner, name in ((CpuKernel, "plan"), (RotaryTable, "__call__")):
             patch.setattr(owner, name, counted(owner, name))
         for frozen in (True, False):  # the reference, then the policy
             model = build_model(arch, policy, parallel, frozen=frozen)
-            load_hf_weights(model, arch, folder, place_of(parallel))
+            load_hf_weights(model, arch, folder, parallel.grid)
             answer_logps(model, batches, parallel)
             kept.append([len(batch.made) for batch in batches])
     return made, kept
@@ -82,4 +83,4 @@ def forward_twice(folder):
 def test_chunks_of_a_stage_and_the_reference_share_it(tmp_path):
     model = make_model(tmp_path / "model", "llama", num_hidden_layers=4)
     for made, kept in run_distributed(forward_twice, 2, str(model), init_process_group=False):
-        assert made == {"plan": 2, "forward": 2} and kept == [[2, 2], [0, 0]]
+        assert made == {"plan": 2, "__call__": 2} and kept == [[2, 2], [0, 0]]

@@ -90,6 +90,7 @@ def test_every_problem_at_once():
 
 def trained_names_and_memory(folder, patterns):
     """Of a frozen model in one process: names with gradients, numbers in gradient buffers, numbers in moments."""
+    from megadpo.config.grid import Grid
     from megadpo.config.schema_megatron import MegatronConfig
     from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
     from megadpo.families import read_architecture
@@ -97,9 +98,9 @@ def trained_names_and_memory(folder, patterns):
     from megadpo.model.freeze import freeze
     from megadpo.model.weights.load import named_global_parameters
     from megadpo.optimizer.build import build_optimizer, wrap_for_training
-    from megadpo.parallel import Layout, initialize, setup_device
+    from megadpo.parallel import initialize, setup_device
 
-    parallel = initialize(Layout(pipeline=2), setup_device("auto"))
+    parallel = initialize(Grid(pipeline=2), setup_device("auto"))
     arch = read_architecture(folder)
     policy = PolicyConfig(
         model_name=folder,

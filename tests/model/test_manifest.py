@@ -78,10 +78,11 @@ def files_of(checkpoint: Path) -> list[Path]:
 def unnamed_damages(folder: str) -> tuple[int, list[str]]:
     """On each rank: the damages made, and those that a reader of the newest checkpoint passed over or didn't name."""
     from megadpo.checkpoint.verify import require_whole_weights
-    from megadpo.parallel import Layout, initialize, setup_device
+    from megadpo.config.grid import Grid
+    from megadpo.parallel import initialize, setup_device
     from megadpo.train.resume import newest_whole
 
-    parallel = initialize(Layout(), setup_device("cpu"))
+    parallel = initialize(Grid(), setup_device("cpu"))
     checkpoint, made, missed = Path(folder) / "step_2", 0, []
     keys = [key for key in read_metadata(checkpoint / "model").state_dict_metadata if not key.startswith("optimizer")]
     alone: dict[str, Callable[[], Any]] = {
@@ -132,7 +133,10 @@ def test_a_resume_stops_at_damage_or_goes_on_from_before_it(run):
     config = str(folder / "config.yaml")
     for code, printed in run_distributed(train_and_read, 2, config, overrides, init_process_group=False):
         assert code == 2 and f"{file}: got 'other bytes, somewhere from 0 to" in printed and "Traceback" not in printed
-        assert f"mv {newest} {newest}.damaged, and the run goes on from {folder}/checkpoints/step_1" in printed
+        assert (
+            f"mv {newest} {newest}.damaged; then the run resumes from the one before, {folder}/checkpoints/step_1"
+            in printed
+        )
     previous = [*overrides, "checkpointing.on_damage=previous"]
     (code, printed), (other, _) = run_distributed(train_and_read, 2, config, previous, init_process_group=False)
     assert code == other == 0 and f"{newest} is damaged ({file}: other bytes" in printed, printed

@@ -51,7 +51,7 @@ def test_cos_and_sin_equal_transformers(name, theta, tmp_path):
     config.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llama"
     theirs = LlamaRotaryEmbedding(config)
-    ours = RotaryTable(read_architecture(tmp_path), torch.device("cpu"))
+    ours = RotaryTable(read_architecture(tmp_path).attention.rotary, torch.device("cpu"))
     positions = torch.arange(0, 512, 7)
     x = torch.randn(len(positions), 4, 64)
     cos, sin = theirs(x[None], positions[None])
@@ -84,8 +84,8 @@ def test_the_fused_rotation_is_handed_the_same_angles(name, tmp_path, monkeypatc
     for part in ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.attention"):
         monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
     monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
-    arch, device = read_architecture(tmp_path), torch.device("cpu")
-    plain, fused = RotaryTable(arch, device), RotaryTable(arch, device, fused=True)
+    rotary, device = read_architecture(tmp_path).attention.rotary, torch.device("cpu")
+    plain, fused = RotaryTable(rotary, device), RotaryTable(rotary, device, fused=True)
     positions, x = torch.tensor([0, 1, 2, 0, 1, 300, 2]), torch.randn(7, 2, 64)
     assert fused.fused == (name != "yarn")  # its factor on cos and sin is not in the kernel
     torch.testing.assert_close(fused(positions, x.dtype)(x), plain(positions, x.dtype)(x), rtol=1e-6, atol=1e-6)
@@ -96,12 +96,21 @@ def plain_rotate(x, cos, sin):
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
-def test_rotate():
+def plain_interleaved(x, cos, sin):
+    """Pairs 0 and 1, 2 and 3: brought into halves, turned, and brought back."""
+    order = [0, 2, 4, 6, 1, 3, 5, 7]
+    return plain_rotate(x[..., order], cos, sin)[..., [order.index(i) for i in range(8)]]
+
+
+@pytest.mark.parametrize(("width", "interleaved"), [(8, False), (8, True), (12, False), (12, True)])
+def test_rotate(width, interleaved):
+    """The first 8 channels; those that follow stay."""
     torch.manual_seed(0)
-    x = torch.randn(6, 3, 8, dtype=torch.float64, requires_grad=True)
-    angles, upstream = torch.randn(6, 1, 4, dtype=torch.float64), torch.randn(6, 3, 8, dtype=torch.float64)
+    x = torch.randn(6, 3, width, dtype=torch.float64, requires_grad=True)
+    angles, upstream = torch.randn(6, 1, 4, dtype=torch.float64), torch.randn(6, 3, width, dtype=torch.float64)
     cos, sin = angles.cos(), angles.sin()
-    got, want = PlainRotation(cos, sin)(x), plain_rotate(x, cos, sin)
+    got, plain = PlainRotation(cos, sin, interleaved)(x), plain_interleaved if interleaved else plain_rotate
+    want = torch.cat([plain(x[..., :8], cos, sin), x[..., 8:]], dim=-1)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     grads = [torch.autograd.grad(out, x, upstream)[0] for out in (got, want)]
     torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)

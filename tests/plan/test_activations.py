@@ -29,7 +29,7 @@ def test_the_search_estimates_experts_as_they_are_counted(tmp_path, tp, ep, reco
     arch, _ = architectures(cfg)
     lengths = full_pack(cfg, np.array([[300, 106, 106]]))
     (counted,) = trace_stage(cfg, arch, None, lengths, grid=Grid.of(cfg, 4), device_type="cuda").chunks
-    foretold = Estimate(cfg, arch, Pack.of(cfg, lengths)).chunk(arch.num_layers, last=True)
+    foretold = Estimate(cfg, arch, Pack.of(cfg, lengths)).chunk(arch.layers, last=True)
     assert foretold.saved == pytest.approx(counted.saved, rel=0.08)
     assert foretold.backward_peak == pytest.approx(max(counted.forward_peak, counted.backward_peak), rel=0.15)
 
@@ -49,6 +49,6 @@ def test_the_search_estimates_activations_as_they_are_counted(tmp_path, recomput
         (counted,) = trace_stage(
             cfg, arch, None, lengths, grid=Grid.of(cfg, 2 * cp).stage(stage), device_type="cuda"
         ).chunks
-        foretold = Estimate(cfg, arch, Pack.of(cfg, lengths)).chunk(4, last=stage == 1)
+        foretold = Estimate(cfg, arch, Pack.of(cfg, lengths)).chunk(arch.layers[:4], last=stage == 1)
         assert foretold.saved == pytest.approx(counted.saved, rel=0.03)
         assert foretold.backward_peak == pytest.approx(max(counted.forward_peak, counted.backward_peak), rel=0.15)

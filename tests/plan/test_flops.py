@@ -43,7 +43,7 @@ def test_matrix_products_are_those_that_torch_counts(name, tmp_path):
         trace_stage(cfg, arch, None, lengths, grid=Grid(), device_type="cuda")
     pack = Pack.of(cfg, lengths)
     (stage,) = stage_flops(cfg, arch, reference, pack)
-    forward = forward_flops(arch, pack, arch.num_layers, head=True)
+    forward = forward_flops(arch, pack, arch.layers, head=True)
     attention = 4 * forward.attention + {"core_attn": 1, "full": 1, "block": 3 / 8}.get(name, 0) * forward.attention
     assert counter.get_total_flops() == stage.needed + stage.repeated - attention
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from megadpo.config.check import chunk_layers
 from megadpo.config.grid import Grid
 from megadpo.config.load import load_config
 from megadpo.plan.inputs import architectures
@@ -90,7 +91,9 @@ def check_arithmetic(plan: Plan, ranks: list[dict]) -> None:
     """What the search over layouts computes without torch: the same, and every rank's own shard."""
     job, megatron, grid = plan.job, plan.job.cfg.policy.megatron_cfg, plan.grid
     for stage in plan.stages:
-        chunks = stage_parameters(job.arch, grid, stage=stage.stage, layers=stage.layers)
+        chunks = stage_parameters(
+            job.arch, grid, stage=stage.stage, chunks=chunk_layers(job.cfg, job.arch)[stage.stage]
+        )
         buffers = stage_buffers(chunks, megatron, grid, first_stage=stage.stage == 0)
         shard = sum(buffers.largest_shards(grid))
         assert static_bytes(chunks, chunks, buffers, shard, megatron, job.bf16) == stage.static

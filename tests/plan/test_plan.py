@@ -31,7 +31,7 @@ def small(tmp_path):
         ([f"{MEG}.tensor_model_parallel_size=3"], ["a divisor of the model's 8 attention heads", "3 x 1"]),
         (["policy.train_global_batch_size=1"], ["at least 2 pairs"]),
         (["policy.attention_kernel=cpu"], ["policy.attention_kernel"]),
-        (["policy.model_name=nobody/nothing"], ["put the model's config.json into a folder"]),
+        (["policy.model_name=nobody/nothing"], ["policy.model_name", "name its folder"]),
         (["policy.sequence_packing.train_mb_tokens=1024", "--lengths", "900,90,90"], ["train_mb_tokens"]),
         (["policy.device=cpu", "--gpu", "h100"], ["policy.device"]),
         ([f"{MEG}.expert_model_parallel_size=2"], ["has no experts"]),

@@ -73,7 +73,7 @@ class Runs:
 
 
 def without_times(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if not name.startswith("timing/")}
+    return {name: value for name, value in row.items() if not name.startswith(("timing/", "machine/"))}
 
 
 @pytest.mark.distributed
@@ -202,13 +202,14 @@ def model_after_attaching(config: str) -> tuple[int, list[bool]]:
     import gc
     import weakref
 
-    from megadpo.parallel import initialize, layout_of, setup_device
+    from megadpo.config.grid import Grid
+    from megadpo.parallel import initialize, setup_device
     from megadpo.train import inputs, reference
     from megadpo.train.check import checked_config
 
     cfg = checked_config(config, [], 1)
-    parallel = initialize(layout_of(cfg), setup_device("cpu"))
-    opened = inputs.open_run_inputs(cfg, inputs.data_rank(parallel))
+    parallel = initialize(Grid.of(cfg), setup_device("cpu"))
+    opened = inputs.open_run_inputs(cfg, parallel.grid)
     weights: list[weakref.ref[torch.Tensor]] = []
     build = reference.build_reference
 

@@ -27,8 +27,8 @@ def models(tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "layout", "words"),
     [
-        ("one_group", [TP2], "a divisor of the model's 1 key-value heads (dpo.reference.model_name's)"),
-        ("three_layers", [PP2], "a divisor of the model's 3 layers (dpo.reference.model_name's)"),
+        ("one_group", [TP2], "a divisor of the model's 1 key-value heads (for dpo.reference.model_name)"),
+        ("three_layers", [PP2], "a divisor of the model's 3 layers (for dpo.reference.model_name)"),
         # under tensor parallelism its log-probabilities were nonsense without an error
         ("few_tokens", [TP2], "its vocabulary has 100"),
         ("cut_short", [], "expected model.norm.weight"),

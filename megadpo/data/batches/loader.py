@@ -1,29 +1,31 @@
 """Global batches of packed pairs, for one data-parallel rank.
 
-Order of an epoch: a function of (seed, epoch) alone, so that neither the number of ranks nor where a run was
-interrupted changes which pairs share a global batch. Every rank knows all lengths, deals out the whole global batch alike
-and packs only its own micro-batches: no communication. Held per pair: its length and its work, 16 bytes, and while an
-epoch runs 8 more for its order; token ids stay where the data set has them.
+The order of an epoch depends only on (seed, epoch). So neither the number of ranks nor an interruption changes which pairs
+share a global batch. Every rank knows all lengths, computes the same deal of the whole global batch, and packs only its
+own micro-batches; nothing is communicated. Memory for each pair: 16 bytes for its length and work, and 8 bytes for the
+epoch's order. Token ids stay in the data set.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from megadpo.config.check import micro_batch_multiple
+from megadpo.config.grid import Grid
 from megadpo.config.problems import DataError, Problem
 from megadpo.data.batches.cut import context_part
 from megadpo.data.batches.deal import Deal, deal_batch
 from megadpo.data.batches.pack import PackedBatch, pack_pairs
-from megadpo.data.batches.prefetch import Prefetcher
 from megadpo.data.batches.work import WorkModel
 from megadpo.data.pairs import PairDataset
 from megadpo.data.sources import MOST_PROBLEMS
@@ -32,43 +34,27 @@ if TYPE_CHECKING:
     from megadpo.config.architecture import Architecture
     from megadpo.config.schema import Config
 
+Item = TypeVar("Item")
+
 PREFETCH_BATCHES = 2
-"""Global batches packed ahead of need."""
+"""Global batches packed in advance."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GlobalBatch:
-    """One rank's part of a global batch, and what all ranks know of the whole."""
+    """One rank's part of a global batch, and facts about the whole batch."""
 
     micro_batches: list[PackedBatch]
-    """This rank's, on the CPU; as many on every rank."""
+    """This rank's, on the CPU. Every rank has the same number."""
     num_pairs: int
-    """Pairs of the whole global batch, over all ranks: what the loss is a mean over."""
+    """Pairs of the whole global batch, over all ranks. The loss is a mean over them."""
     num_tokens: int
-    """Packed tokens of the whole global batch without padding; a shared prompt counts once."""
+    """Tokens of the whole global batch without padding. A shared prompt counts once."""
     pair_indices: list[int]
-    """Rows of the data file, of the whole global batch, in the order of the epoch."""
+    """Rows of the data file for the whole global batch, in the order of the epoch."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataRank:
-    """Which part of every global batch a rank gets; by default all of it. Raises ValueError for a rank out of range."""
-
-    dp_rank: int = 0
-    dp_size: int = 1
-    """Ranks that share out the micro-batches."""
-    cp_rank: int = 0
-    cp_size: int = 1
-    """Ranks that share out the tokens of each micro-batch."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.dp_rank < self.dp_size:
-            raise ValueError(f"dp_rank {self.dp_rank} of dp_size {self.dp_size}")
-        if not 0 <= self.cp_rank < self.cp_size:
-            raise ValueError(f"cp_rank {self.cp_rank} of cp_size {self.cp_size}")
-
-
-WHOLE = DataRank()
+ONE_RANK = Grid()
 
 
 class GlobalBatchLoader:
@@ -91,28 +77,28 @@ class GlobalBatchLoader:
         limit_batches: int | None = None,
         prefetch: bool = True,
         work_model: WorkModel | None = None,
-        rank: DataRank = WHOLE,
+        grid: Grid = ONE_RANK,
     ) -> None:
         """Sizes count pairs. Exactly one of `budget_tokens` (sequence packing) and `pairs_per_micro_batch` is given.
 
-        budget_tokens: most tokens of a micro-batch, padding included.
-        micro_batch_multiple: every rank gets a multiple of this many micro-batches, empty ones among them if need be.
-        drop_last: leave out the last, incomplete global batch of an epoch (training); else it comes as it is.
-        limit_batches: at most this many batches of an epoch (dpo.val_batches); None or 0 or less: all.
-        prefetch: pack ahead in one background thread (packing takes a thousandth of a step), or in the caller.
-        work_model: ranks get the same work by it (with budget_tokens only); None: as many tokens each.
-        rank: whose micro-batches come out; pad_to_multiple is a multiple of its cp_size.
-        Raises DataError for pairs longer than budget_tokens, and for a data set that drop_last leaves nothing of.
+        budget_tokens: the most tokens of a micro-batch, padding included.
+        micro_batch_multiple: every rank gets a multiple of this many micro-batches. Some of them may be empty.
+        drop_last: leave out the last global batch of an epoch if it is incomplete (training).
+        limit_batches: at most this many batches of an epoch (dpo.val_batches); None, 0 or less: all.
+        prefetch: pack in one background thread. Packing takes a thousandth of a step.
+        work_model: balances the ranks' work (with budget_tokens only); None: balances their tokens.
+        grid: this rank's place. pad_to_multiple is a multiple of the context-parallel size.
+        Raises DataError for pairs longer than budget_tokens, and if drop_last leaves no global batch.
         """
-        if pad_to_multiple % rank.cp_size:
-            raise ValueError(f"packs padded to {pad_to_multiple} tokens can't be cut over cp_size {rank.cp_size}")
+        if pad_to_multiple % grid.context:
+            raise ValueError(f"packs padded to {pad_to_multiple} tokens can't be cut over {grid.context} ranks")
         if global_batch_size < 1:
             raise ValueError(f"global_batch_size must be at least 1, got {global_batch_size}")
         self.dataset = dataset
         self.global_batch_size = global_batch_size
         self.shuffle = shuffle
         self.seed = seed
-        self.rank = rank
+        self.grid = grid
         self.share_prompt = share_prompt
         self.pad_token_id = pad_token_id
         self.pad_to_multiple = pad_to_multiple
@@ -121,22 +107,22 @@ class GlobalBatchLoader:
         self.drop_last = drop_last
         self.prefetch = prefetch
         self.lengths = dataset.packed_tokens(share_prompt=share_prompt)
-        """int64 [pairs]: tokens that each pair takes in a pack."""
+        """int64 [pairs]: tokens of each pair in a pack."""
         self.work = self.lengths
-        """int64 [pairs]: what ranks are balanced by."""
+        """int64 [pairs]: cost of each pair, to balance the ranks."""
         if work_model is not None:
             self.work = work_model.pair_work(dataset.text_tokens(), share_prompt=share_prompt)
         self._reference_logps: npt.NDArray[np.float32] | None = None
-        # Padding may not take a pack over the budget
+        # A pack with its padding must stay within the budget
         self.budget_tokens = None if budget_tokens is None else budget_tokens // pad_to_multiple * pad_to_multiple
         self._refuse_longer_than_budget()
         batches = self._count_batches()
         self.batches_per_epoch = batches if limit_batches is None or limit_batches < 1 else min(batches, limit_batches)
         self.dropped_pairs_per_epoch = len(dataset) % global_batch_size if drop_last else 0
-        """Pairs that drop_last leaves out of each epoch: other ones in each, where shuffled."""
+        """Pairs that drop_last leaves out of each epoch. With shuffling they differ between epochs."""
 
     def _count_batches(self) -> int:
-        """Global batches of all pairs. Raises DataError where there is none."""
+        """Global batches in the data set. Raises DataError if there is none."""
         whole, rest = divmod(len(self.dataset), self.global_batch_size)
         batches = whole if self.drop_last or not rest else whole + 1
         if batches == 0:
@@ -152,7 +138,7 @@ class GlobalBatchLoader:
         *,
         pad_token_id: int,
         training: bool,
-        rank: DataRank = WHOLE,
+        grid: Grid = ONE_RANK,
     ) -> GlobalBatchLoader:
         """Training: the config's order, whole global batches only. Validation: file order, every pair."""
         packing = cfg.policy.sequence_packing
@@ -162,7 +148,7 @@ class GlobalBatchLoader:
             global_batch_size=cfg.policy.train_global_batch_size if training else cfg.dpo.val_global_batch_size,
             shuffle=cfg.data.shuffle and training,
             seed=cfg.dpo.seed,
-            # without packing a micro-batch is rows, each with its own prompt
+            # without packing, every sequence of a micro-batch has its own prompt
             share_prompt=packing.enabled and packing.share_prompt,
             pad_token_id=pad_token_id,
             pad_to_multiple=cfg.policy.make_sequence_length_divisible_by,
@@ -173,12 +159,12 @@ class GlobalBatchLoader:
             micro_batch_multiple=micro_batch_multiple(cfg),
             prefetch=cfg.data.num_workers > 0,
             work_model=WorkModel.of(arch),
-            rank=rank,
+            grid=grid,
         )
 
     def with_reference_logps(self, logps: npt.NDArray[np.float32]) -> GlobalBatchLoader:
-        """The same loader, whose micro-batches bring the reference's numbers along: float32 [pairs, 2], in the data
-        set's order, computed beforehand (dpo.reference.mode cached)."""
+        """The same loader, but its micro-batches include the reference's log-probabilities. logps: float32 [pairs, 2] in
+        the data set's order, computed before training (dpo.reference.mode cached)."""
         loader = copy.copy(self)
         loader._reference_logps = logps
         return loader
@@ -191,30 +177,26 @@ class GlobalBatchLoader:
         return generator.permutation(len(self.dataset))
 
     def batches(self, epoch: int, start_batch: int = 0) -> Iterator[GlobalBatch]:
-        """The batches of an epoch from number `start_batch` on. Leaving the iterator early ends its thread."""
+        """The batches of an epoch from number `start_batch` on. Closing the iterator ends its thread."""
         if not 0 <= start_batch <= self.batches_per_epoch:
             raise ValueError(f"start_batch {start_batch} of an epoch of {self.batches_per_epoch} batches")
         made = self._make(epoch, start_batch)
-        if self.prefetch:
-            with Prefetcher(made, PREFETCH_BATCHES) as ahead:
-                yield from ahead
-        else:
-            yield from made
+        yield from prefetched(made, PREFETCH_BATCHES) if self.prefetch else made
 
     def deals(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[npt.NDArray[np.int64], Deal]]:
-        """For each global batch, int64 [pairs] positions of the data set, and how they are dealt to all ranks."""
+        """For each global batch: int64 [pairs] positions in the data set, and their deal to all ranks."""
         size = self.global_batch_size
         yield from self.deals_of(self.order(epoch)[start_batch * size : self.batches_per_epoch * size])
 
     def deals_of(self, order: npt.NDArray[np.int64]) -> Iterator[tuple[npt.NDArray[np.int64], Deal]]:
-        """The same for the positions of `order`, one global batch after another; the last one may be smaller."""
+        """The same for the positions in `order`. The last global batch may be smaller."""
         for start in range(0, len(order), self.global_batch_size):
             positions = order[start : start + self.global_batch_size]
             yield (
                 positions,
                 deal_batch(
                     self.lengths[positions],
-                    num_ranks=self.rank.dp_size,
+                    num_ranks=self.grid.data,
                     budget_tokens=self.budget_tokens,
                     pairs_per_micro_batch=self.pairs_per_micro_batch,
                     work=self.work[positions],
@@ -225,16 +207,16 @@ class GlobalBatchLoader:
     def _make(self, epoch: int, start_batch: int) -> Iterator[GlobalBatch]:
         for positions, deal in self.deals(epoch, start_batch):
             yield GlobalBatch(
-                micro_batches=[self.pack(positions[numbers]) for numbers in deal[self.rank.dp_rank]],
+                micro_batches=[self.pack(positions[numbers]) for numbers in deal[self.grid.dp_rank]],
                 num_pairs=len(positions),
                 num_tokens=int(self.lengths[positions].sum()),
                 pair_indices=self.dataset.rows[positions].tolist(),
             )
-            # A touched page maps 64 KiB and more around it, so a few hundred batches would map the whole file
+            # Each access maps 64 KiB or more of the file; after a few hundred batches the whole file would be in memory
             self.dataset.release()
 
     def pack(self, positions: npt.NDArray[np.int64]) -> PackedBatch:
-        """These positions of the data set as one micro-batch; under context parallelism this rank's part of it."""
+        """A micro-batch of these positions of the data set; with context parallelism, this rank's part of it."""
         whole = pack_pairs(
             [self.dataset[int(position)] for position in positions],
             share_prompt=self.share_prompt,
@@ -244,7 +226,7 @@ class GlobalBatchLoader:
         if self._reference_logps is not None:
             known = torch.from_numpy(self._reference_logps[positions].reshape(-1))
             whole = dataclasses.replace(whole, reference_logps=known)
-        return context_part(whole, self.rank.cp_rank, self.rank.cp_size)
+        return context_part(whole, self.grid.cp_rank, self.grid.context)
 
     def _refuse_longer_than_budget(self) -> None:
         if self.budget_tokens is None:
@@ -256,7 +238,7 @@ class GlobalBatchLoader:
         needed = -(-longest // self.pad_to_multiple) * self.pad_to_multiple
         advice = f"raise it to {needed} or more (the longest of {len(too_long)} such pairs)"
         if not self.share_prompt:
-            advice += ", or set policy.sequence_packing.share_prompt"
+            advice += ", or set policy.sequence_packing.share_prompt: true"
         raise DataError(
             [
                 Problem(
@@ -268,6 +250,23 @@ class GlobalBatchLoader:
                 for position in too_long[:MOST_PROBLEMS]
             ]
         )
+
+
+def prefetched(source: Iterator[Item], depth: int) -> Iterator[Item]:
+    """The items of `source`, in order. A background thread makes the next `depth` items in advance.
+
+    An exception in `source` is raised in place of its item, with its traceback. If this iterator ends, fails or is
+    closed, the thread has ended and `source` is closed."""
+    end: Any = object()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="megadpo-prefetch")
+    try:
+        ready = deque(pool.submit(next, source, end) for _ in range(depth))
+        while (item := ready.popleft().result()) is not end:
+            ready.append(pool.submit(next, source, end))
+            yield item
+    finally:
+        pool.shutdown(cancel_futures=True)
+        getattr(source, "close", lambda: None)()
 
 
 def _too_few_pairs(dataset: PairDataset, global_batch_size: int) -> Problem:

@@ -1,6 +1,6 @@
 """Rows of text files: JSONL, JSON and CSV, plain or compressed with gzip or Zstandard.
 
-JSONL and CSV stream, in memory bounded by files.jsonl.MAX_LINE_BYTES; a .json file is held whole.
+JSONL and CSV are streamed; files.jsonl.MAX_LINE_BYTES limits the memory. A .json file is read whole.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from megadpo.files.jsonl import type_name
 
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
 _HALF_BYTE = re.compile("[\udc80-\udcff]")
-"""What errors="surrogateescape" makes of a byte that is no UTF-8."""
+"""The characters that errors="surrogateescape" writes for bytes that are not UTF-8."""
 _COMPRESSED = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
 _CSV_NUMBERS = ("overall_preference",)
 
@@ -35,8 +36,8 @@ def jsonl_rows(path: Path) -> Rows:
 
 
 def json_rows(path: Path) -> Rows:
-    """A list of objects, or objects one after the other, each over as many lines as it likes. A row's line is that on
-    which it begins. Nothing after broken JSON can be read."""
+    """A list of objects, or objects one after the other. An object may span lines; its line is its first one. After
+    broken JSON, reading ends."""
     with jsonl.open_bytes(path) as file:
         content = file.read().removeprefix(jsonl.BYTE_ORDER_MARK)
     try:
@@ -75,14 +76,14 @@ def json_rows(path: Path) -> Rows:
                 return
             after_value = True
             row += 1
-            yield place, value if isinstance(value, dict) else _no_object(value, place)
+            yield place, value if isinstance(value, dict) else _not_an_object(value, place)
 
 
 def csv_rows(path: Path) -> Rows:
-    """The first line names the columns. Cells are strings, but for lists of messages and the like, written as JSON."""
-    csv.field_size_limit(jsonl.MAX_LINE_BYTES)  # the module's own limit, 131,072 characters, is for the whole process
+    """The first line names the columns. Cells are strings, or JSON lists of objects, such as messages."""
+    csv.field_size_limit(jsonl.MAX_LINE_BYTES)  # of the whole process; the default is 131,072 characters
     with jsonl.open_bytes(path) as file:
-        # Bytes that are no UTF-8 become half characters, which are refused by line
+        # Bytes that are not UTF-8 become surrogates; they are refused below, with their line
         lines = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.reader(lines, strict=True)
         header: list[str] = []
@@ -102,10 +103,8 @@ def csv_rows(path: Path) -> Rows:
                 continue
             if not header:
                 header = cells
-                if twice := [name for number, name in enumerate(header) if name in header[:number]]:
-                    fix = "rename or remove one of them: only one could be read"
-                    got = f"two columns {twice[0]!r}"
-                    yield place, Problem(str(place), got, "columns with different names", fix)
+                if twice := duplicate_columns(str(place), header):
+                    yield place, twice[0]
                     return
                 continue
             row += 1
@@ -120,8 +119,18 @@ def csv_rows(path: Path) -> Rows:
             yield place, {name: _cell(name, cell) for name, cell in zip(header, cells, strict=True)}
 
 
+def duplicate_columns(where: str, names: list[str]) -> list[Problem]:
+    """A problem for each column name that occurs more than once."""
+    fix = "rename or remove one of them: only one could be read"
+    return [
+        Problem(where, f"two columns {name!r}", "columns with different names", fix)
+        for name, count in Counter(names).items()
+        if count > 1
+    ]
+
+
 def _cell(name: str, cell: str) -> object:
-    """A cell as the formats need it: JSON lists of objects (messages, completions, tools) and numbers are read."""
+    """The cell's value: JSON lists of objects (messages, completions, tools) and numbers are parsed."""
     if cell.startswith("[") and cell.endswith("]"):
         try:
             value = json.loads(cell)
@@ -137,7 +146,7 @@ def _cell(name: str, cell: str) -> object:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Raises ValueError for a key that is there twice: which of the two is meant, nobody knows."""
+    """Raises ValueError for a key that occurs twice, because it is unclear which value is meant."""
     read = dict(pairs)
     if len(read) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -152,45 +161,44 @@ def _end_of_space(text: str, position: int) -> int:
 
 
 def _broken_json(place: Place, error: Exception | str) -> Problem:
-    said = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-    fix = _json_fix(error) or "close what it opens, and remove comments and commas before brackets"
-    return Problem(str(place), f"broken JSON ({said})", "JSON", fix)
+    reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    fix = _json_fix(error) or "close all brackets and quotes, and remove comments and trailing commas"
+    return Problem(str(place), f"broken JSON ({reason})", "JSON", fix)
 
 
 def _json_fix(error: object) -> str | None:
-    """For a key that is there twice, or a number of thousands of digits."""
-    is_more_than_syntax = isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError)
-    return "mend or remove the row" if is_more_than_syntax else None
+    """For valid JSON that is refused: a key that occurs twice, or a number with thousands of digits."""
+    is_valid_syntax = isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError)
+    return "correct or remove the row" if is_valid_syntax else None
 
 
-def _no_object(value: object, place: Place) -> Problem:
+def _not_an_object(value: object, place: Place) -> Problem:
     found = f"a JSON {type_name(value)}"
     return Problem(str(place), found, "a JSON object for each pair", "write each pair as an object")
 
 
 def _line_problem(error: jsonl.LineError, line: jsonl.Line, place: Place) -> Problem:
-    """A line of a JSONL file that holds no object."""
+    """What is wrong with a line of a JSONL file."""
     cause = error.__cause__
     if isinstance(cause, UnicodeDecodeError):
         return _not_utf8(place, line.content[cause.start], cause.start, line.content)
-    expected = "one JSON object a line"
+    expected = "one JSON object on each line"
     if error.reason == "line_too_long":
-        expected = "a pair a line, which no model reads at such a length"
-        fix = "put each pair on a line of its own, or remove this one"
+        expected = "one pair on each line; no model reads a pair of this length"
+        fix = "write each pair on its own line, or remove this one"
     elif error.reason == "not_an_object":
-        fix = "write each pair as an object, one a line (a file of one big list is named .json)"
+        fix = "write one object on each line (or name the file .json, if it is one big list)"
     else:
-        whole = "put the whole object on this line and close what it opens, or name the file .json if rows span lines"
-        fix = _json_fix(cause) or whole
+        fix = _json_fix(cause) or "write one whole object on each line, or name the file .json if objects span lines"
     return Problem(str(place), str(error), expected, fix)
 
 
 def _not_utf8(place: Place, byte: int, column: int, content: bytes = b"") -> Problem:
-    """content: the file's, or its first lines, from its beginning where place is line 1."""
-    fix = "write the file in UTF-8, for instance with iconv -f WINDOWS-1252 -t UTF-8, or what else it is written in"
+    """content: bytes from the beginning of the file, to recognise compressed and UTF-16 files."""
+    fix = "convert the file to UTF-8, for instance with iconv -f WINDOWS-1252 -t UTF-8"
     for mark, ending in _COMPRESSED.items():
         if content.startswith(mark):
-            fix = f"the file is compressed: give its name the ending {ending}"
+            fix = f"the file is compressed: its name must end in {ending}"
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        fix = "write the file in UTF-8: iconv -f UTF-16 -t UTF-8"
+        fix = "convert the file to UTF-8: iconv -f UTF-16 -t UTF-8"
     return Problem(where=str(place), value=f"the byte 0x{byte:02x} at column {column + 1}", expected="UTF-8", fix=fix)

@@ -38,7 +38,7 @@ class LocalLayers(LayerImplementation):
             expected = "no layernorm without Transformer Engine, which megatron-core then asks about float8"
             modules = ", ".join(megatron.recompute_modules)
             yield Problem(f"{MEGATRON}.recompute_modules", modules, expected, f"{INSTALL}, or remove layernorm")
-        if megatron.moe_grouped_gemm and known.arch is not None and known.arch.moe is not None:
+        if megatron.moe_grouped_gemm and known.arch is not None and known.arch.experts is not None:
             fix = f"set it to null or false, or {INSTALL}, with transformer_impl auto"
             expected = "Transformer Engine's layers, on a CUDA device in bfloat16"
             yield Problem(f"{MEGATRON}.moe_grouped_gemm", True, expected, fix)
@@ -49,6 +49,7 @@ class LocalLayers(LayerImplementation):
     def modules(self, *, fuse_weight_gradient: bool) -> LayerModules:
         from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-        from megadpo.model.decoder import LayerModules, RMSNorm
+        from megadpo.model.decoder import LayerModules
+        from megadpo.model.norm import RMSNorm
 
         return LayerModules(norm=RMSNorm, column=ColumnParallelLinear, row=RowParallelLinear)

@@ -105,17 +105,18 @@ def _no_float8(fp8: Fp8Config, machine: Machine) -> str | None:
 def _float8_shape(megatron: MegatronConfig, arch: Architecture) -> Iterator[Problem]:
     """Every matrix that float8 can't take: its sides, as each tensor-parallel rank holds them, are multiples of 16, or
     of 128 where scales are blockwise."""
-    if arch.moe is not None:
+    if arch.experts is not None or arch.mlp is None:
         expected = f"false for {arch.hf_class}: layers of experts have not been run in float8"
         yield Problem(_FP8, True, expected, "set it to false")
         return
-    recipe, tp = megatron.fp8_cfg.fp8_recipe, megatron.tensor_model_parallel_size
+    recipe, tp, attention = megatron.fp8_cfg.fp8_recipe, megatron.tensor_model_parallel_size, arch.attention
+    heads, groups, width = attention.num_heads, attention.num_kv_heads, attention.head_dim
     multiple = FP8_TOKENS[recipe]
     sides = {
         "hidden channels": arch.hidden_size,
-        "MLP channels": arch.ffn_hidden_size // tp,
-        "query channels": arch.num_heads * arch.head_dim // tp,
-        "query, key and value channels": (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim // tp,
+        "MLP channels": arch.mlp.ffn_size // tp,
+        "query channels": heads * width // tp,
+        "query, key and value channels": (heads + 2 * groups) * width // tp,
     }
     odd = [f"{count} {what}" for what, count in sides.items() if count % multiple]
     if odd:

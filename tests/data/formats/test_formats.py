@@ -13,7 +13,7 @@ import pytest
 
 from megadpo.config.problems import DataError
 from megadpo.config.variants import FORMATS
-from megadpo.data.formats import FieldKeys, PreferencePair, find_format
+from megadpo.data.formats import PreferencePair, find_format, formats_with
 from megadpo.data.formats.read_pairs import ReadCounts
 from tests.data.builders import read_all, write_rows
 
@@ -160,8 +160,8 @@ ROWS = {
 @pytest.mark.parametrize("case", ROWS)
 def test_a_row_is_recognised_and_read(case: str, tmp_path: Path) -> None:
     row, name, texts = ROWS[case]
-    found = find_format(row, FieldKeys())
-    assert found is not None and found.name == name
+    found = find_format(row, formats_with({}))
+    assert found == name
     for options in ({}, {"dataset_name": name}):
         (pair,) = read(tmp_path, row, **options)
         assert (pair.prompt, pair.chosen, pair.rejected) == texts
@@ -174,9 +174,8 @@ def test_the_rows_that_the_page_shows_are_what_it_says() -> None:
     assert set(shown) == set(FORMATS.names())
     for name, text in shown.items():
         fields = dict.fromkeys(re.findall(r'[{ ]"(\w+)":', text))
-        found = find_format(fields, FieldKeys())
-        assert found is not None
-        assert found.name == name or {found.name, name} == {"ImplicitPrompt", "Tulu3Preference"}
+        found = find_format(fields, formats_with({}))
+        assert found == name or {found, name} == {"ImplicitPrompt", "Tulu3Preference"}
 
 
 def test_tulu_takes_the_prompt_from_the_answers_whatever_its_field_says(tmp_path: Path) -> None:
@@ -226,8 +225,8 @@ BAD_ROWS = [
 
 @pytest.mark.parametrize(("row", "words"), BAD_ROWS)
 def test_a_bad_row_is_refused_by_its_line(row: dict[str, Any], words: str, tmp_path: Path) -> None:
-    found = find_format(row, FieldKeys())
-    good = next((case[0] for case in ROWS.values() if found and case[1] == found.name), ROWS["strings"][0])
+    found = find_format(row, formats_with({}))
+    good = next((case[0] for case in ROWS.values() if case[1] == found), ROWS["strings"][0])
     said = refusals(tmp_path, good, row)
     assert all(one.startswith("rows.jsonl:2: ") for one in said)
     assert any(words in one.replace('"', "'").replace("\\'", "'") for one in said), said
@@ -280,7 +279,7 @@ def test_a_row_of_another_format_than_the_first_is_refused_by_its_line(tmp_path:
     strings, dpo = ROWS["strings"][0], ROWS["DPODataset"][0]
     said = refusals(tmp_path, strings, dpo, strings, ranked(0, 1))
     assert [one.split(" ")[0] for one in said] == ["rows.jsonl:2:", "rows.jsonl:4:"]
-    assert "a row of the format DPODataset" in said[0] and "BinaryPreferenceDataset, as line 1" in said[0]
+    assert "a row of the format DPODataset" in said[0] and "BinaryPreferenceDataset, as in line 1" in said[0]
 
 
 def test_a_named_format_is_held_to(tmp_path: Path) -> None:

@@ -105,9 +105,10 @@ def load_an_object(folder: str, proof: str) -> tuple[Any, str]:
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
     from megadpo.checkpoint.load import _load
-    from megadpo.parallel import Layout, initialize, setup_device
+    from megadpo.config.grid import Grid
+    from megadpo.parallel import initialize, setup_device
 
-    initialize(Layout(), setup_device("cpu"))
+    initialize(Grid(), setup_device("cpu"))
 
     def save(name: str, value: Any) -> Path:
         (Path(folder) / name / "model").mkdir(parents=True)

@@ -6,14 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.nn import functional as F
 
-from megadpo.model.decoder import RMSNorm, swiglu
-
-
-def plain_swiglu(x):
-    gate, linear = x.chunk(2, dim=-1)
-    return F.silu(gate) * linear
+from megadpo.model.norm import ResidualAdd, RMSNorm
 
 
 def plain_norm(x, weight, eps=1e-5):
@@ -40,12 +34,6 @@ def _seed():
     torch.manual_seed(0)
 
 
-def test_swiglu():
-    x = torch.randn(7, 1, 12, dtype=torch.float64, requires_grad=True)
-    for got, want in zip(*both_gradients(swiglu, plain_swiglu, [x]), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
-
-
 def test_norm(monkeypatch):
     x = torch.randn(5, 2, 12, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(12, dtype=torch.float64)
@@ -53,6 +41,27 @@ def test_norm(monkeypatch):
     got, want = both_gradients(lambda x, w: module(x), plain_norm, [x, module.weight])
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_what_a_part_of_a_layer_adds(monkeypatch):
+    """Without an upstream gradient nothing is kept, as in evaluation and in recomputed passes."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
+    config = SimpleNamespace(
+        params_dtype=torch.float64, sequence_parallel=False, hidden_size=12, layernorm_epsilon=1e-5
+    )
+    x, residual, bias = (torch.randn(5, 12, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    for norm in (None, RMSNorm):
+        module = ResidualAdd(config, norm, 0.5)
+        inner = x if norm is None else plain_norm(x, module.norm.weight)
+        got, want = module(True, False)((x, None), residual, 0.0), residual + 0.5 * inner
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+        grads = [torch.autograd.grad(out.square().sum(), [x, residual]) for out in (got, want)]
+        torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
+        with torch.no_grad():
+            assert not module(False, False)((x, bias), residual, 0.0).requires_grad
+    torch.testing.assert_close(
+        module(True, False)((x, bias), residual, 0.0), residual + 0.5 * plain_norm(x + bias, 1.0)
+    )
 
 
 def test_norm_in_bfloat16_takes_its_mean_in_float32(monkeypatch):
