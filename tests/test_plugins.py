@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from megadpo.commands import main
 from megadpo.config import build_config, catalogue
 from megadpo.config.variants import FORMATS, LOGGERS, LOSSES
-from megadpo.train.command import main as train_command
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import make_config, make_model, read_metrics, train
 
@@ -117,7 +117,7 @@ def test_they_train(plugins: list[str], tmp_path: Path, capsys: pytest.CaptureFi
         *("dpo.loss_type=squared", "dpo.squared_aim=3", "data.good_key=better", "data.val_data_paths=null"),
         *("logger.diary_enabled=true", "logger.diary.file=days.txt"),
     ]
-    assert train_command([str(config), "--check", *overrides]) == 0
+    assert main(["check", str(config), *overrides]) == 0
     assert "no problem found" in capsys.readouterr().out
     assert run_distributed(train, 1, str(config), overrides, init_process_group=False) == [0]
     losses = [row["train/loss"] for row in read_metrics(tmp_path / "logs")]
@@ -133,7 +133,7 @@ def test_they_train(plugins: list[str], tmp_path: Path, capsys: pytest.CaptureFi
 def test_what_they_refuse_is_refused(plugins: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = make_config(tmp_path, make_model(tmp_path / "model"))
     (tmp_path / "train.jsonl").write_text(json.dumps({"question": "q", "good": "", "bad": "b"}) + "\n")
-    assert train_command([str(config), "--check", f"plugins={plugins}"]) == 2
+    assert main(["check", str(config), f"plugins={plugins}"]) == 2
     assert "train.jsonl:1: got \"good ''\"; expected an answer" in " ".join(capsys.readouterr().err.split())
     tree = {"plugins": plugins, "policy": {"model_name": "m"}, "data": {"train_data_path": "t", "prompt_key": "x"}}
     with pytest.raises(

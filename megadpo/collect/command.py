@@ -1,4 +1,4 @@
-"""The command behind tools/collect_rollouts.py: checks, the run, and its final messages."""
+"""What `megadpo collect` does: checks, the run, and what is said at its end."""
 
 from __future__ import annotations
 

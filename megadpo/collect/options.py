@@ -1,4 +1,4 @@
-"""The options of tools/collect_rollouts.py, with the names of NeMo Gym's ng_collect_rollouts: `key=value` or `+key=value`."""
+"""The options of `megadpo collect`: the names of NeMo Gym's ng_collect_rollouts, as `key=value` or `+key=value`."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from megadpo.config.interpolation import FromEnvironment, resolve
 from megadpo.config.problems import ConfigError, Problem
+from megadpo.config.shipped import find_config, shipped_configs
 from megadpo.config.yaml_text import MOST_BYTES, UNREADABLE, bad_places, parsed, reason
 from megadpo.files.regular import read_at_most
 
@@ -27,7 +28,7 @@ def read_tree(
     Raises ConfigError where there is nothing to go on with (no file, no YAML, a cycle); everything else is added to
     `problems`.
     """
-    tree = _read_with_defaults(Path(path), ())
+    tree = _read_with_defaults(find_config(path), ())
     for override in overrides:
         apply_override(tree, override, problems)
     return resolve(tree, problems)
@@ -80,7 +81,7 @@ def _read_with_defaults(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for parent in parents:
         try:
-            read = _read_with_defaults(path.parent / os.path.expanduser(parent), (*below, here))
+            read = _read_with_defaults(_parent(path, parent), (*below, here))
         except ConfigError as error:
             problems += error.problems
         else:
@@ -88,6 +89,12 @@ def _read_with_defaults(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     if problems:
         raise ConfigError(problems)
     return _merge(merged, tree)
+
+
+def _parent(child: Path, name: str) -> Path:
+    """The file that a config's `defaults` names: beside it, or the shipped config of that name."""
+    beside = child.parent / os.path.expanduser(name)
+    return beside if beside.exists() else shipped_configs().get(name, beside)
 
 
 def _bad_markers(tree: dict[str, Any], where: str) -> Iterator[Problem]:
@@ -106,7 +113,8 @@ def _content(path: Path, below: tuple[Path, ...]) -> bytes:
         return read_at_most(path, MOST_BYTES)
     except OSError as error:
         where = f"{below[-1]}: defaults" if below else "config"
-        problem = Problem(where, str(path), f"a readable YAML file ({error.strerror})", "check the path")
+        expected = f"a readable YAML file ({error.strerror}), or a shipped config: {', '.join(shipped_configs())}"
+        problem = Problem(where, str(path), expected, "check the path")
         raise ConfigError(problem) from error
 
 

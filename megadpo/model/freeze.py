@@ -59,7 +59,7 @@ def freeze_problems(patterns: Sequence[str], arch: Architecture) -> list[Problem
     shown = ", ".join(patterns)
     problems += [Problem(FIELD, shown, *words) for words in _torn(frozen, table)]
     if frozen == set(table.hf_shapes):
-        fix = "leave something to train, or use launch/evaluate.py"
+        fix = "leave something to train, or use megadpo evaluate"
         problems.append(Problem(FIELD, shown, "patterns that leave a weight to train; these freeze all of them", fix))
     return problems
 

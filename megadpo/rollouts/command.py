@@ -1,9 +1,8 @@
-"""The command behind tools/build_pairs.py."""
+"""What `megadpo pairs` does."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -12,14 +11,13 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from megadpo.config.problems import DataError, Problem
 from megadpo.files.atomic import write_then_rename
 from megadpo.rollouts.build import build_pairs
-from megadpo.rollouts.options import parse_command, rejected_path
+from megadpo.rollouts.options import Command, rejected_path
 from megadpo.rollouts.report import BuildReport
 from megadpo.rollouts.show import COLUMNS, show, write_html, write_png
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Builds pairs and prints the report. Raises ConfigError for options, DataError for files and if there is no pair."""
-    command = parse_command(arguments)
+def run(command: Command) -> None:
+    """Builds pairs and prints the report. Raises DataError for files and if there is no pair."""
     with _progress() as progress:
         task = progress.add_task("rows read", total=None)
         report = build_pairs(command.rollouts, command.output, command.build, lambda: progress.advance(task))

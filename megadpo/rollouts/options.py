@@ -1,4 +1,4 @@
-"""The options of tools/build_pairs.py."""
+"""The options of `megadpo pairs`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import get_args
@@ -50,7 +50,7 @@ class BuildOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """One call of the tool."""
+    """One call of `megadpo pairs`."""
 
     rollouts: list[Path]
     output: Path
@@ -59,9 +59,8 @@ class Command:
     build: BuildOptions
 
 
-def parse_command(arguments: Sequence[str]) -> Command:
-    """Parses the command line. Raises ConfigError with every problem, and SystemExit for errors that argparse finds."""
-    given = _parser().parse_args(arguments)
+def read_options(given: argparse.Namespace) -> Command:
+    """What `add_options` parsed. Raises ConfigError with every problem."""
     problems = [*_value_problems(given), *_problems_without_effect(given), *_path_problems(given)]
     if problems:
         raise ConfigError(problems)
@@ -83,10 +82,8 @@ def rejected_path(output: Path) -> Path:
     return output.with_name(f"{output.name.removesuffix('.jsonl')}.rejected.jsonl")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tools/build_pairs.py", description="NeMo Gym rollouts -> preference pairs for training."
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Everything that `megadpo pairs` takes."""
     parser.add_argument("rollouts", nargs="+", type=Path, help="rollouts files: .jsonl, .jsonl.gz, .jsonl.zst")
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="PAIRS.jsonl")
     parser.add_argument("--report", type=Path, metavar="FILE", help="also write the report to FILE (.html or .png)")
@@ -125,7 +122,6 @@ def _parser() -> argparse.ArgumentParser:
     rows.add_argument("--reasoning", choices=("keep", "drop"), default="keep", help="reasoning_content of answers")
     rows.add_argument("--keep-incomplete", action="store_true", help="use answers that end at max_output_tokens")
     rows.add_argument("--text", action="store_true", help="write plain strings; leaves out rows with other content")
-    return parser
 
 
 def _value_problems(options: argparse.Namespace) -> Iterator[Problem]:

@@ -15,11 +15,11 @@ from megadpo.families import read_architecture
 
 def checked_config(path: str, overrides: Sequence[str], world_size: int | None, purpose: Purpose = "train") -> Config:
     """The config, checked with the model's config.json and the number of ranks. Raises ConfigError with every problem."""
+    cfg = load_config(path, overrides, purpose=purpose)  # first: it needs no torch, and most refusals come from it
     from megadpo.model.freeze import freeze_problems
     from megadpo.model.source import reference_source, resolve_source
     from megadpo.model.weights import linked_out
 
-    cfg = load_config(path, overrides, purpose=purpose)
     source = resolve_source(cfg.policy.model_name, "policy.model_name")
     arch = read_architecture(source.hf_files)
     reference, other = reference_source(cfg, source), arch
@@ -39,15 +39,15 @@ def checked_config(path: str, overrides: Sequence[str], world_size: int | None, 
 
 
 def check(path: str, overrides: Sequence[str], world_size: int | None) -> int:
-    """`launch/train.py --check`: checks everything that does not need the weights. Prints a summary of the data files and
-    the number of steps. Returns the exit code.
+    """`megadpo check`: checks everything that does not need the weights. Prints a summary of the data files and the number of
+    steps. Returns the exit code.
 
     Raises UserError. If the config itself has problems, only these are reported, because it names all other files. Else the
     problems of model folder, layout, weight files and data are reported together.
     """
+    cfg = load_config(path, overrides)
     from megadpo.train.inputs import open_run_inputs
 
-    cfg = load_config(path, overrides)
     attempt = Attempts()
     cfg = attempt(lambda: checked_config(path, overrides, world_size)) or cfg
     inputs = attempt(lambda: open_run_inputs(cfg, thorough=True))

@@ -6,21 +6,24 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
 
 from megadpo.checkpoint import load_weights
+from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
 from megadpo.data.batches.pack import PackedBatch
 from megadpo.model.build import build_model
 from megadpo.objective.dpo import metric_names
 from megadpo.parallel import ParallelContext
 from megadpo.reference import ResidentReference
-from megadpo.train.inputs import open_run_inputs
+from megadpo.train.inputs import RunInputs, open_run_inputs
 from megadpo.train.metrics import MetricSums
 from megadpo.train.reference import build_reference
 from megadpo.train.resume import require_writable
@@ -45,10 +48,8 @@ class Evaluator:
     def __init__(self, cfg: Config, parallel: ParallelContext) -> None:
         seed_everything(cfg.dpo.seed, parallel)
         self.parallel = parallel
-        whole = dataclasses.replace(cfg, dpo=dataclasses.replace(cfg.dpo, val_batches=0))  # 0: every pair
-        inputs = open_run_inputs(whole, parallel.grid, sets=list(cfg.data.val_data_paths or {}))
-        self.loaders = inputs.loaders
-        self.notes = inputs.tokenizer_notes
+        inputs = self._open(cfg)
+        self._arch = inputs.arch
         self.policy = ResidentReference(build_model(inputs.arch, cfg.policy, parallel, frozen=True), parallel)
         load_weights(self.policy.model, inputs.source, inputs.arch, parallel)
         named = cfg.dpo.reference.model_name is not None
@@ -56,6 +57,24 @@ class Evaluator:
         self.has_preference_loss = named or not cfg.dpo.loss.reads_reference
         # Without the reference that it needs, the preference loss gets weight 0
         self.dpo = cfg.dpo if self.has_preference_loss else dataclasses.replace(cfg.dpo, preference_loss_weight=0.0)
+
+    def turn_to(self, cfg: Config) -> None:
+        """Go on with another policy of the same architecture; `cfg` is the first one's but for policy.model_name.
+
+        Raises ConfigError for one of another architecture. Collectives: those of loading weights.
+        """
+        inputs = self._open(cfg)
+        if inputs.arch != self._arch:
+            expected = "a model of the same architecture as the first one's"
+            raise ConfigError(Problem("--checkpoint", cfg.policy.model_name, expected, "evaluate it by itself"))
+        load_weights(self.policy.model, inputs.source, inputs.arch, self.parallel)
+
+    def _open(self, cfg: Config) -> RunInputs:
+        whole = dataclasses.replace(cfg, dpo=dataclasses.replace(cfg.dpo, val_batches=0))  # 0: every pair
+        inputs = open_run_inputs(whole, self.parallel.grid, sets=list(cfg.data.val_data_paths or {}))
+        self.loaders = inputs.loaders
+        self.notes = inputs.tokenizer_notes
+        return inputs
 
     def evaluate(self, name: str) -> tuple[dict[str, float | None], list[PairScore]]:
         """Metrics of one set, and its pairs in file order. Both are the same on every rank.
@@ -100,15 +119,31 @@ def write_scores(path: Path, scores: list[PairScore]) -> None:
     path.write_text("".join(json.dumps(_finite(dataclasses.asdict(score))) + "\n" for score in scores))
 
 
-def run_evaluation(cfg: Config, parallel: ParallelContext) -> int:
-    """Evaluates every set of `data.val_data_paths`. Rank 0 writes and prints. Returns the exit code."""
-    log_dir = Path(cfg.logger.log_dir)
+def run_evaluation(configs: Sequence[Config], parallel: ParallelContext) -> int:
+    """Evaluates the policy of each config on every set of `data.val_data_paths`. Rank 0 writes and prints, and prints a table
+    if there are several policies. The configs differ in policy.model_name and log_dir only. Returns the exit code."""
     if parallel.rank == 0:
-        require_writable(log_dir, "logger.log_dir")
-    evaluator = Evaluator(cfg, parallel)
-    if parallel.rank == 0:
-        for note in evaluator.notes:
-            print(note, flush=True)
+        for cfg in configs:
+            require_writable(Path(cfg.logger.log_dir), "logger.log_dir")
+    evaluator = Evaluator(configs[0], parallel)
+    records: dict[str, dict[str, float | None]] = {}
+    for cfg in configs:
+        if cfg is not configs[0]:
+            evaluator.turn_to(cfg)
+        if parallel.rank == 0:
+            for note in evaluator.notes:
+                print(note, flush=True)
+            if len(configs) > 1:
+                print(f"{cfg.policy.model_name}:", flush=True)
+        records[cfg.policy.model_name] = _evaluate_sets(evaluator, Path(cfg.logger.log_dir))
+    if parallel.rank == 0 and len(configs) > 1:
+        print_comparison(records)
+    return 0
+
+
+def _evaluate_sets(evaluator: Evaluator, log_dir: Path) -> dict[str, float | None]:
+    """Every set of one policy; rank 0 writes and prints. Returns the metrics by their logged names."""
+    parallel = evaluator.parallel
     record: dict[str, float | None] = {}
     for name in evaluator.loaders:
         started = time.perf_counter()
@@ -121,7 +156,23 @@ def run_evaluation(cfg: Config, parallel: ParallelContext) -> int:
             print(f"{name}: {shown}  ({seconds:.1f} s)", flush=True)
     if parallel.rank == 0:
         (log_dir / "evaluation.json").write_text(json.dumps(_finite(record), indent=1) + "\n")
-    return 0
+    return record
+
+
+def print_comparison(records: Mapping[str, Mapping[str, float | None]]) -> None:
+    """A table of the policies, a line each, with what decides between them."""
+    metrics = ("accuracy", "logps/margins", "loss", "rewards/accuracies", "rewards/margins")
+    columns = [
+        name
+        for name in dict.fromkeys(name for record in records.values() for name in record)
+        if name.partition("/")[2] in metrics
+    ]
+    table = Table("policy", *columns, box=None, pad_edge=False)
+    for policy, record in records.items():
+        values = (record.get(name) for name in columns)
+        table.add_row(policy, *("-" if value is None else f"{value:.4f}" for value in values))
+    console = Console()
+    (console if console.is_terminal else Console(width=240)).print(table)
 
 
 def _scores(batch: PackedBatch, logps: torch.Tensor, reference: torch.Tensor | None) -> Iterator[PairScore]:

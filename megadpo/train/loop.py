@@ -30,7 +30,7 @@ def train(run: Run, logger: MetricsLogger, progress: ProgressLine, stop: StopWat
     if position.step == 0 and dpo.val_at_start:
         position = validate(run, position, logger, progress, stop, also_log={})
         if (exit_code := stop.agreed()) is not None:
-            progress.message("stopped before the first step")
+            progress.message_at_end("stopped before the first step")
             return exit_code
     saved_step = position.step
     started = time.perf_counter()
@@ -61,12 +61,9 @@ def train(run: Run, logger: MetricsLogger, progress: ProgressLine, stop: StopWat
                 saved_step = position.step
                 started = time.perf_counter()
             if exit_code is not None and not last:
-                kept = (
-                    f"newest checkpoint: step {saved_step}"
-                    if saving.enabled
-                    else "checkpointing is off, nothing was saved"
-                )
-                progress.message(f"stopped after step {position.step}, {kept}")
+                kept = f"newest checkpoint: step {saved_step}; started again, it goes on from there"
+                kept = kept if saving.enabled else "checkpointing is off, nothing was saved"
+                progress.message_at_end(f"stopped after step {position.step}, {kept}")
                 return exit_code
             if last:
                 break

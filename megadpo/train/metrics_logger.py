@@ -40,6 +40,8 @@ class MetricsLogger:
     ) -> None:
         if problems := [problem for logger in cfg.enabled for problem in logger.missing()]:
             raise ConfigError(problems)
+        self.notes: list[str] = []
+        """A line where the folder held the steps of an earlier run."""
         self._sinks: list[Sink] = []
         self._last_step = resumed_step
         if not enabled:
@@ -58,7 +60,11 @@ class MetricsLogger:
     def _open_sinks(self, cfg: LoggerConfig, resumed_step: int, run_config: Mapping[str, Any] | None) -> None:
         run = LoggedRun(Path(cfg.log_dir), resumed_step, run_config)
         run.log_dir.mkdir(parents=True, exist_ok=True)
-        self._sinks.append(JsonLines(run.log_dir / METRICS_FILE, resumed_step=resumed_step))
+        lines = JsonLines(run.log_dir / METRICS_FILE, resumed_step=resumed_step)
+        self._sinks.append(lines)
+        if lines.superseded is not None:
+            whose = f"later than step {resumed_step}, which are done again" if resumed_step else "of another run"
+            self.notes.append(f"logger.log_dir held steps {whose}: they are in {lines.superseded} now")
         for logger in cfg.enabled:
             self._sinks.append(logger.open(run))
 

@@ -17,6 +17,8 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from megadpo.launcher import last_words
+
 WINDOW_STEPS = 20
 """Steps whose mean duration gives the time left."""
 
@@ -40,6 +42,7 @@ class ProgressLine:
         self._time_left = TimeLeft(total_steps)
         self._console = console or _stdout_console()
         self._enabled = enabled
+        self._last_text: str | None = None
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         if enabled and self._console.is_terminal and not self._console.is_dumb_terminal:
@@ -80,6 +83,10 @@ class ProgressLine:
         fields = _quality(metrics, "")
         self.message(f"{self._step_of_total(step)}  {'  '.join(fields)}  validation {name}  {seconds:.1f} s")
 
+    def message_at_end(self, text: str) -> None:
+        """Print why the run ends when this is closed, below everything."""
+        self._last_text = text
+
     def message(self, text: str) -> None:
         """Prints one or more lines of text; above the live bar if there is one."""
         if not self._enabled:
@@ -91,9 +98,12 @@ class ProgressLine:
             print(text, file=self._console.file, flush=True)
 
     def close(self) -> None:
-        """Ends the live bar. A second call does nothing."""
+        """Ends the live bar and prints the last text. A second call does nothing."""
         if self._bar is not None:
             self._bar.stop()
+        if self._enabled and self._last_text is not None:
+            last_words(self._last_text, self._console.file)
+            self._last_text = None
 
     def __enter__(self) -> ProgressLine:
         return self

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from megadpo.checkpoint import complete_checkpoints
 from megadpo.config.known import Known
 from megadpo.config.schema import Config
 from megadpo.config.variants import LAYER_IMPLEMENTATIONS, LOSSES
@@ -41,6 +44,23 @@ def banner_rows(run: Run, chosen: Mapping[str, str]) -> list[tuple[str, str]]:
         ("checkpoints", cfg.checkpointing.checkpoint_dir if cfg.checkpointing.enabled else "none"),
         *(("note", note) for note in (*cfg.notes, *run.notes, *inputs.reports)),
     ]
+
+
+def closing_words(run: Run) -> list[str]:
+    """What a run says that has come to its end: what was saved, where, and how to export it. Rank 0."""
+    saving, total = run.cfg.checkpointing, run.total_steps
+    lines = [f"finished: {total:,} steps; metrics in {run.cfg.logger.log_dir}"]
+    if run.position.step >= total:
+        more = "raise dpo.max_num_steps or dpo.max_num_epochs to go on, name another checkpointing.checkpoint_dir to begin anew"
+        lines = [f"nothing to do: this run had finished, after step {run.position.step:,} of {total:,}; {more}"]
+    if not saving.enabled:
+        return [*lines, "checkpointing.enabled is false: nothing was saved"]
+    folder = Path(saving.checkpoint_dir)
+    steps = [info.path.name for info in complete_checkpoints(folder)]
+    lines.append(f"checkpoints in {folder}: {', '.join(steps)}")
+    best = f"; --best: by {run.ranking_metric}" if run.ranking_metric and len(steps) > 1 else ""
+    lines.append(f"export {steps[-1]}: megadpo export {shlex.quote(str(folder))} FOLDER{best}")
+    return lines
 
 
 def choices(run: Run) -> dict[str, str]:

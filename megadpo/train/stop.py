@@ -34,10 +34,12 @@ class StopWatcher:
         """Catches STOP_SIGNALS: the current step is finished and saved.
 
         Ctrl-C more than SAME_SIGNAL_S after the first signal ends the process at once. Other later signals, such as
-        Slurm's SIGTERM at the time limit, are ignored, so that the save can finish.
+        Slurm's SIGTERM at the time limit, are ignored, so that the save can finish. A signal that was blocked until now
+        (megadpo/launcher.py) is received here.
         """
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def agreed(self) -> int | None:
         """The exit code if the run must stop, else None; the same on every rank. One all-reduce of one number."""

@@ -116,7 +116,7 @@ def test_a_run_saves_by_its_period_at_its_end_and_where_it_is_stopped(stopped_at
     )
     monkeypatch.setattr(loop, "save_and_prune", lambda run, position: saves.append(position))
     logger = SimpleNamespace(log=lambda step, record: logged.append(step))
-    progress = SimpleNamespace(step=lambda step, record: None, message=said.append)
+    progress = SimpleNamespace(step=lambda step, record: None, message_at_end=said.append)
     stop = SimpleNamespace(agreed=lambda: 143 if len(logged) + 2 == stopped_at else None)  # before the step is logged
     assert loop.train(run, logger, progress, stop) == code
     assert [position.step for position in saves] == saved

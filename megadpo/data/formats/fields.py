@@ -64,7 +64,7 @@ def missing_field(row: Row, key: str, wanted: Iterable[str], config_key: str | N
     renamed = f", or set data.{config_key} to its name in the file" if config_key else ""
     fix = f"add the field{renamed}, or name the rows' format in data.dataset_name (docs/data.md lists them)"
     if "responses_create_params" in row:
-        fix = "make pairs of these rollouts: python tools/build_pairs.py ROLLOUTS.jsonl -o PAIRS.jsonl"
+        fix = "make pairs of these rollouts: megadpo pairs ROLLOUTS.jsonl -o PAIRS.jsonl"
     return Problem(
         where=str(place),
         value=f"no field {key!r}, only {some_keys(row)}",

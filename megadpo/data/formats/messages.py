@@ -104,7 +104,7 @@ def _read_message(message: object, name: str, place: Place) -> Message | Problem
                 else f"{name} without {field}",
                 expected=f"a string as its {field}",
                 fix=f"give the message a {field}"
-                + ("; tools/build_pairs.py makes messages of Responses items" if "type" in message else ""),
+                + ("; megadpo pairs makes messages of Responses items" if "type" in message else ""),
             )
     if not read["role"].strip():
         return Problem(str(place), f"{name} with an empty role", "who speaks: system, user, assistant, tool", "name it")

@@ -23,7 +23,8 @@ class JsonLines:
     """metrics.jsonl: lines {"step": 12, "epoch": 0, "train/loss": 0.69, ...}. `log` returns after the line is written."""
 
     def __init__(self, path: Path, *, resumed_step: int) -> None:
-        move_later_lines(path, resumed_step=resumed_step)
+        self.superseded = move_later_lines(path, resumed_step=resumed_step)
+        """The file that lines of an earlier run were moved to, or None."""
         # Unbuffered: a logged line survives the end of the process, and a full disk raises at once
         self._file = path.open("ab", buffering=0)
 

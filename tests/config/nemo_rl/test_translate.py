@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megadpo.commands import main
 from megadpo.config import Config, ConfigError, build_config, check_layout, load_config
 from megadpo.config.nemo_rl.translate import nemo_keys
 from megadpo.config.no_effect import without_experts
 from megadpo.config.reader import dotted_paths
 from megadpo.families import parse_architecture
-from megadpo.train.command import main
 from tests.families.configs import LLAMA, QWEN3_MOE
 from tests.helpers.runs import make_model, make_pairs
 
@@ -81,7 +81,7 @@ def test_a_whole_check_of_its_file(tmp_path, capsys):
         make_pairs(tmp_path / f"{name}.jsonl", 140)
     paths = [f"policy.model_name={model}", f"policy.tokenizer.name={model}", f"data.train_data_path={tmp_path}/t.jsonl",
              f"data.val_data_paths={tmp_path}/v.jsonl"]  # fmt: skip
-    assert main(["--check", str(NEMO), *MEGATRON_ON, *paths]) == 0
+    assert main(["check", str(NEMO), *MEGATRON_ON, *paths]) == 0
     printed = capsys.readouterr().out
     assert "1 steps; no problem found" in printed
     assert "data.train: {'dataset_name': 'HelpSteer3', 'split': 'train'} of the file gives way to" in printed

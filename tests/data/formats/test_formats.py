@@ -273,7 +273,7 @@ def test_answers_as_the_sampling_guides_script_writes_them(tmp_path: Path) -> No
     assert pair.chosen[0]["content"] == "good"
     thinking = {"id": "r", "type": "reasoning", "summary": []}
     (said,) = refusals(tmp_path, {**rows, "chosen": [thinking, {**item, "content": [part]}]})
-    assert "message 0 of field 'chosen' without role" in said.replace("\\'", "'") and "tools/build_pairs.py" in said
+    assert "message 0 of field 'chosen' without role" in said.replace("\\'", "'") and "megadpo pairs" in said
 
 
 def test_a_row_of_another_format_than_the_first_is_refused_by_its_line(tmp_path: Path) -> None:
@@ -307,4 +307,4 @@ def test_rollouts_are_sent_to_the_tool_that_makes_pairs_of_them(tmp_path: Path) 
     path = write_rows(tmp_path / "r.jsonl", [{"responses_create_params": {}, "reward": 1.0}])
     with pytest.raises(DataError) as refused:
         read_all(path)
-    assert all("tools/build_pairs.py" in problem.fix for problem in refused.value.problems)
+    assert all("megadpo pairs" in problem.fix for problem in refused.value.problems)

@@ -16,7 +16,7 @@ from megadpo.config.schema_megatron import MegatronConfig
 from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
 from tests.helpers import te_stand_ins
 from tests.helpers.distributed import run_distributed
-from tests.helpers.runs import make_config, make_model, read_metrics
+from tests.helpers.runs import make_config, make_model, read_metrics, train
 from tests.model.kernels.test_kernels import random_pairs
 from tests.model.weights.hf_models import make_hf_folder
 
@@ -103,12 +103,10 @@ def test_the_same_under_tensor_and_sequence_parallelism(tmp_path):
 
 
 def train_with(implementation, config, overrides):
-    from megadpo.train.command import main
-
     with pytest.MonkeyPatch.context() as patch:
         if implementation == "stand_ins":
             te_stand_ins.use_stand_ins(patch)
-        return main([config, *overrides])
+        return train(config, overrides)
 
 
 @pytest.mark.distributed

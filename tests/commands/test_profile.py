@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,15 +14,14 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from megadpo.commands import main
 from megadpo.train.profile import summary
 from tests.helpers.runs import make_config, make_model
-
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "profile_run.py"
 
 
 def command(*arguments):
     return subprocess.run(
-        [sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True, timeout=250
+        [sys.executable, "-m", "megadpo", "profile", *map(str, arguments)], capture_output=True, text=True, timeout=250
     )
 
 
@@ -53,6 +52,14 @@ def test_what_it_cannot_do_is_refused_together(tmp_path):
     config = make_config(tmp_path, make_model(tmp_path / "model"))
     done = command(config, "--out", tmp_path / "nowhere" / "x.png", "--steps", 0)
     assert done.returncode == 2 and "--out" in done.stderr and "--steps" in done.stderr
+
+
+def test_without_matplotlib_it_is_refused_by_name(tmp_path, monkeypatch, capsys):
+    config = make_config(tmp_path, make_model(tmp_path / "model"))
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
+    assert main(["profile", str(config), "--out", str(tmp_path / "x.png")]) == 2
+    assert "pip install 'megadpo[report]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

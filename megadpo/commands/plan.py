@@ -1,7 +1,9 @@
-"""Plan a run without a GPU and without weights: memory of every pipeline stage, schedule, better layouts.
+"""Plan a run on a laptop, without weights: megadpo plan CONFIG --world-size N [key=value ...]
 
-    python tools/plan.py configs/dpo_megatron.yaml --world-size 8
-    python tools/plan.py CONFIG.yaml policy.model_name=folder-with-config.json --world-size 512 --gpu h200 --suggest
+Memory of every pipeline stage, schedule, better layouts.
+
+    megadpo plan dpo_megatron --world-size 8
+    megadpo plan CONFIG.yaml policy.model_name=folder-with-config.json --world-size 512 --gpu h200 --suggest
 
 See docs/planning.md. Exit code 0: it fits; 2: refused, every problem on stderr.
 """
@@ -15,13 +17,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from rich.console import Console
 
+from megadpo.commands import command_parser
 from megadpo.config.load import load_config
 from megadpo.config.no_effect import without_experts
-from megadpo.config.problems import ConfigError, Problem, UserError
+from megadpo.config.problems import ConfigError, Problem
 from megadpo.plan.inputs import architectures, choose_lengths
 from megadpo.plan.memory import GPUS, parse_assumptions
 from megadpo.plan.plan import Job, Plan, make_plan, too_large
@@ -35,26 +36,21 @@ from megadpo.plan.report import (
     text_grid,
 )
 from megadpo.plan.suggest import Suggestion, suggest
-from megadpo.train.command import quiet_libraries, refuse
 
 SUGGESTIONS = 3
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print a plan; returns the exit code."""
+    """Print a plan; returns the exit code. Raises UserError."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     options = parse(arguments)
-    quiet_libraries()
-    try:
-        job = prepare(options)
-        return search(job, options) if options.suggest is not None else show(job, options)
-    except UserError as error:
-        return refuse(error)
+    job = prepare(options)
+    return search(job, options) if options.suggest is not None else show(job, options)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="tools/plan.py", description="Plan a run: memory, schedule, layouts.")
-    parser.add_argument("config", help="YAML file; see configs/")
+    parser = command_parser(__name__, __doc__)
+    parser.add_argument("config", help="YAML file, or the name of a shipped config")
     parser.add_argument("overrides", nargs="*", help="key=value, e.g. policy.model_name=folder-with-config.json")
     parser.add_argument("--world-size", type=int, required=True, help="ranks, as many as GPUs")
     parser.add_argument("--gpu", choices=sorted(GPUS), default=None, help="default: h100 (policy.device cpu: none)")
@@ -153,7 +149,3 @@ def picture(plan: Plan, path: Path | None) -> None:
     if path is not None:
         draw(plan, path)
         print(f"drawn: {path}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

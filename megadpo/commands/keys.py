@@ -1,4 +1,4 @@
-"""The keys of a config: python tools/config_keys.py [WORD ...]
+"""Print the keys of a config: megadpo keys [WORD ...]
 
 Prints every key with its type, default and meaning, or those with one of the words in their name or meaning.
 `--write docs` writes docs/config.md and the tables of docs/losses.md and docs/families.md instead. Exit code 1 where no key
@@ -7,22 +7,20 @@ has any of the words.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from rich.console import Console
 from rich.text import Text
 
+from megadpo.commands import command_parser
 from megadpo.config.catalogue import page, sections, with_kernels, with_losses
 
 
 def main(arguments: Sequence[str]) -> int:
     """Print the keys or write the page; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="tools/config_keys.py", description="What can be set in a config.")
+    parser = command_parser(__name__, __doc__)
     parser.add_argument("words", nargs="*", help="only keys with one of these in their name or meaning")
     parser.add_argument("--write", type=Path, metavar="DOCS", help="write the pages in folder DOCS, print nothing")
     options = parser.parse_args(arguments)
@@ -42,7 +40,3 @@ def main(arguments: Sequence[str]) -> int:
     if not found:
         print(f"no key has {' or '.join(options.words)} in its name or meaning", file=sys.stderr)
     return 0 if found else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,41 +1,39 @@
-"""See where the time of a training step goes: python tools/profile_run.py CONFIG.yaml --out FILE.png [key=value ...]
+"""Show where the time of a training step goes: megadpo profile CONFIG --out FILE.png [key=value ...]
 
-Builds the run as launch/train.py does, takes --warmup steps, records --steps more with torch's profiler, and prints the
+Builds the run as megadpo train does, takes --warmup steps, records --steps more with torch's profiler, and prints the
 three largest costs; FILE.png shows more of them, --trace FILE.json.gz keeps the timeline for Perfetto. Nothing is saved
-or logged of the run. Under torchrun each rank records itself and rank 0 writes. Exit code 2: refused, with every
-problem on stderr.
+or logged of the run. Of several ranks (--nproc-per-node) each records itself and rank 0 writes. Exit code 2:
+refused, with every problem on stderr.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from megadpo.config.problems import ConfigError, Problem, UserError
+from megadpo.commands import command_parser
+from megadpo.config.problems import ConfigError, Problem
+from megadpo.launcher import add_rank_options, launch, split_rank_options, world_size
 from megadpo.train.check import checked_config
-from megadpo.train.command import quiet_libraries, refuse
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="tools/profile_run.py", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("config", help="YAML file, as for launch/train.py")
+def main(arguments: Sequence[str]) -> int:
+    """Profile; returns the exit code. Raises UserError."""
+    parser = command_parser(__name__, __doc__)
+    parser.add_argument("config", help="YAML file, or the name of a shipped config")
     parser.add_argument("overrides", nargs="*", help="key=value")
     parser.add_argument("--out", type=Path, required=True, help="the picture, .png or .svg")
     parser.add_argument("--trace", type=Path, help="the timeline, .json or .json.gz")
     parser.add_argument("--warmup", type=int, default=5, help="steps before recording (default: 5)")
     parser.add_argument("--steps", type=int, default=3, help="steps recorded (default: 3)")
+    add_rank_options(parser)
     options = parser.parse_intermixed_args(arguments)
-    quiet_libraries()
-    try:
-        return run(options)
-    except UserError as error:
-        return refuse(error)
+    ranks, own = split_rank_options(arguments)
+    if ranks:
+        return launch(ranks, ["profile", *own], saves=False)
+    return run(options)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -45,8 +43,7 @@ def run(options: argparse.Namespace) -> int:
     from megadpo.parallel import destroy
     from megadpo.train.profile import draw, profile_run
 
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    cfg = checked_config(options.config, options.overrides, world_size)
+    cfg = checked_config(options.config, options.overrides, world_size())
     problems = [
         Problem(name, value, "at least 1", "raise it")
         for name, value in (("--steps", options.steps), ("--warmup", options.warmup))
@@ -57,6 +54,9 @@ def run(options: argparse.Namespace) -> int:
             problems.append(Problem(name, str(path), "a file in a folder that is there", "make the folder first"))
     if options.out.suffix not in (".png", ".svg"):
         problems.append(Problem("--out", str(options.out), "a name that ends in .png or .svg", "rename it"))
+    if importlib.util.find_spec("matplotlib") is None:
+        missing = "matplotlib, which is not installed"
+        problems.append(Problem("--out", str(options.out), missing, "pip install 'megadpo[report]'"))
     if problems:
         raise ConfigError(problems)
     profile = profile_run(cfg, warmup=options.warmup, steps=options.steps, trace=options.trace)
@@ -65,7 +65,3 @@ def run(options: argparse.Namespace) -> int:
         draw(profile, f"{cfg.policy.model_name}, {cfg.policy.precision} on {profile.device}", options.out)
     destroy()
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""tools/collect_rollouts.py as a user starts it: docs/collecting.md does what it says, and after a kill -9 in the middle
+"""`megadpo collect` as a user starts it: docs/collecting.md does what it says, and after a kill -9 in the middle
 nothing that was finished is asked for again."""
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def block(language: str) -> str:
 def test_its_command_with_its_prompts_and_its_reward(tmp_path):
     (tmp_path / "prompts.jsonl").write_text(block("json"))
     (tmp_path / "rewards.py").write_text(block("python"))
-    (command,) = re.findall(r"collect_rollouts.py \\\n((?: +\+.*\n)+)", DOCUMENT)
+    (command,) = re.findall(r"megadpo collect \\\n((?: +\+.*\n)+)", DOCUMENT)
     extra = re.findall(r"'\+(.*extra_body)=(.*)'", DOCUMENT)[0]
     options = dict(line.strip(" \\+").split("=", 1) for line in command.splitlines()) | dict([extra])
     options |= {"num_repeats": 5}  # the server answers "<prompt> -> <seed>": seed 4 is right for 2 + 2

@@ -1,4 +1,4 @@
-"""tools/build_pairs.py as a user starts it: exit codes, the printed report, refusals, --report."""
+"""`megadpo pairs` as a user starts it: exit codes, the printed report, refusals, --report."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.distributed import REPOSITORY
+from megadpo.commands import main
 from tests.rollouts.builders import current, write
-from tools import build_pairs
 
 
 def rollouts(folder: Path, name: str = "rollouts.jsonl") -> Path:
@@ -24,7 +23,7 @@ def rollouts(folder: Path, name: str = "rollouts.jsonl") -> Path:
 
 def test_a_build_prints_what_it_did(tmp_path: Path) -> None:
     rollouts(tmp_path)
-    command = [sys.executable, str(REPOSITORY / "tools/build_pairs.py"), "rollouts.jsonl", "-o", "pairs.jsonl"]
+    command = [sys.executable, "-m", "megadpo", "pairs", "rollouts.jsonl", "-o", "pairs.jsonl"]
     done = subprocess.run([*command, "--pairing", "all"], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     said = " ".join(done.stdout.split())
@@ -54,7 +53,7 @@ def test_a_build_prints_what_it_did(tmp_path: Path) -> None:
 
 def test_no_pair_is_a_refusal_with_the_reasons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "r.jsonl", [current("q", "a", 1), current("q", "b", 1)])
-    assert build_pairs.main([str(path), "-o", str(tmp_path / "pairs.jsonl")]) == 2
+    assert main(["pairs", str(path), "-o", str(tmp_path / "pairs.jsonl")]) == 2
     said = capsys.readouterr()
     assert "equal rewards" in said.out and "no other --min-gap would give a pair" in said.out
     assert "no pair" in said.err and "not written" in said.err
@@ -68,7 +67,7 @@ def test_every_wrong_option_is_named_at_once(tmp_path: Path, capsys: pytest.Capt
         "--min-gap -1 --max-length-ratio 0.5 --min-chosen-reward nan --max-pairs-per-prompt 0 --num-repeats 1 "
         "--group-by input --seed 3 --report report.pdf"
     )
-    assert build_pairs.main([path, path, "-o", str(tmp_path / "absent/pairs.txt"), *wrong.split()]) == 2
+    assert main(["pairs", path, path, "-o", str(tmp_path / "absent/pairs.txt"), *wrong.split()]) == 2
     said = capsys.readouterr().err
     for flag in ("min-gap", "max-length-ratio", "min-chosen-reward", "max-pairs-per-prompt", "num-repeats", "seed"):
         assert f"  --{flag}: got" in said, flag
@@ -82,7 +81,7 @@ def test_every_wrong_option_is_named_at_once(tmp_path: Path, capsys: pytest.Capt
 )
 def test_an_option_without_effect_is_refused(tmp_path: Path, options: str) -> None:
     command = [str(rollouts(tmp_path)), "-o", str(tmp_path / "pairs.jsonl")]
-    assert build_pairs.main([*command, *options.split()]) == 2
+    assert main(["pairs", *command, *options.split()]) == 2
     assert not (tmp_path / "pairs.jsonl").exists()
 
 
@@ -91,23 +90,23 @@ def test_rollouts_are_never_overwritten(tmp_path: Path, output: str, capsys: pyt
     path = rollouts(tmp_path)
     (tmp_path / "link.jsonl").symlink_to(path)
     before = path.read_bytes()
-    assert build_pairs.main([str(path), "-o", str(tmp_path / output)]) == 2
+    assert main(["pairs", str(path), "-o", str(tmp_path / output)]) == 2
     assert "would be overwritten" in capsys.readouterr().err and path.read_bytes() == before
 
 
 def test_the_rejected_file_never_overwrites_rollouts(tmp_path: Path) -> None:
     path = rollouts(tmp_path, "pairs.rejected.jsonl")
     before = path.read_bytes()
-    assert build_pairs.main([str(path), "-o", str(tmp_path / "pairs.jsonl")]) == 2
+    assert main(["pairs", str(path), "-o", str(tmp_path / "pairs.jsonl")]) == 2
     assert path.read_bytes() == before
 
 
 def test_the_report_as_html_and_as_a_picture(tmp_path: Path) -> None:
     command = [str(rollouts(tmp_path)), "-o", str(tmp_path / "pairs.jsonl"), "--report"]
-    assert build_pairs.main([*command, str(tmp_path / "report.html")]) == 0
+    assert main(["pairs", *command, str(tmp_path / "report.html")]) == 0
     html = (tmp_path / "report.html").read_text()
     assert "pairs at other gaps" in html and "length bias" in html and "unusable" in html
-    assert build_pairs.main([*command, str(tmp_path / "report.png")]) == 0
+    assert main(["pairs", *command, str(tmp_path / "report.png")]) == 0
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob(".*"))
 
@@ -115,10 +114,10 @@ def test_the_report_as_html_and_as_a_picture(tmp_path: Path) -> None:
 def test_a_picture_of_no_pair_is_drawn_too(tmp_path: Path) -> None:
     path = write(tmp_path / "r.jsonl", [current("q", "a", 1), b'{"$x_{"'])  # no mathematics of matplotlib's
     command = [str(path), "-o", str(tmp_path / "pairs.jsonl"), "--report"]
-    assert build_pairs.main([*command, str(tmp_path / "report.png")]) == 2
+    assert main(["pairs", *command, str(tmp_path / "report.png")]) == 2
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     write(path, [b"{"])
-    assert build_pairs.main([*command, str(tmp_path / "report.html")]) == 2
+    assert main(["pairs", *command, str(tmp_path / "report.html")]) == 2
 
 
 def test_a_picture_without_matplotlib_is_refused_before_anything_is_read(
@@ -127,6 +126,6 @@ def test_a_picture_without_matplotlib_is_refused_before_anything_is_read(
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
     command = [str(rollouts(tmp_path)), "-o", str(tmp_path / "pairs.jsonl"), "--report", str(tmp_path / "r.png")]
-    assert build_pairs.main(command) == 2
+    assert main(["pairs", *command]) == 2
     assert "pip install 'megadpo[report]'" in capsys.readouterr().err
     assert not (tmp_path / "pairs.jsonl").exists()

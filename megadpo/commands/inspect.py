@@ -1,4 +1,4 @@
-"""See the data of a run before paying for it: python tools/inspect_data.py CONFIG.yaml [key=value ...]
+"""Show the data of a run as the model sees it: megadpo inspect CONFIG [key=value ...]
 
 Prints what became of the file's rows, lengths, what shared prompts save, how full the packs are, how evenly
 data-parallel ranks are loaded, and a pair as the model sees it: every token, its position, its segment, whether the
@@ -13,7 +13,6 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -22,17 +21,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from megadpo.commands import command_parser
 from megadpo.config.architecture import Architecture
 from megadpo.config.check import check_layout, stated_world_size
 from megadpo.config.grid import Grid
 from megadpo.config.load import load_config
 from megadpo.config.no_effect import without_experts
-from megadpo.config.problems import ConfigError, DataError, Problem, UserError
+from megadpo.config.problems import ConfigError, DataError, Problem
 from megadpo.config.schema import Config
 from megadpo.families import read_architecture
-from megadpo.train.command import refuse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,19 +48,17 @@ _STYLES = {"chosen": "bold green", "rejected": "bold red"}
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Print; returns the exit code. Raises UserError."""
     options = parse(arguments)
     plain = not sys.stdout.isatty()
     console = Console(highlight=False, width=_WIDTH_WITHOUT_TERMINAL if plain else None)
-    try:
-        show(options, console)
-    except UserError as error:
-        return refuse(error)
+    show(options, console)
     return 0
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Look at a run's preference data as the model sees it.")
-    parser.add_argument("config", help="YAML file, as for launch/train.py")
+    parser = command_parser(__name__, __doc__)
+    parser.add_argument("config", help="YAML file, or the name of a shipped config")
     parser.add_argument("overrides", nargs="*", help="key=value, e.g. policy.sequence_packing.train_mb_tokens=8192")
     parser.add_argument("--set", default=TRAIN, help="train (the default), or a name of data.val_data_paths")
     parser.add_argument("--pair", type=int, default=None, help="row of the file, from 0 (default: the first pair)")
@@ -275,7 +270,3 @@ def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], str]:
         return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
     return decode
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""tools/inspect_data.py: what it shows, plainly and in colour, and what it refuses."""
+"""`megadpo inspect`: what it shows, plainly and in colour, and what it refuses."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.distributed import REPOSITORY
+from megadpo.commands import inspect, main
 from tests.helpers.runs import make_config, make_model
-from tools import inspect_data
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +25,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shown(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    assert inspect_data.main([str(argument) for argument in arguments]) == 0
+    assert main(["inspect", *map(str, arguments)]) == 0
     return capsys.readouterr().out
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    assert inspect_data.main([str(argument) for argument in arguments]) == 2
+    assert main(["inspect", *map(str, arguments)]) == 2
     return capsys.readouterr().err
 
 
@@ -101,13 +100,11 @@ def test_refusals_name_what_is_wrong(config: Path, capsys: pytest.CaptureFixture
     assert "nowhere.jsonl: got 'No such file" in refused(capsys, config, "data.train_data_path=nowhere.jsonl")
 
 
-def test_started_by_its_path_it_needs_no_megatron(config: Path, tmp_path: Path) -> None:
-    tool = REPOSITORY / "tools" / "inspect_data.py"
+def test_it_needs_no_megatron(config: Path, tmp_path: Path) -> None:
     code = (
-        "import runpy, sys\n"
-        f"sys.argv = [{str(tool)!r}, {str(config)!r}]\n"
-        f"try: runpy.run_path({str(tool)!r}, run_name='__main__')\n"
-        "except SystemExit as end: assert end.code == 0\n"
+        "import sys\n"
+        "from megadpo.commands import main\n"
+        f"assert main(['inspect', {str(config)!r}]) == 0\n"
         "print('megatron.core' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
@@ -122,5 +119,5 @@ def test_on_a_terminal_answers_are_in_colour(config: Path, monkeypatch: pytest.M
 
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, color_system="standard", width=100)
-    inspect_data.show(inspect_data.parse([str(config)]), console)
+    inspect.show(inspect.parse([str(config)]), console)
     assert "\x1b[1;32m" in screen.getvalue() and "\x1b[1;31m" in screen.getvalue() and "«" not in screen.getvalue()
