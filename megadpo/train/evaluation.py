@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -33,9 +35,11 @@ from megadpo.train.step import pair_loss
 
 @dataclasses.dataclass(frozen=True)
 class PairScore:
-    """One pair: its row in the file, and sums of log-probabilities in nats (None: there is no reference)."""
+    """One pair: its row in the file, its number among the pairs of that row, and sums of log-probabilities in nats (None: there
+    is no reference)."""
 
     index: int
+    pair: int
     policy_chosen_logps: float
     policy_rejected_logps: float
     reference_chosen_logps: float | None
@@ -83,21 +87,26 @@ class Evaluator:
         """
         sums = MetricSums(self.parallel.device)
         mine: list[PairScore] = []
-        for batch in self.loaders[name].batches(epoch=0):
+        loader, rank = self.loaders[name], self.parallel.grid.dp_rank
+        rows = loader.dataset.rows
+        for batch, (positions, deal) in zip(loader.batches(epoch=0), loader.deals(epoch=0), strict=True):
             policy = self.policy.logps(batch.micro_batches)
             reference = self.reference.logps(batch.micro_batches) if self.reference else [None] * len(policy)
             # only the last pipeline stage has logps
-            for logps, reference_logps, micro_batch in zip(policy, reference, batch.micro_batches, strict=False):
+            for logps, reference_logps, micro_batch, numbers in zip(
+                policy, reference, batch.micro_batches, deal[rank], strict=False
+            ):
                 scored = dataclasses.replace(micro_batch, reference_logps=reference_logps)
                 sums.add(pair_loss(logps, scored, self.dpo).metrics)
-                mine += _scores(micro_batch, logps, reference_logps)
+                of_row = positions[numbers] - np.searchsorted(rows, micro_batch.pair_indices.cpu().numpy())
+                mine += _scores(micro_batch, of_row, logps, reference_logps)
         sums.reduce(
             self.parallel.total_from_last_stage, metric_names(self.dpo, has_reference=self.reference is not None)
         )
         gathered: list[Any] = [None] * self.parallel.world_size
         grid = self.parallel.grid
         dist.all_gather_object(gathered, mine if grid.tp_rank == grid.cp_rank == 0 else [])
-        scores = sorted((score for rank in gathered for score in rank), key=lambda score: score.index)
+        scores = sorted((score for rank in gathered for score in rank), key=lambda score: (score.index, score.pair))
         return metrics_of(sums.means(), scores, has_preference_loss=self.has_preference_loss), scores
 
 
@@ -175,11 +184,15 @@ def print_comparison(records: Mapping[str, Mapping[str, float | None]]) -> None:
     (console if console.is_terminal else Console(width=240)).print(table)
 
 
-def _scores(batch: PackedBatch, logps: torch.Tensor, reference: torch.Tensor | None) -> Iterator[PairScore]:
+def _scores(
+    batch: PackedBatch, of_row: npt.NDArray[np.int64], logps: torch.Tensor, reference: torch.Tensor | None
+) -> Iterator[PairScore]:
     values = logps.tolist()
     of_reference = [None] * len(values) if reference is None else reference.tolist()
-    for row, (chosen, rejected) in zip(batch.pair_indices.tolist(), batch.pairs.tolist(), strict=True):
-        yield PairScore(row, values[chosen], values[rejected], of_reference[chosen], of_reference[rejected])
+    for row, number, (chosen, rejected) in zip(
+        batch.pair_indices.tolist(), of_row.tolist(), batch.pairs.tolist(), strict=True
+    ):
+        yield PairScore(row, number, values[chosen], values[rejected], of_reference[chosen], of_reference[rejected])
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.distributed import run_distributed
 from tests.helpers.equal_runs import Outcome, assert_equal_runs, run
 from tests.helpers.overrides import BALANCE, CP2, DIST, EP2, PP2, RECOMPUTE, SP, TP2, VPP2
-from tests.helpers.runs import WORDS, make_model
+from tests.helpers.runs import WORDS, evaluate, make_config, make_model, read_metrics, train
 
 CACHED = "dpo.reference.mode=cached"
 MODELS = {"dense": ("qwen3", {}), "moe": ("qwen3_moe", {"megatron_cfg": BALANCE})}
@@ -77,3 +78,32 @@ def test_equals_each_pair_alone(name: str, started, apart) -> None:  # type: ign
     print(name, difference)
     tokens = [[record["train/num_tokens"] for record in one.metrics] for one in (got, want)]
     assert all(2 * few < many for few, many in zip(*tokens, strict=True)), "15 pairs over 10 answers to 2.5 prompts"
+
+
+@pytest.mark.distributed
+def test_rows_of_answers_are_the_same_pairs(tmp_path: Path) -> None:
+    """Training and evaluation, the pairs of a row on two ranks: which pair is which stays known."""
+    model = make_model(tmp_path / "model")
+    pairs = ranked_pairs(tmp_path / "pairs.jsonl", prompts=6, answers=4, seed=2)
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    answers = tmp_path / "answers.jsonl"
+    with answers.open("w") as file:
+        for start in range(0, len(rows), 6):
+            texts = [rows[start]["chosen"], *(row["rejected"] for row in rows[start : start + 3])]
+            ranked = [{"text": text, "score": -number} for number, text in enumerate(texts)]
+            file.write(json.dumps({"prompt": rows[start]["prompt"], "answers": ranked}) + "\n")
+    found = {}
+    for path in (pairs, answers):
+        data = {"train_data_path": str(path), "val_data_paths": {"held_out": str(path)}, "shuffle": False}
+        folder = tmp_path / path.stem
+        folder.mkdir()
+        config = make_config(folder, model, data=data, policy={"sequence_packing": {"train_mb_tokens": 100}})
+        assert run_distributed(train, 2, str(config), [], init_process_group=False) == [0, 0]
+        named = [f"policy.model_name={model}"]
+        assert run_distributed(evaluate, 2, str(config), named, init_process_group=False) == [0, 0]
+        scores = [json.loads(line) for line in (folder / "logs/pairs-held_out.jsonl").read_text().splitlines()]
+        losses = [record["train/loss"] for record in read_metrics(folder / "logs") if "train/loss" in record]
+        found[path.stem] = losses, [score["policy_chosen_logps"] for score in scores]
+        numbers = [(score["index"], score["pair"]) for score in scores]
+        assert numbers == [(n, 0) if path is pairs else divmod(n, 6) for n in range(len(rows))]
+    assert found["pairs"] == found["answers"]
