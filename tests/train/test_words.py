@@ -28,8 +28,12 @@ def test_a_run_from_its_end_to_its_export(tmp_path):
     assert first.endswith("by validation-held_out/loss") and "held steps" not in first
 
     again = said(config)
-    assert "nothing to do: this run had finished, after step 2 of 2; raise dpo.max_num_steps" in again
+    assert again.startswith("nothing to do: this run had finished, with step 2; raise dpo.max_num_steps")
     assert again.endswith(export) and "Warning" not in first + again
+
+    weights_only = ["checkpointing.save_optimizer=false", f"checkpointing.checkpoint_dir={folder}_of_weights"]
+    assert "held steps of another run" in said(config, *weights_only)
+    assert said(config, *weights_only).startswith("nothing to do: ")
 
     anew = said(config, "checkpointing.enabled=false")
     assert f"logger.log_dir held steps of another run: they are in {tmp_path}/logs/metrics.superseded-" in anew
