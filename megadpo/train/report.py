@@ -59,6 +59,8 @@ def closing_words(cfg: Config, total_steps: int, *, done_before: bool = False) -
         return [*lines, "checkpointing.enabled is false: nothing was saved"]
     folder = Path(saving.checkpoint_dir)
     steps = [info.path.name for info in complete_checkpoints(folder)]
+    if not steps:
+        return [*lines, f"no complete checkpoint in {folder}"]
     lines.append(f"checkpoints in {folder}: {', '.join(steps)}")
     best = ""
     if saving.metric_name is not None and len(steps) > 1:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from megadpo.commands import main
+from megadpo.config import load_config
+from megadpo.train.report import closing_words
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import make_config, make_model, train_and_read
 
@@ -41,3 +43,8 @@ def test_a_run_from_its_end_to_its_export(tmp_path):
 
     assert main(["export", str(folder), str(tmp_path / "trained"), "--best"]) == 0
     assert (tmp_path / "trained/model.safetensors").is_file()
+
+
+def test_a_run_whose_checkpoints_were_taken_away(tmp_path):
+    cfg = load_config(make_config(tmp_path, tmp_path / "model", checkpointing={"enabled": True}))
+    assert closing_words(cfg, 3)[-1] == f"no complete checkpoint in {tmp_path}/checkpoints"
