@@ -6,6 +6,7 @@ import dataclasses
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -272,15 +273,22 @@ def largest_part(batch: PackedBatch, ranks: int) -> PackedBatch:
 
 
 def empty_pack(cfg: Config, lengths: Lengths) -> PackedBatch:
-    """A micro-batch of pairs of these lengths, every token 0."""
+    """A micro-batch of prompts and answers of these lengths, every token 0. Of more than two answers each makes a pair with
+    the next one."""
 
     def zeros(count: int) -> Any:
         return np.zeros(count, dtype=np.int32)
 
-    pairs = [TokenizedPair(row, *(zeros(int(n)) for n in sizes)) for row, sizes in enumerate(lengths)]
+    pairs, prompts, answers = [], [], []
+    for row, (prompt, *sizes) in enumerate(lengths.tolist()):
+        for number, (one, other) in enumerate(pairwise(size for size in sizes if size)):
+            pairs.append(TokenizedPair(row, zeros(prompt), zeros(one), zeros(other)))
+            prompts.append(row)
+            answers.append([row * len(sizes) + number, row * len(sizes) + number + 1])
     return pack_pairs(
         pairs,
         share_prompt=shares_prompt(cfg),
         pad_to_multiple=cfg.policy.make_sequence_length_divisible_by,
         pad_token_id=0,
+        same=(np.array(prompts), np.array(answers)) if shares_prompt(cfg) else None,
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
+from math import comb
+
 import pytest
 
 from megadpo.config.check import chunk_layers
@@ -10,7 +12,7 @@ from megadpo.config.grid import Grid
 from megadpo.config.load import load_config
 from megadpo.plan.inputs import architectures
 from megadpo.plan.memory import Assumptions
-from megadpo.plan.packs import full_pack
+from megadpo.plan.packs import all_pairs, full_pack
 from megadpo.plan.parameters import stage_buffers, stage_parameters, static_bytes
 from megadpo.plan.plan import Job, Plan, make_plan
 from tests.helpers.distributed import run_distributed
@@ -32,10 +34,9 @@ FREEZE = "policy.freeze=[model.embed_tokens.weight,'model.layers.{0..1}.*']"
 TIED = {**SMALL, "tie_word_embeddings": True}
 
 
-def plan_of(path: str, overrides: list[str], world_size: int, lengths: object = (200, 60, 50)) -> Plan:
+def plan_of(path: str, overrides: list[str], world_size: int, lengths: Sequence[int] = (200, 60, 50)) -> Plan:
     cfg = load_config(path, overrides)
     arch, reference = architectures(cfg)
-    pairs = np.tile(np.array([lengths], dtype=np.int64), (cfg.policy.train_global_batch_size, 1))
     return make_plan(
         Job(
             cfg=cfg,
@@ -44,7 +45,7 @@ def plan_of(path: str, overrides: list[str], world_size: int, lengths: object = 
             world_size=world_size,
             gpu=None,
             assumed=Assumptions(expert_load=1.0),
-            lengths=pairs,
+            pairs=all_pairs(lengths, cfg.policy.train_global_batch_size),
             said="",
         )
     )
@@ -139,16 +140,24 @@ def test_the_peak_of_a_real_step_with_experts_is_within_a_tenth(name, tmp_path):
     check_peak(tmp_path, MIXTRAL_8M, *EXPERTS[name])
 
 
-def check_peak(folder, model, world_size, overrides, micro_batches):
+@pytest.mark.distributed
+def test_the_peak_of_a_real_step_with_groups_is_within_a_tenth(tmp_path):
+    """All six pairs of four answers to each prompt: 512 tokens of a pack where the pairs alone take 2,004."""
+    check_peak(tmp_path, LLAMA_4M, 1, [FP32], 2, lengths=(156, 89, 89, 89, 89))
+
+
+def check_peak(folder, model, world_size, overrides, micro_batches, lengths=None):
     path = write_case(folder, model, sequence_packing={"train_mb_tokens": 1024})
     shared = "policy.sequence_packing.share_prompt=false" not in overrides
-    lengths = (156, 50, 50) if shared else (78, 50, 50)
+    lengths = lengths or ((156, 50, 50) if shared else (78, 50, 50))
     copies = Grid.of(load_config(path, overrides), world_size).data
-    overrides = [*overrides, f"policy.train_global_batch_size={1024 // 256 * micro_batches * copies}"]
+    packed = sum(lengths) if shared else 256
+    pairs = 1024 // packed * comb(len(lengths) - 1, 2)
+    overrides = [*overrides, f"policy.train_global_batch_size={pairs * micro_batches * copies}"]
     plan = plan_of(path, overrides, world_size, lengths)
     assert plan.work.micro_batches == micro_batches
-    pack = full_pack(plan.job.cfg, plan.job.lengths)
-    assert len(pack) == 4 and (pack == pack[0]).all()
+    pack = full_pack(plan.job.cfg, plan.job.pairs)
+    assert len(pack) == 1024 // packed and (pack == pack[0]).all()
     ranks = run_distributed(
         measured.peak, world_size, path, overrides, pack, micro_batches, init_process_group=False, timeout_s=250
     )

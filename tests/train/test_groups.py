@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
-from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ import pytest
 from tests.helpers.distributed import run_distributed
 from tests.helpers.equal_runs import Outcome, assert_equal_runs, run
 from tests.helpers.overrides import BALANCE, CP2, DIST, EP2, PP2, RECOMPUTE, SP, TP2, VPP2
-from tests.helpers.runs import WORDS, evaluate, make_config, make_model, read_metrics, train
+from tests.helpers.runs import evaluate, make_config, make_model, ranked_pairs, read_metrics, train
 
 CACHED = "dpo.reference.mode=cached"
 MODELS = {"dense": ("qwen3", {}), "moe": ("qwen3_moe", {"megatron_cfg": BALANCE})}
@@ -27,22 +25,6 @@ LAYOUTS = {
     "moe_ep2_cp2": ("moe", 4, [EP2, CP2]),
 }
 APART = "data.group_prompts=false"
-
-
-def ranked_pairs(path: Path, *, prompts: int, answers: int, seed: int) -> Path:
-    """All pairs of `answers` answers to each prompt."""
-    rng = random.Random(seed)
-
-    def text(longest: int) -> str:
-        return " ".join(rng.choice(WORDS) for _ in range(rng.randint(1, longest)))
-
-    rows = []
-    for number in range(prompts):
-        prompt = text(20) + f" {number}?"
-        texts = [f" {text(10)} no{i}" for i in range(answers)]
-        rows += [{"prompt": prompt, "chosen": a, "rejected": b} for a, b in combinations(texts, 2)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture(scope="module")
