@@ -59,6 +59,14 @@ class Run:
         return self.inputs.validation[name].batches(epoch=0)
 
 
+class RunFinished(Exception):
+    """The newest checkpoint of the run is that of its last step."""
+
+    def __init__(self, total_steps: int) -> None:
+        super().__init__(f"all {total_steps} steps were done before")
+        self.total_steps = total_steps
+
+
 def prepare(cfg: Config, parallel: ParallelContext) -> Run:
     """Builds the run on this rank. Raises UserError for everything that a user can correct."""
     seed_everything(cfg.dpo.seed, parallel)
@@ -67,6 +75,8 @@ def prepare(cfg: Config, parallel: ParallelContext) -> Run:
     total_steps = cfg.dpo.total_steps(inputs.train_loader.batches_per_epoch)
     settings = data_settings(cfg, inputs.reference, parallel)
     resume, notes = find_resume(cfg, pairs, settings, parallel)
+    if resume is not None and resume.position.step >= total_steps:
+        raise RunFinished(total_steps)
 
     reference = None
     if cfg.dpo.reference.mode == "cached":  # before the policy is built, so that only one model is in memory
