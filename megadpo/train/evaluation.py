@@ -24,13 +24,13 @@ from megadpo.data.batches.pack import PackedBatch
 from megadpo.model.build import build_model
 from megadpo.objective.dpo import metric_names
 from megadpo.parallel import ParallelContext
-from megadpo.reference import ResidentReference
+from megadpo.reference import ResidentReference, answer_logps, weighted_logps
 from megadpo.train.inputs import RunInputs, open_run_inputs
 from megadpo.train.metrics import MetricSums
 from megadpo.train.reference import build_reference
 from megadpo.train.resume import require_writable
 from megadpo.train.setup import seed_everything
-from megadpo.train.step import pair_loss
+from megadpo.train.step import pair_loss, whole_logps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,8 @@ class Evaluator:
         self._arch = inputs.arch
         self.policy = ResidentReference(build_model(inputs.arch, cfg.policy, parallel, frozen=True), parallel)
         load_weights(self.policy.model, inputs.source, inputs.arch, parallel)
+        for chunk in self.policy.model:
+            chunk.gives_likeness = cfg.dpo.use_weighting
         named = cfg.dpo.reference.model_name is not None
         self.reference = build_reference(cfg, inputs, parallel) if named else None
         self.has_preference_loss = named or not cfg.dpo.loss.reads_reference
@@ -90,16 +92,20 @@ class Evaluator:
         loader, rank = self.loaders[name], self.parallel.grid.dp_rank
         rows = loader.dataset.rows
         for batch, (positions, deal) in zip(loader.batches(epoch=0), loader.deals(epoch=0), strict=True):
-            policy = self.policy.logps(batch.micro_batches)
-            reference = self.reference.logps(batch.micro_batches) if self.reference else [None] * len(policy)
+            policy = answer_logps(self.policy.model, batch.micro_batches, self.parallel)
+            reference: Sequence[torch.Tensor | None] = [None] * len(policy)
+            if self.reference is not None:
+                reference = answer_logps(self.reference.model, batch.micro_batches, self.parallel)
             # only the last pipeline stage has logps
-            for logps, reference_logps, micro_batch, numbers in zip(
+            for found, of_reference, micro_batch, numbers in zip(
                 policy, reference, batch.micro_batches, deal[rank], strict=False
             ):
-                scored = dataclasses.replace(micro_batch, reference_logps=reference_logps)
-                sums.add(pair_loss(logps, scored, self.dpo).metrics)
+                weighted = None if of_reference is None else weighted_logps(of_reference)
+                scored = dataclasses.replace(micro_batch, reference_logps=weighted)
+                sums.add(pair_loss(found, scored, self.dpo).metrics)
+                whole = None if of_reference is None else whole_logps(of_reference, self.dpo)
                 of_row = positions[numbers] - np.searchsorted(rows, micro_batch.pair_indices.cpu().numpy())
-                mine += _scores(micro_batch, of_row, logps, reference_logps)
+                mine += _scores(micro_batch, of_row, whole_logps(found, self.dpo), whole)
         sums.reduce(
             self.parallel.total_from_last_stage, metric_names(self.dpo, has_reference=self.reference is not None)
         )

@@ -24,7 +24,7 @@ def assert_same_as_trl(case_name: str, layout_name: str, folder: Path) -> None:
     theirs = parity_trl.check_stored(case_name, spec)
     layout = parity_trl.LAYOUTS[layout_name]
     ours = sides.run_ours(spec, layout, longest=parity_trl.LONGEST_TOKENS, overrides=case.overrides).steps
-    lines, good = parity_trl.compare(theirs, ours)
+    lines, good = parity_trl.compare(theirs, ours, case.names)
     assert good, "\n".join(lines)
 
 
@@ -32,14 +32,14 @@ def test_one_process_on_made_pairs(tmp_path: Path) -> None:
     assert_same_as_trl("made-tiny", "one", tmp_path)
 
 
-FAST = ("ipo", "alpha_divergence")
+FAST = ("ipo", "alpha_divergence", "norm_ld_weighting")
 
 
 @pytest.mark.parametrize(
     "loss",
     [
         pytest.param(loss, marks=[] if loss in FAST else pytest.mark.slow)
-        for loss in (*parity_trl.LOSSES, *parity_trl.DIVERGENCES)
+        for loss in (*parity_trl.LOSSES, *parity_trl.DIVERGENCES, *parity_trl.COMBINED)
     ],
 )
 def test_other_losses_on_made_pairs(loss: str, tmp_path: Path) -> None:

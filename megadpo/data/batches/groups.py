@@ -40,12 +40,15 @@ class PairGroups:
     """[N, 2]"""
 
     @classmethod
-    def of(cls, pairs: FlatPairs) -> PairGroups:
-        """By the hashes of their texts; pack_pairs holds the texts themselves against each other."""
+    def of(cls, pairs: FlatPairs, *, share_answers: bool = True) -> PairGroups:
+        """By the hashes of their texts; pack_pairs holds the texts themselves against each other. share_answers: false
+        gives each answer of each pair a number of its own."""
         texts, identities = pairs.text_tokens(), pairs.identities.reshape(-1, 3)
         prompts = _by_appearance(identities[:, 0])
-        answers = _by_appearance(np.repeat(prompts, 2), identities[:, 1:].ravel()).reshape(-1, 2)
-        return cls(prompts, answers, texts[:, 0], texts[:, 1:])
+        answers = np.arange(2 * len(prompts))
+        if share_answers:
+            answers = _by_appearance(np.repeat(prompts, 2), identities[:, 1:].ravel())
+        return cls(prompts, answers.reshape(-1, 2), texts[:, 0], texts[:, 1:])
 
     @classmethod
     def alone(cls, text_tokens: Ints) -> PairGroups:

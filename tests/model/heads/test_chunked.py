@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megadpo.model.heads import sum_per_answer
+from megadpo.model.heads import log_sum_squares, sum_per_answer
 from megadpo.model.heads.chunked import TorchHead
 from tests.helpers.distributed import run_distributed
 
@@ -126,3 +126,20 @@ def test_a_long_answer_loses_nothing():
     (total,) = sum_per_answer(logps, torch.tensor([32768]))
     exact = logps.double().sum()
     assert total == exact.float()  # one rounding; added up in float32 it is 0.03 off
+
+
+def squares_on_a_shard(chunk_tokens, scale):
+    hidden, weight, *_ = make_inputs()
+    rank, rows = dist.get_rank(), VOCAB // dist.get_world_size()
+    shard = weight[rank * rows : (rank + 1) * rows]
+    return log_sum_squares(hidden * scale, shard, group=dist.group.WORLD, chunk_tokens=chunk_tokens)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("world_size", "chunk_tokens", "scale"), [(1, 7, 1), (2, 100, 1), (2, 5, 300)])
+def test_the_sum_of_squared_probabilities(world_size, chunk_tokens, scale):
+    """scale 300: probabilities whose squares underflow."""
+    hidden, weight, *_ = make_inputs()
+    want = (2 * (scale * hidden @ weight.T).log_softmax(-1)).logsumexp(-1)
+    for found in run_distributed(squares_on_a_shard, world_size, chunk_tokens, scale):
+        torch.testing.assert_close(found, want, rtol=1e-11, atol=1e-11)
