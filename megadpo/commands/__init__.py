@@ -91,9 +91,9 @@ def command_parser(module: str, text: str | None) -> argparse.ArgumentParser:
 
 
 def refuse(error: UserError) -> int:
-    """Print every problem on stderr, once a node; the other ranks wait so that torchrun doesn't stop the one that
+    """Print every problem on stderr, once a node: the other ranks of torchrun wait so that it doesn't stop the one that
     prints. A rank that is still there after that is the only one to know, and prints too. Returns EXIT_REFUSED."""
-    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
+    if under_torchrun() and int(os.environ.get("LOCAL_RANK", "0")) != 0:
         time.sleep(OTHERS_WAIT_S)
     lines = [f"refused, {len(error.problems)} problem(s):", *(f"  {problem}" for problem in error.problems)]
     last_words("\n".join(lines), sys.stderr)

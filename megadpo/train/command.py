@@ -49,7 +49,7 @@ def run_training(cfg: Config) -> int:
         run = prepare(cfg, parallel)
     except RunFinished as before:
         if first:
-            print("\n".join(closing_words(cfg, before.total_steps, done_before=True)), flush=True)
+            print("\n".join([*before.notes, *closing_words(cfg, before.step, done_before=True)]), flush=True)
         destroy()
         return 0
     must_save_by = cfg.checkpointing.checkpoint_must_save_by

@@ -47,14 +47,14 @@ def banner_rows(run: Run, chosen: Mapping[str, str]) -> list[tuple[str, str]]:
     ]
 
 
-def closing_words(cfg: Config, total_steps: int, *, done_before: bool = False) -> list[str]:
+def closing_words(cfg: Config, last_step: int, *, done_before: bool = False) -> list[str]:
     """What a run says that has come to its end: what was saved, where, and how to export it. done_before: it had come to
     its end before it was started. Rank 0."""
     saving = cfg.checkpointing
-    lines = [f"finished: {total_steps:,} steps; metrics in {cfg.logger.log_dir}"]
+    lines = [f"finished: {last_step:,} steps; metrics in {cfg.logger.log_dir}"]
     if done_before:
         more = "raise dpo.max_num_steps or dpo.max_num_epochs to go on, name another checkpointing.checkpoint_dir to begin anew"
-        lines = [f"nothing to do: this run had finished, with step {total_steps:,}; {more}"]
+        lines = [f"nothing to do: this run had finished, with step {last_step:,}; {more}"]
     if not saving.enabled:
         return [*lines, "checkpointing.enabled is false: nothing was saved"]
     folder = Path(saving.checkpoint_dir)

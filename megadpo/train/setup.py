@@ -60,11 +60,12 @@ class Run:
 
 
 class RunFinished(Exception):
-    """The newest checkpoint of the run is that of its last step."""
+    """The newest checkpoint is that of the run's last step, or of a later one. notes: as those of a Run."""
 
-    def __init__(self, total_steps: int) -> None:
-        super().__init__(f"all {total_steps} steps were done before")
-        self.total_steps = total_steps
+    def __init__(self, step: int, notes: list[str]) -> None:
+        super().__init__(f"finished before, with step {step}")
+        self.step = step
+        self.notes = notes
 
 
 def prepare(cfg: Config, parallel: ParallelContext) -> Run:
@@ -76,7 +77,7 @@ def prepare(cfg: Config, parallel: ParallelContext) -> Run:
     settings = data_settings(cfg, inputs.reference, parallel)
     resume, notes = find_resume(cfg, pairs, settings, parallel)
     if resume is not None and resume.position.step >= total_steps:
-        raise RunFinished(total_steps)
+        raise RunFinished(resume.position.step, [*notes, *changes(cfg, resume)])
 
     reference = None
     if cfg.dpo.reference.mode == "cached":  # before the policy is built, so that only one model is in memory
