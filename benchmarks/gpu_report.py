@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.gpu_inputs import Lengths, Shape
 from benchmarks.gpu_sides import Outcome
 from megadpo.config.architecture import Architecture
-from megadpo.data.batches.work import WorkModel, query_keys
+from megadpo.data.batches.work import WorkModel
 
 GIB = 2**30
 GOALS = {"MFU of the measured rate": 0.60, "pairs/s over TRL's": 2.5, "peak memory over TRL's": 0.6, "shared": 1.3}
@@ -28,8 +28,8 @@ def step_flops(arch: Architecture, lengths: Lengths, *, share_prompt: bool) -> f
     work = WorkModel.of(arch)
     prompts, answers = int(lengths[:, 0].sum()), int(lengths[:, 1:].sum())
     tokens = (1 if share_prompt else 2) * prompts + answers
-    keys = int(query_keys(lengths, share_prompt=share_prompt).sum())
-    return float(PASSES * (work.per_token * tokens + work.per_answer_token * answers + work.per_query_key * keys))
+    attention = work.attention(lengths, share_prompt=share_prompt)
+    return float(PASSES * (work.per_token * tokens + work.per_answer_token * answers + attention))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ sys.path.insert(0, str(REPOSITORY))  # run as a script, the path starts in bench
 from benchmarks import make_llama, sides  # noqa: E402
 from benchmarks.trl_worker import Spec  # noqa: E402
 from benchmarks.vs_trl import GIB, QUIET_SHARE, machine  # noqa: E402
-from megadpo.data.batches.work import WorkModel, query_keys  # noqa: E402
+from megadpo.data.batches.work import WorkModel  # noqa: E402
 from megadpo.families import read_architecture  # noqa: E402
 
 FORWARDS = 4
@@ -109,9 +109,9 @@ def write_pairs(case: Case, model: Path, path: Path) -> Pairs:
     )
     work = WorkModel.of(read_architecture(model))
     answers_tokens = lengths[:, 1:].sum(1)
-    flops = work.per_token * lengths.sum(1) + work.per_answer_token * answers_tokens
-    flops = flops + work.per_query_key * query_keys(lengths, share_prompt=True)
-    return Pairs(path, float(lengths.sum(1).mean()), make_llama.longest(model, rows), float(flops.mean()))
+    flops = work.per_token * lengths.sum() + work.per_answer_token * answers_tokens.sum()
+    flops = float(flops + work.attention(lengths, share_prompt=True)) / len(lengths)
+    return Pairs(path, float(lengths.sum(1).mean()), make_llama.longest(model, rows), flops)
 
 
 def run(case: Case, pairs: Pairs, model: Path) -> dict[str, float]:

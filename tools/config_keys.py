@@ -1,8 +1,8 @@
 """The keys of a config: python tools/config_keys.py [WORD ...]
 
 Prints every key with its type, default and meaning, or those with one of the words in their name or meaning.
-`--write docs` writes docs/config.md and the table of losses in docs/losses.md instead. Exit code 1 where no key has any
-of the words.
+`--write docs` writes docs/config.md and the tables of docs/losses.md and docs/families.md instead. Exit code 1 where no key
+has any of the words.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.text import Text
 
-from megadpo.config.catalogue import page, sections, with_losses
+from megadpo.config.catalogue import page, sections, with_kernels, with_losses
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -27,8 +27,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--write", type=Path, metavar="DOCS", help="write the pages in folder DOCS, print nothing")
     options = parser.parse_args(arguments)
     if options.write is not None:
-        losses = options.write / "losses.md"
-        losses.write_text(with_losses(losses.read_text(encoding="utf-8")), encoding="utf-8")
+        for name, with_table in (("losses.md", with_losses), ("families.md", with_kernels)):
+            path = options.write / name
+            path.write_text(with_table(path.read_text(encoding="utf-8")), encoding="utf-8")
         (options.write / "config.md").write_text(page(), encoding="utf-8")
         return 0
     words = [word.lower() for word in options.words]

@@ -1,4 +1,5 @@
-"""What docs/config.md, the table of docs/losses.md and tools/config_keys.py say, read off the schema and the variants.
+"""What docs/config.md, the tables of docs/losses.md and docs/families.md and tools/config_keys.py say, read off the schema
+and the variants.
 
 A key's meaning is the string below its field, a loss's formula and source are in its docstring: one place to write each.
 """
@@ -18,7 +19,7 @@ from megadpo.config.nemo_rl.translate import NemoKey, nemo_keys
 from megadpo.config.reader import keys_of, section_of
 from megadpo.config.schema import Config
 from megadpo.config.types import describe
-from megadpo.config.variants import LOSSES, option_fields, variant_options
+from megadpo.config.variants import ATTENTION_KERNELS, LOSSES, option_fields, variant_options
 
 HEAD = """# Every key
 
@@ -36,6 +37,7 @@ NO_EFFECT_HEAD = """## NeMo RL's keys without effect here
 
 Accepted at any value, with a line in the log: nothing that they say can change a run.
 """
+KERNELS_BEGIN, KERNELS_END = "<!-- kernels: written by tools/config_keys.py -->", "<!-- end of the kernels -->"
 LOSSES_BEGIN, LOSSES_END = "<!-- losses: written by tools/config_keys.py -->", "<!-- end of the losses -->"
 
 
@@ -90,8 +92,6 @@ def page() -> str:
 
 def with_losses(text: str) -> str:
     """docs/losses.md with its table of losses, which stands between two comments, written anew."""
-    begin, rest = text.split(LOSSES_BEGIN)
-    _, end = rest.split(LOSSES_END)
     rows = []
     for name in LOSSES.names():
         loss = LOSSES[name]
@@ -101,7 +101,24 @@ def with_losses(text: str) -> str:
         options = [f"`{option}`" for option in variant_options(loss)]
         rows.append((f"`{name}`", formula, ", ".join([*needs, *options]), _links(source)))
     table = _table(("`loss_type`", "loss of one pair", "needs, options", "source"), rows)
-    return f"{begin}{LOSSES_BEGIN}\n{table}{LOSSES_END}{end}"
+    return _between(text, LOSSES_BEGIN, LOSSES_END, table)
+
+
+def with_kernels(text: str) -> str:
+    """docs/families.md with its table of attention kernels, which stands between two comments, written anew."""
+    kernels = [ATTENTION_KERNELS[name] for name in ATTENTION_KERNELS.names()]
+    rows = [
+        (words, *(kernel.computes.get(feature, "refused") for kernel in kernels))
+        for feature, words in kernels[0].FEATURES.items()
+    ]
+    rows.append(("widest head", *(str(kernel.most_width or "any") for kernel in kernels)))
+    return _between(text, KERNELS_BEGIN, KERNELS_END, _table(("", *(f"`{kernel.name}`" for kernel in kernels)), rows))
+
+
+def _between(text: str, begin: str, end: str, table: str) -> str:
+    before, rest = text.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n{table}{end}{after}"
 
 
 def _links(text: str) -> str:

@@ -28,23 +28,28 @@ def attend_over_context(
     *,
     group: dist.ProcessGroup,
     keep_gathered: bool,
+    **asked: Any,
 ) -> torch.Tensor:
-    """q [t, H, D], k and v [t, G, D] of this rank's tokens -> [t, H, D], attending to the keys of all ranks.
+    """q [t, H, D], k [t, G, D] and v [t, G, E] of this rank's tokens -> [t, H, E], attending to the keys of all ranks.
 
     plan: of segments whose keys stand in gathered order, rank after rank. keep_gathered: keep what was gathered until
-    the backward pass, which follows at once where attention is being recomputed. Collectives over `group`: an
-    all-gather of [t, 2, G, D] in forward; in backward a reduce-scatter and, unless kept, the same all-gather again.
+    the backward pass, which follows at once where attention is being recomputed. asked: `attend`'s scale, softcap and
+    sinks. Collectives over `group`: an all-gather of [t, G, D + E] in forward; in backward a reduce-scatter and, unless
+    kept, the same all-gather again.
     """
-    joined = torch.stack((k, v), dim=1)
+    joined = torch.cat((k, v), dim=-1)
+    widths = k.shape[-1], v.shape[-1]
     if keep_gathered or not joined.requires_grad:
         gathered = _Gather.apply(joined, group, None)
-        return kernel.attend(q, *kernel.prepare(gathered[:, 0], gathered[:, 1], plan), plan)
-    again = _PreparedAgain(joined.detach(), group, kernel, plan)
+        keys, values = gathered.split(widths, -1)
+        return kernel.attend(q, *kernel.prepare(keys, values, plan), plan, **asked)
+    again = _PreparedAgain(joined.detach(), widths, group, kernel, plan)
     gathered = _Gather.apply(joined, group, again)
-    prepared = kernel.prepare(gathered[:, 0], gathered[:, 1], plan)
+    keys, values = gathered.split(widths, -1)
+    prepared = kernel.prepare(keys, values, plan)
     again.stands_for(prepared)
     with torch.autograd.graph.saved_tensors_hooks(again.pack, again.unpack):
-        out = kernel.attend(q, *prepared, plan)
+        out = kernel.attend(q, *prepared, plan, **asked)
     fetching: torch.Tensor = _FetchBeforeBackward.apply(out, again)
     return fetching
 
@@ -80,8 +85,11 @@ class _Gather(torch.autograd.Function):
 class _PreparedAgain:
     """Stands for a layer's gathered keys and values between forward and backward: holds this rank's part only."""
 
-    def __init__(self, local: torch.Tensor, group: dist.ProcessGroup, kernel: AttentionKernel, plan: Any) -> None:
+    def __init__(
+        self, local: torch.Tensor, widths: tuple[int, int], group: dist.ProcessGroup, kernel: AttentionKernel, plan: Any
+    ) -> None:
         self.local = local
+        self.widths = widths
         self.group = group
         self.kernel = kernel
         self.plan = plan
@@ -105,8 +113,8 @@ class _PreparedAgain:
 
     def fetch(self) -> None:
         with torch.no_grad():
-            whole = _all_gather(self.local, self.group)
-            self.prepared = self.kernel.prepare(whole[:, 0], whole[:, 1], self.plan)
+            keys, values = _all_gather(self.local, self.group).split(self.widths, -1)
+            self.prepared = self.kernel.prepare(keys, values, self.plan)
 
     def drop(self) -> None:
         self.prepared = None

@@ -35,8 +35,6 @@ class Estimate:
         self.tokens = pack.tokens // self.megatron.context_parallel_size
         """Of this rank, before sequence parallelism cuts them."""
         self.stream = self.tokens * arch.hidden_size * self.width // (self.tp if self.megatron.sequence_parallel else 1)
-        self.key_tokens = self.tokens if self.tokens < pack.tokens else pack.key_tokens
-        """Whose keys are kept: ranks of context parallelism keep their own and gather the others' again."""
         self.load = min(expert_load, self.megatron.expert_model_parallel_size)
 
     def chunk(self, layers: Sequence[Layer], *, last: bool) -> Activations:
@@ -73,14 +71,19 @@ class Estimate:
         logits = min(1 << 27, min(rows, answers) * vocabulary)  # MOST_LOGITS of model/heads/triton
         return answers * self.arch.hidden_size * 4 + vocabulary * self.arch.hidden_size * width + logits * (4 + width)
 
+    def _key_tokens(self, window: int | None) -> int:
+        """Whose keys are kept: ranks of context parallelism keep their own and gather the others' again."""
+        return self.tokens if self.tokens < self.pack.tokens else self.pack.key_tokens(window)
+
     def _attention(self, one: Attention) -> int:
         """Norms' inputs and the linear layers'; rotated queries; keys and values; the output."""
         width, tokens = self.width, self.tokens
-        heads, keys = one.num_heads * one.head_dim, self.key_tokens * one.num_kv_heads * one.head_dim
-        attention = (2 * tokens * heads + 2 * keys) * width + 4 * tokens * one.num_heads
+        widths = one.head_dim + one.value_dim
+        numbers = (tokens * one.num_heads + self._key_tokens(one.window) * one.num_kv_heads) * widths
+        attention = numbers * width + 4 * tokens * one.num_heads
         norms = (6 if self.arch.norms.placement == "sandwich" else 4) * self.stream
         norms += 8 * self.stream // (self.arch.hidden_size * width)
-        if one.qk_norm == "head":
+        if one.qk_norm != "none":
             norms += tokens * (one.num_heads + one.num_kv_heads) * (one.head_dim * width + 4) // self.tp
         return norms + attention // self.tp
 
@@ -116,8 +119,9 @@ class Estimate:
         freed = 0
         if "core_attn" in modules:
             # what is kept instead: queries, and the tensor with queries, keys and values that the others are views of
-            numbers = 2 * (self.key_tokens - self.tokens) * one.num_kv_heads - self.tokens * one.num_heads
-            freed += (numbers * one.head_dim * self.width + 4 * self.tokens * one.num_heads) // self.tp
+            keys = (self._key_tokens(one.window) - self.tokens) * one.num_kv_heads * (one.head_dim + one.value_dim)
+            numbers = keys - self.tokens * one.num_heads * one.head_dim
+            freed += (numbers * self.width + 4 * self.tokens * one.num_heads) // self.tp
         if "layernorm" in modules:
             freed += 2 * self.stream
         if {"mlp", "moe"} & set(modules):

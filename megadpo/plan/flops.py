@@ -32,15 +32,15 @@ class Flops:
 
 
 def forward_flops(arch: Architecture, pack: Pack, layers: Sequence[Layer], *, head: bool) -> Flops:
-    """Of `layers`. 2 FLOPs a weight and token (of experts, those that the token goes to); 4 x heads x head_dim a (query, key)
-    pair; 2 x hidden x vocabulary an ANSWER token, since only positions that predict an answer are projected. Norms,
-    rotation and softmax are left out, as usual (arXiv:2205.05198, appendix A)."""
+    """Of `layers`. 2 FLOPs a weight and token (of experts, those that the token goes to); 4 x heads x head_dim a key that
+    a query sees; 2 x hidden x vocabulary an ANSWER token, since only positions that predict an answer are projected.
+    Norms, rotation and softmax are left out, as usual (arXiv:2205.05198, appendix A)."""
     projections = mlp = experts = router = attention = 0.0
     for layer, count in Counter(layers).items():
         heads, feed_forward = layer.attention, layer.feed_forward
         per_weight = 2.0 * pack.tokens * arch.hidden_size * count
         projections += per_weight * (heads.num_heads + heads.num_kv_heads) * (heads.head_dim + heads.value_dim)
-        attention += 2.0 * pack.query_keys * heads.num_heads * (heads.head_dim + heads.value_dim) * count
+        attention += 2.0 * pack.query_keys(heads.window) * heads.num_heads * (heads.head_dim + heads.value_dim) * count
         if isinstance(feed_forward, Mlp):
             mlp += per_weight * 3 * feed_forward.ffn_size
             continue

@@ -199,30 +199,37 @@ def _preprocess(dispatcher: Any, routing_map: torch.Tensor, counts_of: _Counts) 
 class TracedKernel(AttentionKernel):
     """The kernel of the run's device, or its outline: what it keeps for backward, and nothing else."""
 
-    def __init__(self, cfg: Config, device_type: Literal["cpu", "cuda"]) -> None:
-        kernel: AttentionKernel = ATTENTION_KERNELS.choose(Known(cfg=cfg, machine=Machine(device=device_type)))
+    def __init__(self, cfg: Config, arch: Architecture, device_type: Literal["cpu", "cuda"]) -> None:
+        known = Known(cfg=cfg, arch=arch, machine=Machine(device=device_type))
+        kernel: AttentionKernel = ATTENTION_KERNELS.choose(known)
         self.name = kernel.name
-        self.inner: Any = kernel if self.name in ("cpu", "varlen") else _OutlineKernel()
+        written_out = any(one.sinks or one.logit_softcap is not None for one in arch.attentions)
+        real = self.name in ("cpu", "varlen") or (self.name == "sdpa" and written_out)
+        self.inner: Any = kernel if real else _OutlineKernel()
 
-    def plan(self, segments: tuple[Segment, ...], device: torch.device, dtype: torch.dtype) -> Any:
+    def plan(
+        self, segments: tuple[Segment, ...], device: torch.device, dtype: torch.dtype, window: int | None = None
+    ) -> Any:
         # the CPU kernel makes its masks where tensors are made by default; the ragged kernels look into their index
         with torch.device(META if self.name == "cpu" else "cpu"):
-            return self.inner.plan(segments, device, dtype)
+            return self.inner.plan(segments, device, dtype, window)
 
     def prepare(self, k: torch.Tensor, v: torch.Tensor, plan: Any) -> tuple[torch.Tensor, torch.Tensor]:
         prepared: tuple[torch.Tensor, torch.Tensor] = self.inner.prepare(k, v, plan)
         return prepared
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Any) -> torch.Tensor:
-        result: torch.Tensor = self.inner.attend(q, k, v, plan)
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Any, **asked: Any) -> torch.Tensor:
+        result: torch.Tensor = self.inner.attend(q, k, v, plan, **asked)
         return result
 
 
 class _OutlineKernel:
     """Flash attention of any make: keeps q, k, v with shared keys repeated, the output, and one float32 a row and head."""
 
-    def plan(self, segments: tuple[Segment, ...], device: torch.device, dtype: torch.dtype) -> int:
-        return sum(segment.key_tokens for segment in segments)
+    def plan(
+        self, segments: tuple[Segment, ...], device: torch.device, dtype: torch.dtype, window: int | None = None
+    ) -> int:
+        return sum(segment.rows(0, segment.query_tokens, window).key_tokens for segment in segments)
 
     def prepare(self, k: torch.Tensor, v: torch.Tensor, plan: int) -> tuple[torch.Tensor, torch.Tensor]:
         if plan == k.shape[0]:
@@ -230,7 +237,7 @@ class _OutlineKernel:
         index = torch.empty(plan, dtype=torch.int64, device=META)
         return k.index_select(0, index), v.index_select(0, index)
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: int) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: int, **asked: Any) -> torch.Tensor:
         result: torch.Tensor = _Outline.apply(q, k, v)
         return result
 
@@ -238,7 +245,7 @@ class _OutlineKernel:
 class _Outline(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v):  # type: ignore[no-untyped-def]
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        out = q.new_empty((*q.shape[:2], v.shape[2]))
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:2], dtype=torch.float32))
         return out
 

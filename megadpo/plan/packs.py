@@ -23,16 +23,15 @@ MOST_BATCHES = 8
 """Global batches looked at; an epoch's batches are alike, being drawn at random."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pack:
     """Counts of one micro-batch, or of several together."""
 
     tokens: int
     answer_tokens: int
-    query_keys: int
-    """(query, key) pairs that attention computes."""
-    key_tokens: int
-    """Keys of all segments: a shared prompt's count once for itself and once for each answer."""
+    lengths: Lengths
+    shared: bool
+    """Prompts are computed once."""
 
     @classmethod
     def of(cls, cfg: Config, lengths: Lengths) -> Pack:
@@ -40,8 +39,17 @@ class Pack:
         shared = shares_prompt(cfg)
         prompt, chosen, rejected = (int(total) for total in lengths.sum(axis=0))
         tokens = (1 if shared else 2) * prompt + chosen + rejected
-        keys = int(query_keys(lengths, share_prompt=shared).sum())
-        return cls(tokens, chosen + rejected, keys, tokens + (2 * prompt if shared else 0))
+        return cls(tokens, chosen + rejected, lengths, shared)
+
+    def query_keys(self, window: int | None = None) -> int:
+        """(query, key) pairs that attention computes in a layer of that window."""
+        return int(query_keys(self.lengths, share_prompt=self.shared, window=window).sum())
+
+    def key_tokens(self, window: int | None = None) -> int:
+        """Keys of all segments: a shared prompt's count once for itself and, as far as the window reaches back, once for
+        each answer."""
+        prompts = self.lengths[:, 0] if window is None else np.minimum(self.lengths[:, 0], window - 1)
+        return self.tokens + (2 * int(prompts.sum()) if self.shared else 0)
 
 
 @dataclass(frozen=True, kw_only=True)

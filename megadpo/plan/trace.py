@@ -145,7 +145,7 @@ def trace_stage(
             reference = build_model(reference_arch, policy, parallel, frozen=True)
         known = [t for module in (*model, *reference) for t in (*module.parameters(), *module.buffers())]
         known += [buffer.grad_data for one in wrapped for buffer in (*one.buffers, *one.expert_parallel_buffers)]
-        kernel = TracedKernel(cfg, device_type)
+        kernel = TracedKernel(cfg, arch, device_type)
         for chunk in (*model, *reference):
             chunk.kernel = kernel
             if uses_fused_head(cfg, device_type):

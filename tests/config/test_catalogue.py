@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 
-from megadpo.config.catalogue import LOSSES_BEGIN, LOSSES_END, page, sections, with_losses
+from megadpo.config.catalogue import LOSSES_BEGIN, LOSSES_END, page, sections, with_kernels, with_losses
 from megadpo.config.load import load_config
 from megadpo.config.nemo_rl.translate import nemo_keys
 from megadpo.config.reader import dotted_paths
@@ -29,6 +29,13 @@ def test_the_table_of_losses_is_that_of_the_register() -> None:
     assert written == with_losses(written), AGAIN
     for name in get_args(variant_options(LOSSES["sigmoid"])["f_divergence_type"].annotation):
         assert f"| `{name}` |" in written
+
+
+def test_the_table_of_kernels_is_that_of_their_declarations() -> None:
+    written = (DOCS / "families.md").read_text(encoding="utf-8")
+    assert written == with_kernels(written), AGAIN
+    (softcap,) = (line for line in written.splitlines() if line.startswith("| a soft-cap"))
+    assert softcap.count("refused") == 3
 
 
 def test_every_loss_has_a_formula_and_a_source() -> None:

@@ -36,7 +36,7 @@ class RaggedStandIn(RaggedKernel):
     def prepare(self, k, v, plan):
         return super().prepare(k, v, plan[1])
 
-    def attend(self, q, k, v, plan):
+    def attend(self, q, k, v, plan, **asked):
         return dense_attention(q, k, v, plan[0])
 
 

@@ -27,7 +27,21 @@ def test_tokens_and_attention_of_a_pack_are_those_of_its_segments(lengths, share
         policy=SimpleNamespace(sequence_packing=SimpleNamespace(enabled=True, share_prompt=share_prompt))
     )
     answers, keys = int(rows[:, 1:].sum()), sum(s.key_tokens for s in pack.segments)
-    assert Pack.of(cfg, rows) == Pack(pack.num_tokens, answers, seen, keys)
+    counted = Pack.of(cfg, rows)
+    assert (counted.tokens, counted.answer_tokens) == (pack.num_tokens, answers)
+    assert (counted.query_keys(), counted.key_tokens()) == (seen, keys)
+
+
+@given(LENGTHS, st.booleans(), st.integers(1, 50))
+def test_keys_of_a_pack_within_a_window_are_those_of_its_segments(lengths, share_prompt, window):
+    rows = np.array(lengths, dtype=np.int64)
+    pairs = [TokenizedPair(i, *(np.zeros(n, dtype=np.int32) for n in row)) for i, row in enumerate(lengths)]
+    pack = pack_pairs(pairs, share_prompt=share_prompt, pad_to_multiple=1, pad_token_id=0)
+    counted = Pack(pack.num_tokens, int(rows[:, 1:].sum()), rows, share_prompt)
+    reached = [segment.rows(0, segment.query_tokens, window) for segment in pack.segments]
+    assert counted.key_tokens(window) == sum(segment.key_tokens for segment in reached)
+    seen = (min(s.key_tokens - i, window) for s in pack.segments for i in range(s.query_tokens))
+    assert counted.query_keys(window) == sum(seen)
 
 
 @given(st.tuples(*[st.integers(1, 900)] * 3), st.integers(1030, 9000), st.booleans())

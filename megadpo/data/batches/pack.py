@@ -42,6 +42,19 @@ class Segment:
     def key_tokens(self) -> int:
         return sum(end - start for start, end in self.keys)
 
+    def rows(self, first: int, last: int, window: int | None = None) -> Segment:
+        """Queries [first, last) of this segment, counted from its own first one, with the keys that they see: up to their
+        own, and of those only as many as a window of `window` keys a query reaches."""
+        behind = self.key_tokens - self.query_tokens + last
+        dropped = 0 if window is None else max(0, behind - (last - first) - window + 1)
+        keys, place = [], 0
+        for start, end in self.keys:
+            a, b = max(start, start + dropped - place), min(end, start + behind - place)
+            if a < b:
+                keys.append((a, b))
+            place += end - start
+        return Segment(self.query_start + first, self.query_start + last, tuple(keys))
+
 
 @dataclass(frozen=True, eq=False)
 class ContextPart:

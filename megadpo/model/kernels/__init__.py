@@ -1,19 +1,26 @@
 """Attention over segments, by interchangeable kernels held to one float64 reference in the tests.
 
 A kernel is one file here, or in a file that the config names in `plugins`: `@ATTENTION_KERNELS.add(name)` on an
-AttentionKernel. It makes a plan from a pack's segments once a micro-batch, and every layer calls it with q, k, v. Its
-file is read whenever a config is checked, so it imports torch when it first runs.
+AttentionKernel. It makes a plan from a pack's segments once a micro-batch and window, and every layer calls it with q, k,
+v and what the model's attention asks for. Its file is read whenever a config is checked, so it imports torch when it
+first runs.
 
-Shapes: T query tokens, K key tokens, H query heads, G key heads (G divides H), D channels of a head.
+Shapes: T query tokens, K key tokens, H query heads, G key heads (G divides H), D channels of a head of queries and keys,
+E of a head of values.
+
+With s = scale q·k, softcap c and sinks z, a query's output is the sum over the keys j that it sees of p_j v_j, where
+p_j = exp(t_j) / (exp(z) + sum over j of exp(t_j)) and t = c tanh(s / c). Without a softcap t = s; without sinks there is
+no exp(z). A query at place p of its sequence sees the keys at p - window + 1 .. p, or all up to p.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from megadpo.config.architecture import Architecture, Attention
 from megadpo.config.known import INSTALL, Known
 from megadpo.config.problems import Problem
 from megadpo.config.variants import ATTENTION_KERNELS, Lazy
@@ -39,9 +46,21 @@ class AttentionKernel:
     only_bfloat16: ClassVar[bool] = False
     package: ClassVar[str | None] = None
     """A Python package that it needs besides torch."""
+    FEATURES: ClassVar[Mapping[str, str]] = {
+        "window": "windows of keys",
+        "sinks": "attention sinks",
+        "softcap": "a soft-cap on scores",
+        "value_width": "values of another width than keys",
+    }
+    """What a model's attention may ask for and not every kernel computes: name -> in words."""
+    computes: ClassVar[Mapping[str, str]] = {}
+    """Those of FEATURES that it computes, exactly and with exact gradients -> how, for docs/families.md. It refuses the
+    others."""
+    most_width: ClassVar[int | None] = None
+    """Of a head, in channels; None: any."""
 
     def problems(self, known: Known) -> Iterator[Problem]:
-        """Why it can't run."""
+        """Why it can't run, or not this model."""
         field, device, policy = ATTENTION_KERNELS.field, known.device, known.cfg.policy
         if self.only_on is not None and device not in ("auto", self.only_on):
             others = [kernel.name for kernel in ATTENTION_KERNELS if kernel.only_on in (None, device)]
@@ -53,20 +72,64 @@ class AttentionKernel:
         elif self.package and known.machine and (reason := known.machine.why_missing(self.package)):
             fix = f"set it to auto, or {INSTALL}"
             yield Problem(field, self.name, f"a kernel that can be used here: {reason}", fix)
+        elif known.arch is not None:
+            yield from self._lacking(known, known.arch)
 
-    def plan(self, segments: tuple[Segment, ...], device: torch.device, dtype: torch.dtype) -> Any:
-        """What depends on the segments alone: made once a micro-batch, for all layers."""
+    def _lacking(self, known: Known, arch: Architecture) -> Iterator[Problem]:
+        """What the model's attention has and this kernel doesn't compute."""
+        longest = known.cfg.policy.max_total_sequence_length
+        asked = {name for one in arch.attentions for name in asked_of(one, longest)}
+        features = [name for name in self.FEATURES if name in asked]
+        width = max(max(one.head_dim, one.value_dim) for one in arch.attentions)
+        lacking = [self.FEATURES[name] for name in features if name not in self.computes]
+        if self.most_width is not None and width > self.most_width:
+            lacking.append(f"heads of {width} channels")
+        if lacking:
+            able = [one.name for one in ATTENTION_KERNELS if one.can(features, width) and one.may_run(known)]
+            expected = f"a kernel with {' and '.join(lacking)}, which {arch.hf_class} has: {' or '.join(able)}"
+            yield Problem(ATTENTION_KERNELS.field, self.name, expected, f"set it to auto or {' or '.join(able)}")
+
+    @classmethod
+    def can(cls, features: Iterable[str], width: int) -> bool:
+        """Whether it computes all of these, at this width of heads."""
+        return set(features) <= set(cls.computes) and (cls.most_width is None or width <= cls.most_width)
+
+    @classmethod
+    def may_run(cls, known: Known) -> bool:
+        """As far as the device and the precision go."""
+        on_device = cls.only_on is None or known.device in ("auto", cls.only_on)
+        return on_device and (not cls.only_bfloat16 or known.cfg.policy.precision == "bfloat16")
+
+    def plan(
+        self, segments: tuple[Segment, ...], device: torch.device, dtype: torch.dtype, window: int | None = None
+    ) -> Any:
+        """What depends on the segments and the window alone: made once a micro-batch, for all layers of that window.
+
+        window: keys that a query sees at most, its own included; None: all before it."""
         raise NotImplementedError
 
     def prepare(self, k: Tensor, v: Tensor, plan: Any) -> tuple[Tensor, Tensor]:
-        """k and v [K, G, D] as `attend` takes them; cheap to do again. No collectives.
+        """k [K, G, D] and v [K, G, E] as `attend` takes them; cheap to do again. No collectives.
 
         K is T, or under context parallelism the tokens of all ranks: k and v are then views of one tensor, and may hold
         keys that no segment of this rank sees."""
         return k, v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Any) -> Tensor:
-        """q [T, H, D], k and v from `prepare` -> [T, H, D]; scores scaled by D^-0.5. No collectives."""
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: Any,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """q [T, H, D], k and v from `prepare` -> [T, H, E]. No collectives.
+
+        scale: of the scores; None: D^-0.5. softcap: None for none. sinks [H]: None for none; their gradient is summed in
+        float32 (float64 for float64). What `computes` leaves out is never passed."""
         raise NotImplementedError
 
 
@@ -81,6 +144,23 @@ class RaggedPlan:
     max_seqlen_k: int
     key_tokens: int  # sum of key lengths
     key_index: Tensor | None  # [key_tokens] int64
+    window: int | None = None  # None: every segment's queries see all its keys up to their own
+
+    @property
+    def window_size(self) -> tuple[int, int]:
+        """Keys to the left and right of a query's own, as flash attention counts them; -1: all."""
+        return (-1 if self.window is None else self.window - 1), 0
+
+
+def asked_of(attention: Attention, longest: int) -> set[str]:
+    """Those of FEATURES that `attention` asks for: a window only where sequences of `longest` tokens would notice it."""
+    asked = {
+        "window": attention.window is not None and attention.window < longest,
+        "sinks": attention.sinks,
+        "softcap": attention.logit_softcap is not None,
+        "value_width": attention.value_dim != attention.head_dim,
+    }
+    return {name for name, yes in asked.items() if yes}
 
 
 class RaggedKernel(AttentionKernel):
@@ -88,8 +168,14 @@ class RaggedKernel(AttentionKernel):
 
     only_on, only_bfloat16 = "cuda", True
 
-    def plan(self, segments: tuple[Segment, ...], device: torch.device, dtype: torch.dtype) -> RaggedPlan:
-        """Built on the CPU and sent over in one copy a tensor, through pinned memory: nothing waits for the device."""
+    def plan(
+        self, segments: tuple[Segment, ...], device: torch.device, dtype: torch.dtype, window: int | None = None
+    ) -> RaggedPlan:
+        """Built on the CPU and sent over in one copy a tensor, through pinned memory: nothing waits for the device. Keys
+        before the first query's window are left out; the kernel cuts the others."""
+        window = reached(segments, window)
+        if window is not None:
+            segments = tuple(segment.rows(0, segment.query_tokens, window) for segment in segments)
         query_lengths = [s.query_tokens for s in segments]
         key_lengths = [s.key_tokens for s in segments]
         ranges = [keys for s in segments for keys in s.keys]
@@ -106,10 +192,38 @@ class RaggedKernel(AttentionKernel):
             max_seqlen_k=max(key_lengths),
             key_tokens=sum(key_lengths),
             key_index=None if plain else parallel.send(torch.cat([torch.arange(a, b) for a, b in ranges]), device),
+            window=window,
         )
 
     def prepare(self, k: Tensor, v: Tensor, plan: RaggedPlan) -> tuple[Tensor, Tensor]:
-        """-> [key_tokens, G, D] each; shared prompts appear once a segment that sees them."""
+        """-> [key_tokens, G, D] and [key_tokens, G, E]; shared prompts appear once a segment that sees them."""
         if plan.key_index is None:
             return k[: plan.key_tokens], v[: plan.key_tokens]
         return k.index_select(0, plan.key_index), v.index_select(0, plan.key_index)
+
+
+def reached(segments: tuple[Segment, ...], window: int | None) -> int | None:
+    """`window`, or None where it keeps no query of `segments` from a key."""
+    return window if window is not None and any(segment.key_tokens > window for segment in segments) else None
+
+
+def with_sinks(out: Tensor, log_sum: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """A softmax's output [H, n, E] and log-sum-exp of scores [H, n] -> both with sinks [H] in its denominator.
+
+    A kernel's own backward, called with these two, gives the gradients of q, k and v: it computes the probabilities as
+    exp(score - log-sum-exp), and needs the output for the sum of gradient times output alone."""
+    total = torch.logaddexp(log_sum, sinks.to(log_sum.dtype)[:, None])
+    return (out * (log_sum - total).exp()[..., None]).to(out.dtype), total
+
+
+def sinks_gradient(grad: Tensor, out: Tensor, log_sum: Tensor, sinks: Tensor) -> Tensor:
+    """d loss / d sinks [H], in log_sum's dtype; grad [H, n, E] of `out`, which is from `with_sinks` as log_sum [H, n] is.
+    A sink has the probability exp(sink - log_sum) and the value 0."""
+    along = (grad.to(log_sum.dtype) * out).sum(-1)
+    return -((sinks.to(log_sum.dtype)[:, None] - log_sum).exp() * along).sum(-1)
+
+
+def widened(x: Tensor, width: int) -> Tensor:
+    """x [.., D] with zero channels up to `width`: as keys and queries they add nothing to a score, as values they are
+    outputs of zero."""
+    return x if x.shape[-1] == width else torch.nn.functional.pad(x, (0, width - x.shape[-1]))

@@ -1,16 +1,20 @@
-"""torch's scaled_dot_product_attention, one call a segment: on any device and in any dtype, float32 on GPUs above all."""
+"""torch's scaled_dot_product_attention, one call a segment: on any device and in any dtype, float32 on GPUs above all.
+What it has no argument for is written out."""
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
 
 from megadpo.config.variants import ATTENTION_KERNELS, Lazy
 from megadpo.model.kernels import AttentionKernel
+from megadpo.model.kernels.by_segment import Piece, WrittenOut, attend_by_segment, pieces_of, seen
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
     from torch.nn import functional
 
     from megadpo.data.batches.pack import Segment
@@ -22,10 +26,20 @@ else:
 class SdpaPlan:
     """The flat run of keys cut at every border of a range of keys; segments name their pieces."""
 
-    query_lengths: list[int]
+    window: int | None
+    segments: tuple[Segment, ...]
     piece_lengths: list[int]
     pieces: list[list[int]]  # per segment, the key pieces in order
-    masks: list[torch.Tensor | None]  # per segment [n, m] bool, True = seen; None for a plain causal square
+    masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # [n, m] bool, True = seen; made when asked for
+
+    def mask(self, segment: Segment, device: torch.device) -> Tensor | None:
+        """None for a plain causal square."""
+        n, m = segment.query_tokens, segment.key_tokens
+        if n == m and (self.window is None or m <= self.window):
+            return None
+        if (n, m) not in self.masks:
+            self.masks[n, m] = seen(n, m, self.window, device)
+        return self.masks[n, m]
 
 
 @ATTENTION_KERNELS.add("sdpa")
@@ -33,35 +47,60 @@ class SdpaKernel(AttentionKernel):
     """Loops over segments. Gradients of keys shared by several segments add up through `split`."""
 
     name, priority = "sdpa", 0
+    computes: ClassVar[Mapping[str, str]] = {
+        "window": "some rows of a segment at a time, over the keys that they reach",
+        "sinks": "written out, with scores of some rows at a time",
+        "softcap": "written out, with scores of some rows at a time",
+        "value_width": "as they are",
+    }
 
-    def plan(self, segments: tuple[Segment, ...], device: torch.device, dtype: torch.dtype) -> SdpaPlan:
+    def plan(
+        self, segments: tuple[Segment, ...], device: torch.device, dtype: torch.dtype, window: int | None = None
+    ) -> SdpaPlan:
+        window, segments = pieces_of(segments, window)
         borders = sorted({0, *(border for segment in segments for keys in segment.keys for border in keys)})
         start_of = {start: i for i, start in enumerate(borders)}
-        pieces, masks = [], []
-        for segment in segments:
-            pieces.append([i for a, b in segment.keys for i in range(start_of[a], start_of[b])])
-            n, m = segment.query_tokens, segment.key_tokens
-            masks.append(None if n == m else torch.ones(n, m, dtype=torch.bool, device=device).tril(m - n))
         return SdpaPlan(
-            query_lengths=[s.query_tokens for s in segments],
+            window=window,
+            segments=segments,
             piece_lengths=[b - a for a, b in itertools.pairwise(borders)],
-            pieces=pieces,
-            masks=masks,
+            pieces=[[i for a, b in segment.keys for i in range(start_of[a], start_of[b])] for segment in segments],
         )
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: SdpaPlan) -> torch.Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: SdpaPlan,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        if softcap is not None or sinks is not None:
+            whole = tuple(Piece.of(segment, plan.window) for segment in plan.segments)
+            one = WrittenOut(q.shape[2] ** -0.5 if scale is None else scale, softcap)
+            return attend_by_segment(q, k, v, sinks, whole, one)
         grouped = q.shape[1] != k.shape[1]
         # split, not slicing: the backward of a slice writes a full-size tensor for every segment.
-        queries = q.transpose(0, 1).split(plan.query_lengths, dim=1)
+        queries = q.transpose(0, 1).split([segment.query_tokens for segment in plan.segments], dim=1)
         piece_lengths = [*plan.piece_lengths, k.shape[0] - sum(plan.piece_lengths)]  # the last: seen by no segment
         keys = k.transpose(0, 1).split(piece_lengths, dim=1)
         values = v.transpose(0, 1).split(piece_lengths, dim=1)
         outputs = []
-        for query, pieces, mask in zip(queries, plan.pieces, plan.masks, strict=True):
+        for query, pieces, segment in zip(queries, plan.pieces, plan.segments, strict=True):
             key = keys[pieces[0]] if len(pieces) == 1 else torch.cat([keys[i] for i in pieces], dim=1)
             value = values[pieces[0]] if len(pieces) == 1 else torch.cat([values[i] for i in pieces], dim=1)
+            mask = plan.mask(segment, q.device)
             out = functional.scaled_dot_product_attention(
-                query[None], key[None], value[None], attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+                query[None],
+                key[None],
+                value[None],
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scale,
+                enable_gqa=grouped,
             )
             outputs.append(out[0])
         return torch.cat(outputs, dim=1).transpose(0, 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -40,13 +42,24 @@ def test_the_work_of_a_llama_by_hand() -> None:
     layer_weights = 4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 14336
     assert model.per_token == 2 * 32 * layer_weights
     assert model.per_answer_token == 2 * 4096 * 128256
-    assert model.per_query_key == 32 * 32 * (2 * 128 + 2 * 128)
+    (per_key,) = model.per_query_key.values()
+    assert per_key == 32 * 32 * (2 * 128 + 2 * 128)
     texts = np.array([[100, 20, 30], [1, 1, 1]])
     keys = 100 * 101 // 2 + 20 * 100 + 20 * 21 // 2 + 30 * 100 + 30 * 31 // 2
-    operations = model.per_token * 150 + model.per_answer_token * 50 + model.per_query_key * keys
+    operations = model.per_token * 150 + model.per_answer_token * 50 + per_key * keys
     work = model.pair_work(texts, share_prompt=True)
     assert work.dtype == np.int64 and int(work[0]) == 16 * operations // model.per_token
     assert model.pair_work(texts, share_prompt=False)[0] > work[0]
+
+
+def test_layers_with_a_window_work_on_fewer_keys() -> None:
+    arch = parse_architecture(LLAMA_8B)
+    windowed = dataclasses.replace(arch, layers=(*arch.layers[1:], *arch.with_attention(window=64).layers[:1]))
+    texts = np.array([[100, 20, 30]])
+    both = [WorkModel.of(one).attention(texts, share_prompt=True) for one in (arch, windowed)]
+    saved = sum(max(0, place - 64) for end in (100, 120, 130) for place in range(end + 1))
+    saved -= 2 * sum(max(0, place - 64) for place in range(101))  # answers' queries only
+    assert both[0] - both[1] == 32 * 512 * saved
 
 
 def test_a_token_is_worked_on_by_the_experts_it_goes_to() -> None:
@@ -63,6 +76,6 @@ def test_the_largest_pairs_do_not_overflow() -> None:
     (work,) = model.pair_work(texts, share_prompt=False)
     keys = int(query_keys(texts, share_prompt=False)[0])
     exact = UNITS_PER_TOKEN * (
-        model.per_token * 4 * 131072 + model.per_answer_token * 2 * 131072 + model.per_query_key * keys
+        model.per_token * 4 * 131072 + model.per_answer_token * 2 * 131072 + model.per_query_key[None] * keys
     )
     assert work == exact // model.per_token

@@ -35,18 +35,23 @@ def random_pairs(lengths=LENGTHS, vocab=50, seed=0):
     return [TokenizedPair(i, *(rng.integers(0, vocab, n).astype(np.int32) for n in ns)) for i, ns in enumerate(lengths)]
 
 
-def reference_attention(q, k, v, segments):
-    """softmax(q k^T / sqrt(D)) v, segment by segment, written out; q [T, H, D], k and v [T, G, D]."""
+def reference_attention(q, k, v, segments, *, window=None, scale=None, softcap=None, sinks=None):
+    """What megadpo/model/kernels says, segment by segment and query by query; q [T, H, D], k [T, G, D], v [T, G, E]."""
     group = q.shape[1] // k.shape[1]
+    scale = q.shape[2] ** -0.5 if scale is None else scale
     rows = []
     for segment in segments:
         index = torch.cat([torch.arange(a, b) for a, b in segment.keys])
         for i in range(segment.query_start, segment.query_end):
-            seen = index[: len(index) - (segment.query_end - 1 - i)]
+            seen = index[: len(index) - (segment.query_end - 1 - i)][-(window or 0) :]
             heads = []
             for h in range(q.shape[1]):
-                scores = (k[seen, h // group] @ q[i, h]) / q.shape[2] ** 0.5
-                heads.append(scores.softmax(0) @ v[seen, h // group])
+                scores = (k[seen, h // group] @ q[i, h]) * scale
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
+                if sinks is not None:
+                    scores = torch.cat([scores, sinks[h : h + 1]])
+                heads.append(scores.softmax(0)[: len(seen)] @ v[seen, h // group])
             rows.append(torch.stack(heads))
     return torch.stack(rows)
 
@@ -151,12 +156,17 @@ GPU = Machine(device="cuda")
 BARE_GPU = Machine(device="cuda", why_missing=lambda name: f"{name} is not installed")
 
 
-def known_of(kernel, machine, precision="bfloat16", device="auto"):
+def known_of(kernel, machine, precision="bfloat16", device="auto", arch=None):
     tokenizer = TokenizerConfig(name="m")
     policy = PolicyConfig(
-        model_name="m", tokenizer=tokenizer, attention_kernel=kernel, precision=precision, device=device
+        model_name="m",
+        tokenizer=tokenizer,
+        attention_kernel=kernel,
+        precision=precision,
+        device=device,
+        max_total_sequence_length=512,
     )
-    return Known(cfg=Config(policy=policy), machine=machine)
+    return Known(cfg=Config(policy=policy), machine=machine, arch=arch)
 
 
 @pytest.mark.parametrize(
@@ -265,6 +275,41 @@ def test_fused_kernels_against_float64(name, share_prompt, heads, groups, dim):
     want = (want_out, *torch.autograd.grad(want_out, wide, upstream.cpu().double()))
     for a, b in zip(got, want, strict=True):
         error = (a.detach().cpu().double() - b.detach()).norm() / b.detach().norm()
+        assert error < 1e-2  # bfloat16 rounds at 4e-3
+
+
+FUSED_CASES = [({"window": 100}, 128), ({"window": 100, "sinks": True, "scale": 0.1}, 128), ({"scale": 0.1}, 96)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["varlen", "transformer_engine"])
+@pytest.mark.parametrize(("asked", "value_width"), FUSED_CASES)
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_fused_kernels_with_what_models_ask_for(name, asked, value_width, share_prompt):
+    if name == "transformer_engine":
+        pytest.importorskip("transformer_engine.pytorch")
+    asked, device, generator = dict(asked), torch.device("cuda"), torch.Generator("cuda").manual_seed(0)
+    kernel = ATTENTION_KERNELS.configured(name, {})
+    if "sinks" in asked and "sinks" not in kernel.computes:
+        pytest.skip("refused")
+    lengths = [(500, 60, 75), (130, 40, 52), (333, 210, 17)]
+    batch = pack_pairs(random_pairs(lengths), share_prompt=share_prompt, pad_to_multiple=8, pad_token_id=0)
+    tokens, window, sinks = batch.tokens.numel(), asked.pop("window", None), asked.pop("sinks", False)
+    shapes = [(tokens, 16, 128), (tokens, 4, 128), (tokens, 4, value_width), *([(16,)] if sinks else [])]
+    leaves = [torch.randn(one, device=device, dtype=torch.bfloat16, generator=generator) for one in shapes]
+    leaves = [x.requires_grad_() for x in leaves]
+    upstream = torch.randn(tokens, 16, value_width, device=device, dtype=torch.bfloat16, generator=generator)
+
+    def run(kernel, leaves, upstream):
+        q, k, v, *sinks = leaves
+        plan = kernel.plan(batch.segments, q.device, q.dtype, window)
+        out = kernel.attend(q, *kernel.prepare(k, v, plan), plan, sinks=sinks[0] if sinks else None, **asked)
+        return out, *torch.autograd.grad(out, leaves, upstream)
+
+    wide = [x.detach().cpu().double().requires_grad_() for x in leaves]
+    want = run(SdpaKernel(), wide, upstream.cpu().double())  # held to the written-out attention in test_features.py
+    for got, expected in zip(run(kernel, leaves, upstream), want, strict=True):
+        error = (got.detach().cpu().double() - expected.detach()).norm() / expected.detach().norm()
         assert error < 1e-2  # bfloat16 rounds at 4e-3
 
 

@@ -31,15 +31,33 @@ class DotProductAttention(torch.nn.Module):
         qkv_format="sbhd",
         attn_mask_type="causal",
         attention_type="self",
+        softmax_scale=None,
     ):
         super().__init__()
         assert attention_dropout == 0.0 and attention_type in ("self", "cross")
-        self.sizes = (num_attention_heads, num_gqa_groups, kv_channels)
+        widths = kv_channels if isinstance(kv_channels, tuple) else (kv_channels, kv_channels)
+        self.sizes = (num_attention_heads, num_gqa_groups, *widths)
+        self.scale = widths[0] ** -0.5 if softmax_scale is None else softmax_scale
         self.attention_type = attention_type
         self.unfused_attention = torch.nn.Identity()
 
-    def forward(self, q, k, v, *, qkv_format, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, attn_mask_type):
-        assert (q.shape[1], k.shape[1], q.shape[2]) == self.sizes and qkv_format == "thd"
+    def forward(
+        self,
+        q,
+        k,
+        v,
+        *,
+        qkv_format,
+        cu_seqlens_q,
+        cu_seqlens_kv,
+        max_seqlen_q,
+        max_seqlen_kv,
+        attn_mask_type,
+        window_size,
+    ):
+        assert (q.shape[1], k.shape[1], q.shape[2], v.shape[2]) == self.sizes and qkv_format == "thd"
+        left, right = window_size
+        assert right == 0 and max_seqlen_q <= max_seqlen_kv  # else a window has no fused attention
         if not self.has_fused_kernel:
             return self.unfused_attention({}, q, k, v, qkv_layout="thd_thd_thd")
         of_keys = cu_seqlens_kv if self.attention_type == "cross" else cu_seqlens_q
@@ -48,8 +66,9 @@ class DotProductAttention(torch.nn.Module):
             assert b - a <= max_seqlen_q and d - c <= max_seqlen_kv
             bottom_right = d - c - (b - a) if attn_mask_type == "padding_causal_bottom_right" else 0
             seen = torch.ones(b - a, d - c, dtype=torch.bool).tril(bottom_right)
+            seen = seen if left < 0 else seen.triu(bottom_right - left)
             keys, values = (x[c:d].repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-            scores = torch.einsum("nhd,mhd->hnm", q[a:b], keys) / q.shape[2] ** 0.5
+            scores = torch.einsum("nhd,mhd->hnm", q[a:b], keys) * self.scale
             rows.append(torch.einsum("hnm,mhd->nhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), values))
         return torch.cat(rows).flatten(1)
 
@@ -70,19 +89,29 @@ def kernel(monkeypatch):
     return TransformerEngineKernel()
 
 
-def run(kernel, share_prompt):
+def run(kernel, share_prompt, value_width=8, window=None, **asked):
     batch = pack_pairs(random_pairs(), share_prompt=share_prompt, pad_to_multiple=8, pad_token_id=0)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
-        torch.randn(batch.tokens.numel(), n, 8, dtype=torch.float64, generator=generator) for n in (4, 2, 2)
-    )  # fmt: skip
-    plan = kernel.plan(batch.segments, torch.device("cpu"), torch.float64)
-    return kernel.attend(q, *kernel.prepare(k, v, plan), plan), reference_attention(q, k, v, batch.segments)
+        torch.randn(batch.tokens.numel(), *shape, dtype=torch.float64, generator=generator)
+        for shape in ((4, 8), (2, 8), (2, value_width))
+    )
+    plan = kernel.plan(batch.segments, torch.device("cpu"), torch.float64, window)
+    got = kernel.attend(q, *kernel.prepare(k, v, plan), plan, **asked)
+    return got, reference_attention(q, k, v, batch.segments, window=window, **asked)
 
 
 @pytest.mark.parametrize("share_prompt", [True, False])
-def test_it_describes_our_segments(kernel, share_prompt):
-    torch.testing.assert_close(*run(kernel, share_prompt), rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize(
+    "asked", [{}, {"window": 4}, {"scale": 0.7}, {"value_width": 5}, {"window": 3, "scale": 0.2, "value_width": 11}]
+)
+def test_it_describes_our_segments(kernel, share_prompt, asked):
+    torch.testing.assert_close(*run(kernel, share_prompt, **asked), rtol=1e-12, atol=1e-12)
+
+
+def test_layers_of_different_kinds_have_a_module_each(kernel):
+    for asked in ({}, {"scale": 0.7}, {"value_width": 5}, {"window": 4}):
+        torch.testing.assert_close(*run(kernel, True, **asked), rtol=1e-12, atol=1e-12)
 
 
 def test_without_a_fused_kernel_it_refuses(kernel, monkeypatch):
