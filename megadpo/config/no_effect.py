@@ -55,12 +55,16 @@ def _idle(cfg: Config) -> Iterator[tuple[str, str]]:
             yield f"dpo.{name}", "there is no validation set in data.val_data_paths"
 
 
-def unused_by_dense(cfg: Config, arch: Architecture) -> list[str]:
-    """One note for each key about experts that was set for a model without any."""
+def unused_by_model(cfg: Config, arch: Architecture) -> list[str]:
+    """One note for each key about experts that was set for a model without any, and one for dropout."""
+    notes = []
+    if arch.dropout:
+        keys = " and ".join(arch.dropout)
+        notes.append(f"config.json: no effect of {keys}: log-probabilities are compared without dropout")
     if arch.experts is not None:
-        return []
+        return notes
     given, usual = cfg.policy.megatron_cfg, MegatronConfig()
-    return [
+    return notes + [
         f"{_MEG}.{name}: {getattr(given, name)!r} has no effect: {arch.hf_class} has no experts"
         for name in (field.name for field in dataclasses.fields(MegatronConfig))
         if name.startswith(("moe_", "freeze_moe_")) and getattr(given, name) != getattr(usual, name)

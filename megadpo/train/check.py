@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from megadpo.config.check import check_layout
 from megadpo.config.load import Purpose, load_config
-from megadpo.config.no_effect import unused_by_dense
+from megadpo.config.no_effect import unused_by_model
 from megadpo.config.problems import Attempts, ConfigError
 from megadpo.config.schema import Config
 from megadpo.families import read_architecture
@@ -31,7 +31,7 @@ def checked_config(path: str, overrides: Sequence[str], world_size: int | None, 
         problems += linked_out(source.hf_files)
     if problems:
         raise ConfigError(problems)
-    return dataclasses.replace(cfg, notes=(*cfg.notes, *unused_by_dense(cfg, arch)))
+    return dataclasses.replace(cfg, notes=(*cfg.notes, *unused_by_model(cfg, arch)))
 
 
 def check(path: str, overrides: Sequence[str], world_size: int | None) -> int:

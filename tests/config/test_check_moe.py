@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megadpo.config import check_layout
-from megadpo.config.no_effect import unused_by_dense
+from megadpo.config.no_effect import unused_by_model
 from megadpo.families import parse_architecture
 from tests.families.configs import LLAMA, QWEN2_MOE, QWEN3_MOE
 
@@ -43,7 +43,7 @@ def test_shared_experts_are_cut_like_dense_layers(config):
     options = {MEG + "tensor_model_parallel_size": 2, MEG + "sequence_parallel": True}
     odd = parse_architecture({**QWEN2_MOE, "shared_expert_intermediate_size": 33})
     (problem,) = check_layout(config(**options), odd, 2)
-    assert "33 MLP channels" in problem.expected
+    assert "33 channels of the shared expert" in problem.expected
     # a dense size that no layer has does not matter
     assert check_layout(config(**options), parse_architecture({**QWEN3_MOE, "intermediate_size": 33}), 2) == []
 
@@ -52,9 +52,9 @@ def test_a_dense_model_refuses_expert_parallelism_and_says_what_it_leaves_unused
     cfg = config(**{EP: 2, ETP: 2, MEG + "moe_token_dispatcher_type": "allgather", MEG + "freeze_moe_router": True})
     llama = parse_architecture(LLAMA)
     assert fields(check_layout(cfg, llama, 4)) == ["expert_model_parallel_size", "expert_tensor_parallel_size"]
-    notes = unused_by_dense(cfg, llama)
+    notes = unused_by_model(cfg, llama)
     assert len(notes) == 2 and all("no effect: LlamaForCausalLM has no experts" in note for note in notes)
-    assert unused_by_dense(config(), llama) == unused_by_dense(cfg, parse_architecture(QWEN3_MOE)) == []
+    assert unused_by_model(config(), llama) == unused_by_model(cfg, parse_architecture(QWEN3_MOE)) == []
 
 
 @pytest.mark.parametrize(
