@@ -20,8 +20,17 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["megadpo", "megadpo.*"]),
-    package_data={"megadpo.config.nemo_rl": ["keys.yaml"]},
+    # configs/ and launch/ stay at the top of a checkout, where people look for them; a wheel has them inside the package,
+    # beside the code that finds them (megadpo/config/shipped.py), wherever pip puts it.
+    packages=[*find_packages(include=["megadpo", "megadpo.*"]), "megadpo.configs", "megadpo.launch"],
+    package_dir={"megadpo.configs": "configs", "megadpo.launch": "launch"},
+    package_data={
+        "megadpo.config": ["*.yaml"],
+        "megadpo.config.nemo_rl": ["keys.yaml"],
+        "megadpo.configs": ["*.yaml", "*.jsonl"],
+        "megadpo.launch": ["*.sh", "*.yaml"],
+    },
+    entry_points={"console_scripts": ["megadpo = megadpo.commands:main"]},
     install_requires=[
         # The lower bound has an alpha because NVIDIA's containers carry alphas, such as 2.11.0a0+eb65b36914.nv26.02.
         "torch>=2.11.0a0,<2.14",
@@ -33,7 +42,7 @@ setup(
         "zstandard>=0.22",  # .zst files
         "xxhash>=3.2",  # checksums of checkpoints
         "filelock>=3.13",  # one process of a machine tokenises, the others wait
-        "httpx>=0.27",  # collect_rollouts.py's client
+        "httpx>=0.27",  # the client of `megadpo collect`
         "tenacity>=9.0",  # and its retries
         "huggingface-hub>=1.0",
         "jinja2>=3.1",  # chat templates
@@ -46,14 +55,17 @@ setup(
     ],
     extras_require={
         # Compiles against the torch that is there: pip install --no-build-isolation -e '.[gpu]' -c constraints.txt
-        "gpu": ["transformer-engine[core_cu13,pytorch]>=2.11,<3"],
+        "gpu": ["transformer-engine[core_cu13,pytorch]>=2.11,<3", "nvidia-ml-py>=12.535"],
+        "nvml": ["nvidia-ml-py>=12.535"],  # logger.monitor_gpus, where Transformer Engine is there already
         "wandb": ["wandb>=0.19"],
-        "report": ["matplotlib>=3.9"],  # build_pairs.py --report FILE.png
+        "mlflow": ["mlflow-skinny>=3.1,<4"],
+        "report": ["matplotlib>=3.9"],  # megadpo pairs --report FILE.png, megadpo plot, megadpo profile
         # The peer in benchmarks and parity checks, used by nothing else.
         "trl": ['trl>=1.16,<1.17; python_version >= "3.11"'],
         "dev": [
             "hypothesis>=6.100",
             "matplotlib>=3.9",
+            "mlflow-skinny>=3.1,<4",
             "mypy>=1.15",
             "pytest>=9",
             "pytest-timeout>=2.3",

@@ -29,10 +29,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megadpo.config.grid import Grid
 from megadpo.config.load import build_config
 from megadpo.config.schema import Config
 from megadpo.data.batches.deal import deal_batch
-from megadpo.data.batches.loader import DataRank, GlobalBatchLoader
+from megadpo.data.batches.loader import GlobalBatchLoader
 from megadpo.data.batches.work import WorkModel
 from megadpo.data.pairs import DataReport
 from megadpo.data.tokens.cache import TokenCache
@@ -271,7 +272,7 @@ def start(places: Places, count: int, rank: int, size: int) -> dict[str, float]:
     lap("dataset")
     pad = pad_token_id(tokenizer)
     loader = GlobalBatchLoader.from_config(
-        dataset, cfg, arch, pad_token_id=pad, training=True, rank=DataRank(dp_rank=rank, dp_size=size)
+        dataset, cfg, arch, pad_token_id=pad, training=True, grid=Grid(data=size, rank=rank)
     )
     lap("loader")
     batches = loader.batches(epoch=0)

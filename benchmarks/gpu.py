@@ -56,7 +56,7 @@ LEAST_S = 5.0
 UNFINISHED = 3
 """Exit code: the time did not suffice for everybody once; a call with the same --out goes on."""
 ASIDE_S = 60.0
-"""For making the model, however little is left, and at most for tools/plan.py, after the runs."""
+"""For making the model, however little is left, and at most for `megadpo plan`, after the runs."""
 FLOAT8_TOLERANCE = 1e-2
 """Of float8's losses against `ours`."""
 
@@ -298,15 +298,14 @@ def held_to_float64(job: Job, outcomes: dict[str, list[Outcome]], failed: dict[s
 
 
 def plan_of(job: Job) -> dict[str, Any] | None:
-    """The memory that tools/plan.py foretells for the first of ours, where it knows this GPU and time is left."""
-    tool = REPOSITORY / "tools" / "plan.py"
+    """The memory that `megadpo plan` foretells for the first of ours, where it knows this GPU and time is left."""
     gpu = next((name for name in ("h100", "h200", "a100", "b200") if name.upper() in job.machine.get("gpu", "")), None)
     if gpu is None or not job.options.ours or job.left_s() < LEAST_S:
         return None
     name = job.options.ours[0]
     config = Path(job.spec.data).with_name("plan.yaml")
     config.write_text(json.dumps(our_config(job.spec, job.settings(name), config.parent / "logs")), encoding="utf-8")
-    command = [sys.executable, str(tool), str(config), *job.settings(name).overrides]
+    command = [sys.executable, "-m", "megadpo", "plan", str(config), *job.settings(name).overrides]
     command += ["--world-size", "1", "--gpu", gpu, "--json"]
     env, timeout_s = sides.environment(1, {"CUDA_VISIBLE_DEVICES": ""}), min(ASIDE_S, job.left_s())
     try:

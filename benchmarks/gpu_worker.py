@@ -18,11 +18,11 @@ from benchmarks.trl_worker import gpu_memory, peak_memory_bytes  # noqa: E402
 
 
 def main() -> int:
-    from megadpo.train.command import main as train
+    from megadpo.commands import main as megadpo
 
     result, *arguments = sys.argv[1:]
     try:
-        code = train(arguments)
+        code = megadpo(["train", *arguments])
     except Exception:
         traceback.print_exc()
         code = 1

@@ -1,4 +1,4 @@
-"""Time and memory of tools/build_pairs.py on generated rollouts: python benchmarks/rollout_pairs.py [--prompts 25000]
+"""Time and memory of `megadpo pairs` on generated rollouts: python benchmarks/rollout_pairs.py [--prompts 25000]
 
 Writes rollouts of random words (prompts of 150, reasoning of 100 to 600, answers of 20 to 200) to a temporary folder,
 builds pairs in a process of its own, and prints its CPU time and peak memory. CPU time, because a shared machine's
@@ -16,8 +16,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -28,7 +26,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rollouts = Path(folder) / "rollouts.jsonl"
         write_rollouts(rollouts, options.prompts, options.repeats)
-        command = [sys.executable, str(REPOSITORY / "tools/build_pairs.py"), str(rollouts)]
+        command = [sys.executable, "-m", "megadpo", "pairs", str(rollouts)]
         command += ["-o", str(rollouts.with_name("pairs.jsonl")), "--pairing", options.pairing]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)

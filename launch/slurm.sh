@@ -3,19 +3,28 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --signal=USR1@600
-# One torchrun a node on Slurm. Options of sbatch before the script, those of launch/train.py after it:
+#SBATCH --requeue
+# One `megadpo train` a node on Slurm, submitted from anywhere. Options of sbatch before the script, those of megadpo train
+# after it; paths are taken from where sbatch is called:
 #
-#   sbatch --nodes=4 launch/slurm.sh configs/dpo_megatron.yaml \
+#   sbatch --nodes=4 launch/slurm.sh [--requeue] configs/dpo_megatron.yaml \
 #       data.train_data_path=pairs.jsonl data.val_data_paths=held_out.jsonl
 #
-# Ten minutes before the time limit every rank gets SIGUSR1: it finishes its step, saves, and ends with code 143. Sent
-# again, the job goes on from there. MEGADPO_ENTRY=launch/evaluate.py runs an evaluation instead; where the image or the
-# environment has to be entered first, MEGADPO_PREFIX="apptainer exec --nv megadpo.sif" (any command prefix) does it.
+# Ten minutes before the time limit every rank gets SIGUSR1: it finishes its step, saves, and ends with code 143. The job
+# submitted again goes on from there; with --requeue after the script it queues itself again after the codes 143 and 75
+# (out of time), and after no other. scancel ends it for good.
+# MEGADPO_COMMAND=evaluate runs another command; where the image or the environment has to be entered first,
+# MEGADPO_PREFIX="apptainer exec --nv megadpo.sif" (any command prefix) does it.
 set -euo pipefail
 
-: "${SLURM_JOB_ID:?launch/slurm.sh is for sbatch; on one machine call torchrun itself}"
+: "${SLURM_JOB_ID:?launch/slurm.sh is for sbatch; on one machine call megadpo train itself}"
+requeue=
+if [ "${1:-}" = --requeue ]; then
+    requeue=1
+    shift
+fi
 if [ $# -eq 0 ]; then
-    echo "usage: sbatch [SBATCH OPTIONS] launch/slurm.sh CONFIG.yaml [key=value ...]" >&2
+    echo "usage: sbatch [SBATCH OPTIONS] launch/slurm.sh [--requeue] CONFIG [key=value ...]" >&2
     exit 2
 fi
 
@@ -23,11 +32,23 @@ first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 gpus=${SLURM_GPUS_ON_NODE:-8}
 port=$((20000 + SLURM_JOB_ID % 10000)) # two jobs may share a node
 
+trap 'requeue=' TERM # scancel; before the time limit only the ranks are signalled
+code=0
 # shellcheck disable=SC2086  # MEGADPO_PREFIX is several words
-exec srun --kill-on-bad-exit=1 ${MEGADPO_PREFIX:-} launch/torchrun.sh \
+srun --kill-on-bad-exit=1 ${MEGADPO_PREFIX:-} megadpo "${MEGADPO_COMMAND:-train}" \
     --nnodes "$SLURM_JOB_NUM_NODES" \
     --nproc-per-node "$gpus" \
     --rdzv-backend c10d \
     --rdzv-id "$SLURM_JOB_ID" \
     --rdzv-endpoint "$first_node:$port" \
-    "${MEGADPO_ENTRY:-launch/train.py}" "$@"
+    "$@" || code=$?
+
+case $code in
+    75 | 143)
+        if [ -n "$requeue" ]; then
+            echo "code $code: saved and not done; queued again (restarts so far: ${SLURM_RESTART_COUNT:-0})"
+            scontrol requeue "$SLURM_JOB_ID"
+        fi
+        ;;
+esac
+exit "$code"

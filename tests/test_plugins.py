@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from megadpo.commands import main
 from megadpo.config import build_config, catalogue
 from megadpo.config.variants import FORMATS, LOGGERS, LOSSES
-from megadpo.train.command import main as train_command
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import make_config, make_model, read_metrics, train
 
@@ -32,25 +32,33 @@ class Squared(Loss):
     squared_aim: PositiveFloat = 1.0
     """Margin that squared aims at."""
 
-    def of_pairs(self, scores, beta):
+    def pair_losses(self, scores, beta):
         return (beta * (scores.chosen_logratios - scores.rejected_logratios) - self.squared_aim) ** 2
 '''
-FORMAT = """
+FORMAT = '''
+from dataclasses import dataclass
+
 from megadpo.config.problems import Problem
-from megadpo.data.formats import RowFormat, register
+from megadpo.config.types import Text
+from megadpo.config.variants import FORMATS
+from megadpo.data.formats import RowFormat
 from megadpo.data.formats.fields import pair_with_prompt
 
-FIELDS = ("question", "good", "bad")
 
+@FORMATS.add("GoodBad")
+@dataclass(frozen=True, kw_only=True)
+class GoodBad(RowFormat):
+    good_key: Text = "good"
+    """What the rows call the good answer."""
 
-def read(row, keys, place):
-    if row["good"] == "":
-        return [Problem(str(place), "good ''", "an answer", "fill it in")]
-    return pair_with_prompt(row, place, row["question"], row["good"], row["bad"])
+    def fields(self):
+        return ("question", self.good_key, "bad")
 
-
-register(RowFormat(name="GoodBad", read=read, fields=lambda keys: FIELDS))
-"""
+    def read(self, row, place):
+        if row[self.good_key] == "":
+            return [Problem(str(place), "good ''", "an answer", "fill it in")]
+        return pair_with_prompt(row, place, row["question"], row[self.good_key], row["bad"])
+'''
 LOGGER = '''
 from dataclasses import dataclass
 
@@ -102,14 +110,14 @@ def plugins(tmp_path: Path) -> Iterator[list[str]]:
 def test_they_train(plugins: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = make_config(tmp_path, make_model(tmp_path / "model"), dpo={"max_num_steps": 2})
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
-    renamed = [{"question": row["prompt"], "good": row["chosen"], "bad": row["rejected"]} for row in rows]
+    renamed = [{"question": row["prompt"], "better": row["chosen"], "bad": row["rejected"]} for row in rows]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in renamed))
     overrides = [
         f"plugins={plugins}",
-        *("dpo.loss_type=squared", "dpo.squared_aim=3", "data.val_data_paths=null"),
+        *("dpo.loss_type=squared", "dpo.squared_aim=3", "data.good_key=better", "data.val_data_paths=null"),
         *("logger.diary_enabled=true", "logger.diary.file=days.txt"),
     ]
-    assert train_command([str(config), "--check", *overrides]) == 0
+    assert main(["check", str(config), *overrides]) == 0
     assert "no problem found" in capsys.readouterr().out
     assert run_distributed(train, 1, str(config), overrides, init_process_group=False) == [0]
     losses = [row["train/loss"] for row in read_metrics(tmp_path / "logs")]
@@ -117,7 +125,7 @@ def test_they_train(plugins: list[str], tmp_path: Path, capsys: pytest.CaptureFi
     diary = (tmp_path / "logs/days.txt").read_text().split("\n")
     assert [float(line.split()[1]) for line in diary[:2]] == losses and diary[2] == "end 0"
     page = catalogue.page()
-    for key in ("squared_aim", "diary_enabled", "file"):
+    for key in ("squared_aim", "good_key", "diary_enabled", "file"):
         assert f"| `{key}` |" in page
     assert "GoodBad" in page and math.isfinite(losses[1])
 
@@ -125,8 +133,10 @@ def test_they_train(plugins: list[str], tmp_path: Path, capsys: pytest.CaptureFi
 def test_what_they_refuse_is_refused(plugins: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = make_config(tmp_path, make_model(tmp_path / "model"))
     (tmp_path / "train.jsonl").write_text(json.dumps({"question": "q", "good": "", "bad": "b"}) + "\n")
-    assert train_command([str(config), "--check", f"plugins={plugins}"]) == 2
+    assert main(["check", str(config), f"plugins={plugins}"]) == 2
     assert "train.jsonl:1: got \"good ''\"; expected an answer" in " ".join(capsys.readouterr().err.split())
     tree = {"plugins": plugins, "policy": {"model_name": "m"}, "data": {"train_data_path": "t", "prompt_key": "x"}}
-    with pytest.raises(Exception, match="GoodBad has field names of its own"):
+    with pytest.raises(
+        Exception, match="data.prompt_key: got 'x'.*data.dataset_name GoodBad; read by BinaryPreferenceDataset"
+    ):
         build_config({**tree, "data": {**tree["data"], "dataset_name": "GoodBad"}})  # type: ignore[dict-item]

@@ -89,9 +89,8 @@ def train(title: str, config: str, options: argparse.Namespace) -> None:
 
 def export(stage: str) -> None:
     """demo_run/STAGE's last checkpoint to demo_run/STAGE/model, a Hugging Face folder."""
-    checkpoints = (RUN / stage / "checkpoints").glob("step_*")
-    newest = max(checkpoints, key=lambda folder: int(folder.name.removeprefix("step_")))
-    command("tools/megatron_to_hf.py", "--megatron", str(newest), "--hf", str(RUN / stage / "model"))
+    arguments = ["export", str(RUN / stage / "checkpoints"), str(RUN / stage / "model")]
+    command("-m", "megadpo", *arguments, shown=f"megadpo {' '.join(arguments)}")
 
 
 def report(before: Score, after: Score, metrics: list[dict[str, Any]], *, beta: float, seconds: float) -> int:

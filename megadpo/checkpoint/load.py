@@ -35,7 +35,7 @@ from megadpo.config.problems import ConfigError, Problem, UserError
 from megadpo.model.manifest import no_manifest
 from megadpo.model.source import ModelSource
 from megadpo.model.weights.dist_folder import COMMON_FILE
-from megadpo.model.weights.load import load_hf_weights, place_of
+from megadpo.model.weights.load import load_hf_weights
 from megadpo.model.weights.safe_files import MetadataGiven, read_data, read_metadata
 from megadpo.optimizer.state import load_sharded_state, sharded_state
 from megadpo.parallel import ParallelContext
@@ -55,7 +55,7 @@ def load_weights(
     damaged, or whose tensors are not this model's.
     """
     if source.megatron is None:
-        load_hf_weights(model, arch, source.hf_files, place_of(parallel))
+        load_hf_weights(model, arch, source.hf_files, parallel.grid)
         return
     whole = _wanted_weights(model)
     apply_factories(whole)
@@ -92,7 +92,7 @@ def load_training_state(
     load_sharded_state(optimizer, state["optimizer"])
     scheduler.num_steps = 0
     scheduler.step(increment=info.position.step)
-    if info.layout == layout_name(parallel):
+    if info.layout == layout_name(parallel.grid, model[0].config.sequence_parallel):
         file = info.path / "rng" / f"rank_{parallel.rank}.pt"
         state = read_data(file, file)
         if state.get("device", parallel.device.type) == parallel.device.type:

@@ -22,6 +22,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from megadpo.checkpoint.folder import FORMAT, TrainingPosition, delete, partial_folder
 from megadpo.checkpoint.writer import SaveStrategy
+from megadpo.config.grid import Grid
 from megadpo.config.load import save_resolved
 from megadpo.config.schema import Config
 from megadpo.files.atomic import sync, write_then_rename
@@ -79,7 +80,7 @@ def save_checkpoint(
             "format": FORMAT,
             "dtype": str(model[0].config.params_dtype).removeprefix("torch."),
             "world_size": parallel.world_size,
-            "layout": layout_name(parallel),
+            "layout": layout_name(parallel.grid, model[0].config.sequence_parallel),
             "has_optimizer": optimizer is not None,
             "optimizer_format": optimizer_format(optimizer),
             "position": asdict(position),
@@ -142,14 +143,13 @@ def _same_in_every_implementation(state: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def layout_name(parallel: ParallelContext) -> str:
+def layout_name(grid: Grid, sequence_parallel: bool) -> str:
     """What must be equal for a resume to be the same bits."""
-    layout = parallel.layout
-    sequence = " sp" if layout.sequence_parallel else ""
-    virtual = f" vpp{parallel.chunks_per_stage}" if parallel.chunks_per_stage > 1 else ""
-    experts = f" ep{layout.expert} etp{layout.expert_tensor}" if (layout.expert, layout.expert_tensor) != (1, 1) else ""
-    context = f" cp{parallel.cp_size}" if parallel.cp_size > 1 else ""
-    return f"tp{parallel.tp_size} pp{parallel.pp_size}{virtual}{context} dp{parallel.dp_size}{sequence}{experts}"
+    sequence = " sp" if sequence_parallel else ""
+    virtual = f" vpp{grid.virtual_pipeline}" if grid.virtual_pipeline > 1 else ""
+    experts = f" ep{grid.expert} etp{grid.expert_tensor}" if (grid.expert, grid.expert_tensor) != (1, 1) else ""
+    context = f" cp{grid.context}" if grid.context > 1 else ""
+    return f"tp{grid.tensor} pp{grid.pipeline}{virtual}{context} dp{grid.data}{sequence}{experts}"
 
 
 def optimizer_format(optimizer: MegatronOptimizer | None) -> str:

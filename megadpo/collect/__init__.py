@@ -1,1 +1,1 @@
-"""Collecting rollouts: prompts -> answers of an OpenAI-compatible server, each with a reward. See docs/collecting.md."""
+"""Collects rollouts: answers of an OpenAI-compatible server to prompts, each with a reward. See docs/collecting.md."""

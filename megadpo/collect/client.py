@@ -1,8 +1,8 @@
-"""POST with retries: httpx for the connection, tenacity for the back-off.
+"""HTTP requests with retries: httpx for the connection, tenacity for the waits.
 
-Sent again: a refused or broken connection, a time-out, 408, 425, 429, any 5xx, and a body that is no JSON object. The
-wait is the server's `Retry-After` where it gives one (RFC 9110, 10.2.3), else doubles from `retry_wait_s` to a minute,
-with jitter, so that many requests do not return at once.
+A request is retried after a refused or broken connection, a time-out, status 408, 425, 429 or any 5xx, and a body that isn't
+a JSON object. The wait is the server's `Retry-After` if there is one (RFC 9110, 10.2.3). Else it doubles from
+`retry_wait_s` up to a minute, with jitter, so that many requests are not sent at the same time.
 """
 
 from __future__ import annotations
@@ -18,15 +18,20 @@ from typing import Any
 import httpx
 import tenacity
 
+from megadpo.collect.secret import Secret
+
+MOST_BODY_BYTES = 64 * 2**20
+"""Of an answer, uncompressed: as much as a line of a file may have."""
+
 _CONNECT_S = 10.0
 _LONGEST_WAIT_S = 60.0
 _LONGEST_RETRY_AFTER_S = 3600.0
-_PASSING = {408, 425, 429}
+_RETRIED = {408, 425, 429}
 _SHOWN = 300
 
 
 class TryAgain(Exception):
-    """A failure that may pass. Its text is the reason."""
+    """A failure after which a request is retried. Its text is the reason."""
 
     def __init__(self, reason: str, *, status: int | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(reason)
@@ -35,22 +40,22 @@ class TryAgain(Exception):
 
 
 class RolloutFailure(Exception):
-    """One rollout failed for good. The collection goes on; the reason is written to the file of failures."""
+    """One rollout failed, and is not retried. The collection continues; the reason goes to the file of failures."""
 
     def __init__(self, kind: str, reason: str, *, status: int | None = None, attempts: int = 1) -> None:
         super().__init__(reason)
         self.kind = kind
-        """`request`: the model's server; `reward`: the reward."""
+        """`request`: the model's server failed; `reward`: the reward failed."""
         self.reason = reason
         self.status = status
-        """HTTP status, where there was an answer."""
+        """HTTP status, if there was an answer."""
         self.attempts = attempts
 
 
 class JsonClient:
-    """Sends JSON to one server. Use as an async context manager.
+    """Sends JSON to one server. Use it as an async context manager.
 
-    kind: what a failure is called, see RolloutFailure. on_retry: called with the reason before each wait.
+    kind: that of its RolloutFailures. on_retry: called with the reason before each wait.
     """
 
     def __init__(
@@ -69,12 +74,12 @@ class JsonClient:
         self._timeout_s = timeout_s
         self._max_attempts = max_attempts
         self._retry_wait_s = retry_wait_s
-        self._secret = api_key
+        self._secret = Secret(api_key)
         self._on_retry = on_retry
         self._http = httpx.AsyncClient(
             base_url=base_url.rstrip("/") + "/",
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            # The whole request has its limit in _send: httpx's would begin anew with every byte.
+            # _send limits the whole request; httpx's own limit starts again with every byte
             timeout=httpx.Timeout(None, connect=min(_CONNECT_S, timeout_s)),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=connections),
         )
@@ -86,12 +91,12 @@ class JsonClient:
         await self._http.aclose()
 
     async def post(self, path: str, body: Any, read: Callable[[dict[str, Any]], Any] = lambda answer: answer) -> Any:
-        """POST until there is an answer; what `read` makes of it. `read` may raise TryAgain, or ValueError for an answer
-        that is of no use. Raises RolloutFailure when no further attempt is made."""
+        """POSTs until there is an answer; returns `read(answer)`. `read` may raise TryAgain, or ValueError for an unusable
+        answer. Raises RolloutFailure after the last attempt."""
         return await self._ask("POST", path, body, read, self._max_attempts, self._timeout_s)
 
     async def get(self, path: str, *, max_attempts: int, timeout_s: float) -> Any:
-        """GET, in the same way."""
+        """GETs in the same way."""
         return await self._ask("GET", path, None, lambda answer: answer, max_attempts, timeout_s)
 
     async def _ask(
@@ -120,17 +125,18 @@ class JsonClient:
 
     async def _send(self, method: str, path: str, body: Any, timeout_s: float) -> dict[str, Any]:
         try:
-            request = self._http.request(method, path, json=body)
-            response = await asyncio.wait_for(request, timeout_s)
+            response = await asyncio.wait_for(self._whole_answer(method, path, body), timeout_s)
         except (asyncio.TimeoutError, TimeoutError) as error:
             raise TryAgain(f"no answer in {timeout_s:g} s") from error
-        except httpx.RequestError as error:  # connections, and bodies cut short
+        except httpx.RequestError as error:  # connection errors and truncated bodies
             raise TryAgain(f"{type(error).__name__}: {error or 'connection lost'}") from error
         status = response.status_code
-        if status in _PASSING or status >= 500:
+        if status in _RETRIED or status >= 500:
             retry_after_s = retry_after(response.headers.get("Retry-After"))
             if retry_after_s is not None and retry_after_s > _LONGEST_RETRY_AFTER_S:
-                raise self._failure(f"HTTP {status}, to be tried again in {retry_after_s:.0f} s only", status, 1)
+                raise self._failure(
+                    f"HTTP {status} with Retry-After {retry_after_s:.0f} s, which is too long", status, 1
+                )
             raise TryAgain(f"HTTP {status}: {_shown(response)}", status=status, retry_after_s=retry_after_s)
         if not response.is_success:
             raise self._failure(f"HTTP {status}: {_shown(response)}", status, 1)
@@ -140,7 +146,20 @@ class JsonClient:
             answer = None
         if not isinstance(answer, dict):
             raise TryAgain(f"HTTP {status} without a JSON object: {_shown(response)}", status=status)
-        return answer
+        hidden: dict[str, Any] = self._secret.hidden_in(answer)
+        return hidden
+
+    async def _whole_answer(self, method: str, path: str, body: Any) -> httpx.Response:
+        """With its body, uncompressed, in memory: at most MOST_BODY_BYTES. Raises RolloutFailure for more."""
+        async with self._http.stream(method, path, json=body) as response:
+            content = bytearray()
+            async for piece in response.aiter_bytes():
+                content += piece
+                if len(content) > MOST_BODY_BYTES:
+                    reason = f"an answer of more than {MOST_BODY_BYTES // 2**20} MiB"
+                    raise self._failure(reason, response.status_code, 1)
+            headers = {name: value for name, value in response.headers.items() if name != "content-encoding"}
+            return httpx.Response(response.status_code, headers=headers, content=bytes(content))
 
     def _wait_s(self, state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
@@ -152,18 +171,14 @@ class JsonClient:
 
     def _note_retry(self, state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
-        self._on_retry(self._without_secret(str(error)))
+        self._on_retry(self._secret.hidden(str(error)))
 
     def _failure(self, reason: str, status: int | None, attempts: int) -> RolloutFailure:
-        return RolloutFailure(self._kind, self._without_secret(reason), status=status, attempts=attempts)
-
-    def _without_secret(self, text: str) -> str:
-        """Servers repeat a key that they refuse."""
-        return text.replace(self._secret, "(key)") if self._secret else text
+        return RolloutFailure(self._kind, self._secret.hidden(reason), status=status, attempts=attempts)
 
 
 def retry_after(value: str | None) -> float | None:
-    """Seconds to wait by a `Retry-After` header, a number or a date; None where there is none or it makes no sense."""
+    """The seconds of a `Retry-After` header, a number or a date. None if it is missing or invalid."""
     if value is None:
         return None
     with contextlib.suppress(ValueError):

@@ -1,4 +1,4 @@
-"""The collection itself: workers take one rollout after the other, ask, reward, and keep it in the journal."""
+"""Runs the collection: each worker takes a rollout, asks the model, gets the reward, and writes it to the journal."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from megadpo.files.jsonl import to_line
 
 @dataclass
 class Collector:
-    """Everything that a collection works with. `run` collects what the journal doesn't have yet."""
+    """A collection. `run` collects the rollouts that are not in the journal yet."""
 
     tasks: Tasks
     policy: Policy
     score: Score
     journal: Journal
     failures: BinaryIO
-    """Gets one line for each rollout that failed for good."""
+    """Gets one line for each failed rollout."""
     progress: CollectProgress
     parallel: int
     add_seed: bool
     stop_after_failures: int
     stopped: bool = False
-    """True when too many failures in a row have ended it early."""
+    """True if too many failures in a row have ended it early."""
     _failures_in_a_row: int = field(default=0, init=False)
 
     async def run(self) -> None:
-        """Collect. Rollouts that fail for good are written to `failures`; anything else that goes wrong (a full disk,
-        cancellation) ends the run with its exception, and the journal holds all that is finished."""
+        """Collects. Failed rollouts are written to `failures`. Other errors (a full disk, cancellation) end the run with
+        their exception; finished rollouts are in the journal."""
         pending = self._pending()
         workers = [asyncio.create_task(self._work(pending)) for _ in range(self.parallel)]
         try:
@@ -48,7 +48,7 @@ class Collector:
             await asyncio.gather(*workers, return_exceptions=True)
 
     def _pending(self) -> Iterator[Body]:
-        """Rows without a response, task by task: an interrupted run has whole groups for the prompts it reached."""
+        """Missing rollouts as rows without response, task by task, so that an interrupted run has whole groups."""
         for task in self.tasks.tasks:
             for rollout in range(task.repeats):
                 if (task.index, rollout) not in self.journal.done:
@@ -73,7 +73,7 @@ class Collector:
         try:
             reward = await self.score(row)
         except (RolloutFailure, asyncio.CancelledError):
-            self.journal.add_answer(key, response)  # answers are dear: the next run asks for the reward only
+            self.journal.add_answer(key, response)  # the next run computes only the reward, not the answer again
             raise
         fixed = {name: row[name] for name in (TASK_INDEX, ROLLOUT_INDEX, "agent_ref") if name in row}
         await self.journal.add({**row, **reward, **fixed})

@@ -1,4 +1,4 @@
-"""The command behind tools/collect_rollouts.py: checks, the run, and what is said at its end."""
+"""What `megadpo collect` does: checks, the run, and what is said at its end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megadpo.collect.tasks import Tasks, read_tasks
 from megadpo.config.problems import ConfigError, DataError, Problem
 
 INCOMPLETE = 1
-"""Exit code of a collection that ended with rollouts missing."""
+"""Exit code of a collection in which rollouts are missing."""
 _FINGERPRINTED = ("policy_api", "num_repeats", "num_repeats_add_seed", "limit", "agent_name", "reward_function")
 
 
@@ -36,19 +36,19 @@ class Collection:
 
 
 def collect(arguments: Sequence[str]) -> int:
-    """Check and collect; returns the exit code: 0 when every rollout is in the output file, INCOMPLETE when some failed
-    for good, 128 + signal when stopped. Raises UserError with every problem where nothing can be collected."""
+    """Checks and collects. Returns the exit code: 0 if every rollout is in the output file, INCOMPLETE if some failed, 128 +
+    signal if it was stopped. Raises UserError with every problem if it can't start."""
     job = check(arguments)
     try:
         return asyncio.run(_run_until_signal(job))
     except OSError as error:
         print(f"stopped: {error.strerror or error} ({error.filename or job.options.journal})")
-        print(f"what is finished is in {job.options.journal}: the same command goes on from there")
+        print(f"finished rollouts are in {job.options.journal}; the same command continues from there")
         return INCOMPLETE
 
 
 def check(arguments: Sequence[str]) -> Collection:
-    """Options, input file and reward function. Raises UserError with the problems of all three."""
+    """Checks options, input file and reward function. Raises UserError with the problems of all three."""
     options = parse_options(arguments)
     problems: list[Problem] = []
     tasks, function = None, None
@@ -63,14 +63,14 @@ def check(arguments: Sequence[str]) -> Collection:
     output = Path(options.output_jsonl_fpath)
     if output.exists() and not options.journal.exists() and options.resume_from_cache:
         fix = "name another file, or give resume_from_cache=false to replace this one"
-        problems.append(Problem("output_jsonl_fpath", str(output), "a file that this collection began", fix))
+        problems.append(Problem("output_jsonl_fpath", str(output), "a file of this collection (it has a journal)", fix))
     if problems or tasks is None:
         raise DataError(problems)
     return Collection(options, tasks, function)
 
 
 async def _run_until_signal(job: Collection) -> int:
-    """Run; Ctrl-C and SIGTERM (Slurm's notice) cancel it in order."""
+    """Runs the collection. Ctrl-C and SIGTERM (which Slurm sends) stop it cleanly."""
     task = asyncio.current_task()
     assert task is not None
     received: list[int] = []
@@ -78,7 +78,7 @@ async def _run_until_signal(job: Collection) -> int:
 
     def stop(number: int) -> None:
         received.append(number)
-        loop.remove_signal_handler(number)  # a second one ends the process as usual
+        loop.remove_signal_handler(number)  # a second signal ends the process as usual
         task.cancel()
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -89,7 +89,9 @@ async def _run_until_signal(job: Collection) -> int:
     except asyncio.CancelledError:
         if not received:
             raise
-        print(f"stopped by a signal; what is finished is in {job.options.journal}: the same command goes on from there")
+        print(
+            f"stopped by a signal; finished rollouts are in {job.options.journal}; the same command continues from there"
+        )
         return 128 + received[0]
 
 
@@ -102,7 +104,7 @@ async def _run(job: Collection) -> int:
             "retry_wait_s": options.retry_wait_s,
             "connections": options.num_samples_in_parallel,
         }
-        shown: list[CollectProgress] = []  # the bar begins after the first request, which asks for the model
+        shown: list[CollectProgress] = []  # the bar starts after the first request, which lists the models
 
         def on_retry(reason: str) -> None:
             if shown:
@@ -114,7 +116,7 @@ async def _run(job: Collection) -> int:
         await stack.enter_async_context(client)
         model = await model_to_ask(client, options.policy_base_url, options.policy_model_name)
         journal = stack.enter_context(
-            Journal(options.journal, fingerprint(job, model), start_anew=not options.resume_from_cache)
+            Journal(options.journal, fingerprint(job, model), restart=not options.resume_from_cache)
         )
         if journal.finished_rows is not None:
             return _finished_before(options, journal.finished_rows)
@@ -122,10 +124,10 @@ async def _run(job: Collection) -> int:
             score = by_function(job.reward_function, options.num_samples_in_parallel)
         else:
             assert options.resources_server_url is not None
-            # No key: it is the model server's.
+            # Without the key, which is for the model server
             verifier = JsonClient(options.resources_server_url, kind="reward", on_retry=on_retry, **shared)
             score = by_server(await stack.enter_async_context(verifier))
-        _say_what_runs(job, model, journal)
+        _print_start(job, model, journal)
         rewards = [entry.reward for entry in journal.done.values()]
         progress = CollectProgress(job.tasks.rollouts, done=len(rewards), reward_sum=sum(rewards))
         shown.append(progress)
@@ -147,8 +149,8 @@ async def _run(job: Collection) -> int:
 
 
 def fingerprint(job: Collection, model: str) -> dict[str, Any]:
-    """What a resumed collection must have in common with the one that began it. Not in it: addresses, parallelism,
-    time-outs and attempts, which change no answer's distribution. No secret is in it."""
+    """The settings that must be equal in a resumed collection. Addresses, parallelism, time-outs and attempts may change:
+    they don't change the distribution of answers. It has no secrets."""
     options = job.options
     found: dict[str, Any] = {"input_jsonl_fpath (sha256 of its rows)": job.tasks.sha256, "policy_model_name": model}
     found |= {name: getattr(options, name) for name in _FINGERPRINTED}
@@ -158,14 +160,14 @@ def fingerprint(job: Collection, model: str) -> dict[str, Any]:
     return found
 
 
-def _say_what_runs(job: Collection, model: str, journal: Journal) -> None:
+def _print_start(job: Collection, model: str, journal: Journal) -> None:
     options, tasks = job.options, job.tasks
     print(f"Found {tasks.rows:,} rows!")
     if options.num_repeats > 1:
         rows = f"from {tasks.rows:,} to {tasks.rollouts:,}"
         print(f"Repeating rows (in a pattern of abc to aabbcc) {rows}!")
     if journal.done or journal.answers:
-        print(f"Resuming: {len(journal.done):,} rollouts are finished, {len(journal.answers):,} lack only the reward")
+        print(f"Resuming: {len(journal.done):,} rollouts are finished, {len(journal.answers):,} lack only their reward")
     concurrent = f"{options.num_samples_in_parallel} concurrent requests"
     print(f"Querying {model} by {options.policy_api} with {concurrent}", flush=True)
 
@@ -173,15 +175,15 @@ def _say_what_runs(job: Collection, model: str, journal: Journal) -> None:
 def _finished_before(options: CollectOptions, rows: int) -> int:
     output = Path(options.output_jsonl_fpath)
     if not output.exists():
-        fix = f"bring it back, or delete {options.journal} to collect again"
-        expected = f"the {rows:,} rollouts that an earlier run wrote there"
-        raise ConfigError(Problem("output_jsonl_fpath", f"{output}: not there", expected, fix))
+        fix = f"restore it, or delete {options.journal} to collect again"
+        expected = f"the file with the {rows:,} rollouts that an earlier run has written"
+        raise ConfigError(Problem("output_jsonl_fpath", f"{output}, which doesn't exist", expected, fix))
     print(f"nothing to do: {output} has all {rows:,} rollouts")
     return 0
 
 
 def _finish(options: CollectOptions, journal: Journal, progress: CollectProgress, *, stopped: bool) -> int:
-    """Write the output file and say what it holds."""
+    """Writes the output file and prints a summary."""
     missing = progress.total - len(journal.done)
     if not missing:
         options.failures.unlink(missing_ok=True)
@@ -193,13 +195,13 @@ def _finish(options: CollectOptions, journal: Journal, progress: CollectProgress
         journal.mark_finished()
         return 0
     print(f"missing: {missing:,} of {progress.total:,} rollouts; reasons: {options.failures}")
-    early = " (stopped early: the rest was not asked)" if stopped else ""
-    print(f"{progress.failed:,} failed{early}; the same command asks for what is missing, and for nothing twice")
+    early = " (stopped early, before the rest was asked)" if stopped else ""
+    print(f"{progress.failed:,} failed{early}; the same command asks only for the missing rollouts")
     return INCOMPLETE
 
 
 def summary(journal: Journal) -> str:
-    """Mean reward, and how many prompts can make a pair: those whose answers have different rewards."""
+    """A text with the mean reward, and the number of prompts that can give a pair: those with different rewards."""
     low: dict[int, float] = defaultdict(lambda: float("inf"))
     high: dict[int, float] = defaultdict(lambda: float("-inf"))
     for (task, _), entry in journal.done.items():

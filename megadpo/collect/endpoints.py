@@ -1,9 +1,9 @@
-"""The two endpoints that can be asked, `/chat/completions` (which vLLM, SGLang and NIM all have) and `/responses`: what is
-sent, and how the answer is read. Rows hold the form of the Responses API whichever was asked.
+"""Requests and answers of the two endpoints, `/chat/completions` (in vLLM, SGLang and NIM) and `/responses`. Rows always
+have the form of the Responses API.
 
 Sources: https://platform.openai.com/docs/guides/migrate-to-responses for the two forms;
-https://docs.vllm.ai/en/stable/features/reasoning_outputs/ for `reasoning`, called `reasoning_content` before (and still
-in SGLang and NIM).
+https://docs.vllm.ai/en/stable/features/reasoning_outputs/ for `reasoning`, which SGLang, NIM and older vLLM call
+`reasoning_content`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PATHS: dict[PolicyApi, str] = {"chat_completions": "chat/completions", "response
 
 _SAME = ("temperature", "top_p", "user")
 _RENAMED = {"max_output_tokens": "max_tokens"}
-# Bookkeeping of a server, without effect on an answer: not sent.
+# Fields without effect on an answer. They are not sent.
 _BOOKKEEPING = {"metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"}
 _HANDLED = {"input", "instructions", "tools", "tool_choice", "parallel_tool_calls", "reasoning", "text", "top_logprobs"}
 _NO_EFFECT = {"stream": False, "background": False, "truncation": "disabled", "include": []}
@@ -30,21 +30,20 @@ _OTHER_API = "use policy_api=responses"
 
 
 def request_body(params: Params, api: PolicyApi, findings: Findings) -> Body:
-    """What is sent to the endpoint, without `model`; problems are noted in `findings`."""
+    """The body for the endpoint, without `model`. Problems go to `findings`."""
     return chat_body(params, findings) if api == "chat_completions" else responses_body(params)
 
 
 def read_answer(answer: dict[str, Any], params: Params, api: PolicyApi) -> Body:
-    """The endpoint's answer as a Response. Raises TryAgain for a failure that may pass, ValueError for an answer that is
-    of no use."""
+    """The endpoint's answer as a Response. Raises TryAgain for a temporary failure, ValueError for an unusable answer."""
     try:
         return response_of_chat(answer, params) if api == "chat_completions" else _checked_response(answer)
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"an answer of an unknown form ({error})") from error
+        raise ValueError(f"an answer in an unknown form ({error})") from error
 
 
 def responses_body(params: Params) -> Body:
-    """The body for `/responses`, without `model`: the parameters that are not null, and the extra body."""
+    """The body for `/responses`, without `model`: all parameters except null ones, and the extra body."""
     body = {name: value for name, value in params.items() if value is not None and name not in ("stream", "background")}
     metadata = {name: value for name, value in (params.get("metadata") or {}).items() if name != "extra_body"}
     body.pop("metadata", None)
@@ -52,7 +51,7 @@ def responses_body(params: Params) -> Body:
 
 
 def chat_body(params: Params, findings: Findings) -> Body:
-    """The body for `/chat/completions`, without `model`. What that endpoint can't say is noted, never left out."""
+    """The body for `/chat/completions`, without `model`. Parameters that it doesn't have are reported, not dropped."""
     body: Body = {"messages": _messages(params, findings)}
     for name, value in params.items():
         if value is None or name in _HANDLED or name in _BOOKKEEPING or _NO_EFFECT.get(name) == value:
@@ -60,7 +59,7 @@ def chat_body(params: Params, findings: Findings) -> Body:
         if name in _SAME or name in _RENAMED:
             body[_RENAMED.get(name, name)] = value
         else:
-            findings.add(name, value, "a field that /chat/completions knows too", _OTHER_API)
+            findings.add(name, value, "a field that /chat/completions has", _OTHER_API)
     tools = params.get("tools")
     if tools:
         body["tools"] = _tools(tools, findings)
@@ -93,7 +92,7 @@ def _messages(params: Params, findings: Findings) -> list[Body]:
         if "tool_calls" in message:
             message["content"] = message["content"] or None
         if "reasoning_content" in message:
-            message["reasoning"] = message["reasoning_content"]  # newer vLLM reads this name, others that one
+            message["reasoning"] = message["reasoning_content"]  # the name in newer vLLM; others read reasoning_content
     instructions = params.get("instructions")
     return [*([{"role": "system", "content": instructions}] if instructions else []), *reader.messages]
 
@@ -115,12 +114,12 @@ def _tool_choice(choice: Any) -> Any:
 
 
 def _only(params: Params, name: str, inner: str, findings: Findings) -> Any:
-    """`params[name][inner]`, the one entry of that section that a chat request can say."""
+    """`params[name][inner]`. It is the only entry of this section that a chat request has; others are reported."""
     section = params.get(name)
     if section is None:
         return None
     if not isinstance(section, Mapping):
-        findings.add(name, section, f"a mapping with {inner}", "write it so")
+        findings.add(name, section, f"a mapping with {inner}", "write a mapping")
         return None
     others = {key: value for key, value in section.items() if key != inner and value is not None}
     if others:
@@ -136,7 +135,7 @@ def _response_format(text_format: Any) -> Any:
 
 
 def response_of_chat(completion: Mapping[str, Any], params: Params) -> Body:
-    """A chat completion as a Response. Raises ValueError, saying what is missing, for anything else."""
+    """A chat completion as a Response. Raises ValueError if a part is missing."""
     choices = completion.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], Mapping):
         raise ValueError("an answer without choices")

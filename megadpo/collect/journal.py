@@ -1,14 +1,14 @@
-"""What is finished, kept so that a kill at any moment loses none of it.
+"""The journal of finished rollouts. A killed process loses none of them.
 
-`<output>.journal` holds one JSON object a line:
+`<output>.journal` has one JSON object on each line:
 
-    {"megadpo_collect": {...}}     first: input and options; a run with others is refused
-    {... a rollout ...}            finished: as the output file will hold it
-    {"megadpo_answer": {...}}      the model has answered, but the reward failed: only the reward is asked for again
-    {"megadpo_finished": {...}}    all are there, in the output file; the journal then holds nothing else
+    {"megadpo_collect": {...}}     first line: input and options; a run with others is refused
+    {... a rollout ...}            a finished rollout, as in the output file
+    {"megadpo_answer": {...}}      the model has answered, but the reward failed; only the reward is computed again
+    {"megadpo_finished": {...}}    all rollouts are in the output file; the journal then has only this and the first line
 
-A line is written whole as soon as its rollout is finished, which a killed process survives, and is on the disk (fsync)
-before the rollout counts as done, which a power cut survives. A torn last line is cut off when the journal is opened.
+A line is written when its rollout is finished, so a killed process keeps it. It is on the disk (fsync) before the rollout
+counts as done, so a power cut keeps it too. An incomplete last line is removed when the journal is opened.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _READ_BYTES = 1 << 20
 
 
 class JournalEntry(NamedTuple):
-    """Where a finished rollout is in the journal."""
+    """The place of a finished rollout in the journal."""
 
     offset: int
     length: int
@@ -46,18 +46,18 @@ class JournalEntry(NamedTuple):
 
 
 class Journal:
-    """The journal of one output file, locked against a second collector. Close it, or use it as a context manager.
+    """The journal of one output file. It is locked against a second collector. Close it, or use it as a context manager.
 
-    header: input and options of this run. Raises ConfigError where the journal is another run's or in use, DataError
-    where a line in its middle is broken."""
+    header: input and options of this run. restart: delete earlier rollouts. Raises ConfigError if the journal is in use
+    or of a run with another header, DataError if a line before the last one is broken."""
 
-    def __init__(self, path: Path, header: Mapping[str, Any], *, start_anew: bool = False) -> None:
+    def __init__(self, path: Path, header: Mapping[str, Any], *, restart: bool = False) -> None:
         self.path = path
         self.done: dict[Key, JournalEntry] = {}
         self.answers: dict[Key, Body] = {}
         """Responses that lack only their reward."""
         self.finished_rows: int | None = None
-        """Rollouts in the output file, where an earlier run has finished it."""
+        """Number of rollouts in the output file, if an earlier run has finished it."""
         self._header = dict(header)
         self._written = self._synced = 0
         self._sync = asyncio.Lock()
@@ -65,7 +65,7 @@ class Journal:
         self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - closed by close()
         try:
             self._lock()
-            if start_anew:
+            if restart:
                 self._file.truncate(0)
             self._load()
         except BaseException:
@@ -79,11 +79,11 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """Give the file back. A second call does nothing."""
+        """Closes and unlocks the file. A second call does nothing."""
         self._file.close()
 
     async def add(self, row: Body) -> None:
-        """Keep a finished rollout: written at once, on the disk when this returns. Those that wait share one fsync."""
+        """Writes a finished rollout. It is on the disk when this returns. Concurrent calls share one fsync."""
         self._add_line(to_line(row), row)
         mine = self._written
         async with self._sync:
@@ -93,13 +93,13 @@ class Journal:
                 self._synced = target
 
     def add_answer(self, key: Key, response: Body) -> None:
-        """Keep an answer whose reward failed."""
+        """Writes an answer whose reward failed."""
         if key not in self.answers:
             self._append(to_line({_ANSWER: {TASK_INDEX: key[0], ROLLOUT_INDEX: key[1], "response": response}}))
             self.answers[key] = response
 
     def write_output(self, output: Path) -> int:
-        """Write the finished rollouts in order (aabbcc), the whole file or nothing of it; returns their number."""
+        """Writes the finished rollouts in order (aabbcc), all or nothing. Returns their number."""
         with write_then_rename(output) as partial, partial.open("wb") as file:
             for key in sorted(self.done):
                 entry = self.done[key]
@@ -107,14 +107,14 @@ class Journal:
         return len(self.done)
 
     def mark_finished(self) -> None:
-        """The output file has every rollout: keep only that."""
+        """Replaces the rollouts in the journal by a note that the output file has all of them."""
         rows = len(self.done)
         with write_then_rename(self.path) as partial:
             partial.write_bytes(to_line({_HEADER: self._header}) + to_line({_FINISHED: {"rows": rows}}))
         self.finished_rows = rows
 
     def _lock(self) -> None:
-        """One collector at a time. The system gives the lock back when its process ends, however it ends."""
+        """Locks the journal. The system releases the lock when the process ends in any way."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held = os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path))
@@ -134,14 +134,16 @@ class Journal:
         for number, line in enumerate(open(self._file.fileno(), "rb", _READ_BYTES, closefd=False), start=1):  # noqa: SIM115
             try:
                 if number == 1 and not _START.startswith(line[: len(_START)]):
-                    raise self._foreign()
+                    raise self._not_a_journal()
                 if not line.endswith(b"\n"):
-                    raise ValueError("torn")
+                    raise ValueError("incomplete")
                 record = json.loads(line)
                 self._take(record, number, offset, len(line))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 if offset + len(line) < os.fstat(self._file.fileno()).st_size:
-                    fix = "delete this line (its rollout is then asked for again); something else wrote to the journal"
+                    fix = (
+                        "delete this line, which another program wrote or changed; its rollout is then collected again"
+                    )
                     where = f"{self.path}:{number}"
                     raise DataError(Problem(where, f"{line[:60]!r}", "a line of the journal", fix)) from error
                 os.ftruncate(self._file.fileno(), offset)
@@ -152,7 +154,7 @@ class Journal:
             os.fsync(self._file.fileno())
             sync(self.path.parent)
 
-    def _foreign(self) -> DataError:
+    def _not_a_journal(self) -> DataError:
         fix = "move that file away, or name another output_jsonl_fpath"
         return DataError(Problem(f"{self.path}:1", "another kind of file", "a journal of collect_rollouts", fix))
 
@@ -170,14 +172,14 @@ class Journal:
             self.answers.pop(key, None)
 
     def _compare(self, before: Mapping[str, Any]) -> None:
-        """Refuse to go on with what another input or other options began; every difference is named."""
+        """Raises ConfigError with every difference to the input and options of the run that started this journal."""
         now = json.loads(json.dumps(self._header))
         fix = (
-            "go on with it as it was, name another output_jsonl_fpath, or give resume_from_cache=false to discard what "
-            f"{self.path} holds"
+            "use the earlier value, name another output_jsonl_fpath, or give resume_from_cache=false to delete the "
+            f"rollouts in {self.path}"
         )
         problems = [
-            Problem(name, now.get(name), f"{before.get(name)!r}, with which this output was begun", fix)
+            Problem(name, now.get(name), f"{before.get(name)!r}, the value with which this output was started", fix)
             for name in sorted(before.keys() | now.keys())
             if before.get(name) != now.get(name)
         ]
@@ -198,7 +200,7 @@ class Journal:
             while view:
                 view = view[self._file.write(view) or 0 :]
         except OSError:
-            with contextlib.suppress(OSError):  # a full disk: leave no half line before what comes later
+            with contextlib.suppress(OSError):  # after a full disk: remove the incomplete line
                 os.ftruncate(self._file.fileno(), start)
             raise
         self._written += 1

@@ -1,4 +1,4 @@
-"""The options of tools/collect_rollouts.py: the names of NeMo Gym's ng_collect_rollouts, as `key=value` or `+key=value`."""
+"""The options of `megadpo collect`: the names of NeMo Gym's ng_collect_rollouts, as `key=value` or `+key=value`."""
 
 from __future__ import annotations
 
@@ -17,61 +17,61 @@ from megadpo.config.types import PositiveFloat, PositiveInt, Text
 PolicyApi = Literal["chat_completions", "responses"]
 
 _HIDDEN = "(not shown)"
-# Sampling options that people give at the top; the seeds give them inside responses_create_params.
+# Sampling options that users often write at the top, but belong in responses_create_params
 _SAMPLING = ("temperature", "top_p", "max_output_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CollectOptions:
-    """What one collection does."""
+    """The options of one collection."""
 
     input_jsonl_fpath: Text
-    """Prompts: NeMo Gym rows, one a line, with `responses_create_params.input`."""
+    """Prompts: NeMo Gym rows, one on each line, with `responses_create_params.input`."""
     output_jsonl_fpath: Text
-    """Rollouts. Beside it: `<output>.journal` while collecting, and `<stem>_failures.jsonl`."""
+    """Rollouts. In the same folder: `<output>.journal` while collecting, and `<stem>_failures.jsonl`."""
     policy_base_url: Text
-    """The server, up to and with `/v1`."""
+    """The server's address, up to and including `/v1`."""
     policy_model_name: Text | None = None
-    """The model to ask for; None: the only one that the server has."""
+    """The model's name; None: the only model of the server."""
     policy_api: PolicyApi = "chat_completions"
-    """Which of the server's endpoints is asked: `/chat/completions` or `/responses`."""
+    """The endpoint: `/chat/completions` or `/responses`."""
     policy_api_key_env: Text | None = None
-    """Name of the environment variable that holds the API key; None: no key is sent."""
+    """Name of the environment variable with the API key; None: no key is sent."""
     responses_create_params: dict[str, Any] = field(default_factory=dict)
-    """Over the row's own: temperature, top_p, max_output_tokens, ..."""
+    """Replaces parameters of the rows: temperature, top_p, max_output_tokens, ..."""
     num_repeats: PositiveInt = 1
     """Answers for each prompt."""
     num_repeats_add_seed: bool = False
     """Give each answer of a prompt its own sampling seed: its `_ng_rollout_index`."""
     num_samples_in_parallel: PositiveInt = 10
-    """Requests under way at once."""
+    """Concurrent requests."""
     limit: PositiveInt | None = None
-    """Take only so many prompts, from the beginning."""
+    """Use only this many prompts from the beginning of the file."""
     agent_name: Text | None = None
-    """Written as `agent_ref.name` to rows that have no `agent_ref` of their own."""
+    """Written as `agent_ref.name` to rows without an `agent_ref`."""
     reward_function: Text | None = None
-    """`module:function`, called with the row; returns a number or a mapping with `reward`."""
+    """`module:function`. It gets the row and returns a number, or a mapping with `reward`."""
     resources_server_url: Text | None = None
     """A NeMo Gym resources server, whose `/verify` gives the reward."""
     request_timeout_s: PositiveFloat = 600.0
-    """Seconds that one request may take, generation included."""
+    """Time limit of one request in seconds, with generation."""
     max_attempts: PositiveInt = 8
-    """Times that one request is sent before its rollout counts as failed."""
+    """A request is sent at most this many times; then its rollout has failed."""
     retry_wait_s: PositiveFloat = 1.0
-    """First wait between attempts, in seconds; doubled each time, up to a minute."""
+    """First wait between attempts, in seconds. It doubles each time, up to a minute."""
     stop_after_failures: PositiveInt = 100
-    """Stop asking when so many rollouts in a row have failed."""
+    """Stop after this many failed rollouts in a row."""
     resume_from_cache: bool = True
-    """False: throw away what an earlier run with this output file collected, as ng_collect_rollouts does."""
+    """False: delete the rollouts of an earlier run with this output file, as ng_collect_rollouts does."""
 
     @property
     def journal(self) -> Path:
-        """Where finished rollouts are kept until all are there."""
+        """The file of finished rollouts, until all are finished."""
         return Path(self.output_jsonl_fpath + ".journal")
 
     @property
     def failures(self) -> Path:
-        """Where rollouts that failed for good are written, as ng_collect_rollouts names it."""
+        """The file of failed rollouts, with ng_collect_rollouts' name."""
         output = Path(self.output_jsonl_fpath)
         return output.with_name(output.stem + "_failures.jsonl")
 
@@ -84,13 +84,13 @@ def parse_options(arguments: Sequence[str]) -> CollectOptions:
         if "api_key=" in argument and "api_key_env" not in argument:
             name = argument.partition("=")[0].lstrip("+")
             fix = "export the key in an environment variable and give its name as policy_api_key_env=NAME"
-            problems.append(Problem(name, _HIDDEN, "no API key on a command line, where others see it", fix))
+            problems.append(Problem(name, _HIDDEN, "no API key on a command line, which others can see", fix))
             continue
         apply_override(tree, argument, problems)
     for name in _SAMPLING:
         if name in tree:
             fix = f"write responses_create_params.{name}={tree[name]}"
-            problems.append(Problem(name, tree.pop(name), "a known key; this one is not", fix))
+            problems.append(Problem(name, tree.pop(name), "a known key", fix))
     reader = Reader(frozenset(dotted_paths(CollectOptions)))
     options = reader.section(CollectOptions, tree, "")
     here = [replace(one, fix=one.fix.replace(" in the file or on the command line", "=...")) for one in reader.problems]
@@ -102,13 +102,13 @@ def parse_options(arguments: Sequence[str]) -> CollectOptions:
 
 
 def api_key(options: CollectOptions) -> str | None:
-    """The key from the environment, or None. Never logged, never written."""
+    """The key from the environment, or None. It is never logged or written."""
     name = options.policy_api_key_env
     return os.environ.get(name) if name else None
 
 
 def _broken_rules(options: CollectOptions, bad: set[str]) -> list[Problem]:
-    """What no type says. `bad`: options that could not be read; they are not reported again."""
+    """Checks that go beyond types. `bad`: options that could not be read; they are not reported again."""
     problems: list[Problem] = []
     for name in ("policy_base_url", "resources_server_url"):
         url = getattr(options, name)
@@ -116,12 +116,12 @@ def _broken_rules(options: CollectOptions, bad: set[str]) -> list[Problem]:
             problems += _url_problems(name, url)
     name_of_key = options.policy_api_key_env
     if name_of_key and not os.environ.get(name_of_key):
-        fix = "export the key in that variable, or leave policy_api_key_env out for a server that wants no key"
-        shown = name_of_key if name_of_key.isidentifier() else _HIDDEN  # the key itself, given by mistake, is not shown
+        fix = "export the key in that variable, or leave policy_api_key_env out if the server needs no key"
+        shown = name_of_key if name_of_key.isidentifier() else _HIDDEN  # it may be the key itself, by mistake
         problems.append(Problem("policy_api_key_env", shown, "the name of an environment variable that is set", fix))
     key = api_key(options)
     if key and not (key.isascii() and key.isprintable() and " " not in key):
-        fix = "export it again, without blanks and line ends"
+        fix = "export it again, without spaces and line breaks"
         problems.append(Problem("policy_api_key_env", name_of_key, "a key of printable ASCII letters", fix))
     rewards = [options.reward_function, options.resources_server_url]
     unread = {"reward_function", "resources_server_url"} & bad
@@ -150,7 +150,7 @@ def _url_problems(name: str, url: str) -> list[Problem]:
         return [Problem(name, url.partition("?")[0] + "?...", "an address without ? and #", f"write it as {example}")]
     for ending in ("/chat/completions", "/responses", "/verify"):
         if parts.path.rstrip("/").endswith(ending):
-            return [Problem(name, url, f"the address without {ending}", "leave that ending out; it is added")]
+            return [Problem(name, url, f"the address without {ending}", "remove this ending; the collector adds it")]
     return []
 
 
@@ -164,5 +164,12 @@ def _path_problems(options: CollectOptions) -> list[Problem]:
     folder = next(one for one in output.absolute().parents if one.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         fix = "choose a folder that you may write to"
-        return [Problem("output_jsonl_fpath", str(output), f"a file that can be made ({folder} can't be written)", fix)]
+        return [
+            Problem(
+                "output_jsonl_fpath",
+                str(output),
+                f"a file in a folder that can be written ({folder} can't be written)",
+                fix,
+            )
+        ]
     return []

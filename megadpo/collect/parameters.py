@@ -1,8 +1,8 @@
-"""`responses_create_params`, the parameters of a request as a row gives them: checked, and taken apart.
+"""Checks and reads `responses_create_params`, a row's parameters of the request.
 
-Field names and meanings are those of OpenAI's Responses API (https://platform.openai.com/docs/api-reference/responses).
-NeMo Gym carries what a server knows beyond it (`seed`, `top_k`, `chat_template_kwargs`) as JSON text in
-`metadata.extra_body`; it is sent at the top of the request.
+The fields are those of OpenAI's Responses API (https://platform.openai.com/docs/api-reference/responses). Fields that only
+some servers have (`seed`, `top_k`, `chat_template_kwargs`) are JSON text in `metadata.extra_body`, as in NeMo Gym. They are
+sent at the top level of the request.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megadpo.config.reader import nearest_name
 Params: TypeAlias = Mapping[str, Any]
 Body: TypeAlias = dict[str, Any]
 
-# These ask for something else than one whole answer to this input.
+# Other values than these would not give one whole answer to this input
 _ONLY = {"stream": (False, None), "background": (False, None), "model": (None,), "previous_response_id": (None,)}
 _NUMBERS = {"temperature": (0.0, math.inf), "top_p": (0.0, 1.0)}
 # fmt: off
@@ -31,32 +31,32 @@ _FIELDS = [
 ]
 # fmt: on
 _FIXES = {
-    "stream": "leave it out: answers are taken whole",
+    "stream": "leave it out: the collector needs whole answers",
     "background": "leave it out: each request waits for its answer",
-    "model": "leave it out (or give responses_create_params.model=null): policy_model_name says which model is asked",
+    "model": "leave it out (or give responses_create_params.model=null): policy_model_name is the model",
     "previous_response_id": "give the earlier turns in input",
 }
 
 
 @dataclass(frozen=True)
 class Findings:
-    """Where problems of one row's parameters are put."""
+    """Collects the problems of one row's parameters."""
 
     where: str
     """`file:line`."""
     problems: list[Problem]
 
     def add(self, name: str, value: object, expected: str, fix: str) -> None:
-        """Note a problem of `responses_create_params.<name>`."""
+        """Adds a problem of `responses_create_params.<name>`."""
         self.problems.append(Problem(f"{self.where}: responses_create_params.{name}", value, expected, fix))
 
 
 def check_params(params: Params, findings: Findings) -> None:
-    """Note what neither endpoint can be asked: unknown names, wrong types, streaming, no input."""
+    """Reports what is wrong for both endpoints: unknown names, wrong types, streaming, no input."""
     for name, value in params.items():
         if name not in _FIELDS:
             near = nearest_name(name, _FIELDS, frozenset())
-            fix = "what only your server knows goes into metadata.extra_body, as JSON"
+            fix = "write fields that only your server has into metadata.extra_body, as JSON"
             fix = f"did you mean {near}? Otherwise " + fix if near in _FIELDS else fix
             findings.add(name, value, "a field of the Responses API", fix)
         elif name in _ONLY and value not in _ONLY[name]:
@@ -65,10 +65,10 @@ def check_params(params: Params, findings: Findings) -> None:
         value = params.get(name)
         if value is not None and not (_is_number(value) and low <= value <= high):
             bounds = f"a number from {low:g}" + (f" to {high:g}" if math.isfinite(high) else " up")
-            findings.add(name, value, bounds, "write such a number")
+            findings.add(name, value, bounds, "correct the number")
     tokens = params.get("max_output_tokens")
     if tokens is not None and (type(tokens) is not int or tokens < 1):
-        findings.add("max_output_tokens", tokens, "a whole number >= 1", "write such a number")
+        findings.add("max_output_tokens", tokens, "a whole number >= 1", "correct the number")
     if not isinstance(params.get("input"), (str, list)) or not params["input"]:
         fix = "give the prompt as text or as a list of messages"
         findings.add("input", params.get("input"), "text or a list of messages, not empty", fix)
@@ -76,7 +76,7 @@ def check_params(params: Params, findings: Findings) -> None:
 
 
 def extra_body(params: Params) -> Body:
-    """`metadata.extra_body` as a mapping; empty where there is none. The parameters have been checked."""
+    """`metadata.extra_body` as a mapping; empty if there is none. The parameters must have been checked."""
     return _extra_body(params, Findings("", []))
 
 
@@ -88,7 +88,7 @@ def with_seed(params: Params, seed: int) -> Body:
 
 
 def text_extra_body(params: Params) -> Body:
-    """The parameters with `metadata.extra_body` as text, the form of NeMo Gym: the command line gives it as a mapping."""
+    """The parameters with `metadata.extra_body` as text, as in NeMo Gym. (The command line gives it as a mapping.)"""
     metadata = params.get("metadata")
     if isinstance(metadata, Mapping) and isinstance(metadata.get("extra_body"), Mapping):
         return {**params, "metadata": {**metadata, "extra_body": json.dumps(metadata["extra_body"])}}
@@ -110,7 +110,7 @@ def _extra_body(params: Params, findings: Findings) -> Body:
         return {}
     clashes = sorted({"model", "input", "messages", "stream", "n"} & extra.keys())
     if clashes:
-        findings.add("metadata.extra_body", text, f"no {', '.join(clashes)}", "take it out: the collector sets it")
+        findings.add("metadata.extra_body", text, f"no {', '.join(clashes)}", "remove it: the collector sets it")
     return extra
 
 

@@ -1,4 +1,4 @@
-"""The model that is asked: one request, one answer in the form of the Responses API."""
+"""The model: one request, one answer in the form of the Responses API."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Policy:
 
 
 async def model_to_ask(client: JsonClient, base_url: str, wanted: str | None) -> str:
-    """`wanted`, or the only model that the server has. Raises ConfigError where the server can't be reached, has another
-    model, or several. A server that does not list its models is believed to have the one that is wanted."""
+    """`wanted`, or the only model of the server. Raises ConfigError if the server can't be reached, if it lists models but
+    not `wanted`, or if `wanted` is None and it doesn't list exactly one."""
     try:
         listed = await client.get("models", max_attempts=_MODEL_ATTEMPTS, timeout_s=_MODEL_TIMEOUT_S)
         names = [str(one["id"]) for one in listed.get("data") or []]
@@ -42,7 +42,7 @@ async def model_to_ask(client: JsonClient, base_url: str, wanted: str | None) ->
     except RolloutFailure as failure:
         if failure.status in (401, 403):
             fix = "export the key and give its variable's name as policy_api_key_env"
-            problem = Problem("policy_api_key_env", failure.reason, "a key that the server takes", fix)
+            problem = Problem("policy_api_key_env", failure.reason, "a key that the server accepts", fix)
             raise ConfigError(problem) from failure
         if failure.status is None:
             fix = "start the server, or correct the address; it ends in /v1 for vLLM, SGLang and NIM"

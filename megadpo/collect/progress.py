@@ -1,4 +1,4 @@
-"""What a person sees while rollouts are collected: a live bar in a terminal, a line now and then in a file or a pipe."""
+"""Shows the progress of a collection: a live bar in a terminal, a line every 30 s in a file or pipe."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 LINE_EVERY_S = 30.0
-"""Seconds between lines where stdout is no terminal."""
+"""Seconds between lines if stdout is not a terminal."""
 _SPEED_OVER_S = 60.0
 
 
 class CollectProgress:
-    """Counts and shows. Use as a context manager, so that the terminal gets its cursor back.
+    """Counts rollouts and shows the progress. Use it as a context manager, to restore the terminal's cursor.
 
-    total, done: rollouts in all, and those of earlier runs; reward_sum: over the latter."""
+    total: all rollouts. done, reward_sum: number and sum of rewards of those from earlier runs."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class CollectProgress:
         self._start = self._last_line = clock()
         self._done_before = done
         self._last_reason: float | None = None
-        # rich takes FORCE_COLOR for a terminal, which CI systems set: their logs would get a bar's escape codes.
+        # CI systems set FORCE_COLOR; rich would then treat their logs as a terminal and write escape codes
         self._console = console or Console(file=sys.stdout, force_terminal=sys.stdout.isatty())
         self._bar: Progress | None = None
         if self._console.is_terminal and not self._console.is_dumb_terminal:
@@ -55,31 +55,31 @@ class CollectProgress:
 
     @property
     def mean_reward(self) -> float | None:
-        """Over all finished rollouts; None before the first."""
+        """Mean over all finished rollouts; None before the first."""
         return self._reward_sum / self.done if self.done else None
 
     def finished(self, reward: float) -> None:
-        """A rollout is finished."""
+        """Counts a finished rollout."""
         self.done += 1
         self._reward_sum += reward
         self._show()
 
     def failure(self) -> None:
-        """A rollout has failed for good."""
+        """Counts a failed rollout."""
         self.failed += 1
         self._show()
 
     def retry(self, reason: str) -> None:
-        """A request is to be sent again. The reason is shown, but not of every one: a server's outage has thousands."""
+        """Counts a retry. The reason is shown every 30 s at most, because an outage causes thousands of retries."""
         self.retries += 1
         now = self._clock()
         if self._last_reason is None or now - self._last_reason >= LINE_EVERY_S:
             self._last_reason = now
-            self.message(f"trying again: {reason}")
+            self.message(f"retrying: {reason}")
         self._show()
 
     def message(self, text: str) -> None:
-        """Print a line: above the bar, or as it is."""
+        """Prints a line; above the bar if there is one."""
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:

@@ -19,14 +19,14 @@ from megadpo.collect.parameters import Body
 from megadpo.config.problems import ConfigError, Problem
 
 RewardFunction: TypeAlias = Callable[[Body], Any]
-"""Gets the row with its `response`; gives a number, or a mapping with `reward` and what else belongs in the row; may be
-async. Other functions run in threads, several at once."""
+"""Gets the row with its `response`. Returns a number, or a mapping with `reward` and other fields for the row. It may be
+async; else it runs in several threads."""
 Score: TypeAlias = Callable[[Body], Awaitable[Body]]
-"""Row -> what the reward adds to it, `reward` (a finite float) among it. Raises RolloutFailure."""
+"""Row -> fields to add to it; `reward` is a finite float. Raises RolloutFailure."""
 
 
 def load_reward_function(name: str) -> RewardFunction:
-    """`module:function`, from the folder where the command was started or from what is installed. Raises ConfigError."""
+    """Imports `module:function`, from the working directory or from installed packages. Raises ConfigError."""
 
     def refuse(expected: str, fix: str) -> ConfigError:
         return ConfigError(Problem("reward_function", name, expected, fix))
@@ -39,20 +39,21 @@ def load_reward_function(name: str) -> RewardFunction:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        fix = f"start the command in the folder that holds it, or set PYTHONPATH ({type(error).__name__}: {error})"
+        fix = f"start the command in the module's folder, or set PYTHONPATH ({type(error).__name__}: {error})"
         raise refuse("a module that can be imported", fix) from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        there = [one for one, value in vars(module).items() if inspect.isfunction(value) and not one.startswith("_")]
-        raise refuse(f"a function of {module_name}", f"choose one of {', '.join(there) or 'those you write there'}")
+        names = [one for one, value in vars(module).items() if inspect.isfunction(value) and not one.startswith("_")]
+        raise refuse(
+            f"a function of {module_name}", f"choose one of {', '.join(names)}" if names else "write one there"
+        )
     named: RewardFunction = function
     return named
 
 
 def by_function(function: RewardFunction, parallel: int) -> Score:
-    """Rewards of a Python function, up to `parallel` at once. It gets a copy of the row: it can't change what is
-    written."""
-    # Its own threads: asyncio's are few, and the journal's fsync would wait behind slow rewards.
+    """Rewards by a Python function, in up to `parallel` threads. It gets a copy of the row, so it can't change the row."""
+    # Not asyncio's threads: they are few, and the journal's fsync would wait for slow rewards
     threads = ThreadPoolExecutor(parallel, "reward")
 
     async def score(row: Body) -> Body:
@@ -72,8 +73,8 @@ def by_function(function: RewardFunction, parallel: int) -> Score:
 
 
 def by_server(client: JsonClient) -> Score:
-    """Rewards of a NeMo Gym resources server: POST /verify with the row. What it answers joins the row. A sample that
-    it masks (`mask_sample`: its judge or sandbox failed, not the model) has no reward."""
+    """Rewards by a NeMo Gym resources server: POST /verify with the row. The fields of its answer are added to the row. A
+    masked sample (`mask_sample`: the server's judge or sandbox failed) has no reward."""
 
     async def score(row: Body) -> Body:
         result = await client.post("verify", row)
@@ -85,11 +86,11 @@ def by_server(client: JsonClient) -> Score:
 
 
 def with_reward(result: Mapping[str, Any], source: str) -> Body:
-    """The result with `reward` as a float. Raises RolloutFailure where that is missing or not finite, or where the rest
-    can't be written as JSON."""
+    """The result with `reward` as a float. Raises RolloutFailure if it is missing or not finite, or if other fields can't
+    be written as JSON."""
     reward = result.get("reward")
     try:
-        # NumPy's and torch's scalars have float(); text has it too, but is a mistake.
+        # float() accepts scalars of NumPy and torch; it also accepts text, which is refused
         number = math.nan if isinstance(reward, (str, bytes)) else float(reward)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         number = math.nan
@@ -99,12 +100,12 @@ def with_reward(result: Mapping[str, Any], source: str) -> Body:
     try:
         json.dumps(found, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise RolloutFailure("reward", f"{source} gave fields that are no JSON: {error}") from error
+        raise RolloutFailure("reward", f"{source} gave fields that can't be written as JSON: {error}") from error
     return found
 
 
 def answer_text(row: Mapping[str, Any]) -> str:
-    """The text that the model answered, without reasoning and tool calls; for reward functions."""
+    """The text of the answer, without reasoning and tool calls. For reward functions."""
     parts = [
         part.get("text", "")
         for item in row["response"]["output"]

@@ -1,7 +1,7 @@
 """The config of a run: dataclasses read from YAML, every problem listed at once. Imports no torch."""
 
 from megadpo.config.architecture import Architecture
-from megadpo.config.check import check_layout, data_parallel_size, layers_per_stage, stated_world_size
+from megadpo.config.check import check_layout, layers_per_stage, stated_world_size
 from megadpo.config.load import as_dict, build_config, load_config, save_resolved
 from megadpo.config.metric import MetricName, parse_duration_s, parse_metric_name
 from megadpo.config.problems import EXIT_REFUSED, ConfigError, DataError, Problem, UserError
@@ -19,7 +19,6 @@ __all__ = [
     "as_dict",
     "build_config",
     "check_layout",
-    "data_parallel_size",
     "layers_per_stage",
     "load_config",
     "parse_duration_s",

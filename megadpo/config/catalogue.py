@@ -1,5 +1,5 @@
-"""What docs/config.md, the tables of docs/losses.md and docs/families.md and tools/config_keys.py say, read off the schema
-and the variants.
+"""What docs/config.md, the tables of docs/losses.md and docs/families.md and `megadpo keys` say, read off the schema and the
+variants.
 
 A key's meaning is the string below its field, a loss's formula and source are in its docstring: one place to write each.
 """
@@ -23,22 +23,22 @@ from megadpo.config.variants import ATTENTION_KERNELS, LOSSES, option_fields, va
 
 HEAD = """# Every key
 
-Written from the schema by `python tools/config_keys.py --write docs`; a test compares the two. In a terminal,
-`python tools/config_keys.py lr packing` prints the keys that have one of these words in their name or meaning. A key
+Written from the schema by `megadpo keys --write docs`; a test compares the two. In a terminal,
+`megadpo keys lr packing` prints the keys that have one of these words in their name or meaning. A key
 that is not here is refused, with the nearest name that is; NeMo RL's other keys are at the end of this page.
 """
 TOP = "Outside the sections"
 LIMITED_HEAD = """## NeMo RL's keys that have fewer values here
 
 Accepted at the values shown, which mean what megadpo does anyway, or left out; any other value is refused for the reason
-given, since it would change the run.
+given, since ignoring it would change numbers: by models with experts only where it says so.
 """
 NO_EFFECT_HEAD = """## NeMo RL's keys without effect here
 
-Accepted at any value, with a line in the log: nothing that they say can change a run.
+Accepted at any value: nothing that they say changes a number. One line of the log names those that ask for something.
 """
-KERNELS_BEGIN, KERNELS_END = "<!-- kernels: written by tools/config_keys.py -->", "<!-- end of the kernels -->"
-LOSSES_BEGIN, LOSSES_END = "<!-- losses: written by tools/config_keys.py -->", "<!-- end of the losses -->"
+KERNELS_BEGIN, KERNELS_END = "<!-- kernels: written by megadpo keys -->", "<!-- end of the kernels -->"
+LOSSES_BEGIN, LOSSES_END = "<!-- losses: written by megadpo keys -->", "<!-- end of the losses -->"
 
 
 @dataclass(frozen=True)
@@ -145,9 +145,10 @@ def _sections(cls: type, path: str) -> Iterator[Section]:
 
 
 def _accepted(key: NemoKey) -> str:
+    of_experts = ", or the model has no experts" * key.experts
     if key.accepted is None:
-        return f"as above, in {key.path.rpartition('.')[0]}"
-    return " or ".join(dict.fromkeys(map(_yaml, key.accepted)))
+        return f"as above, in {key.path.rpartition('.')[0]}{of_experts}"
+    return " or ".join(dict.fromkeys(map(_yaml, key.accepted))) + of_experts
 
 
 def _default(default: object, meaning: str) -> str:

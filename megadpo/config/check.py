@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 from megadpo.config.architecture import Architecture, Layer
+from megadpo.config.grid import Grid
 from megadpo.config.known import Known, find_problems, rule
 from megadpo.config.problems import Problem
 from megadpo.config.schema import Config
@@ -15,17 +16,6 @@ _MEG = "policy.megatron_cfg"
 _OPT = f"{_MEG}.optimizer"
 _DDP = f"{_MEG}.distributed_data_parallel_config"
 _LARGEST_TP = 64
-
-
-def model_parallel_size(cfg: Config) -> int:
-    """Processes that hold one copy of the model: tp x pp x cp."""
-    megatron = cfg.policy.megatron_cfg
-    return megatron.tensor_model_parallel_size * megatron.pipeline_model_parallel_size * megatron.context_parallel_size
-
-
-def data_parallel_size(cfg: Config, world_size: int) -> int:
-    """Copies of the model in the world: world_size / (tp x pp x cp), rounded down."""
-    return world_size // model_parallel_size(cfg)
 
 
 def stated_world_size(cfg: Config) -> int | None:
@@ -112,6 +102,7 @@ def _smallest_pack(known: Known) -> Iterator[Problem]:
 def _pipeline_stages(known: Known) -> Iterator[Problem]:
     megatron = known.cfg.policy.megatron_cfg
     if megatron.pipeline_model_parallel_size > 1:
+        yield from _two_uneven_stages(megatron)
         return
     if megatron.virtual_pipeline_model_parallel_size > 1:
         where = f"{_MEG}.virtual_pipeline_model_parallel_size"
@@ -124,6 +115,17 @@ def _pipeline_stages(known: Known) -> Iterator[Problem]:
         if value is not None:
             fix = f"set it to null, or raise {_MEG}.pipeline_model_parallel_size"
             yield Problem(f"{_MEG}.{name}", value, "null with pipeline_model_parallel_size 1", fix)
+
+
+def _two_uneven_stages(megatron: MegatronConfig) -> Iterator[Problem]:
+    """megatron-core divides by the stages in between, none (get_transformer_layer_offset in transformer_layer.py)."""
+    first, last = megatron.num_layers_in_first_pipeline_stage, megatron.num_layers_in_last_pipeline_stage
+    virtual = megatron.virtual_pipeline_model_parallel_size > 1
+    if virtual and megatron.pipeline_model_parallel_size == 2 and first is not None and last is not None:
+        expected = (
+            "null with two stages and a virtual pipeline: the layers that the first stage leaves are the last one's"
+        )
+        yield Problem(f"{_MEG}.num_layers_in_last_pipeline_stage", last, expected, "set it to null")
 
 
 @rule
@@ -262,7 +264,7 @@ def _fits_the_world(known: Known) -> Iterator[Problem]:
         return
     cfg, world_size = known.cfg, known.world_size
     yield from _stated_world(cfg, world_size)
-    shards = model_parallel_size(cfg)
+    shards = Grid.of(cfg).model_ranks
     if world_size % shards:
         yield _undivided_world(cfg, world_size)
     else:
@@ -283,7 +285,7 @@ def _undivided_world(cfg: Config, world_size: int) -> Problem:
     names += ["context_parallel_size"] if megatron.context_parallel_size > 1 else []
     shown = " x ".join(str(getattr(megatron, name)) for name in names)
     expected = f"a product that divides the {world_size} processes started"
-    fix = f"start a multiple of {model_parallel_size(cfg)} processes (torchrun --nproc-per-node), or lower one of them"
+    fix = f"start a multiple of {Grid.of(cfg).model_ranks} processes (torchrun --nproc-per-node), or lower one of them"
     return Problem(f"{_MEG}.{' x '.join(names)}", shown, expected, fix)
 
 

@@ -12,6 +12,9 @@ _MEG = "policy.megatron_cfg"
 
 @rule
 def _load_balancing(known: Known) -> Iterator[Problem]:
+    if known.arch is None or known.arch.experts is None:
+        return
+    yield from known.cfg.refused_with_experts
     megatron = known.cfg.policy.megatron_cfg
     kind = megatron.moe_router_load_balancing_type
     if kind == "none":

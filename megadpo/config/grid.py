@@ -36,9 +36,8 @@ class Grid:
             raise ValueError(f"rank {self.rank} of a world of {self.world_size}")
 
     @classmethod
-    def of(cls, cfg: Config, world_size: int) -> Grid:
-        """The config's grid in a world of `world_size` ranks. `data` is world_size / (tensor x context x pipeline),
-        rounded down; check_layout refuses a world that does not divide."""
+    def of(cls, cfg: Config, world_size: int | None = None) -> Grid:
+        """The config's grid in a world of `world_size` ranks; None: of one copy of the model. Raises as `over` does."""
         megatron = cfg.policy.megatron_cfg
         one_copy = cls(
             tensor=megatron.tensor_model_parallel_size,
@@ -48,7 +47,16 @@ class Grid:
             expert=megatron.expert_model_parallel_size,
             expert_tensor=megatron.expert_tensor_parallel_size,
         )
-        return dataclasses.replace(one_copy, data=max(1, world_size // one_copy.model_ranks))
+        return one_copy if world_size is None else one_copy.over(world_size)
+
+    def over(self, world_size: int) -> Grid:
+        """The same sizes in a world of `world_size` ranks: `data` is what remains. Raises ValueError where it doesn't
+        divide."""
+        if world_size < 1 or world_size % self.model_ranks:
+            raise ValueError(
+                f"world size {world_size} is not a multiple of tensor x context x pipeline = {self.model_ranks}"
+            )
+        return dataclasses.replace(self, data=world_size // self.model_ranks)
 
     def __str__(self) -> str:
         """The sizes that are not 1; tensor, pipeline and data always."""

@@ -12,11 +12,13 @@ import yaml
 
 from megadpo.config import check, check_moe, rules_optimizer, rules_run  # noqa: F401  their rules register
 from megadpo.config.derive import derive
+from megadpo.config.interpolation import Environment, hidden
 from megadpo.config.known import Known, find_problems
-from megadpo.config.nemo_rl.translate import nemo_keys, nemo_paths, translate
+from megadpo.config.nemo_rl.translate import Heard, nemo_keys, nemo_paths, translate
 from megadpo.config.no_effect import idle_notes
+from megadpo.config.precedence import give_way
 from megadpo.config.problems import ConfigError, Problem, covered
-from megadpo.config.reader import Reader, dotted_paths
+from megadpo.config.reader import Reader, dotted_paths, keys_of
 from megadpo.config.schema import Config
 from megadpo.config.tree import read_tree
 from megadpo.config.variants import import_plugins, option_fields
@@ -29,27 +31,37 @@ Purpose = Literal["train", "evaluate"]
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, purpose: Purpose = "train") -> Config:
     """Read a YAML file with `defaults:`, `${...}` and `a.b=c` overrides into a checked Config.
 
-    Order: defaults, file, overrides, interpolation, NeMo RL's spellings, derived values, types, rules.
+    Order: defaults, file, overrides, interpolation, what the overrides outdo in other keys, NeMo RL's spellings, derived
+    values, types, rules.
     Raises ConfigError with every problem found.
     """
     problems: list[Problem] = []
-    tree = read_tree(path, overrides, problems)
-    return _build(tree, problems, purpose)
+    tree, environment = read_tree(path, overrides, problems)
+    notes = give_way(tree, overrides)
+    return _build(tree, problems, notes, purpose, environment)
 
 
 def build_config(tree: Mapping[str, Any], *, purpose: Purpose = "train") -> Config:
     """A checked Config from a plain mapping without interpolations. Raises ConfigError with every problem found."""
-    return _build(copy.deepcopy(dict(tree)), [], purpose)
+    return _build(copy.deepcopy(dict(tree)), [], [], purpose)
 
 
 def as_dict(cfg: Config) -> dict[str, Any]:
-    """The resolved config as plain dicts, lists and scalars: what YAML and loggers take. `notes` is not part of it."""
-    return {name: value for name, value in _plain(cfg).items() if name != "notes"}
+    """The resolved config as plain dicts, lists and scalars: what YAML and loggers take. No file may set the rest."""
+    keys = keys_of(type(cfg))
+    return {name: value for name, value in _plain(cfg).items() if name in keys}
+
+
+def as_written(cfg: Config) -> dict[str, Any]:
+    """`as_dict` as files and loggers get it: `${oc.env:NAME}` for values from the environment, and `\\${` for `${` in a
+    text."""
+    written: dict[str, Any] = hidden(as_dict(cfg), cfg.environment)
+    return written
 
 
 def resolved_text(cfg: Config) -> str:
-    """The resolved config as YAML that load_config reads back as an equal Config."""
-    text: str = yaml.safe_dump(_escaped(as_dict(cfg)), sort_keys=False, allow_unicode=True)
+    """The resolved config as YAML that load_config, in the same environment, reads back as an equal Config."""
+    text: str = yaml.safe_dump(as_written(cfg), sort_keys=False, allow_unicode=True)
     return text
 
 
@@ -65,14 +77,20 @@ def save_resolved(cfg: Config, path: str | Path, chosen: Mapping[str, str] | Non
         partial.write_text(comments + resolved_text(cfg), encoding="utf-8")
 
 
-def _build(tree: dict[str, Any], problems: list[Problem], purpose: Purpose) -> Config:
+def _build(
+    tree: dict[str, Any],
+    problems: list[Problem],
+    notes: list[str],
+    purpose: Purpose,
+    environment: Environment | None = None,
+) -> Config:
     unreadable = {problem.where for problem in problems}
     plugins = tree.get("plugins")
     if isinstance(plugins, list):  # first: they add keys to the schema
         import_plugins([name for name in plugins if isinstance(name, str)])
     paths = frozenset(dotted_paths(Config))
-    notes: list[str] = []
-    unreadable |= translate(tree, paths, problems, notes)
+    heard = Heard(problems, notes=notes)
+    unreadable |= translate(tree, paths, heard)
     derived = derive(tree)
     reader = Reader(paths | nemo_paths())
     cfg = reader.section(Config, tree, "")
@@ -91,7 +109,10 @@ def _build(tree: dict[str, Any], problems: list[Problem], purpose: Purpose) -> C
     problems += [one for one in _missing_data(cfg, purpose) if not covered(one.where, bad)]
     if problems:
         raise ConfigError(problems)
-    return dataclasses.replace(cfg, notes=(*notes, *idle_notes(cfg)))
+    notes = [*heard.all_notes(), *idle_notes(cfg)]
+    return dataclasses.replace(
+        cfg, notes=tuple(notes), environment=environment or {}, refused_with_experts=tuple(heard.of_experts)
+    )
 
 
 def _with_reason(problem: Problem) -> Problem:
@@ -125,12 +146,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(one) for one in value]
     return value
-
-
-def _escaped(value: Any) -> Any:
-    """Resolved text may hold `${`, which must not be resolved once more when it is read back."""
-    if isinstance(value, dict):
-        return {name: _escaped(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [_escaped(one) for one in value]
-    return value.replace("${", "\\${") if isinstance(value, str) else value

@@ -12,12 +12,12 @@ _FIELD = "checkpointing.metric_name"
 
 
 class Metric(NamedTuple):
-    """A mean over pairs that the objective measures (megadpo/objective/dpo.py)."""
+    """A metric of megadpo/objective/dpo.py: a mean over pairs."""
 
     higher_is_better: bool | None
-    """None where it depends on what one is after."""
-    of_the_preference: bool = False
-    """Not measured where the loss reads a reference and there is none."""
+    """None: neither direction is better in itself."""
+    needs_rewards: bool = False
+    """Not measured if the loss needs a reference and there is none."""
 
 
 METRICS: dict[str, Metric] = {
@@ -25,11 +25,11 @@ METRICS: dict[str, Metric] = {
     "sft_loss": Metric(False),
     "logps/chosen": Metric(None),
     "logps/rejected": Metric(None),
-    "preference_loss": Metric(False, of_the_preference=True),
-    "rewards/chosen": Metric(None, of_the_preference=True),
-    "rewards/rejected": Metric(None, of_the_preference=True),
-    "rewards/margins": Metric(True, of_the_preference=True),
-    "rewards/accuracies": Metric(True, of_the_preference=True),
+    "preference_loss": Metric(False, needs_rewards=True),
+    "rewards/chosen": Metric(None, needs_rewards=True),
+    "rewards/rejected": Metric(None, needs_rewards=True),
+    "rewards/margins": Metric(True, needs_rewards=True),
+    "rewards/accuracies": Metric(True, needs_rewards=True),
 }
 # NeMo RL's names: rewards_chosen, rewards_chosen_mean, accuracy, ...
 _ALIASES = {"accuracy": "rewards/accuracies"} | {

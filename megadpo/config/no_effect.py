@@ -48,6 +48,10 @@ def _idle(cfg: Config) -> Iterator[tuple[str, str]]:
             yield path, reason
     else:
         yield "policy.sequence_packing.share_prompt", "policy.sequence_packing.enabled is false"
+    if not (cfg.policy.sequence_packing.enabled and cfg.policy.sequence_packing.share_prompt):
+        yield "data.group_prompts", "each pair's prompt is computed with each answer"
+    if cfg.policy.device == "cpu":
+        yield "logger.monitor_gpus", "policy.device is cpu"
     if cfg.data.num_workers > 1:
         yield "data.num_workers", "one background thread packs ahead, as with 1, and that is enough"
     if not cfg.data.val_data_paths:
@@ -55,17 +59,35 @@ def _idle(cfg: Config) -> Iterator[tuple[str, str]]:
             yield f"dpo.{name}", "there is no validation set in data.val_data_paths"
 
 
-def unused_by_model(cfg: Config, arch: Architecture) -> list[str]:
-    """One note for each key about experts that was set for a model without any, and one for dropout."""
-    notes = []
-    if arch.dropout:
-        keys = " and ".join(arch.dropout)
-        notes.append(f"config.json: no effect of {keys}: log-probabilities are compared without dropout")
-    if arch.experts is not None:
-        return notes
+def dropout_notes(arch: Architecture) -> list[str]:
+    """One note of the dropout that the model's config.json asks for."""
+    if not arch.dropout:
+        return []
+    keys = " and ".join(arch.dropout)
+    return [f"config.json: {keys}: no effect: dropout is never applied, since log-probabilities are compared"]
+
+
+_MODULES = ("moe", "shared_experts")
+
+
+def without_experts(cfg: Config, *archs: Architecture) -> Config:
+    """`cfg` with what it says about experts at its defaults, and one note of that, where none of the run's models, the
+    policy and the reference, has any; else `cfg`."""
+    if any(arch.experts is not None for arch in archs):
+        return cfg
     given, usual = cfg.policy.megatron_cfg, MegatronConfig()
-    return notes + [
-        f"{_MEG}.{name}: {getattr(given, name)!r} has no effect: {arch.hf_class} has no experts"
-        for name in (field.name for field in dataclasses.fields(MegatronConfig))
-        if name.startswith(("moe_", "freeze_moe_")) and getattr(given, name) != getattr(usual, name)
-    ]
+    names = [field.name for field in dataclasses.fields(MegatronConfig)]
+    of_experts = [name for name in names if name.startswith(("moe_", "freeze_moe_"))]
+    changes = {name: getattr(usual, name) for name in of_experts if getattr(given, name) != getattr(usual, name)}
+    said = [f"{name} {getattr(given, name)!r}" for name in changes]
+    said += [f"{one.where.removeprefix(f'{_MEG}.')} {one.value!r}" for one in cfg.refused_with_experts]
+    if given.activation_checkpointing and given.recompute_granularity == "selective":
+        kept = tuple(one for one in given.recompute_modules if one not in _MODULES)
+        if kept != given.recompute_modules:
+            said.append(f"recompute_modules {', '.join(one for one in given.recompute_modules if one in _MODULES)}")
+            changes |= {"recompute_modules": kept} if kept else {"activation_checkpointing": False}
+    if not said:
+        return cfg
+    policy = dataclasses.replace(cfg.policy, megatron_cfg=dataclasses.replace(given, **changes))
+    note = f"{_MEG}: {', '.join(said)}: no effect: {archs[0].hf_class} has no experts"
+    return dataclasses.replace(cfg, policy=policy, notes=(*cfg.notes, note), refused_with_experts=())

@@ -8,29 +8,16 @@ import functools
 import math
 import typing
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
+import yaml
+
 from megadpo.config.problems import Problem
-from megadpo.config.types import NotEmpty, Range, describe, literal_text, unwrap
+from megadpo.config.types import FitsPath, NotEmpty, Range, describe, literal_text, unwrap
 from megadpo.config.variants import Key, OneOf, default_of, option_fields
 
 Section = TypeVar("Section")
-
-# What people who come from elsewhere write, by its last name.
-_ELSEWHERE = {
-    "beta": "dpo.reference_policy_kl_penalty",
-    "learning_rate": "policy.megatron_cfg.optimizer.lr",
-    "num_train_epochs": "dpo.max_num_epochs",
-    "max_steps": "dpo.max_num_steps",
-    "max_length": "policy.max_total_sequence_length",
-    "per_device_train_batch_size": "policy.train_micro_batch_size",
-    "warmup_steps": "policy.megatron_cfg.scheduler.lr_warmup_iters",
-    "output_dir": "checkpointing.checkpoint_dir",
-    "num_epochs": "dpo.max_num_epochs",
-    "pretrained_model": "policy.model_name",
-    "train_file": "data.train_data_path",
-    "validation_file": "data.val_data_paths",
-}
 
 
 @dataclasses.dataclass
@@ -121,6 +108,8 @@ class Reader:
                 return self._problem(where, raw, expected, "write a finite number")
         if type(value) is not kind:
             return self._problem(where, raw, expected, _type_fix(kind, raw, where))
+        if kind is str and (problem := _not_text(value)):
+            return self._problem(where, raw, f"{expected} without {problem}", "remove it")
         if kind is float and not math.isfinite(value):
             return self._problem(where, raw, expected, "write a finite number")
         for bound in bounds:
@@ -128,6 +117,9 @@ class Reader:
                 return self._problem(where, raw, expected, f"choose a value {bound}")
             if isinstance(bound, NotEmpty) and not value.strip():
                 return self._problem(where, raw, expected, "fill it in")
+            if isinstance(bound, FitsPath) and not bound.holds(value):
+                limit = f"a path of at most {bound.most_bytes} bytes, each name in it of {bound.most_name_bytes}"
+                return self._problem(where, raw, limit, "shorten it")
         return value
 
     def _blank(self, annotation: Any, where: str) -> Any:
@@ -141,7 +133,8 @@ class Reader:
         fix = "remove it"
         name = where.rpartition(".")[2]
         near_section = difflib.get_close_matches(name, siblings, n=1, cutoff=0.7)
-        if isinstance(value, Mapping) and value and not near_section and name not in self._sections:
+        meant = name in names_elsewhere() and isinstance(value, Mapping) and not names_elsewhere().keys() & value.keys()
+        if isinstance(value, Mapping) and value and not (meant or near_section or name in self._sections):
             for key, one in value.items():  # somebody else's section: each of its keys has a place of its own
                 self._unknown(f"{where}.{key}", one, [])
             return
@@ -165,8 +158,9 @@ class Reader:
 def nearest_name(where: str, siblings: list[str], known_paths: frozenset[str]) -> str | None:
     """The dotted name that the writer of unknown key `where` most likely meant, or None."""
     section, _, name = where.rpartition(".")
-    if name in _ELSEWHERE:
-        return _ELSEWHERE[name]
+    elsewhere = names_elsewhere().get(name)
+    if elsewhere in known_paths:
+        return elsewhere
     near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.7)
     if near:
         return f"{section}.{near[0]}" if section else near[0]
@@ -193,6 +187,14 @@ def section_of(annotation: Any) -> type | None:
     return option if dataclasses.is_dataclass(option) else None  # type: ignore[return-value]
 
 
+def _not_text(value: str) -> str | None:
+    """What neither a path nor UTF-8 can hold, if it is in `value`."""
+    if "\0" in value:
+        return "the character NUL"
+    half = next((character for character in value if "\ud800" <= character <= "\udfff"), None)
+    return None if half is None else f"the half character {half!a}"
+
+
 def _type_fix(kind: type, raw: object, where: str) -> str:
     if kind is bool:
         return "write true or false, without quotes"
@@ -202,6 +204,14 @@ def _type_fix(kind: type, raw: object, where: str) -> str:
     if kind is int and isinstance(raw, float):
         return f"write {int(raw)}" if raw.is_integer() else "write a whole number"
     return "write a number, without quotes"
+
+
+@functools.cache
+def names_elsewhere() -> dict[str, str]:
+    """What other trainers call a key, and our key: the table other_trainers.yaml."""
+    text = Path(__file__).with_name("other_trainers.yaml").read_text(encoding="utf-8")
+    table = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # in C where it is: ten times as fast
+    return {name: key for key, names in table.items() for name in names}
 
 
 def keys_of(cls: type) -> dict[str, Key]:

@@ -40,8 +40,12 @@ def _clip_grad(known: Known) -> Iterator[Problem]:
 @rule
 def _rates(known: Known) -> Iterator[Problem]:
     optimizer, schedule = known.cfg.policy.megatron_cfg.optimizer, known.cfg.policy.megatron_cfg.scheduler
-    for where, value in ((f"{_OPT}.min_lr", optimizer.min_lr), (f"{_SCHED}.lr_warmup_init", schedule.lr_warmup_init)):
-        if value > optimizer.lr:
+    decays, warms_up = schedule.lr_decay_style != "constant", schedule.lr_warmup_iters > 0
+    for where, value, is_read in (
+        (f"{_OPT}.min_lr", optimizer.min_lr, decays),
+        (f"{_SCHED}.lr_warmup_init", schedule.lr_warmup_init, warms_up),
+    ):
+        if is_read and value > optimizer.lr:
             yield Problem(where, value, f"at most {_OPT}.lr ({optimizer.lr:g})", f"lower it, or raise {_OPT}.lr")
 
 

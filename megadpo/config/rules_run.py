@@ -74,14 +74,6 @@ def _pack_budget(known: Known) -> Iterator[Problem]:
 
 
 @rule
-def _columns(known: Known) -> Iterator[Problem]:
-    keys = (known.cfg.data.prompt_key, known.cfg.data.chosen_key, known.cfg.data.rejected_key)
-    if len(set(keys)) < len(keys):
-        fix = "name prompt, chosen and rejected apart"
-        yield Problem("data.rejected_key", ", ".join(keys), "three different keys", fix)
-
-
-@rule
 def _validation_names(known: Known) -> Iterator[Problem]:
     for name in known.cfg.data.val_data_paths or {}:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
@@ -104,8 +96,8 @@ def _metric(known: Known) -> Iterator[Problem]:
         expected = "a metric that is measured before a save; dpo.val_period 0 never validates"
         yield Problem("checkpointing.metric_name", checkpointing.metric_name, expected, fix)
     without_rewards = known.cfg.dpo.reference.mode == "none" and known.cfg.dpo.loss.reads_reference
-    if without_rewards and METRICS[metric.metric].of_the_preference:
-        measured = ", ".join(name for name, one in METRICS.items() if not one.of_the_preference)
+    if without_rewards and METRICS[metric.metric].needs_rewards:
+        measured = ", ".join(name for name, one in METRICS.items() if not one.needs_rewards)
         expected = f"a metric that is measured without a reference: {measured}"
         fix = "choose one of these, e.g. validation-<name>_sft_loss"
         yield Problem("checkpointing.metric_name", checkpointing.metric_name, expected, fix)
@@ -113,6 +105,16 @@ def _metric(known: Known) -> Iterator[Problem]:
     if higher is not None and higher != checkpointing.higher_is_better:
         where, wanted = "checkpointing.higher_is_better", str(higher).lower()
         yield Problem(where, checkpointing.higher_is_better, f"{wanted} for {metric.metric}", f"set it to {wanted}")
+
+
+@rule
+def _gpu_counters(known: Known) -> Iterator[Problem]:
+    machine = known.machine
+    if not known.cfg.logger.monitor_gpus or machine is None or machine.device != "cuda":
+        return
+    if (reason := machine.why_missing("pynvml")) is not None:
+        fix = "`pip install nvidia-ml-py`, or logger.monitor_gpus: false"
+        yield Problem("logger.monitor_gpus", True, f"the Python package nvidia-ml-py ({reason})", fix)
 
 
 @rule

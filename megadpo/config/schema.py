@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from megadpo.config.interpolation import Environment
+from megadpo.config.problems import Problem
 from megadpo.config.schema_policy import PolicyConfig
-from megadpo.config.types import CountOrZero, FloatOrZero, PositiveFloat, PositiveInt, Seed, Text
+from megadpo.config.types import CountOrZero, FitsPath, FloatOrZero, PathText, PositiveFloat, PositiveInt, Seed
 from megadpo.config.variants import FORMATS, LOGGERS, LOSSES, OneOf, OptionsOf
 
 
@@ -28,9 +30,9 @@ class ReferenceConfig:
     """resident: a sharded copy beside the policy. cached: its log-probabilities of every pair, computed before training
     and kept in a file (docs/reference.md). none: no reference at all, for losses that read none (docs/losses.md) and for
     preference_loss_weight 0 (SFT)."""
-    model_name: Text | None = None
+    model_name: PathText | None = None
     """Hugging Face folder or hub name, or Megatron checkpoint folder. null: what the policy started from."""
-    cache_dir: Text | None = None
+    cache_dir: PathText | None = None
     """With mode cached: the folder of the log-probabilities. null: checkpointing.checkpoint_dir/reference."""
 
 
@@ -91,21 +93,17 @@ class DpoConfig:
 class DataConfig:
     """`data`."""
 
-    train_data_path: str = ""
+    train_data_path: Annotated[str, FitsPath()] = ""
     """Training pairs: a file (.jsonl, .json, .csv, these also .gz or .zst; .parquet, .arrow), a folder of such, or a
     dataset of the Hugging Face hub. Folders and hub names take `:subset` and `@split` behind them; without a split it
     is train. May be empty for evaluation, and with a dataset_name that stands for a dataset of the hub."""
-    val_data_paths: dict[str, Text] | None = None
+    val_data_paths: dict[str, PathText] | None = None
     """Validation sets, {name: as train_data_path}. A single one is taken as {default: it}. null: no validation."""
     dataset_name: Annotated[str, OneOf(FORMATS)] | None = None
     """The format of the rows, by NeMo RL's names (docs/data.md shows each). null: that of a source's first good row.
     HelpSteer3 and Tulu3Preference without a train_data_path are read from the hub."""
-    prompt_key: Text = "prompt"
-    """What the rows call the prompt, in BinaryPreferenceDataset."""
-    chosen_key: Text = "chosen"
-    """And the chosen answer; in Tulu3Preference and ImplicitPrompt too."""
-    rejected_key: Text = "rejected"
-    """And the rejected one."""
+    format_options: Annotated[Mapping[str, Any], OptionsOf(FORMATS)] = field(default_factory=FORMATS.defaults)
+    """Options of the formats, by name (docs/data.md); in a file they are keys of `data`."""
     loss_on: Literal["last_turn", "differing_turns"] = "last_turn"
     """Of an answer with several turns. last_turn: the loss is on the assistant's last one, as in NeMo RL. differing_turns:
     on each of the assistant's turns that is not the same in the other answer, at the same place."""
@@ -116,12 +114,15 @@ class DataConfig:
     """Most tokens in prompt + one answer. Left out or null: policy.max_total_sequence_length, and at most that."""
     shuffle: bool = True
     """A new order each epoch, decided by dpo.seed and the epoch. false: file order."""
+    group_prompts: bool = True
+    """Pairs with the same prompt go into one pack where they can, and their prompt and each distinct answer are computed
+    once. false: each pair alone. Loss and gradients are the same. Counts with policy.sequence_packing.share_prompt."""
     num_workers: CountOrZero = 1
     """0: batches are packed when they are asked for. 1: ahead of time, in a background thread. More change nothing."""
     on_too_long: Literal["refuse", "drop", "truncate"] = "refuse"
     """A pair longer than the limit: refuse the file, drop the pair and count it, or cut it and count it: the prompt from the
     left (BOS stays), and only then the answers from the right."""
-    cache_dir: Text | None = field(default_factory=user_cache_dir)
+    cache_dir: PathText | None = field(default_factory=user_cache_dir)
     """Folder for token ids, made once and then mapped into memory; ~ is the home folder. Left out:
     $XDG_CACHE_HOME/megadpo or ~/.cache/megadpo. null: every process tokenises for itself, into its own memory."""
     num_tokenize_workers: PositiveInt | None = None
@@ -135,7 +136,7 @@ class CheckpointingConfig:
 
     enabled: bool = True
     """false: nothing is saved, and nothing resumed."""
-    checkpoint_dir: Text = "results/dpo"
+    checkpoint_dir: PathText = "results/dpo"
     """Holds step_<N>/ folders. A run started again here resumes from the newest complete one."""
     metric_name: str | None = None
     """What makes a checkpoint good: `validation-<name>_loss`, NeMo RL's `val:validation-<name>_loss`, `train:loss`.
@@ -159,8 +160,10 @@ class CheckpointingConfig:
 class LoggerConfig:
     """`logger`. metrics.jsonl and the resolved config are always written to log_dir."""
 
-    log_dir: Text = "logs"
+    log_dir: PathText = "logs"
     """Folder of metrics.jsonl and config.yaml."""
+    monitor_gpus: bool = False
+    """Log utilisation, memory and power of the first node's GPUs at each step, by NVML (docs/metrics.md)."""
     loggers: Annotated[Mapping[str, Any], OptionsOf(LOGGERS)] = field(default_factory=LOGGERS.defaults)
     """`<name>_enabled` and `<name>` of every logger of megadpo/train/loggers."""
 
@@ -190,7 +193,11 @@ class Config:
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    plugins: tuple[Text, ...] = ()
+    plugins: tuple[PathText, ...] = ()
     """Python files or modules that add variants: losses, model families, formats, loggers, kernels. They are executed."""
     notes: tuple[str, ...] = field(default=(), compare=False)
     """Not a YAML key: what the loader accepted although it has no effect here, one line each, for rank 0 to print."""
+    environment: Environment = field(default_factory=dict, compare=False, repr=False)
+    """Not a YAML key: which values hold environment variables (`${oc.env:NAME}`), and how files name them."""
+    refused_with_experts: tuple[Problem, ...] = field(default=(), compare=False)
+    """Not a YAML key: what the file says that only a model with experts refuses."""

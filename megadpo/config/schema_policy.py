@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from megadpo.config.schema_megatron import MegatronConfig
-from megadpo.config.types import FloatOrZero, PositiveInt, Precision, Text
+from megadpo.config.types import FloatOrZero, PathText, PositiveInt, Precision, Text
 from megadpo.config.variants import ATTENTION_KERNELS, LOGPROB_KERNELS, OneOf
 
 
@@ -14,7 +14,7 @@ from megadpo.config.variants import ATTENTION_KERNELS, LOGPROB_KERNELS, OneOf
 class TokenizerConfig:
     """`policy.tokenizer`."""
 
-    name: Text
+    name: PathText
     """Hugging Face folder or hub name. Left out or null: policy.model_name."""
     chat_template: str | None = "default"
     """default: the tokenizer's own, where it has one. null: none, plain text. Else Jinja text or a .jinja file."""
@@ -38,7 +38,7 @@ class SequencePackingConfig:
 class PolicyConfig:
     """`policy`."""
 
-    model_name: Text
+    model_name: PathText
     """Hugging Face folder or hub name, or Megatron checkpoint folder."""
     tokenizer: TokenizerConfig
     train_global_batch_size: PositiveInt = 128
@@ -58,7 +58,7 @@ class PolicyConfig:
     bfloat16. auto: varlen where it can run, cpu on a CPU, else sdpa."""
     sequence_packing: SequencePackingConfig = field(default_factory=SequencePackingConfig)
     make_sequence_length_divisible_by: PositiveInt = 1
-    """A pack is padded to a multiple of this. Left out or null: context_parallel_size, with sequence_parallel times
+    """A pack is padded to a multiple of this. Left out, null or 1: context_parallel_size, with sequence_parallel times
     tensor_model_parallel_size."""
     logprob_chunk_size: PositiveInt = 1024
     """Answer tokens projected onto the vocabulary at a time. null: 1024."""

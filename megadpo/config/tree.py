@@ -3,34 +3,35 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 
-from megadpo.config.problems import ConfigError, Problem, first_line
+from megadpo.config.interpolation import FromEnvironment, resolve
+from megadpo.config.problems import ConfigError, Problem
+from megadpo.config.shipped import find_config, shipped_configs
+from megadpo.config.yaml_text import MOST_BYTES, UNREADABLE, bad_places, parsed, reason
+from megadpo.files.regular import read_at_most
 
-_DEEPEST = 64
 _REPLACE = "_override_"
 
 
-def read_tree(path: str | Path, overrides: Sequence[str], problems: list[Problem]) -> dict[str, Any]:
-    """Read `path`, merge it over its `defaults:`, apply the overrides, resolve every interpolation.
+def read_tree(
+    path: str | Path, overrides: Sequence[str], problems: list[Problem]
+) -> tuple[dict[str, Any], dict[str, FromEnvironment]]:
+    """Read `path`, merge it over its `defaults:`, apply the overrides, resolve every interpolation; and which values hold
+    environment variables.
 
     Raises ConfigError where there is nothing to go on with (no file, no YAML, a cycle); everything else is added to
     `problems`.
     """
-    tree = _read_with_defaults(Path(path), ())
+    tree = _read_with_defaults(find_config(path), ())
     for override in overrides:
         apply_override(tree, override, problems)
-    _register_resolvers()
-    resolved: dict[str, Any] = _resolve(OmegaConf.create(tree), "", problems, 0)
-    return resolved
+    return resolve(tree, problems)
 
 
 def get(tree: dict[str, Any], path: str, default: object = None) -> Any:
@@ -65,11 +66,12 @@ def drop(tree: dict[str, Any], path: str) -> None:
 
 def _read_with_defaults(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     """One file merged over its defaults. `below`: the files on the way here, to find a cycle."""
+    content = _content(path, below)
     here = path.resolve()
     if here in below:
         chain = " -> ".join(str(one) for one in (*below[below.index(here) :], here))
         raise ConfigError(Problem(f"{below[-1]}: defaults", chain, "no cycle", "remove one of these defaults"))
-    tree = _read_yaml(path, below)
+    tree = _read_yaml(path, content)
     parents = tree.pop("defaults", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(one, str) for one in parents):
@@ -79,7 +81,7 @@ def _read_with_defaults(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for parent in parents:
         try:
-            read = _read_with_defaults(path.parent / os.path.expanduser(parent), (*below, here))
+            read = _read_with_defaults(_parent(path, parent), (*below, here))
         except ConfigError as error:
             problems += error.problems
         else:
@@ -87,6 +89,12 @@ def _read_with_defaults(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     if problems:
         raise ConfigError(problems)
     return _merge(merged, tree)
+
+
+def _parent(child: Path, name: str) -> Path:
+    """The file that a config's `defaults` names: beside it, or the shipped config of that name."""
+    beside = child.parent / os.path.expanduser(name)
+    return beside if os.path.exists(beside) else shipped_configs().get(name, beside)
 
 
 def _bad_markers(tree: dict[str, Any], where: str) -> Iterator[Problem]:
@@ -100,13 +108,17 @@ def _bad_markers(tree: dict[str, Any], where: str) -> Iterator[Problem]:
             yield from _bad_markers(value, f"{where}{key}.")
 
 
-def _read_yaml(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
-    where = f"{below[-1]}: defaults" if below else "config"
+def _content(path: Path, below: tuple[Path, ...]) -> bytes:
     try:
-        content = path.read_bytes()
+        return read_at_most(path, MOST_BYTES)
     except OSError as error:
-        problem = Problem(where, str(path), f"a readable YAML file ({error.strerror})", "check the path")
+        where = f"{below[-1]}: defaults" if below else "config"
+        expected = f"a readable YAML file ({error.strerror}), or a shipped config: {', '.join(shipped_configs())}"
+        problem = Problem(where, str(path), expected, "check the path")
         raise ConfigError(problem) from error
+
+
+def _read_yaml(path: Path, content: bytes) -> dict[str, Any]:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -114,48 +126,17 @@ def _read_yaml(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
         got = f"the byte 0x{content[error.start]:02x}"
         raise ConfigError(Problem(f"{path}:{line}", got, "UTF-8", "save the file in UTF-8")) from error
     try:
-        bad = [Problem(f"{path}:{line}", *words) for line, *words in _bad_keys(text)]
-        tree = {} if bad else _parsed(text)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        bad = [Problem(f"{path}:{line}", *words) for line, *words in bad_places(text)]
+        tree = {} if bad else parsed(text)
+    except UNREADABLE as error:
         mark = getattr(error, "problem_mark", None)
         at = f"{path}:{mark.line + 1}" if mark is not None else str(path)
-        what = getattr(error, "problem", None) or first_line(error)
-        raise ConfigError(Problem(at, what, "valid YAML", "correct the line")) from error
+        raise ConfigError(Problem(at, reason(error), "valid YAML", "correct the line")) from error
     if bad:
         raise ConfigError(bad)
     if not isinstance(tree, dict):
         raise ConfigError(Problem(str(path), type(tree).__name__, "a mapping of sections", "write section: ... lines"))
     return tree
-
-
-def _parsed(text: str) -> Any:
-    """The YAML text as plain data. Raises YAMLError and OmegaConfBaseException."""
-    try:
-        # OmegaConf's loader refuses duplicate keys and reads 5e-6 as a number.
-        return OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
-    except OSError:  # what it says of a file that holds neither a mapping nor a list
-        return yaml.safe_load(text)
-
-
-def _bad_keys(text: str) -> Iterator[tuple[int, str, str, str]]:
-    """(line, what is there, expected, fix) of each key that YAML takes for something else than the text it looks like.
-
-    `no: norwegian.jsonl` would be named False, and of `1: a` and `01: b` only one be left.
-    """
-    nodes = [yaml.compose(text, Loader=yaml.SafeLoader)]
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, yaml.SequenceNode):
-            nodes += node.value
-        if not isinstance(node, yaml.MappingNode):
-            continue
-        for key, value in node.value:
-            nodes.append(value)
-            kind = key.tag.rpartition(":")[2]
-            whole = kind == "int" and key.value.isascii() and key.value.isdigit() and str(int(key.value)) == key.value
-            if kind not in ("str", "merge") and not whole:
-                shown = key.value if isinstance(key, yaml.ScalarNode) else "a list or mapping"
-                yield key.start_mark.line + 1, f"the key {shown}", f"text; YAML reads it as {kind}", "put it in quotes"
 
 
 def _merge(base: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
@@ -204,11 +185,11 @@ def apply_override(tree: dict[str, Any], override: str, problems: list[Problem])
 def _override_value(name: str, override: str, text: str, problems: list[Problem]) -> Any:
     """What `text` means as YAML; anything with a problem."""
     try:
-        bad = [Problem(f"command line: {name}", *words) for _, *words in _bad_keys(text)]
+        bad = [Problem(f"command line: {name}", *words) for _, *words in bad_places(text)]
         tree = OmegaConf.to_container(OmegaConf.from_dotlist([] if bad else [f"value={text}"]), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except UNREADABLE as error:
         fix = f"""correct the value, or put it in quotes, inside those of the shell: '{name}="..."'"""
-        bad, tree = [Problem("command line", override, f"a YAML value ({first_line(error)})", fix)], {}
+        bad, tree = [Problem("command line", override, f"a YAML value ({reason(error)})", fix)], {}
     problems += bad
     assert isinstance(tree, dict)
     return tree.get("value")
@@ -226,41 +207,3 @@ def _remove(tree: dict[str, Any], path: list[str], override: str, value: object,
         return [Problem("command line", override, f"the value that is removed, {holder[path[-1]]!r}", fix)]
     del holder[path[-1]]
     return []
-
-
-def _resolve(node: Any, path: str, problems: list[Problem], depth: int) -> Any:
-    """A plain copy of an OmegaConf node with every `${...}` filled in; what cannot be is reported and left out."""
-    if depth > _DEEPEST:
-        start = ".".join(path.split(".")[:2])
-        raise ConfigError(Problem(start, "${...}", "an interpolation that ends", "it contains itself: correct it"))
-    keys: list[Any] = list(node.keys()) if isinstance(node, DictConfig) else list(range(len(node)))
-    plain: dict[Any, Any] = {}
-    for key in keys:
-        where = f"{path}[{key}]" if isinstance(node, ListConfig) else f"{path}.{key}" if path else str(key)
-        if OmegaConf.is_missing(node, key):
-            problems.append(Problem(where, "???", "a value", f"set {where}"))
-            continue
-        try:
-            value = node[key]
-        except (OmegaConfBaseException, RecursionError) as error:
-            expected = f"an interpolation that resolves ({first_line(error)})"
-            raw = OmegaConf.to_container(node, resolve=False)
-            assert isinstance(raw, (dict, list))
-            problems.append(Problem(where, raw[key], expected, "correct the ${...}"))
-            continue
-        plain[str(key)] = _resolve(value, where, problems, depth + 1) if OmegaConf.is_config(value) else value
-    return list(plain.values()) if isinstance(node, ListConfig) else plain
-
-
-def _register_resolvers() -> None:
-    """NeMo RL's arithmetic, as in ${mul:${policy.max_total_sequence_length},2}."""
-    resolvers = {
-        "add": lambda a, b: a + b,
-        "sub": lambda a, b: a - b,
-        "mul": lambda a, b: a * b,
-        "div": lambda a, b: a / b,
-        "max": lambda a, b: max(a, b),
-    }
-    for name, function in resolvers.items():
-        if not OmegaConf.has_resolver(name):
-            OmegaConf.register_resolver(name, function)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import types
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -41,6 +42,20 @@ class NotEmpty:
     """Marks a string that must hold something other than blanks."""
 
 
+@dataclass(frozen=True)
+class FitsPath:
+    """Marks a string that names a file or folder: short enough for one, and for what is written below it."""
+
+    most_bytes: int = 3000
+    """Linux takes 4,095, with what is below."""
+    most_name_bytes: int = 255
+
+    def holds(self, value: str) -> bool:
+        """True when a file system takes it."""
+        names = os.fsencode(value).split(b"/")
+        return sum(len(name) + 1 for name in names) <= self.most_bytes and max(map(len, names)) <= self.most_name_bytes
+
+
 PositiveInt = Annotated[int, Range(ge=1)]
 CountOrZero = Annotated[int, Range(ge=0)]
 Seed = Annotated[int, Range(ge=0, le=2**31 - 1)]
@@ -49,6 +64,8 @@ PositiveFloat = Annotated[float, Range(gt=0)]
 FloatOrZero = Annotated[float, Range(ge=0)]
 Proportion = Annotated[float, Range(ge=0, lt=1)]
 Text = Annotated[str, NotEmpty()]
+PathText = Annotated[str, NotEmpty(), FitsPath()]
+"""A path, or the name of a model or a data set, which may be a path."""
 
 Precision = Literal["bfloat16", "float32"]
 """NeMo RL's names. float16 is not offered: it needs a loss scaler, which bfloat16 makes unnecessary."""

@@ -137,8 +137,10 @@ class Variants(Generic[V]):
                 yield f"{self._section}.{name}", value, self.readers(name)
 
     def problems(self, known: Any) -> Iterator[Problem]:
-        """What the variant that would run refuses, and options that it doesn't read; known: a Known (known.py)."""
-        yield from _problems_of(self._would_run(known), known)
+        """What the variant that would run refuses, and options that it doesn't read; known: a Known (known.py). Where any
+        may run, since the config names none and none has a priority: what each refuses, once."""
+        found = [problem for variant in self._may_run(known) for problem in _problems_of(variant, known)]
+        yield from dict.fromkeys(found)
         if self.notes_unread:
             return
         for where, value, readers in self.unread(known.cfg):
@@ -154,12 +156,21 @@ class Variants(Generic[V]):
             raise ConfigError(problems)
         return self._would_run(known)
 
+    def _may_run(self, known: Any) -> list[Any]:
+        one = self._would_run(known)
+        if one is None and not self._priorities():
+            return [self.configured(name, self._given(known.cfg)) for name in self.names()]
+        return [] if one is None else [one]
+
+    def _priorities(self) -> dict[str, int]:
+        priorities = {name: getattr(variant, "priority", None) for name, variant in self._all().items()}
+        return {name: priority for name, priority in priorities.items() if priority is not None}
+
     def _would_run(self, known: Any) -> Any | None:
         chosen = self.chosen(known.cfg)
         if chosen is not None:
             return chosen
-        priorities = {name: getattr(variant, "priority", None) for name, variant in self._all().items()}
-        usual = {name: priority for name, priority in priorities.items() if priority is not None}
+        usual = self._priorities()
         for name in sorted(usual, key=lambda name: -usual[name]):
             variant = self.configured(name, self._given(known.cfg))
             if all(problem.where != self.field for problem in _problems_of(variant, known)):
@@ -320,7 +331,9 @@ def option_fields(section: Any) -> dict[str, Variants[Any]]:
 
 
 LOSSES: Variants[Any] = Variants("loss", "megadpo.objective.losses", field="dpo.loss_type", options="loss_options")
-FORMATS: Variants[Any] = Variants("format of rows", "megadpo.data.formats", field="data.dataset_name")
+FORMATS: Variants[Any] = Variants(
+    "format of rows", "megadpo.data.formats", field="data.dataset_name", options="format_options"
+)
 FAMILIES: Variants[Any] = Variants("model family", "megadpo.families")
 OPTIMIZERS: Variants[Any] = Variants(
     "optimizer",

@@ -1,4 +1,4 @@
-"""Preference data in four stages. Each gives one type to the next, and knows only those before it.
+"""Preference data in four stages. Each stage gives one type to the next, and imports only the stages before it.
 
 stage     makes                                        by
 sources   rows: (Place, object)                        rows.read_rows(a file, a folder or a name of the hub)
@@ -6,5 +6,5 @@ formats   PreferencePair: prompt and answers as text   read_pairs.read_pairs; on
 tokens    PairDataset of TokenizedPairs: ids, masks    dataset.load_datasets; kept in data.cache_dir
 batches   GlobalBatch of PackedBatches                 loader.GlobalBatchLoader
 
-pairs.py has a pair as token ids, and many of them as flat arrays; statistics.py what a person asks of a data set.
+pairs.py: a pair as token ids, and many pairs as flat arrays. statistics.py: lengths, packing and single pairs, for people.
 """

@@ -9,9 +9,12 @@ from typing import TypeAlias, overload
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 TokenIds: TypeAlias = npt.NDArray[np.int32]
 """Token ids of one text, int32 [n]."""
+
+Ints: TypeAlias = npt.NDArray[np.int64]
 
 LossMask: TypeAlias = npt.NDArray[np.bool_]
 """Whether each token of an answer is in the loss, bool [n]."""
@@ -23,13 +26,18 @@ class TokenizedPair:
     `prompt_ids + rejected_ids` the other; the answers hold their end-of-sequence token."""
 
     index: int
-    """Row of the file, from 0: what logs and evaluation files call the pair."""
+    """Row of the file, from 0. Logs and evaluation files name a pair by it."""
     prompt_ids: TokenIds
     chosen_ids: TokenIds
     rejected_ids: TokenIds
     chosen_mask: LossMask | None = None
-    """None: every token of the answer is in the loss. Otherwise at least one is."""
+    """None: every token of the answer is in the loss. A mask has at least one true entry."""
     rejected_mask: LossMask | None = None
+
+    @property
+    def answers(self) -> tuple[tuple[TokenIds, LossMask | None], tuple[TokenIds, LossMask | None]]:
+        """Chosen and rejected, with their masks."""
+        return (self.chosen_ids, self.chosen_mask), (self.rejected_ids, self.rejected_mask)
 
     @property
     def prompt_tokens(self) -> int:
@@ -45,21 +53,24 @@ class TokenizedPair:
 
     @property
     def longest_sequence_tokens(self) -> int:
-        """Length of the longer of prompt+chosen and prompt+rejected: what `max_total_sequence_length` bounds."""
+        """Length of the longer of prompt+chosen and prompt+rejected; `max_total_sequence_length` limits it."""
         return self.prompt_tokens + max(self.chosen_tokens, self.rejected_tokens)
 
 
 @dataclass(frozen=True, eq=False)
 class FlatPairs(Sequence[TokenizedPair]):
-    """N pairs as flat arrays, 4 bytes a token."""
+    """N pairs as flat arrays, with 4 bytes for each token."""
 
     tokens: TokenIds
-    """int32 [all tokens]: prompt, chosen, rejected of pair 0, then of pair 1, ... A token outside the loss stands as its
-    complement, ~id, which is negative."""
+    """int32 [all tokens]: prompt, chosen, rejected of pair 0, then of pair 1, ... A token outside the loss is stored as
+    ~id, which is negative."""
     offsets: npt.NDArray[np.int64]
     """int64 [3N + 1]: text k is tokens[offsets[k] : offsets[k + 1]]."""
     rows: npt.NDArray[np.int64]
     """int64 [N]: row of the file."""
+    identities: npt.NDArray[np.int64]
+    """int64 [3N]: a hash of text k as it stands in `tokens`. Equal prompts have equal ones, and so have answers with the
+    same tokens and the same loss mask."""
 
     @staticmethod
     def of(pairs: Sequence[TokenizedPair]) -> FlatPairs:
@@ -71,7 +82,10 @@ class FlatPairs(Sequence[TokenizedPair]):
         offsets = np.zeros(len(texts) + 1, dtype=np.int64)
         np.cumsum([len(ids) for ids in texts], out=offsets[1:])
         tokens = np.concatenate(texts) if texts else np.empty(0, dtype=np.int32)
-        return FlatPairs(tokens, offsets, np.array([pair.index for pair in pairs], dtype=np.int64))
+        identities = np.array([xxhash.xxh3_64_intdigest(ids.tobytes()) for ids in texts], dtype=np.uint64).view(
+            np.int64
+        )
+        return FlatPairs(tokens, offsets, np.array([pair.index for pair in pairs], dtype=np.int64), identities)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -83,8 +97,8 @@ class FlatPairs(Sequence[TokenizedPair]):
     def __getitem__(self, position: slice) -> list[TokenizedPair]: ...
 
     def __getitem__(self, position: int | slice) -> TokenizedPair | list[TokenizedPair]:
-        """The pair at `position`; its arrays are views, except for an answer with a loss mask. Its `.index` is the row
-        of the file, which differs where rows were dropped. A slice gives a list."""
+        """The pair at `position`. Its arrays are views, except for an answer with a loss mask. Its `.index` is the row
+        of the file, which differs from `position` if rows were dropped. A slice gives a list."""
         if isinstance(position, slice):
             return [self[number] for number in range(*position.indices(len(self)))]
         number = position + len(self) if position < 0 else position
@@ -100,13 +114,13 @@ class FlatPairs(Sequence[TokenizedPair]):
         return np.diff(self.offsets).reshape(-1, 3)
 
     def packed_tokens(self, *, share_prompt: bool) -> npt.NDArray[np.int64]:
-        """int64 [N]: tokens that each pair takes in a pack; a shared prompt counts once."""
+        """int64 [N]: tokens of each pair in a pack. A shared prompt counts once."""
         return self.text_tokens() @ np.array([1 if share_prompt else 2, 1, 1], dtype=np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataReport:
-    """What became of a source's rows. Counts are of pairs unless the name says tokens."""
+    """What happened to the rows of a source. Numbers count pairs, unless the name says tokens."""
 
     path: str
     rows: int
@@ -117,34 +131,34 @@ class DataReport:
     dropped_equal_after_truncation: int = 0
     dropped_unanswered_after_truncation: int = 0
     dropped_bad_rows: int = 0
-    """Rows that no pair could be made of, with `data.on_bad_row: drop`."""
+    """Invalid rows left out with `data.on_bad_row: drop`."""
     first_bad_row: str = ""
-    """What was wrong with the first of them; empty if there was none."""
+    """What was wrong with the first invalid row; empty if there was none."""
     prompt_tokens: int
     chosen_tokens: int
     rejected_tokens: int
     with_chat_template: bool
     max_token_id: int
-    """The largest token id, to hold against the model's vocabulary."""
+    """The largest token id; it must be below the model's vocabulary size."""
     fingerprint: str
-    """sha256 over the tokens, their rows and the settings; the file's name and place don't matter."""
+    """sha256 of the tokens, their rows and the settings. The file's name and folder don't change it."""
 
     @property
     def shared_prompt_saving(self) -> float:
-        """Share (0..1) of the tokens that a prompt computed once saves against one computed twice."""
+        """Share (0..1) of the tokens saved by computing each prompt once instead of twice."""
         saved = self.prompt_tokens
         return saved / (2 * saved + self.chosen_tokens + self.rejected_tokens)
 
     def __str__(self) -> str:
-        """One line for the log; counts of zero are left out, except for the rows and pairs."""
+        """One line for the log. Zero counts are left out, except those of rows and pairs."""
         parts = [f"{self.path}: {self.rows} rows, {self.pairs} pairs"]
         for count, words in (
             (self.dropped_too_long, "dropped as too long"),
             (self.truncated, "cut to the limit"),
-            (self.dropped_equal_after_truncation, "dropped because the cut made their answers equal"),
-            (self.dropped_unanswered_after_truncation, "dropped because the cut took an answer's turns in the loss"),
-            (self.dropped_bad_rows, f"rows left out that can't be used (the first: {self.first_bad_row})"),
-            (self.tokenized_apart, "whose prompt and answer merge in a token, answers tokenised apart"),
+            (self.dropped_equal_after_truncation, "dropped because truncation made their answers equal"),
+            (self.dropped_unanswered_after_truncation, "dropped because truncation left no answer tokens in the loss"),
+            (self.dropped_bad_rows, f"invalid rows left out (the first: {self.first_bad_row})"),
+            (self.tokenized_apart, "with the answer tokenised alone, since one token would span prompt and answer"),
         ):
             if count:
                 parts.append(f"{count} {words}")
@@ -164,11 +178,11 @@ class PairDataset(FlatPairs):
     """The pairs of one source, in memory or mapped from the cache."""
 
     lines: npt.NDArray[np.int64]
-    """int64 [rows of the file]: line of each row; 0 where the row was left out."""
+    """int64 [rows of the file]: line of each row; 0 if the row was left out."""
     report: DataReport
     release: Callable[[], None] = _nothing
-    """Gives token ids that are mapped from the cache back to the kernel: they stay readable, and no longer count as this
-    process's memory."""
+    """Frees the memory of token ids that are mapped from the cache. They stay readable; the next access loads them
+    again."""
 
     @property
     def fingerprint(self) -> str:
@@ -179,17 +193,17 @@ class PairDataset(FlatPairs):
         return self.report.max_token_id
 
     def source_of(self, row: int) -> str:
-        """`file:line` of a row of the file, for messages about a pair by its index."""
+        """`file:line` of a row, for messages."""
         return f"{self.report.path}:{self.lines[row]}"
 
 
 def _with_mask(ids: TokenIds, mask: LossMask | None) -> TokenIds:
-    """Ids and loss mask in one array: a token outside the loss as its complement."""
+    """Ids and loss mask as one array: a token outside the loss becomes ~id."""
     return ids if mask is None else np.where(mask, ids, ~ids)
 
 
 def _without_mask(stored: TokenIds) -> tuple[TokenIds, LossMask | None]:
-    """What `_with_mask` was made of; a view of the ids where every token is in the loss."""
+    """Ids and mask from an array of `_with_mask`. If every token is in the loss, the ids are a view."""
     mask = stored >= 0
     return (stored, None) if mask.all() else (np.where(mask, stored, ~stored), mask)
 

@@ -1,4 +1,4 @@
-"""What a person wants to know of a data set before training on it: lengths, packs, and a pair as the model sees it."""
+"""Statistics of a data set, to read before training: lengths, packs, and a pair as the model sees it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Lengths:
 
 
 def lengths(dataset: PairDataset, *, share_prompt: bool) -> list[Lengths]:
-    """Of prompts, chosen and rejected answers, the longer sequence, and what a pair takes in a pack."""
+    """Lengths of prompts, of both answers, of the longer sequence, and of a pair in a pack."""
     texts = dataset.text_tokens()
     prompt, chosen, rejected = texts.T
     return [
@@ -45,14 +45,14 @@ def _lengths(name: str, tokens: npt.NDArray[np.int64]) -> Lengths:
 
 
 def share_chosen_longer(dataset: PairDataset) -> float:
-    """Share (0..1) of pairs whose chosen answer has more tokens. Far from 0.5, length alone predicts the choice."""
+    """Share (0..1) of pairs whose chosen answer has more tokens. If it is far from 0.5, length predicts the choice."""
     _, chosen, rejected = dataset.text_tokens().T
     return float((chosen > rejected).mean())
 
 
 @dataclass(frozen=True)
 class BatchFill:
-    """How a global batch is dealt out."""
+    """How one global batch is split over ranks and micro-batches."""
 
     batch: int
     pairs: int
@@ -63,27 +63,27 @@ class BatchFill:
     fill: float | None
     """Share (0..1) of the token budget that is used; None without sequence packing."""
     imbalance: float
-    """1 - least / most work of a data-parallel rank."""
+    """1 - (least / most work of a data-parallel rank)."""
     context_imbalance: float | None
-    """Most attention work of a context-parallel rank over the mean, in the pack where that is highest; None without
-    context parallelism."""
+    """Attention work of the busiest context-parallel rank / mean over the ranks, for the worst pack. None without context
+    parallelism."""
 
 
 def batch_fills(loader: GlobalBatchLoader, count: int) -> list[BatchFill]:
     """The first `count` global batches of epoch 0, or as many as there are."""
     fills = []
     for batch, (positions, deal) in enumerate(islice(loader.deals(epoch=0), count)):
-        tokens, work = loader.lengths[positions], loader.work[positions]
-        rank_work = [int(work[[number for pack in rank for number in pack]].sum()) for rank in deal]
-        parts = [loader.pack(positions[pack]).part for rank in deal for pack in rank if loader.rank.cp_size > 1]
-        room = None if loader.budget_tokens is None else loader.budget_tokens * len(deal) * len(deal[0])
+        tokens, work = loader.totals(positions, [pack for rank in deal for pack in rank])
+        rank_work = work.reshape(len(deal), -1).sum(axis=1).tolist()
+        parts = [loader.pack(positions[pack]).part for rank in deal for pack in rank if loader.grid.context > 1]
+        capacity = None if loader.budget_tokens is None else loader.budget_tokens * len(deal) * len(deal[0])
         fills.append(
             BatchFill(
                 batch=batch,
                 pairs=len(positions),
                 tokens=int(tokens.sum()),
                 micro_batches=len(deal[0]),
-                fill=None if room is None else int(tokens.sum()) / room,
+                fill=None if capacity is None else int(tokens.sum()) / capacity,
                 imbalance=1 - min(rank_work) / max(rank_work),
                 context_imbalance=max((part.most_work / part.mean_work for part in parts if part), default=None),
             )
@@ -97,9 +97,9 @@ class SeenToken:
 
     token_id: int
     position: int
-    """Its position in its own sequence, as RoPE takes it."""
+    """Its position in its own sequence, for RoPE."""
     learned: bool
-    """Whether its log-probability is part of the loss."""
+    """Whether its log-probability is in the loss."""
 
 
 @dataclass(frozen=True)
@@ -108,14 +108,14 @@ class SeenSegment:
 
     name: str
     start: int
-    """Where it begins in the pack."""
+    """Its first token's place in the pack."""
     keys: tuple[tuple[int, int], ...]
-    """Ranges of the pack that it sees, causally; itself last."""
+    """Ranges of the pack that it sees, causally. The last one is the segment itself."""
     tokens: list[SeenToken]
 
 
 def as_seen(pair: TokenizedPair, *, share_prompt: bool) -> list[SeenSegment]:
-    """The pair packed alone, segment by segment."""
+    """The segments of a pack that holds this pair only."""
     batch = pack_pairs([pair], share_prompt=share_prompt, pad_to_multiple=1, pad_token_id=0)
     names = ["prompt", "chosen", "rejected"] if share_prompt else ["prompt + chosen", "prompt + rejected"]
     learned = _learned(batch, share_prompt=share_prompt)
@@ -132,8 +132,8 @@ def as_seen(pair: TokenizedPair, *, share_prompt: bool) -> list[SeenSegment]:
 
 
 def _learned(batch: PackedBatch, *, share_prompt: bool) -> set[int]:
-    """Places in the pack of the tokens that are predicted for the loss: the one after each predicting hidden state;
-    after a shared prompt's last, the first of the answer."""
+    """Places in the pack of the tokens in the loss: each is right after the hidden state that predicts it. The last
+    token of a shared prompt predicts the first token of each answer."""
     starts = [segment.query_start for segment in batch.segments[1:]] if share_prompt else []
     prompt_end = batch.segments[0].query_end
     places = set()

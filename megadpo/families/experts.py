@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megadpo.config.architecture import Experts, Mlp, Router
 from megadpo.families.layouts import Columns, GatedMLP, Replicated
-from megadpo.families.reading import HfConfig
+from megadpo.families.reading import MOST_EXPERTS, HfConfig
 from megadpo.families.rows import Row
 
 
@@ -20,7 +20,7 @@ def read_experts(
     _refuse_uncomputed(config)
     # transformers 5 writes Qwen3-MoE's and Mixtral's count as num_local_experts, the hub has num_experts for Qwen3-MoE
     count_key = "num_local_experts" if "num_local_experts" in config.raw else "num_experts"
-    experts = config.size(count_key)
+    experts = config.size(count_key, most=MOST_EXPERTS)
     chosen = config.size("num_experts_per_tok")
     if chosen > experts and config.raw.get(count_key) == experts:  # else the count itself is the problem
         config.report("num_experts_per_tok", chosen, f"at most {count_key} ({experts})")

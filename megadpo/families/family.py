@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from megadpo.config.architecture import Architecture, Attention, Layer, Mlp, Norms, Rotary
 from megadpo.config.problems import Problem
-from megadpo.families.reading import HfConfig
+from megadpo.families.reading import MOST_LAYERS, HfConfig
 from megadpo.families.rope import read_rope
 from megadpo.families.rows import ATTENTION, EMBEDDING, FINAL_NORM, HEAD, MLP, Row
 
@@ -38,13 +38,15 @@ class Family:
 
     def read(self, config: HfConfig) -> Architecture:
         """The model that `config` describes. Problems are noted in `config`; the result counts only where there are none."""
-        hidden, layers, heads, ffn, vocabulary = map(config.size, _SIZES)
+        hidden = config.size("hidden_size")
+        layers = config.size("num_hidden_layers", most=MOST_LAYERS)
+        heads, ffn, vocabulary = map(config.size, ("num_attention_heads", "intermediate_size", "vocab_size"))
         # null key-value heads mean "no grouping" to transformers, a null head size that the heads share the width
         groups = heads if config.get("num_key_value_heads") is None else config.size("num_key_value_heads")
         length = config.size("max_position_embeddings")
         head_dim = max(1, hidden // heads) if config.get("head_dim") is None else config.size("head_dim")
         if not config.problems:
-            if hidden % heads and config.raw.get("head_dim") is None:
+            if hidden % heads and config.get("head_dim") is None:
                 config.report("num_attention_heads", heads, f"a divisor of hidden_size {hidden}")
             if heads % groups:
                 config.report("num_key_value_heads", groups, f"a divisor of num_attention_heads {heads}")
@@ -98,6 +100,5 @@ class Family:
             config.report("layer_types", ", ".join(unknown), expected, "choose a model with plain attention")
 
 
-_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 _DROPOUTS = ("attention_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop")

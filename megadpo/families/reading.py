@@ -10,7 +10,14 @@ from typing import Any
 from megadpo.config.architecture import Architecture
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.variants import FAMILIES
+from megadpo.files.regular import read_at_most
 
+MOST_BYTES = 16 * 2**20
+"""Of config.json."""
+MOST_SIZE = 2**31 - 1
+"""Of anything: what tensors and indices of this field are counted in."""
+MOST_LAYERS, MOST_EXPERTS = 1000, 1024
+"""Each has rows in the weight table. The largest models have 126 layers, and 512 experts."""
 RESTORE = "restore the model's own config.json"
 OFF: tuple[object, ...] = (None, False, "", [], {})
 
@@ -61,8 +68,8 @@ def _read_json(folder: Path, field: str) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(Problem(field, str(folder), "a folder that holds config.json", hint))
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        raw = json.loads(read_at_most(path, MOST_BYTES).decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(Problem(str(path), str(error), "readable JSON", RESTORE)) from error
     if not isinstance(raw, dict):
         raise ConfigError(Problem(str(path), type(raw).__name__, "a JSON object", RESTORE))
@@ -93,11 +100,11 @@ class HfConfig:
         """Note a problem."""
         self.problems.append(Problem(f"{self._where}: {key}", value, expected, fix))
 
-    def size(self, key: str) -> int:
-        """A whole number of at least 1; where it is none, that is noted and 1 stands for it."""
+    def size(self, key: str, *, most: int = MOST_SIZE) -> int:
+        """A whole number from 1 to `most`; where it is none, that is noted and 1 stands for it."""
         value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            self.report(key, value, "a whole number >= 1")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            self.report(key, value, f"a whole number from 1 to {most}")
             return 1
         return value
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias, cast
 
+from megadpo.files.regular import require_regular
+
 MAX_LINE_BYTES = 64 * 2**20
 """A longer line is cut: it is a file without line ends, or no row that a model could train on."""
 
@@ -21,7 +23,8 @@ UNREADABLE = (OSError, EOFError, zlib.error)
 """What opening or reading a missing, cut off or damaged file raises."""
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_ZSTD_PIECE_BYTES = 2**14
+_ZSTD_PIECE_BYTES = 2**11
+"""Of what is compressed, at a time. Four bytes may stand for 128 KiB: a piece for 64 MiB."""
 
 LineReason: TypeAlias = Literal["line_too_long", "broken_utf8", "broken_json", "not_an_object"]
 
@@ -45,7 +48,9 @@ class LineError(ValueError):
 
 
 def open_bytes(path: Path) -> BinaryIO:
-    """The file's bytes, uncompressed where its name ends in .gz or .zst. Opening and reading raise UNREADABLE."""
+    """The file's bytes, uncompressed where its name ends in .gz or .zst. Opening and reading raise UNREADABLE; so do pipes
+    and devices."""
+    require_regular(path)
     name = path.name.lower()
     if name.endswith(".gz"):
         return cast(BinaryIO, gzip.open(path, "rb"))

@@ -52,7 +52,7 @@ def build_model(
         frozen=frozen,
     )
     chunks = []
-    for number in range(parallel.chunks_per_stage):
+    for number in range(parallel.grid.virtual_pipeline):
         chunk = PairModel(arch, config, parallel, parts, number)
         chunk.to(device)
         mark_sharded_parameters(chunk)

@@ -4,6 +4,7 @@ What is frozen has requires_grad False, and that is where all others look."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -17,6 +18,8 @@ from megadpo.families import WeightEntry, WeightTable, weight_table
 from megadpo.model.weights.load import named_global_parameters
 
 FIELD = "policy.freeze"
+_MOST_PATTERNS = 10_000
+"""That one of the config stands for; the largest models have a few hundred layers."""
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -45,6 +48,10 @@ def freeze_problems(patterns: Sequence[str], arch: Architecture) -> list[Problem
     """Why `patterns` can't be followed on a model of this shape; empty where they can."""
     if not patterns:
         return []
+    too_many = [pattern for pattern in patterns if count(pattern) > _MOST_PATTERNS]
+    if too_many:
+        expected, fix = f"ranges that stand for at most {_MOST_PATTERNS} patterns", "name layers that the model has"
+        return [Problem(FIELD, pattern, expected, fix) for pattern in too_many]
     table = weight_table(arch)
     matched = {pattern: _matched(pattern, table) for pattern in patterns}
     problems = [_nothing(pattern, arch, table) for pattern, names in matched.items() if not names]
@@ -52,9 +59,18 @@ def freeze_problems(patterns: Sequence[str], arch: Architecture) -> list[Problem
     shown = ", ".join(patterns)
     problems += [Problem(FIELD, shown, *words) for words in _torn(frozen, table)]
     if frozen == set(table.hf_shapes):
-        fix = "leave something to train, or use launch/evaluate.py"
+        fix = "leave something to train, or use megadpo evaluate"
         problems.append(Problem(FIELD, shown, "patterns that leave a weight to train; these freeze all of them", fix))
     return problems
+
+
+def count(pattern: str) -> int:
+    """How many patterns `expand` would give, or about; a number that is too long to be one counts as 10**9."""
+    sizes = [
+        10**9 if max(map(len, ends)) > 9 else max(0, int(ends[1]) - int(ends[0]) + 1)
+        for ends in _RANGE.findall(pattern)
+    ]
+    return math.prod(sizes)
 
 
 def expand(pattern: str) -> list[str]:

@@ -55,16 +55,16 @@ class PairModel(GPTModel):
         parts: ModelParts,
         chunk: int = 0,
     ) -> None:
-        vp_stage = chunk if parallel.chunks_per_stage > 1 else None
+        vp_stage = chunk if parallel.grid.virtual_pipeline > 1 else None
         super().__init__(
             config=config,
             transformer_layer_spec=block_spec(
-                arch, config, parts.layers, parts.balance, pp_rank=parallel.pp_rank, vp_stage=vp_stage
+                arch, config, parts.layers, parts.balance, pp_rank=parallel.grid.pp_rank, vp_stage=vp_stage
             ),
             vocab_size=arch.vocab_size,
             max_sequence_length=arch.max_position_embeddings,
-            pre_process=parallel.is_first_chunk(chunk),
-            post_process=parallel.is_last_chunk(chunk),
+            pre_process=parallel.grid.is_first_chunk(chunk),
+            post_process=parallel.grid.is_last_chunk(chunk),
             share_embeddings_and_output_weights=arch.tie_word_embeddings,
             position_embedding_type="none",  # PackedAttention rotates by the pack's own positions
             vp_stage=vp_stage,
@@ -73,12 +73,12 @@ class PairModel(GPTModel):
         self.arch = arch
         self.windows = dict.fromkeys(attention.window for attention in arch.attentions)
         self.logprob_chunk_tokens = parts.logprob_chunk_tokens
-        self.comes_last = not parts.frozen and chunk == parallel.chunks_per_stage - 1
+        self.comes_last = not parts.frozen and chunk == parallel.grid.virtual_pipeline - 1
         """No other chunk of this rank runs on a micro-batch after this one."""
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """T tokens -> hidden states [T, 1, h] for the next stage ([T/tp, 1, h] under sequence parallelism), or, on
-        the last stage, logps [2P] float32: row 2p the chosen answer of pair p, row 2p + 1 its rejected one.
+        the last stage, logps [K] float32 of the batch's answers.
 
         Under context parallelism `batch` is this rank's part, T counts its tokens, and logps are of the whole answers.
         Collectives: megatron-core's over the tensor-parallel group and, for experts, theirs; with context parallelism

@@ -9,7 +9,7 @@ E experts; f_e the share of the set's choices (k a token) that fell on e; P_e th
 all experts. The sets, and their weights in the mean over the global batch:
 
     aux_loss      the real tokens of a micro-batch, weighted by their number: as megatron-core under per-token loss
-    seq_aux_loss  each answer with its prompt, weighted alike: the same whatever shares a micro-batch
+    seq_aux_loss  each answer with its prompt, weighted by the pairs it is in: the same whatever shares a micro-batch
 
 To the gradient of the DPO loss it adds that of coefficient * (sum over layers of the mean). Padding is in no set.
 """
@@ -69,9 +69,12 @@ class LoadBalance:
             for start, end in parts:
                 members[row, start:end] = 1.0
         sizes = members.sum(dim=1)
-        weights = sizes if self.kind == "aux_loss" else torch.ones_like(sizes)
         device = self._sums.device
-        return TokenSets(members, send(sizes, device), send(weights, device))
+        if self.kind == "aux_loss":
+            return TokenSets(members, send(sizes, device), send(sizes, device))
+        pairs_of_answer = torch.zeros(len(ranges), device=device)
+        pairs_of_answer.index_add_(0, batch.pairs.flatten().to(device), torch.ones(batch.pairs.numel(), device=device))
+        return TokenSets(members, send(sizes, device), pairs_of_answer)
 
     def attach(
         self,

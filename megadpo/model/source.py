@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megadpo.config.problems import ConfigError, Problem, first_line
+from megadpo.config.regular_files import require_regular_files
 from megadpo.config.schema import Config
 from megadpo.model.manifest import INFO_FILE, MANIFEST_FILE, small_files, verify
 
@@ -38,6 +39,7 @@ def resolve_source(name: str, field: str, *, weights: bool = True) -> ModelSourc
     checkpoint that is read before its tensors.
     """
     folder = Path(name)
+    require_regular_files(folder, field)
     if (folder / MANIFEST_FILE).is_file() or ((folder / INFO_FILE).is_file() and (folder / "hf").is_dir()):
         verify(folder, small_files)
         return ModelSource(hf_files=folder / "hf", megatron=folder)

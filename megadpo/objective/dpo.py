@@ -1,4 +1,4 @@
-"""NeMo RL's DPO objective on log-probabilities of pairs, as sums and counts; its preference loss is one of losses.py.
+"""NeMo RL's DPO objective on log-probabilities of pairs, as sums and counts. losses.py has the preference losses.
 
     loss = preference_loss_weight x preference_loss + sft_loss_weight x sft_loss
 
@@ -25,10 +25,10 @@ from megadpo.objective.losses import Loss, PairScores
 class LossOutput:
     """What one micro-batch adds to the loss and the metrics of its global batch.
 
-    loss_sum: scalar, fp32 or fp64, with gradient: the sum of the pairs' losses, to be divided by the pairs of the
-        global batch.
-    metrics: name -> (sum, count), sums detached scalars on the inputs' device. Adding sums and counts over
-        micro-batches and data-parallel ranks and dividing once gives the exact mean.
+    loss_sum: scalar, fp32 or fp64, with gradient: the sum of the pairs' losses. The caller divides it by the number of
+        pairs in the global batch.
+    metrics: name -> (sum, count). Sums are detached scalars on the inputs' device. The exact mean is the total of the
+        sums over the total of the counts, over all micro-batches and data-parallel ranks.
     """
 
     loss_sum: Tensor
@@ -44,36 +44,36 @@ def dpo_loss(
     rejected_tokens: Tensor,
     cfg: DpoConfig,
 ) -> LossOutput:
-    """The loss of P pairs and its metrics; no collectives, no host synchronisation.
+    """The loss of P pairs and its metrics. Runs no collectives and does not synchronise with the host.
 
     All tensors are [P]. `*_logps` are sums of log-probabilities over the answer's tokens; `*_tokens` count those tokens
-    (at least 1; read only where a per-token mean is configured). Computed in the widest of the inputs' dtypes and at
-    least fp32. P = 0 gives zero sums that still carry (zero) gradient, so a rank without pairs can run backward.
+    (at least 1; read only where a per-token mean is configured). The dtype is the widest of the inputs', at least fp32.
+    P = 0 gives zero sums that still have a (zero) gradient, so a rank without pairs can run backward.
 
-    The reference may be None only with `preference_loss_weight: 0` or a loss that reads none. It is a constant.
+    The reference may be None only with `preference_loss_weight: 0` or a loss that reads none. It gets no gradient.
 
-    Metrics: `metric_names`. rewards are beta x r, r being the log-ratio as the loss sees it (the per-token mean under
-    `preference_average_log_probs`), so that -log sigmoid(margin) is sigmoid's loss; NeMo RL logs them without beta. In
-    losses without a reference r is the policy's own log-probability. accuracies counts chosen reward > rejected reward,
-    a tie as wrong (as NeMo RL and TRL do). logps are always sums over the answer's tokens.
+    Metrics: see `metric_names`. A reward is beta x r. r is the log-ratio that the loss uses (a per-token mean under
+    `preference_average_log_probs`), so sigmoid's loss is -log sigmoid(margin). NeMo RL logs rewards without beta. If the
+    loss reads no reference, r is the policy's log-probability. accuracies counts pairs with chosen reward > rejected
+    reward; a tie counts as wrong, as in NeMo RL and TRL. logps are always sums over the answer's tokens.
 
-    Raises ValueError for a shape other than [P], or a missing reference that the loss needs.
+    Raises ValueError for a shape other than [P], or if the loss needs a reference and there is none.
     """
     logps = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
     _check_shapes(*logps, chosen_tokens, rejected_tokens)
     dtype = _compute_dtype(*logps)
     policy_chosen, policy_rejected = policy_chosen_logps.to(dtype), policy_rejected_logps.to(dtype)
     chosen_tokens, rejected_tokens = chosen_tokens.to(dtype), rejected_tokens.to(dtype)
-    by_chosen, by_rejected = (chosen_tokens, rejected_tokens) if cfg.preference_average_log_probs else (1, 1)
+    chosen_divisor, rejected_divisor = (chosen_tokens, rejected_tokens) if cfg.preference_average_log_probs else (1, 1)
     scores = PairScores(
-        policy_chosen / by_chosen,
-        policy_rejected / by_rejected,
-        None if reference_chosen_logps is None else reference_chosen_logps.detach().to(dtype) / by_chosen,
-        None if reference_rejected_logps is None else reference_rejected_logps.detach().to(dtype) / by_rejected,
+        policy_chosen / chosen_divisor,
+        policy_rejected / rejected_divisor,
+        None if reference_chosen_logps is None else reference_chosen_logps.detach().to(dtype) / chosen_divisor,
+        None if reference_rejected_logps is None else reference_rejected_logps.detach().to(dtype) / rejected_divisor,
     )
 
-    # A part with weight 0 stays out of the sum (and of the graph): 0 x inf would be nan.
-    # The empty sums keep the gradient path when P = 0 or when a part does not touch the rejected answers.
+    # A part with weight 0 is not added at all, because 0 x inf is nan.
+    # The empty sums keep a gradient path if P = 0, or if no part reads the rejected answers.
     loss_sum = policy_chosen[:0].sum() + policy_rejected[:0].sum()
     metrics: dict[str, Tensor] = {}
 
@@ -96,7 +96,7 @@ def dpo_loss(
 
 
 def _preference_losses(scores: PairScores, cfg: DpoConfig) -> Tensor | None:
-    """[P] losses of `cfg.loss_type`, or None without a reference, where their weight must be 0."""
+    """[P] losses of `cfg.loss_type`. None if the loss needs a reference and there is none; its weight must then be 0."""
     if cfg.loss.reads_reference and scores.reference_chosen_logps is None:
         if cfg.preference_loss_weight != 0:
             raise ValueError(
@@ -105,7 +105,7 @@ def _preference_losses(scores: PairScores, cfg: DpoConfig) -> Tensor | None:
             )
         return None
     loss: Loss = cfg.loss
-    return loss.of_pairs(scores, cfg.reference_policy_kl_penalty)
+    return loss.pair_losses(scores, cfg.reference_policy_kl_penalty)
 
 
 def _sft_losses(policy_chosen_logps: Tensor, chosen_tokens: Tensor, cfg: DpoConfig) -> Tensor:
@@ -114,7 +114,7 @@ def _sft_losses(policy_chosen_logps: Tensor, chosen_tokens: Tensor, cfg: DpoConf
 
 
 def _reward_sums(scores: PairScores, cfg: DpoConfig) -> dict[str, Tensor]:
-    """Sums over the pairs of the implicit rewards; empty where the loss wants a reference and there is none."""
+    """Sums of the implicit rewards over the pairs. Empty if the loss needs a reference and there is none."""
     if not cfg.loss.reads_reference:
         chosen, rejected = scores.policy_chosen_logps.detach(), scores.policy_rejected_logps.detach()
     elif scores.reference_chosen_logps is not None:
@@ -140,7 +140,7 @@ def _compute_dtype(*logps: Tensor | None) -> torch.dtype:
 
 
 def _check_shapes(policy_chosen_logps: Tensor, *others: Tensor | None) -> None:
-    """[P, 1] against [P] would broadcast into [P, P] and train on nonsense; so every shape is compared."""
+    """Compares all shapes: [P, 1] with [P] would broadcast to [P, P] and give a wrong loss without an error."""
     reference_chosen, reference_rejected = others[1], others[2]
     if (reference_chosen is None) != (reference_rejected is None):
         raise ValueError("the reference's log-probabilities must be given for both answers or for none")
@@ -150,6 +150,6 @@ def _check_shapes(policy_chosen_logps: Tensor, *others: Tensor | None) -> None:
 
 
 def metric_names(cfg: DpoConfig, *, has_reference: bool) -> list[str]:
-    """Every name in `LossOutput.metrics`, for a rank that computes no loss but takes part in the reduction."""
-    every = has_reference or not cfg.loss.reads_reference
-    return sorted(name for name, metric in METRICS.items() if every or not metric.of_the_preference)
+    """All names in `LossOutput.metrics`. A rank that computes no loss needs them to join the reduction."""
+    has_rewards = has_reference or not cfg.loss.reads_reference
+    return sorted(name for name, metric in METRICS.items() if has_rewards or not metric.needs_rewards)

@@ -1,1 +1,1 @@
-"""megatron-core's optimizer and schedule for the policy: building, one guarded step, state for checkpoints."""
+"""megatron-core's optimizer and schedule for the policy: building them, a guarded step, state for checkpoints."""

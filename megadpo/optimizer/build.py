@@ -1,4 +1,4 @@
-"""From the config to megatron-core's DistributedDataParallel, optimizer and learning-rate schedule."""
+"""Builds megatron-core's DistributedDataParallel, optimizer and learning-rate schedule from the config."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from megadpo.optimizer.step import use_our_norm
 
 
 def wrap_for_training(chunks: Sequence[MegatronModule], policy: PolicyConfig) -> list[DistributedDataParallel]:
-    """The chunks with gradient buffers, which are summed over data-parallel ranks when gradients are finalised.
+    """The chunks with gradient buffers. Finalising sums the gradients over data-parallel ranks.
 
-    Summed, not averaged: `calculate_per_token_loss` in the TransformerConfig sets DDP's scaling to 1, and the loss is
-    already divided by the pairs of the global batch.
+    They are not averaged: `calculate_per_token_loss` in the TransformerConfig sets DDP's scaling to 1, because the loss is
+    divided by the pairs of the global batch already.
     """
     ddp, optimizer = policy.megatron_cfg.distributed_data_parallel_config, policy.megatron_cfg.optimizer
     config = DistributedDataParallelConfig(
@@ -27,7 +27,7 @@ def wrap_for_training(chunks: Sequence[MegatronModule], policy: PolicyConfig) ->
         overlap_param_gather=ddp.overlap_param_gather,
         use_distributed_optimizer=optimizer.use_distributed_optimizer,
     )
-    # Buckets exist to begin a reduction early; chunks after the first one finish early anyway.
+    # Buckets let a reduction start early; the backward pass of later chunks ends early anyway
     return [
         DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(chunks)
@@ -58,12 +58,12 @@ def build_optimizer(
             clip_grad=policy.max_grad_norm,
         ),
         list(chunks),
-        use_gloo_process_groups=device.type == "cuda",  # as in parallel/groups.py; a plan has none on any machine
+        use_gloo_process_groups=device.type == "cuda",  # as in parallel/groups.py; the planner has none
     )
 
 
 def build_scheduler(optimizer: MegatronOptimizer, policy: PolicyConfig, total_steps: int) -> OptimizerParamScheduler:
-    """Warm-up, then constant, linear or cosine decay, counted in optimizer steps; sets the first step's rate."""
+    """Warm-up, then a constant rate, or linear or cosine decay, in optimizer steps. Sets the rate of the first step."""
     schedule, lr, min_lr = (
         policy.megatron_cfg.scheduler,
         policy.megatron_cfg.optimizer.lr,
@@ -76,7 +76,7 @@ def build_scheduler(optimizer: MegatronOptimizer, policy: PolicyConfig, total_st
         max_lr=lr,
         min_lr=min_lr,
         lr_warmup_steps=schedule.lr_warmup_iters,
-        # megatron-core asserts that decay ends after warm-up; a constant rate never looks at the number.
+        # megatron-core asserts that decay ends after warm-up, also for a constant rate
         lr_decay_steps=max(decay_steps, schedule.lr_warmup_iters + 1),
         lr_decay_style=schedule.lr_decay_style,
         start_wd=schedule.start_weight_decay,
@@ -84,5 +84,5 @@ def build_scheduler(optimizer: MegatronOptimizer, policy: PolicyConfig, total_st
         wd_incr_steps=decay_steps,
         wd_incr_style=schedule.weight_decay_incr_style,
         use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,  # a resumed run follows its config; load_state only restores the count
+        override_opt_param_scheduler=True,  # a resumed run uses its config; only the step count is restored
     )

@@ -1,8 +1,9 @@
-"""Transformer Engine's FusedAdam a slice of a group at a time, so that what it copies for a moment stays small.
+"""Runs Transformer Engine's FusedAdam on slices of a parameter group, to limit the memory of its temporary copies.
 
-Before 2.13 it copies every bfloat16 moment of a group into float32 and keeps the copies until the whole group is done
-(2.11: fused_adam.py:321-323, 558-569 and 738-746; mended by https://github.com/NVIDIA/TransformerEngine/pull/2632): with
-both moments 8 bytes a parameter, 64 GB at 8B parameters.
+Before version 2.13 it copies every bfloat16 moment of a group to float32, and keeps the copies until the whole group is
+done (2.11: fused_adam.py:321-323, 558-569 and 738-746; fixed by
+https://github.com/NVIDIA/TransformerEngine/pull/2632). For both moments that is 8 bytes per parameter: 64 GB at 8B
+parameters.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ if TYPE_CHECKING:
     import torch
 
 SLICE_BYTES = 500_000_000
-"""Most copies of a slice, unless one parameter alone has more."""
+"""Limit on the copies of a slice. Only a single large parameter may exceed it."""
 
 
 def in_slices(fused: type[torch.optim.Optimizer], copied_bytes: int) -> type[torch.optim.Optimizer]:
-    """FusedAdam (`fused`), made to update a slice of a group at a time; itself where it copies nothing.
+    """The class FusedAdam (`fused`), changed to update one slice of a group at a time. `fused` itself if it makes no copies.
 
-    copied_bytes: what it copies for each parameter, by the dtypes of the moments.
+    copied_bytes: bytes that it copies for each parameter; the dtypes of the moments decide.
     """
-    from megatron.core.utils import is_te_min_version  # brings torch; a plan is checked without it
+    from megatron.core.utils import is_te_min_version  # imports torch, which the config check does not need
 
     if copied_bytes == 0 or is_te_min_version("2.13"):
         return fused
@@ -30,21 +31,21 @@ def in_slices(fused: type[torch.optim.Optimizer], copied_bytes: int) -> type[tor
 
 
 def most_copied(copied_bytes: int, elements: int, largest: int) -> int:
-    """Most bytes of copies at a time, while `elements` are updated, `largest` of them in one parameter: the slice's, and
-    one moment in bfloat16 again on its way back (fused_adam.py:264)."""
+    """Peak bytes of copies while `elements` are updated. `largest`: elements of the largest parameter. It counts a slice's
+    copies, and one moment that is converted back to bfloat16 (fused_adam.py:264)."""
     if copied_bytes == 0:
         return 0
     return min(copied_bytes * elements, max(SLICE_BYTES, copied_bytes * largest)) + 2 * largest
 
 
 class _InSlices:
-    """Goes before FusedAdam among a class's bases."""
+    """Mixin; it comes before FusedAdam in the list of base classes."""
 
     copied_bytes: int
     param_groups: list[dict[str, Any]]
 
     def step(self) -> None:
-        """As FusedAdam's, the same bits. Every slice of a group takes the step after the one that the group has done."""
+        """The same as FusedAdam's step, bit for bit. All slices of a group get the same step count."""
         groups = self.param_groups
         try:
             for group in groups:
@@ -58,7 +59,7 @@ class _InSlices:
 
 
 def _slices(parameters: Sequence[torch.Tensor], copied_bytes: int) -> Iterator[list[torch.Tensor]]:
-    """`parameters` in order, cut where the copies would be more than SLICE_BYTES."""
+    """`parameters` in order, in slices whose copies have at most SLICE_BYTES."""
     taken: list[torch.Tensor] = []
     copied = 0
     for parameter in parameters:

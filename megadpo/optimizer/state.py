@@ -1,8 +1,8 @@
-"""The optimizer's state as megatron-core's checkpoints want it, with its two traps for torch's AdamW closed.
+"""The optimizer's state for megatron-core's checkpoints, with workarounds for two bugs with torch's AdamW.
 
-Format: `fully_reshardable` for the distributed optimizer (state shaped as the parameters, so any layout can load it). A
-save collects the state of a group of copies on its first rank, over gloo, on the host: the others would otherwise get it
-too, through the GPUs, 12 bytes a parameter on each rank's host, and write nothing of it.
+Format: `fully_reshardable` for the distributed optimizer (state has the shape of the parameters, so any layout can load
+it). A save collects the state of a group of replicas on its first rank, over gloo, on the host. By default all ranks would
+get it through the GPUs, 12 bytes per parameter on each rank's host, although only the first rank writes it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 _NO_WEIGHTS = "a rank whose weights are all frozen"
-"""Key of the step count of a rank that has no weights to keep one for: rank 0's is the one that checkpoints hold."""
+"""Key of the step count on a rank without trainable weights. (Checkpoints have the count of rank 0.)"""
 METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": True,
@@ -22,10 +22,10 @@ METADATA = {
 
 
 def sharded_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
-    """The sharded state dict, for saving, or (`is_loading`) to be filled by loading.
+    """The sharded state dict to save, or (`is_loading`) to load into.
 
     model_state: the model's own sharded state dict. Collectives: one all-reduce of a number over the world; for the
-    distributed optimizer, gathers over dp on the host, three a bucket.
+    distributed optimizer, three gathers over dp on the host for each bucket.
     """
     if is_loading:
         _make_state(optimizer)
@@ -33,7 +33,7 @@ def sharded_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], *, 
     parts = _parts(optimizer)
     for part in parts:
         if isinstance(part, DistributedOptimizer) and part.data_parallel_group_gloo is None:
-            part.data_parallel_group_gloo = part.data_parallel_group  # on a CPU, where that is gloo
+            part.data_parallel_group_gloo = part.data_parallel_group  # on a CPU this group is gloo
         if isinstance(part, DistributedOptimizer) and _is_adam(part.optimizer) and not part.get_parameters():
             part.optimizer.state[_NO_WEIGHTS] = {
                 "step": step.clone()
@@ -48,10 +48,10 @@ def sharded_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], *, 
 
 
 def load_sharded_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Put a loaded state into the optimizer. No collectives."""
+    """Loads a state dict into the optimizer. No collectives."""
     for part in _parts(optimizer):
         if isinstance(part, DistributedOptimizer):
-            _let_step_pass(part)
+            _allow_step(part)
     optimizer.load_state_dict(state)
     for part in _parts(optimizer):
         _own_step_per_parameter(part.optimizer)
@@ -66,10 +66,10 @@ def _is_adam(inner: torch.optim.Optimizer) -> bool:
 
 
 def _steps_done(optimizer: MegatronOptimizer) -> torch.Tensor:
-    """Steps that AdamW has counted, also for a rank that has nothing to count. float32 scalar on the CPU."""
+    """AdamW's step count, also on a rank without trainable weights. float32 scalar on the CPU."""
     inner = [part.optimizer for part in _parts(optimizer) if part.optimizer]
     states = [state for one in inner for state in one.state.values()]
-    states += [group for one in inner for group in one.param_groups]  # where Transformer Engine's FusedAdam counts
+    states += [group for one in inner for group in one.param_groups]  # FusedAdam counts in its groups
     device = "cuda" if torch.cuda.is_available() else "cpu"
     most = torch.tensor(max((float(s.get("step", 0)) for s in states), default=0.0), device=device)
     torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
@@ -77,7 +77,7 @@ def _steps_done(optimizer: MegatronOptimizer) -> torch.Tensor:
 
 
 def _make_state(optimizer: MegatronOptimizer) -> None:
-    """torch's AdamW makes its state at the first step; a load needs it before, `step` included."""
+    """Creates the state of torch's AdamW, which itself does so only at the first step. Loading needs it before."""
     for part in _parts(optimizer):
         inner = part.optimizer
         if not _is_adam(inner):
@@ -92,9 +92,9 @@ def _make_state(optimizer: MegatronOptimizer) -> None:
                     }
 
 
-def _let_step_pass(part: DistributedOptimizer) -> None:
-    """distrib_optimizer.py `_set_main_param_and_optimizer_states` copies every entry of a parameter's state from the
-    checkpoint, and raises KeyError for torch's `step`, which is kept once for all parameters."""
+def _allow_step(part: DistributedOptimizer) -> None:
+    """Workaround: distrib_optimizer.py `_set_main_param_and_optimizer_states` copies every entry of a parameter's state
+    from the checkpoint. It raises KeyError for torch's `step`, which is saved once for all parameters."""
     copy_states = type(part)._set_main_param_and_optimizer_states
 
     def with_step(model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
@@ -106,8 +106,8 @@ def _let_step_pass(part: DistributedOptimizer) -> None:
 
 
 def _same_step_in_every_group(inner: torch.optim.Optimizer | None, step: int) -> None:
-    """FusedAdam counts in its groups, and not in one without parameters: the groups of a rank whose weights are all
-    frozen. Rank 0's count is the one that checkpoints hold, and without it a resumed run would count from 1 again."""
+    """Workaround: FusedAdam counts steps in its groups, but not in a group without parameters (on a rank whose weights are
+    all frozen). Checkpoints have rank 0's count; without it a resumed run would count from 1 again."""
     if inner is not None and hasattr(inner, "adam_w_mode") and step > 0:
         for group in inner.param_groups:
             if not group["params"]:
@@ -115,8 +115,8 @@ def _same_step_in_every_group(inner: torch.optim.Optimizer | None, step: int) ->
 
 
 def _own_step_per_parameter(inner: torch.optim.Optimizer) -> None:
-    """distrib_optimizer.py `load_state_dict` hands every parameter the SAME step tensor: one step of training would
-    then count once per parameter, and Adam's bias correction drift from the first update on."""
+    """Workaround: distrib_optimizer.py `load_state_dict` gives every parameter the SAME step tensor. Each step would then
+    add 1 for every parameter, and Adam's bias correction would be wrong from the first update on."""
     for state in inner.state.values():
         if isinstance(state.get("step"), torch.Tensor):
             state["step"] = state["step"].clone()

@@ -8,7 +8,7 @@ import signal
 import sys
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""SIGTERM: torchrun, a preempted node. SIGUSR1: launch/torchrun.sh, Slurm. SIGINT: Ctrl-C."""
+"""SIGTERM: torchrun, a preempted node. SIGUSR1: megadpo/launcher.py, Slurm. SIGINT: Ctrl-C."""
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 

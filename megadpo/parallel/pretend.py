@@ -16,17 +16,18 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from megadpo.config.grid import Grid
 from megadpo.parallel.cpu import enable_cpu
-from megadpo.parallel.groups import Layout, ParallelContext, destroy, initialize
+from megadpo.parallel.groups import ParallelContext, destroy, initialize
 
 META = torch.device("meta")
 
 
 @contextlib.contextmanager
-def pretend_rank(layout: Layout, *, world_size: int, rank: int) -> Iterator[ParallelContext]:
-    """The context of `rank` in a world of `world_size`; its device is meta. No process is started, nothing is sent.
+def pretend_rank(grid: Grid) -> Iterator[ParallelContext]:
+    """The context of the rank that `grid` speaks of; its device is meta. No process is started, nothing is sent.
 
-    The caller has checked the layout against the world size. Raises RuntimeError inside a real world. Where there is no
+    Raises RuntimeError inside a real world. Where there is no
     CUDA, megatron-core stays redirected to the CPU afterwards (parallel/cpu.py); everything else is restored.
     """
     # registers the "fake" backend; torch ships it for its own tests of distributed code, and nothing else offers one
@@ -38,9 +39,9 @@ def pretend_rank(layout: Layout, *, world_size: int, rank: int) -> Iterator[Para
         enable_cpu()
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _megatron_on_meta():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames collectives that megatron-core calls
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+        dist.init_process_group("fake", store=FakeStore(), rank=grid.rank, world_size=grid.world_size)
         try:
-            parallel = initialize(layout, META)
+            parallel = initialize(grid, META)
             model_parallel_cuda_manual_seed(0)  # layers take their generator's state even where nothing is drawn
             yield parallel
         finally:

@@ -90,7 +90,7 @@ class StagePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What `tools/plan.py` shows."""
+    """What `megadpo plan` shows."""
 
     job: Job
     grid: Grid

@@ -25,7 +25,6 @@ from megadpo.model.build import build_model, is_expert
 from megadpo.model.freeze import freeze
 from megadpo.model.transformer_config import DTYPES
 from megadpo.optimizer.build import build_optimizer, wrap_for_training
-from megadpo.parallel.groups import layout_of
 from megadpo.parallel.pretend import META, gather_buffers, pretend_rank
 from megadpo.plan.outlines import (
     Answers,
@@ -131,7 +130,7 @@ def trace_stage(
     """
     policy = _buildable(cfg.policy)
     with (
-        pretend_rank(layout_of(cfg), world_size=grid.world_size, rank=grid.rank) as parallel,
+        pretend_rank(grid) as parallel,
         fusions_of(device_type),
         addresses(),
         even_routing(arch, expert_load) as answers,

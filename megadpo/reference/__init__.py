@@ -1,4 +1,4 @@
-"""The frozen reference: a sharded copy beside the policy, or its log-probabilities, computed once and kept in a file."""
+"""The frozen reference: a sharded copy of a model, or a file of its log-probabilities."""
 
 from megadpo.reference.cached import LogpsCache, compute_missing, positions_by_use
 from megadpo.reference.resident import ResidentReference, answer_logps

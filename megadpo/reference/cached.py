@@ -1,13 +1,13 @@
-"""The reference's log-probabilities of a data set, computed once and kept in a file.
+"""The reference's log-probabilities of a data set, computed once and saved in a file.
 
-Pairs are computed in the order and the packs in which training will first see them. So in the same layout the first
-epoch has the very bits that a resident reference would give; another layout, a later epoch and a file of another run
-have the same numbers but for rounding.
+Pairs are computed in the same order and packs as in the first epoch of training. So in the same layout the first epoch
+has bit for bit the numbers of a resident reference. In another layout, in later epochs, or with a file from another run,
+the numbers differ by rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,59 +20,60 @@ from safetensors.numpy import load_file, save_file
 
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.data.batches.loader import GlobalBatchLoader
+from megadpo.data.batches.pack import PackedBatch
 from megadpo.files.atomic import write_then_rename
 from megadpo.parallel import ParallelContext
 from megadpo.reference.resident import ResidentReference
 
 Table = npt.NDArray[np.float32]
-"""[pairs, 2]: logps of chosen and rejected answer by position in the data set, in nats; NaN: not computed."""
+"""[answers]: logps in nats, by the number of the answer in the data set (`loader.answers`). NaN: not computed yet."""
 
 SAVE_EVERY_BATCHES = 20
-"""Global batches computed between two writes of the file: what an interrupted start loses at most."""
+"""Global batches between two writes of the file. An interruption loses at most this much."""
 
 
 @dataclass(frozen=True)
 class LogpsCache:
-    """The file of one data set under one reference; rank 0 alone reads and writes it."""
+    """The file for one data set and one reference. Only rank 0 reads and writes it."""
 
     path: Path
 
-    def read(self, num_pairs: int) -> Table:
-        """[num_pairs, 2], NaN where nothing is known. Raises ConfigError for a file that isn't such a table."""
+    def read(self, num_answers: int) -> Table:
+        """[num_answers], NaN for answers that are not in the file. Raises ConfigError if the file has no such table."""
         try:
             if not self.path.exists():
-                return np.full((num_pairs, 2), np.nan, dtype=np.float32)
+                return np.full(num_answers, np.nan, dtype=np.float32)
             table: Table = load_file(self.path)["logps"]
-            fits = table.shape == (num_pairs, 2) and table.dtype == np.float32
+            fits = table.shape == (num_answers,) and table.dtype == np.float32
             found = f"{table.dtype} {table.shape}"
         except (OSError, SafetensorError, KeyError) as error:
             fits, found = False, str(error)
         if not fits:
-            expected = f"float32 ({num_pairs}, 2): the log-probabilities of these pairs"
-            raise ConfigError([Problem(str(self.path), found, expected, "delete the file, to have it computed anew")])
+            expected = f"float32 ({num_answers},): the log-probabilities of these answers"
+            raise ConfigError([Problem(str(self.path), found, expected, "delete the file; it will be computed again")])
         return table
 
     def write(self, table: Table) -> None:
-        """Replace the file as a whole. Raises ConfigError where there is no room for it."""
+        """Replaces the whole file. Raises ConfigError if it can't be written."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with write_then_rename(self.path, durable=False) as partial:
                 save_file({"logps": table}, partial)
         except (OSError, SafetensorError) as error:
-            fix = "make room, or set dpo.reference.cache_dir to another folder"
+            fix = "free some space, or set dpo.reference.cache_dir to another folder"
             raise ConfigError(Problem(str(self.path), str(error), "a file that can be written", fix)) from error
 
 
 def positions_by_use(loader: GlobalBatchLoader, steps: int | None) -> npt.NDArray[np.int64]:
-    """int64 [pairs used]: the positions that `steps` global batches take, epoch after epoch, each where it is first
-    taken; None: one epoch."""
+    """int64 [pairs used]: the positions of the pairs in `steps` global batches over all epochs (None: in one epoch), in
+    the order of their first use."""
     taken = np.zeros(len(loader.dataset), dtype=bool)
     parts = []
     left = loader.batches_per_epoch if steps is None else steps
     epoch = 0
     while left > 0 and not taken.all():
         batches = min(left, loader.batches_per_epoch)
-        order = loader.order(epoch)[: batches * loader.global_batch_size]
+        order = loader.order(epoch)[: batches * loader.options.global_batch_size]
         parts.append(order[~taken[order]])
         taken[order] = True
         left, epoch = left - batches, epoch + 1
@@ -88,28 +89,51 @@ def compute_missing(
     *,
     after_some: Callable[[Table], None],
 ) -> Table:
-    """`table` with the pairs at `positions` [N] that it lacks, the same on every rank.
+    """`table`, with the missing pairs among `positions` [N] computed. The result is the same on every rank.
 
-    after_some(table): called on every rank with what there is so far, every SAVE_EVERY_BATCHES global batches and at
-    the end. Collectives: the model's and the pipeline's; an all-reduce of [pairs, 2] before each call of after_some.
+    after_some(table): called on every rank with the table so far, every SAVE_EVERY_BATCHES global batches and at the end.
+    Collectives: those of model and pipeline, and an all-reduce of [answers] before each call of after_some.
     """
     table = table.copy()
-    missing = positions[np.isnan(table[positions]).any(axis=1)]
+    missing = positions[np.isnan(table[loader.answers[positions]]).any(axis=1)]
     done: list[npt.NDArray[np.int64]] = []
     mine: list[tuple[npt.NDArray[np.int64], torch.Tensor]] = []
-    batches = -(-len(missing) // loader.global_batch_size)
+    batches = -(-len(missing) // loader.options.global_batch_size)
     for number, (chosen, plan) in enumerate(loader.deals_of(missing), start=1):
-        packs = [chosen[numbers] for numbers in plan[parallel.dp_rank]]
-        logps = reference.logps([loader.pack(pack) for pack in packs])
-        if parallel.tp_rank == parallel.cp_rank == 0:  # the others have the same numbers
-            mine += zip(packs, logps, strict=False)  # no logps but on the last pipeline stage
+        packs = [loader.pack(chosen[numbers]) for numbers in plan[parallel.grid.dp_rank]]
+        logps = reference.logps(packs)
+        if parallel.grid.tp_rank == parallel.grid.cp_rank == 0:  # the other ranks of these groups have the same numbers
+            new = _new_answers(loader, chosen, plan, parallel.grid.dp_rank, packs, done)
+            mine += zip(new, logps, strict=False)  # only the last pipeline stage has logps
         loader.dataset.release()
-        done.append(chosen)
+        done.append(loader.answers[chosen].ravel())
         if number % SAVE_EVERY_BATCHES == 0 or number == batches:
             _share(table, np.concatenate(done), mine, parallel.device)
             done, mine = [], []
             after_some(table)
     return table
+
+
+def _new_answers(
+    loader: GlobalBatchLoader,
+    positions: npt.NDArray[np.int64],
+    plan: Sequence[Sequence[Sequence[int]]],
+    rank: int,
+    packs: Sequence[PackedBatch],
+    done: Sequence[npt.NDArray[np.int64]],
+) -> list[npt.NDArray[np.int64]]:
+    """Of each pack of this rank, int64 [K]: the numbers of its answers; -1 if the answer is in `done`, or an earlier rank or
+    pack of this global batch has it too. So each answer counts once."""
+    before = [pair for earlier in plan[:rank] for pack in earlier for pair in pack]
+    known = np.concatenate([*done, loader.answers[positions[np.array(before, dtype=np.int64)]].ravel()])
+    numbers: list[npt.NDArray[np.int64]] = []
+    for pairs, pack in zip(plan[rank], packs, strict=True):
+        of_rows = np.empty(pack.num_answers, dtype=np.int64)
+        of_rows[pack.pairs.numpy()] = loader.answers[positions[pairs]]
+        new = np.where(np.isin(of_rows, known), -1, of_rows)
+        numbers.append(new)
+        known = np.concatenate([known, new])
+    return numbers
 
 
 def _share(
@@ -118,10 +142,10 @@ def _share(
     mine: list[tuple[npt.NDArray[np.int64], torch.Tensor]],
     device: torch.device,
 ) -> None:
-    """Put every rank's results into every rank's table: sums in which each pair has one term that isn't 0."""
+    """Copies every rank's results into every rank's table, by a sum in which only one rank's term of an answer isn't 0."""
     found = np.zeros_like(table)
-    for pack, logps in mine:
-        found[pack] = logps.reshape(-1, 2).cpu().numpy()
-    everyones = torch.from_numpy(found).to(device)
-    dist.all_reduce(everyones)
-    table[done] = everyones.cpu().numpy()[done]
+    for numbers, logps in mine:
+        found[numbers[numbers >= 0]] = logps.cpu().numpy()[numbers >= 0]
+    total = torch.from_numpy(found).to(device)
+    dist.all_reduce(total)
+    table[done] = total.cpu().numpy()[done]

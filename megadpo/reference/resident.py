@@ -1,4 +1,4 @@
-"""The frozen reference: a sharded copy beside the policy, in the same layout, that only ever runs forward."""
+"""The frozen reference as a second model in memory, in the policy's layout. It only runs forward."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from megadpo.parallel import ParallelContext, run_pipeline
 
 
 class ResidentReference:
-    """No gradients, no optimizer state, no gradient buffer: exactly its weights."""
+    """A frozen model. Its memory is that of its weights: no gradients, no gradient buffer, no optimizer state."""
 
     def __init__(self, model: Sequence[PairModel], parallel: ParallelContext) -> None:
-        self.model = model  # the chunks of this rank
+        self.model = model  # this rank's chunks
         self.parallel = parallel
 
     def logps(self, micro_batches: Sequence[PackedBatch]) -> list[torch.Tensor]:
-        """One [2P] float32 tensor of answer logps a micro-batch, on the last pipeline stage; an empty list elsewhere.
+        """For each micro-batch a [K] float32 tensor of answer logps, on the last pipeline stage. Other stages: [].
 
         Collectives: the pipeline's sends and receives, and the model's own.
         """
@@ -30,7 +30,8 @@ class ResidentReference:
 def answer_logps(
     model: Sequence[PairModel], micro_batches: Sequence[PackedBatch], parallel: ParallelContext
 ) -> list[torch.Tensor]:
-    """The chunks of `model` forward over the micro-batches through the pipeline schedule, in evaluation mode."""
+    """Runs the chunks of `model` forward over the micro-batches, in evaluation mode, through the pipeline schedule. Result
+    and collectives as in ResidentReference.logps."""
     was_training = model[0].training
     for chunk in model:
         chunk.eval()

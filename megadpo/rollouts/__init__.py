@@ -1,1 +1,1 @@
-"""NeMo Gym rollouts (several answers to a prompt, each with a reward) -> preference pairs that training reads."""
+"""Makes preference pairs for training from NeMo Gym rollouts (several answers to a prompt, each with a reward)."""

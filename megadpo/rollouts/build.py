@@ -25,8 +25,8 @@ from megadpo.rollouts.store import Rollout, TextStore
 def build_pairs(
     paths: Sequence[Path], output: Path, options: BuildOptions, on_row: Callable[[], None] = lambda: None
 ) -> BuildReport:
-    """Reads `paths`, writes `output` and its rejected file, each whole or not at all; without a single pair `output`
-    is not written. Raises DataError with every problem for files that can't be read or grouped."""
+    """Reads `paths`, and writes `output` and its rejected file. Each is written whole or not at all; `output` only if there
+    is at least one pair. Raises DataError with every problem of files that can't be read or grouped."""
     try:
         with (
             TextStore(output.parent) as store,
@@ -38,7 +38,7 @@ def build_pairs(
             left_out = LeftOut(rejected_file)
             read = read_rollouts(paths, store, left_out, options.row, on_row)
             if options.group_by == "task" and options.num_repeats is None:
-                _leave_out_taskless(read, left_out)
+                _leave_out_without_task(read, left_out)
             if options.num_repeats is not None:
                 grouping = group_consecutive(read.rollouts, read.rows, options.num_repeats)
             else:
@@ -53,15 +53,13 @@ def build_pairs(
                 partial.unlink()
             return _report(read, grouping, groups, pairs, left_out, options)
     except OSError as error:
-        said = error.strerror or type(error).__name__
-        raise DataError(
-            Problem(str(output), said, "a folder that can be written to", "make the folder, or free space on its disk")
-        ) from error
+        reason, fix = error.strerror or type(error).__name__, "create the folder, or free some space on its disk"
+        raise DataError(Problem(str(output), reason, "a folder that can be written to", fix)) from error
 
 
 def pair_row(pair: RolloutPair, store: TextStore, *, text: bool) -> dict[str, Any]:
-    """The row as training reads it: prompt and answers as messages (strings with `text`), `tools` if the prompt has
-    any, rewards, and where both answers come from."""
+    """The row for training: prompt and answers as messages (with `text`: as strings), `tools` if the prompt has any,
+    rewards, and the origin of both answers."""
     prompt = store.get(pair.chosen.prompt)
     chosen, rejected = store.get(pair.chosen.answer), store.get(pair.rejected.answer)
     if text:
@@ -84,11 +82,11 @@ def pair_row(pair: RolloutPair, store: TextStore, *, text: bool) -> dict[str, An
 
 
 def _origin(rollout: Rollout) -> str:
-    """file:line, and which of the task's rollouts it is where the row says so."""
+    """file:line, and the rollout's index if the row has one."""
     return rollout.where if rollout.rollout_index is None else f"{rollout.where} (rollout {rollout.rollout_index})"
 
 
-def _leave_out_taskless(read: ReadRollouts, left_out: LeftOut) -> None:
+def _leave_out_without_task(read: ReadRollouts, left_out: LeftOut) -> None:
     for rollout in read.rollouts:
         if rollout.task is None:
             left_out.add(rollout.where, "no_task_index")
@@ -96,7 +94,7 @@ def _leave_out_taskless(read: ReadRollouts, left_out: LeftOut) -> None:
 
 
 def _deduplicated(group: Group, left_out: LeftOut) -> Group:
-    """The group with each answer once, and without answers that were rewarded in two ways."""
+    """The group with each answer once, and without answers that have two different rewards."""
     by_answer: dict[int, list[Rollout]] = {}
     for rollout in group.rollouts:
         by_answer.setdefault(rollout.answer, []).append(rollout)
@@ -113,12 +111,12 @@ def _deduplicated(group: Group, left_out: LeftOut) -> Group:
 
 
 def _selected(groups: Sequence[Group], left_out: LeftOut, options: BuildOptions) -> list[RolloutPair]:
-    """All groups' pairs in order; groups without one, and pairs taken out afterwards, are left out."""
+    """The pairs of all groups, in order. Groups without a pair, and pairs that are removed again, go to `left_out`."""
     pairs: list[RolloutPair] = []
     seen: set[tuple[int, int, int]] = set()
     for number, group in enumerate(groups):
         selected = select_pairs(group.rollouts, options.pairing, number)
-        if not selected and group.rollouts:  # --dedupe may have left none, and has said so of each
+        if not selected and group.rollouts:  # --dedupe may have removed all rollouts; it has reported each
             left_out.add(
                 group.name,
                 _why_no_pair(group, options),
@@ -164,5 +162,5 @@ def _report(
     report = BuildReport(options, read.rows, rewards, grouping, pairs, left_out, at_gaps, read.notes)
     equal = sum(len(group.rollouts) - len({one.answer for one in group.rollouts}) for group in grouping.groups)
     if equal and not options.dedupe:
-        report.notes["answers that an earlier rollout of their group gave too (--dedupe takes them once)"] = equal
+        report.notes["answers are equal to an earlier one of their group (--dedupe would keep one)"] = equal
     return report

@@ -1,9 +1,8 @@
-"""The command behind tools/build_pairs.py."""
+"""What `megadpo pairs` does."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -12,14 +11,13 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from megadpo.config.problems import DataError, Problem
 from megadpo.files.atomic import write_then_rename
 from megadpo.rollouts.build import build_pairs
-from megadpo.rollouts.options import parse_command, rejected_path
+from megadpo.rollouts.options import Command, rejected_path
 from megadpo.rollouts.report import BuildReport
 from megadpo.rollouts.show import COLUMNS, show, write_html, write_png
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Build and print the report. Raises ConfigError for options, DataError for files and where no pair came out."""
-    command = parse_command(arguments)
+def run(command: Command) -> None:
+    """Builds pairs and prints the report. Raises DataError for files and if there is no pair."""
     with _progress() as progress:
         task = progress.add_task("rows read", total=None)
         report = build_pairs(command.rollouts, command.output, command.build, lambda: progress.advance(task))
@@ -28,16 +26,16 @@ def run(arguments: Sequence[str]) -> None:
         _write_report(report, command.report)
     output, rejected = command.output, rejected_path(command.output)
     if not report.pairs:
-        there = "left as it was" if output.exists() else "not written"
+        state = "not changed" if output.exists() else "not written"
         files = ", ".join(str(path) for path in command.rollouts)
-        fix = f"see the reasons above and in {rejected}; {output} was {there}"
+        fix = f"see the reasons above and in {rejected}; {output} was {state}"
         raise DataError(Problem(files, "no pair", "two answers to one prompt with a reward gap", fix))
     pairs = f"{len(report.pairs):,} pair{'s' * (len(report.pairs) > 1)}"
     print(f"wrote {output}: {pairs}; {rejected}: {report.left_out.counts.total():,} left out")
 
 
 def _progress() -> Progress:
-    """Rows so far, on a terminal; nothing elsewhere."""
+    """Shows the number of rows read, if stderr is a terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.completed:,.0f} {task.description}"), TimeElapsedColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
@@ -48,6 +46,6 @@ def _write_report(report: BuildReport, path: Path) -> None:
         with write_then_rename(path) as partial:
             (write_png if path.suffix == ".png" else write_html)(report, partial)
     except OSError as error:
-        said = error.strerror or type(error).__name__
-        raise DataError(Problem("--report", said, "a file that can be written", f"name another than {path}")) from error
+        reason, fix = error.strerror or type(error).__name__, f"name another file than {path}"
+        raise DataError(Problem("--report", reason, "a file that can be written", fix)) from error
     print(f"wrote {path}", file=sys.stderr)

@@ -1,8 +1,8 @@
-"""Rollouts -> groups of answers to one prompt.
+"""Groups rollouts by prompt.
 
-Whatever the grouping, all rollouts of a group have the same prompt (and tools): a pair needs one prompt, and a task of
-an environment that deals anew each time (a card game) has many. Rollouts of different agents are never in one group,
-because their rewards come from different verifiers.
+In every grouping, all rollouts of a group have the same prompt (and tools), because a pair needs one prompt. A task may
+have several prompts, for example a card game that shuffles each time. Rollouts of different agents are never in one
+group, because their rewards come from different verifiers.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ class Group:
     name: str
     """file:line of its first rollout, and its task."""
     rollouts: list[Rollout]
-    """In file order; of one prompt."""
+    """In file order, all with the same prompt."""
     of_split_task: bool = False
-    """Whether its task has rollouts with other inputs, which are groups of their own."""
+    """Whether its task also has rollouts with other inputs, in other groups."""
     deduplicated: int = 0
-    """Rollouts that --dedupe took out of it."""
+    """Number of rollouts that --dedupe removed."""
 
 
 @dataclass(frozen=True)
 class Grouping:
     groups: list[Group]
-    """In the order in which their first rollouts come."""
+    """In the order of their first rollouts."""
     how: str
-    """For the report."""
+    """The method, for the report."""
     split_tasks: list[str]
-    """Tasks that had several prompts and so make several groups: one text for each."""
+    """A text for each task with several prompts, and so with several groups."""
 
 
 def group_by_input(rollouts: Iterable[Rollout], how: str = "by input") -> Grouping:
-    """One group a prompt, its tools and agent."""
+    """A group for each prompt with its tools and agent."""
     groups = _gathered(((rollout.agent, rollout.prompt), rollout) for rollout in rollouts)
     return Grouping([Group(group[0].where, group) for group in groups], how, [])
 
 
 def group_by_task(rollouts: list[Rollout], how: str = "by _ng_task_index") -> Grouping:
-    """One group a task (`_ng_task_index`) and prompt. Every rollout must have its task index."""
+    """A group for each task (`_ng_task_index`) and prompt. Every rollout must have a task index."""
     groups = _gathered(((rollout.agent, rollout.task, rollout.prompt), rollout) for rollout in rollouts)
     firsts_of_task: dict[Hashable, list[Rollout]] = {}
     for group in groups:
@@ -66,12 +66,12 @@ def group_by_task(rollouts: list[Rollout], how: str = "by _ng_task_index") -> Gr
 
 
 def _task_of(rollout: Rollout) -> Hashable:
-    """A task of one file: two files' tasks may have the same numbers."""
+    """Identifies a task. Tasks of two files may have the same numbers."""
     return rollout.path, rollout.agent, rollout.task
 
 
 def group_rollouts(rollouts: list[Rollout], by: GroupBy = "auto") -> Grouping:
-    """auto: by task where every rollout has its task index, else by input."""
+    """auto: by task if every rollout has a task index, else by input."""
     if by == "task":
         return group_by_task(rollouts)
     if by == "input":
@@ -84,9 +84,9 @@ def group_rollouts(rollouts: list[Rollout], by: GroupBy = "auto") -> Grouping:
 
 
 def group_consecutive(rollouts: Iterable[Rollout], rows: dict[str, int], num_repeats: int) -> Grouping:
-    """Every `num_repeats` consecutive rows of a file, as NeMo Gym writes them (aabbcc). Rows that can't be used keep
-    their place. `rows`: rows of each file, of which the last group may be short. Raises DataError where such rows have
-    different inputs: one missing row would mix the prompts of every group after it."""
+    """A group for every `num_repeats` consecutive rows of a file, as NeMo Gym writes them (aabbcc). Unusable rows are
+    counted too. `rows`: number of rows of each file; its last group may be shorter. Raises DataError if the rows of a
+    group have different inputs: then a row is missing, and all later groups would mix prompts."""
     groups = _gathered(((rollout.path, rollout.position // num_repeats), rollout) for rollout in rollouts)
     problems = [problem for group in groups if (problem := _mixed(group, num_repeats))]
     if problems:
@@ -109,9 +109,9 @@ def _mixed(group: list[Rollout], num_repeats: int) -> Problem | None:
         return None
     return Problem(
         other.where,
-        f"another input or agent than line {first.line}, which is of the same {num_repeats} rows",
-        f"--num-repeats {num_repeats} consecutive rows of one input",
-        "give the num_repeats that the rollouts were collected with, or use --group-by input",
+        f"another input or agent than in line {first.line}, which is in the same group of {num_repeats} rows",
+        f"{num_repeats} consecutive rows (--num-repeats) with the same input",
+        "set --num-repeats to the value with which the rollouts were collected, or use --group-by input",
     )
 
 

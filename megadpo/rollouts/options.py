@@ -1,4 +1,4 @@
-"""The options of tools/build_pairs.py."""
+"""The options of `megadpo pairs`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import get_args
@@ -21,15 +21,15 @@ _CHANGE = "change it or leave it out"
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """What decides which pairs are built."""
+    """The options that decide which pairs are built."""
 
     row: RowOptions = field(default_factory=RowOptions)
     pairing: PairingOptions = field(default_factory=PairingOptions)
     group_by: GroupBy = "auto"
     num_repeats: int | None = None
-    """Group this many consecutive rows, whatever `group_by` says."""
+    """Group this many consecutive rows; `group_by` is then ignored."""
     dedupe: bool = False
-    """Take equal answers of a group, and equal pairs of the file, once; leave out answers with two rewards."""
+    """Keep one of equal answers of a group, and one of equal pairs. Leave out answers with two rewards."""
     balance_lengths: bool = False
 
     def __str__(self) -> str:
@@ -50,18 +50,17 @@ class BuildOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """One call of the tool."""
+    """One call of `megadpo pairs`."""
 
     rollouts: list[Path]
     output: Path
     report: Path | None
-    """.html or .png."""
+    """A .html or .png file."""
     build: BuildOptions
 
 
-def parse_command(arguments: Sequence[str]) -> Command:
-    """Raises ConfigError with every problem, SystemExit for what argparse refuses."""
-    given = _parser().parse_args(arguments)
+def read_options(given: argparse.Namespace) -> Command:
+    """What `add_options` parsed. Raises ConfigError with every problem."""
     problems = [*_value_problems(given), *_problems_without_effect(given), *_path_problems(given)]
     if problems:
         raise ConfigError(problems)
@@ -79,45 +78,50 @@ def parse_command(arguments: Sequence[str]) -> Command:
 
 
 def rejected_path(output: Path) -> Path:
-    """Where what was left out of `output` is written."""
+    """The file for everything that is left out of `output`."""
     return output.with_name(f"{output.name.removesuffix('.jsonl')}.rejected.jsonl")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tools/build_pairs.py", description="NeMo Gym rollouts -> preference pairs for training."
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Everything that `megadpo pairs` takes."""
     parser.add_argument("rollouts", nargs="+", type=Path, help="rollouts files: .jsonl, .jsonl.gz, .jsonl.zst")
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="PAIRS.jsonl")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="the printed report as .html, or drawn as .png")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="also write the report to FILE (.html or .png)")
     group = parser.add_argument_group("grouping")
     group.add_argument(
         "--group-by",
         choices=get_args(GroupBy),
         default=None,
-        help="_ng_task_index (and input), the input alone, or auto: task where every rollout has its index",
+        help="task: _ng_task_index and input; input: the input only; auto: task if every rollout has an index",
     )
-    group.add_argument("--num-repeats", type=int, metavar="N", help="N consecutive rows are a group")
+    group.add_argument("--num-repeats", type=int, metavar="N", help="each N consecutive rows are a group")
     pairing = parser.add_argument_group("pairing")
     pairing.add_argument("--pairing", choices=get_args(Pairing), default="best-worst", help="default: %(default)s")
     pairing.add_argument(
-        "--min-gap", type=float, default=0.1, metavar="X", help="least reward gap; 0: any (default: %(default)s)"
+        "--min-gap",
+        type=float,
+        default=0.1,
+        metavar="X",
+        help="smallest reward gap of a pair; 0: any gap (default: %(default)s)",
     )
     pairing.add_argument("--min-chosen-reward", type=float, metavar="X")
-    pairing.add_argument("--max-pairs-per-prompt", type=int, metavar="N", help="widest gaps first; random: default 1")
-    pairing.add_argument("--dedupe", action="store_true", help="equal answers and equal pairs count once")
-    pairing.add_argument("--seed", type=int, help="of random and --balance-lengths (default: 0)")
+    pairing.add_argument(
+        "--max-pairs-per-prompt", type=int, metavar="N", help="largest gaps first; default with random: 1"
+    )
+    pairing.add_argument("--dedupe", action="store_true", help="keep one of equal answers and equal pairs")
+    pairing.add_argument("--seed", type=int, help="for --pairing random and --balance-lengths (default: 0)")
     length = parser.add_argument_group("length (characters that the assistant wrote)")
-    length.add_argument("--match-lengths", action="store_true", help="among equal gaps, similar lengths first")
-    length.add_argument("--max-length-ratio", type=float, metavar="R", help="longer answer at most R x the shorter")
+    length.add_argument("--match-lengths", action="store_true", help="with equal gaps, prefer similar lengths")
+    length.add_argument("--max-length-ratio", type=float, metavar="R", help="length of longer / shorter answer <= R")
     length.add_argument(
-        "--balance-lengths", action="store_true", help="chosen longer as often as shorter; drops the smallest gaps"
+        "--balance-lengths",
+        action="store_true",
+        help="chosen is longer as often as shorter; leaves out pairs with the smallest gaps",
     )
     rows = parser.add_argument_group("rows")
     rows.add_argument("--reasoning", choices=("keep", "drop"), default="keep", help="reasoning_content of answers")
-    rows.add_argument("--keep-incomplete", action="store_true", help="use answers cut at max_output_tokens")
-    rows.add_argument("--text", action="store_true", help="write strings; refuses rows that a string can't hold")
-    return parser
+    rows.add_argument("--keep-incomplete", action="store_true", help="use answers that end at max_output_tokens")
+    rows.add_argument("--text", action="store_true", help="write plain strings; leaves out rows with other content")
 
 
 def _value_problems(options: argparse.Namespace) -> Iterator[Problem]:
@@ -136,9 +140,10 @@ def _problems_without_effect(options: argparse.Namespace) -> Iterator[Problem]:
     if options.num_repeats is not None and options.group_by is not None:
         yield Problem("--num-repeats", options.num_repeats, f"no --group-by {options.group_by}", "give one of the two")
     if options.seed is not None and options.pairing != "random" and not options.balance_lengths:
-        yield Problem("--seed", options.seed, "--pairing random or --balance-lengths", "leave it out: nothing is drawn")
+        fix = "leave it out: nothing is random"
+        yield Problem("--seed", options.seed, "--pairing random or --balance-lengths", fix)
     if options.match_lengths and options.pairing == "random":
-        yield Problem("--match-lengths", True, "a --pairing by gap", "leave it out, or use --max-length-ratio")
+        yield Problem("--match-lengths", True, "another --pairing", "leave it out, or use --max-length-ratio")
     if options.pairing == "best-worst" and (options.max_pairs_per_prompt or 1) > 1:
         expected = "1 with --pairing best-worst"
         yield Problem("--max-pairs-per-prompt", options.max_pairs_per_prompt, expected, "use --pairing all")
@@ -151,8 +156,8 @@ def _path_problems(options: argparse.Namespace) -> Iterator[Problem]:
         if options.report.suffix not in (".html", ".png"):
             yield Problem("--report", str(options.report), "a name that ends in .html or .png", "rename it")
         elif options.report.suffix == ".png" and importlib.util.find_spec("matplotlib") is None:
-            fix = "pip install 'megadpo[report]', or ask for --report FILE.html"
-            yield Problem("--report", "a .png", "matplotlib", fix)
+            fix = "pip install 'megadpo[report]', or use --report FILE.html"
+            yield Problem("--report", "a .png", "matplotlib to be installed", fix)
     if options.output.suffix != ".jsonl":
         yield Problem("--output", str(options.output), "a name that ends in .jsonl", "rename it: training reads JSONL")
     places: dict[str, str] = {}
@@ -166,7 +171,7 @@ def _path_problems(options: argparse.Namespace) -> Iterator[Problem]:
         if path.is_dir():
             yield Problem(name, str(path), "a file", "name a file in that folder")
         elif not path.parent.is_dir():
-            yield Problem(name, str(path), "a file in a folder that exists", f"make the folder {path.parent}")
+            yield Problem(name, str(path), "a file in an existing folder", f"create the folder {path.parent}")
         other = places.setdefault(os.path.realpath(path), name)
         if other != name:
             yield Problem(name, str(path), f"another file than {other}", "rename it: that file would be overwritten")

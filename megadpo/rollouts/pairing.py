@@ -1,7 +1,7 @@
-"""Which answers of a group make pairs.
+"""Selects pairs of answers in a group.
 
-Rollouts are ordered by falling reward, equal rewards in file order, and candidates (i, j) are pairs of that order with
-i before j: i is chosen, j rejected. Two answers that are the same, and a gap of zero, never make a pair.
+Rollouts are sorted by decreasing reward; equal rewards stay in file order. A candidate (i, j) has i before j in this order:
+i is chosen, j is rejected. Two equal answers, or two equal rewards, never make a pair.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ Pairing: TypeAlias = Literal["best-worst", "all", "best-each", "random"]
 @dataclass(frozen=True, kw_only=True)
 class PairingOptions:
     pairing: Pairing = "best-worst"
-    """best-worst: the pair with the widest gap. all: every pair. best-each: the best answer against every other.
-    random: `max_pairs_per_prompt` (default 1) of all pairs."""
+    """best-worst: the pair with the largest gap. all: every pair. best-each: the best answer with every other one.
+    random: `max_pairs_per_prompt` (default 1) random pairs."""
     min_gap: float = 0.1
-    """Least chosen minus rejected reward, compared as floats: 0.7 - 0.6 is less than 0.1. 0: any gap."""
+    """Smallest chosen minus rejected reward, as floats: 0.7 - 0.6 is less than 0.1. 0: any gap."""
     min_chosen_reward: float | None = None
     max_pairs_per_prompt: int | None = None
-    """Of a group the pairs with the widest gaps are kept; with `random`, the first drawn."""
+    """The pairs with the largest gaps are kept; with `random`, the first ones drawn."""
     max_length_ratio: float | None = None
-    """Most characters of the longer answer for one of the shorter."""
+    """Limit on characters of the longer answer / characters of the shorter one."""
     match_lengths: bool = False
-    """Among equal gaps, take answers of similar length first (else the first of the best and the last of the worst)."""
+    """With equal gaps, prefer answers of similar length. (Else: the first of the best and the last of the worst.)"""
     seed: int = 0
 
 
@@ -49,19 +49,19 @@ class RolloutPair:
 
     @property
     def longer(self) -> int:
-        """1 if chosen has more characters than rejected, -1 if fewer, 0 if as many."""
+        """1 if chosen has more characters than rejected, -1 if fewer, 0 if the numbers are equal."""
         return (self.chosen.answer_chars > self.rejected.answer_chars) - (
             self.chosen.answer_chars < self.rejected.answer_chars
         )
 
 
 def select_pairs(rollouts: Sequence[Rollout], options: PairingOptions, group: int = 0) -> list[RolloutPair]:
-    """The pairs of one group, in the order of combinations of its rollouts by falling reward."""
+    """The pairs (i, j) of one group, sorted."""
     return _Selection(rollouts, options, group).pairs()
 
 
 def why_no_pair(rollouts: Sequence[Rollout], options: PairingOptions) -> str:
-    """A key of GROUP_REASONS, for a group from which `select_pairs` takes nothing."""
+    """Why `select_pairs` finds no pair in a group: a key of GROUP_REASONS."""
     rewards = [rollout.reward for rollout in rollouts]
     if len(rewards) < 2:
         return "one_rollout"
@@ -83,7 +83,7 @@ class _Selection:
     def __init__(self, rollouts: Sequence[Rollout], options: PairingOptions, group: int) -> None:
         self.options = options
         self.group = group
-        self.sorted = sorted(rollouts, key=lambda rollout: -rollout.reward)  # stable, as the guides' sort is
+        self.sorted = sorted(rollouts, key=lambda rollout: -rollout.reward)  # stable
         self.rewards = [rollout.reward for rollout in self.sorted]
         least = options.min_chosen_reward
         self.choosable = len(self.sorted) if least is None else sum(reward >= least for reward in self.rewards)
@@ -112,7 +112,7 @@ class _Selection:
         return gap > 0 and gap >= self.options.min_gap
 
     def _passes(self, i: int, j: int) -> bool:
-        """Everything but the gap and the chosen reward, which the candidates keep to."""
+        """Checks all conditions except gap and chosen reward, which every candidate satisfies."""
         chosen, rejected = self.sorted[i], self.sorted[j]
         if chosen.answer == rejected.answer:
             return False
@@ -121,8 +121,8 @@ class _Selection:
         return ratio is None or longer <= ratio * shorter
 
     def _by_gap(self, choosable: int) -> Iterator[tuple[int, int]]:
-        """Candidates whose i is below `choosable`, widest gap first; among equal gaps the least i, then the greatest
-        j, or the closest lengths."""
+        """Candidates with i < `choosable`, largest gap first. With equal gaps: smallest i, then largest j; or with
+        match_lengths, most similar lengths first."""
         if not self.options.match_lengths:
             yield from self._widest_first(choosable)
             return
@@ -134,7 +134,7 @@ class _Selection:
         return abs(self.sorted[ij[0]].answer_chars - self.sorted[ij[1]].answer_chars)
 
     def _widest_first(self, choosable: int) -> Iterator[tuple[int, int]]:
-        """A merge of one falling sequence for each i, so that the first k of n^2 candidates cost n + k log n."""
+        """Merges one sorted sequence for each i, so that the first k of n^2 candidates cost n + k log n."""
         last = len(self.sorted) - 1
         heap = [(self.rewards[last] - self.rewards[i], i, -last) for i in range(min(choosable, last))]
         heapq.heapify(heap)
@@ -149,7 +149,7 @@ class _Selection:
                 heapq.heappop(heap)
 
     def _best_each(self) -> Iterator[tuple[int, int]]:
-        """The best answer against each other; with match_lengths, of equally best ones the closest in length."""
+        """The best answer with each other one. With match_lengths, of several best ones the most similar in length."""
         if not self.options.match_lengths:
             yield from self._by_gap(min(self.choosable, 1))
             return
@@ -161,8 +161,8 @@ class _Selection:
                 yield i, j
 
     def _at_random(self) -> Iterator[tuple[int, int]]:
-        """All candidates in an order that depends on the seed and this group's rollouts alone."""
-        first_j = []  # for each i, the first j that is far enough below
+        """All candidates in a random order, which depends only on the seed and this group's rollouts."""
+        first_j = []  # for each i, the first j with a sufficient gap
         ends = [0]
         count = len(self.sorted)
         for i in range(self.choosable):
@@ -170,7 +170,7 @@ class _Selection:
             ends.append(ends[-1] + count - first_j[i])
         own = [(rollout.reward, rollout.answer_chars) for rollout in self.sorted]
         generator = random.Random(f"{self.options.seed} {own}")
-        moved: dict[int, int] = {}  # Fisher-Yates over range(ends[-1]), of which only what moved is kept
+        moved: dict[int, int] = {}  # Fisher-Yates shuffle of range(ends[-1]); stores only numbers that have moved
         for drawn in range(ends[-1]):
             other = generator.randrange(drawn, ends[-1])
             number = moved.get(other, other)
@@ -180,8 +180,8 @@ class _Selection:
 
 
 def balance_lengths(pairs: Sequence[RolloutPair], seed: int) -> tuple[list[RolloutPair], list[RolloutPair]]:
-    """(kept, left out): as many pairs whose chosen is longer as pairs whose chosen is shorter. Of the more common side
-    the smallest gaps are left out, equal gaps by `seed`; order is kept."""
+    """(kept, left out): keeps an equal number of pairs with a longer and with a shorter chosen answer. Of the larger side
+    the pairs with the smallest gaps are left out; `seed` decides between equal gaps. The order is kept."""
     longer = [number for number, pair in enumerate(pairs) if pair.longer > 0]
     shorter = [number for number, pair in enumerate(pairs) if pair.longer < 0]
     common = longer if len(longer) > len(shorter) else shorter

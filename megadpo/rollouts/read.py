@@ -1,4 +1,4 @@
-"""Rollouts files -> Rollouts; rows that can't be used are left out, each with its reason."""
+"""Reads rollouts files. Unusable rows are left out, each with a reason."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from megadpo.rollouts.store import Rollout, TextStore
 
 @dataclass
 class ReadRollouts:
-    """All files' rollouts, in file order."""
+    """The rollouts of all files, in file order."""
 
     rollouts: list[Rollout] = field(default_factory=list)
     rows: dict[str, int] = field(default_factory=dict)
-    """Rows of each file, the unusable too."""
+    """File -> number of rows, with unusable ones."""
     notes: Counter[str] = field(default_factory=Counter)
-    """Rollouts that were used, but not as they stand."""
+    """Text -> number of rollouts that were changed in this way."""
 
 
 def read_rollouts(
@@ -33,7 +33,7 @@ def read_rollouts(
     options: RowOptions,
     on_row: Callable[[], None] = lambda: None,
 ) -> ReadRollouts:
-    """The rollouts of all files. Raises DataError for files that can't be read and files without rows."""
+    """The rollouts of all files. Raises DataError for files that can't be read or have no rows."""
     done = ReadRollouts()
     problems: list[Problem] = []
     for path in paths:
@@ -69,21 +69,21 @@ def _read_file(
     done.rows[str(path)] = rows
     if rows == 0:
         fix = "collect rollouts, or leave the file out"
-        raise DataError(Problem(str(path), "a file without rows", "one rollout a line", fix))
+        raise DataError(Problem(str(path), "a file without rows", "one rollout on each line", fix))
 
 
 def _lines(path: Path) -> Iterator[Line]:
-    """Raises DataError for a file that can't be read to its end."""
+    """The lines of a file. Raises DataError if it can't be read to its end."""
     number = 0
     try:
         for line in read_lines(path):
             number = line.number
             yield line
     except UNREADABLE as error:
-        said = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         expected = "a rollouts file that can be read to its end (.jsonl, .jsonl.gz or .jsonl.zst)"
         where = f"{path}:{number}" if number else str(path)
-        raise DataError(Problem(where, said, expected, "check the path, or copy the file again")) from error
+        raise DataError(Problem(where, reason, expected, "check the path, or copy the file again")) from error
 
 
 def _kept(parsed: ParsedRow, store: TextStore, path: str, line: int, position: int) -> Rollout:

@@ -1,4 +1,4 @@
-"""What a build did, in numbers; show.py prints and draws them."""
+"""The numbers of a build. show.py prints and draws them."""
 
 from __future__ import annotations
 
@@ -37,40 +37,40 @@ class PairsAtGap:
 
 @dataclass
 class BuildReport:
-    """One build of pairs."""
+    """The result of one build."""
 
     options: BuildOptions
     rows: dict[str, int]
     """Rows of each file."""
     rewards: npt.NDArray[np.float64]
-    """Of the usable rollouts [R], in file order."""
+    """[R], of the usable rollouts, in file order."""
     grouping: Grouping
-    """Before --dedupe."""
+    """The groups before --dedupe."""
     pairs: list[RolloutPair]
-    """What was written, in order."""
+    """The written pairs, in order."""
     left_out: LeftOut
     at_gaps: list[PairsAtGap]
-    """Pairs if --min-gap were another, all else the same; before --dedupe leaves out equal pairs of two groups."""
+    """Number of pairs with other values of --min-gap, before --dedupe removes equal pairs of two groups."""
     notes: Counter[str]
-    """Remarks, each with how many rollouts it is about."""
+    """Text -> number of rollouts."""
 
     @property
     def gaps(self) -> npt.NDArray[np.float64]:
-        """Reward gaps of the pairs [P]."""
+        """[P] reward gaps of the pairs."""
         return np.array([pair.gap for pair in self.pairs], dtype=np.float64)
 
     @property
     def length_bias(self) -> tuple[int, int, int]:
-        """Pairs whose chosen answer is longer, as long, shorter (characters)."""
+        """Number of pairs whose chosen answer has more, equally many, fewer characters."""
         sides = Counter(pair.longer for pair in self.pairs)
         return sides[1], sides[0], sides[-1]
 
     def counts(self) -> list[tuple[int, str]]:
-        """Each step's count, and what it counts."""
+        """(count, what it counts) for each step of the build."""
         rows, usable, groups = sum(self.rows.values()), len(self.rewards), len(self.grouping.groups)
         files = f"{len(self.rows)} files" if len(self.rows) > 1 else "1 file"
         paired = len({pair.group for pair in self.pairs})
-        # what --dedupe and --balance-lengths emptied is left out rollout by rollout and pair by pair
+        # groups that lost all rollouts or pairs by --dedupe or --balance-lengths have no entry in left_out
         emptied = groups - paired - sum(self.left_out.counts[reason] for reason in GROUP_REASONS)
         by_parts = f" ({emptied:,} of them lost every rollout or pair)" if emptied else ""
         used = len({rollout.where for pair in self.pairs for rollout in (pair.chosen, pair.rejected)})
@@ -83,10 +83,10 @@ class BuildReport:
         ]
 
     def remarks(self) -> list[str]:
-        """What else a user should know before training on the pairs."""
+        """Further notes for the user."""
         remarks = [f"{count:,} {text}" for text, count in self.notes.most_common()]
         split = self.grouping.split_tasks
-        remarks += [f"{text}: a pair needs one prompt, so each is a group" for text in split[:MOST_TASKS]]
+        remarks += [f"{text}: each input is a group, because a pair needs one prompt" for text in split[:MOST_TASKS]]
         if len(split) > MOST_TASKS:
             remarks.append(f"{len(split) - MOST_TASKS:,} more tasks have several inputs")
         return remarks
@@ -107,8 +107,7 @@ def _sizes(grouping: Grouping) -> str:
 
 
 def histogram(values: npt.NDArray[np.float64]) -> Histogram:
-    """Each value by itself where there are few (as `sort | uniq -c`; to six digits, so that 0.9 - 0.7 is 0.2), else ten
-    equal bins from least to greatest."""
+    """If there are few values: the count of each (six digits, so that 0.9 - 0.7 is 0.2). Else ten equal bins."""
     by_label: Counter[str] = Counter()
     for value, count in zip(*np.unique(values, return_counts=True), strict=True):
         by_label[f"{value:.6g}"] += int(count)
@@ -121,12 +120,12 @@ def histogram(values: npt.NDArray[np.float64]) -> Histogram:
 
 
 def pairs_at_gaps(groups: Sequence[Group], options: PairingOptions, *, balance: bool) -> list[PairsAtGap]:
-    """Pairs that other values of min_gap would give, the asked one among them, up to the widest gap there is."""
+    """Number of pairs for several values of min_gap up to the largest gap, including the chosen value."""
     widest = max((_spread(group) for group in groups), default=0.0)
     scale = 10.0 ** math.ceil(math.log10(widest)) if 1 < widest < math.inf else 1.0
     others = {round(gap * by, 12) for gap in _GAPS for by in (1.0, scale)}
     gaps = sorted({options.min_gap, *(gap for gap in others if gap <= widest)})
-    # A greater min_gap takes away from a selection by gap; a random one it draws anew
+    # A larger min_gap removes pairs from a selection by gap, but changes a random selection
     if options.pairing != "random":
         pairs = _select(groups, replace(options, min_gap=min(gaps)))
     found = []

@@ -1,7 +1,7 @@
-"""One row of a rollouts file -> prompt, answer and reward.
+"""Parses a row of a rollouts file: prompt, answer and reward.
 
-The current generation has the answer under `response.output`, the older one under `output`; in both the prompt is
-`responses_create_params.input` (or `input`), a text or a list of items.
+Current rows have the answer in `response.output`, older rows in `output`. In both, the prompt is
+`responses_create_params.input` (or `input`): a text or a list of items.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megadpo.rollouts.left_out import Unusable
 Generation: TypeAlias = Literal["response.output", "output"]
 TaskIndex: TypeAlias = int | str
 
-_MOST_REWARD = sys.float_info.max / 2  # so that the gap of two rewards is finite too
+_MOST_REWARD = sys.float_info.max / 2  # then the gap of two rewards is finite
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class RowOptions:
 
     keep_reasoning: bool = True
     keep_incomplete: bool = False
-    """Take answers that were cut at max_output_tokens."""
+    """Use answers that were cut at max_output_tokens."""
     text: bool = False
-    """Only what a plain string can hold: one user message, an answer of text."""
+    """Only rows that plain strings can hold: one user message, and an answer of text."""
 
 
 @dataclass(frozen=True)
 class ParsedRow:
-    """What a row says."""
+    """The content of a row."""
 
     prompt: list[ChatMessage]
     tools: list[dict[str, Any]]
@@ -47,12 +47,12 @@ class ParsedRow:
     task: TaskIndex | None
     rollout_index: int | None
     agent: str
-    """Name of the agent that made the rollout; rewards of different ones don't compare. "" if the row has none."""
+    """Name of the agent of the rollout, or "". Rewards of different agents can't be compared."""
     notes: list[str] = field(default_factory=list)
 
 
 def parse_row(row: Mapping[str, Any], options: RowOptions) -> ParsedRow:
-    """Raises Unusable or MessageError for the first thing that is wrong with the row."""
+    """Raises Unusable or MessageError for the first problem of the row."""
     reward = _reward(row)
     prompt, tools = _prompt(row, options)
     generation, response = _response(row)
@@ -76,7 +76,7 @@ def parse_row(row: Mapping[str, Any], options: RowOptions) -> ParsedRow:
 
 
 def answer_chars(answer: list[ChatMessage]) -> int:
-    """Characters that the assistant wrote: content, reasoning and tool calls, not what tools and users said."""
+    """Characters of the assistant's content, reasoning and tool calls, without turns of tools and users."""
     total = 0
     for message in answer:
         if message["role"] == "assistant":
@@ -88,7 +88,7 @@ def answer_chars(answer: list[ChatMessage]) -> int:
 
 
 def as_text(messages: list[ChatMessage]) -> str:
-    """Contents joined by a space, as NeMo Gym's DPO guide joins the messages of an answer."""
+    """The messages' contents, joined by spaces as in NeMo Gym's DPO guide."""
     return " ".join(message["content"] for message in messages)
 
 
@@ -141,7 +141,7 @@ def _prompt(row: Mapping[str, Any], options: RowOptions) -> tuple[list[ChatMessa
 
 
 def _response(row: Mapping[str, Any]) -> tuple[Generation, Mapping[str, Any]]:
-    """Where the answer is, and the object that has it as `output`."""
+    """The kind of row, and the object whose `output` is the answer."""
     response = row.get("response")
     current = isinstance(response, Mapping) and response.get("output") is not None
     older = row.get("output") is not None
@@ -180,14 +180,14 @@ def _answer(output: object, options: RowOptions) -> tuple[list[ChatMessage], lis
     if not isinstance(output, list):
         raise Unusable("no_output", f"output of type {type_name(output)}")
     answer, textless = to_messages(output, "output", keep_reasoning=options.keep_reasoning)
-    notes = ["reasoning items without text (encrypted, or not returned)"] if textless else []
+    notes = ["answers have reasoning items without text (encrypted, or not returned)"] if textless else []
     if answer and answer[-1]["role"] != "assistant" and any(message["role"] == "assistant" for message in answer):
-        notes.append("answers with tool or user turns after the assistant's last (cut: nothing is learned from them)")
+        notes.append("answers have turns after the assistant's last turn; these were removed")
         while answer[-1]["role"] != "assistant":
             answer.pop()
     if not answer or not (answer[-1]["content"].strip() or answer[-1].get("tool_calls")):
-        said = "an answer that ends in reasoning" if answer and "reasoning_content" in answer[-1] else "an empty answer"
-        raise Unusable("no_answer", said)
+        in_reasoning = answer and "reasoning_content" in answer[-1]
+        raise Unusable("no_answer", "an answer that ends with reasoning" if in_reasoning else "an empty answer")
     if answer[0]["role"] != "assistant":
         raise Unusable("answer_begins_elsewhere", f"an answer that begins with the role {answer[0]['role']!r}")
     return answer, notes

@@ -1,4 +1,4 @@
-"""A BuildReport for people: printed, as an HTML file, and as a picture (which needs matplotlib, the extra `report`)."""
+"""Shows a BuildReport: as text, as an HTML file, and as a picture (with matplotlib, from the extra `report`)."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLUMNS = 110
-"""Where there is no terminal to ask."""
+"""Width of the text if there is no terminal."""
 
 _BAR_CHARS = 24
 _PICTURE_CHARS = 150
-"""Of a line below the panels."""
+"""Longest line below the panels."""
 _KINDS = {"row": ROW_REASONS, "rollout": ROLLOUT_REASONS, "group": GROUP_REASONS, "pair": PAIR_REASONS}
 
 
 def show(report: BuildReport, console: Console) -> None:
-    """Print the whole report."""
+    """Prints the whole report."""
     _show_counts(report, console)
     if report.left_out.counts:
         _show_left_out(report, console)
@@ -53,14 +53,15 @@ def show(report: BuildReport, console: Console) -> None:
 
 
 def write_html(report: BuildReport, path: Path) -> None:
-    """The printed report as an HTML file that needs nothing else."""
+    """Writes the printed report as an HTML file without other resources."""
     console = Console(record=True, file=io.StringIO(), width=COLUMNS, highlight=False)
     show(report, console)
     path.write_text(console.export_html(inline_styles=True), encoding="utf-8")
 
 
 def write_png(report: BuildReport, path: Path) -> None:
-    """Rewards, gaps, lengths of chosen and rejected, pairs at other gaps; below them what was counted and left out."""
+    """Draws rewards, gaps, lengths of chosen and rejected, and pairs at other gaps. Below them: counts, and what was left
+    out."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -76,7 +77,7 @@ def write_png(report: BuildReport, path: Path) -> None:
     gaps = axes[1, 1]
     gaps.bar([f"{at.min_gap:g}" for at in report.at_gaps], [at.pairs for at in report.at_gaps])
     gaps.set_title("pairs at other gaps")
-    gaps.set_xlabel(f"--min-gap (asked: {report.options.pairing.min_gap:g})")
+    gaps.set_xlabel(f"--min-gap (here: {report.options.pairing.min_gap:g})")
     parts[1, 0].text(0.02, 0.98, "\n".join(lines), va="top", fontsize=9, parse_math=False)
     figure.savefig(path, dpi=110, format="png")
     pyplot.close(figure)
@@ -120,7 +121,7 @@ def _show_lengths(report: BuildReport, console: Console) -> None:
     chosen = _median(pair.chosen.answer_chars for pair in report.pairs)
     rejected = _median(pair.rejected.answer_chars for pair in report.pairs)
     console.print(
-        f"length bias: chosen is longer in {longer:.1%} of the pairs, as long in {equal:.1%}, shorter in {shorter:.1%}; "
+        f"length bias: chosen is longer in {longer:.1%} of the pairs, equal in {equal:.1%}, shorter in {shorter:.1%}; "
         f"medians: chosen {chosen:,.0f} characters, rejected {rejected:,.0f}"
     )
 
@@ -130,7 +131,7 @@ def _median(chars: Iterable[int]) -> float:
 
 
 def _table(title: str | None, header: Sequence[str] | None, rows: Iterable[Sequence[str]], sides: str) -> Table:
-    """A table with a grid if it has a header. sides: `l` or `r` for each column."""
+    """A table; with a grid if it has a header. sides: `l` or `r` for each column."""
     justify: dict[str, Literal["left", "right"]] = {"l": "left", "r": "right"}
     table = (
         Table(title=title, title_justify="left")

@@ -1,4 +1,4 @@
-"""What is kept of every rollout: a light record in memory; its prompt and answer, each distinct one once, on disk."""
+"""Stores rollouts: a small record of each in memory; each different prompt and answer once on disk."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Rollout:
     line: int
     """From 1."""
     position: int
-    """Row of the file, from 0: blank lines don't count, rows that can't be used do."""
+    """Row of the file, from 0. Unusable rows count; blank lines don't."""
     reward: float
     prompt: int
-    """Where the store has prompt and tools; equal for equal ones."""
+    """Number of prompt and tools in the store. Equal prompts have the same number."""
     answer: int
-    """Where the store has the answer; equal for answers that differ in nothing but ids of tool calls."""
+    """Number of the answer in the store. Answers that differ only in ids of tool calls have the same number."""
     answer_chars: int
     task: TaskIndex | None
     rollout_index: int | None
@@ -40,9 +40,9 @@ class Rollout:
 
 
 class TextStore:
-    """JSON values in a file without a name, which is gone when the process is, however that ends.
+    """JSON values in a file without a name. The system deletes it when the process ends in any way.
 
-    A prompt that a thousand rollouts share is written once, so 100,000 rollouts take some 50 MB of memory."""
+    Each prompt is written once for all its rollouts. 100,000 rollouts need about 50 MB of memory."""
 
     def __init__(self, folder: Path) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by __exit__)
@@ -59,18 +59,18 @@ class TextStore:
         self._file.close()
 
     def add_prompt(self, messages: list[ChatMessage], tools: list[dict[str, Any]]) -> int:
-        """Number of the prompt. Raises Unusable for text that UTF-8 can't hold."""
+        """Number of the prompt. Raises Unusable for text that UTF-8 can't encode."""
         data = _encoded({"prompt": messages} | ({"tools": tools} if tools else {}), "input")
         return self._add(b"input:", data, data)
 
     def add_answer(self, messages: list[ChatMessage]) -> int:
-        """Number of the answer. Raises Unusable for text that UTF-8 can't hold."""
+        """Number of the answer. Raises Unusable for text that UTF-8 can't encode."""
         data = _encoded(messages, "output")
         bare = _without_ids(messages)
         return self._add(b"output:", data, data if bare == messages else _encoded(bare, "output"))
 
     def get(self, number: int) -> Any:
-        """The value again: {prompt, tools?} of a prompt, messages of an answer."""
+        """The stored value: {prompt, tools?} of a prompt, messages of an answer."""
         start, size = self._places[number]
         self._file.seek(start)
         return json.loads(self._file.read(size))
@@ -91,11 +91,11 @@ def _encoded(value: object, name: str) -> bytes:
         return json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start : error.start + 1]
-        raise Unusable("half_character", f"{name} with the half character {half!a}") from error
+        raise Unusable("half_character", f"{name} with half a surrogate pair, {half!a}") from error
 
 
 def _without_ids(messages: list[ChatMessage]) -> list[ChatMessage]:
-    """The messages without the ids of tool calls, which are random and which no two answers share."""
+    """The messages without the ids of tool calls, which are random."""
     bare = []
     for message in messages:
         message = {key: value for key, value in message.items() if key != "tool_call_id"}

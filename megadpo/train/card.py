@@ -1,4 +1,4 @@
-"""The model card of a checkpoint: what it was trained from, on and with, and how it did. README.md of its export."""
+"""The model card of a checkpoint: its base model, data, settings and results. It is the README.md of an export."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCardData, metadata_load
 
 from megadpo.checkpoint import TrainingPosition
+from megadpo.config.interpolation import hidden_words
 from megadpo.config.load import resolved_text
 from megadpo.config.schema import Config
 from megadpo.data.tokens.tokenizer import resolve_chat_template
@@ -19,33 +20,34 @@ from megadpo.train.setup import Run
 
 LIBRARIES = ("megadpo", "torch", "megatron-core", "transformers", "tokenizers")
 KEPT = ("license", "license_name", "license_link", "language")
-"""Of the base's metadata; the rest, its scores above all, is not the trained model's."""
+"""Metadata copied from the base model's card. The rest, such as its scores, does not hold for the trained model."""
 
 
 def model_card(run: Run, position: TrainingPosition) -> str:
-    """Markdown with the hub's metadata, of the checkpoint at `position`."""
+    """The card of the checkpoint at `position`: Markdown with the hub's metadata."""
     cfg, base = run.cfg, base_metadata(run.inputs.source.hf_files)
+    facts = hidden_words(_table([("what", "value"), *_facts(run, position)]), cfg.environment)
+    name = hidden_words(cfg.policy.model_name, cfg.environment)
     data = ModelCardData(
-        base_model=None if Path(cfg.policy.model_name).exists() else cfg.policy.model_name,
+        base_model=None if Path(cfg.policy.model_name).exists() else name,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["dpo", "megadpo"],
         **{name: base[name] for name in KEPT if name in base},
     )
-    named = _table([("what", "value"), *_facts(run, position)])
     measured = {name: value for name, value in position.metrics.items() if name.startswith("validation")}
     numbers = [(name, _number(value)) for name, value in sorted(measured.items())]
-    validation = _table([("metric", "value"), *numbers]) if numbers else "None was run at this step."
+    validation = _table([("metric", "value"), *numbers]) if numbers else "No validation was run at this step."
     return f"""---
 {data.to_yaml()}
 ---
 
-# {cfg.policy.model_name.rstrip("/")}, trained on preferences
+# {name.rstrip("/")}, trained on preferences
 
-Trained with megadpo {_version("megadpo")}, {position.step} of {run.total_steps} optimizer steps. What its base's authors say
-of the base is in README.base.md, where they said something; its scores are not this model's.
+Trained with megadpo {_version("megadpo")}, {position.step} of {run.total_steps} optimizer steps. README.base.md, if there is
+one, is the card of the base model. Its scores are not those of this model.
 
-{named}
+{facts}
 
 ## Validation at step {position.step}
 
@@ -53,7 +55,7 @@ of the base is in README.base.md, where they said something; its scores are not 
 
 ## Train again
 
-With the config below as config.yaml, and the base and the data where it says:
+Save the config below as config.yaml. The base model and the data must be at the paths that it names.
 
     torchrun {_processes(run.parallel.world_size)} launch/train.py config.yaml
 
@@ -68,10 +70,10 @@ With the config below as config.yaml, and the base and the data where it says:
 
 
 def base_metadata(hf_files: Path) -> dict[str, Any]:
-    """The metadata of the base's card; empty where there is none that can be read."""
+    """The metadata of the base model's card. Empty if there is none, or it can't be read."""
     try:
         return dict(metadata_load(hf_files / CARD_FILE) or {})
-    except Exception:  # no card, or a YAML block that is none
+    except Exception:  # no card, or broken YAML
         return {}
 
 
@@ -106,7 +108,7 @@ def _tokenizer_words(cfg: Config, run: Run) -> str:
     template = resolve_chat_template(tokenizer, settings.chat_template)
     words = f"{settings.name}, EOS {tokenizer.eos_token}, {'with its' if template else 'no'} chat template"
     given = settings.chat_template_kwargs
-    return words + (f", given {given}, which no file of a model can say" if given else "")
+    return words + (f", with chat_template_kwargs {given} (model files can't store them)" if given else "")
 
 
 def _processes(world_size: int) -> str:

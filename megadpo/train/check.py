@@ -1,4 +1,4 @@
-"""A config held against model folder, layout and data before anything is built: at every start, and by `--check`."""
+"""Checks a config with its model folder, layout and data before anything is built: at every start, and for `--check`."""
 
 from __future__ import annotations
 
@@ -7,43 +7,47 @@ from collections.abc import Sequence
 
 from megadpo.config.check import check_layout
 from megadpo.config.load import Purpose, load_config
-from megadpo.config.no_effect import unused_by_model
+from megadpo.config.no_effect import dropout_notes, without_experts
 from megadpo.config.problems import Attempts, ConfigError
 from megadpo.config.schema import Config
 from megadpo.families import read_architecture
 
 
 def checked_config(path: str, overrides: Sequence[str], world_size: int | None, purpose: Purpose = "train") -> Config:
-    """The config, held against the model's config.json and the world. Raises ConfigError with every problem."""
+    """The config, checked with the model's config.json and the number of ranks. Raises ConfigError with every problem."""
+    cfg = load_config(path, overrides, purpose=purpose)  # first: it needs no torch, and most refusals come from it
     from megadpo.model.freeze import freeze_problems
     from megadpo.model.source import reference_source, resolve_source
     from megadpo.model.weights import linked_out
 
-    cfg = load_config(path, overrides, purpose=purpose)
     source = resolve_source(cfg.policy.model_name, "policy.model_name")
     arch = read_architecture(source.hf_files)
+    reference, other = reference_source(cfg, source), arch
+    if reference != source:
+        other = read_architecture(reference.hf_files, "dpo.reference.model_name")
+    cfg = without_experts(cfg, arch, other)
     problems = check_layout(cfg, arch, world_size) + freeze_problems(cfg.policy.freeze, arch)
-    if (reference := reference_source(cfg, source)) != source:
-        # the reference runs in the policy's layout, so its own shape must allow that too
-        for one in check_layout(cfg, read_architecture(reference.hf_files, "dpo.reference.model_name"), None):
-            problems.append(dataclasses.replace(one, expected=f"{one.expected} (dpo.reference.model_name's)"))
+    if reference != source:
+        # the reference runs in the policy's layout, so its shape must allow this layout too
+        for one in check_layout(cfg, other, None):
+            problems.append(dataclasses.replace(one, expected=f"{one.expected} (for dpo.reference.model_name)"))
     if purpose == "train" and cfg.checkpointing.enabled:
         problems += linked_out(source.hf_files)
     if problems:
         raise ConfigError(problems)
-    return dataclasses.replace(cfg, notes=(*cfg.notes, *unused_by_model(cfg, arch)))
+    return dataclasses.replace(cfg, notes=(*cfg.notes, *dropout_notes(arch)))
 
 
 def check(path: str, overrides: Sequence[str], world_size: int | None) -> int:
-    """`launch/train.py --check`: everything that can be said about a run without its weights; prints what the data files
-    hold and the number of steps. Returns the exit code.
+    """`megadpo check`: checks everything that does not need the weights. Prints a summary of the data files and the number of
+    steps. Returns the exit code.
 
-    Raises UserError: the config's problems first, since it says where the rest is, then those of model folder, layout,
-    weight files and data together.
+    Raises UserError. If the config itself has problems, only these are reported, because it names all other files. Else the
+    problems of model folder, layout, weight files and data are reported together.
     """
+    cfg = load_config(path, overrides)
     from megadpo.train.inputs import open_run_inputs
 
-    cfg = load_config(path, overrides)
     attempt = Attempts()
     cfg = attempt(lambda: checked_config(path, overrides, world_size)) or cfg
     inputs = attempt(lambda: open_run_inputs(cfg, thorough=True))

@@ -6,20 +6,24 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
 
 from megadpo.checkpoint import load_weights
+from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
+from megadpo.data.batches.pack import PackedBatch
 from megadpo.model.build import build_model
 from megadpo.objective.dpo import metric_names
 from megadpo.parallel import ParallelContext
 from megadpo.reference import ResidentReference
-from megadpo.train.inputs import data_rank, open_run_inputs
+from megadpo.train.inputs import RunInputs, open_run_inputs
 from megadpo.train.metrics import MetricSums
 from megadpo.train.reference import build_reference
 from megadpo.train.resume import require_writable
@@ -29,7 +33,7 @@ from megadpo.train.step import pair_loss
 
 @dataclasses.dataclass(frozen=True)
 class PairScore:
-    """One pair: its row of the file, and sums of log-probabilities in nats; None where there is no reference."""
+    """One pair: its row in the file, and sums of log-probabilities in nats (None: there is no reference)."""
 
     index: int
     policy_chosen_logps: float
@@ -39,43 +43,60 @@ class PairScore:
 
 
 class Evaluator:
-    """The model of `policy.model_name`, and the one that `dpo.reference.model_name` names, if it names one."""
+    """Evaluates the model `policy.model_name`, with the reference `dpo.reference.model_name` if that is set."""
 
     def __init__(self, cfg: Config, parallel: ParallelContext) -> None:
         seed_everything(cfg.dpo.seed, parallel)
         self.parallel = parallel
-        whole = dataclasses.replace(cfg, dpo=dataclasses.replace(cfg.dpo, val_batches=0))  # evaluation means every pair
-        inputs = open_run_inputs(whole, data_rank(parallel), sets=list(cfg.data.val_data_paths or {}))
-        self.loaders = inputs.loaders
-        self.notes = inputs.tokenizer_notes
+        inputs = self._open(cfg)
+        self._arch = inputs.arch
         self.policy = ResidentReference(build_model(inputs.arch, cfg.policy, parallel, frozen=True), parallel)
         load_weights(self.policy.model, inputs.source, inputs.arch, parallel)
         named = cfg.dpo.reference.model_name is not None
         self.reference = build_reference(cfg, inputs, parallel) if named else None
         self.has_preference_loss = named or not cfg.dpo.loss.reads_reference
-        # Without the reference that it needs, the preference loss has weight 0, whatever the config says.
+        # Without the reference that it needs, the preference loss gets weight 0
         self.dpo = cfg.dpo if self.has_preference_loss else dataclasses.replace(cfg.dpo, preference_loss_weight=0.0)
 
-    def evaluate(self, name: str) -> tuple[dict[str, float | None], list[PairScore]]:
-        """Metrics of one set, the same on every rank, and its pairs in file order (on every rank as well).
+    def turn_to(self, cfg: Config) -> None:
+        """Go on with another policy of the same architecture; `cfg` is the first one's but for policy.model_name.
 
-        Collectives: the models' own; one all-reduce and one broadcast of the metrics; an all-gather of the scores.
+        Raises ConfigError for one of another architecture. Collectives: those of loading weights.
+        """
+        inputs = self._open(cfg)
+        if inputs.arch != self._arch:
+            expected = "a model of the same architecture as the first one's"
+            raise ConfigError(Problem("--checkpoint", cfg.policy.model_name, expected, "evaluate it by itself"))
+        load_weights(self.policy.model, inputs.source, inputs.arch, self.parallel)
+
+    def _open(self, cfg: Config) -> RunInputs:
+        whole = dataclasses.replace(cfg, dpo=dataclasses.replace(cfg.dpo, val_batches=0))  # 0: every pair
+        inputs = open_run_inputs(whole, self.parallel.grid, sets=list(cfg.data.val_data_paths or {}))
+        self.loaders = inputs.loaders
+        self.notes = inputs.tokenizer_notes
+        return inputs
+
+    def evaluate(self, name: str) -> tuple[dict[str, float | None], list[PairScore]]:
+        """Metrics of one set, and its pairs in file order. Both are the same on every rank.
+
+        Collectives: those of the models, one all-reduce and one broadcast of the metrics, an all-gather of the scores.
         """
         sums = MetricSums(self.parallel.device)
         mine: list[PairScore] = []
         for batch in self.loaders[name].batches(epoch=0):
             policy = self.policy.logps(batch.micro_batches)
             reference = self.reference.logps(batch.micro_batches) if self.reference else [None] * len(policy)
-            # logps come out of the last pipeline stage; on the others there is nothing to add
+            # only the last pipeline stage has logps
             for logps, reference_logps, micro_batch in zip(policy, reference, batch.micro_batches, strict=False):
                 scored = dataclasses.replace(micro_batch, reference_logps=reference_logps)
                 sums.add(pair_loss(logps, scored, self.dpo).metrics)
-                mine += _scores(micro_batch.pair_indices.tolist(), logps, reference_logps)
+                mine += _scores(micro_batch, logps, reference_logps)
         sums.reduce(
             self.parallel.total_from_last_stage, metric_names(self.dpo, has_reference=self.reference is not None)
         )
         gathered: list[Any] = [None] * self.parallel.world_size
-        dist.all_gather_object(gathered, mine if self.parallel.tp_rank == self.parallel.cp_rank == 0 else [])
+        grid = self.parallel.grid
+        dist.all_gather_object(gathered, mine if grid.tp_rank == grid.cp_rank == 0 else [])
         scores = sorted((score for rank in gathered for score in rank), key=lambda score: score.index)
         return metrics_of(sums.means(), scores, has_preference_loss=self.has_preference_loss), scores
 
@@ -83,8 +104,8 @@ class Evaluator:
 def metrics_of(
     means: dict[str, float], scores: list[PairScore], *, has_preference_loss: bool
 ) -> dict[str, float | None]:
-    """`accuracy`: share of pairs whose chosen answer the policy itself finds likelier. Without
-    the reference that the loss needs, rewards/*, preference_loss and loss are left out."""
+    """`means`, with `pairs`, `logps/margins` and `accuracy`: the share of pairs whose chosen answer is likelier for the
+    policy. If the loss needs a reference and there is none, rewards/*, preference_loss and loss are left out."""
     likelier = [s.policy_chosen_logps > s.policy_rejected_logps for s in scores]
     margins = [s.policy_chosen_logps - s.policy_rejected_logps for s in scores]
     extra = {"pairs": len(scores), "accuracy": _mean(likelier), "logps/margins": _mean(margins)}
@@ -94,19 +115,35 @@ def metrics_of(
 
 
 def write_scores(path: Path, scores: list[PairScore]) -> None:
-    """pairs-<name>.jsonl: one object a pair, in file order. null for a number that is not finite, which JSON can't write."""
+    """Writes pairs-<name>.jsonl: one object for each pair, in file order. Numbers that are not finite become null."""
     path.write_text("".join(json.dumps(_finite(dataclasses.asdict(score))) + "\n" for score in scores))
 
 
-def run_evaluation(cfg: Config, parallel: ParallelContext) -> int:
-    """Evaluate every set of `data.val_data_paths`; rank 0 writes and prints. Returns the exit code."""
-    log_dir = Path(cfg.logger.log_dir)
+def run_evaluation(configs: Sequence[Config], parallel: ParallelContext) -> int:
+    """Evaluates the policy of each config on every set of `data.val_data_paths`. Rank 0 writes and prints, and prints a table
+    if there are several policies. The configs differ in policy.model_name and log_dir only. Returns the exit code."""
     if parallel.rank == 0:
-        require_writable(log_dir, "logger.log_dir")
-    evaluator = Evaluator(cfg, parallel)
-    if parallel.rank == 0:
-        for note in evaluator.notes:
-            print(note, flush=True)
+        for cfg in configs:
+            require_writable(Path(cfg.logger.log_dir), "logger.log_dir")
+    evaluator = Evaluator(configs[0], parallel)
+    records: dict[str, dict[str, float | None]] = {}
+    for cfg in configs:
+        if cfg is not configs[0]:
+            evaluator.turn_to(cfg)
+        if parallel.rank == 0:
+            for note in evaluator.notes:
+                print(note, flush=True)
+            if len(configs) > 1:
+                print(f"{cfg.policy.model_name}:", flush=True)
+        records[cfg.policy.model_name] = _evaluate_sets(evaluator, Path(cfg.logger.log_dir))
+    if parallel.rank == 0 and len(configs) > 1:
+        print_comparison(records)
+    return 0
+
+
+def _evaluate_sets(evaluator: Evaluator, log_dir: Path) -> dict[str, float | None]:
+    """Every set of one policy; rank 0 writes and prints. Returns the metrics by their logged names."""
+    parallel = evaluator.parallel
     record: dict[str, float | None] = {}
     for name in evaluator.loaders:
         started = time.perf_counter()
@@ -119,14 +156,30 @@ def run_evaluation(cfg: Config, parallel: ParallelContext) -> int:
             print(f"{name}: {shown}  ({seconds:.1f} s)", flush=True)
     if parallel.rank == 0:
         (log_dir / "evaluation.json").write_text(json.dumps(_finite(record), indent=1) + "\n")
-    return 0
+    return record
 
 
-def _scores(rows: list[int], logps: torch.Tensor, reference: torch.Tensor | None) -> Iterator[PairScore]:
+def print_comparison(records: Mapping[str, Mapping[str, float | None]]) -> None:
+    """A table of the policies, a line each, with what decides between them."""
+    metrics = ("accuracy", "logps/margins", "loss", "rewards/accuracies", "rewards/margins")
+    columns = [
+        name
+        for name in dict.fromkeys(name for record in records.values() for name in record)
+        if name.partition("/")[2] in metrics
+    ]
+    table = Table("policy", *columns, box=None, pad_edge=False)
+    for policy, record in records.items():
+        values = (record.get(name) for name in columns)
+        table.add_row(policy, *("-" if value is None else f"{value:.4f}" for value in values))
+    console = Console()
+    (console if console.is_terminal else Console(width=240)).print(table)
+
+
+def _scores(batch: PackedBatch, logps: torch.Tensor, reference: torch.Tensor | None) -> Iterator[PairScore]:
     values = logps.tolist()
-    reference_values = [None] * len(values) if reference is None else reference.tolist()
-    for i, row in enumerate(rows):
-        yield PairScore(row, values[2 * i], values[2 * i + 1], reference_values[2 * i], reference_values[2 * i + 1])
+    of_reference = [None] * len(values) if reference is None else reference.tolist()
+    for row, (chosen, rejected) in zip(batch.pair_indices.tolist(), batch.pairs.tolist(), strict=True):
+        yield PairScore(row, values[chosen], values[rejected], of_reference[chosen], of_reference[rejected])
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a checkpoint's hf/ holds instead of the starting model's own files: the tokenizer, template and EOS of the run."""
+"""Files of a checkpoint's hf/ that replace those of the starting model: the run's tokenizer, chat template and EOS."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ CONFIGS = ("config.json", "generation_config.json")
 
 
 def other_than_own(cfg: Config, hf_files: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Which of tokenizer, chat template and EOS the config sets otherwise than the model folder `hf_files` has it; empty
-    where they are the folder's own. tokenizer: the run's. Raises ConfigError for an unusable template."""
+    """Which of tokenizer, chat template and EOS differ between the run and the model folder `hf_files`. tokenizer: the
+    run's. Raises ConfigError for an unusable template."""
     settings = cfg.policy.tokenizer
     if settings.name == cfg.policy.model_name and settings.chat_template == OWN_TEMPLATE:
         return []
@@ -33,7 +33,7 @@ def other_than_own(cfg: Config, hf_files: Path, tokenizer: PreTrainedTokenizerBa
             return [TOKENIZER]
     try:
         same_template = resolve_chat_template(own, OWN_TEMPLATE) == template
-    except ConfigError:  # several of its own, and none is the default
+    except ConfigError:  # it has several templates, but no default
         same_template = False
     same = {
         TOKENIZER: same_token_ids(tokenizer, own),
@@ -44,9 +44,8 @@ def other_than_own(cfg: Config, hf_files: Path, tokenizer: PreTrainedTokenizerBa
 
 
 def own_files(cfg: Config, hf_files: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
-    """File name -> content of the files that take the place of those of the model folder: none where tokenizer, template
-    and EOS are the folder's own, else the tokenizer's files and both configs. Raises ConfigError for an unusable
-    template."""
+    """File name -> content of the files that replace those of the model folder: the tokenizer's files and both configs.
+    Empty if tokenizer, template and EOS are those of the folder. Raises ConfigError for an unusable template."""
     differences = other_than_own(cfg, hf_files, tokenizer)
     if not differences:
         return {}
@@ -63,8 +62,8 @@ def own_files(cfg: Config, hf_files: Path, tokenizer: PreTrainedTokenizerBase) -
 
 
 def _set_ids(raw: dict[str, Any], tokenizer: PreTrainedTokenizerBase, ends: list[int], *, keep: bool) -> None:
-    """Put the ids of the tokenizer's special tokens, and what ends an answer, into a model's config. keep: the ids
-    there mean the same, so further ends beside the tokenizer's EOS stay."""
+    """Writes the tokenizer's special ids, and the ids that end an answer, into a model's config. keep: the tokenizer is the
+    same, so other EOS ids in the config stay."""
     for key in ("bos_token_id", "pad_token_id"):
         value = getattr(tokenizer, key)
         if value is not None or (key in raw and not keep):
@@ -76,9 +75,9 @@ def _set_ids(raw: dict[str, Any], tokenizer: PreTrainedTokenizerBase, ends: list
 
 
 def tokenizer_notes(cfg: Config, hf_files: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """One line where tokenizer, template or EOS are not the model folder's own."""
+    """One line if tokenizer, template or EOS differ from the model folder's."""
     differences = other_than_own(cfg, hf_files, tokenizer)
     if not differences:
         return []
     others = ", ".join(differences)
-    return [f"policy.tokenizer: not that of {hf_files} ({others}); the config's is used, and checkpoints hold it"]
+    return [f"policy.tokenizer: differs from {hf_files} ({others}); the config's is used, and saved with checkpoints"]

@@ -1,4 +1,5 @@
-"""What a run starts from: model folders, tokenizer and data. Training, evaluation, --check and inspection open it here."""
+"""Opens what a run needs: model folders, tokenizer and data. For training, evaluation, --check, data
+inspection and the planner."""
 
 from __future__ import annotations
 
@@ -6,12 +7,13 @@ from collections import deque
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megadpo.config.architecture import Architecture
+from megadpo.config.grid import Grid
 from megadpo.config.problems import Attempts, ConfigError, Problem
 from megadpo.config.schema import Config
-from megadpo.data.batches.loader import DataRank, GlobalBatchLoader
+from megadpo.data.batches.loader import GlobalBatchLoader
 from megadpo.data.pairs import PairDataset
 from megadpo.data.tokens.dataset import load_datasets
 from megadpo.data.tokens.tokenizer import load_tokenizer, pad_token_id
@@ -22,28 +24,32 @@ from megadpo.train.handed_on import tokenizer_notes
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from megadpo.parallel import ParallelContext
-
 TRAIN = ""
-"""Stands for the training set among the names of data.val_data_paths, none of which is empty."""
+"""Key of the training set. The other keys are the names in data.val_data_paths, which are never empty."""
 REFERENCE = "dpo.reference.model_name"
 
 
 @dataclass(frozen=True)
-class RunInputs:
-    """Models by their folders, without weights; the pairs, tokenised, and the loaders over them."""
+class RunModels:
+    """The models by their folders, without weights."""
 
     source: ModelSource
     arch: Architecture
     """The policy's."""
     reference: ModelSource
-    """`source` itself where dpo.reference.model_name is null."""
+    """`source` itself if dpo.reference.model_name is null."""
     reference_arch: Architecture
+
+
+@dataclass(frozen=True)
+class RunInputs(RunModels):
+    """The models, the tokenised pairs and their loaders."""
+
     tokenizer: PreTrainedTokenizerBase
     tokenizer_notes: list[str]
-    """A line where tokenizer, template or EOS are not the model folder's own."""
+    """A line if tokenizer, template or EOS differ from the model folder's."""
     loaders: Mapping[str, GlobalBatchLoader]
-    """By the name of the set, TRAIN first; each holds its pairs (`.dataset`)."""
+    """Name of the set -> loader, TRAIN first. Each has its pairs (`.dataset`)."""
 
     @property
     def train_loader(self) -> GlobalBatchLoader:
@@ -56,51 +62,48 @@ class RunInputs:
 
     @property
     def reports(self) -> list[str]:
-        """The tokenizer's notes; one line a file, what was read, dropped and truncated; and what an epoch leaves out."""
+        """The tokenizer's notes; a line for each file with its read, dropped and truncated pairs; the pairs that an epoch
+        leaves out."""
         lines = [*self.tokenizer_notes]
         lines += [str(loader.dataset.report) for loader in self.loaders.values()]
         for loader in self.loaders.values():
             if dropped := loader.dropped_pairs_per_epoch:
-                path, size = loader.dataset.report.path, loader.global_batch_size
+                path, size = loader.dataset.report.path, loader.options.global_batch_size
                 lines.append(
-                    f"{path}: {dropped} pairs an epoch don't fill a last global batch of {size} and are left out"
+                    f"{path}: {dropped} pairs of each epoch are left out: they don't fill a global batch of {size}"
                 )
         return lines
 
 
-def data_rank(parallel: ParallelContext) -> DataRank:
-    """Which part of the data this rank gets."""
-    return DataRank(
-        dp_rank=parallel.dp_rank, dp_size=parallel.dp_size, cp_rank=parallel.cp_rank, cp_size=parallel.cp_size
-    )
+def open_models(cfg: Config, *, weights: bool = True) -> RunModels:
+    """Find the models; the folders need nothing but config.json. weights: also download a hub model's weights.
+
+    Raises ConfigError with every problem of both."""
+    attempt = Attempts()
+    found = _models(cfg, attempt, weights)
+    attempt.refuse()
+    return RunModels(*found)
 
 
 def open_run_inputs(
     cfg: Config,
-    rank: DataRank | None = None,
+    grid: Grid | None = None,
     *,
     sets: Collection[str] | None = None,
     weights: bool = True,
     thorough: bool = False,
 ) -> RunInputs:
-    """Find the models, read and tokenise the data, and deal it out, to `rank` its part (None: everything).
+    """Finds the models, reads and tokenises the data, and makes loaders of this rank's part (grid None: of everything).
 
     sets: names of the sets to open; None: TRAIN and all of data.val_data_paths. weights: also download a hub model's
-    weights. thorough: hold the weight files' headers against the model's shape, and read the rows of the data even where
-    there is no tokenizer for them. Raises UserError with every problem of all parts. Collectives: none.
+    weights. thorough: compare the headers of the weight files with the model's shape, and read the rows of the data even
+    if there is no tokenizer. Raises UserError with every problem of all parts. Collectives: none.
     """
     paths = {TRAIN: cfg.data.train_data_path, **(cfg.data.val_data_paths or {})}
     paths = {name: path for name, path in paths.items() if sets is None or name in sets}
     attempt = Attempts()
-    source = attempt(lambda: resolve_source(cfg.policy.model_name, "policy.model_name", weights=weights))
-    if source is None:
-        arch = tokenizer = reference = reference_arch = None
-    else:
-        arch = attempt(lambda: read_architecture(source.hf_files))
-        tokenizer = attempt(lambda: load_tokenizer(str(tokenizer_source(cfg, source))))
-        reference = attempt(lambda: reference_source(cfg, source, weights=weights))
-        other = None if reference == source else reference
-        reference_arch = arch if other is None else attempt(lambda: read_architecture(other.hf_files, REFERENCE))
+    source, arch, reference, reference_arch = _models(cfg, attempt, weights)
+    tokenizer = None if source is None else attempt(lambda: load_tokenizer(str(tokenizer_source(cfg, source))))
     if thorough:
         for one, shape in {source: arch, reference: reference_arch}.items():
             if one is not None and shape is not None:
@@ -111,7 +114,7 @@ def open_run_inputs(
     if arch is not None and tokenizer is not None:
         datasets = attempt(lambda: load_datasets(cfg, paths, tokenizer, arch.vocab_size))
         if datasets is not None:
-            loaders = attempt(lambda: _loaders(cfg, arch, datasets, pad_token_id(tokenizer), rank or DataRank()))
+            loaders = attempt(lambda: _loaders(cfg, arch, datasets, pad_token_id(tokenizer), grid or Grid()))
     if datasets is not None and reference_arch is not None and reference != source:
         attempt(lambda: _require_vocabulary(cfg, reference_arch, datasets.values()))
     attempt.refuse()
@@ -120,14 +123,30 @@ def open_run_inputs(
     return RunInputs(source, arch, reference, reference_arch, tokenizer, notes, loaders)
 
 
+def _models(cfg: Config, attempt: Attempts, weights: bool) -> tuple[Any, ...]:
+    """The fields of RunModels; None for what `attempt` has problems of."""
+    source = attempt(lambda: resolve_source(cfg.policy.model_name, "policy.model_name", weights=weights))
+    if source is None:
+        return None, None, None, None
+    arch = attempt(lambda: read_architecture(source.hf_files))
+    reference = attempt(lambda: reference_source(cfg, source, weights=weights))
+    other = None if reference == source else reference
+    return (
+        source,
+        arch,
+        reference,
+        arch if other is None else attempt(lambda: read_architecture(other.hf_files, REFERENCE)),
+    )
+
+
 def _loaders(
-    cfg: Config, arch: Architecture, datasets: Mapping[str, PairDataset], pad: int, rank: DataRank
+    cfg: Config, arch: Architecture, datasets: Mapping[str, PairDataset], pad: int, grid: Grid
 ) -> dict[str, GlobalBatchLoader]:
     attempt = Attempts()
     loaders = {}
     for name, data in datasets.items():
         open_one = partial(GlobalBatchLoader.from_config, data, cfg, arch)
-        made = attempt(partial(open_one, pad_token_id=pad, training=name == TRAIN, rank=rank))
+        made = attempt(partial(open_one, pad_token_id=pad, training=name == TRAIN, grid=grid))
         if made is not None:
             loaders[name] = made
     attempt.refuse()
@@ -135,18 +154,19 @@ def _loaders(
 
 
 def _require_vocabulary(cfg: Config, reference_arch: Architecture, datasets: Iterable[PairDataset]) -> None:
-    """Raises ConfigError for a reference that lacks some of the pairs' tokens: under tensor parallelism no shard of its
-    embedding would hold them, and its log-probabilities would be wrong without an error."""
+    """Raises ConfigError if the reference's vocabulary lacks token ids of the pairs. With tensor parallelism no shard of
+    the embedding would have them, and log-probabilities would be wrong without an error."""
     vocab_size, largest = reference_arch.vocab_size, max(data.max_token_id for data in datasets)
     if largest >= vocab_size:
-        expected = f"a model that has the pairs' token ids, up to {largest}; its vocabulary has {vocab_size}"
-        raise ConfigError(
-            Problem(REFERENCE, cfg.dpo.reference.model_name, expected, "name one with the policy's tokenizer")
+        expected = (
+            f"a model with more than {largest} token ids, the largest in the data; its vocabulary has {vocab_size}"
         )
+        fix = "name a model with the policy's tokenizer"
+        raise ConfigError(Problem(REFERENCE, cfg.dpo.reference.model_name, expected, fix))
 
 
 def _require_complete_weights(source: ModelSource, arch: Architecture) -> None:
-    """Raises ConfigError for a Hugging Face folder whose files don't hold the model's tensors, by their headers."""
+    """Raises ConfigError if the weight files of a Hugging Face folder lack tensors of the model. Reads only headers."""
     from megadpo.model.weights.hf_folder import HfWeights
 
     if source.megatron is not None:
@@ -157,13 +177,13 @@ def _require_complete_weights(source: ModelSource, arch: Architecture) -> None:
 
 
 def _read_rows(cfg: Config, paths: Iterable[str]) -> None:
-    """Raises DataError with every problem that the rows have without a tokenizer."""
-    from megadpo.data.formats import FieldKeys
+    """Raises DataError with every problem of the rows that can be found without a tokenizer."""
     from megadpo.data.formats.read_pairs import read_pairs
 
     attempt = Attempts()
-    keys = FieldKeys(cfg.data.prompt_key, cfg.data.chosen_key, cfg.data.rejected_key)
     for path in paths:
-        pairs = read_pairs(path, keys, dataset_name=cfg.data.dataset_name, on_bad_row=cfg.data.on_bad_row)
-        attempt(partial(deque, pairs, maxlen=0))  # reads all, keeps none
+        pairs = read_pairs(
+            path, cfg.data.format_options, dataset_name=cfg.data.dataset_name, on_bad_row=cfg.data.on_bad_row
+        )
+        attempt(partial(deque, pairs, maxlen=0))  # reads all and keeps none
     attempt.refuse()

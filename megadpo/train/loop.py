@@ -1,10 +1,10 @@
-"""The training loop. A run is: resume, then step, validate, save, report, until the last step or a reason to stop."""
+"""The training loop: step, validate, save and report, until the last step or a reason to stop."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megadpo.checkpoint import TrainingPosition, prune_checkpoints, save_checkpoint
@@ -20,9 +20,9 @@ from megadpo.train.stop import StopWatcher
 
 
 def train(run: Run, logger: MetricsLogger, progress: ProgressLine, stop: StopWatcher) -> int:
-    """Train to the end of the run; returns the exit code: 0, or why it stopped early with a checkpoint written.
+    """Trains to the end of the run. Returns the exit code: 0, or that of `stop` if it stopped early and saved a checkpoint.
 
-    All ranks call it together. Raises NonFiniteLoss where the config says so; complete checkpoints stay.
+    All ranks call it. Raises NonFiniteLoss if the config asks for it; complete checkpoints stay.
     """
     dpo, saving = run.cfg.dpo, run.cfg.checkpointing
     steps_per_epoch = run.inputs.train_loader.batches_per_epoch
@@ -30,7 +30,7 @@ def train(run: Run, logger: MetricsLogger, progress: ProgressLine, stop: StopWat
     if position.step == 0 and dpo.val_at_start:
         position = validate(run, position, logger, progress, stop, also_log={})
         if (exit_code := stop.agreed()) is not None:
-            progress.message("stopped before the first step")
+            progress.message_at_end("stopped before the first step")
             return exit_code
     saved_step = position.step
     started = time.perf_counter()
@@ -38,9 +38,10 @@ def train(run: Run, logger: MetricsLogger, progress: ProgressLine, stop: StopWat
     while position.step < run.total_steps:
         for batch in run.inputs.train_loader.batches(position.epoch, position.batch):
             outcome = run.trainer.step(batch)
-            exit_code = stop.agreed()  # waits for the GPU: the update was only queued, and is part of the step
+            exit_code = stop.agreed()  # waits for the GPU, so that the step's time includes its queued update
             ended = time.perf_counter()
             record = step_record(batch, outcome, position, ended - started)
+            logged = record | run.watch.read()
             started = ended
             position = position_after(position, batches_per_epoch=steps_per_epoch, skipped=not outcome.updated)
             position = dataclasses.replace(position, metrics=record)
@@ -48,24 +49,21 @@ def train(run: Run, logger: MetricsLogger, progress: ProgressLine, stop: StopWat
 
             last = position.step == run.total_steps
             due = last or position.step % saving.save_period == 0
-            # a signal leaves 30 seconds: save at once, unranked
+            # after a signal there are 30 seconds: save at once, without validation
             if exit_code is None and validation_due(run, position.step, last=last, save=saving.enabled and due):
-                position = validate(run, position, logger, progress, stop, also_log=record)
+                position = validate(run, position, logger, progress, stop, also_log=logged)
                 exit_code = stop.agreed()
                 started = time.perf_counter()
             else:
-                logger.log(position.step, record)
+                logger.log(position.step, logged)
             if saving.enabled and (due or exit_code is not None):
                 save_and_prune(run, position)
                 saved_step = position.step
                 started = time.perf_counter()
             if exit_code is not None and not last:
-                kept = (
-                    f"newest checkpoint: step {saved_step}"
-                    if saving.enabled
-                    else "checkpointing is off, nothing is kept"
-                )
-                progress.message(f"stopped after step {position.step}, {kept}")
+                kept = f"newest checkpoint: step {saved_step}; started again, it goes on from there"
+                kept = kept if saving.enabled else "checkpointing is off, nothing was saved"
+                progress.message_at_end(f"stopped after step {position.step}, {kept}")
                 return exit_code
             if last:
                 break
@@ -73,8 +71,8 @@ def train(run: Run, logger: MetricsLogger, progress: ProgressLine, stop: StopWat
 
 
 def step_record(batch: GlobalBatch, outcome: StepOutcome, before: TrainingPosition, seconds: float) -> dict[str, float]:
-    """What one step logs, under its full names. `seconds`: from the end of the step before, or of the
-    validation and save after it, to the end of this one."""
+    """The metrics that one step logs. `seconds`: the time since the end of the step before, or of the validation and save
+    after that step."""
     return {
         "epoch": before.epoch,
         **{f"train/{name}": value for name, value in outcome.metrics.items()},
@@ -90,7 +88,7 @@ def step_record(batch: GlobalBatch, outcome: StepOutcome, before: TrainingPositi
 
 
 def validation_due(run: Run, step: int, *, last: bool, save: bool) -> bool:
-    """By the period, at the end, and before a checkpoint that is ranked by a validation metric."""
+    """True at the period, at the end, and before a checkpoint that is ranked by a validation metric."""
     dpo = run.cfg.dpo
     if not run.inputs.validation:
         return False
@@ -106,10 +104,10 @@ def validate(
     progress: ProgressLine,
     stop: StopWatcher,
     *,
-    also_log: dict[str, float],
+    also_log: Mapping[str, float | None],
 ) -> TrainingPosition:
-    """Evaluate every validation set, log one line for the step together with `also_log`, remember the metrics. A reason
-    to stop breaks it off: what was measured by then of a set counts for nothing, and the caller asks `stop` again."""
+    """Evaluates every validation set and logs one line for the step, with `also_log`. The returned position has the
+    metrics. With a reason to stop it ends early and drops the unfinished set; the caller asks `stop` again."""
     started = time.perf_counter()
     record: dict[str, float] = {}
     for name in run.inputs.validation:
@@ -117,14 +115,14 @@ def validate(
         try:
             metrics = run.trainer.evaluate(until_stopped(run.validation_batches(name), stop))
         except Stopped:
-            progress.message(f"validation on {name} broken off")
+            progress.message(f"validation on {name} stopped early")
             break
         record |= {f"validation-{name}/{metric}": value for metric, value in metrics.items()}
         progress.validation(position.step, name, metrics, time.perf_counter() - set_started)
     if record:
         record["timing/validation/total_validation_time"] = time.perf_counter() - started
     if record or also_log:
-        logger.log(position.step, also_log | record)
+        logger.log(position.step, {**also_log, **record})
     return dataclasses.replace(position, metrics=position.metrics | record)
 
 
@@ -133,7 +131,7 @@ class Stopped(Exception):
 
 
 def until_stopped(batches: Iterator[GlobalBatch], stop: StopWatcher) -> Iterator[GlobalBatch]:
-    """`batches`, as long as no rank has a reason to stop. Raises Stopped. Collectives: an all-reduce a batch."""
+    """`batches`, until a rank has a reason to stop; then raises Stopped. Collectives: an all-reduce for each batch."""
     for batch in batches:
         if stop.agreed() is not None:
             raise Stopped
@@ -141,7 +139,7 @@ def until_stopped(batches: Iterator[GlobalBatch], stop: StopWatcher) -> Iterator
 
 
 def save_and_prune(run: Run, position: TrainingPosition) -> None:
-    """Save this position, then delete what `keep_top_k` no longer keeps."""
+    """Saves this position, then deletes the checkpoints that `keep_top_k` does not keep."""
     saving = run.cfg.checkpointing
     folder = Path(saving.checkpoint_dir)
     if run.owner is not None:

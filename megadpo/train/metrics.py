@@ -1,4 +1,4 @@
-"""Sums and counts of metrics over micro-batches and ranks, reduced once and divided once."""
+"""Sums and counts of metrics over micro-batches and ranks. They are reduced once and divided once."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 class MetricSums:
-    """Collects `name -> (sum, count)` and gives `name -> sum / count` over everything collected.
+    """Collects `name -> (sum, count)`; the result is `name -> total sum / total count`.
 
-    A mean of micro-batch means is wrong as soon as the micro-batches differ in pairs; a sum of sums over a sum of
-    counts is exact under any split. Sums are kept as fp64 scalars on the device they come from; `add` and `pack` never
-    wait for that device, `reduce` and `means` wait once each.
+    A mean of micro-batch means is wrong if the micro-batches have different numbers of pairs; the total sum over the total
+    count is exact for every split. Sums are fp64 scalars on the device. `add` and `pack` don't wait for the device;
+    `reduce` and `means` wait once each.
 
         sums = MetricSums(device)
         for micro_batch in ...:
@@ -27,7 +27,7 @@ class MetricSums:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._device = torch.device(device)
         self._sums: dict[str, Tensor] = {}
-        # A count may be a Python number: it then stays on the host until `pack`, instead of one small copy per metric.
+        # A count may be a Python number. It stays on the host until `pack`, which saves a small copy for each metric
         self._counts: dict[str, Tensor | float] = {}
 
     def add(self, values: Mapping[str, tuple[Tensor | float, Tensor | float]]) -> None:
@@ -43,35 +43,35 @@ class MetricSums:
         return sorted(self._sums)
 
     def pack(self, names: Sequence[str] | None = None) -> Tensor:
-        """fp64 [2N]: the N sums, then the N counts, in sorted order of the names whatever order they came in.
+        """fp64 [2N]: the N sums, then the N counts, sorted by name.
 
-        names: pack exactly these, zero sum and count for those not collected (a pipeline stage without the loss, say).
-        Raises ValueError if something collected is not among them.
+        names: pack exactly these; names that were not collected (on a pipeline stage without the loss) have sum and count
+        zero. Raises ValueError if a collected name is not among them.
         """
         names = self.names() if names is None else sorted(names)
         unknown = set(self._sums) - set(names)
         if unknown:
-            raise ValueError(f"collected {sorted(unknown)}, which is not among the names to pack {names}")
+            raise ValueError(f"collected {sorted(unknown)}, which are not among the names to pack {names}")
         values = [self._sums.get(name, 0.0) for name in names] + [self._counts.get(name, 0.0) for name in names]
         if not values:
             return torch.zeros(0, dtype=torch.float64, device=self._device)
         return torch.stack([self._scalar(value) for value in values])
 
     def reduce(self, all_reduce: Callable[[Tensor], object], names: Sequence[str] | None = None) -> None:
-        """Replace the sums and counts by their totals over the ranks of a group, in one all-reduce.
+        """Replaces sums and counts by their totals over the ranks of a group, in one all-reduce.
 
-        all_reduce: sums an fp64 tensor in place over the group; called exactly once. Every rank of the group must have
+        all_reduce: sums an fp64 tensor in place over the group; it is called once. Every rank of the group must have
             collected the same names, or pass the same `names`.
 
-        Two extra numbers travel along, a checksum of the names and a 1: ranks that packed other names would otherwise
-        add a loss to an accuracy. Raises RuntimeError then (this reads the tensor, so it waits for the device).
+        The tensor also has a checksum of the names and a 1. If a rank has other names, a loss would be added to an
+        accuracy; then it raises RuntimeError. Reading the checksum waits for the device.
         """
         names = self.names() if names is None else sorted(names)
         checksum = float(zlib.crc32("\n".join(names).encode()))
         ends = torch.stack([self._scalar(checksum), self._scalar(1.0)])
         packed = torch.cat([self.pack(names), ends])
         all_reduce(packed)
-        # The checksums are integers below 2^32: their sum over up to 2^21 ranks is exact in fp64.
+        # The checksums are integers below 2^32, so their sum over up to 2^21 ranks is exact in fp64
         checksum_sum, ranks = packed[-2:].tolist()
         if checksum_sum != checksum * ranks:
             raise RuntimeError(f"the ranks of the group collected different metrics; this one has {names}")
@@ -79,13 +79,13 @@ class MetricSums:
         self._counts = {name: packed[len(names) + i] for i, name in enumerate(names)}
 
     def means(self) -> dict[str, float]:
-        """name -> sum / count, sorted by name; nan where the count is 0. One copy from the device."""
+        """name -> sum / count, sorted by name; nan if the count is 0. One copy from the device."""
         names, values = self.names(), self.pack().tolist()
         pairs = zip(values[: len(names)], values[len(names) :], strict=True)
         return {name: total / count if count else math.nan for name, (total, count) in zip(names, pairs, strict=True)}
 
     def _scalar(self, value: Tensor | float) -> Tensor:
-        """fp64 scalar on the device; a number is filled in by a kernel there, which needs no copy."""
+        """fp64 scalar on the device. A Python number is written by a kernel, without a copy."""
         if not isinstance(value, Tensor):
             return torch.full((), float(value), dtype=torch.float64, device=self._device)
         if value.dim() != 0:

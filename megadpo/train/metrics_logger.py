@@ -1,4 +1,4 @@
-"""Sends a run's metrics to metrics.jsonl and to every logger that the config switches on."""
+"""Sends a run's metrics to metrics.jsonl and to every logger that the config enables."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ LOG = logging.getLogger(__name__)
 
 
 class MetricsLogger:
-    """Sends the metrics of a step to metrics.jsonl and the loggers of the config, on the one rank that writes.
+    """Sends the metrics of a step to metrics.jsonl and to the loggers of the config. Only one rank writes.
 
     cfg: the config's `logger` section.
-    enabled: whether this rank writes; on the others `log` and `close` do nothing.
-    resumed_step: the last step that the loaded checkpoint contains; 0 for a run that starts from nothing. What an
-        earlier process logged after that step is taken out of metrics.jsonl (and kept in a file beside it), so that
-        the curve has each step once.
-    run_config: the resolved config, for wandb's table of runs.
+    enabled: whether this rank writes. On the others `log` and `close` do nothing.
+    resumed_step: the last step in the loaded checkpoint; 0 for a new run. Lines that an earlier process logged after this
+        step are moved from metrics.jsonl to a second file, so that each step has one line.
+    run_config: the resolved config, for wandb.
 
-    Raises ConfigError, on EVERY rank and before anything is written, where a client that the config enables is not
-    installed; on the writing rank also where log_dir can't be written or wandb refuses to start. `log` raises OSError
-    when the disk fails: a run whose curve is lost should end, not go on unseen.
+    Raises ConfigError on EVERY rank, before anything is written, if an enabled client is not installed; on the writing
+    rank also if log_dir can't be written or wandb refuses to start. `log` raises OSError if the disk fails, because a run
+    without its metrics should end.
     """
 
     def __init__(
@@ -41,6 +40,8 @@ class MetricsLogger:
     ) -> None:
         if problems := [problem for logger in cfg.enabled for problem in logger.missing()]:
             raise ConfigError(problems)
+        self.notes: list[str] = []
+        """A line where the folder held the steps of an earlier run."""
         self._sinks: list[Sink] = []
         self._last_step = resumed_step
         if not enabled:
@@ -59,15 +60,19 @@ class MetricsLogger:
     def _open_sinks(self, cfg: LoggerConfig, resumed_step: int, run_config: Mapping[str, Any] | None) -> None:
         run = LoggedRun(Path(cfg.log_dir), resumed_step, run_config)
         run.log_dir.mkdir(parents=True, exist_ok=True)
-        self._sinks.append(JsonLines(run.log_dir / METRICS_FILE, resumed_step=resumed_step))
+        lines = JsonLines(run.log_dir / METRICS_FILE, resumed_step=resumed_step)
+        self._sinks.append(lines)
+        if lines.superseded is not None:
+            whose = f"later than step {resumed_step}, which are done again" if resumed_step else "of another run"
+            self.notes.append(f"logger.log_dir held steps {whose}: they are in {lines.superseded} now")
         for logger in cfg.enabled:
             self._sinks.append(logger.open(run))
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Write the metrics of a step: numbers (Python's, numpy's or 0-d tensors) or None, under their full names.
+        """Writes the metrics of a step, by their full names. Values are Python or numpy numbers, 0-d tensors or None.
 
-        A step has one line, so its validation metrics go into the same call. Steps never go backwards (ValueError).
-        Raises TypeError for a value that is no number, OSError when the disk fails.
+        A step has one line, so its validation metrics must be in the same call. Raises ValueError if steps go backwards,
+        TypeError for a value that isn't a number, OSError if the disk fails.
         """
         if not self._sinks:
             return
@@ -79,13 +84,13 @@ class MetricsLogger:
             sink.log(step, numbers)
 
     def close(self, exit_code: int = 0) -> None:
-        """Finish all files; wandb shows a run with another exit code than 0 as failed. A second call does nothing."""
+        """Closes all loggers. For wandb a run with an exit code other than 0 has failed. A second call does nothing."""
         sinks, self._sinks = self._sinks, []
         errors: list[Exception] = []
         for sink in sinks:
             try:
                 sink.close(exit_code)
-            except Exception as error:  # the other sinks must still be closed; the first error goes on below
+            except Exception as error:  # the other sinks must be closed too; the first error is raised below
                 errors.append(error)
         if errors:
             raise errors[0]
@@ -101,7 +106,7 @@ class MetricsLogger:
         except Exception as closing_error:
             if error is None:
                 raise
-            # What ended the run is the error to show; one while closing is often its echo (the same full disk).
+            # Show the error that ended the run; an error while closing often has the same cause (a full disk)
             LOG.warning("closing the metric files failed too: %s", closing_error)
 
 

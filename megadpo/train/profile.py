@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: a torch profiler trace, the largest costs in words, and a picture of them."""
+"""Profiles training steps: a torch profiler trace, the largest costs as text, and a chart of them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity
 
+from megadpo.config.grid import Grid
 from megadpo.config.schema import Config
-from megadpo.parallel import initialize, layout_of, setup_device
+from megadpo.parallel import initialize, setup_device
 from megadpo.train.setup import prepare
 
 SHOWN = 14
@@ -21,30 +22,30 @@ SHOWN = 14
 
 @dataclass(frozen=True)
 class Cost:
-    """One kernel (on a CPU: one operator), over all its calls."""
+    """The calls of one kernel (on a CPU: of one operator)."""
 
     name: str
     ms_per_step: float
     calls_per_step: float
     share: float
-    """Of the time of all kernels."""
+    """Share of the time of all kernels."""
 
 
 @dataclass(frozen=True)
 class StepProfile:
-    """The steps that were recorded, after those that compile and warm up."""
+    """The recorded steps, after the warm-up steps."""
 
     device: str
     steps: int
     step_ms: float
     """Wall-clock, with the profiler on."""
     busy: float
-    """Share of the wall-clock in which kernels ran (one stream: on several they add up). The rest is the bubble."""
+    """Time of all kernels / wall-clock. The rest is idle. (Kernels that run at the same time count twice.)"""
     costs: Sequence[Cost]
     """Largest first."""
 
     def words(self) -> list[str]:
-        """The step, then the three largest costs, a line each."""
+        """A line for the step, and a line for each of the three largest costs."""
         what = "kernels" if self.device == "cuda" else "operators"
         lines = [f"{self.step_ms:.1f} ms a step with the profiler on, {self.busy:.0%} of it in {what}"]
         for rank, cost in enumerate(self.costs[:3], start=1):
@@ -53,21 +54,21 @@ class StepProfile:
 
 
 def profile_run(cfg: Config, *, warmup: int, steps: int, trace: Path | None) -> StepProfile:
-    """Build the run of `cfg` from its start, take `warmup` steps, and record `steps` more. Nothing is saved or logged, but
-    the log-probabilities of a cached reference for these steps.
+    """Starts a run of `cfg`, makes `warmup` steps, and records `steps` more. It saves and logs nothing, except the
+    log-probabilities of a cached reference for these steps.
 
-    trace: where rank 0 writes the timeline for Perfetto or chrome://tracing (.json or .json.gz); None: nowhere.
+    trace: rank 0 writes the timeline for Perfetto or chrome://tracing to this file (.json or .json.gz); None: no file.
     Collectives: the run's.
     """
     cfg = dataclasses.replace(
         cfg,
         checkpointing=dataclasses.replace(cfg.checkpointing, enabled=False),
-        # a cached reference is computed beforehand for every pair that the run will see
+        # a cached reference is computed before training for all pairs of these steps
         dpo=dataclasses.replace(cfg.dpo, max_num_steps=warmup + steps),
         data=dataclasses.replace(cfg.data, val_data_paths=None),
     )
     device = setup_device(cfg.policy.device, tensor_parallel=cfg.policy.megatron_cfg.tensor_model_parallel_size)
-    run = prepare(cfg, initialize(layout_of(cfg), device))
+    run = prepare(cfg, initialize(Grid.of(cfg), device))
     batches = run.inputs.train_loader.batches(0)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     for _ in range(warmup):
@@ -85,12 +86,14 @@ def profile_run(cfg: Config, *, warmup: int, steps: int, trace: Path | None) -> 
 
 
 def summary(events: Any, device: str, steps: int, seconds: float) -> StepProfile:
-    """events: torch.profiler's key_averages. On CUDA kernels and copies by their own time on the device; on a CPU
-    operators by their own time, without those they call."""
+    """events: torch.profiler's key_averages. On CUDA: kernels and copies, with their time on the device. On a CPU:
+    operators, with their own time, without that of operators that they call."""
     found = []
     for event in events:
         on_device = event.device_type == torch.autograd.DeviceType.CUDA
-        if on_device != (device == "cuda") or event.is_user_annotation:  # an annotation's time is that of what it spans
+        if (
+            on_device != (device == "cuda") or event.is_user_annotation
+        ):  # an annotation's kernels are counted themselves
             continue
         microseconds = event.self_device_time_total if on_device else event.self_cpu_time_total
         if microseconds > 0:
@@ -104,7 +107,7 @@ def summary(events: Any, device: str, steps: int, seconds: float) -> StepProfile
 
 
 def draw(profile: StepProfile, title: str, path: Path) -> None:
-    """The largest costs as bars, the three largest named above them. Needs matplotlib (the 'report' extra)."""
+    """Draws the largest costs as bars, with the text of the three largest as title. Needs matplotlib (extra 'report')."""
     from matplotlib.figure import Figure
 
     shown = list(profile.costs[:SHOWN])[::-1]

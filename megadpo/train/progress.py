@@ -1,7 +1,6 @@
-"""What a person sees while a run goes on: a banner, a line per step, a line per validation set. Rank 0 only.
+"""Prints the progress of a run: a banner, a line per step, a line per validation set. Rank 0 only.
 
-Where stdout is a terminal the step's line is a live bar that stays at the bottom; where it is a file or a pipe every
-step prints one line of fixed width:
+In a terminal the step's line is a live bar at the bottom. In a file or pipe every step prints one line of fixed width:
 
   step 12/80  loss   0.6931  acc 0.500  margin  -0.0123  grad  12.3450  tok/s     12,346  pairs/s   12.34  left 0:04:36
 """
@@ -18,6 +17,8 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from megadpo.launcher import last_words
+
 WINDOW_STEPS = 20
 """Steps whose mean duration gives the time left."""
 
@@ -25,13 +26,13 @@ Metrics = Mapping[str, float | int | None]
 
 
 class ProgressLine:
-    """Shows each step as it ends. Does nothing on ranks that are not told to show (`enabled=False`).
+    """Prints each finished step. With `enabled=False` it does nothing.
 
-    total_steps: of the whole run, those before a resume included.
-    start_step: the step that this process goes on from, the last one already done; 0 for a new run.
-    console: where to show it; default: stdout, live if that is a terminal.
+    total_steps: of the whole run, including those before a resume.
+    start_step: the last step of the loaded checkpoint; 0 for a new run.
+    console: where to print; default: stdout, with a live bar if that is a terminal.
 
-    Use as a context manager, or call `close`, so that the terminal gets its cursor back.
+    Use it as a context manager, or call `close`, to restore the terminal's cursor.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class ProgressLine:
         self._time_left = TimeLeft(total_steps)
         self._console = console or _stdout_console()
         self._enabled = enabled
+        self._last_text: str | None = None
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         if enabled and self._console.is_terminal and not self._console.is_dumb_terminal:
@@ -49,17 +51,16 @@ class ProgressLine:
                 BarColumn(bar_width=20),
                 TextColumn("{task.fields[line]}", markup=False),
                 console=self._console,
-                auto_refresh=False,  # drawn when something changes, without a thread that wakes ten times a second
+                auto_refresh=False,  # drawn after each step, not by a thread ten times a second
             )
             self._task = self._bar.add_task("steps", total=total_steps, completed=start_step, line="")
             self._bar.start()
 
     def step(self, step: int, metrics: Metrics) -> None:
-        """Show a finished step.
+        """Prints a finished step.
 
-        metrics: what metrics.jsonl gets, by the same names: train/loss, train/rewards/accuracies,
-            train/rewards/margins, train/grad_norm, timing/train/{tokens_per_s,pairs_per_s,step_time_s}. One that is
-            missing or None (no rewards without a reference) is shown as "-"; others are not looked at.
+        metrics: names as in metrics.jsonl. It prints train/loss, train/rewards/accuracies, train/rewards/margins,
+            train/grad_norm, timing/train/{tokens_per_s,pairs_per_s,step_time_s}; "-" for missing or None.
         """
         if not self._enabled:
             return
@@ -78,28 +79,31 @@ class ProgressLine:
             self.message(f"{self._step_of_total(step)}  {line}")
 
     def validation(self, step: int, name: str, metrics: Metrics, seconds: float) -> None:
-        """Show the result of one validation set.
-
-        name: the set's name in `data.val_data_paths`; metrics: its means without a prefix (loss, rewards/accuracies,
-            rewards/margins); seconds: what it took.
-        """
+        """Prints the result of one validation set. metrics: names without a prefix, such as rewards/margins."""
         fields = _quality(metrics, "")
         self.message(f"{self._step_of_total(step)}  {'  '.join(fields)}  validation {name}  {seconds:.1f} s")
 
+    def message_at_end(self, text: str) -> None:
+        """Print why the run ends when this is closed, below everything."""
+        self._last_text = text
+
     def message(self, text: str) -> None:
-        """Print a line, or several, of text: above the live bar, or as it is."""
+        """Prints one or more lines of text; above the live bar if there is one."""
         if not self._enabled:
             return
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
-            # Not through rich: it would wrap at 80 columns where there is no terminal.
+            # Not by rich, which wraps at 80 columns without a terminal
             print(text, file=self._console.file, flush=True)
 
     def close(self) -> None:
-        """Leave the bar as it is and give the terminal back. A second call does nothing."""
+        """Ends the live bar and prints the last text. A second call does nothing."""
         if self._bar is not None:
             self._bar.stop()
+        if self._enabled and self._last_text is not None:
+            last_words(self._last_text, self._console.file)
+            self._last_text = None
 
     def __enter__(self) -> ProgressLine:
         return self
@@ -116,8 +120,8 @@ class ProgressLine:
 class TimeLeft:
     """Seconds to the last step, from the mean duration of the last `WINDOW_STEPS` steps.
 
-    The first step of a process also compiles, allocates and warms caches, so it counts only until there is another.
-    Validation and checkpoints are not in a step's duration and so not in the time left.
+    The first step of a process also compiles and allocates, so it counts only until there is another. Time for validation
+    and checkpoints is not included.
     """
 
     def __init__(self, total_steps: int) -> None:
@@ -126,7 +130,7 @@ class TimeLeft:
         self._steps_seen = 0
 
     def add(self, step_time_s: float | None) -> None:
-        """Count a finished step; None where its duration is not known."""
+        """Adds a finished step. None: its duration is not known."""
         if step_time_s is None or not math.isfinite(step_time_s):
             return
         self._steps_seen += 1
@@ -135,21 +139,21 @@ class TimeLeft:
         self._durations_s.append(step_time_s)
 
     def after(self, step: int) -> float | None:
-        """Seconds left when `step` is done; None before the first duration."""
+        """Seconds left after `step`; None before the first duration."""
         if not self._durations_s:
             return None
         return max(self._total_steps - step, 0) * sum(self._durations_s) / len(self._durations_s)
 
 
 def print_banner(rows: Sequence[tuple[str, str]], file: TextIO | None = None) -> None:
-    """What will run, a line each: plain text, names in a column. file: default stdout."""
+    """Prints (name, value) rows as plain text. file: default stdout."""
     width = max(len(name) for name, _ in rows)
     lines = ["megadpo", *(f"  {name:<{width}}  {value}" for name, value in rows)]
     print("\n".join(lines), file=file or sys.stdout, flush=True)
 
 
 def _stdout_console() -> Console:
-    # rich also takes FORCE_COLOR for a terminal, which many CI systems set: their logs would get a bar's escape codes.
+    # Many CI systems set FORCE_COLOR; rich would then treat their logs as a terminal and write escape codes
     return Console(file=sys.stdout, force_terminal=sys.stdout.isatty())
 
 
@@ -163,7 +167,7 @@ def _quality(metrics: Metrics, prefix: str) -> list[str]:
 
 
 def _number(value: float | None, width: int) -> str:
-    """Right-aligned with as many of 4 decimals as fit; in scientific notation where none does."""
+    """Right-aligned, with up to 4 decimals; in scientific notation if it is too long."""
     if value is None:
         return _missing(width)
     for decimals in (4, 3, 2, 1):
@@ -182,7 +186,7 @@ def _missing(width: int) -> str:
 
 
 def _duration(seconds: float | None) -> str:
-    """h:mm:ss, with the days before it where there are any."""
+    """h:mm:ss, with days before it if there are any."""
     if seconds is None:
         return _missing(7)
     minutes, rest = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""What the policy is compared with: a copy of the model beside it, or log-probabilities computed before training."""
+"""The reference of a run: a model in memory, or log-probabilities that are computed before training."""
 
 from __future__ import annotations
 
@@ -23,20 +23,19 @@ from megadpo.reference.cached import Table
 from megadpo.train.inputs import TRAIN, RunInputs
 from megadpo.train.resume import from_first_rank, require_writable
 
-Positions = npt.NDArray[np.int64]
-FORMAT = 1
-"""Counted up by a change after which the same model gives other log-probabilities."""
+FORMAT = 2
+"""Increase it after a change by which the same model gives other log-probabilities, or another table of them."""
 
 
 def build_reference(cfg: Config, inputs: RunInputs, parallel: ParallelContext) -> ResidentReference:
-    """The frozen reference of `dpo.reference`, loaded."""
+    """The frozen reference of `dpo.reference`, with its weights loaded."""
     model = build_model(inputs.reference_arch, cfg.policy, parallel, frozen=True)
     load_weights(model, inputs.reference, inputs.reference_arch, parallel)
     return ResidentReference(model, parallel)
 
 
 def cache_folder(cfg: Config) -> Path:
-    """Where the log-probabilities are kept; ~ is the home folder, as in data.cache_dir."""
+    """The folder of the log-probabilities' files. ~ is the home folder, as in data.cache_dir."""
     named = cfg.dpo.reference.cache_dir
     return Path(cfg.checkpointing.checkpoint_dir) / "reference" if named is None else Path(named).expanduser()
 
@@ -44,11 +43,12 @@ def cache_folder(cfg: Config) -> Path:
 def attach_logps(
     cfg: Config, inputs: RunInputs, parallel: ParallelContext, total_steps: int
 ) -> tuple[RunInputs, list[str]]:
-    """The inputs, with loaders that bring the reference's log-probabilities of every pair that the run will see: from the
-    files of `dpo.reference.cache_dir`, and computed, and written there, where those lack some. The model is gone afterwards.
+    """The inputs, whose loaders now include the reference's log-probabilities of every pair of the run, and a line of text
+    for each data set. The numbers come from the files of `dpo.reference.cache_dir`; missing ones are computed and written
+    there. The reference's model is freed at the end.
 
-    With them a line a data set. Raises ConfigError, on every rank, where the folder can't be written. Collectives: a
-    broadcast a data set, and where something is computed one a write, those of the model and of `compute_missing`.
+    Raises ConfigError on every rank if the folder can't be written. Collectives: a broadcast for each data set; if
+    something is computed, also a broadcast for each write, and those of the model and of `compute_missing`.
     """
     folder = cache_folder(cfg)
     model = from_first_rank(parallel, lambda: _describe(cfg, inputs))
@@ -57,32 +57,34 @@ def attach_logps(
     lines = []
     for key, loader in inputs.loaders.items():
         name, steps = ("train", total_steps) if key == TRAIN else (key, None)
-        cache = LogpsCache(folder / f"{name}-{_digest({**model, 'data': loader.dataset.fingerprint})}.safetensors")
+        data = {"data": loader.dataset.fingerprint, "answers": "distinct" if loader.groups else "two a pair"}
+        cache = LogpsCache(folder / f"{name}-{_digest({**model, **data})}.safetensors")
         positions = positions_by_use(loader, steps)
-        table = from_first_rank(parallel, partial(cache.read, len(loader.dataset)))
-        known = _known(table, positions)
+        num_answers = int(loader.answers.max()) + 1
+        table = from_first_rank(parallel, partial(cache.read, num_answers))
+        known = _known(table, loader.answers[positions])
         if known < len(positions):
             if reference is None:
                 from_first_rank(parallel, partial(require_writable, folder, "dpo.reference.cache_dir"))
                 reference = build_reference(cfg, inputs, parallel)
-            keep = partial(_keep, cache, name, positions, parallel)
+            keep = partial(_keep, cache, name, loader.answers[positions], parallel)
             table = compute_missing(reference, loader, positions, table, parallel, after_some=keep)
         loaders[key] = loader.with_reference_logps(table)
         lines.append(f"reference log-probabilities of {name}: {known} of {len(positions)} pairs from {cache.path}")
-        broken = positions[~np.isfinite(table[positions]).all(axis=1)]
+        broken = positions[~np.isfinite(table[loader.answers[positions]]).all(axis=1)]
         if len(broken):
             rows = ", ".join(str(row) for row in loader.dataset.rows[broken[:3]])
             lines.append(f"  not finite for {len(broken)} pairs of {name}, the first in rows {rows} (from 0)")
     if reference is not None:
         del reference
-        gc.collect()  # a layer that refers to itself keeps its weights until the garbage collector runs
+        gc.collect()  # layers have reference cycles, so their weights are freed only by the garbage collector
         if parallel.device.type == "cuda":
             torch.cuda.empty_cache()
     return dataclasses.replace(inputs, loaders=loaders), lines
 
 
 def _describe(cfg: Config, inputs: RunInputs) -> dict[str, str]:
-    """What the numbers depend on, beside the data; not the layout, which changes them by rounding only."""
+    """What the numbers depend on, besides the data. The layout is left out: it changes only the rounding."""
     fp8 = cfg.policy.megatron_cfg.fp8_cfg
     return {
         "format": str(FORMAT),
@@ -97,12 +99,15 @@ def _digest(description: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _known(table: Table, positions: Positions) -> int:
-    return int((~np.isnan(table[positions]).any(axis=1)).sum())
+def _known(table: Table, answers: npt.NDArray[np.int64]) -> int:
+    """How many of the pairs with these answers [pairs, 2] the table has both numbers of."""
+    return int((~np.isnan(table[answers]).any(axis=1)).sum())
 
 
-def _keep(cache: LogpsCache, name: str, positions: Positions, parallel: ParallelContext, table: Table) -> None:
+def _keep(
+    cache: LogpsCache, name: str, answers: npt.NDArray[np.int64], parallel: ParallelContext, table: Table
+) -> None:
     from_first_rank(parallel, partial(cache.write, table))
     if parallel.rank == 0:
-        known = f"{_known(table, positions)} of {len(positions)} pairs"
+        known = f"{_known(table, answers)} of {len(answers)} pairs"
         print(f"reference log-probabilities of {name}: {known}", flush=True)

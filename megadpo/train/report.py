@@ -1,12 +1,15 @@
-"""What a run is, in the words of the banner."""
+"""The banner of a run: its facts as text."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from megadpo.checkpoint import complete_checkpoints
 from megadpo.config.known import Known
 from megadpo.config.schema import Config
 from megadpo.config.variants import LAYER_IMPLEMENTATIONS, LOSSES
@@ -17,11 +20,11 @@ from megadpo.train.setup import Run
 
 
 def banner_rows(run: Run, chosen: Mapping[str, str]) -> list[tuple[str, str]]:
-    """(name, words) of each fact about the run, for the banner. chosen: its `choices`. All ranks call it. Collectives: an
+    """(name, text) of each fact about the run. chosen: the result of `choices`. All ranks call it. Collectives: an
     all-reduce of the parameter count."""
     cfg, parallel, inputs = run.cfg, run.parallel, run.inputs
     validation = {
-        name: min(loader.batches_per_epoch * loader.global_batch_size, len(loader.dataset))
+        name: min(loader.batches_per_epoch * loader.options.global_batch_size, len(loader.dataset))
         for name, loader in inputs.validation.items()
     }
     return [
@@ -43,8 +46,25 @@ def banner_rows(run: Run, chosen: Mapping[str, str]) -> list[tuple[str, str]]:
     ]
 
 
+def closing_words(run: Run) -> list[str]:
+    """What a run says that has come to its end: what was saved, where, and how to export it. Rank 0."""
+    saving, total = run.cfg.checkpointing, run.total_steps
+    lines = [f"finished: {total:,} steps; metrics in {run.cfg.logger.log_dir}"]
+    if run.position.step >= total:
+        more = "raise dpo.max_num_steps or dpo.max_num_epochs to go on, name another checkpointing.checkpoint_dir to begin anew"
+        lines = [f"nothing to do: this run had finished, after step {run.position.step:,} of {total:,}; {more}"]
+    if not saving.enabled:
+        return [*lines, "checkpointing.enabled is false: nothing was saved"]
+    folder = Path(saving.checkpoint_dir)
+    steps = [info.path.name for info in complete_checkpoints(folder)]
+    lines.append(f"checkpoints in {folder}: {', '.join(steps)}")
+    best = f"; --best: by {run.ranking_metric}" if run.ranking_metric and len(steps) > 1 else ""
+    lines.append(f"export {steps[-1]}: megadpo export {shlex.quote(str(folder))} FOLDER{best}")
+    return lines
+
+
 def choices(run: Run) -> dict[str, str]:
-    """What `auto` came to on this machine, and why."""
+    """What `auto` has chosen on this machine, and why."""
     policy, device = run.cfg.policy, run.parallel.device
     known = Known(cfg=run.cfg, machine=machine(device))
     layers, config = LAYER_IMPLEMENTATIONS.choose(known), run.trainer.model[0].config
@@ -68,20 +88,19 @@ def choices(run: Run) -> dict[str, str]:
 
 
 def layout_sizes(run: Run) -> dict[str, int]:
-    """The parallel sizes under their short names; those of experts where there are any."""
-    parallel, layout = run.parallel, run.parallel.layout
-    sizes = {"TP": parallel.tp_size, "PP": parallel.pp_size, "VPP": parallel.chunks_per_stage, "CP": parallel.cp_size}
-    sizes["DP"] = parallel.dp_size
-    return sizes if run.trainer.balance is None else sizes | {"EP": layout.expert, "ETP": layout.expert_tensor}
+    """Short name -> parallel size. EP and ETP only for models with experts."""
+    grid = run.parallel.grid
+    sizes = {"TP": grid.tensor, "PP": grid.pipeline, "VPP": grid.virtual_pipeline, "CP": grid.context, "DP": grid.data}
+    return sizes if run.trainer.balance is None else sizes | {"EP": grid.expert, "ETP": grid.expert_tensor}
 
 
 def all_parameters(run: Run) -> int:
     """Parameters of the whole model: replicated ones once, tied embeddings once."""
-    chunks, layout, tp = run.trainer.model, run.parallel.layout, run.parallel.tp_size
+    chunks, grid, tp = run.trainer.model, run.parallel.grid, run.parallel.grid.tensor
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     experts = sum(p.numel() for p in parameters if is_expert(p))
     shards = sum(p.numel() for p in parameters if getattr(p, "tensor_model_parallel", False)) - experts
-    mine = count_parameters(chunks) + shards * (tp - 1) + experts * (layout.expert * layout.expert_tensor - 1)
+    mine = count_parameters(chunks) + shards * (tp - 1) + experts * (grid.expert * grid.expert_tensor - 1)
     last = chunks[-1]
     if last.share_embeddings_and_output_weights and last.post_process and not last.pre_process:
         mine -= last.output_layer.weight.numel() * tp  # the last stage's copy
@@ -91,14 +110,14 @@ def all_parameters(run: Run) -> int:
 
 
 def layout_words(sizes: Mapping[str, int], world_size: int) -> str:
-    """TP 4 x DP 2 (8 ranks); sizes of 1 are left out."""
+    """Such as "TP 4 x DP 2 (8 ranks)". Sizes of 1 are left out."""
     wide = [f"{name} {size}" for name, size in sizes.items() if size != 1]
     ranks = f"{world_size} rank" + ("s" if world_size != 1 else "")
     return f"{' x '.join(wide)} ({ranks})" if wide else ranks
 
 
 def count_words(count: int) -> str:
-    """8,030,261,248 (8.03 B)."""
+    """Such as "8,030,261,248 (8.03 B)"."""
     for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
         if count >= size:
             return f"{count:,} ({count / size:.2f} {unit})"

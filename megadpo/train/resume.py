@@ -1,4 +1,4 @@
-"""Where a run goes on: the checkpoint that every rank agrees on, or a refusal that says what has changed since."""
+"""Finds the checkpoint to resume from, the same on every rank, and refuses one that doesn't fit the run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import yaml
 
 from megadpo.checkpoint import CheckpointInfo, damages_together
 from megadpo.checkpoint.folder import move_aside, require_info, step_folders
-from megadpo.config.load import as_dict
+from megadpo.config.load import as_written
 from megadpo.config.problems import ConfigError, Problem, UserError
 from megadpo.config.schema import Config
 from megadpo.data.pairs import PairDataset
@@ -28,19 +28,18 @@ from megadpo.parallel import ParallelContext
 FIELD = "checkpointing.checkpoint_dir"
 OWNER_FILE = ".run"
 SEEN_WITHIN_S = 30.0
-"""How long a network file system may take to show a new file on another node."""
+"""The longest time in which a network file system shows a new file on another node."""
 REFERENCE = "dpo.reference"
 
 
 def find_resume(
     cfg: Config, data: PairDataset, settings: dict[str, Any], parallel: ParallelContext
 ) -> tuple[CheckpointInfo | None, list[str]]:
-    """The newest checkpoint, as rank 0 sees it, or None, and what is to be said of it; settings: `data_settings` of this
-    run.
+    """The newest checkpoint, as rank 0 sees it, or None, and notes for the user. settings: `data_settings` of this run.
 
-    Raises ConfigError, on every rank, where the folder can't be written or isn't the same one on every node, where the
-    checkpoint is damaged, and where it saw other data, in another order, or another reference. Collectives: a broadcast
-    and an all-gather, and those of `newest_whole`.
+    Raises ConfigError on every rank if the folder can't be written or differs between nodes, if the checkpoint is damaged,
+    or if it was trained with other data, another order or another reference. Collectives: a broadcast, an all-gather,
+    and those of `newest_whole`.
     """
     if not cfg.checkpointing.enabled:
         return None, []
@@ -49,7 +48,7 @@ def find_resume(
     info, notes = newest_whole(folder, parallel, on_damage=cfg.checkpointing.on_damage)
     if info is None:
         return None, notes
-    fix = f"restore what {info.path} was trained with, or start anew in another {FIELD}"
+    fix = f"use what {info.path} was trained with, or start a new run in another {FIELD}"
     problems = []
     if info.position.data_fingerprint != data.fingerprint:
         expected = f"the pairs and tokenisation that {info.path} was trained on"
@@ -67,11 +66,11 @@ def find_resume(
 def newest_whole(
     folder: Path, parallel: ParallelContext, *, on_damage: Literal["stop", "previous"]
 ) -> tuple[CheckpointInfo | None, list[str]]:
-    """The newest checkpoint of the run, verified, and a note for each that was not taken or couldn't be verified.
+    """The newest undamaged checkpoint of the run, and a note for each one that is damaged or can't be verified.
 
-    on_damage previous: damaged ones are renamed to step_<N>.damaged, and the one before them is taken. Raises ConfigError,
-    on every rank, naming the files of a damaged one; also where none is left. Collectives: two broadcasts and an
-    all-gather of pickled objects, for each damaged one three more.
+    on_damage "previous": damaged checkpoints are renamed to step_<N>.damaged, and the one before is used. Raises
+    ConfigError on every rank, with the damaged files; also if no undamaged one is left. Collectives: two broadcasts and an
+    all-gather of pickled objects, and three more for each damaged checkpoint.
     """
     notes: list[str] = []
     while (path := from_first_rank(parallel, lambda: next(reversed(step_folders(folder)), None))) is not None:
@@ -90,15 +89,13 @@ def newest_whole(
 def _way_on(damaged: Path, before: Path | None) -> str:
     move = f"mv {damaged} {damaged}.damaged"
     if before is None:
-        return f"copy the checkpoint again from where it is whole; there is none before it: to start anew, {move}"
-    return (
-        f"{move}, and the run goes on from {before}, the one before it; checkpointing.on_damage=previous does the same"
-    )
+        return f"copy the checkpoint again from an undamaged copy; there is no earlier one; for a new run: {move}"
+    return f"{move}; then the run resumes from the one before, {before}; checkpointing.on_damage=previous does the same"
 
 
 def data_settings(cfg: Config, reference: ModelSource, parallel: ParallelContext) -> dict[str, Any]:
-    """What, beside the pairs themselves, must stay as it was: it decides which pairs a step sees, which weights the
-    optimizer holds, and what the policy is compared with. Collectives: a broadcast."""
+    """The settings that must not change when a run resumes, besides the pairs. They decide which pairs a step uses, which
+    weights the optimizer has, and what the reference is. Collectives: a broadcast."""
     return {
         "dpo.seed": cfg.dpo.seed,
         "data.shuffle": cfg.data.shuffle,
@@ -110,25 +107,25 @@ def data_settings(cfg: Config, reference: ModelSource, parallel: ParallelContext
 
 
 def changes(cfg: Config, info: CheckpointInfo) -> list[str]:
-    """One line for each setting of the objective, the optimizer and its schedule that differs from the run that wrote
-    `info`: allowed, but the user is told."""
+    """A line for each setting of objective, optimizer or schedule that differs from those of the checkpoint `info`. Such
+    changes are allowed; the user is told."""
     file = info.path / "config.yaml"
     try:
         before = dict(_flat(yaml.safe_load(file.read_text()), ""))
-    except (OSError, ValueError, yaml.YAMLError) as error:  # of a checkpoint that could not be verified
-        fix = "copy the checkpoint again from where it is whole"
+    except (OSError, ValueError, yaml.YAMLError) as error:  # possible if the checkpoint could not be verified
+        fix = "copy the checkpoint again from an undamaged copy"
         raise ConfigError(Problem(str(file), str(error), "the config of the run that wrote it", fix)) from error
     watched = ("dpo.", "policy.max_grad_norm", "policy.megatron_cfg.optimizer.", "policy.megatron_cfg.scheduler.")
     return [
         f"resumed from {info.path.name} with {key} {value!r}, which was {before[key]!r}"
-        for key, value in _flat(as_dict(cfg), "")
+        for key, value in _flat(as_written(cfg), "")
         if key.startswith(watched) and not key.startswith("dpo.val_") and key in before and before[key] != value
     ]
 
 
 def require_shared(folder: Path, parallel: ParallelContext) -> None:
-    """Make `folder` and see that every rank can write there, and sees there what rank 0 writes, so that hours of
-    training don't end at the first save. Raises ConfigError on every rank. Collectives: a broadcast, an all-gather."""
+    """Creates `folder`, and checks that every rank can write there and sees a file of rank 0. Otherwise the first save would
+    fail after hours of training. Raises ConfigError on every rank. Collectives: a broadcast, an all-gather."""
     name = from_first_rank(parallel, lambda: _write_mark(folder))
     problem = _look_for(folder, folder / name)
     found: list[str | None] = [None] * parallel.world_size
@@ -136,28 +133,28 @@ def require_shared(folder: Path, parallel: ParallelContext) -> None:
     if parallel.rank == 0:
         (folder / name).unlink(missing_ok=True)
     if unusable := sorted({one for one in found if one is not None}):
-        expected = f"a folder that every node can write, the same one on all ({'; '.join(unusable)})"
+        expected = f"one folder that every node can write ({'; '.join(unusable)})"
         raise ConfigError([Problem(FIELD, str(folder), expected, "choose one on a shared file system")])
 
 
 def claim(folder: Path) -> str:
-    """Mark `folder` as this run's, for `require_owner`; rank 0 only. The run that started last owns it."""
+    """Marks `folder` as this run's, for `require_owner`. Rank 0 only. The run that started last owns the folder."""
     token = f"{uuid.uuid4().hex} on {socket.gethostname()}"
     (folder / OWNER_FILE).write_text(token + "\n")
     return token
 
 
 def require_owner(folder: Path, token: str) -> None:
-    """Raises RuntimeError where another run has started in `folder` since `claim`: two that save there at once would mix
-    their files, and a requeued job may start while the old one is still ending."""
+    """Raises RuntimeError if another run has called `claim` for this folder since. A requeued job may start before the old
+    one has ended, and the files of two runs must not mix."""
     mark = folder / OWNER_FILE
     if mark.exists() and (now := mark.read_text().strip()) != token:
-        raise RuntimeError(f"another run has started in {folder} ({now}); this one ends without saving over it")
+        raise RuntimeError(f"another run has started in {folder} ({now}); this run ends without saving")
 
 
 def from_first_rank(parallel: ParallelContext, get: Any) -> Any:
-    """`get()` as rank 0 sees it, for every rank: nodes of a network file system may see different things. UserErrors are
-    raised on every rank. Collectives: a broadcast of a pickled object."""
+    """The result of `get()` on rank 0, for every rank. (Nodes may see different states of a network file system.) A
+    UserError is raised on every rank. Collectives: a broadcast of a pickled object."""
     shared: list[Any] = [None, None]
     if parallel.rank == 0:
         try:
@@ -179,17 +176,17 @@ def _other_reference(cfg: Config, info: CheckpointInfo, fix: str) -> Problem:
     field, value = (f"{REFERENCE}.model_name", named) if named else ("policy.model_name", cfg.policy.model_name)
     if cfg.dpo.reference.mode == "none":
         field, value = f"{REFERENCE}.mode", "none"
-    return Problem(field, value, f"the reference that {info.path} was trained against, or none as there", fix)
+    return Problem(field, value, f"the reference with which {info.path} was trained (or none, if it had none)", fix)
 
 
 def require_writable(folder: Path, field: str) -> None:
-    """Make `folder` and write a file there. Raises ConfigError naming `field`."""
+    """Creates `folder` and writes a file there. Raises ConfigError for `field` if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x")
     except OSError as error:
-        fix = "choose another folder, or make room and set its permissions"
+        fix = "choose another folder, or free some space, or change its permissions"
         raise ConfigError([Problem(field, str(folder), f"a folder that can be written ({error})", fix)]) from error
 
 
@@ -201,7 +198,7 @@ def _write_mark(folder: Path) -> str:
 
 
 def _look_for(folder: Path, mark: Path) -> str | None:
-    """What this rank can't do there, or None."""
+    """What is wrong with the folder on this rank, or None."""
     host, deadline = socket.gethostname(), time.monotonic() + SEEN_WITHIN_S
     while not mark.exists():
         if time.monotonic() > deadline:

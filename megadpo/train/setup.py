@@ -1,5 +1,5 @@
-"""From a checked config to everything a run needs. Data comes first (seconds), then weights (minutes), so that a user hears
-early of what is wrong."""
+"""Builds everything a run needs from a checked config. First the data (seconds), then the weights (minutes), so that users
+see errors early."""
 
 from __future__ import annotations
 
@@ -22,52 +22,54 @@ from megadpo.model.freeze import freeze
 from megadpo.optimizer.build import build_optimizer, build_scheduler, wrap_for_training
 from megadpo.parallel import ParallelContext
 from megadpo.train.handed_on import own_files
-from megadpo.train.inputs import RunInputs, data_rank, open_run_inputs
+from megadpo.train.inputs import RunInputs, open_run_inputs
 from megadpo.train.reference import attach_logps, build_reference
 from megadpo.train.resume import changes, claim, data_settings, find_resume
 from megadpo.train.step import Trainer
+from megadpo.train.watch import MachineWatch
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything the loop works with."""
+    """Everything the training loop needs."""
 
     cfg: Config
     parallel: ParallelContext
     inputs: RunInputs
     trainer: Trainer
     position: TrainingPosition
-    """Where to go on: zeros for a new run."""
+    """Where training starts: zeros for a new run."""
     total_steps: int
     notes: list[str]
-    """One line for each thing to know about a cached reference and a resume."""
+    """Lines for the user about a cached reference and a resume."""
     owner: str | None
-    """What `claim` gave the rank that saves."""
+    """The result of `claim`, on the rank that saves."""
+    watch: MachineWatch
     own_files: Mapping[str, bytes]
-    """Of the rank that saves: what its checkpoints hold instead of the starting model's files, but for the card."""
+    """On the rank that saves: files of a checkpoint that replace those of the starting model, without the card."""
 
     @property
     def ranking_metric(self) -> str | None:
-        """Logged name of the metric that `keep_top_k` ranks checkpoints by, or None."""
+        """The logged name of the metric by which `keep_top_k` ranks checkpoints, or None."""
         name = self.cfg.checkpointing.metric_name
         return None if name is None else parse_metric_name(name, list(self.inputs.validation)).key
 
     def validation_batches(self, name: str) -> Iterator[GlobalBatch]:
-        """The global batches of one validation set, in file order, at most `dpo.val_batches` of them."""
+        """At most `dpo.val_batches` global batches of one validation set, in file order."""
         return self.inputs.validation[name].batches(epoch=0)
 
 
 def prepare(cfg: Config, parallel: ParallelContext) -> Run:
-    """Build the run on this rank. Raises UserError subclasses for everything a user can put right."""
+    """Builds the run on this rank. Raises UserError for everything that a user can correct."""
     seed_everything(cfg.dpo.seed, parallel)
-    inputs = open_run_inputs(cfg, data_rank(parallel))
+    inputs = open_run_inputs(cfg, parallel.grid)
     pairs, arch = inputs.train_loader.dataset, inputs.arch
     total_steps = cfg.dpo.total_steps(inputs.train_loader.batches_per_epoch)
     settings = data_settings(cfg, inputs.reference, parallel)
     resume, notes = find_resume(cfg, pairs, settings, parallel)
 
     reference = None
-    if cfg.dpo.reference.mode == "cached":  # before there is a policy, so that the two never share the memory
+    if cfg.dpo.reference.mode == "cached":  # before the policy is built, so that only one model is in memory
         inputs, lines = attach_logps(cfg, inputs, parallel, total_steps)
         notes += lines
     elif cfg.dpo.reference.mode == "resident":
@@ -103,19 +105,20 @@ def prepare(cfg: Config, parallel: ParallelContext) -> Run:
     saves = cfg.checkpointing.enabled and parallel.rank == 0
     owner = claim(Path(cfg.checkpointing.checkpoint_dir)) if saves else None
     files = own_files(cfg, inputs.source.hf_files, inputs.tokenizer) if saves else {}
-    return Run(cfg, parallel, inputs, trainer, position, total_steps, notes, owner, files)
+    watch = MachineWatch(parallel, monitor_gpus=cfg.logger.monitor_gpus)
+    return Run(cfg, parallel, inputs, trainer, position, total_steps, notes, owner, watch, files)
 
 
 def seed_everything(seed: int, parallel: ParallelContext) -> None:
-    """One seed for Python, NumPy and torch; tensor-parallel regions differ by rank (megatron-core's tracker)."""
+    """Seeds Python, NumPy and torch. megatron-core's tracker gives tensor-parallel ranks different seeds."""
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed + 100 * parallel.pp_rank)
+    torch.manual_seed(seed + 100 * parallel.grid.pp_rank)
     model_parallel_cuda_manual_seed(seed)
 
 
 def position_after(position: TrainingPosition, *, batches_per_epoch: int, skipped: bool) -> TrainingPosition:
-    """The position once one more step is done."""
+    """The position after one more step."""
     batch = position.batch + 1
     return dataclasses.replace(
         position,

@@ -1,8 +1,8 @@
 """One optimizer step over a global batch: reference logps, forward and backward through the pipeline, update.
 
-Why the loss is exact in every layout: each micro-batch contributes sum over its pairs / pairs of the GLOBAL batch.
-megatron-core is told (calculate_per_token_loss) to divide by nothing, so gradients are plain sums over micro-batches
-and data-parallel ranks, which is the mean over the global batch however its pairs were dealt out.
+Why the loss is exact in every layout: each micro-batch contributes (sum over its pairs) / (pairs of the GLOBAL batch).
+megatron-core is told (calculate_per_token_loss) not to divide, so gradients are plain sums over micro-batches and
+data-parallel ranks. That is the mean over the global batch, for every deal of its pairs.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ from megadpo.reference import ResidentReference, answer_logps
 from megadpo.train.metrics import MetricSums
 
 CONTEXT_IMBALANCE = "context_imbalance"
-"""Metric under context parallelism: attention work of the rank that has most of it, over the mean, summed over packs."""
+"""Metric with context parallelism: attention work of the busiest rank / mean over the ranks, both summed over packs."""
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss or the gradient norm of a batch is NaN or infinite; the weights were left as they were."""
+    """The loss or the gradient norm of a batch is NaN or infinite. The weights were not changed."""
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What a step gave, the same on every rank."""
+    """The result of a step, the same on every rank."""
 
     metrics: dict[str, float]
-    """Means over the global batch, names as in megadpo.objective, and those of layouts and experts."""
+    """Means over the global batch: the metrics of megadpo.objective, and those of layouts and experts."""
     grad_norm: float
     """Before clipping."""
     lr: float
-    """Rate that this step used."""
+    """The learning rate of this step."""
     updated: bool
-    """False where the step was skipped for a loss that is not finite."""
+    """False if the step was skipped because loss or gradient norm were not finite."""
 
 
 class Trainer:
-    """Policy, reference, optimizer and schedule of a run, and the step that ties them together."""
+    """Policy, reference, optimizer and schedule of a run, and its training step."""
 
     def __init__(
         self,
@@ -66,37 +66,37 @@ class Trainer:
         log_balance_per_layer: bool = False,
     ) -> None:
         self.cfg = cfg
-        self.balance = policy[0].module.balance  # of the layers of experts; None: a dense model
+        self.balance = policy[0].module.balance  # load balance of the experts; None for a dense model
         self.log_balance_per_layer = log_balance_per_layer
         self.parallel = parallel
         self.policy = policy
         self.reference = reference
         self.optimizer = optimizer
         self.scheduler = scheduler
-        # None: the loss is divided already, so gradients are finalised without a count.
+        # None instead of a token count, because the loss is divided already
         policy[0].module.config.finalize_model_grads_func = lambda chunks, _num_tokens, **groups: finalize_model_grads(
             chunks, None, **groups
         )
 
     @property
     def model(self) -> list[PairModel]:
-        """The policy's chunks on this rank, without the wrappers that hold gradients."""
+        """The policy's chunks on this rank, without DistributedDataParallel."""
         return [chunk.module for chunk in self.policy]
 
     def model_to_save(self) -> list[PairModel]:
-        """`model` with the last update in every weight. Collectives: where `overlap_param_gather` has put it off to the
-        next forward pass, the all-gather over dp."""
+        """`model` with all weights up to date. Collectives: with `overlap_param_gather`, the all-gather over dp that would
+        else be done in the next forward pass."""
         for chunk in self.policy:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
         return self.model
 
     def step(self, batch: GlobalBatch) -> StepOutcome:
-        """Train on one global batch. Raises NonFiniteLoss where the config says stop; weights are then untouched.
+        """Trains on one global batch. Raises NonFiniteLoss if the config says stop; the weights are then unchanged.
 
-        Collectives: the models' and the pipeline's, gradient reduction over dp, one all-reduce of the metrics over dp
-        and one broadcast over pp. Waits for the device after the last micro-batch only: for the metrics, twice, and for the
-        gradient norm.
+        Collectives: those of the models and the pipeline, gradient reduction over dp, one all-reduce of the metrics over
+        dp and one broadcast over pp. Waits for the device three times after the last micro-batch: twice for the metrics,
+        once for the gradient norm.
         """
         for chunk in self.policy:
             chunk.zero_grad_buffer()
@@ -123,28 +123,28 @@ class Trainer:
         return StepOutcome(metrics, grad_norm, lr, updated)
 
     def evaluate(self, batches: Iterable[GlobalBatch]) -> dict[str, float]:
-        """Metrics of the policy on whole global batches, as means over their pairs. Collectives as in `step`."""
+        """Metrics of the policy, as means over the pairs of these batches. Collectives as in `step`, without gradients."""
         sums = MetricSums(self.parallel.device)
         for batch in map(self._ready, batches):
             policy = answer_logps(self.model, batch.micro_batches, self.parallel)
-            # logps come out of the last pipeline stage; on the others there is nothing to add
+            # only the last pipeline stage has logps
             for logps, micro_batch in zip(policy, batch.micro_batches, strict=False):
                 sums.add(pair_loss(logps, micro_batch, self.cfg).metrics)
         return self._reduced(sums).means()
 
     def _ready(self, batch: GlobalBatch) -> GlobalBatch:
-        """The batch with its micro-batches on the device, and on the last pipeline stage the reference's
-        log-probabilities in them: those that came with the data, or the resident reference's. Copies are queued and none is
-        waited for. Collectives: the resident reference's."""
+        """The batch with its micro-batches on the device. On the last pipeline stage they have the reference's
+        log-probabilities: from the data, or from the resident reference. Does not wait for the copies. Collectives: the
+        resident reference's."""
         micro_batches = [one.to(self.parallel.device) for one in batch.micro_batches]
         if self.reference is not None:
-            found = self.reference.logps(micro_batches)  # nothing but on the last stage
+            found = self.reference.logps(micro_batches)  # empty, except on the last stage
             for number, logps in enumerate(found):
                 micro_batches[number] = dataclasses.replace(micro_batches[number], reference_logps=logps)
         return dataclasses.replace(batch, micro_batches=micro_batches)
 
     def _forward_backward(self, batch: GlobalBatch) -> MetricSums:
-        """Gradients of the batch into the gradient buffer, finalised; its metrics, reduced."""
+        """Computes the batch's gradients in the gradient buffer, finalised, and its metrics, reduced."""
         sums = MetricSums(self.parallel.device)
 
         def forward_step(iterator: Any, chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
@@ -160,25 +160,27 @@ class Trainer:
             return chunk(micro_batch), loss_function
 
         run_pipeline(self.policy, batch.micro_batches, forward_step, forward_only=False)
-        return self._reduced(sums, also=[CONTEXT_IMBALANCE] if self.parallel.cp_size > 1 else [])
+        return self._reduced(sums, also=[CONTEXT_IMBALANCE] if self.parallel.grid.context > 1 else [])
 
     def _reduced(self, sums: MetricSums, also: Sequence[str] = ()) -> MetricSums:
-        """Totals over data-parallel ranks, from the last pipeline stage to all. also: names beside the objective's."""
+        """Totals over data-parallel ranks, sent from the last pipeline stage to all. also: names besides the objective's."""
         names = [*metric_names(self.cfg, has_reference=self.cfg.reference.mode != "none"), *also]
         sums.reduce(self.parallel.total_from_last_stage, names)
         return sums
 
 
 def pair_loss(logps: torch.Tensor, micro_batch: PackedBatch, cfg: DpoConfig) -> LossOutput:
-    """The objective on one micro-batch's answer logps [2P]: even rows chosen, odd rows rejected. The reference's, where
-    there is one, are the micro-batch's."""
+    """The objective of one micro-batch. logps: [K], the policy's, one for each answer. The reference's logps are in the
+    micro-batch."""
+    chosen, rejected = micro_batch.pairs.to(logps.device).unbind(1)
     tokens, reference = micro_batch.answer_tokens.to(logps.device), micro_batch.reference_logps
+    # Indexed, not index_select: on a GPU the gradients of an answer in several pairs are then summed in a fixed order
     return dpo_loss(
-        logps[0::2],
-        logps[1::2],
-        None if reference is None else reference[0::2],
-        None if reference is None else reference[1::2],
-        tokens[0::2],
-        tokens[1::2],
+        logps[chosen],
+        logps[rejected],
+        None if reference is None else reference[chosen],
+        None if reference is None else reference[rejected],
+        tokens[chosen],
+        tokens[rejected],
         cfg,
     )

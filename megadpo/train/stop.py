@@ -1,4 +1,4 @@
-"""Reasons to stop between two steps: a signal, or a time by which the checkpoint must be written."""
+"""Stops a run between two steps: after a signal, or at the time by which a checkpoint must be saved."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from megadpo.parallel import ParallelContext
 from megadpo.parallel.lifetime import STOP_SIGNALS
 
 EXIT_INTERRUPTED = 143
-"""Exit code after SIGTERM or SIGINT: a checkpoint was written, the run is not done."""
+"""Exit code after SIGTERM or SIGINT: a checkpoint was saved, but the run is not finished."""
 EXIT_OUT_OF_TIME = 75
-"""Exit code after checkpointing.checkpoint_must_save_by: start the run again to go on (EX_TEMPFAIL)."""
+"""Exit code after checkpointing.checkpoint_must_save_by (EX_TEMPFAIL): start the run again to continue."""
 
 SAME_SIGNAL_S = 10.0
-"""One request to stop may come several times: Slurm signals every process of a job, and torchrun, told so itself, then
-signals its workers."""
+"""Signals within this time are one request to stop: Slurm signals every process of a job, and torchrun also signals its
+workers."""
 
 
 class StopWatcher:
-    """Collects reasons on each rank; `agreed` makes all ranks see the same."""
+    """Collects reasons to stop on each rank. `agreed` gives all ranks the same answer."""
 
     def __init__(self, parallel: ParallelContext, must_save_by_s: float | None) -> None:
         self._parallel = parallel
@@ -31,16 +31,18 @@ class StopWatcher:
         self._signalled_at_s: float | None = None
 
     def install(self) -> None:
-        """Catch STOP_SIGNALS: the step in progress is finished and saved.
+        """Catches STOP_SIGNALS: the current step is finished and saved.
 
-        Ctrl-C more than SAME_SIGNAL_S after the first signal ends the process at once: somebody does not want to wait.
-        Another later signal, such as Slurm's SIGTERM at the time limit, changes nothing: the save goes on.
+        Ctrl-C more than SAME_SIGNAL_S after the first signal ends the process at once. Other later signals, such as
+        Slurm's SIGTERM at the time limit, are ignored, so that the save can finish. A signal that was blocked until now
+        (megadpo/launcher.py) is received here.
         """
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def agreed(self) -> int | None:
-        """The exit code to stop with, the same on every rank, or None. One all-reduce of one number over the world."""
+        """The exit code if the run must stop, else None; the same on every rank. One all-reduce of one number."""
         late = self._deadline is not None and time.monotonic() >= self._deadline
         reason = 2 if self._signalled_at_s is not None else 1 if late else 0
         shared = torch.tensor([reason], dtype=torch.int32, device=self._parallel.device)

@@ -23,6 +23,8 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b'{"error": {"message": "told to fail"}}'
     delay_s: float = 0.0
+    byte_delay_s: float = 0.0
+    """After each byte of the body."""
     half_body: bool = False
     """Promise a body and drop the connection in its middle."""
 
@@ -135,10 +137,15 @@ class PolicyServer:
             request.wfile.write(b'{"choices": [')
             request.close_connection = True
         else:
-            self.reply(request, fault.status, fault.body, fault.headers)
+            self.reply(request, fault.status, fault.body, fault.headers, fault.byte_delay_s)
 
     def reply(
-        self, request: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str] | None = None
+        self,
+        request: BaseHTTPRequestHandler,
+        status: int,
+        body: bytes,
+        headers: dict[str, str] | None = None,
+        byte_delay_s: float = 0.0,
     ) -> None:
         try:
             request.send_response(status)
@@ -146,7 +153,11 @@ class PolicyServer:
                 request.send_header(name, value)
             request.send_header("Content-Length", str(len(body)))
             request.end_headers()
-            request.wfile.write(body)
+            for number in range(len(body) if byte_delay_s else 0):
+                request.wfile.write(body[number : number + 1])
+                time.sleep(byte_delay_s)
+            if not byte_delay_s:
+                request.wfile.write(body)
         except OSError:  # the collector has been killed
             request.close_connection = True
 

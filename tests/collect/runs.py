@@ -47,7 +47,7 @@ def run(folder: Path, server: PolicyServer | str, **options: Any) -> int:
 
 def start(folder: Path, server: PolicyServer | str, **options: Any) -> subprocess.Popen[str]:
     """The tool as a process of its own."""
-    command = [sys.executable, str(REPOSITORY / "tools" / "collect_rollouts.py"), *arguments(folder, server, **options)]
+    command = [sys.executable, "-m", "megadpo", "collect", *arguments(folder, server, **options)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "NO_PROXY": "127.0.0.1"}
     return subprocess.Popen(
         command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE

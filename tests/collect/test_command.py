@@ -220,14 +220,14 @@ def test_a_finished_collection_is_left_alone_and_a_changed_one_refused(tmp_path,
         asked = server.asked.total()
         assert run(tmp_path, server) == 0 and "nothing to do" in capsys.readouterr().out
         said = refused(tmp_path, server, num_repeats=4, **{"responses_create_params.temperature": 0.2})
-        assert "num_repeats: got 4; expected 3, with which this output was begun" in said
+        assert "num_repeats: got 4; expected 3, the value with which this output was started" in said
         assert "responses_create_params.temperature: got 0.2; expected None" in said
         write_prompts(tmp_path / "prompts.jsonl", 3)
         assert "sha256" in refused(tmp_path, server)
         assert server.asked.total() == asked
         assert run(tmp_path, server, resume_from_cache="false") == 0
         (tmp_path / "rollouts.jsonl").unlink()
-        assert "not there" in refused(tmp_path, server)
+        assert "doesn't exist" in refused(tmp_path, server)
     assert server.asked.total() == asked + 9
 
 
@@ -235,7 +235,7 @@ def test_a_file_of_something_else_is_not_overwritten(tmp_path):
     write_prompts(tmp_path / "prompts.jsonl", 1)
     (tmp_path / "rollouts.jsonl").write_text("dear diary\n")
     with PolicyServer() as server:
-        assert "a file that this collection began" in refused(tmp_path, server)
+        assert "a file of this collection" in refused(tmp_path, server)
         (tmp_path / "rollouts.jsonl").unlink()
         (tmp_path / "rollouts.jsonl.journal").write_text("dear diary")
         assert "another kind of file" in refused(tmp_path, server)

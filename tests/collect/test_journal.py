@@ -77,7 +77,7 @@ def test_other_options_and_other_users_are_refused(tmp_path):
             Journal(path, HEADER)
     with pytest.raises(ConfigError, match="num_repeats: got 3; expected 2.*resume_from_cache=false"):
         Journal(path, {"num_repeats": 3})
-    with Journal(path, {"num_repeats": 3}, start_anew=True) as journal:
+    with Journal(path, {"num_repeats": 3}, restart=True) as journal:
         assert not journal.done
 
 

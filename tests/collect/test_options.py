@@ -67,7 +67,7 @@ def test_every_problem_at_once():
     [
         ({"policy_base_url": "localhost:8000"}, "policy_base_url: got 'localhost:8000'"),
         ({"policy_base_url": "http://localhost:99999/v1"}, "policy_base_url"),
-        ({"policy_base_url": "http://localhost:8000/v1/chat/completions"}, "leave that ending out"),
+        ({"policy_base_url": "http://localhost:8000/v1/chat/completions"}, "remove this ending"),
         ({"resources_server_url": "http://localhost:1"}, "exactly one of the two"),
         ({"output_jsonl_fpath": "dpo_prompts.jsonl"}, "another file than input_jsonl_fpath"),
         ({"output_jsonl_fpath": "/dev/null/x.jsonl"}, "can't be written"),

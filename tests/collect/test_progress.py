@@ -22,7 +22,7 @@ def test_lines_in_a_file_with_the_mean_reward_so_far():
         progress.failure()
     lines = shown.getvalue().splitlines()
     assert lines[0] == "Collecting rollouts:  75%  3/4  reward 0.5000  0.07/s"
-    assert lines[1] == "trying again: HTTP 500"
+    assert lines[1] == "retrying: HTTP 500"
     assert lines[2].endswith("failed 1  retries 2") and len(lines) == 3
 
 

@@ -22,5 +22,5 @@ def test_a_reward_is_a_finite_number():
         with pytest.raises(Exception, match="expected a finite number"):
             with_reward({"reward": bad}, "f")
     for bad in ({1, 2}, float("nan"), object()):
-        with pytest.raises(Exception, match="no JSON"):
+        with pytest.raises(Exception, match="written as JSON"):
             with_reward({"reward": 1.0, "field": bad}, "f")

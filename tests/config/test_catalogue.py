@@ -1,4 +1,4 @@
-"""Every key is on docs/config.md and in tools/config_keys.py, with what it means; every loss on docs/losses.md."""
+"""Every key is on docs/config.md and in `megadpo keys`, with what it means; every loss on docs/losses.md."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import get_args
 
 import pytest
 
+from megadpo.commands import main
 from megadpo.config.catalogue import LOSSES_BEGIN, LOSSES_END, page, sections, with_kernels, with_losses
 from megadpo.config.load import load_config
 from megadpo.config.nemo_rl.translate import nemo_keys
 from megadpo.config.reader import dotted_paths
 from megadpo.config.schema import Config
 from megadpo.config.variants import LOSSES, variant_options
-from tools.config_keys import main
 
 DOCS = Path(__file__).parents[2] / "docs"
-AGAIN = "write it again: python tools/config_keys.py --write docs"
+AGAIN = "write it again: megadpo keys --write docs"
 
 
 def test_the_page_is_that_of_the_schema() -> None:
@@ -72,9 +72,9 @@ def test_defaults_are_those_of_a_config_that_leaves_everything_out(tmp_path: Pat
 
 
 def test_keys_are_found_by_a_word(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["adam_beta1"]) == 0
+    assert main(["keys", "adam_beta1"]) == 0
     shown = capsys.readouterr().out
     assert "policy.megatron_cfg.optimizer.adam_beta1: a number >= 0 and < 1; default 0.9" in shown
     assert shown.count("default") == 1
-    assert main(["no_such_word"]) == 1
+    assert main(["keys", "no_such_word"]) == 1
     assert "no key has no_such_word" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from megadpo.config import check_layout, data_parallel_size, layers_per_stage, stated_world_size
+from megadpo.config import check_layout, layers_per_stage, stated_world_size
 from megadpo.config.architecture import Mlp, RopeScaling, Rotary
 from megadpo.families import parse_architecture
 
@@ -64,7 +64,7 @@ POSSIBLE = [
     ({**UNIFORM, UNIFORM_LAYERS: 4, PP: 2, VPP: 4}, {}, 2),
     ({UNIFORM_LAYERS: 3}, {}, 1),
     ({**UNIFORM, UNIFORM_LAYERS: 3, MEG + "recompute_method": "block"}, {}, 1),
-    ({PP: 2, VPP: 4, FIRST: 12, LAST: 20}, {}, 2),
+    ({PP: 2, VPP: 4, FIRST: 12}, {}, 2),
     ({PP: 2, VPP: 2, "policy__sequence_packing__enabled": False}, {}, 2),
     ({"policy__max_total_sequence_length": 131072}, {}, 1),
     ({"policy__max_total_sequence_length": 9000}, {"window": 4096}, 1),
@@ -195,7 +195,6 @@ def test_layers_per_stage(config, changes, stages):
 
 def test_sizes_of_the_world(config):
     cfg = config(**{TP: 2, PP: 2, "cluster__gpus_per_node": 8, "cluster__num_nodes": 3})
-    assert data_parallel_size(cfg, 24) == 6
     assert stated_world_size(cfg) == 24
     assert stated_world_size(config()) is None
 
@@ -257,6 +256,7 @@ BROKEN = [
         "use_distributed_optimizer",
     ),
     ({VPP: 2}, "policy.megatron_cfg.virtual_pipeline_model_parallel_size", "1 with pipeline_model_parallel_size 1"),
+    ({PP: 2, VPP: 4, FIRST: 12, LAST: 20}, "policy.megatron_cfg.num_layers_in_last_pipeline_stage", "null with two"),
     ({**SELECTIVE, MEG + "recompute_method": "block"}, "policy.megatron_cfg.recompute_method", "no use"),
     ({**SELECTIVE, MEG + "recompute_num_layers": 2}, "policy.megatron_cfg.recompute_num_layers", "no use"),
     (

@@ -63,3 +63,11 @@ def test_the_model_begins_on_the_first_stage_and_ends_on_the_last():
 def test_a_rank_outside_of_the_world_is_no_place():
     with pytest.raises(ValueError, match="rank 4 of a world of 4"):
         Grid(tensor=2, data=2, rank=4)
+
+
+def test_the_data_parallel_size_is_what_remains_of_the_world():
+    assert Grid(tensor=2, pipeline=2).over(8) == Grid(tensor=2, pipeline=2, data=2)
+    assert Grid(tensor=2, pipeline=2, context=2).over(16).data == 2
+    for world_size in (0, 2, 6):
+        with pytest.raises(ValueError, match=f"world size {world_size} is not a multiple of .* = 4"):
+            Grid(tensor=2, pipeline=2).over(world_size)

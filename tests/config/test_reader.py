@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import yaml
 
 from megadpo.config import (
     ConfigError,
     load_config,
 )
+from megadpo.config import reader as reader_module
+from megadpo.config.nemo_rl.translate import nemo_paths
+from megadpo.config.reader import dotted_paths, keys_of, names_elsewhere, nearest_name
+from megadpo.config.schema import Config
 
 BAD_VALUES = [
     # path, value, words of `expected`
@@ -89,6 +96,12 @@ UNKNOWN = [
     ("policy__megatron_cfg__moe_router_dtyp", "policy.megatron_cfg.moe_router_dtype"),
     ("polcy", "policy"),
     ("data__learning_rate", "policy.megatron_cfg.optimizer.lr"),
+    ("dpo__loss", "dpo.loss_type"),
+    ("policy__gradient_checkpointing", "policy.megatron_cfg.activation_checkpointing"),
+    ("per_device_train_batch_size", "policy.train_micro_batch_size"),
+    ("policy__gradient_accumulation_steps", "policy.train_global_batch_size"),
+    ("logger__report_to", "logger.wandb_enabled"),
+    ("policy__lora", "policy.megatron_cfg.peft.enabled"),
 ]
 
 
@@ -98,6 +111,42 @@ def test_unknown_key_is_refused_with_the_nearest_known_one(refusals, path, neare
     where = path.replace("__", ".")
     assert list(found) == [where]
     assert f"did you mean {nearest}?" in found[where].fix
+
+
+def test_text_that_no_path_can_be(refusals):
+    found = refusals(
+        policy__model_name="a\0b",
+        data__train_data_path="d/" + "x" * 5000,
+        checkpointing__checkpoint_dir="x" * 300,
+        logger__log_dir="a/" * 2500,
+        data__val_data_paths={"a": "\ud800"},
+        policy__tokenizer__chat_template="{{ x }}" + "y" * 9000 + "\0",
+    )
+    assert "NUL" in found["policy.model_name"].expected and "NUL" in found["policy.tokenizer.chat_template"].expected
+    assert "half character" in found["data.val_data_paths.a"].expected
+    for key in ("data.train_data_path", "checkpointing.checkpoint_dir", "logger.log_dir"):
+        assert "at most 3000 bytes" in found[key].expected
+    assert all(len(str(problem)) < 600 for problem in found.values())
+
+
+def test_every_name_of_another_trainer_leads_to_a_key():
+    names, paths = names_elsewhere(), frozenset(dotted_paths(Config)) | nemo_paths()
+    assert len(names) >= 200
+    assert {name: key for name, key in names.items() if key not in paths} == {}
+    listed = [name for line in table_of_names().values() for name in line]
+    assert sorted(listed) == sorted(names), "a name stands once"
+    assert [name for name in names if nearest_name(name, [], paths) != names[name]] == []
+    assert names.keys().isdisjoint(keys_of(Config)), "a section of ours"
+
+
+def table_of_names():
+    return yaml.safe_load((Path(reader_module.__file__).with_name("other_trainers.yaml")).read_text())
+
+
+def test_a_section_of_another_trainer_is_one_problem(refusals):
+    found = refusals(policy={"model_name": "m", "attn_type": {"kind": "x", "window": 3}}, data={"train_data_path": "t"})
+    assert list(found) == ["policy.attn_type"]
+    assert "did you mean policy.attention_kernel?" in found["policy.attn_type"].fix
 
 
 def test_what_the_loader_adds_is_not_a_key(refusals):

@@ -17,7 +17,7 @@ BROKEN = [
     ({OPT + "bf16": True, "policy__precision": "float32"}, "policy.megatron_cfg.optimizer.bf16", "policy.precision"),
     ({MEG + "pipeline_dtype": "float32"}, "policy.megatron_cfg.pipeline_dtype", "policy.precision"),
     ({OPT + "clip_grad": 2.0}, "policy.megatron_cfg.optimizer.clip_grad", "policy.max_grad_norm"),
-    (AWARE, AWARE_FIELD, "resumes is not proved"),
+    ({**AWARE, OPT + "exp_avg_dtype": "bfloat16"}, AWARE_FIELD, "resuming from this state has not been tested"),
     ({OPT + "optimizer": "sgd"}, "policy.megatron_cfg.optimizer.use_distributed_optimizer", "Adam"),
     ({**AWARE, SAVE: False, OPT + "use_distributed_optimizer": False}, AWARE_FIELD, "use_distributed_optimizer"),
     ({**AWARE, SAVE: False, "policy__device": "cpu"}, AWARE_FIELD, "CUDA"),
@@ -43,8 +43,12 @@ BROKEN = [
         "policy.megatron_cfg.optimizer.overlap_cpu_optimizer_d2h_h2d",
         "false without",
     ),
-    ({OPT + "min_lr": 1e-3}, "policy.megatron_cfg.optimizer.min_lr", "at most"),
-    ({SCHED + "lr_warmup_init": 1e-3}, "policy.megatron_cfg.scheduler.lr_warmup_init", "at most"),
+    ({OPT + "min_lr": 1e-3, SCHED + "lr_decay_style": "linear"}, "policy.megatron_cfg.optimizer.min_lr", "at most"),
+    (
+        {SCHED + "lr_warmup_init": 1e-3, SCHED + "lr_warmup_iters": 2},
+        "policy.megatron_cfg.scheduler.lr_warmup_init",
+        "at most",
+    ),
     (
         {SCHED + "lr_decay_style": "linear", SCHED + "lr_decay_iters": 5, SCHED + "lr_warmup_iters": 5},
         "policy.megatron_cfg.scheduler.lr_warmup_iters",

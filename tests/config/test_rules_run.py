@@ -11,12 +11,12 @@ BROKEN = [
     # changes, where, words of `expected`
     ({"dpo__preference_loss_weight": 0}, "dpo.preference_loss_weight", "positive"),
     ({"dpo__reference__mode": "none"}, "dpo.reference.mode", "resident"),
-    ({"dpo__loss_type": "cpo"}, "dpo.reference.mode", "none with dpo.loss_type cpo"),
+    ({"dpo__loss_type": "cpo"}, "dpo.reference.mode", "none: dpo.loss_type cpo reads no reference"),
     ({"dpo__reference__cache_dir": "x"}, "dpo.reference.cache_dir", "null with mode resident"),
     (
         {"dpo__loss_type": "simpo", "dpo__reference__mode": "none"},
         "dpo.preference_average_log_probs",
-        "true with dpo.loss_type simpo",
+        "true: dpo.loss_type simpo is defined on means",
     ),
     ({"dpo__loss_type": "exo_pair"}, "dpo.label_smoothing", "more than 0"),
     ({"dpo__loss_type": "hinge", "dpo__label_smoothing": 0.1}, "dpo.label_smoothing", "sigmoid, exo_pair, robust, cpo"),
@@ -27,7 +27,7 @@ BROKEN = [
         "dpo.f_divergence_type",
         "nothing with dpo.loss_type bco_pair",
     ),
-    ({"dpo__f_alpha_divergence_coef": 0.3}, "dpo.f_alpha_divergence_coef", "nothing without"),
+    ({"dpo__f_alpha_divergence_coef": 0.3}, "dpo.f_alpha_divergence_coef", "not set: only"),
     (
         {"dpo__f_divergence_type": "alpha_divergence", "dpo__f_alpha_divergence_coef": 1},
         "dpo.f_alpha_divergence_coef",
@@ -51,6 +51,7 @@ BROKEN = [
     ({"policy__device": "cpu", "policy__attention_kernel": "varlen"}, "policy.attention_kernel", "sdpa"),
     ({"policy__device": "cpu", "policy__logprob_kernel": "triton"}, "policy.logprob_kernel", "torch"),
     ({"data__chosen_key": "x", "data__rejected_key": "x"}, "data.rejected_key", "different"),
+    ({"data__prompt_key": "x", "data__rejected_key": "x"}, "data.prompt_key", "different"),
     ({"data__val_data_paths": {"a/b": "v.jsonl"}}, "data.val_data_paths", "letters"),
     (
         {"checkpointing__metric_name": "validation-gone_loss", "data__val_data_paths": SETS},

@@ -35,7 +35,7 @@ class Cubed(Loss):
     cubed_aim: PositiveFloat = 2.0
     """What the margin is compared with."""
 
-    def of_pairs(self, scores, beta):
+    def pair_losses(self, scores, beta):
         return (beta * (scores.chosen_logratios - scores.rejected_logratios) - self.cubed_aim) ** 3
 
     def problems(self, known):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from megadpo.data.formats import FieldKeys, PreferencePair
+from megadpo.data.formats import PreferencePair
 from megadpo.data.formats.read_pairs import read_pairs
 from megadpo.data.pairs import LossMask, PairDataset, TokenIds, TokenizedPair
 from megadpo.data.sources import Place
@@ -57,7 +57,7 @@ def write_rows(path: Path, rows: Iterable[object]) -> Path:
     return path
 
 
-def read_all(source: str | Path, keys: FieldKeys | None = None, **options: Any) -> list[PreferencePair]:
+def read_all(source: str | Path, keys: dict[str, str] | None = None, **options: Any) -> list[PreferencePair]:
     return list(read_pairs(source, keys, **options))
 
 

@@ -13,9 +13,10 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from megadpo.config.grid import Grid
 from megadpo.data.batches.cut import CONTEXT_BALANCE
 from megadpo.data.batches.deal import deal_batch
-from megadpo.data.batches.loader import DataRank, GlobalBatchLoader
+from megadpo.data.batches.loader import BatchOptions, GlobalBatchLoader
 from megadpo.data.batches.rebalance import BALANCE
 from megadpo.data.batches.work import WorkModel
 from megadpo.data.pairs import PairDataset
@@ -62,7 +63,7 @@ def in_large_vocabulary() -> PairDataset:
     return open_dataset(TRAIN, tokenizer, DataSettings(max_total_sequence_length=4096))
 
 
-LLAMA_8B = WorkModel(per_token=13_958_643_712, per_answer_token=1_050_673_152, per_query_key=524_288)
+LLAMA_8B = WorkModel(per_token=13_958_643_712, per_answer_token=1_050_673_152, per_query_key={None: 524_288})
 
 
 @pytest.mark.parametrize("dp_size", [2, 4])
@@ -73,15 +74,17 @@ def test_an_epoch_is_complete_and_its_ranks_do_the_same_work(
     loaders = [
         GlobalBatchLoader(
             in_large_vocabulary,
-            global_batch_size=64,
-            shuffle=True,
-            seed=42,
-            share_prompt=share_prompt,
-            pad_token_id=0,
-            budget_tokens=4096,
-            drop_last=True,
+            BatchOptions(
+                global_batch_size=64,
+                shuffle=True,
+                seed=42,
+                share_prompt=share_prompt,
+                pad_token_id=0,
+                budget_tokens=4096,
+                drop_last=True,
+            ),
             work_model=LLAMA_8B,
-            rank=DataRank(dp_rank=rank, dp_size=dp_size),
+            grid=Grid(data=dp_size, rank=rank),
         )
         for rank in range(dp_size)
     ]
@@ -107,9 +110,12 @@ def test_context_parallel_ranks_have_even_work(
     in_large_vocabulary: PairDataset, ranks: int, share_prompt: bool
 ) -> None:
     loader = GlobalBatchLoader(
-        in_large_vocabulary, global_batch_size=400, shuffle=True, seed=3, drop_last=True,
-        share_prompt=share_prompt, pad_token_id=0, pad_to_multiple=ranks, budget_tokens=4096,
-        rank=DataRank(cp_size=ranks),
+        in_large_vocabulary,
+        BatchOptions(
+            global_batch_size=400, shuffle=True, seed=3, drop_last=True,
+            share_prompt=share_prompt, pad_token_id=0, pad_to_multiple=ranks, budget_tokens=4096,
+        ),
+        grid=Grid(context=ranks),
     )  # fmt: skip
     parts = [pack.part for batch in loader.batches(0) for pack in batch.micro_batches]
     imbalance = [part.most_work / part.mean_work for part in parts if part is not None]

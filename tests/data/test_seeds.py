@@ -144,7 +144,7 @@ def test_a_snippet_over_several_lines_of_a_jsonl_file_is_told_apart(tmp_path: Pa
     (tmp_path / "p.jsonl").write_text(GYM_REQUIRED_FORMAT, encoding="utf-8")
     with pytest.raises(DataError) as refused:
         read_all(tmp_path / "p.jsonl")
-    assert "p.jsonl:1: " in str(refused.value) and "name the file .json if rows span lines" in str(refused.value)
+    assert "p.jsonl:1: " in str(refused.value) and "name the file .json if objects span lines" in str(refused.value)
 
 
 def test_the_schema_with_comments_is_no_data(tmp_path: Path) -> None:

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from megadpo.data.batches.loader import DataRank, GlobalBatchLoader
+from megadpo.config.grid import Grid
+from megadpo.data.batches.loader import BatchOptions, GlobalBatchLoader
 from megadpo.data.batches.pack import PackedBatch
 from megadpo.data.batches.work import WorkModel
 from megadpo.data.pairs import TokenizedPair
 from megadpo.data.statistics import as_seen, batch_fills, lengths, share_chosen_longer
 from tests.data.builders import dataset, ids, tokenized_pairs
 
-MODEL = WorkModel(per_token=1000, per_answer_token=100, per_query_key=5)
+MODEL = WorkModel(per_token=1000, per_answer_token=100, per_query_key={None: 5})
 
 
 def test_lengths_are_those_of_the_pairs(tmp_path: Path) -> None:
@@ -38,8 +39,12 @@ def test_fills_say_how_even_context_parallel_ranks_are(tmp_path: Path) -> None:
 
     def loader(cp_rank: int) -> GlobalBatchLoader:
         return GlobalBatchLoader(
-            pairs, global_batch_size=8, shuffle=False, seed=1, share_prompt=True, pad_token_id=2,
-            pad_to_multiple=2, budget_tokens=160, drop_last=True, rank=DataRank(cp_rank=cp_rank, cp_size=2),
+            pairs,
+            BatchOptions(
+                global_batch_size=8, shuffle=False, seed=1, share_prompt=True, pad_token_id=2,
+                pad_to_multiple=2, budget_tokens=160, drop_last=True,
+            ),
+            grid=Grid(context=2, rank=cp_rank),
         )  # fmt: skip
 
     def attention_work(pack: PackedBatch) -> int:
@@ -58,9 +63,13 @@ def test_fills_are_those_of_the_batches(tmp_path: Path, packed: bool) -> None:
 
     def loader(rank: int) -> GlobalBatchLoader:
         return GlobalBatchLoader(
-            pairs, global_batch_size=8, shuffle=True, seed=1, share_prompt=packed,
-            pad_token_id=2, budget_tokens=160 if packed else None, pairs_per_micro_batch=None if packed else 2,
-            drop_last=True, work_model=MODEL, rank=DataRank(dp_rank=rank, dp_size=2),
+            pairs,
+            BatchOptions(
+                global_batch_size=8, shuffle=True, seed=1, share_prompt=packed, drop_last=True,
+                pad_token_id=2, budget_tokens=160 if packed else None, pairs_per_micro_batch=None if packed else 2,
+            ),
+            work_model=MODEL,
+            grid=Grid(data=2, rank=rank),
         )  # fmt: skip
 
     fills = batch_fills(loader(0), 99)

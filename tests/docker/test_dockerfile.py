@@ -22,9 +22,29 @@ def instructions() -> list[tuple[str, str]]:
 
 
 def test_the_base_image_is_one_release():
-    name, image = instructions()[0]
-    assert name == "FROM"
-    assert re.fullmatch(r"nvcr\.io/nvidia/pytorch:\d\d\.\d\d-py3(@sha256:[0-9a-f]{64})?", image)
+    first, *others = (arguments for name, arguments in instructions() if name == "FROM")
+    assert re.fullmatch(r"nvcr\.io/nvidia/pytorch:\d\d\.\d\d-py3(@sha256:[0-9a-f]{64})? AS base", first)
+    assert others == ["base AS test", "base AS run"], "docker build without --target makes the last one"
+
+
+def test_the_test_stage_has_what_the_tests_read_and_keeps_torch():
+    stage = stage_of("test")
+    copied = {word for name, arguments in stage if name == "COPY" for word in arguments.split()[:-1]}
+    assert {"tests", "docs", "Dockerfile", "Makefile"} <= copied
+    (install,) = [arguments for name, arguments in stage if name == "RUN"]
+    assert (
+        "--constraint /tmp/constraints.txt" in install and "dev]" in install and "diff /tmp/torch_before -" in install
+    )
+    assert stage[-1][0] == "CMD" and "pytest" in stage[-1][1]
+
+
+def stage_of(name: str) -> list[tuple[str, str]]:
+    """The instructions of a stage."""
+    found, inside = [], False
+    for one in instructions():
+        inside = one[1].endswith(f" AS {name}") if one[0] == "FROM" else inside
+        found += [one] if inside else []
+    return found
 
 
 def test_what_is_copied_exists_and_is_not_ignored():
@@ -47,7 +67,7 @@ def test_every_script_is_copied_before_it_runs():
                 ran.append(script)
                 assert script.split("/")[0] in copied, script
                 assert (REPOSITORY / script).is_file(), script
-    assert ran == ["docker/keep_image_packages.py", "docker/check_image.py", "launch/train.py"]
+    assert ran == ["docker/keep_image_packages.py", "docker/check_image.py"]
 
 
 def test_the_package_is_whole_when_it_is_installed():
@@ -59,6 +79,7 @@ def test_the_package_is_whole_when_it_is_installed():
         if "pip install" in arguments:
             assert {"setup.py", "pyproject.toml", "README.md", "constraints.txt"} <= copied
             assert {package.split(".")[0] for package in find_packages(str(REPOSITORY), include=["megadpo*"])} <= copied
+            assert {"configs", "launch"} <= copied  # setup.py names them as packages
             assert "--constraint /tmp/constraints.txt" in arguments
             assert arguments.index("keep_image_packages.py") < arguments.index("pip install")
             return

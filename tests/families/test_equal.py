@@ -43,24 +43,23 @@ def weigh(logps: torch.Tensor) -> torch.Tensor:
     return (logps * torch.linspace(-1.0, 1.5, logps.numel(), dtype=logps.dtype)).sum()
 
 
-def takes_part(case: str, layout: dict[str, Any]) -> bool:
+def takes_part(folder: str, layout: dict[str, Any]) -> bool:
     """Experts need sequence parallelism where tensor parallelism is; dense models have nothing to share out."""
-    with_experts = "moe" in case or case == "mixtral"
-    if with_experts:
+    if read_architecture(folder).experts is not None:
         return layout.get("tensor", 1) == 1 or layout.get("sequence_parallel", False)
     return "expert" not in layout
 
 
 def measured(folders: dict[str, str], layout: dict[str, Any]) -> dict[str, Any]:
     """This rank's part of each case: its place, its parameters' sizes, and by `share_prompt` logps and gradients."""
-    from megadpo.model.weights.load import place_of
-    from megadpo.parallel import Layout, initialize, setup_device
+    from megadpo.config.grid import Grid
+    from megadpo.parallel import initialize, setup_device
     from megadpo.train.setup import seed_everything
 
-    parallel = initialize(Layout(**layout), setup_device("auto"))
+    parallel = initialize(Grid(**{k: v for k, v in layout.items() if k != "sequence_parallel"}), setup_device("auto"))
     seed_everything(1, parallel)
     cases = {case: _measured(folder, layout, parallel) for case, folder in folders.items()}
-    return {"place": place_of(parallel), "cases": cases}
+    return {"place": parallel.grid, "cases": cases}
 
 
 def _measured(folder: str, layout: dict[str, Any], parallel: Any) -> dict[str, Any]:
@@ -69,10 +68,10 @@ def _measured(folder: str, layout: dict[str, Any], parallel: Any) -> dict[str, A
     from megadpo.data.batches.cut import context_part
     from megadpo.data.batches.pack import pack_pairs
     from megadpo.model.build import build_model
-    from megadpo.model.weights.load import load_hf_weights, named_global_parameters, place_of
+    from megadpo.model.weights.load import load_hf_weights, named_global_parameters
     from megadpo.optimizer.build import wrap_for_training
 
-    arch, place = read_architecture(folder), place_of(parallel)
+    arch, place = read_architecture(folder), parallel.grid
     megatron = MegatronConfig(
         tensor_model_parallel_size=place.tensor,
         sequence_parallel=layout.get("sequence_parallel", False),
@@ -100,7 +99,7 @@ def _measured(folder: str, layout: dict[str, Any], parallel: Any) -> dict[str, A
     }
     for share in (True, False):
         whole = pack_pairs(PAIRS, share_prompt=share, pad_to_multiple=8, pad_token_id=0)
-        logps = _forward_backward(wrapped, context_part(whole, parallel.cp_rank, place.context), copies=place.data)
+        logps = _forward_backward(wrapped, context_part(whole, place.cp_rank, place.context), copies=place.data)
         first = weight_table(arch).num_experts // place.expert * place.ep_rank
         gradients = {
             name: one.main_grad.clone() for chunk in wrapped for name, one in named_global_parameters(chunk, first)
@@ -185,7 +184,7 @@ def test_every_class_has_a_case(folders: dict[str, str]) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logps_and_gradients_are_transformers(layout: str, folders: Any, truths: Any) -> None:
     sizes = LAYOUTS[layout]
-    cases = {case: folder for case, folder in folders.items() if takes_part(case, sizes)}
+    cases = {case: folder for case, folder in folders.items() if takes_part(folder, sizes)}
     world = 2 if sizes else 1
     ranks = run_distributed(measured, world, cases, sizes, init_process_group=False)
     wrong = []

@@ -12,15 +12,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from megadpo.commands import main
 from megadpo.config import ConfigError
 from megadpo.config.variants import FAMILIES, import_plugins
 from megadpo.families import parse_architecture, weight_table
-from megadpo.train.command import main as train_command
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import make_config, make_model, read_metrics, train
 from tests.model.weights.hf_models import read_tensors
-from tools import hf_to_megatron, megatron_to_hf
-from tools import plan as plan_tool
 
 PLUGIN = '''
 """TinyLlama: Llama with another epsilon, another name for an MLP's last projection, and no windows."""
@@ -96,17 +94,17 @@ def test_it_is_read_and_refused_like_ours(plugin: str, tiny: Path) -> None:
 
 def test_it_is_checked_and_planned(plugin: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = str(make_config(tmp_path, tiny))
-    assert train_command([config, "--check", f"plugins=[{plugin}]"]) == 0
+    assert main(["check", config, f"plugins=[{plugin}]"]) == 0
     assert "no problem found" in capsys.readouterr().out
     lengths = ["--world-size", "2", "--lengths", "30,10,10"]
-    assert plan_tool.main([config, f"plugins=[{plugin}]", "policy.device=cpu", *lengths]) == 0
+    assert main(["plan", config, f"plugins=[{plugin}]", "policy.device=cpu", *lengths]) == 0
     assert "TinyLlamaForCausalLM, 2 layers, on 2 ranks" in capsys.readouterr().out
 
 
 def test_there_and_back_bit_for_bit(plugin: str, tiny: Path, tmp_path: Path) -> None:
     megatron, back = str(tmp_path / "megatron"), tmp_path / "back"
-    assert hf_to_megatron.main(["--hf", str(tiny), "--megatron", megatron, "--plugin", plugin]) == 0
-    assert megatron_to_hf.main(["--megatron", megatron, "--hf", str(back), "--plugin", plugin]) == 0
+    assert main(["import", str(tiny), megatron, "--plugin", plugin]) == 0
+    assert main(["export", megatron, str(back), "--plugin", plugin]) == 0
     assert_same(read_tensors(back), read_tensors(tiny))
     assert (back / "config.json").read_bytes() == (tiny / "config.json").read_bytes()
 
@@ -121,7 +119,7 @@ def test_it_trains_to_the_bits_of_the_llama_that_it_is(plugin: str, llama: Path,
         assert run_distributed(train, 1, str(config), overrides, init_process_group=False) == [0]
         metrics[name] = [(row["train/loss"], row["train/grad_norm"]) for row in read_metrics(folder / "logs")]
         step = folder / "checkpoints" / "step_2"
-        assert megatron_to_hf.main(["--megatron", str(step), "--hf", str(folder / "hf"), "--plugin", plugin]) == 0
+        assert main(["export", str(step), str(folder / "hf"), "--plugin", plugin]) == 0
         exported[name] = read_tensors(folder / "hf")
     assert len(metrics["tiny"]) == 2 and metrics["tiny"] == metrics["llama"]
     assert_same(exported["tiny"], renamed(exported["llama"]))

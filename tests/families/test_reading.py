@@ -8,7 +8,7 @@ import pytest
 
 from megadpo.config import ConfigError
 from megadpo.config.architecture import Rotary
-from megadpo.config.no_effect import unused_by_model
+from megadpo.config.no_effect import dropout_notes
 from megadpo.families import parse_architecture, read_architecture
 from tests.families.configs import LLAMA, YARN
 
@@ -50,6 +50,8 @@ def test_without_architectures_the_model_type_decides():
 
 
 REFUSED = [
+    ({"num_hidden_layers": 10**9}, ["num_hidden_layers"]),
+    ({"num_hidden_layers": 10**30, "vocab_size": 10**12}, ["num_hidden_layers", "vocab_size"]),
     ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, ["architectures"]),
     ({"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}, ["architectures"]),
     ({"architectures": [], "model_type": "bert"}, ["architectures"]),
@@ -110,12 +112,18 @@ def test_refused_by_a_family(name, said, keys):
     assert problem_keys({**raw, "architectures": [name], **said}) == keys
 
 
-def test_dropout_is_never_applied_and_said_so(config):
+def test_dropout_is_never_applied_and_said_so():
     arch = parse_architecture({**LLAMA, "attention_dropout": 0.1, "residual_dropout": 0.0, "embd_pdrop": 0.1})
     assert arch.dropout == ("attention_dropout", "embd_pdrop")
-    assert arch.fingerprint == parse_architecture(LLAMA).fingerprint
-    (note,) = unused_by_model(config(), arch)
-    assert note.startswith("config.json: no effect of attention_dropout and embd_pdrop")
+    assert arch.fingerprint == parse_architecture(LLAMA).fingerprint and dropout_notes(parse_architecture(LLAMA)) == []
+    (note,) = dropout_notes(arch)
+    assert note.startswith("config.json: attention_dropout and embd_pdrop: no effect")
+
+
+def test_a_head_of_qwen3_has_a_size_of_its_own():
+    raw = {**LLAMA, "hidden_size": 66, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+    assert "head_dim" not in raw and raw["hidden_size"] % raw["num_attention_heads"]
+    assert parse_architecture(raw).attention.head_dim == 128  # transformers' default for the class
 
 
 def test_unsupported_architecture_names_itself_and_the_supported_ones():

@@ -37,17 +37,18 @@ EXPECTED_LOGP, EXPECTED_GRADIENT = 3.6e-3, 1e-2
 
 def measured(folder, options, share_prompt):
     """Logps, and gradients by Hugging Face name, on the CPU in float64; what was chosen; peak memory in bytes."""
+    from megadpo.config.grid import Grid
     from megadpo.config.schema_megatron import Fp8Config, MegatronConfig
     from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
     from megadpo.data.batches.pack import pack_pairs
     from megadpo.families import read_architecture, weight_table
     from megadpo.model.build import build_model
-    from megadpo.model.weights.load import load_hf_weights, named_global_parameters, place_of, to_hf
+    from megadpo.model.weights.load import load_hf_weights, named_global_parameters, to_hf
     from megadpo.optimizer.build import wrap_for_training
-    from megadpo.parallel import Layout, initialize, setup_device
+    from megadpo.parallel import initialize, setup_device
     from megadpo.train.setup import seed_everything
 
-    parallel = initialize(Layout(), setup_device("auto"))
+    parallel = initialize(Grid(), setup_device("auto"))
     seed_everything(1, parallel)
     arch = read_architecture(folder)
     table = weight_table(arch)
@@ -60,7 +61,7 @@ def measured(folder, options, share_prompt):
         megatron_cfg=MegatronConfig(fp8_cfg=fp8, **options),
     )
     chunks = build_model(arch, policy, parallel, frozen=False)
-    load_hf_weights(chunks, arch, folder, place_of(parallel))
+    load_hf_weights(chunks, arch, folder, parallel.grid)
     [wrapped] = wrap_for_training(chunks, policy)  # fused weight gradients go straight into its buffers
     pairs = random_pairs(LENGTHS, VOCAB)
     batch = pack_pairs(pairs, share_prompt=share_prompt, pad_to_multiple=128, pad_token_id=0).to(parallel.device)

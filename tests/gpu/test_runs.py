@@ -161,13 +161,14 @@ def test_evaluation(tmp_path):
 
 def step_without_waits(config, overrides):
     from megadpo.config import load_config
-    from megadpo.parallel import initialize, layout_of, setup_device
+    from megadpo.config.grid import Grid
+    from megadpo.parallel import initialize, setup_device
     from megadpo.reference import resident
     from megadpo.train import step
     from megadpo.train.setup import prepare
 
     cfg = load_config(config, overrides)
-    run = prepare(cfg, initialize(layout_of(cfg), setup_device("auto")))
+    run = prepare(cfg, initialize(Grid.of(cfg), setup_device("auto")))
     batches = run.inputs.train_loader.batches(0)
     run.trainer.step(next(batches))  # kernels are compiled and chosen, memory is cached
     guarded = []

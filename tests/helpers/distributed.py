@@ -33,6 +33,7 @@ POLL_S = 0.02
 GRACE_S = 1.0  # after the first failure: time for another rank to write down what it saw, before all are killed
 TAIL_CHARACTERS = 4000
 PRELOADED = [
+    "megadpo.commands.train",
     "megadpo.train.command",
     "megadpo.train.evaluation",
     "megadpo.train.loop",

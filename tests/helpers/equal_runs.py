@@ -124,7 +124,7 @@ def largest_difference(got: Outcome, want: Outcome, *, same_tokens: bool = True)
 
     Relative to the number itself, but: a reward is beta times a difference of logps, near 0 at the start, so its rounding
     is theirs and its scale beta x |logps|; a weight's distance is the 2-norm over what the rank holds, by that part's
-    norm. Left out: timing; accuracies of step 1, where every margin is 0 but for the last bit, whose sign decides.
+    norm. Left out: timing and memory; accuracies of step 1, where every margin is 0 but for the last bit, whose sign decides.
     same_tokens: whether both computed the same tokens (prompts shared, or not, in both). Raises AssertionError where one
     has metrics, steps or weights that the other lacks, and where what must be the same exactly is not.
     """
@@ -160,7 +160,8 @@ def _metric_differences(mine: dict[str, Any], theirs: dict[str, Any], same_token
 
 def _compared(record: dict[str, Any]) -> list[str]:
     """context_imbalance says how a pack was cut, and is logged only where it was."""
-    return sorted(name for name in record if not name.startswith("timing/") and not name.endswith("/context_imbalance"))
+    left_out = ("timing/", "machine/")
+    return sorted(name for name in record if not name.startswith(left_out) and not name.endswith("/context_imbalance"))
 
 
 def assert_equal_runs(

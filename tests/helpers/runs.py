@@ -1,4 +1,4 @@
-"""Whole runs for tests: a small model folder, pairs that are made up, and `launch/train.py`'s command in real processes."""
+"""Whole runs for tests: a small model folder, pairs that are made up, and `megadpo train` in real processes."""
 
 from __future__ import annotations
 
@@ -80,10 +80,17 @@ def merge(into: dict[str, Any], values: dict[str, Any]) -> None:
 
 
 def train(config: str, overrides: list[str]) -> int:
-    """Target for run_distributed(init_process_group=False): the command behind launch/train.py on one rank."""
-    from megadpo.train.command import main
+    """Target for run_distributed(init_process_group=False): `megadpo train` on one rank."""
+    from megadpo.commands import main
 
-    return main([config, *overrides])
+    return main(["train", config, *overrides])
+
+
+def evaluate(config: str, overrides: list[str]) -> int:
+    """The same of `megadpo evaluate`."""
+    from megadpo.commands import main
+
+    return main(["evaluate", config, *overrides])
 
 
 def train_and_read(config: str, overrides: list[str]) -> tuple[int, str]:

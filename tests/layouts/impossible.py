@@ -80,7 +80,6 @@ IMPOSSIBLE: tuple[Impossible, ...] = (
                f"{MEG}.optimizer.use_distributed_optimizer"),
     # What the layers don't have, and what leaves nothing to train
     Impossible("MoE", 1, {**_PARTS, _MODULES: ["mlp"]}, _MODULES),
-    Impossible("dense", 1, {**_PARTS, _MODULES: ["moe"]}, _MODULES),
     Impossible("MoE", 1, {**_PARTS, _MODULES: ["shared_experts"]}, _MODULES),
     Impossible("dense", 1, {"policy.freeze": ["*"]}, "policy.freeze"),
     Impossible("tied", 1, {"policy.freeze": ["lm_head.weight"]}, "policy.freeze"),

@@ -35,18 +35,19 @@ def test_it_is_made_once_and_goes_with_the_micro_batch():
 
 def forward_twice(folder):
     """Plans and rotations that this rank made for two micro-batches, and what it keeps of each."""
+    from megadpo.config.grid import Grid
     from megadpo.config.schema_megatron import MegatronConfig
     from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
     from megadpo.families import read_architecture
     from megadpo.model.build import build_model
     from megadpo.model.kernels.cpu import CpuKernel
     from megadpo.model.rope import RotaryTable
-    from megadpo.model.weights.load import load_hf_weights, place_of
-    from megadpo.parallel import Layout, initialize, setup_device
+    from megadpo.model.weights.load import load_hf_weights
+    from megadpo.parallel import initialize, setup_device
     from megadpo.reference import answer_logps
     from megadpo.train.setup import seed_everything
 
-    parallel = initialize(Layout(pipeline=2, virtual_pipeline=2), setup_device("auto"))
+    parallel = initialize(Grid(pipeline=2, virtual_pipeline=2), setup_device("auto"))
     seed_everything(1, parallel)
     arch = read_architecture(folder)
     policy = PolicyConfig(
@@ -72,7 +73,7 @@ def forward_twice(folder):
             patch.setattr(owner, name, counted(owner, name))
         for frozen in (True, False):  # the reference, then the policy
             model = build_model(arch, policy, parallel, frozen=frozen)
-            load_hf_weights(model, arch, folder, place_of(parallel))
+            load_hf_weights(model, arch, folder, parallel.grid)
             answer_logps(model, batches, parallel)
             kept.append([len(batch.made) for batch in batches])
     return made, kept

@@ -58,13 +58,14 @@ def dense_attention(q, k, v, segments):
 
 def attend_in_parts(batch):
     """{(kernel, keep): (run_index, output and gradients of q, k, v of this rank's tokens)}."""
+    from megadpo.config.grid import Grid
     from megadpo.model.context import _PreparedAgain, attend_over_context
     from megadpo.model.kernels.cpu import CpuKernel
     from megadpo.model.kernels.sdpa import SdpaKernel
-    from megadpo.parallel import Layout, initialize, setup_device
+    from megadpo.parallel import initialize, setup_device
 
-    parallel = initialize(Layout(context=2), setup_device("auto"))
-    part = context_part(batch, parallel.cp_rank, 2)
+    parallel = initialize(Grid(context=2), setup_device("auto"))
+    part = context_part(batch, parallel.grid.cp_rank, 2)
     places = []  # what the kernels' backward asked for that had not been kept
     unpack = _PreparedAgain.unpack
     _PreparedAgain.unpack = lambda self, kept: (places.append(isinstance(kept, tuple)), unpack(self, kept))[1]
@@ -124,14 +125,15 @@ def bytes_in_use():
 
 def bytes_kept_for_backward(folder, context, lengths):
     """By a training model's forward pass, on this rank."""
+    from megadpo.config.grid import Grid
     from megadpo.config.schema_megatron import MegatronConfig
     from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
     from megadpo.families import read_architecture
     from megadpo.model.build import build_model
-    from megadpo.model.weights.load import load_hf_weights, place_of
-    from megadpo.parallel import Layout, initialize, setup_device
+    from megadpo.model.weights.load import load_hf_weights
+    from megadpo.parallel import initialize, setup_device
 
-    parallel = initialize(Layout(context=context), setup_device("auto"))
+    parallel = initialize(Grid(context=context), setup_device("auto"))
     arch = read_architecture(folder)
     policy = PolicyConfig(
         model_name=folder,
@@ -140,10 +142,10 @@ def bytes_kept_for_backward(folder, context, lengths):
         megatron_cfg=MegatronConfig(context_parallel_size=context),
     )
     (model,) = chunks = build_model(arch, policy, parallel, frozen=False)
-    load_hf_weights(chunks, arch, folder, place_of(parallel))
+    load_hf_weights(chunks, arch, folder, parallel.grid)
     pairs = random_pairs(lengths, 320)
     whole = pack_pairs(pairs, share_prompt=True, pad_to_multiple=context, pad_token_id=0)
-    batch = context_part(whole, parallel.cp_rank, context)
+    batch = context_part(whole, parallel.grid.cp_rank, context)
     plan = model.kernel.plan(batch.segments, parallel.device, torch.float32)
     model.kernel.plan = lambda *_: plan  # made beforehand: the masks of the CPU's kernels are no activations either
     model(batch)  # once before: what is made at the first use is no activation

@@ -60,6 +60,9 @@ def test_all_experts_of_a_layer_can_be_frozen():
         (["model.layers.12.*"], LLAMA, "matches a weight's Hugging Face name"),
         (["embedding"], LLAMA, "matches a weight's Hugging Face name"),
         (["embedding"], dataclasses.replace(LLAMA, tie_word_embeddings=True), "matches a weight's Hugging Face name"),
+        (["model.layers.{0..9999999999}.*"], LLAMA, "at most 10000 patterns"),
+        (["model.layers.{0..999}{0..999}.*"], LLAMA, "at most 10000 patterns"),
+        ([f"model.layers.{{0..{'9' * 5000}}}.*"], LLAMA, "at most 10000 patterns"),
         (["model.layers.{3..1}.*"], LLAMA, "matches a weight's Hugging Face name"),
         (["lm_head.weight"], dataclasses.replace(LLAMA, tie_word_embeddings=True), "model.embed_tokens.weight, which"),
         (
@@ -90,6 +93,7 @@ def test_every_problem_at_once():
 
 def trained_names_and_memory(folder, patterns):
     """Of a frozen model in one process: names with gradients, numbers in gradient buffers, numbers in moments."""
+    from megadpo.config.grid import Grid
     from megadpo.config.schema_megatron import MegatronConfig
     from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
     from megadpo.families import read_architecture
@@ -97,9 +101,9 @@ def trained_names_and_memory(folder, patterns):
     from megadpo.model.freeze import freeze
     from megadpo.model.weights.load import named_global_parameters
     from megadpo.optimizer.build import build_optimizer, wrap_for_training
-    from megadpo.parallel import Layout, initialize, setup_device
+    from megadpo.parallel import initialize, setup_device
 
-    parallel = initialize(Layout(pipeline=2), setup_device("auto"))
+    parallel = initialize(Grid(pipeline=2), setup_device("auto"))
     arch = read_architecture(folder)
     policy = PolicyConfig(
         model_name=folder,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import random
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from megadpo.commands import main
 from megadpo.config.problems import ConfigError
 from megadpo.model import manifest as manifest_module
 from megadpo.model.manifest import read_manifest, verify, write_manifest
@@ -23,9 +23,7 @@ from megadpo.model.weights import dist_folder, export_hf, import_hf
 from megadpo.model.weights.safe_files import read_metadata
 from tests.helpers.distributed import run_distributed
 from tests.helpers.overrides import TP2
-from tests.helpers.runs import make_config, make_model, read_metrics, train, train_and_read
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.helpers.runs import evaluate, make_config, make_model, read_metrics, train, train_and_read
 
 
 def flip(content: bytes, bits: int) -> bytes:
@@ -80,10 +78,11 @@ def files_of(checkpoint: Path) -> list[Path]:
 def unnamed_damages(folder: str) -> tuple[int, list[str]]:
     """On each rank: the damages made, and those that a reader of the newest checkpoint passed over or didn't name."""
     from megadpo.checkpoint.verify import require_whole_weights
-    from megadpo.parallel import Layout, initialize, setup_device
+    from megadpo.config.grid import Grid
+    from megadpo.parallel import initialize, setup_device
     from megadpo.train.resume import newest_whole
 
-    parallel = initialize(Layout(), setup_device("cpu"))
+    parallel = initialize(Grid(), setup_device("cpu"))
     checkpoint, made, missed = Path(folder) / "step_2", 0, []
     keys = [key for key in read_metadata(checkpoint / "model").state_dict_metadata if not key.startswith("optimizer")]
     alone: dict[str, Callable[[], Any]] = {
@@ -134,7 +133,10 @@ def test_a_resume_stops_at_damage_or_goes_on_from_before_it(run):
     config = str(folder / "config.yaml")
     for code, printed in run_distributed(train_and_read, 2, config, overrides, init_process_group=False):
         assert code == 2 and f"{file}: got 'other bytes, somewhere from 0 to" in printed and "Traceback" not in printed
-        assert f"mv {newest} {newest}.damaged, and the run goes on from {folder}/checkpoints/step_1" in printed
+        assert (
+            f"mv {newest} {newest}.damaged; then the run resumes from the one before, {folder}/checkpoints/step_1"
+            in printed
+        )
     previous = [*overrides, "checkpointing.on_damage=previous"]
     (code, printed), (other, _) = run_distributed(train_and_read, 2, config, previous, init_process_group=False)
     assert code == other == 0 and f"{newest} is damaged ({file}: other bytes" in printed, printed
@@ -145,11 +147,9 @@ def test_a_resume_stops_at_damage_or_goes_on_from_before_it(run):
 
 
 def evaluate_and_read(config: str, overrides: list[str]) -> tuple[int, str]:
-    from megadpo.train.command import evaluate_main
-
     printed = io.StringIO()
     with contextlib.redirect_stderr(printed):
-        return evaluate_main([config, *overrides]), printed.getvalue()
+        return evaluate(config, overrides), printed.getvalue()
 
 
 @pytest.mark.distributed
@@ -162,21 +162,13 @@ def test_an_evaluation_and_an_export_stop_at_damage(run, capsys):
         config = str(folder / "config.yaml")
         for code, printed in run_distributed(evaluate_and_read, 2, config, overrides, init_process_group=False):
             assert code == 2 and f"{file}: got 'other bytes" in printed
-        assert tool("megatron_to_hf").main(["--megatron", str(step), "--hf", str(folder / "exported")]) == 2
+        assert main(["export", str(step), str(folder / "exported")]) == 2
         assert str(file) in capsys.readouterr().err and not (folder / "exported").exists()
         steps = [str(folder / f"checkpoints/step_{number}") for number in (1, 2)]
-        assert tool("verify_checkpoint").main(steps) == 2
+        assert main(["verify", *steps]) == 2
         output = capsys.readouterr()
         assert output.out == f"{steps[0]}: whole\n" and str(file) in output.err
-    assert tool("verify_checkpoint").main(steps) == 0
-
-
-def tool(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / f"tools/{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    assert main(["verify", *steps]) == 0
 
 
 @pytest.mark.distributed
@@ -189,7 +181,7 @@ def test_a_checkpoint_from_before_manifests_is_read_and_said(run, capsys, caplog
     (step / "megadpo.json").write_text(json.dumps(record))
     export_hf(step, folder / "exported")
     assert caplog.text.count("its files can't be verified") == 1
-    assert tool("verify_checkpoint").main([str(step)]) == 2
+    assert main(["verify", str(step)]) == 2
     assert "its files can't be verified" in capsys.readouterr().err
     config = str(folder / "config.yaml")
     (code, printed), _ = run_distributed(train_and_read, 2, config, overrides, init_process_group=False)

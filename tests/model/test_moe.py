@@ -14,17 +14,18 @@ TOPK = 2
 
 def tokens_of_experts(folder: str, tensor: int) -> tuple[list[int], int, int]:
     """Tokens that this rank's experts computed in each layer, tokens of the pack, and padding."""
+    from megadpo.config.grid import Grid
     from megadpo.config.schema_megatron import MegatronConfig
     from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
     from megadpo.data.batches.pack import pack_pairs
     from megadpo.families import read_architecture
     from megadpo.model.build import build_model
     from megadpo.model.moe import plan_routing
-    from megadpo.model.weights.load import load_hf_weights, place_of
-    from megadpo.parallel import Layout, initialize, setup_device
+    from megadpo.model.weights.load import load_hf_weights
+    from megadpo.parallel import initialize, setup_device
     from megadpo.train.setup import seed_everything
 
-    parallel = initialize(Layout(tensor=tensor, sequence_parallel=tensor > 1, expert=tensor), setup_device("auto"))
+    parallel = initialize(Grid(tensor=tensor, expert=tensor), setup_device("auto"))
     seed_everything(0, parallel)
     arch = read_architecture(folder)
     megatron = MegatronConfig(
@@ -37,7 +38,7 @@ def tokens_of_experts(folder: str, tensor: int) -> tuple[list[int], int, int]:
         model_name=folder, tokenizer=TokenizerConfig(name=folder), precision="float32", megatron_cfg=megatron
     )
     [model] = build_model(arch, policy, parallel, frozen=False)
-    load_hf_weights([model], arch, folder, place_of(parallel))
+    load_hf_weights([model], arch, folder, parallel.grid)
     seen: list[int] = []
     for layer in model.decoder.layers:
         layer.mlp.experts.register_forward_pre_hook(lambda _, inputs: seen.append(int(inputs[1].sum())))
@@ -46,7 +47,7 @@ def tokens_of_experts(folder: str, tensor: int) -> tuple[list[int], int, int]:
     model(batch).sum().backward()
     routing = plan_routing(batch, model.config, model.balance)
     assert routing.sets is not None and routing.sets.members.sum() == routing.real.sum()
-    return seen, batch.num_tokens, batch.padding_tokens
+    return seen, batch.num_tokens, batch.run_tokens - batch.num_tokens
 
 
 @pytest.mark.distributed

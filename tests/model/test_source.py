@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from fnmatch import fnmatch
 
 import pytest
@@ -17,6 +18,22 @@ def test_a_file_and_a_folder_that_is_not_there_are_told_apart(tmp_path):
         resolve_source(str(file), "policy.model_name")
     with pytest.raises(ConfigError, match="there is no such folder"):
         resolve_source(str(tmp_path / "none"), "policy.model_name")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("place", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("part", [".", "hf", "model"])
+def test_a_pipe_or_a_device_among_the_files(tmp_path, place, part):
+    folder = tmp_path / "m" / part
+    folder.mkdir(parents=True)
+    (tmp_path / "m/megadpo.json").write_text("{}")
+    os.mkfifo(folder / place)
+    (folder / "weights.safetensors").symlink_to("/dev/zero")
+    (folder / "gone").symlink_to(tmp_path / "nothing")
+    with pytest.raises(ConfigError) as caught:
+        resolve_source(str(tmp_path / "m"), "policy.model_name")
+    assert [one.value for one in caught.value.problems] == ["a named pipe, not a file", "a device, not a file"]
+    assert place in caught.value.problems[0].where
 
 
 def test_a_hub_model_comes_with_its_card_and_licence(tmp_path, monkeypatch):

@@ -38,12 +38,13 @@ def policy_of(folder, *, in_fp32=True, device="auto", **optimizer):
 
 
 def dtypes_of_buffers(folder):
+    from megadpo.config.grid import Grid
     from megadpo.families import read_architecture
     from megadpo.model.build import build_model
     from megadpo.optimizer.build import wrap_for_training
-    from megadpo.parallel import Layout, initialize, setup_device
+    from megadpo.parallel import initialize, setup_device
 
-    parallel = initialize(Layout(), setup_device("auto"))
+    parallel = initialize(Grid(), setup_device("auto"))
     found = []
     for in_fp32 in (True, False):
         policy = policy_of(folder, in_fp32=in_fp32)

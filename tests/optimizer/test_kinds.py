@@ -16,7 +16,7 @@ import torch
 from megadpo.optimizer import slices
 from megadpo.optimizer.kinds.adam import Adam
 from tests.helpers.distributed import run_distributed
-from tests.helpers.runs import make_config, make_model, read_metrics
+from tests.helpers.runs import make_config, make_model, read_metrics, train
 
 OPT = "policy.megatron_cfg.optimizer"
 
@@ -87,12 +87,11 @@ def install_stand_in(patch, version="2.11.0"):
 def train_with_fused_adam(config, overrides):
     """The command on a CPU, where `auto` takes the stand-in."""
     from megadpo.optimizer.kinds.adam import Adam
-    from megadpo.train.command import main
 
     with pytest.MonkeyPatch.context() as patch:
         install_stand_in(patch)
         patch.setattr(Adam, "choose", lambda self, device_type: ("transformer_engine", "stand-in"))
-        return main([config, *overrides])
+        return train(config, overrides)
 
 
 def train_in_slices(config, overrides):
@@ -114,9 +113,7 @@ def run(target, folder, model, *overrides, ranks=1, **sections):
 
 
 def train_with_torchs(config, overrides):
-    from megadpo.train.command import main
-
-    return main([config, *overrides])
+    return train(config, overrides)
 
 
 @pytest.mark.distributed

@@ -32,12 +32,13 @@ def norms_of_a_step(config: str, overrides: list[str]) -> tuple[float, float, fl
     after clipping. The weights are left alone: an optimizer's state would be twice their size."""
     from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 
+    from megadpo.config.grid import Grid
     from megadpo.config.load import load_config
-    from megadpo.parallel import destroy, initialize, layout_of, setup_device
+    from megadpo.parallel import destroy, initialize, setup_device
     from megadpo.train.setup import prepare
 
     cfg = load_config(config, overrides)
-    parallel = initialize(layout_of(cfg), setup_device("cpu"))
+    parallel = initialize(Grid.of(cfg), setup_device("cpu"))
     run = prepare(cfg, parallel)
     optimizer = run.trainer.optimizer
 

@@ -32,13 +32,14 @@ def test_every_rank_knows_the_steps_of_those_that_count(in_groups):
 def saved_by_ranks(folder: str) -> list[dict[tuple, torch.Tensor]]:
     """By key and place what this rank hands over to a save, without and with the host's gathers, and what it asks a load for."""
     from megadpo.checkpoint.save import sharded_weights
+    from megadpo.config.grid import Grid
     from megadpo.families import read_architecture
     from megadpo.model.build import build_model
     from megadpo.optimizer import state
     from megadpo.optimizer.build import build_optimizer, wrap_for_training
-    from megadpo.parallel import Layout, initialize, setup_device
+    from megadpo.parallel import initialize, setup_device
 
-    parallel = initialize(Layout(), setup_device("auto"))
+    parallel = initialize(Grid(), setup_device("auto"))
     torch.manual_seed(parallel.rank)
     policy = policy_of(folder, use_distributed_optimizer=True)
     model = build_model(read_architecture(folder), policy, parallel, frozen=False)

@@ -6,23 +6,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megadpo.parallel import Layout, initialize, setup_device
+from megadpo.config.grid import Grid
+from megadpo.parallel import initialize, setup_device
 from tests.helpers.distributed import run_distributed
 
 
-def test_data_parallel_size_is_what_remains():
-    assert Layout(tensor=2, pipeline=2).data(8) == Layout(tensor=2, pipeline=2, context=2).data(16) == 2
-    with pytest.raises(ValueError, match="world size 6 is not a multiple"):
-        Layout(tensor=2, pipeline=2).data(6)
-
-
 def places_and_totals():
-    parallel = initialize(Layout(tensor=2, pipeline=2, virtual_pipeline=2), setup_device("auto"))
+    parallel = initialize(Grid(tensor=2, pipeline=2, virtual_pipeline=2), setup_device("auto"))
     total = torch.tensor([10.0 ** dist.get_rank()])
     parallel.total_from_last_stage(total)
-    ends = parallel.is_first_chunk(0), parallel.is_last_chunk(1)
-    place = (parallel.tp_rank, parallel.pp_rank, parallel.dp_rank, *ends)
-    assert not parallel.is_first_chunk(1) and not parallel.is_last_chunk(0)
+    ends = parallel.grid.is_first_chunk(0), parallel.grid.is_last_chunk(1)
+    place = (parallel.grid.tp_rank, parallel.grid.pp_rank, parallel.grid.dp_rank, *ends)
+    assert not parallel.grid.is_first_chunk(1) and not parallel.grid.is_last_chunk(0)
     return place, total.item()
 
 
@@ -40,13 +35,13 @@ def test_tensor_parallel_ranks_are_neighbours_and_totals_come_from_the_last_stag
 
 
 def context_places():
-    parallel = initialize(Layout(context=2), setup_device("auto"))
+    parallel = initialize(Grid(context=2), setup_device("auto"))
     total = torch.tensor([10.0 ** dist.get_rank()])
     parallel.total_from_last_stage(total)
     return (
-        parallel.cp_rank,
-        parallel.dp_rank,
-        parallel.dp_size,
+        parallel.grid.cp_rank,
+        parallel.grid.dp_rank,
+        parallel.grid.data,
         dist.get_process_group_ranks(parallel.cp_group),
         total.item(),
     )

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from megadpo.config.grid import Grid
 from megadpo.config.load import load_config
 from megadpo.config.schema import Config
 from megadpo.data.batches.cut import context_part
 from megadpo.data.batches.loader import GlobalBatch
 from megadpo.optimizer.step import guarded_step
-from megadpo.parallel import initialize, layout_of, setup_device
+from megadpo.parallel import initialize, setup_device
 from megadpo.plan.packs import Lengths
 from megadpo.plan.trace import LiveBytes, empty_pack
 from megadpo.train.setup import seed_everything
@@ -36,7 +37,7 @@ def build(path: str, overrides: list[str]) -> tuple[Config, Any, Trainer]:
     from megadpo.reference import ResidentReference
 
     cfg = load_config(path, overrides)
-    parallel = initialize(layout_of(cfg), setup_device("cpu"))
+    parallel = initialize(Grid.of(cfg), setup_device("cpu"))
     seed_everything(0, parallel)
     arch = read_architecture(cfg.policy.model_name)
     policy = build_model(arch, cfg.policy, parallel, frozen=False)
@@ -78,7 +79,7 @@ def static(path: str, overrides: list[str]) -> dict[str, Any]:
     assert reference is not None
     owned = {t.untyped_storage().data_ptr() for t in weights}
     return {
-        "stage": parallel.pp_rank,
+        "stage": parallel.grid.pp_rank,
         "rank": parallel.rank,
         "parameters": sum(p.numel() for p in weights),
         "weights": storages(weights),
@@ -107,9 +108,9 @@ def peak(path: str, overrides: list[str], lengths: Lengths, micro_batches: int) 
     """
     cfg, parallel, trainer = build(path, overrides)
     whole = empty_pack(cfg, lengths)
-    packs = [context_part(whole, parallel.cp_rank, parallel.cp_size)] * micro_batches
+    packs = [context_part(whole, parallel.grid.cp_rank, parallel.grid.context)] * micro_batches
     packs = [dataclasses.replace(pack, tokens=pack.tokens + 5) for pack in packs]
-    pairs = len(lengths) * micro_batches * parallel.dp_size
+    pairs = len(lengths) * micro_batches * parallel.grid.data
     batch = GlobalBatch(micro_batches=packs, num_pairs=pairs, num_tokens=0, pair_indices=list(range(pairs)))
     trainer.step(batch)
     assert trainer.reference is not None
@@ -119,4 +120,4 @@ def peak(path: str, overrides: list[str], lengths: Lengths, micro_batches: int) 
     watch = LiveBytes(held)
     with watch:
         trainer.step(batch)
-    return {"stage": parallel.pp_rank, "static": storages(held), "peak": storages(held) + watch.peak}
+    return {"stage": parallel.grid.pp_rank, "static": storages(held), "peak": storages(held) + watch.peak}

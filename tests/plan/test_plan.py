@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
+from megadpo.commands import main
 from megadpo.plan.memory import GPUS, Assumptions, memory_limit, parse_assumptions
 from tests.plan.cases import LLAMA_30M, write_case
-from tools.plan import main
 
 MEG = "policy.megatron_cfg"
 
@@ -31,7 +31,7 @@ def small(tmp_path):
         ([f"{MEG}.tensor_model_parallel_size=3"], ["a divisor of the model's 8 attention heads", "3 x 1"]),
         (["policy.train_global_batch_size=1"], ["at least 2 pairs"]),
         (["policy.attention_kernel=cpu"], ["policy.attention_kernel"]),
-        (["policy.model_name=nobody/nothing"], ["put the model's config.json into a folder"]),
+        (["policy.model_name=nobody/nothing"], ["policy.model_name", "name its folder"]),
         (["policy.sequence_packing.train_mb_tokens=1024", "--lengths", "900,90,90"], ["train_mb_tokens"]),
         (["policy.device=cpu", "--gpu", "h100"], ["policy.device"]),
         ([f"{MEG}.expert_model_parallel_size=2"], ["has no experts"]),
@@ -53,13 +53,13 @@ def small(tmp_path):
 )
 def test_what_would_fail_is_refused_with_the_fix(small, capsys, arguments, told):
     world = [] if "--world-size" in arguments else ["--world-size", "2"]
-    assert main([small, *world, *arguments]) == 2
+    assert main(["plan", small, *world, *arguments]) == 2
     message = capsys.readouterr().err
     assert all(part in message for part in told) and "fix: " in message
 
 
 def test_too_little_memory_is_refused_after_it_was_shown(small, capsys):
-    assert main([small, "--world-size", "1", "--assume", "reserve_gib=74"]) == 2
+    assert main(["plan", small, "--world-size", "1", "--assume", "reserve_gib=74"]) == 2
     shown = capsys.readouterr()
     assert "peak" in shown.out and "activation_checkpointing: true" in shown.err and "pipeline stage 0" in shown.err
 
@@ -70,7 +70,7 @@ def test_a_plan_is_made_beside_a_gpu_too(small, monkeypatch, capsys):
 
     enable_cpu()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert main([str(small), "--world-size", "2", f"{MEG}.optimizer.use_distributed_optimizer=true"]) == 0
+    assert main(["plan", str(small), "--world-size", "2", f"{MEG}.optimizer.use_distributed_optimizer=true"]) == 0
     assert "GiB" in capsys.readouterr().out
 
 
@@ -83,12 +83,12 @@ def test_the_limit_is_what_reserve_and_slack_leave():
 def test_a_plan_says_what_a_step_and_a_checkpoint_take(small, capsys, tmp_path):
     """31.6M parameters in bfloat16: 2 bytes of weights, 12 of the optimizer. Two stages and 8 pairs of 512 tokens."""
     arguments = [small, "--world-size", "2", "--lengths", "300,106,106", f"{MEG}.pipeline_model_parallel_size=2"]
-    assert main([*arguments, "--json"]) == 0
+    assert main(["plan", *arguments, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     parameters = sum(stage["parameters"] for stage in plan["stages"])
     assert plan["checkpoint_bytes"] == {"weights": 2 * parameters, "with_optimizer": 14 * parameters}
     assert plan["slots"] == {"busy": 2, "idle": 1, "bubble": 1 / 3} and plan["tokens_per_step"] == 8 * 512
-    assert main([*arguments, "--picture", str(tmp_path / "layout.png")]) == 0
+    assert main(["plan", *arguments, "--picture", str(tmp_path / "layout.png")]) == 0
     shown = capsys.readouterr().out
     assert "1 of 3 slots" in shown and "GiB weights only" in shown and "stage 1  4 layers" in shown
     assert (tmp_path / "layout.png").stat().st_size > 1000

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tools.plan import main
+from megadpo.commands import main
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # The published sizes of the models, as their config.json names them.
@@ -31,6 +31,13 @@ LLAMA_70B = {
     "num_hidden_layers": 80,
     "num_attention_heads": 64,
     "intermediate_size": 28672,
+}
+LLAMA_405B = {
+    **LLAMA_8B,
+    "hidden_size": 16384,
+    "num_hidden_layers": 126,
+    "num_attention_heads": 128,
+    "intermediate_size": 53248,
 }
 QWEN_32B = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -82,11 +89,12 @@ MIXTRAL_8X22B = {
 RECIPES = {
     "dpo_megatron.yaml": (LLAMA_8B, 8_030_261_248, 8, "h100"),
     "dpo_llama-3.3-70b.yaml": (LLAMA_70B, 70_553_706_496, 32, "h100"),
+    "dpo_llama-3.1-405b.yaml": (LLAMA_405B, 405_853_388_800, 512, "h100"),
     "dpo_qwen3-30b-a3b.yaml": (QWEN3_30B_A3B, 30_532_122_624, 16, "h100"),
     "dpo_mixtral-8x22b.yaml": (MIXTRAL_8X22B, 140_630_071_296, 64, "h100"),
     "dpo_qwen2.5-32b_32k.yaml": (QWEN_32B, 32_763_876_352, 16, "h100"),
 }
-WITHOUT_A_WORLD = {"demo.yaml", "demo_sft.yaml"}  # make demo runs them
+WITHOUT_A_WORLD = {"demo.yaml", "demo_sft.yaml", "first_run.yaml"}  # make demo runs two of them
 
 
 def write_model(folder: Path, model: dict[str, object]) -> Path:
@@ -104,7 +112,7 @@ def test_recipe_passes_its_plan(name, tmp_path, capsys):
     model, parameters, ranks, gpu = RECIPES[name]
     folder = write_model(tmp_path / "model", model)
     arguments = [str(CONFIGS / name), "--world-size", str(ranks), "--gpu", gpu, "--json"]
-    assert main([*arguments, f"policy.model_name={folder}"]) == 0
+    assert main(["plan", *arguments, f"policy.model_name={folder}"]) == 0
     plan = json.loads(capsys.readouterr().out)
     grid = plan["layout"]
     shares = math.prod(grid[f"{name}_parallel"] for name in ("tensor", "context", "pipeline"))
@@ -137,6 +145,6 @@ def test_70b_on_512_ranks_takes_seconds(tmp_path, capsys):
     arguments = [str(CONFIGS / "dpo_megatron.yaml"), "--world-size", "512", f"policy.model_name={folder}"]
     meg = "policy.megatron_cfg"
     layout = [f"{meg}.tensor_model_parallel_size=8", f"{meg}.pipeline_model_parallel_size=8"]
-    assert main([*arguments, *layout, "--gpu", "h200"]) == 0
+    assert main(["plan", *arguments, *layout, "--gpu", "h200"]) == 0
     assert time.process_time() - started < 10
     assert "stage 7  10 layers" in capsys.readouterr().out

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megadpo.commands import main
 from megadpo.config.check import layers_per_stage
 from megadpo.config.grid import Grid
 from megadpo.plan.suggest import Candidate, divisions
 from tests.plan.cases import LLAMA_30M, MIXTRAL, write_case
-from tools.plan import main
 
 MEG = "policy.megatron_cfg"
 LLAMA_405B = {
@@ -33,21 +33,21 @@ def small(tmp_path):
 
 
 def test_no_suggestions_are_refused(small, capsys):
-    assert main([small, "--world-size", "1", "--suggest", "0"]) == 2
+    assert main(["plan", small, "--world-size", "1", "--suggest", "0"]) == 2
     assert "--suggest: got 0; expected 1 or more" in capsys.readouterr().err
 
 
 def test_suggestions_are_ranked_and_can_be_pasted(small, capsys, tmp_path):
     picture = tmp_path / "layout.svg"
     arguments = [small, "--world-size", "4", "--lengths", "300,106,106", "--json", "--picture", str(picture)]
-    assert main([*arguments, "--suggest", "2"]) == 0
+    assert main(["plan", *arguments, "--suggest", "2"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["gpu"]["name"] == "h100" and printed["assumptions"]["reserve_gib"] == 3
     found = printed["suggestions"]
     peaks = [max(stage["peak_bytes"] for stage in one["stages"]) for one in found]
     assert [round(20 * one["needed_share"]) for one in found] == [20, 20]
     assert found[0]["layout"]["data_parallel"] == 4 and found[1]["layout"]["tensor_parallel"] == 2
-    assert main([small, "--world-size", "4", "--lengths", "300,106,106", "--json", *found[0]["overrides"]]) == 0
+    assert main(["plan", small, "--world-size", "4", "--lengths", "300,106,106", "--json", *found[0]["overrides"]]) == 0
     assert json.loads(capsys.readouterr().out)["stages"][0]["peak_bytes"] == peaks[0]
     assert picture.read_text().lstrip().startswith("<?xml")
 
@@ -63,7 +63,7 @@ def test_suggestions_share_out_experts_and_long_packs(tmp_path, capsys):
         sequence_packing={"train_mb_tokens": 32768},
     )
     arguments = [path, "--world-size", "8", "--json", "--assume", "reserve_gib=67", "--suggest", "8"]
-    assert main([*arguments, "--lengths", "8192,8192,8192"]) == 0
+    assert main(["plan", *arguments, "--lengths", "8192,8192,8192"]) == 0
     layouts = [one["layout"] for one in json.loads(capsys.readouterr().out)["suggestions"]]
     assert any(layout["expert_parallel"] > 1 for layout in layouts)
     assert any(layout["context_parallel"] > 1 for layout in layouts)
@@ -77,11 +77,11 @@ def test_layers_that_no_depth_divides_get_shorter_ends(tmp_path, capsys):
     path = write_case(tmp_path / "case", LLAMA_405B, device="auto", **sizes)
     arguments = [path, "--world-size", "512", "--lengths", "512,384,384", "--json"]
     arguments.append(f"{MEG}.optimizer.use_distributed_optimizer=true")
-    assert main([*arguments, "--suggest", "1"]) == 0
+    assert main(["plan", *arguments, "--suggest", "1"]) == 0
     (found,) = json.loads(capsys.readouterr().out)["suggestions"]
     layers = [stage["layers"] for stage in found["stages"]]
     assert sum(layers) == 126 and len(set(layers)) > 1
-    assert main([*arguments, *found["overrides"]]) == 0
+    assert main(["plan", *arguments, *found["overrides"]]) == 0
     assert (1, 7, 7) in divisions(126, 16)
 
 
@@ -134,6 +134,6 @@ def candidate(**given):
     ],
 )
 def test_where_nothing_fits_the_nearest_is_named(small, capsys, arguments, told):
-    assert main([small, "--world-size", "2", *arguments, "--suggest"]) == 2
+    assert main(["plan", small, "--world-size", "2", *arguments, "--suggest"]) == 2
     message = capsys.readouterr().err
     assert all(part in message for part in told), message

@@ -61,7 +61,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def test_every_pair_of_an_input_with_a_gap_of_0_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """build_pairs.py rollouts.jsonl --pairing all --min-gap 0.1 --group-by input --text"""
+    """megadpo pairs rollouts.jsonl --pairing all --min-gap 0.1 --group-by input --text"""
     path = write(tmp_path / "rollouts.jsonl", rollouts(4))
     run_in(tmp_path, script("create_dpo_pairs"), monkeypatch)
     want = read(tmp_path / "dpo_train.jsonl")
@@ -77,7 +77,7 @@ def test_every_pair_of_an_input_with_a_gap_of_0_1(tmp_path: Path, monkeypatch: p
 def test_best_and_worst_of_three_consecutive_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_over: int
 ) -> None:
-    """build_pairs.py dpo_rollouts.jsonl --num-repeats 3 --min-gap 0.15"""
+    """megadpo pairs dpo_rollouts.jsonl --num-repeats 3 --min-gap 0.15"""
     rows = rollouts(3)
     path = write(tmp_path / "dpo_rollouts.jsonl", rows[: len(rows) - 3 + left_over])
     want = run_in(tmp_path, script("num_repeats = 3"), monkeypatch)["pairs"]

@@ -42,7 +42,7 @@ def test_instructions_and_tools_are_part_of_the_prompt():
 
 def test_turns_after_the_assistants_last_are_cut_and_noted():
     parsed = parse_row(current("hi", [message("hit"), message("bust", "user")], -1), PLAIN)
-    assert parsed.answer == [{"role": "assistant", "content": "hit"}] and "(cut" in parsed.notes[0]
+    assert parsed.answer == [{"role": "assistant", "content": "hit"}] and "were removed" in parsed.notes[0]
     ends_in_call = parse_row(current("hi", [call("f", "{}"), call_output("1")], 0), PLAIN)
     assert [turn["role"] for turn in ends_in_call.answer] == ["assistant"]
 

@@ -24,6 +24,8 @@ from tests.helpers.runs import make_config, make_model, read_metrics, train
 from tests.train.test_resume_changes import train_and_read
 
 CACHED = {"reference": {"mode": "cached"}}
+APART = {"group_prompts": False}
+"""Answers 2p and 2p + 1 of the table are those of pair p."""
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ class Runs:
         folder = self.folder / str(self.count)
         self.count += 1
         folder.mkdir()
-        config = make_config(folder, self.model, pairs=27, dpo={"max_num_steps": 2, **CACHED, **dpo})
+        config = make_config(folder, self.model, pairs=27, dpo={"max_num_steps": 2, **CACHED, **dpo}, data=APART)
         cache = f"dpo.reference.cache_dir={self.folder / 'cache'}"
         codes = run_distributed(train, ranks, str(config), [cache, *overrides], init_process_group=False)
         assert codes == [0] * ranks
@@ -72,8 +74,13 @@ class Runs:
         return sorted((self.folder / "cache").glob(f"{name}-*.safetensors"))
 
 
+def table_in(file: Path) -> np.ndarray:
+    """[pairs, 2]"""
+    return load_file(file)["logps"].reshape(-1, 2)
+
+
 def without_times(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if not name.startswith("timing/")}
+    return {name: value for name, value in row.items() if not name.startswith(("timing/", "machine/"))}
 
 
 @pytest.mark.distributed
@@ -81,22 +88,22 @@ def test_a_later_run_reads_the_file_and_computes_what_it_lacks(model, tmp_path):
     runs = Runs(tmp_path, model)
     first = runs()
     (file,) = runs.files()
-    table = load_file(file)["logps"]
+    table = table_in(file)
     assert table.shape == (27, 2)
     used = ~np.isnan(table).any(axis=1)
     assert used.sum() == 16, "two steps of eight pairs, and no more is computed"
 
     marked = table.copy()
     marked[np.flatnonzero(used)[0]] += [100, 0]  # read, it shows; computed anew, it would not
-    save_file({"logps": marked}, file)
+    save_file({"logps": marked.ravel()}, file)
     shifted = runs()
     assert any(a["train/loss"] != b["train/loss"] for a, b in zip(first, shifted, strict=True))
 
     marked[used] = np.where(np.arange(16)[:, None] < 5, np.nan, table[used])
-    save_file({"logps": marked}, file)
+    save_file({"logps": marked.ravel()}, file)
     for again, before in zip(runs(ranks=2, overrides=(PP2,)), first, strict=True):
         assert again["train/loss"] == pytest.approx(before["train/loss"], rel=1e-5)
-    np.testing.assert_allclose(load_file(file)["logps"], table, rtol=1e-6)
+    np.testing.assert_allclose(table_in(file), table, rtol=1e-6)
 
 
 @pytest.mark.distributed
@@ -116,7 +123,10 @@ def test_positions_are_those_of_the_steps_each_where_it_is_first_taken(data, pai
     per_epoch = data.draw(st.integers(1, -(-pairs // size)))
     orders = [np.random.default_rng(epoch).permutation(pairs) for epoch in range(31)]
     loader = SimpleNamespace(
-        dataset=range(pairs), batches_per_epoch=per_epoch, global_batch_size=size, order=orders.__getitem__
+        dataset=range(pairs),
+        batches_per_epoch=per_epoch,
+        options=SimpleNamespace(global_batch_size=size),
+        order=orders.__getitem__,
     )
     batches = [divmod(step, per_epoch) for step in range(per_epoch if steps is None else steps)]
     taken = [position for epoch, batch in batches for position in orders[epoch][batch * size : (batch + 1) * size]]
@@ -126,10 +136,10 @@ def test_positions_are_those_of_the_steps_each_where_it_is_first_taken(data, pai
 @pytest.mark.parametrize("content", ["short", "torn"])
 def test_a_file_that_is_no_such_table_is_refused(content, tmp_path):
     cache = LogpsCache(tmp_path / "train-x.safetensors")
-    cache.write(np.zeros((5 if content == "short" else 27, 2), dtype=np.float32))
+    cache.write(np.zeros(5 if content == "short" else 27, dtype=np.float32))
     if content == "torn":
         cache.path.write_bytes(cache.path.read_bytes()[:-7])
-    with pytest.raises(ConfigError, match=r"train-x.safetensors.*float32 \(27, 2\).*delete the file"):
+    with pytest.raises(ConfigError, match=r"train-x.safetensors.*float32 \(27,\).*delete the file"):
         cache.read(27)
 
 
@@ -158,7 +168,7 @@ def test_later_epochs_have_every_pair(model, tmp_path):
     runs = Runs(tmp_path, model)
     cached = runs(max_num_epochs=3, max_num_steps=None)
     (file,) = runs.files()
-    assert (~np.isnan(load_file(file)["logps"])).all(axis=1).sum() > 24
+    assert (~np.isnan(table_in(file))).all(axis=1).sum() > 24
     no_cache = ("dpo.reference.mode=resident", "dpo.reference.cache_dir=null")
     resident = runs(max_num_epochs=3, max_num_steps=None, overrides=no_cache)
     for mine, theirs in zip(cached, resident, strict=True):
@@ -184,11 +194,11 @@ def train_until_the_second_write(config: str, overrides: list[str]) -> int:
 
 @pytest.mark.distributed
 def test_a_full_folder_ends_every_rank_and_the_next_start_goes_on(model, tmp_path):
-    config = make_config(tmp_path, model, dpo=CACHED)
+    config = make_config(tmp_path, model, dpo=CACHED, data=APART)
     two = [PP2, f"dpo.reference.cache_dir={tmp_path / 'cache'}"]
     assert run_distributed(train_until_the_second_write, 2, str(config), two, init_process_group=False) == [2, 2]
     (file,) = (tmp_path / "cache").iterdir()
-    assert (~np.isnan(load_file(file)["logps"])).all(axis=1).sum() == 8
+    assert (~np.isnan(table_in(file))).all(axis=1).sum() == 8
     assert run_distributed(train, 2, str(config), two, init_process_group=False) == [0, 0]
     interrupted = read_metrics(tmp_path / "logs")
     whole = [PP2, "dpo.reference.mode=resident", f"logger.log_dir={tmp_path / 'whole'}"]
@@ -202,13 +212,14 @@ def model_after_attaching(config: str) -> tuple[int, list[bool]]:
     import gc
     import weakref
 
-    from megadpo.parallel import initialize, layout_of, setup_device
+    from megadpo.config.grid import Grid
+    from megadpo.parallel import initialize, setup_device
     from megadpo.train import inputs, reference
     from megadpo.train.check import checked_config
 
     cfg = checked_config(config, [], 1)
-    parallel = initialize(layout_of(cfg), setup_device("cpu"))
-    opened = inputs.open_run_inputs(cfg, inputs.data_rank(parallel))
+    parallel = initialize(Grid.of(cfg), setup_device("cpu"))
+    opened = inputs.open_run_inputs(cfg, parallel.grid)
     weights: list[weakref.ref[torch.Tensor]] = []
     build = reference.build_reference
 

@@ -1,7 +1,9 @@
-"""launch/evaluate.py: the numbers of training's own validation, in any layout, and each pair's logps in file order."""
+"""`megadpo evaluate`: the numbers of training's own validation, in any layout, and each pair's logps in file order."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 
 import pytest
@@ -9,13 +11,14 @@ import torch
 
 from tests.helpers.distributed import run_distributed
 from tests.helpers.overrides import CP2, PP2, SP, TP2, VPP2
-from tests.helpers.runs import make_config, make_model, read_metrics, train
+from tests.helpers.runs import evaluate, make_config, make_model, read_metrics, train
 
 
-def evaluate(config, overrides):
-    from megadpo.train.command import evaluate_main
-
-    return evaluate_main([config, *overrides])
+def evaluate_and_read(config, overrides):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        code = evaluate(config, overrides)
+    return code, printed.getvalue()
 
 
 def pairs(folder):
@@ -29,7 +32,7 @@ def test_evaluation_equals_validation_and_file_order(tmp_path):
         tmp_path,
         model,
         dpo={"val_at_end": True, "val_batches": 0, "max_num_steps": 2},
-        checkpointing={"enabled": True},
+        checkpointing={"enabled": True, "save_period": 1},
     )
     assert run_distributed(train, 1, str(config), [], init_process_group=False) == [0]
     trained = read_metrics(tmp_path / "logs")[-1]
@@ -42,6 +45,16 @@ def test_evaluation_equals_validation_and_file_order(tmp_path):
         assert metrics[f"validation-held_out/{name}"] == pytest.approx(
             trained[f"validation-held_out/{name}"], rel=2e-5, abs=1e-6
         )
+    every_checkpoint = ["--checkpoint", str(tmp_path / "checkpoints"), named[1], TP2]
+    ((code, printed), *_) = run_distributed(
+        evaluate_and_read, 2, str(config), every_checkpoint, init_process_group=False
+    )
+    assert code == 0, printed
+    for step in (1, 2):
+        one = json.loads((tmp_path / f"logs/step_{step}/evaluation.json").read_text())
+        margins = one["validation-held_out/rewards/margins"]
+        assert (margins == pytest.approx(metrics["validation-held_out/rewards/margins"], rel=1e-5)) == (step == 2)
+        assert f"step_{step}" in printed and f"{margins:.4f}" in printed
     four_ranks = pairs(tmp_path)
     assert [row["index"] for row in four_ranks] == list(range(11))
 

@@ -47,12 +47,12 @@ def test_check_lists_every_problem_and_exits_2(model, tmp_path):
 
 
 def test_check_lists_what_fits_in_no_batch_of_every_set(model, tmp_path, capsys):
-    from megadpo.train.command import main
+    from megadpo.commands import main
 
     config = make_config(tmp_path, model)
     overrides = ["policy.sequence_packing.train_mb_tokens=45",
                  "policy.max_total_sequence_length=45", "data.on_too_long=drop"]  # fmt: skip
-    assert main([str(config), "--check", *overrides]) == 2
+    assert main(["check", str(config), *overrides]) == 2
     refused = capsys.readouterr().err
     assert all(f"{name}.jsonl:" in refused for name in ("train", "valid")), refused
 

@@ -133,8 +133,9 @@ def run_cases(cases):
 def run_case(config):
     """A run built, a step and an evaluation, and what happened in them."""
     from megadpo.config import load_config
+    from megadpo.config.grid import Grid
     from megadpo.families import read_architecture
-    from megadpo.parallel import destroy, initialize, layout_of, setup_device
+    from megadpo.parallel import destroy, initialize, setup_device
     from megadpo.plan.outlines import even_routing
     from megadpo.train.setup import prepare
     from tests.helpers.fake_cuda import FakeCuda
@@ -145,7 +146,7 @@ def run_case(config):
             even_routing(read_architecture(Path(cfg.policy.model_name)), 1.0) as answers,
             FakeCuda({operation: only_for_experts(answer) for operation, answer in answers.items()}) as gpu,
         ):
-            run = prepare(cfg, initialize(layout_of(cfg), setup_device(cfg.policy.device)))
+            run = prepare(cfg, initialize(Grid.of(cfg), setup_device(cfg.policy.device)))
             with contextlib.closing(run.inputs.train_loader.batches(0)) as batches:
                 batch = next(batches)
                 gpu.waits.clear()

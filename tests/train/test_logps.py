@@ -42,16 +42,17 @@ def some_pairs():
 
 def logps_of_packs(folders, tensor, pipeline):
     """{case: {share_prompt: logps}} on the last stage, None elsewhere."""
+    from megadpo.config.grid import Grid
     from megadpo.config.schema_megatron import MegatronConfig
     from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
     from megadpo.data.batches.pack import pack_pairs
     from megadpo.families import read_architecture
     from megadpo.model.build import build_model
-    from megadpo.model.weights.load import load_hf_weights, place_of
-    from megadpo.parallel import Layout, initialize, setup_device
+    from megadpo.model.weights.load import load_hf_weights
+    from megadpo.parallel import initialize, setup_device
     from megadpo.reference import ResidentReference
 
-    parallel = initialize(Layout(tensor=tensor, pipeline=pipeline), setup_device("auto"))
+    parallel = initialize(Grid(tensor=tensor, pipeline=pipeline), setup_device("auto"))
     results = {}
     for case, folder in folders.items():
         arch = read_architecture(folder)
@@ -60,7 +61,7 @@ def logps_of_packs(folders, tensor, pipeline):
             model_name=folder, tokenizer=TokenizerConfig(name=folder), precision="float32", megatron_cfg=sizes
         )
         model = build_model(arch, policy, parallel, frozen=True)
-        load_hf_weights(model, arch, folder, place_of(parallel))
+        load_hf_weights(model, arch, folder, parallel.grid)
         packs = [
             pack_pairs(some_pairs(), share_prompt=share, pad_to_multiple=8, pad_token_id=0) for share in (True, False)
         ]

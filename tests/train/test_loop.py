@@ -112,10 +112,11 @@ def test_a_run_saves_by_its_period_at_its_end_and_where_it_is_stopped(stopped_at
         total_steps=5,
         trainer=SimpleNamespace(step=lambda batch: StepOutcome({"loss": 0.5}, grad_norm=1.0, lr=0.1, updated=True)),
         ranking_metric=None,
+        watch=SimpleNamespace(read=dict),
     )
     monkeypatch.setattr(loop, "save_and_prune", lambda run, position: saves.append(position))
     logger = SimpleNamespace(log=lambda step, record: logged.append(step))
-    progress = SimpleNamespace(step=lambda step, record: None, message=said.append)
+    progress = SimpleNamespace(step=lambda step, record: None, message_at_end=said.append)
     stop = SimpleNamespace(agreed=lambda: 143 if len(logged) + 2 == stopped_at else None)  # before the step is logged
     assert loop.train(run, logger, progress, stop) == code
     assert [position.step for position in saves] == saved
@@ -160,6 +161,7 @@ def test_a_steps_time_goes_from_end_to_end_without_validation_and_saving(monkeyp
         total_steps=5,
         trainer=SimpleNamespace(step=takes(4.0, outcome)),
         ranking_metric=None,
+        watch=SimpleNamespace(read=dict),
     )
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now_s[0]))
     monkeypatch.setattr(loop, "validate", validate)

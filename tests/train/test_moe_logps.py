@@ -12,7 +12,7 @@ from tests.model.weights.hf_models import MOE_CASES
 from tests.train.test_logps import LENGTHS, some_pairs, transformers_logps
 
 LAYOUTS: dict[int, list[dict[str, Any]]] = {
-    # processes: layouts, by the names of parallel.Layout
+    # processes: layouts, by the names of Grid
     1: [{}],
     2: [
         {"expert": 2},
@@ -47,27 +47,28 @@ def logps_in_layouts(folders: dict[str, str], layouts: list[dict[str, Any]]) -> 
     """[layout][dispatcher] -> {family: logps of both packs}, on the last stage."""
     from megatron.core import parallel_state
 
+    from megadpo.config.grid import Grid
     from megadpo.config.schema_megatron import MegatronConfig
     from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
     from megadpo.families import read_architecture
     from megadpo.model.build import build_model
-    from megadpo.model.weights.load import load_hf_weights, place_of
-    from megadpo.parallel import Layout, initialize, setup_device
+    from megadpo.model.weights.load import load_hf_weights
+    from megadpo.parallel import initialize, setup_device
     from megadpo.reference import ResidentReference
     from megadpo.train.setup import seed_everything
 
     results = []
     for sizes in layouts:
-        layout = Layout(**sizes, sequence_parallel=sizes.get("tensor", 1) > 1)
-        parallel = initialize(layout, setup_device("auto"))
+        parallel = initialize(Grid(**sizes), setup_device("auto"))
+        grid = parallel.grid
         seed_everything(0, parallel)  # sequence parallelism asks for megatron-core's random-number states
         for dispatcher in ("alltoall", "allgather"):
             megatron = MegatronConfig(
-                tensor_model_parallel_size=layout.tensor,
-                pipeline_model_parallel_size=layout.pipeline,
-                sequence_parallel=layout.sequence_parallel,
-                expert_model_parallel_size=layout.expert,
-                expert_tensor_parallel_size=layout.expert_tensor,
+                tensor_model_parallel_size=grid.tensor,
+                pipeline_model_parallel_size=grid.pipeline,
+                sequence_parallel=grid.tensor > 1,
+                expert_model_parallel_size=grid.expert,
+                expert_tensor_parallel_size=grid.expert_tensor,
                 moe_token_dispatcher_type=dispatcher,
             )
             found = {}
@@ -80,9 +81,9 @@ def logps_in_layouts(folders: dict[str, str], layouts: list[dict[str, Any]]) -> 
                     megatron_cfg=megatron,
                 )
                 model = build_model(arch, policy, parallel, frozen=True)
-                load_hf_weights(model, arch, folder, place_of(parallel))
-                found[case] = ResidentReference(model, parallel).logps(packs_of(parallel.dp_rank))
-            results.append((sizes, dispatcher, parallel.dp_rank, found))
+                load_hf_weights(model, arch, folder, parallel.grid)
+                found[case] = ResidentReference(model, parallel).logps(packs_of(parallel.grid.dp_rank))
+            results.append((sizes, dispatcher, parallel.grid.dp_rank, found))
         parallel_state.destroy_model_parallel()
     return results
 

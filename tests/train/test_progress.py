@@ -95,6 +95,15 @@ def test_a_plain_note_is_not_wrapped_or_marked_up() -> None:
     assert output.getvalue() == text + "\n"
 
 
+def test_last_words_come_below_everything() -> None:
+    progress, output = plain()
+    progress.message_at_end("stopped")
+    progress.message("saved")
+    progress.close()
+    progress.close()
+    assert output.getvalue() == "saved\nstopped\n"
+
+
 def test_ranks_that_are_not_told_to_show_are_silent() -> None:
     output = io.StringIO()
     for force_terminal in (False, True):

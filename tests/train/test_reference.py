@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from safetensors.torch import load_file, save_file
 
-from megadpo.train.command import main
+from megadpo.commands import main
 from tests.helpers.overrides import PP2, TP2
 from tests.helpers.runs import make_config, make_model
 from tests.model.weights.hf_models import make_hf_folder
@@ -27,8 +27,8 @@ def models(tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "layout", "words"),
     [
-        ("one_group", [TP2], "a divisor of the model's 1 key-value heads (dpo.reference.model_name's)"),
-        ("three_layers", [PP2], "a divisor of the model's 3 layers (dpo.reference.model_name's)"),
+        ("one_group", [TP2], "a divisor of the model's 1 key-value heads (for dpo.reference.model_name)"),
+        ("three_layers", [PP2], "a divisor of the model's 3 layers (for dpo.reference.model_name)"),
         # under tensor parallelism its log-probabilities were nonsense without an error
         ("few_tokens", [TP2], "its vocabulary has 100"),
         ("cut_short", [], "expected model.norm.weight"),
@@ -38,5 +38,5 @@ def models(tmp_path_factory):
 def test_another_reference(name, layout, words, models, tmp_path, capsys):
     config = make_config(tmp_path, models / "policy")
     overrides = [f"dpo.reference.model_name={models / name}", "data.cache_dir=null", *layout]
-    assert main([str(config), "--check", "--world-size", "2", *overrides]) == (2 if words else 0)
+    assert main(["check", str(config), "--world-size", "2", *overrides]) == (2 if words else 0)
     assert words in capsys.readouterr().err

@@ -43,10 +43,11 @@ def agreed_of_ranks(late: list[bool], signalled: list[bool]) -> int | None:
 
     import torch.distributed as dist
 
-    from megadpo.parallel import Layout, initialize, setup_device
+    from megadpo.config.grid import Grid
+    from megadpo.parallel import initialize, setup_device
     from megadpo.train.stop import StopWatcher
 
-    parallel = initialize(Layout(), setup_device("cpu"))
+    parallel = initialize(Grid(), setup_device("cpu"))
     handler = signal.getsignal(signal.SIGTERM)
     watcher = StopWatcher(parallel, must_save_by_s=0.0 if late[dist.get_rank()] else 3600.0)
     watcher.install()

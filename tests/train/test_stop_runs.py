@@ -1,5 +1,5 @@
-"""Every way to stop a run under torchrun, before and after its first save: the step reached is saved, the next run goes
-on from there, and no process and no half-written folder stays behind."""
+"""Every way to stop a run under torchrun and under our own launcher, before and after its first save: the step reached is
+saved, the next run goes on from there, and no process and no half-written folder stays behind."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ import pytest
 from tests.helpers.distributed import REPOSITORY, run_distributed
 from tests.helpers.runs import make_config, make_model, read_metrics, train
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
-PATIENT = ("launch/torchrun.sh",)
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "launch/train.py")
+OURS = (sys.executable, "-m", "megadpo", "train", "--nproc-per-node", "2", "--local-addr", "127.0.0.1")
 MARK = "MEGADPO_TEST_RUN"
 
 
@@ -78,11 +78,9 @@ def start(tmp_path):
 
     def run(config: Path, launcher: Sequence[str] = TORCHRUN) -> Run:
         mark = uuid.uuid4().hex
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where torchrun is
-        env = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", MARK: mark}
-        arguments = [*launcher, "--standalone", "--nproc-per-node", "2", "launch/train.py", str(config)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", MARK: mark}
         process = subprocess.Popen(
-            arguments,
+            [*launcher, str(config)],
             cwd=REPOSITORY,
             env=env,
             stdout=subprocess.PIPE,
@@ -138,14 +136,14 @@ WAYS: dict[str, tuple[Any, signal.Signals]] = {
     "ctrl-C": (ctrl_c, signal.SIGINT),
     "ctrl-C-twice": (ctrl_c_twice, signal.SIGINT),
 }
-LAUNCHERS = {"torchrun": TORCHRUN, "torchrun.sh": PATIENT}
+LAUNCHERS = {"torchrun": TORCHRUN, "megadpo": OURS}
 
 
 FAST = {
     ("torchrun", "SIGUSR1", True),  # ends torchrun, which doesn't know it
     ("torchrun", "SIGTERM-to-all", True),
-    ("torchrun.sh", "SIGUSR1-to-all", True),
-    ("torchrun.sh", "ctrl-C-twice", False),
+    ("megadpo", "SIGUSR1-to-all", True),
+    ("megadpo", "ctrl-C-twice", False),
 }
 EVERY = [
     pytest.param(
@@ -175,8 +173,12 @@ def test_a_stop_saves_the_step_reached(model, tmp_path, start, launcher, way, sa
     assert run.left_behind() == []
 
     stopped = read_metrics(tmp_path / "logs")[-1]["step"]
-    assert f"stopped after step {stopped}, newest checkpoint: step {stopped}" in output, output[-3000:]
-    assert run.process.returncode != 0
+    words = f"stopped after step {stopped}, newest checkpoint: step {stopped}; started again, it goes on from there"
+    if launcher == "megadpo":
+        assert run.process.returncode == 143
+        assert output.splitlines()[-1] == words and "Traceback" not in output, output[-3000:]
+    else:
+        assert run.process.returncode != 0 and words in output, output[-3000:]
     folders = {path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()}
     assert f"step_{stopped}" in folders and not [name for name in folders if name.startswith(".")], folders
 

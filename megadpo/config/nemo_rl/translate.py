@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ _MEG = "policy.megatron_cfg"
 _HEAD_CHUNK = "policy.logprob_chunk_size"
 _HEAD_CHUNK_NAMES = ("fused_linear_logprobs_chunk_size", "linear_ce_fusion_chunk_size")
 _TARGETS = {"train": "train_data_path", "validation": "val_data_paths"}
-_KEYS = ("prompt_key", "chosen_key", "rejected_key")
 # Keys of a dataset section that are refused at any value but null.
 _MUST_BE_NULL = ("prompt_file", "system_prompt_file")
-_SECTION_KEYS = ("dataset_name", "data_path", "subset", "split", *_KEYS, *_MUST_BE_NULL)
-_DATA_PATHS = frozenset(
-    f"data.{section}.{key}" for section in ("train", "validation", "default") for key in _SECTION_KEYS
-)
+_SECTIONS = ("train", "validation", "default")
+
+
+def _section_keys() -> tuple[str, ...]:
+    """Keys of a dataset section."""
+    return ("dataset_name", "data_path", "subset", "split", *FORMATS.keys(), *_MUST_BE_NULL)
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,16 @@ class NemoKey:
     """The values that are not refused. None: every value, or with `in_schema` those of the schema."""
     in_schema: bool = False
     """megadpo has the key."""
+    experts: bool = False
+    """Only models with experts refuse it."""
+    refused: tuple[object, ...] = ()
+    """With `experts` and `in_schema`: the values that the schema has not."""
 
     def problem(self, value: object) -> Problem | None:
         """The refusal of `value`; None where it is accepted."""
+        if self.in_schema:
+            listed = isinstance(value, str) and value in self.refused
+            return Problem(self.path, value, f"another value ({self.why})", self.fix) if listed else None
         if self.accepted is None or any(type(value) is type(one) and value == one for one in self.accepted):
             return None
         shown = [str(one).lower() for one in self.accepted if one not in (None, {}, [])]
@@ -66,17 +74,21 @@ def _collect(section: Mapping[str, Any], prefix: str, keys: dict[str, NemoKey]) 
         if isinstance(one, str):
             keys[path] = NemoKey(path, one)
         elif "only" in one:
-            keys[path] = NemoKey(path, one["why"], one["fix"], tuple(one["only"]))
+            keys[path] = NemoKey(path, one["why"], one["fix"], tuple(one["only"]), experts=one.get("experts", False))
         elif "why" in one:
-            keys[path] = NemoKey(path, one["why"], in_schema=True)
+            refused = tuple(one.get("refused", ()))
+            keys[path] = NemoKey(
+                path, one["why"], one.get("fix", ""), in_schema=True, experts="experts" in one, refused=refused
+            )
         else:
             _collect(one, f"{path}.", keys)
 
 
-@functools.cache
 def nemo_paths() -> frozenset[str]:
     """Every key that is translated or in the table, for the nearest name of an unknown one."""
-    return frozenset(path for path in nemo_keys() if not path.endswith(".*")) | _DATA_PATHS
+    return frozenset(path for path in nemo_keys() if not path.endswith(".*")) | {
+        f"data.{section}.{key}" for section in _SECTIONS for key in _section_keys()
+    }
 
 
 @functools.cache
@@ -85,53 +97,117 @@ def _sections() -> frozenset[str]:
     return frozenset(path[:dot] for path in nemo_keys() for dot, letter in enumerate(path) if letter == ".")
 
 
-def translate(
-    tree: dict[str, Any], schema_paths: frozenset[str], problems: list[Problem], notes: list[str]
-) -> set[str]:
+@dataclass
+class Heard:
+    """What there is to say about the keys of a file."""
+
+    problems: list[Problem]
+    """Refusals."""
+    of_experts: list[Problem] = field(default_factory=list)
+    """Refusals if the model turns out to have experts."""
+    notes: list[str] = field(default_factory=list)
+    idle: dict[str, list[str]] = field(default_factory=dict)
+    """Keys that are accepted without effect and say something, by the reason why."""
+
+    def all_notes(self) -> list[str]:
+        """The notes; one names every key without effect."""
+        if not self.idle:
+            return self.notes
+        folded = "; ".join(f"{', '.join(paths)} ({why})" for why, paths in self.idle.items())
+        return [*self.notes, f"NeMo RL's keys without effect here: {folded}"]
+
+
+def translate(tree: dict[str, Any], schema_paths: frozenset[str], heard: Heard) -> set[str]:
     """Rewrite `tree` in place so that it holds this project's keys only, and unknown ones.
 
-    problems and notes take every refusal, and a line for each key that is accepted without effect. Returns the keys that
-    a refused section would have set: their values must not be judged.
+    heard takes refusals and notes. Returns the keys that a refused section would have set: their values must not be
+    judged.
     """
-    _strip(tree, "", schema_paths, problems, notes)
-    _head_chunk(tree, problems)
-    if get(tree, "dpo.val_batches") == -1:
-        put(tree, "dpo.val_batches", 0)
-    if get(tree, "policy.max_grad_norm", 0) is None:
-        put(tree, "policy.max_grad_norm", 0.0)
+    _balancing_coefficient(tree, heard)
+    _strip(tree, "", schema_paths, heard)
+    _head_chunk(tree, heard.problems)
+    _other_values(tree, heard.notes)
     data = tree.get("data")
-    return _translate_data(data, problems, notes) if isinstance(data, dict) else set()
+    return _translate_data(data, heard.problems, heard.notes) if isinstance(data, dict) else set()
 
 
-def _strip(
-    node: dict[str, Any], prefix: str, schema_paths: frozenset[str], problems: list[Problem], notes: list[str]
-) -> None:
+def _strip(node: dict[str, Any], prefix: str, schema_paths: frozenset[str], heard: Heard) -> None:
     """Take the table's keys out of a section, each with its refusal or note."""
     for name, value in list(node.items()):
         path = f"{prefix}{name}"
         key = nemo_keys().get(path)
-        if key is not None and key.in_schema:
-            if value is None:
-                del node[name]
-        elif key is not None:
+        if key is not None:
             refusal = key.problem(value)
             if refusal is not None:
-                problems.append(refusal)
-            elif key.accepted is None:
-                notes.append(f"{path}: {value!r} has no effect: {key.why}")
-            del node[name]
+                (heard.of_experts if key.experts else heard.problems).append(refusal)
+            elif key.accepted is None and not key.in_schema and _says_something(value):
+                heard.idle.setdefault(key.why, []).append(path)
+            if refusal is not None or value is None or not key.in_schema:
+                del node[name]
         elif isinstance(value, dict):
             others = nemo_keys().get(f"{path}.*")
-            without_effect = [str(inner) for inner in value if f"{path}.{inner}" not in nemo_keys()]
-            _strip(value, f"{path}.", schema_paths, problems, notes)
+            without_effect = [
+                str(one) for one in value if f"{path}.{one}" not in nemo_keys() and _says_something(value[one])
+            ]
+            _strip(value, f"{path}.", schema_paths, heard)
             if others is not None and without_effect:
-                notes.append(f"{path}.{{{', '.join(without_effect)}}}: no effect: {others.why}")
+                heard.idle.setdefault(others.why, []).append(f"{path}.{{{', '.join(without_effect)}}}")
             if others is not None or (not value and path in _sections() and path not in schema_paths):
                 del node[name]
         elif path in _sections() and path not in schema_paths:
             if value is not None:
-                problems.append(Problem(path, value, "a section or null", "set it to null"))
+                heard.problems.append(Problem(path, value, "a section or null", "set it to null"))
             del node[name]
+
+
+def _says_something(value: object) -> bool:
+    """Whether a value asks for anything."""
+    return value not in (None, False, "", "none", "disabled", {}, [])
+
+
+def _balancing_coefficient(tree: dict[str, Any], heard: Heard) -> None:
+    """The one override of config.json that has a key here."""
+    overrides, path = get(tree, "policy.hf_config_overrides"), f"{_MEG}.moe_aux_loss_coeff"
+    if not isinstance(overrides, dict) or "router_aux_loss_coef" not in overrides:
+        return
+    coefficient = overrides.pop("router_aux_loss_coef")
+    if get(tree, path) is None:
+        put(tree, path, coefficient)
+        heard.notes.append(f"policy.hf_config_overrides.router_aux_loss_coef: read as {path}: {coefficient}")
+
+
+def _other_values(tree: dict[str, Any], notes: list[str]) -> None:
+    """Values that are written otherwise here, or that stand for one of this project's that gives the same numbers."""
+    for path in ("dpo.val_batches", "dpo.val_period"):  # -1: the whole set, and never
+        if get(tree, path) == -1:
+            put(tree, path, 0)
+    if get(tree, "policy.max_grad_norm", 0) is None:
+        put(tree, "policy.max_grad_norm", 0.0)
+    if get(tree, "policy.make_sequence_length_divisible_by") == 1:  # nothing asked; NeMo RL: the other back end's tp
+        drop(tree, "policy.make_sequence_length_divisible_by")
+    dispatcher = f"{_MEG}.moe_token_dispatcher_type"
+    if get(tree, dispatcher) == "flex":
+        put(tree, dispatcher, "alltoall")
+        notes.append(f"{dispatcher}: alltoall for flex, whose DeepEP and HybridEP are not among the dependencies")
+    if get(tree, f"{_MEG}.fp8_cfg.enabled") is False:
+        drop(tree, f"{_MEG}.fp8_cfg.fp8_recipe")
+    _precision_aware(tree, notes)
+
+
+def _precision_aware(tree: dict[str, Any], notes: list[str]) -> None:
+    """With moments in float32 this optimizer computes what the plain one does, in less memory; a checkpoint of its state
+    isn't proved to resume, and NeMo RL's files ask for both."""
+    optimizer = get(tree, f"{_MEG}.optimizer", {})
+    saves = get(tree, "checkpointing.enabled", True) and get(tree, "checkpointing.save_optimizer", True)
+    if not saves or not isinstance(optimizer, dict) or optimizer.get("use_precision_aware_optimizer") is not True:
+        return
+    moments = {optimizer.get(name) for name in ("exp_avg_dtype", "exp_avg_sq_dtype")}
+    if not optimizer.get("optimizer_cpu_offload") and moments <= {None, "float32"}:
+        optimizer["use_precision_aware_optimizer"] = False
+        notes.append(
+            f"{_MEG}.optimizer.use_precision_aware_optimizer: off while checkpoints save the optimizer, whose state is "
+            "not proved to resume with it; same numbers, more memory; checkpointing.save_optimizer: false keeps it on"
+        )
 
 
 def _head_chunk(tree: dict[str, Any], problems: list[Problem]) -> None:
@@ -160,7 +236,7 @@ def _translate_data(data: dict[str, Any], problems: list[Problem], notes: list[s
             unset.add(f"data.{target}")
     sections = {name: _section(data, name, problems) for name in _TARGETS}
     seen: dict[str, tuple[object, str]] = {
-        key: (data[key], f"data.{key}") for key in ("dataset_name", *_KEYS) if data.get(key) is not None
+        key: (data[key], f"data.{key}") for key in ("dataset_name", *FORMATS.keys()) if data.get(key) is not None
     }
     for name, own in sections.items():
         if own is None:
@@ -204,7 +280,7 @@ def _take_common_keys(
     problems: list[Problem],
 ) -> None:
     """Moves the format and the field names of a section up to `data`, where they hold for every source."""
-    for key in ("dataset_name", *_KEYS):
+    for key in ("dataset_name", *FORMATS.keys()):
         mine = section.get(key)
         if mine is None or (key == "dataset_name" and mine not in FORMATS):
             continue
@@ -228,8 +304,8 @@ def _source(section: dict[str, Any], where: str, problems: list[Problem], notes:
         if key in _MUST_BE_NULL and section[key] is not None:
             fix = "remove it: prompts are taken as they are, so write what they say into the data"
             problems.append(Problem(f"{where}.{key}", section[key], "null", fix))
-        elif key not in _SECTION_KEYS:
-            fix = f"known here: {', '.join(_SECTION_KEYS)}"
+        elif key not in _section_keys():
+            fix = f"known here: {', '.join(_section_keys())}"
             problems.append(Problem(f"{where}.{key}", section[key], "a known key; this one is not", fix))
     path = section.get("data_path")
     hub = _hub_dataset(name)

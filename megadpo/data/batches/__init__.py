@@ -1,1 +1,1 @@
-"""Token ids -> micro-batches: order, deal, pack, cut, prefetch."""
+"""Token ids -> micro-batches: order the pairs, deal them to ranks, pack them, cut the packs, prefetch."""

@@ -1,12 +1,12 @@
-"""A pack cut for context parallelism: every rank gets as many tokens, and about as much attention to compute.
+"""Cuts a pack for context parallelism. Every rank gets the same number of tokens and about the same attention work.
 
-The run is cut into blocks, and blocks are dealt to ranks. Keys are gathered before attention, so that any dealing is
-exact, and the only question is balance. In a causal run late tokens see more keys than early ones; in a pack, long
-sequences more than short ones. Work is counted in query-key pairs, as data/batches/work.py does.
+The run is cut into blocks, and each block is given to a rank. Keys are gathered before attention, so every assignment gives
+exact results, and only balance matters. In causal attention, late tokens see more keys than early ones, and tokens of
+long sequences more than those of short ones. Work is counted in query-key pairs, as in data/batches/work.py.
 
-Blocks are as large as balance allows: each border cuts sequences, and a cut sequence costs one more call of the kernel
-and one more copy of the keys before it. So one block a rank is tried first (enough for many short pairs), then two (for
-one long sequence that is the zigzag of ring attention: the first block with the last), then 4, 8, ... a rank.
+Blocks are as large as balance allows. Each border cuts a sequence, and a cut sequence costs one more kernel call and one
+more copy of the keys before it. So the number of blocks for each rank is first 1 (enough for many short pairs), then 2
+(for one long sequence this is ring attention's zigzag: the first block with the last), then 4, 8, ...
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from megadpo.data.batches.pack import ContextPart, PackedBatch, Segment
 Ints = npt.NDArray[np.int64]
 
 CONTEXT_BALANCE = 1.1
-"""No rank has more than this many times the mean work, where blocks of a token can bring that about."""
+"""Limit on a rank's work / mean work. It is exceeded only if even blocks of one token can't keep it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """Which rank holds which tokens of a run of T tokens, cut into B intervals that cover it."""
+    """Which rank holds which tokens of a run. B intervals cover its T tokens."""
 
     borders: list[int]
-    """[B + 1] ascending, from 0 to T; neighbouring intervals are on different ranks."""
+    """[B + 1] ascending, from 0 to T. Neighbouring intervals are on different ranks."""
     owners: list[int]
-    """[B] the rank that holds each interval."""
+    """[B] the rank of each interval."""
     gathered: list[int]
-    """[B] where each interval begins when the ranks' tokens are laid one rank after another."""
+    """[B] the start of each interval in gathered order: all tokens of rank 0, then of rank 1, ..."""
     work: Ints
-    """[ranks] query-key pairs."""
+    """[ranks] query-key pairs of each rank."""
 
     @property
     def imbalance(self) -> float:
-        """Work of the rank that has most of it, over the mean."""
+        """Most work of a rank / mean work."""
         return float(self.work.max() / self.work.mean())
 
     def held_by(self, rank: int) -> list[tuple[int, int]]:
@@ -52,7 +52,7 @@ class Cut:
         return [piece for piece, owner in zip(pairwise(self.borders), self.owners, strict=True) if owner == rank]
 
     def as_gathered(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """Where the tokens [start, end) of the run stand in gathered order, as ranges, in the run's order."""
+        """The tokens [start, end) of the run as ranges in gathered order. The ranges come in the run's order."""
         number = bisect_right(self.borders, start) - 1
         while start < end:
             stop = min(end, self.borders[number + 1])
@@ -62,9 +62,9 @@ class Cut:
 
 
 def context_part(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
-    """The part of a whole `batch` that context-parallel rank `rank` of `size` holds. The same cut on every rank.
+    """The part of `batch` that context-parallel rank `rank` of `size` holds. Every rank computes the same cut.
 
-    ValueError where `size` does not divide its tokens, or where it is not whole.
+    Raises ValueError if `size` does not divide its tokens, or if `batch` is a part already.
     """
     if batch.part is not None:
         raise ValueError("the batch is a part already")
@@ -76,12 +76,12 @@ def context_part(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
     cut = cut_run(batch.segments, size)
     held = cut.held_by(rank)
     run_index = np.concatenate([np.arange(start, end, dtype=np.int64) for start, end in held])
-    here = np.full(total, -1, dtype=np.int64)  # place in this part of each token of the run, -1 elsewhere
+    here = np.full(total, -1, dtype=np.int64)  # for each token of the run: its place in this part, or -1
     here[run_index] = np.arange(len(run_index))
     place = here[batch.predict_index.numpy()]
     mine = place >= 0
     answer_index = batch.answer_index.numpy()[mine]
-    predicted = np.bincount(answer_index, minlength=2 * batch.num_pairs).astype(np.int64, copy=False)
+    predicted = np.bincount(answer_index, minlength=batch.num_answers).astype(np.int64, copy=False)
     index = torch.from_numpy(run_index)
     return dataclasses.replace(
         batch,
@@ -104,8 +104,8 @@ def context_part(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
 
 
 def _local_segments(segments: Sequence[Segment], held: list[tuple[int, int]], cut: Cut) -> Iterator[Segment]:
-    """What the held ranges hold of each segment: queries that end n tokens before the segment's end see all of its keys
-    but the last n."""
+    """The part of each segment in the ranges `held`. Queries that end n tokens before the segment's end see all keys of
+    the segment except the last n."""
     ends = [segment.query_end for segment in segments]
     offset = 0  # tokens of this part before the held range
     for start, end in held:
@@ -133,9 +133,9 @@ def _first_keys(segment: Segment, count: int, cut: Cut) -> tuple[tuple[int, int]
 
 
 def cut_run(segments: Sequence[Segment], size: int) -> Cut:
-    """The coarsest cut over `size` ranks that is within CONTEXT_BALANCE; if there is none, the most even one.
+    """The cut over `size` ranks with the fewest blocks that keeps CONTEXT_BALANCE; else the cut with the best balance.
 
-    Deterministic. ValueError where `size` does not divide the run's tokens.
+    Deterministic. Raises ValueError if `size` does not divide the run's tokens.
     """
     total = segments[-1].query_end
     if total % size:
@@ -160,9 +160,10 @@ def _work_before(segments: Sequence[Segment]) -> Ints:
 
 
 def _cut_in(blocks: int, total: int, size: int, work_before: Ints) -> Cut:
-    """`blocks` blocks of equal length, or of two lengths that differ by a token, of which every rank gets as many."""
+    """A cut into `blocks` blocks. Their lengths differ by at most one token; every rank gets the same number of both
+    lengths."""
     length, longer = divmod(total, blocks)
-    # Every rank gets blocks / size blocks; `longer` divides by size, too, since total and blocks do.
+    # size divides total and blocks, so it also divides `longer`
     lengths = np.full(blocks, length, dtype=np.int64)
     lengths[:longer] += 1
     borders = np.concatenate([[0], np.cumsum(lengths)])
@@ -181,9 +182,9 @@ def _cut_in(blocks: int, total: int, size: int, work_before: Ints) -> Cut:
 
 
 def _deal(work: Ints, longer: int, size: int) -> Ints:
-    """[B] the rank of each block: as many of the first `longer` blocks to each rank, and as many of the others.
+    """[B] the rank of each block. Every rank gets the same number of the first `longer` blocks, and of the others.
 
-    The largest first, each to the rank with the least work that still has room (LPT).
+    The block with the most work comes first; each goes to the rank with the least work that may still get one (LPT).
     """
     owners = np.empty(len(work), dtype=np.int64)
     loads = [0] * size

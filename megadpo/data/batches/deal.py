@@ -1,15 +1,15 @@
-"""Which pairs of a global batch share a micro-batch, and on which data-parallel rank.
+"""Deals the pairs of a global batch to data-parallel ranks and micro-batches.
 
-Every rank computes the same deal from the pairs' lengths and work alone, so nothing is communicated. Packs are bounded by
-tokens (memory); ranks are compared by work (time): attention costs a long pair more per token than a short one (work.py).
+Every rank computes the same deal from the lengths and work of the pairs, without communication. Tokens limit a pack
+(memory). Ranks are balanced by work (time), because attention makes a token of a long pair cost more (work.py).
 
-With a token budget, three ways to deal pairs to ranks x m packs are known, each from the longest pair down:
-  global  best fit over the packs of all ranks, which are then dealt out to the ranks, the most work first
-  even    the pair goes to the rank with the least work, there to the emptiest pack (LPT: packs of equal size)
-  tight   the pair goes to the rank with the least work, there to the fullest pack that still takes it
-`global` says how many packs are enough; then fewer micro-batches per rank are tried as long as one of the three
-succeeds. Within one m the first that is balanced is taken. If none is, pairs are moved and swapped between the ranks;
-and if that doesn't suffice either, balance is worth one more micro-batch per rank.
+With a token budget there are three methods to deal pairs to ranks x m packs. Each starts with the longest pair:
+  global  best fit over the packs of all ranks; then the packs are dealt to ranks, those with the most work first
+  even    each pair goes to the rank with the least work, into its emptiest pack (LPT: packs of equal size)
+  tight   each pair goes to the rank with the least work, into its fullest pack that has space for the pair
+`global` gives a sufficient m. Then smaller m are tried as long as one method succeeds. For each m the first balanced
+result is taken. If none is balanced, pairs are moved and swapped between the ranks. If that is not enough, m + 1 is
+used, provided that it gives balance.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ def deal_batch(
 ) -> Deal:
     """Deals the positions 0 .. len(lengths) - 1 to ranks and micro-batches, each exactly once.
 
-    work: what each pair costs, whole numbers >= 0 in any unit; None: its length. With a token budget the ranks' sums of
-    it are within BALANCE of each other, where exchanges of a few pairs can make them so.
-    Exactly one of `budget_tokens` (packs of at most that many tokens) and `pairs_per_micro_batch` (that many pairs in
-    a micro-batch, in order, whatever their lengths) is given. All ranks get the same number of micro-batches, a multiple
-    of `micro_batch_multiple`; some may be empty where there are too few pairs. Deterministic. Raises ValueError for a
-    pair longer than the budget, and for another number of works than lengths.
+    work: the cost of each pair, integers >= 0 in any unit; None: its length. With a token budget, the ranks' sums of work
+        differ by at most BALANCE, if exchanging a few pairs can achieve it.
+    budget_tokens: the most tokens of a pack. pairs_per_micro_batch: this many pairs in each micro-batch, in order, of any
+        length. Exactly one of the two is given.
+    All ranks get the same number of micro-batches, a multiple of `micro_batch_multiple`. Some are empty if there are too
+    few pairs. Deterministic. Raises ValueError for a pair longer than the budget, or if `work` and `lengths` have
+    different sizes.
     """
     if num_ranks < 1:
         raise ValueError(f"num_ranks must be at least 1, got {num_ranks}")
@@ -62,7 +63,7 @@ def deal_batch(
 
 
 def _by_count(num_pairs: int, num_ranks: int, pairs_per_micro_batch: int, multiple: int) -> Deal:
-    """Contiguous ranges of positions; ranks differ by at most one pair."""
+    """Contiguous ranges of positions. Ranks differ by at most one pair."""
     if pairs_per_micro_batch < 1:
         raise ValueError(f"pairs_per_micro_batch must be at least 1, got {pairs_per_micro_batch}")
     bounds = [num_pairs * rank // num_ranks for rank in range(num_ranks + 1)]
@@ -80,17 +81,17 @@ def _by_count(num_pairs: int, num_ranks: int, pairs_per_micro_batch: int, multip
 def _by_tokens(job: _Dealing, multiple: int) -> Deal:
     per_rank = max(1, -(-len(job.best_fit) // job.num_ranks))
     best = _best_packs(job, per_rank)
-    assert best is not None, "best fit has just packed them"
+    assert best is not None, "best fit needed no more packs"
     at_least = max(1, -(-sum(job.lengths) // (job.num_ranks * job.budget)))
     while per_rank > at_least:
         fewer = _best_packs(job, per_rank - 1)
         if fewer is None:
             break
         best, per_rank = fewer, per_rank - 1
-    if per_rank % multiple:  # spread over the packs that must be there, rather than full ones and empty ones
+    if per_rank % multiple:  # use all packs that must exist, rather than leave some empty
         per_rank = _rounded_up(per_rank, multiple)
         best = _best_packs(job, per_rank)
-        assert best is not None, "fewer packs have just held them"
+        assert best is not None, "fewer packs were enough"
     if best.imbalance() > BALANCE:
         more = _best_packs(job, per_rank + multiple)
         if more is not None and more.imbalance() <= BALANCE:
@@ -103,8 +104,8 @@ def _rounded_up(count: int, multiple: int) -> int:
 
 
 class _Dealing:
-    """The pairs of a global batch, longest first, and best fit decreasing with as many packs as it takes: at most
-    11/9 of the fewest possible (Johnson 1974)."""
+    """The pairs of a global batch, longest first, and their best fit decreasing. It uses at most 11/9 of the smallest
+    possible number of packs (Johnson 1974)."""
 
     def __init__(self, lengths: list[int], work: list[int], num_ranks: int, budget: int) -> None:
         longest = max(lengths, default=0)
@@ -116,51 +117,51 @@ class _Dealing:
         self.budget = budget
         self.order = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
         self.best_fit: list[list[int]] = []
-        rooms = _Rooms()
+        free = _FreeTokens()
         for position in self.order:
-            number = rooms.take(lengths[position])
+            number = free.take(lengths[position])
             if number is None:
                 number = len(self.best_fit)
                 self.best_fit.append([])
-                rooms.put(budget - lengths[position], number)
+                free.put(budget - lengths[position], number)
             self.best_fit[number].append(position)
 
     def empty_packs(self, per_rank: int) -> Packs:
         return Packs.empty(self.lengths, self.work, self.num_ranks, per_rank, self.budget)
 
 
-class _Rooms:
-    """Packs by the tokens they have room for. Sizes are few (at most the budget), so a sorted list of them is fast
-    however many packs there are."""
+class _FreeTokens:
+    """Packs by the number of tokens that they can still take. A sorted list of these numbers is fast for any number of
+    packs, because there are at most as many different numbers as the budget."""
 
     def __init__(self) -> None:
         self._sizes: list[int] = []
         self._packs: dict[int, list[int]] = {}
 
-    def put(self, room: int, pack: int) -> None:
-        if room not in self._packs:
-            insort(self._sizes, room)
-            self._packs[room] = []
-        self._packs[room].append(pack)
+    def put(self, free: int, pack: int) -> None:
+        if free not in self._packs:
+            insort(self._sizes, free)
+            self._packs[free] = []
+        self._packs[free].append(pack)
 
     def take(self, length: int) -> int | None:
-        """Takes `length` from the pack with the least room that has as much; None if none has."""
+        """Finds the pack with the least space for `length` tokens and takes them from it. None if no pack has space."""
         at = bisect_left(self._sizes, length)
         if at == len(self._sizes):
             return None
-        room = self._sizes[at]
-        pack = self._packs[room].pop()
-        if not self._packs[room]:
-            del self._packs[room], self._sizes[at]
-        self.put(room - length, pack)
+        free = self._sizes[at]
+        pack = self._packs[free].pop()
+        if not self._packs[free]:
+            del self._packs[free], self._sizes[at]
+        self.put(free - length, pack)
         return pack
 
 
 def _best_packs(job: _Dealing, per_rank: int) -> Packs | None:
-    """The pairs on num_ranks x per_rank packs, as well balanced as the three ways allow; None if none fits them."""
+    """The pairs on num_ranks x per_rank packs, with the best balance of the three methods. None if no method fits them."""
     found: list[Packs] = []
-    for way in (_pack_even, _pack_tight, _pack_global):
-        packs = way(job, per_rank)
+    for method in (_pack_even, _pack_tight, _pack_global):
+        packs = method(job, per_rank)
         if packs is None:
             continue
         if packs.imbalance() <= BALANCE:
@@ -190,13 +191,13 @@ def _pack_even(job: _Dealing, per_rank: int) -> Packs | None:
 def _pack_tight(job: _Dealing, per_rank: int) -> Packs | None:
     packs = job.empty_packs(per_rank)
     ranks = [(0, rank) for rank in range(job.num_ranks)]  # kept sorted
-    rooms = [_Rooms() for _ in ranks]
-    for rank_rooms in rooms:
+    free = [_FreeTokens() for _ in ranks]
+    for of_rank in free:
         for number in reversed(range(per_rank)):
-            rank_rooms.put(job.budget, number)
+            of_rank.put(job.budget, number)
     for position in job.order:
         for place, (rank_work, rank) in enumerate(ranks):
-            pack = rooms[rank].take(job.lengths[position])
+            pack = free[rank].take(job.lengths[position])
             if pack is not None:
                 packs.add(rank, pack, position)
                 del ranks[place]
@@ -223,7 +224,7 @@ def _pack_global(job: _Dealing, per_rank: int) -> Packs | None:
 
 
 def _in_order(packs: Packs) -> Deal:
-    """Largest pack first, so that what is too much for the memory shows at once; pairs of a pack in batch order."""
+    """Each rank's largest pack first, so that a pack that needs too much memory fails at once. Pairs in batch order."""
     deal = []
     for rank_pairs, rank_tokens in zip(packs.pairs, packs.tokens, strict=True):
         first = [min(pairs, default=-1) for pairs in rank_pairs]

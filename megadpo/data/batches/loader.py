@@ -1,29 +1,32 @@
 """Global batches of packed pairs, for one data-parallel rank.
 
-Order of an epoch: a function of (seed, epoch) alone, so that neither the number of ranks nor where a run was
-interrupted changes which pairs share a global batch. Every rank knows all lengths, deals out the whole global batch alike
-and packs only its own micro-batches: no communication. Held per pair: its length and its work, 16 bytes, and while an
-epoch runs 8 more for its order; token ids stay where the data set has them.
+The order of an epoch depends only on (seed, epoch). So neither the number of ranks nor an interruption changes which pairs
+share a global batch. Every rank knows all lengths, computes the same deal of the whole global batch, and packs only its
+own micro-batches; nothing is communicated. Memory for each pair: 16 bytes for its length and work, and 8 bytes for the
+epoch's order. Token ids stay in the data set.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from megadpo.config.check import micro_batch_multiple
+from megadpo.config.grid import Grid
 from megadpo.config.problems import DataError, Problem
 from megadpo.data.batches.cut import context_part
 from megadpo.data.batches.deal import Deal, deal_batch
+from megadpo.data.batches.groups import PairGroups, deal_groups
 from megadpo.data.batches.pack import PackedBatch, pack_pairs
-from megadpo.data.batches.prefetch import Prefetcher
 from megadpo.data.batches.work import WorkModel
 from megadpo.data.pairs import PairDataset
 from megadpo.data.sources import MOST_PROBLEMS
@@ -32,43 +35,80 @@ if TYPE_CHECKING:
     from megadpo.config.architecture import Architecture
     from megadpo.config.schema import Config
 
+Item = TypeVar("Item")
+
 PREFETCH_BATCHES = 2
-"""Global batches packed ahead of need."""
+"""Global batches packed in advance."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GlobalBatch:
-    """One rank's part of a global batch, and what all ranks know of the whole."""
+    """One rank's part of a global batch, and facts about the whole batch."""
 
     micro_batches: list[PackedBatch]
-    """This rank's, on the CPU; as many on every rank."""
+    """This rank's, on the CPU. Every rank has the same number."""
     num_pairs: int
-    """Pairs of the whole global batch, over all ranks: what the loss is a mean over."""
+    """Pairs of the whole global batch, over all ranks. The loss is a mean over them."""
     num_tokens: int
-    """Packed tokens of the whole global batch without padding; a shared prompt counts once."""
+    """Tokens of the whole global batch without padding. A shared prompt counts once."""
     pair_indices: list[int]
-    """Rows of the data file, of the whole global batch, in the order of the epoch."""
+    """Rows of the data file for the whole global batch, in the order of the epoch."""
+
+
+ONE_RANK = Grid()
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataRank:
-    """Which part of every global batch a rank gets; by default all of it. Raises ValueError for a rank out of range."""
+class BatchOptions:
+    """How pairs become global batches and micro-batches. Sizes count pairs. Exactly one of `budget_tokens` (sequence
+    packing) and `pairs_per_micro_batch` is given. Raises ValueError for impossible values."""
 
-    dp_rank: int = 0
-    dp_size: int = 1
-    """Ranks that share out the micro-batches."""
-    cp_rank: int = 0
-    cp_size: int = 1
-    """Ranks that share out the tokens of each micro-batch."""
+    global_batch_size: int
+    shuffle: bool
+    seed: int
+    share_prompt: bool
+    group_prompts: bool = False
+    """With share_prompt and budget_tokens: pairs with the same prompt go into one pack where they can, and what they share is
+    in it once (data/batches/groups.py)."""
+    pad_token_id: int
+    pad_to_multiple: int = 1
+    budget_tokens: int | None = None
+    """The most tokens of a micro-batch, padding included."""
+    pairs_per_micro_batch: int | None = None
+    micro_batch_multiple: int = 1
+    """Every rank gets a multiple of this many micro-batches. Some of them may be empty."""
+    drop_last: bool
+    """Leave out the last global batch of an epoch if it is incomplete (training)."""
+    limit_batches: int | None = None
+    """At most this many batches of an epoch (dpo.val_batches); None, 0 or less: all."""
+    prefetch: bool = True
+    """Pack in one background thread. Packing takes a thousandth of a step."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.dp_rank < self.dp_size:
-            raise ValueError(f"dp_rank {self.dp_rank} of dp_size {self.dp_size}")
-        if not 0 <= self.cp_rank < self.cp_size:
-            raise ValueError(f"cp_rank {self.cp_rank} of cp_size {self.cp_size}")
+        if self.global_batch_size < 1:
+            raise ValueError(f"global_batch_size must be at least 1, got {self.global_batch_size}")
 
-
-WHOLE = DataRank()
+    @classmethod
+    def from_config(cls, cfg: Config, *, pad_token_id: int, training: bool) -> BatchOptions:
+        """Training: the config's order, whole global batches only. Validation: file order, every pair."""
+        packing = cfg.policy.sequence_packing
+        pairs = cfg.policy.train_micro_batch_size if training else cfg.dpo.val_micro_batch_size
+        return cls(
+            global_batch_size=cfg.policy.train_global_batch_size if training else cfg.dpo.val_global_batch_size,
+            shuffle=cfg.data.shuffle and training,
+            seed=cfg.dpo.seed,
+            # without packing, every sequence of a micro-batch has its own prompt
+            share_prompt=packing.enabled and packing.share_prompt,
+            group_prompts=cfg.data.group_prompts,
+            pad_token_id=pad_token_id,
+            pad_to_multiple=cfg.policy.make_sequence_length_divisible_by,
+            budget_tokens=packing.train_mb_tokens if packing.enabled else None,
+            pairs_per_micro_batch=None if packing.enabled else pairs,
+            drop_last=training,
+            limit_batches=None if training else cfg.dpo.val_batches,
+            micro_batch_multiple=micro_batch_multiple(cfg),
+            prefetch=cfg.data.num_workers > 0,
+        )
 
 
 class GlobalBatchLoader:
@@ -77,70 +117,50 @@ class GlobalBatchLoader:
     def __init__(
         self,
         dataset: PairDataset,
+        options: BatchOptions,
         *,
-        global_batch_size: int,
-        shuffle: bool,
-        seed: int,
-        share_prompt: bool,
-        pad_token_id: int,
-        pad_to_multiple: int = 1,
-        budget_tokens: int | None = None,
-        pairs_per_micro_batch: int | None = None,
-        micro_batch_multiple: int = 1,
-        drop_last: bool,
-        limit_batches: int | None = None,
-        prefetch: bool = True,
         work_model: WorkModel | None = None,
-        rank: DataRank = WHOLE,
+        grid: Grid = ONE_RANK,
     ) -> None:
-        """Sizes count pairs. Exactly one of `budget_tokens` (sequence packing) and `pairs_per_micro_batch` is given.
-
-        budget_tokens: most tokens of a micro-batch, padding included.
-        micro_batch_multiple: every rank gets a multiple of this many micro-batches, empty ones among them if need be.
-        drop_last: leave out the last, incomplete global batch of an epoch (training); else it comes as it is.
-        limit_batches: at most this many batches of an epoch (dpo.val_batches); None or 0 or less: all.
-        prefetch: pack ahead in one background thread (packing takes a thousandth of a step), or in the caller.
-        work_model: ranks get the same work by it (with budget_tokens only); None: as many tokens each.
-        rank: whose micro-batches come out; pad_to_multiple is a multiple of its cp_size.
-        Raises DataError for pairs longer than budget_tokens, and for a data set that drop_last leaves nothing of.
+        """work_model: balances the ranks' work (with budget_tokens only); None: balances their tokens.
+        grid: this rank's place. pad_to_multiple is a multiple of the context-parallel size.
+        Raises DataError for pairs longer than budget_tokens, and if drop_last leaves no global batch.
         """
-        if pad_to_multiple % rank.cp_size:
-            raise ValueError(f"packs padded to {pad_to_multiple} tokens can't be cut over cp_size {rank.cp_size}")
-        if global_batch_size < 1:
-            raise ValueError(f"global_batch_size must be at least 1, got {global_batch_size}")
+        multiple, budget = options.pad_to_multiple, options.budget_tokens
+        if multiple % grid.context:
+            raise ValueError(f"packs padded to {multiple} tokens can't be cut over {grid.context} ranks")
         self.dataset = dataset
-        self.global_batch_size = global_batch_size
-        self.shuffle = shuffle
-        self.seed = seed
-        self.rank = rank
-        self.share_prompt = share_prompt
-        self.pad_token_id = pad_token_id
-        self.pad_to_multiple = pad_to_multiple
-        self.pairs_per_micro_batch = pairs_per_micro_batch
-        self.micro_batch_multiple = micro_batch_multiple
-        self.drop_last = drop_last
-        self.prefetch = prefetch
-        self.lengths = dataset.packed_tokens(share_prompt=share_prompt)
-        """int64 [pairs]: tokens that each pair takes in a pack."""
+        self.options = options
+        self.work_model = work_model
+        self.grid = grid
+        self.lengths = dataset.packed_tokens(share_prompt=options.share_prompt)
+        """int64 [pairs]: tokens of each pair in a pack of its own."""
         self.work = self.lengths
-        """int64 [pairs]: what ranks are balanced by."""
+        """int64 [pairs]: cost of each pair, to balance the ranks."""
         if work_model is not None:
-            self.work = work_model.pair_work(dataset.text_tokens(), share_prompt=share_prompt)
+            self.work = work_model.pair_work(dataset.text_tokens(), share_prompt=options.share_prompt)
+        self.groups: PairGroups | None = None
+        """None: pairs share nothing."""
+        if options.group_prompts and options.share_prompt and budget is not None:
+            groups = PairGroups.of(dataset)
+            self.groups = groups if groups.num_prompts < len(dataset) else None
+        self.answers = np.arange(2 * len(dataset)).reshape(-1, 2) if self.groups is None else self.groups.answers
+        """int64 [pairs, 2]: number of the chosen and of the rejected answer in the data set."""
         self._reference_logps: npt.NDArray[np.float32] | None = None
-        # Padding may not take a pack over the budget
-        self.budget_tokens = None if budget_tokens is None else budget_tokens // pad_to_multiple * pad_to_multiple
+        # A pack with its padding must stay within the budget
+        self.budget_tokens = None if budget is None else budget // multiple * multiple
         self._refuse_longer_than_budget()
-        batches = self._count_batches()
-        self.batches_per_epoch = batches if limit_batches is None or limit_batches < 1 else min(batches, limit_batches)
-        self.dropped_pairs_per_epoch = len(dataset) % global_batch_size if drop_last else 0
-        """Pairs that drop_last leaves out of each epoch: other ones in each, where shuffled."""
+        batches, limit = self._count_batches(), options.limit_batches
+        self.batches_per_epoch = batches if limit is None or limit < 1 else min(batches, limit)
+        self.dropped_pairs_per_epoch = len(dataset) % options.global_batch_size if options.drop_last else 0
+        """Pairs that drop_last leaves out of each epoch. With shuffling they differ between epochs."""
 
     def _count_batches(self) -> int:
         """Global batches of all pairs. Raises DataError where there is none."""
-        whole, rest = divmod(len(self.dataset), self.global_batch_size)
-        batches = whole if self.drop_last or not rest else whole + 1
+        whole, rest = divmod(len(self.dataset), self.options.global_batch_size)
+        batches = whole if self.options.drop_last or not rest else whole + 1
         if batches == 0:
-            raise DataError(_too_few_pairs(self.dataset, self.global_batch_size))
+            raise DataError(_too_few_pairs(self.dataset, self.options.global_batch_size))
         return batches
 
     @classmethod
@@ -152,99 +172,105 @@ class GlobalBatchLoader:
         *,
         pad_token_id: int,
         training: bool,
-        rank: DataRank = WHOLE,
+        grid: Grid = ONE_RANK,
     ) -> GlobalBatchLoader:
-        """Training: the config's order, whole global batches only. Validation: file order, every pair."""
-        packing = cfg.policy.sequence_packing
-        pairs = cfg.policy.train_micro_batch_size if training else cfg.dpo.val_micro_batch_size
-        return cls(
-            dataset,
-            global_batch_size=cfg.policy.train_global_batch_size if training else cfg.dpo.val_global_batch_size,
-            shuffle=cfg.data.shuffle and training,
-            seed=cfg.dpo.seed,
-            # without packing a micro-batch is rows, each with its own prompt
-            share_prompt=packing.enabled and packing.share_prompt,
-            pad_token_id=pad_token_id,
-            pad_to_multiple=cfg.policy.make_sequence_length_divisible_by,
-            budget_tokens=packing.train_mb_tokens if packing.enabled else None,
-            pairs_per_micro_batch=None if packing.enabled else pairs,
-            drop_last=training,
-            limit_batches=None if training else cfg.dpo.val_batches,
-            micro_batch_multiple=micro_batch_multiple(cfg),
-            prefetch=cfg.data.num_workers > 0,
-            work_model=WorkModel.of(arch),
-            rank=rank,
-        )
+        options = BatchOptions.from_config(cfg, pad_token_id=pad_token_id, training=training)
+        return cls(dataset, options, work_model=WorkModel.of(arch), grid=grid)
 
     def with_reference_logps(self, logps: npt.NDArray[np.float32]) -> GlobalBatchLoader:
-        """The same loader, whose micro-batches bring the reference's numbers along: float32 [pairs, 2], in the data
-        set's order, computed beforehand (dpo.reference.mode cached)."""
+        """The same loader, but its micro-batches include the reference's log-probabilities. logps: float32, one for each
+        number in `answers`, computed before training (dpo.reference.mode cached)."""
         loader = copy.copy(self)
         loader._reference_logps = logps
         return loader
 
     def order(self, epoch: int) -> npt.NDArray[np.int64]:
         """int64 [pairs]: positions of the data set in the order of the epoch."""
-        if not self.shuffle:
+        if not self.options.shuffle:
             return np.arange(len(self.dataset), dtype=np.int64)
-        generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, epoch])))
-        return generator.permutation(len(self.dataset))
+        generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.options.seed, epoch])))
+        if self.groups is None:
+            return generator.permutation(len(self.dataset))
+        return self.groups.order(
+            generator.permutation(self.groups.num_prompts).tolist(), self.options.global_batch_size
+        )
 
     def batches(self, epoch: int, start_batch: int = 0) -> Iterator[GlobalBatch]:
-        """The batches of an epoch from number `start_batch` on. Leaving the iterator early ends its thread."""
+        """The batches of an epoch from number `start_batch` on. Closing the iterator ends its thread."""
         if not 0 <= start_batch <= self.batches_per_epoch:
             raise ValueError(f"start_batch {start_batch} of an epoch of {self.batches_per_epoch} batches")
         made = self._make(epoch, start_batch)
-        if self.prefetch:
-            with Prefetcher(made, PREFETCH_BATCHES) as ahead:
-                yield from ahead
-        else:
-            yield from made
+        yield from prefetched(made, PREFETCH_BATCHES) if self.options.prefetch else made
 
     def deals(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[npt.NDArray[np.int64], Deal]]:
-        """For each global batch, int64 [pairs] positions of the data set, and how they are dealt to all ranks."""
-        size = self.global_batch_size
+        """For each global batch: int64 [pairs] positions in the data set, and their deal to all ranks."""
+        size = self.options.global_batch_size
         yield from self.deals_of(self.order(epoch)[start_batch * size : self.batches_per_epoch * size])
 
     def deals_of(self, order: npt.NDArray[np.int64]) -> Iterator[tuple[npt.NDArray[np.int64], Deal]]:
-        """The same for the positions of `order`, one global batch after another; the last one may be smaller."""
-        for start in range(0, len(order), self.global_batch_size):
-            positions = order[start : start + self.global_batch_size]
-            yield (
+        """The same for the positions in `order`. The last global batch may be smaller."""
+        for start in range(0, len(order), self.options.global_batch_size):
+            positions = order[start : start + self.options.global_batch_size]
+            yield positions, self._deal(positions)
+
+    def _deal(self, positions: npt.NDArray[np.int64]) -> Deal:
+        if self.groups is not None and self.budget_tokens is not None:
+            return deal_groups(
+                self.groups,
                 positions,
-                deal_batch(
-                    self.lengths[positions],
-                    num_ranks=self.rank.dp_size,
-                    budget_tokens=self.budget_tokens,
-                    pairs_per_micro_batch=self.pairs_per_micro_batch,
-                    work=self.work[positions],
-                    micro_batch_multiple=self.micro_batch_multiple,
-                ),
+                num_ranks=self.grid.data,
+                budget_tokens=self.budget_tokens,
+                work_model=self.work_model,
+                micro_batch_multiple=self.options.micro_batch_multiple,
             )
+        return deal_batch(
+            self.lengths[positions],
+            num_ranks=self.grid.data,
+            budget_tokens=self.budget_tokens,
+            pairs_per_micro_batch=self.options.pairs_per_micro_batch,
+            work=self.work[positions],
+            micro_batch_multiple=self.options.micro_batch_multiple,
+        )
+
+    def totals(
+        self, positions: npt.NDArray[np.int64], packs: Sequence[Sequence[int]]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """int64 [packs] each: tokens without padding, and work, of packs of the pairs at `positions`."""
+        labels = np.repeat(np.arange(len(packs)), [len(pack) for pack in packs])
+        pairs = positions[np.array([number for pack in packs for number in pack], dtype=np.int64)]
+        if self.groups is None:
+            tokens, work = np.zeros((2, len(packs)), dtype=np.int64)
+            np.add.at(tokens, labels, self.lengths[pairs])
+            np.add.at(work, labels, self.work[pairs])
+            return tokens, work
+        return self.groups.totals(pairs, labels, len(packs), self.work_model)
 
     def _make(self, epoch: int, start_batch: int) -> Iterator[GlobalBatch]:
         for positions, deal in self.deals(epoch, start_batch):
             yield GlobalBatch(
-                micro_batches=[self.pack(positions[numbers]) for numbers in deal[self.rank.dp_rank]],
+                micro_batches=[self.pack(positions[numbers]) for numbers in deal[self.grid.dp_rank]],
                 num_pairs=len(positions),
-                num_tokens=int(self.lengths[positions].sum()),
+                num_tokens=int(self.totals(positions, [pack for rank in deal for pack in rank])[0].sum()),
                 pair_indices=self.dataset.rows[positions].tolist(),
             )
-            # A touched page maps 64 KiB and more around it, so a few hundred batches would map the whole file
+            # Each access maps 64 KiB or more of the file; after a few hundred batches the whole file would be in memory
             self.dataset.release()
 
     def pack(self, positions: npt.NDArray[np.int64]) -> PackedBatch:
-        """These positions of the data set as one micro-batch; under context parallelism this rank's part of it."""
+        """A micro-batch of these positions of the data set; with context parallelism, this rank's part of it."""
         whole = pack_pairs(
             [self.dataset[int(position)] for position in positions],
-            share_prompt=self.share_prompt,
-            pad_to_multiple=self.pad_to_multiple,
-            pad_token_id=self.pad_token_id,
+            share_prompt=self.options.share_prompt,
+            pad_to_multiple=self.options.pad_to_multiple,
+            pad_token_id=self.options.pad_token_id,
+            same=None if self.groups is None else (self.groups.prompts[positions], self.answers[positions]),
         )
         if self._reference_logps is not None:
-            known = torch.from_numpy(self._reference_logps[positions].reshape(-1))
+            numbers = np.empty(whole.num_answers, dtype=np.int64)
+            numbers[whole.pairs.numpy()] = self.answers[positions]
+            known = torch.from_numpy(self._reference_logps[numbers])
             whole = dataclasses.replace(whole, reference_logps=known)
-        return context_part(whole, self.rank.cp_rank, self.rank.cp_size)
+        return context_part(whole, self.grid.cp_rank, self.grid.context)
 
     def _refuse_longer_than_budget(self) -> None:
         if self.budget_tokens is None:
@@ -253,10 +279,10 @@ class GlobalBatchLoader:
         if len(too_long) == 0:
             return
         longest = int(self.lengths.max())
-        needed = -(-longest // self.pad_to_multiple) * self.pad_to_multiple
+        needed = -(-longest // self.options.pad_to_multiple) * self.options.pad_to_multiple
         advice = f"raise it to {needed} or more (the longest of {len(too_long)} such pairs)"
-        if not self.share_prompt:
-            advice += ", or set policy.sequence_packing.share_prompt"
+        if not self.options.share_prompt:
+            advice += ", or set policy.sequence_packing.share_prompt: true"
         raise DataError(
             [
                 Problem(
@@ -268,6 +294,23 @@ class GlobalBatchLoader:
                 for position in too_long[:MOST_PROBLEMS]
             ]
         )
+
+
+def prefetched(source: Iterator[Item], depth: int) -> Iterator[Item]:
+    """The items of `source`, in order. A background thread makes the next `depth` items in advance.
+
+    An exception in `source` is raised in place of its item, with its traceback. If this iterator ends, fails or is
+    closed, the thread has ended and `source` is closed."""
+    end: Any = object()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="megadpo-prefetch")
+    try:
+        ready = deque(pool.submit(next, source, end) for _ in range(depth))
+        while (item := ready.popleft().result()) is not end:
+            ready.append(pool.submit(next, source, end))
+            yield item
+    finally:
+        pool.shutdown(cancel_futures=True)
+        getattr(source, "close", lambda: None)()
 
 
 def _too_few_pairs(dataset: PairDataset, global_batch_size: int) -> Problem:

@@ -1,11 +1,14 @@
-"""Pairs -> one packed micro-batch: a flat run of tokens, and segments of queries over lists of keys.
+"""Packs pairs into one micro-batch: a flat run of tokens, and segments of queries over lists of keys.
 
     share_prompt:  prompt | chosen | rejected            three segments; both answers see the prompt's keys
-    else:          prompt+chosen | prompt+rejected       two segments, the prompt computed twice
-    padding:       the last segment, attending to itself only
+                   prompt | answer | answer | answer     pairs of one group: its prompt and each answer once
+    else:          prompt+chosen | prompt+rejected       two segments; the prompt is computed twice
+    padding:       the last segment, which sees only itself
 
-Shape letters: T tokens of the run (padding included), P pairs, A answer tokens of all 2P answers that are in the loss.
-Under context parallelism a rank holds part of the run (data/batches/cut.py): its tokens are queries over everyone's keys.
+Shape letters: T tokens of the run (with padding), P pairs, K answers (2P if no pairs share one), A tokens in the loss, of
+all K answers.
+With context parallelism a rank holds part of the run (data/batches/cut.py). Its tokens are queries over the keys of all
+ranks.
 """
 
 from __future__ import annotations
@@ -19,16 +22,16 @@ import numpy as np
 import torch
 
 from megadpo.config.problems import DataError, Problem
-from megadpo.data.pairs import LossMask, TokenIds, TokenizedPair
+from megadpo.data.pairs import Ints, LossMask, TokenIds, TokenizedPair
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Queries [query_start, query_end) of the run, and the ranges of the run whose keys they see, in order.
+    """Queries [query_start, query_end) of the run, and the ranges of keys that they see, in order.
 
-    Causal and aligned at the bottom right: with K keys in all, the query at query_end - 1 - i sees the first K - i.
-    In a whole run the last range ends at query_end. In part of one, queries count the part's tokens, and keys stand as
-    the all-gather over the parts lays them out: part 0's tokens, part 1's, ..."""
+    Causal, aligned at the bottom right: of K keys in all, the query at query_end - 1 - i sees the first K - i.
+    In a whole run the last range ends at query_end. In a part of a run, queries are places in this part, and keys are
+    places in the all-gather of the parts: tokens of part 0, then of part 1, ..."""
 
     query_start: int
     query_end: int
@@ -58,43 +61,45 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class ContextPart:
-    """What part of a run one context-parallel rank holds: t of its T tokens, the same number on every rank."""
+    """The part of a run that one context-parallel rank holds: t of its T tokens. t is the same on every rank."""
 
     run_index: torch.Tensor
-    """[t] int64, ascending, on the CPU: where in the whole run each token stands."""
+    """[t] int64, ascending, on the CPU: each token's place in the whole run."""
     answer_tokens: torch.Tensor
-    """[2P] int64: tokens of each answer that this part predicts; sums to its A."""
+    """[K] int64: tokens of each answer that this part predicts. The sum is this part's A."""
     run_segments: tuple[Segment, ...]
     """The segments of the whole run."""
     run_tokens: int
     """T."""
     most_work: int
-    """Query-key pairs of the part that has most of them."""
+    """Most query-key pairs of a part."""
     mean_work: float
-    """Query-key pairs of all parts, divided by their number."""
+    """Mean of the parts' query-key pairs."""
 
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
     """One micro-batch of P pairs, or the part of it that a context-parallel rank holds. Tensors are int64.
 
-    Of a part, T and A count the part's tokens; pairs, `answer_tokens` and `num_tokens` are the whole micro-batch's."""
+    In a part, T and A count only its tokens. Pairs, `answer_tokens` and `num_tokens` are those of the whole micro-batch."""
 
     tokens: torch.Tensor
     """[T] token ids."""
     positions: torch.Tensor
-    """[T] position of each token in its own sequence: both answers start at len(prompt), padding at 0."""
+    """[T] position of each token in its own sequence: answers start at len(prompt), padding at 0."""
     segments: tuple[Segment, ...]
-    """In order, without gap or overlap, from 0 to T; padding is the last one."""
+    """In order, without gap or overlap, from 0 to T. Padding is the last one."""
     predict_index: torch.Tensor
-    """[A] where in the run the hidden state stands that predicts this answer token. Answer tokens outside the loss
-    (turns of users and tools) stand in the run, but not here."""
+    """[A] the place of the hidden state that predicts this answer token. Answer tokens outside the loss (turns of users
+    and tools) are in the run, but not here."""
     targets: torch.Tensor
     """[A] the answer token itself."""
     answer_index: torch.Tensor
-    """[A] ascending, in [0, 2P): 2p is the chosen answer of pair p, 2p + 1 its rejected one."""
+    """[A] ascending, in [0, K): which answer."""
     answer_tokens: torch.Tensor
-    """[2P] tokens per answer that are in the loss; sums to A."""
+    """[K] tokens per answer that are in the loss; sums to A."""
+    pairs: torch.Tensor
+    """[P, 2] which answer is the chosen, and which the rejected one of each pair."""
     pair_indices: torch.Tensor
     """[P] row of the data file."""
     num_tokens: int
@@ -102,13 +107,17 @@ class PackedBatch:
     part: ContextPart | None = None
     """None: the whole run is here."""
     reference_logps: torch.Tensor | None = None
-    """[2P] float32: the reference's, where they are known; rows as in `answer_tokens`."""
+    """[K] float32: the reference's log-probabilities, if they are known. The order is that of `answer_tokens`."""
     made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
-    """What the model made of this run of tokens, by what it is (model/attention.py `once`): copies share it."""
+    """A cache for what the model computes from this run (model/attention.py `once`). Copies of the batch share it."""
 
     @property
     def num_pairs(self) -> int:
         return self.pair_indices.numel()
+
+    @property
+    def num_answers(self) -> int:
+        return self.answer_tokens.numel()
 
     @property
     def padding_tokens(self) -> int:
@@ -127,16 +136,16 @@ class PackedBatch:
 
     @property
     def run_index(self) -> torch.Tensor:
-        """[T] int64 on the CPU: where in the whole run each token stands."""
+        """[T] int64 on the CPU: each token's place in the whole run."""
         return torch.arange(self.tokens.numel()) if self.part is None else self.part.run_index
 
     @property
     def predicted_tokens(self) -> torch.Tensor:
-        """[2P] int64: tokens of each answer that are predicted here; sums to A."""
+        """[K] int64: tokens of each answer that are predicted here. The sum is A."""
         return self.answer_tokens if self.part is None else self.part.answer_tokens
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch on `device`; to CUDA through pinned memory and without waiting for the copy."""
+        """The same batch on `device`. A copy to CUDA uses pinned memory and does not wait."""
         device = torch.device(device)
         to_cuda = device.type == "cuda"
 
@@ -153,6 +162,7 @@ class PackedBatch:
             targets=move(self.targets),
             answer_index=move(self.answer_index),
             answer_tokens=move(self.answer_tokens),
+            pairs=move(self.pairs),
             pair_indices=move(self.pair_indices),
             reference_logps=None if self.reference_logps is None else move(self.reference_logps),
             part=self.part and dataclasses.replace(self.part, answer_tokens=move(self.part.answer_tokens)),
@@ -160,7 +170,7 @@ class PackedBatch:
 
 
 class _FlatRun:
-    """The flat run while it grows, as lists of numpy pieces."""
+    """Builds the flat run, as lists of numpy pieces."""
 
     def __init__(self) -> None:
         self.length = 0
@@ -172,7 +182,7 @@ class _FlatRun:
         self.answer_tokens: list[int] = []
 
     def append(self, pieces: Sequence[TokenIds], first_position: int, seen: tuple[tuple[int, int], ...] = ()) -> int:
-        """Adds one segment made of `pieces`, that also sees the ranges `seen` before itself. Returns its start."""
+        """Adds one segment of the tokens `pieces`. It sees the ranges `seen`, then itself. Returns its start."""
         start = self.length
         self.tokens.extend(pieces)
         self.length += sum(len(piece) for piece in pieces)
@@ -181,7 +191,7 @@ class _FlatRun:
         return start
 
     def predict(self, answer: TokenIds, mask: LossMask | None, answer_start: int, last_prompt_token: int) -> None:
-        """The last prompt token predicts the answer's first token; then each answer token the one after it."""
+        """Adds an answer's targets. The last prompt token predicts the first one; each answer token predicts the next."""
         index = np.arange(answer_start - 1, answer_start - 1 + len(answer), dtype=np.int64)
         index[0] = last_prompt_token
         if mask is not None:
@@ -192,29 +202,31 @@ class _FlatRun:
 
 
 def pack_pairs(
-    pairs: Sequence[TokenizedPair], *, share_prompt: bool, pad_to_multiple: int, pad_token_id: int
+    pairs: Sequence[TokenizedPair],
+    *,
+    share_prompt: bool,
+    pad_to_multiple: int,
+    pad_token_id: int,
+    same: tuple[Ints, Ints] | None = None,
 ) -> PackedBatch:
-    """Packs P >= 0 pairs, in the order given, into a run of T tokens, T the next multiple of `pad_to_multiple`.
+    """Packs P >= 0 pairs, in the given order, into a run of T tokens. T is the next multiple of `pad_to_multiple`.
 
-    With P = 0 the run is `pad_to_multiple` padding tokens: what a data-parallel rank computes that has no pair left.
-    Raises DataError for a pair whose prompt or one of whose answers has no tokens, or no tokens in the loss (nothing
-    would predict its first token, or there would be nothing to predict), ValueError for pad_to_multiple < 1.
+    With P = 0 the run is `pad_to_multiple` padding tokens, for a data-parallel rank that has no pair. Raises DataError if
+    the prompt of a pair has no tokens, or an answer has no tokens in the loss, and ValueError for pad_to_multiple < 1.
+    same: the number of each pair's prompt, int64 [P], and of its answers, int64 [P, 2]. With share_prompt, texts with the
+    same number are in the run once, where the first pair that has them stands. None: no two pairs share one.
     """
     if pad_to_multiple < 1:
         raise ValueError(f"pad_to_multiple must be at least 1, got {pad_to_multiple}")
     _refuse_empty(pairs)
     run = _FlatRun()
-    for pair in pairs:
-        prompt = pair.prompt_ids
-        answers = ((pair.chosen_ids, pair.chosen_mask), (pair.rejected_ids, pair.rejected_mask))
-        if share_prompt:
-            prompt_start = run.append([prompt], 0)
-            prompt_range = (prompt_start, prompt_start + len(prompt))
-            for answer, mask in answers:
-                start = run.append([answer], len(prompt), seen=(prompt_range,))
-                run.predict(answer, mask, start, last_prompt_token=prompt_range[1] - 1)
-        else:
-            for answer, mask in answers:
+    answers_of_pairs = np.arange(2 * len(pairs)).reshape(-1, 2)
+    if share_prompt:
+        answers_of_pairs = _append_groups(run, pairs, same or (np.arange(len(pairs)), answers_of_pairs))
+    else:
+        for pair in pairs:
+            prompt = pair.prompt_ids
+            for answer, mask in pair.answers:
                 start = run.append([prompt, answer], 0) + len(prompt)
                 run.predict(answer, mask, start, last_prompt_token=start - 1)
     num_tokens = run.length
@@ -222,9 +234,9 @@ def pack_pairs(
     if padding:
         run.append([np.full(padding, pad_token_id, dtype=np.int32)], 0)
     answer_tokens = np.array(run.answer_tokens, dtype=np.int64)
-    # numpy, not torch: a parallel torch operation would give the loader's thread OpenMP threads of its own, and with
-    # more of them than cores the training's stop spinning at every barrier (10% of a CPU step).
-    answer_index = np.repeat(np.arange(2 * len(pairs)), answer_tokens)
+    # numpy, not torch: a parallel torch operation would start OpenMP threads for the loader's thread. With more threads
+    # than cores, training's own threads sleep instead of spinning at every barrier (10% of a CPU step).
+    answer_index = np.repeat(np.arange(len(answer_tokens)), answer_tokens)
     return PackedBatch(
         tokens=_join(run.tokens),
         positions=_join(run.positions),
@@ -233,9 +245,37 @@ def pack_pairs(
         targets=_join(run.targets),
         answer_index=torch.from_numpy(answer_index),
         answer_tokens=torch.from_numpy(answer_tokens),
+        pairs=torch.from_numpy(answers_of_pairs),
         pair_indices=torch.tensor([pair.index for pair in pairs], dtype=torch.int64),
         num_tokens=num_tokens,
     )
+
+
+def _append_groups(run: _FlatRun, pairs: Sequence[TokenizedPair], same: tuple[Ints, Ints]) -> Ints:
+    """Adds each prompt once, with its distinct answers. Returns int64 [P, 2]: which answer of the run is the chosen, and
+    which the rejected one of each pair."""
+    prompts, answers = same
+    rows = np.empty((len(pairs), 2), dtype=np.int64)
+    groups: dict[int, list[int]] = {}
+    for number, prompt_number in enumerate(prompts.tolist()):
+        groups.setdefault(prompt_number, []).append(number)
+    for members in groups.values():
+        prompt = pairs[members[0]].prompt_ids
+        start = run.append([prompt], 0)
+        prompt_range = (start, start + len(prompt))
+        found: dict[int, tuple[int, TokenIds]] = {}  # number of the answer -> row, ids
+        for number in members:
+            pair = pairs[number]
+            assert np.array_equal(pair.prompt_ids, prompt), "two prompts have the same hash"
+            for side, (ids, mask) in enumerate(pair.answers):
+                answer = int(answers[number, side])
+                if answer not in found:
+                    found[answer] = len(run.answer_tokens), ids
+                    start = run.append([ids], len(prompt), seen=(prompt_range,))
+                    run.predict(ids, mask, start, last_prompt_token=prompt_range[1] - 1)
+                rows[number, side], same_ids = found[answer]
+                assert np.array_equal(ids, same_ids), "two answers have the same hash"
+    return rows
 
 
 def _refuse_empty(pairs: Sequence[TokenizedPair]) -> None:
@@ -259,7 +299,7 @@ def _refuse_empty(pairs: Sequence[TokenizedPair]) -> None:
 
 
 def _join(pieces: Sequence[np.ndarray]) -> torch.Tensor:
-    """Concatenates numpy pieces to one int64 tensor; of length 0 if there are none."""
+    """Concatenates numpy pieces to one int64 tensor. Its length is 0 if there are none."""
     if not pieces:
         return torch.empty(0, dtype=torch.int64)
     return torch.from_numpy(np.concatenate(pieces).astype(np.int64, copy=False))

@@ -1,4 +1,4 @@
-"""Packs on ranks, and how to even the ranks out without breaking the token budget."""
+"""Packs on ranks, and moving pairs between ranks to balance their work within the token budget."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 BALANCE = 0.02
-"""Data-parallel ranks are balanced if the least loaded has at least 1 - BALANCE of the work of the most loaded."""
+"""Data-parallel ranks are balanced if least work / most work is at least 1 - BALANCE."""
 
-_MOST_CANDIDATES = 1024  # that are tried at once on either side: the search is quadratic in them
+_MOST_CANDIDATES = 1024  # on each side of an exchange; the search is quadratic in them
 
 
 @dataclass
 class Packs:
-    """Pairs dealt to ranks and packs. A pack is bounded by its tokens, ranks are compared by their work."""
+    """Pairs dealt to ranks and packs. Tokens limit a pack; work balances the ranks."""
 
     lengths: Sequence[int]
     """Tokens of each pair."""
@@ -48,42 +48,42 @@ class Packs:
         self.rank_work[rank] -= self.work[pair]
 
     def imbalance(self) -> float:
-        """1 - least / most work of a rank: 0 is perfect, 1 a rank without work."""
+        """1 - (least / most work of a rank). 0: perfect balance; 1: some rank has no work."""
         return 1 - min(self.rank_work) / max(self.rank_work) if max(self.rank_work) else 0.0
 
 
 @dataclass(frozen=True)
 class _Bundle:
-    """No, one or two pairs of one pack."""
+    """Zero, one or two pairs of one pack."""
 
     pairs: tuple[int, ...]
     pack: int
 
 
 def rebalance(packs: Packs) -> None:
-    """Moves and swaps pairs, one or two at a time, in place, between the most loaded rank and less loaded ones, until
-    the ranks are balanced or no single exchange helps. Packs stay within the budget. Each exchange brings the work of
-    two ranks closer together, so it ends; it is stopped after a few rounds per rank all the same."""
+    """Moves and swaps one or two pairs at a time between ranks, in place, until the ranks are balanced or no single
+    exchange helps. Packs stay within the budget. Each exchange makes the work of two ranks more equal, so the search
+    ends; in any case it stops after 20 rounds for each rank."""
     num_ranks = len(packs.pairs)
     for _ in range(20 * num_ranks):
         if packs.imbalance() <= BALANCE:
             return
         by_work = sorted(range(num_ranks), key=lambda rank: (packs.rank_work[rank], rank))
-        # most loaded with each other; where that is stuck, least loaded with each other
+        # the rank with the most work with each other rank; then the rank with the least work with each other rank
         tries = [(by_work[-1], rank) for rank in by_work[:-1]] + [(rank, by_work[0]) for rank in by_work[:0:-1]]
         if not any(_exchange(packs, most, least) for most, least in tries):
             return
 
 
 def _exchange(packs: Packs, most: int, least: int) -> bool:
-    """Makes the exchange between two ranks that leaves the smallest gap between them, if one makes it smaller."""
+    """Makes the exchange between two ranks that gives the smallest difference in work, if that is an improvement."""
     gap = packs.rank_work[most] - packs.rank_work[least]
     if gap <= 1:
         return False
     given, back = _groups(packs, most), _groups(packs, least)
     give_tokens, give_work, give_room = _sizes(packs, most, given)
     back_tokens, back_work, back_room = _sizes(packs, least, back)
-    tokens = give_tokens[:, None] - back_tokens[None, :]  # [given, back]: what changes sides
+    tokens = give_tokens[:, None] - back_tokens[None, :]  # [given, back]: net tokens that `least` gets
     work = give_work[:, None] - back_work[None, :]
     fits = (tokens <= back_room[None, :]) & (-tokens <= give_room[:, None])
     new_gap = np.where(fits & (work > 0), np.abs(gap - 2 * work), gap)
@@ -101,7 +101,7 @@ def _exchange(packs: Packs, most: int, least: int) -> bool:
 
 
 def _groups(packs: Packs, rank: int) -> list[_Bundle]:
-    """What a rank might give: nothing, a pair, two pairs of one pack; at most _MOST_CANDIDATES, in this order."""
+    """What a rank can give: nothing, one pair, or two pairs of one pack. At most _MOST_CANDIDATES, in this order."""
     every = [_Bundle((), number) for number in range(len(packs.pairs[rank]))]
     for size in (1, 2):
         for number, pairs in enumerate(packs.pairs[rank]):

@@ -1,18 +1,18 @@
-"""How much a pair costs to compute: what data-parallel ranks are balanced by.
+"""The cost of computing a pair. Data-parallel ranks are balanced by it.
 
-Floating-point operations of one forward pass, counting matrix products, 2 for each multiply and add, with L layers,
-hidden size h, H query heads and G key-value heads of size d, MLP width f (of experts: those that a token goes to, and the
-shared one), vocabulary V:
+It is the number of floating-point operations of one forward pass. Only matrix products count, with 2 operations for each
+multiply-add. L layers, hidden size h, H query heads and G key-value heads of size d, MLP width f (of experts: those that a
+token goes to, and the shared one), vocabulary V:
 
     each token          2 L (h d (2 H + 2 G) + 3 h f)     projections and the gated MLP
     each answer token   2 h V                             the head; prompt tokens are not projected
-    each query-key pair 4 L H d                           scores and weighted values, of keys a query sees: in layers with
-                                                          a window, those within it
+    each query-key pair 4 L H d                           scores and weighted values, for the keys that a query sees; in
+                                                          layers with a window, those within it
 
-A backward pass costs twice that, in attention kernels that recompute the scores two and a half times, so that the true
-weight of attention is up to an eighth higher with a reference pass beside it. Left out because it is small or the same
-on every rank: norms, the softmax, padding, the optimizer. Whole numbers throughout: every rank must come to the same
-plan, and sums of floats may differ between CPUs.
+A backward pass costs 2 times that; in attention kernels that recompute the scores, 2.5 times. So the true share of
+attention is up to 1/8 higher in a training step with a reference pass. Norms, softmax, padding and the optimizer are left
+out: they are small, or equal on every rank. All numbers are integers, because every rank must compute the same deal, and
+sums of floats may differ between CPUs.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ import numpy.typing as npt
 from megadpo.config.architecture import Architecture, Mlp
 
 UNITS_PER_TOKEN = 16
-"""Work is counted in sixteenths of what one token costs in the layers, attention apart."""
+"""The unit of work is 1/16 of a token's cost in the layers, without attention."""
 
 
 @dataclass(frozen=True)
 class WorkModel:
-    """Operations of a model."""
+    """Operations of a model's forward pass."""
 
     per_token: int
     per_answer_token: int
-    """What comes on top of per_token."""
+    """In addition to per_token."""
     per_query_key: Mapping[int | None, int]
     """By the window of the layers: None where queries see all keys before them."""
 
@@ -61,16 +61,31 @@ class WorkModel:
         )
 
     def pair_work(self, text_tokens: npt.NDArray[np.int64], *, share_prompt: bool) -> npt.NDArray[np.int64]:
-        """int64 [N], in units of 1 / UNITS_PER_TOKEN, from int64 [N, 3]: tokens of prompt, chosen and rejected."""
+        """int64 [N]: work of each pair. text_tokens: int64 [N, 3], tokens of prompt, chosen and rejected."""
         prompt, chosen, rejected = text_tokens.T
         answers = chosen + rejected
         tokens = (1 if share_prompt else 2) * prompt + answers
-        # In lowest terms, so that the longest pairs of the largest models stay within int64
+        keys = {window: query_keys(text_tokens, share_prompt=share_prompt, window=window) for window in self.windows}
+        return self.work(tokens, answers, keys)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of its layers."""
+        return tuple(self.per_query_key)
+
+    def work(
+        self,
+        tokens: npt.NDArray[np.int64],
+        answers: npt.NDArray[np.int64],
+        keys: Mapping[int | None, npt.NDArray[np.int64]],
+    ) -> npt.NDArray[np.int64]:
+        """int64 [N], from counts, each int64 [N]: all tokens, those in answers, and query-key pairs by window."""
+        # Divided by their common factor, so that the longest pairs of the largest models fit into int64
         common = math.gcd(self.per_token, self.per_answer_token, *self.per_query_key.values())
         per_token = self.per_token // common
         total = per_token * tokens + self.per_answer_token // common * answers
         for window, operations in self.per_query_key.items():
-            total += operations // common * query_keys(text_tokens, share_prompt=share_prompt, window=window)
+            total += operations // common * keys[window]
         work: npt.NDArray[np.int64] = UNITS_PER_TOKEN * total // per_token
         return work
 
@@ -84,12 +99,13 @@ def query_keys(
     text_tokens: npt.NDArray[np.int64], *, share_prompt: bool, window: int | None = None
 ) -> npt.NDArray[np.int64]:
     """int64 [N]: keys that the queries of a pair see, summed over them; causal, and of the last `window` ones."""
-
-    def up_to(place: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Seen by the first `place` tokens of a sequence."""
-        near = place if window is None else np.minimum(place, window)
-        return near * (near + 1) // 2 + (place - near) * near
-
     prompt, chosen, rejected = text_tokens.T
-    in_answers = sum(up_to(prompt + answer) - up_to(prompt) for answer in (chosen, rejected))
-    return np.asarray((1 if share_prompt else 2) * up_to(prompt) + in_answers, dtype=np.int64)
+    before = keys_up_to(prompt, window)
+    in_answers = sum(keys_up_to(prompt + answer, window) - before for answer in (chosen, rejected))
+    return np.asarray((1 if share_prompt else 2) * before + in_answers, dtype=np.int64)
+
+
+def keys_up_to(tokens: npt.NDArray[np.int64], window: int | None) -> npt.NDArray[np.int64]:
+    """int64 [N]: keys that the first `tokens` queries of a sequence see, summed over them."""
+    near = tokens if window is None else np.minimum(tokens, window)
+    return np.asarray(near * (near + 1) // 2 + (tokens - near) * near, dtype=np.int64)

@@ -1,12 +1,15 @@
-"""What the formats have in common: fields as texts, answers as what follows the prompt, and the refusals."""
+"""Functions for all formats: reading fields, splitting conversations into prompt and answers, and refusals."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from megadpo.config.known import Known
 from megadpo.config.problems import Problem
-from megadpo.data.formats import FieldKeys, Message, PreferencePair, Row, Text
+from megadpo.config.types import Text as Name
+from megadpo.data.formats import Message, PreferencePair, Row, RowFormat, Text
 from megadpo.data.formats.messages import read_text, read_tools, roles_of
 from megadpo.data.sources import Place
 
@@ -18,8 +21,8 @@ _MEDIA_FIELDS = ("image", "images", "video", "videos", "audio")
 def read_fields(
     row: Row, wanted: Mapping[str, str | None], place: Place, *, prompt: str | None = None
 ) -> dict[str, Text] | list[Problem]:
-    """The fields as texts by their names, or every problem of them. `wanted`: name, and the config key that renames it,
-    if one does. `prompt`: the name of the one that may be empty."""
+    """Field name -> text, or all problems of the fields. `wanted`: field name -> the config key that renames it, if any.
+    `prompt`: the field that may be empty."""
     problems: list[Problem] = []
     texts: dict[str, Text] = {}
     for key, config_key in wanted.items():
@@ -33,19 +36,35 @@ def read_fields(
     return problems or texts
 
 
-def read_answers(row: Row, keys: FieldKeys, place: Place) -> tuple[Text | None, Text | None, list[Problem]]:
-    """The chosen and the rejected field, of which the prompt is part, and what is wrong with them."""
-    texts = read_fields(row, {keys.chosen: "chosen_key", keys.rejected: "rejected_key"}, place)
-    return (None, None, texts) if isinstance(texts, list) else (texts[keys.chosen], texts[keys.rejected], [])
+@dataclass(frozen=True, kw_only=True)
+class AnswerKeys(RowFormat):
+    """A format whose answers may have other names."""
+
+    chosen_key: Name = "chosen"
+    """What the rows call the chosen answer."""
+    rejected_key: Name = "rejected"
+    """And the rejected one."""
+
+    def answers(self, row: Row, place: Place) -> tuple[Text | None, Text | None, list[Problem]]:
+        """The chosen and the rejected field, which both include the prompt, and what is wrong with them."""
+        texts = read_fields(row, {self.chosen_key: "chosen_key", self.rejected_key: "rejected_key"}, place)
+        return (
+            (None, None, texts) if isinstance(texts, list) else (texts[self.chosen_key], texts[self.rejected_key], [])
+        )
+
+    def problems(self, known: Known) -> Iterator[Problem]:
+        if self.chosen_key == self.rejected_key:
+            expected = "different from data.chosen_key"
+            yield Problem("data.rejected_key", self.rejected_key, expected, "name chosen and rejected apart")
 
 
 def missing_field(row: Row, key: str, wanted: Iterable[str], config_key: str | None, place: Place) -> Problem:
-    """What to say of a row without the field `key`, one of the format's fields `wanted`."""
+    """The problem of a row without the field `key`. `wanted`: all fields of the format."""
     *others, last = map(repr, wanted)
-    renamed = f", or say in data.{config_key} what the file calls it" if config_key else ""
+    renamed = f", or set data.{config_key} to its name in the file" if config_key else ""
     fix = f"add the field{renamed}, or name the rows' format in data.dataset_name (docs/data.md lists them)"
     if "responses_create_params" in row:
-        fix = "make pairs of these rollouts: python tools/build_pairs.py ROLLOUTS.jsonl -o PAIRS.jsonl"
+        fix = "make pairs of these rollouts: megadpo pairs ROLLOUTS.jsonl -o PAIRS.jsonl"
     return Problem(
         where=str(place),
         value=f"no field {key!r}, only {some_keys(row)}",
@@ -55,7 +74,7 @@ def missing_field(row: Row, key: str, wanted: Iterable[str], config_key: str | N
 
 
 def some_keys(row: Mapping[str, Any]) -> str:
-    """The first field names of a row, for a message about it."""
+    """The first field names of a row, for messages."""
     names = [repr(str(key)[:30]) for key in list(row)[:6]]
     return ", ".join(names) + (", ..." if len(row) > 6 else "") if names else "an empty object"
 
@@ -63,13 +82,13 @@ def some_keys(row: Mapping[str, Any]) -> str:
 def make_pair(
     row: Row, place: Place, prompt: Text, chosen: Text, rejected: Text, *, is_transcript: bool = False
 ) -> PreferencePair | list[Problem]:
-    """The pair, unless its answers prefer nothing or the row holds what no text model reads."""
+    """The pair, or the problem: equal answers, images or other media, or invalid tools."""
     if chosen == rejected:
-        fix = "remove the row: a pair of equal answers prefers nothing"
+        fix = "remove the row: two equal answers express no preference"
         return [Problem(str(place), "two equal answers ('chosen' equal to 'rejected')", "two different answers", fix)]
     media = next((name for name in _MEDIA_FIELDS if row.get(name)), None)
     if media is not None:
-        return [Problem(str(place), f"field {media!r}", "text only", "remove the row, or the field if it says nothing")]
+        return [Problem(str(place), f"field {media!r}", "text only", "remove the row, or the field if it isn't needed")]
     tools = read_tools(row.get("tools"), place)
     if isinstance(tools, Problem):
         return [tools]
@@ -86,7 +105,7 @@ def make_pair(
 def pair_with_prompt(
     row: Row, place: Place, prompt: Text, chosen: Text, rejected: Text
 ) -> PreferencePair | list[Problem]:
-    """A pair with a prompt of its own; answers written as full conversations are shortened to what follows it."""
+    """A pair whose row has a prompt field. If the answers are full conversations, the prompt is removed from them."""
     if isinstance(chosen, tuple) and isinstance(rejected, tuple):
         if isinstance(prompt, tuple):
             start = len(prompt)
@@ -98,7 +117,7 @@ def pair_with_prompt(
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if isinstance(answer, tuple) and (not answer or answer[0]["role"] != "assistant"):
             got = f"the {name} answer with the roles {roles_of(answer)[:6]}"
-            expected = "the assistant's messages that answer the prompt, or the whole conversation, prompt included"
+            expected = "the assistant's answer to the prompt, or the whole conversation with the prompt"
             fix = "remove the turns before the answer, or make both answers begin with the prompt's messages"
             problems.append(Problem(str(place), got, expected, fix))
     found = [problem for problem in problems if problem is not None]
@@ -116,13 +135,13 @@ def _prompt_problem(prompt: Messages, place: Place) -> Problem | None:
     return Problem(
         where=str(place),
         value="a prompt that ends in an assistant message",
-        expected="a prompt that waits for the assistant",
+        expected="a prompt that the assistant answers next",
         fix="move that message into the answers",
     )
 
 
 def shared_turns(chosen: tuple[Any, ...], rejected: tuple[Any, ...]) -> int:
-    """How many leading turns both have; at least one turn is left to each."""
+    """The number of equal turns at the start. At least one turn is left over on each side."""
     most = min(len(chosen), len(rejected)) - 1
     return next((number for number in range(most) if chosen[number] != rejected[number]), most)
 
@@ -130,7 +149,7 @@ def shared_turns(chosen: tuple[Any, ...], rejected: tuple[Any, ...]) -> int:
 def pair_of_conversations(
     row: Row, place: Place, chosen: Messages, rejected: Messages, prompt: str | None = None
 ) -> PreferencePair | list[Problem]:
-    """A pair of conversations whose common turns are the prompt. `prompt`: a copy of one of those turns, to check."""
+    """A pair of two conversations. Their common first turns are the prompt. `prompt`: must be one of those turns."""
     shared = shared_turns(chosen, rejected)
     context = chosen[:shared]
     if chosen == rejected:
@@ -139,9 +158,9 @@ def pair_of_conversations(
     if "user" not in roles_of(context):
         return [not_shared(place)]
     if prompt is not None and prompt.strip() not in asked:
-        got = "a prompt that is none of the turns which both answers begin with"
+        got = "a prompt that is not among the first turns that both answers share"
         expected = "the same prompt in all three fields"
-        fix = "mend the row, or set data.dataset_name: Tulu3Preference, which takes the prompt from the answers alone"
+        fix = "correct the row, or set data.dataset_name: Tulu3Preference, which does not read the prompt field"
         return [Problem(str(place), got, expected, fix)]
     return make_pair(row, place, context, chosen[shared:], rejected[shared:])
 
@@ -151,5 +170,5 @@ def not_shared(place: Place) -> Problem:
         where=str(place),
         value="two conversations that begin differently",
         expected="two answers to one prompt: at least the first user turn in common",
-        fix="remove the row, or mend what differs in its first turns",
+        fix="remove the row, or correct its first turns",
     )

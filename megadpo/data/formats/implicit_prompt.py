@@ -1,29 +1,21 @@
-"""Two full conversations, or two transcripts of Human and Assistant turns: the prompt is what both begin with."""
+"""Two full conversations, or two transcripts of Human and Assistant turns. Their common beginning is the prompt."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from megadpo.config.problems import Problem
-from megadpo.data.formats import FieldKeys, PreferencePair, Row, RowFormat, register
+from megadpo.config.variants import FORMATS
+from megadpo.data.formats import PreferencePair, Row
 from megadpo.data.formats.fields import (
+    AnswerKeys,
     make_pair,
     not_shared,
     pair_of_conversations,
-    read_answers,
     shared_turns,
 )
 from megadpo.data.formats.transcript import ASSISTANT, turns_of
 from megadpo.data.sources import Place
-
-
-def _read(row: Row, keys: FieldKeys, place: Place) -> PreferencePair | list[Problem]:
-    chosen, rejected, problems = read_answers(row, keys, place)
-    if isinstance(chosen, tuple) and isinstance(rejected, tuple):
-        return pair_of_conversations(row, place, chosen, rejected)
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        return _transcripts(row, place, chosen, rejected)
-    fix = "write both answers in the same form"
-    got = "one answer as a string, the other as messages"
-    return problems or [Problem(str(place), got, "two of the same form", fix)]
 
 
 def _transcripts(row: Row, place: Place, chosen: str, rejected: str) -> PreferencePair | list[Problem]:
@@ -33,11 +25,11 @@ def _transcripts(row: Row, place: Place, chosen: str, rejected: str) -> Preferen
         if not turns:
             got = f"no field 'prompt', and a {name} text that does not begin with a turn such as 'Human:'"
             expected = "a prompt, or two transcripts of turns that begin with a blank line and 'Human:' or 'Assistant:'"
-            fix = "add the prompt's field (data.prompt_key says its name), or write the transcript's turns so"
+            fix = "add the prompt's field (data.prompt_key is its name), or begin the transcript's turns like this"
             problems.append(Problem(str(place), got, expected, fix))
         elif turns[-1].role != "assistant" or not turns[-1].said.strip():
             said = "without an answer at its end" if turns[-1].said.strip() else "empty at its end"
-            expected, fix = "one that ends in what the assistant said", "remove what follows the answer, or the row"
+            expected, fix = "a transcript that ends with the assistant's text", "remove what follows it, or the row"
             problems.append(Problem(str(place), f"a {name} transcript {said}", expected, fix))
     if problems:
         return problems
@@ -51,12 +43,20 @@ def _transcripts(row: Row, place: Place, chosen: str, rejected: str) -> Preferen
     return make_pair(row, place, prompt, chosen[start:], rejected[start:], is_transcript=True)
 
 
-register(
-    RowFormat(
-        name="ImplicitPrompt",
-        read=_read,
-        fields=lambda keys: (keys.chosen, keys.rejected),
-        keys=("chosen_key", "rejected_key"),
-        is_last=True,
-    )
-)
+@FORMATS.add("ImplicitPrompt")
+@dataclass(frozen=True, kw_only=True)
+class ImplicitPrompt(AnswerKeys):
+    is_last = True
+
+    def fields(self) -> tuple[str, ...]:
+        return (self.chosen_key, self.rejected_key)
+
+    def read(self, row: Row, place: Place) -> PreferencePair | list[Problem]:
+        chosen, rejected, problems = self.answers(row, place)
+        if isinstance(chosen, tuple) and isinstance(rejected, tuple):
+            return pair_of_conversations(row, place, chosen, rejected)
+        if isinstance(chosen, str) and isinstance(rejected, str):
+            return _transcripts(row, place, chosen, rejected)
+        fix = "write both answers in the same form"
+        got = "one answer as a string, the other as messages"
+        return problems or [Problem(str(place), got, "two of the same form", fix)]

@@ -1,6 +1,6 @@
-"""Chat messages as files write them, checked and made the same: what every format's fields are read with.
+"""Reads fields and chat messages of all formats, checks them and makes them uniform.
 
-Keys of a message that are null count as absent: that is how Parquet and Arrow write what a message hasn't got.
+A null key of a message counts as absent, because Parquet and Arrow write null for keys that a message lacks.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from megadpo.messages.chat import MessageError, arguments_of, text_of
 
 
 def read_text(value: object, key: str, place: Place, *, is_prompt: bool) -> tuple[Text | None, list[Problem]]:
-    """The field as a string or a tuple of messages; or None and what is wrong with it. Which turns the messages must
-    be is the format's business."""
+    """The field as a string or a tuple of messages; or None and what is wrong. The formats check the order of roles."""
     if isinstance(value, str):
         problem = string_problem(value, f"field {key!r}", place, may_be_empty=is_prompt)
         problem = problem or _quoted_problem(value, key, place)
@@ -53,7 +52,7 @@ def read_text(value: object, key: str, place: Place, *, is_prompt: bool) -> tupl
 
 
 def _quoted_problem(text: str, key: str, place: Place) -> Problem | None:
-    """A list of messages as JSON text would be learned as text, braces and all."""
+    """Refuses a list of messages that is written as JSON text: it would be trained on as plain text."""
     if not re.match(r"\s*\[\s*\{", text):
         return None
     try:
@@ -62,7 +61,7 @@ def _quoted_problem(text: str, key: str, place: Place) -> Problem | None:
         return None
     if not all(isinstance(one, dict) and "role" in one and "content" in one for one in read):
         return None
-    expected = "the list itself, as JSON and Parquet hold it (cells of CSV are read so)"
+    expected = "the list itself, not its text (only cells of CSV files may hold JSON text)"
     return Problem(
         str(place), f"field {key!r}: messages as JSON text", expected, "decode the field: json.loads in Python"
     )
@@ -74,7 +73,7 @@ def roles_of(messages: tuple[Message, ...]) -> list[str]:
 
 
 def _read_message(message: object, name: str, place: Place) -> Message | Problem:
-    """The message without nulls, its content one string and the arguments of its tool calls objects."""
+    """The message without nulls, with its content as one string and the arguments of its tool calls as objects."""
     if not isinstance(message, dict):
         return Problem(
             where=str(place),
@@ -94,7 +93,7 @@ def _read_message(message: object, name: str, place: Place) -> Message | Problem
                 where=str(place),
                 value=f"{name} with content parts other than text",
                 expected='text, as a string or as parts {"type": "text", "text": ...}',
-                fix="remove the row: the models here read text only",
+                fix="remove the row: only text can be trained on",
             )
     for field in ("role", "content"):
         if not isinstance(read.get(field), str):
@@ -105,8 +104,10 @@ def _read_message(message: object, name: str, place: Place) -> Message | Problem
                 else f"{name} without {field}",
                 expected=f"a string as its {field}",
                 fix=f"give the message a {field}"
-                + ("; tools/build_pairs.py makes messages of Responses items" if "type" in message else ""),
+                + ("; megadpo pairs makes messages of Responses items" if "type" in message else ""),
             )
+    if not read["role"].strip():
+        return Problem(str(place), f"{name} with an empty role", "who speaks: system, user, assistant, tool", "name it")
     reasoning = read.get("reasoning_content", "")
     if not isinstance(reasoning, str):
         got = f"{name} with reasoning_content of type {type_name(reasoning)}"
@@ -126,12 +127,12 @@ def _read_message(message: object, name: str, place: Place) -> Message | Problem
 
 
 def _read_tool_calls(calls: object, name: str, place: Place) -> list[dict[str, Any]] | Problem:
-    """OpenAI's or Hugging Face's tool calls, with arguments as objects, as servers such as vLLM parse them too."""
+    """OpenAI's or Hugging Face's tool calls, with arguments as objects. (Servers such as vLLM do the same.)"""
     problem = Problem(
         where=str(place),
         value=f"tool_calls of {name}: {calls!r}",
         expected='a list of {"type": "function", "function": {"name": ..., "arguments": {...}}}',
-        fix="write each call so; its arguments are an object, or JSON text that holds one",
+        fix="write each call in this form; arguments are an object, or JSON text of an object",
     )
     if not isinstance(calls, list):
         return problem
@@ -153,13 +154,13 @@ def _read_tool_calls(calls: object, name: str, place: Place) -> list[dict[str, A
 
 
 def _last_answer_problem(messages: list[Message], key: str, place: Place) -> Problem | None:
-    """What an answer must end in: an assistant message that says or calls something."""
+    """Refuses an answer whose last message is not the assistant's, or has neither text nor tool calls."""
     last = messages[-1]
     if last["role"] != "assistant":
         return Problem(
             where=str(place),
             value=f"field {key!r} with the roles {[message['role'] for message in messages][-6:]}",
-            expected="messages that end in the assistant's",
+            expected="messages that end with the assistant's",
             fix="remove what follows the assistant's last message, or remove the row",
         )
     if last.get("tool_calls") or str(last.get("reasoning_content", "")).strip():
@@ -169,35 +170,35 @@ def _last_answer_problem(messages: list[Message], key: str, place: Place) -> Pro
 
 
 def read_tools(value: object, place: Place) -> tuple[Mapping[str, Any], ...] | Problem | None:
-    """A row's `tools`, a list of objects or JSON text of one: what the chat template is told the model may call."""
+    """A row's `tools` for the chat template: a list of objects, or JSON text of such a list."""
     if isinstance(value, str) and value.strip():
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(value)
     if value is None or value == [] or value == "":
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        expected = "a list of objects, one a tool, or JSON text of it"
-        fix = "write the tools as the chat template takes them, or leave the field out"
+        expected = "a list with one object for each tool, or JSON text of it"
+        fix = "write the tools in the form that the chat template reads, or leave the field out"
         return Problem(str(place), f"field 'tools' of type {type_name(value)}", expected, fix)
     return tuple(value)
 
 
 def string_problem(text: str, name: str, place: Place, *, may_be_empty: bool) -> Problem | None:
-    """What is wrong with a text, whatever it is for."""
+    """Refuses a text that is not valid UTF-8, or is empty but must not be."""
     if not may_be_empty and not text.strip():
         return Problem(
             where=str(place),
             value=f"{name} empty" if not text else f"{name} of white space only",
-            expected="an answer with text in it",
+            expected="an answer with text",
             fix="give the pair an answer, or remove the row",
         )
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON's "\ud800" is half a character, which no tokenizer takes
+    except UnicodeEncodeError as error:  # JSON's "\ud800" is half of a surrogate pair; no tokenizer reads it
         return Problem(
             where=str(place),
-            value=f"{name} with the half character {text[error.start]!a} at {error.start}",
-            expected="text that UTF-8 can hold",
+            value=f"{name} with half a surrogate pair, {text[error.start]!a}, at {error.start}",
+            expected="text that UTF-8 can encode",
             fix="remove it, or write both halves of the surrogate pair",
         )
     return None

@@ -15,11 +15,11 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn: what introduces it, and what is said."""
+    """One turn: its opening and its text."""
 
     role: str
     opening: str
-    """Such as blank line and `Assistant:`; empty for the rest of a turn whose opening stands in the prompt."""
+    """For example a blank line and `Assistant:`. Empty if the opening is at the end of the prompt."""
     said: str
 
     @property
@@ -28,10 +28,9 @@ class Turn:
 
 
 def turns_of(text: str, *, inside_assistant: bool = False) -> list[Turn]:
-    """The turns of a transcript, in order; their texts joined are the transcript. Empty if it begins with none.
+    """The turns of a transcript, in order; their texts, joined, are the transcript. Empty if it doesn't begin with a turn.
 
-    `inside_assistant`: the text begins inside the assistant's turn, as an answer does after a prompt that ends in
-    `Assistant:`."""
+    `inside_assistant`: the text begins inside the assistant's turn, because the prompt ends in `Assistant:`."""
     marks = [mark for mark in _TURN.finditer(text) if not inside_assistant or mark[0].startswith("\n\n")]
     turns = []
     if inside_assistant:
@@ -45,7 +44,7 @@ def turns_of(text: str, *, inside_assistant: bool = False) -> list[Turn]:
 
 
 def messages_of(text: str, *, inside_assistant: bool = False) -> list[Message]:
-    """The transcript's turns as chat messages, white space around them taken off; an open last turn is left out."""
+    """The transcript's turns as chat messages, without surrounding white space. An empty last turn is left out."""
     turns = turns_of(text, inside_assistant=inside_assistant)
     if turns and not turns[-1].said.strip() and turns[-1].role == "assistant":
         turns.pop()

@@ -1,4 +1,4 @@
-"""Files, folders and data sets of the hub -> rows: what every source gives."""
+"""Rows of files, folders and hub data sets."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import TypeAlias
 from megadpo.config.problems import Problem
 
 MOST_PROBLEMS = 20
-"""A source with more problems than this is not read to its end."""
+"""After this many problems, reading a source stops."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row stands."""
+    """Where a row is."""
 
     path: str
     line: int
-    """From 1; of a Parquet or Arrow file, a folder or a hub data set, the row from 1."""
+    """From 1. For a Parquet or Arrow file, a folder or a hub data set: the row, from 1."""
     row: int
     """From 0, blank lines not counted."""
 
@@ -27,4 +27,4 @@ class Place:
 
 
 Rows: TypeAlias = "Iterator[tuple[Place, dict[str, object] | Problem]]"
-"""Each row with its place, or what is wrong with it."""
+"""Places, each with its row or with what is wrong with the row."""

@@ -1,4 +1,4 @@
-"""A source by its name -> its rows, and a digest of its content."""
+"""Reads the rows of a source, and a digest of its content."""
 
 from __future__ import annotations
 
@@ -7,10 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megadpo.config.data_source import COMPRESSIONS, FILE_SUFFIXES, DataSource, file_suffix, parse_source
-from megadpo.config.problems import DataError, Problem
+from megadpo.config.problems import DataError, Problem, first_line
 from megadpo.data.sources import Rows
-from megadpo.data.sources.tables import arrow_rows, dataset_digest, dataset_rows, file_digest, parquet_rows
-from megadpo.data.sources.text import csv_rows, json_rows, jsonl_rows
+from megadpo.data.sources.json_objects import json_rows
+from megadpo.data.sources.tables import (
+    WRITE_AGAIN,
+    arrow_rows,
+    dataset_digest,
+    dataset_rows,
+    file_digest,
+    parquet_rows,
+)
+from megadpo.data.sources.text import csv_rows, jsonl_rows
 from megadpo.files.jsonl import UNREADABLE
 
 _OTHER_COMPRESSIONS = (".bz2", ".xz", ".lz4", ".zip", ".7z")
@@ -25,40 +33,40 @@ _FILE_ROWS: dict[str, Callable[[Path], Rows]] = {
 
 
 def read_rows(source: str | Path) -> Rows:
-    """The rows of a source, in its order and, except for .json files, in constant memory.
+    """The rows of a source, in order and in constant memory (but .json files are read whole).
 
-    source: a file (.jsonl, .json, .csv, these also .gz or .zst; .parquet, .arrow), a folder of such, or a data set of
-    the hub, as `config.data_source.parse_source` takes them apart.
+    source: a file (.jsonl, .json, .csv, these also .gz or .zst; .parquet, .arrow), a folder of such files, or a hub
+    data set, in the syntax of `config.data_source.parse_source`.
 
-    A row that is not even an object comes as a Problem. Raises DataError for a source that is missing, cut off,
-    damaged, without rows or of an unknown kind.
+    A row that is not an object is given as a Problem. Raises DataError if the source is missing, truncated, damaged, of
+    unknown kind, or has no rows.
     """
-    whole = _resolve(str(source))
+    parsed = _resolve(str(source))
     rows = 0
     try:
-        for row in _rows_of(whole):
+        for row in _rows_of(parsed):
             rows += 1
             yield row
-    except _damage(whole) as error:
-        raise DataError(_unreadable(whole, rows, error)) from error
+    except _read_errors(parsed) as error:
+        raise DataError(_unreadable(parsed, rows, error)) from error
     if rows == 0:
         fix = "write pairs to it, or name another source"
-        raise DataError(Problem(str(whole), "a file without rows", "a row for each pair", fix))
+        raise DataError(Problem(str(parsed), "a file without rows", "a row for each pair", fix))
 
 
 def source_digest(source: str | Path) -> str:
-    """64 hexadecimal digits that change with the rows of a source, and not with its place. Raises DataError."""
-    whole = _resolve(str(source))
+    """64 hexadecimal digits that depend on the content of a source, not on its path. Raises DataError."""
+    parsed = _resolve(str(source))
     try:
-        return dataset_digest(whole) if _is_dataset(whole) else file_digest(Path(whole.path))
+        return dataset_digest(parsed) if _is_dataset(parsed) else file_digest(Path(parsed.path))
     except OSError as error:
-        raise DataError(_unreadable(whole, 0, error)) from error
+        raise DataError(_unreadable(parsed, 0, error)) from error
 
 
 def source_state(source: str | Path) -> dict[str, list[int]]:
-    """Size, inode, and times in ns of each file that `source_digest` reads, by its absolute path; none for a data set of
-    the hub. The last time is that of the inode's last change. Only the kernel sets it: a file that was written or
-    exchanged since has another state, whatever was done to its modification time. Raises OSError."""
+    """Absolute path -> [size, inode, mtime in ns, ctime in ns] of each file that `source_digest` reads. Empty for a hub
+    data set. Only the kernel sets ctime, so every later write or replacement changes the state, even if the mtime was
+    set back. Raises OSError."""
     path = Path(_resolve(str(source)).path)
     files = [one for one in path.rglob("*") if one.is_file()] if path.is_dir() else [path] * path.is_file()
     states = {os.path.abspath(file): file.stat() for file in sorted(files)}
@@ -66,8 +74,8 @@ def source_state(source: str | Path) -> dict[str, list[int]]:
 
 
 def _resolve(text: str) -> DataSource:
-    """A path that is there is that path, whatever its name looks like."""
-    return DataSource(text) if Path(text).exists() else parse_source(text)
+    """An existing path is that path, even if it looks like a hub name."""
+    return DataSource(text) if os.path.exists(text) else parse_source(text)
 
 
 def _is_dataset(source: DataSource) -> bool:
@@ -83,7 +91,7 @@ def _rows_of(source: DataSource) -> Rows:
     if source.subset or source.split:
         got = f"the file {source.path} with a subset or split"
         fix = f"write {source.path} alone"
-        raise DataError(Problem(str(source), got, "a file, which is read whole; only folders have splits", fix))
+        raise DataError(Problem(str(source), got, "a file alone: only folders and hub data sets have splits", fix))
     compressed = path.name.lower().endswith((*COMPRESSIONS, *_OTHER_COMPRESSIONS))
     if suffix is None or (compressed and suffix in (".parquet", ".arrow")):
         kinds = ", ".join(FILE_SUFFIXES)
@@ -98,8 +106,8 @@ def _rows_of(source: DataSource) -> Rows:
     return _FILE_ROWS[suffix](path)
 
 
-def _damage(source: DataSource) -> tuple[type[Exception], ...]:
-    """What reading a missing, cut off or damaged file raises."""
+def _read_errors(source: DataSource) -> tuple[type[Exception], ...]:
+    """The exceptions of reading a missing, truncated or damaged file."""
     if file_suffix(source.path) in (".parquet", ".arrow"):
         import pyarrow
 
@@ -108,13 +116,13 @@ def _damage(source: DataSource) -> tuple[type[Exception], ...]:
 
 
 def _unreadable(source: DataSource, rows: int, error: Exception) -> Problem:
-    said = getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
-    is_elsewhere = isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
+    reason = getattr(error, "strerror", None) or first_line(error)
+    is_wrong_path = isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
     return Problem(
         where=str(source),
-        value=said if not rows else f"{said} (after {rows} rows)",
+        value=reason if not rows else f"{reason} (after {rows} rows)",
         expected="a file that can be read",
-        fix="check data.train_data_path and data.val_data_paths: a path is taken from where the run was started"
-        if is_elsewhere
-        else "write the file again: it is cut off or damaged, or not what its name says",
+        fix="check data.train_data_path and data.val_data_paths; relative paths begin at the working directory"
+        if is_wrong_path
+        else WRITE_AGAIN,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,26 +11,32 @@ from typing import Any
 from megadpo.config.data_source import DataSource, file_suffix
 from megadpo.config.problems import DataError, Problem
 from megadpo.data.sources import MOST_PROBLEMS, Place, Rows
-from megadpo.data.sources.text import json_rows, jsonl_rows
+from megadpo.data.sources.json_objects import json_rows
+from megadpo.data.sources.text import duplicate_columns, jsonl_rows
+from megadpo.files.regular import require_regular
 
 _BATCH_ROWS = 256
 _DIGEST_BYTES = 2**22
 _ARROW_FILE = b"ARROW1"
-_NO_DATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_METADATA_FILES = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+
+WRITE_AGAIN = "write the file again: it is truncated or damaged, or its name has the wrong ending"
 
 
 def parquet_rows(path: Path) -> Rows:
     """The rows of a Parquet file. Raises OSError, or pyarrow.ArrowException (a ValueError for most damage)."""
     import pyarrow.parquet
 
+    require_regular(path)
     with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
         yield from _numbered(str(path), file.iter_batches(batch_size=_BATCH_ROWS))
 
 
 def arrow_rows(path: Path) -> Rows:
-    """The rows of an Arrow IPC file or stream (which `datasets` writes). Raises as parquet_rows."""
+    """The rows of an Arrow IPC file or stream (`datasets` writes streams). Raises as parquet_rows does."""
     import pyarrow
 
+    require_regular(path)
     with path.open("rb") as file:
         is_file = file.read(len(_ARROW_FILE)) == _ARROW_FILE
     with pyarrow.memory_map(str(path)) as memory:
@@ -44,8 +49,8 @@ def arrow_rows(path: Path) -> Rows:
 
 
 def dataset_rows(source: DataSource) -> Rows:
-    """The rows of a folder or hub dataset, through `datasets`, which keeps what it downloads in its own cache and maps
-    it into memory. Raises DataError."""
+    """The rows of a folder or hub data set. The library `datasets` keeps them in its own cache and maps them into memory.
+    Raises DataError."""
     table = _load_dataset(source)
     pages = range(0, len(table), _BATCH_ROWS)
     batches = (table.with_format("arrow")[start : start + _BATCH_ROWS] for start in pages)
@@ -53,8 +58,8 @@ def dataset_rows(source: DataSource) -> Rows:
 
 
 def dataset_digest(source: DataSource) -> str:
-    """64 hexadecimal digits that change with what `dataset_rows` gives. A folder counts with the content of its files,
-    a hub dataset with the fingerprint that `datasets` keeps of what it downloaded. Raises DataError and OSError."""
+    """64 hexadecimal digits that change if the rows of `dataset_rows` change. For a folder: a hash of its files. For a
+    hub data set: the fingerprint that `datasets` keeps of its download. Raises DataError and OSError."""
     digest = hashlib.sha256(f"{source.subset}\n{source.split or 'train'}\n".encode())
     folder = Path(source.path)
     if not folder.is_dir():
@@ -68,6 +73,7 @@ def dataset_digest(source: DataSource) -> str:
 def file_digest(path: Path) -> str:
     """sha256 of a file's content. Raises OSError."""
     digest = hashlib.sha256()
+    require_regular(path)
     with path.open("rb") as file:
         while piece := file.read(_DIGEST_BYTES):
             digest.update(piece)
@@ -75,13 +81,14 @@ def file_digest(path: Path) -> str:
 
 
 def _numbered(path: str, batches: Iterator[Any]) -> Rows:
-    """Rows with their places; pyarrow's record batches or tables of any size, of which few rows at a time are made
-    Python objects. Raises DataError where two columns have one name."""
+    """Rows with their places, from pyarrow's record batches or tables of any size. Only a few rows at a time become
+    Python objects. Raises DataError if two columns have the same name."""
     number = 0
     readers: dict[str, Callable[[Any], Any]] | None = None
     for batch in batches:
         if readers is None:
-            _require_own_names(path, batch.schema.names)
+            if twice := duplicate_columns(path, batch.schema.names):
+                raise DataError(twice)
             readers = {field.name: _reader(field.type) for field in batch.schema}
         for start in range(0, batch.num_rows, _BATCH_ROWS):
             for row in batch.slice(start, _BATCH_ROWS).to_pylist():
@@ -89,16 +96,9 @@ def _numbered(path: str, batches: Iterator[Any]) -> Rows:
                 number += 1
 
 
-def _require_own_names(path: str, names: list[str]) -> None:
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        fix = "rename or remove one of them: only one could be read"
-        raise DataError([Problem(path, f"two columns {name!r}", "columns with different names", fix) for name in twice])
-
-
 def _reader(kind: Any) -> Callable[[Any], Any]:
-    """What makes a row's value of one of pyarrow's, by its type: without nulls, and with JSON read. `datasets` keeps
-    columns of mixed types as JSON text, a string among them in quotes."""
+    """A function that converts pyarrow's values of this type: it drops nulls and reads JSON text. (`datasets` stores
+    columns of mixed types as JSON text.)"""
     import pyarrow.types
 
     if getattr(kind, "extension_name", "") == "arrow.json":
@@ -115,7 +115,7 @@ def _reader(kind: Any) -> Callable[[Any], Any]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Columns give every object every key: what one of them hasn't got is null, at any depth."""
+    """Removes null entries at any depth: a column gives every object all keys, and null for keys that it lacks."""
     if isinstance(value, dict):
         return {key: _without_nulls(one) for key, one in value.items() if one is not None}
     if isinstance(value, list):
@@ -124,7 +124,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _load_dataset(source: DataSource) -> Any:
-    """The split as a `datasets.Dataset`. `datasets` raises anything, from its own errors to those of HTTP clients."""
+    """The split as a `datasets.Dataset`. Catches every exception: `datasets` raises its own and those of HTTP clients."""
     import datasets
 
     split = source.split or "train"
@@ -134,7 +134,7 @@ def _load_dataset(source: DataSource) -> Any:
         if (Path(source.path) / "dataset_dict.json").is_file():
             return datasets.load_from_disk(source.path)[split]
         if Path(source.path).is_dir():
-            # For a folder with a README, `datasets` goes on with what it cached before a file of it changed
+            # Own cache folder: for a folder with a README, `datasets` uses its old cache even after a file changed
             cache = Path(datasets.config.HF_DATASETS_CACHE) / f"megadpo-{dataset_digest(source)[:32]}"
             builder = datasets.load_dataset_builder(source.path, source.subset, cache_dir=str(cache))
             files = {str(name): [Path(file) for file in of] for name, of in (builder.config.data_files or {}).items()}
@@ -147,11 +147,11 @@ def _load_dataset(source: DataSource) -> Any:
 
 
 def _load_folder(source: DataSource, split: str, files: dict[str, list[Path]], cache: str) -> Any:
-    """A folder's split, of `files`: what `datasets` found for each. Raises DataError for data files that it takes for
-    no split's, and for rows that can't be read, each with file and line."""
+    """A split of a folder. `files`: split -> files, as `datasets` found them. Raises DataError for data files that belong
+    to no split, and for rows that can't be read, with file and line."""
     import datasets
 
-    if problems := _left_out(Path(source.path), [file for of in files.values() for file in of]):
+    if problems := _unread_files(Path(source.path), [file for of in files.values() for file in of]):
         raise DataError(problems)
     try:
         return datasets.load_dataset(source.path, source.subset, split=split, cache_dir=cache)
@@ -160,9 +160,9 @@ def _load_folder(source: DataSource, split: str, files: dict[str, list[Path]], c
         raise DataError(broken or [_not_loaded(source, split, error)]) from error
 
 
-def _left_out(folder: Path, read: list[Path]) -> list[Problem]:
-    """The data files of a folder that belong to no split. A clone of a hub dataset, known by the header of its README,
-    is read as the hub's own: its authors have chosen."""
+def _unread_files(folder: Path, read: list[Path]) -> list[Problem]:
+    """The data files of a folder that belong to no split. None for a clone of a hub data set (its README has a header):
+    there the authors chose the files."""
     readme = folder / "README.md"
     if readme.is_file() and readme.read_text(encoding="utf-8", errors="replace").startswith("---"):
         return []
@@ -174,14 +174,14 @@ def _left_out(folder: Path, read: list[Path]) -> list[Problem]:
         for file in sorted(folder.rglob("*"))
         if file.is_file()
         and file_suffix(file.name) is not None
-        and file.name not in _NO_DATA
+        and file.name not in _METADATA_FILES
         and not any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)
         and file.resolve() not in known
     ][:MOST_PROBLEMS]
 
 
 def _broken_rows(files: list[Path]) -> list[Problem]:
-    """What is wrong in JSON files that `datasets` could not read: it names neither file nor line."""
+    """What is wrong in JSON files that `datasets` could not read. (Its own error names neither file nor line.)"""
     problems: list[Problem] = []
     for file in files:
         reader = {".jsonl": jsonl_rows, ".json": json_rows}.get(file_suffix(file.name) or "")
@@ -190,20 +190,17 @@ def _broken_rows(files: list[Path]) -> list[Problem]:
         try:
             problems += [row for _, row in reader(file) if isinstance(row, Problem)][:MOST_PROBLEMS]
         except (OSError, EOFError) as error:
-            fix = "write the file again: it is cut off or damaged, or not what its name says"
-            problems.append(Problem(str(file), str(error), "a file that can be read", fix))
+            problems.append(Problem(str(file), str(error), "a file that can be read", WRITE_AGAIN))
     return problems[:MOST_PROBLEMS]
 
 
 def _not_loaded(source: DataSource, split: str, error: Exception) -> Problem:
     while error.__cause__ is not None and type(error).__name__ == "DatasetGenerationError":
-        error = error.__cause__  # type: ignore[assignment]  # its own text says only that something failed
-    lines = str(error).strip().splitlines()
-    said = (
-        f"{type(error).__name__}: {' ... '.join(dict.fromkeys([lines[0], lines[-1]])) if lines else 'no reason given'}"
-    )
+        error = error.__cause__  # type: ignore[assignment]  # the outer text says only that something failed
+    lines = str(error).strip().splitlines() or ["no reason given"]
+    reason = f"{type(error).__name__}: {' ... '.join(dict.fromkeys([lines[0], lines[-1]]))}"
     if Path(source.path).exists():
-        expected = "a folder of data files, or one that save_to_disk wrote"
+        expected = "a folder of data files, or a folder written by save_to_disk"
         fix = "name a folder that holds such files, or a file, in data.train_data_path and data.val_data_paths"
         if source.subset or source.split:
             fix += f"; it must have the split {split!r}" + (f" of {source.subset!r}" if source.subset else "")
@@ -211,7 +208,7 @@ def _not_loaded(source: DataSource, split: str, error: Exception) -> Problem:
         expected = f"a dataset of the Hugging Face hub with the split {split!r}"
         fix = (
             "check the name in data.train_data_path and data.val_data_paths (org/name:subset@split), and the network; "
-            f"without one, download it elsewhere (hf download --repo-type dataset {source.path} --local-dir FOLDER) "
-            "and name FOLDER"
+            "without a network, download the data set elsewhere "
+            f"(hf download --repo-type dataset {source.path} --local-dir FOLDER) and name FOLDER"
         )
-    return Problem(str(source), said, expected, fix)
+    return Problem(str(source), reason, expected, fix)

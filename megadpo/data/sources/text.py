@@ -1,6 +1,6 @@
-"""Rows of text files: JSONL, JSON and CSV, plain or compressed with gzip or Zstandard.
+"""Rows of text files: JSONL and CSV (JSON: json_objects.py), plain or compressed with gzip or Zstandard.
 
-JSONL and CSV stream, in memory bounded by files.jsonl.MAX_LINE_BYTES; a .json file is held whole.
+They are streamed; files.jsonl.MAX_LINE_BYTES limits the memory.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,8 @@ from megadpo.data.sources import Place, Rows
 from megadpo.files import jsonl
 from megadpo.files.jsonl import type_name
 
-_JSON_SPACE = re.compile(r"[ \t\n\r]*")
 _HALF_BYTE = re.compile("[\udc80-\udcff]")
-"""What errors="surrogateescape" makes of a byte that is no UTF-8."""
+"""The characters that errors="surrogateescape" writes for bytes that are not UTF-8."""
 _COMPRESSED = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
 _CSV_NUMBERS = ("overall_preference",)
 
@@ -29,66 +29,23 @@ def jsonl_rows(path: Path) -> Rows:
     for row, line in enumerate(jsonl.read_lines(path)):
         place = Place(str(path), line.number, row)
         try:
-            yield place, jsonl.read_object(line, object_pairs_hook=_object)
+            yield place, jsonl.read_object(line, object_pairs_hook=unique_keys)
         except jsonl.LineError as error:
             yield place, _line_problem(error, line, place)
 
 
-def json_rows(path: Path) -> Rows:
-    """A list of objects, or objects one after the other, each over as many lines as it likes. A row's line is that on
-    which it begins. Nothing after broken JSON can be read."""
-    with jsonl.open_bytes(path) as file:
-        content = file.read().removeprefix(jsonl.BYTE_ORDER_MARK)
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        start = content.rfind(b"\n", 0, error.start) + 1
-        place = Place(str(path), content.count(b"\n", 0, error.start) + 1, 0)
-        yield place, _not_utf8(place, content[error.start], error.start - start, content)
-        return
-    decoder = json.JSONDecoder(object_pairs_hook=_object)
-    position, line, counted, row, in_list = 0, 1, 0, 0, False
-    after_value = False
-    while True:
-        position = _end_of_space(text, position)
-        if position == len(text) and not in_list:
-            return
-        line, counted = line + text.count("\n", counted, position), position
-        place = Place(str(path), line, row)
-        character = text[position : position + 1]
-        if not in_list and character == "[":
-            position, in_list, after_value = position + 1, True, False
-        elif in_list and character == "]":
-            position, in_list = position + 1, False
-        elif in_list and after_value and character == ",":
-            position, after_value = position + 1, False
-        elif in_list and after_value:
-            yield place, _broken_json(place, "',' or ']' is missing")
-            return
-        else:
-            try:
-                value, position = decoder.raw_decode(text, position)
-            except (ValueError, RecursionError) as error:
-                if isinstance(error, json.JSONDecodeError):
-                    place = Place(str(path), error.lineno, row)
-                yield place, _broken_json(place, error)
-                return
-            after_value = True
-            row += 1
-            yield place, value if isinstance(value, dict) else _no_object(value, place)
-
-
 def csv_rows(path: Path) -> Rows:
-    """The first line names the columns. Cells are strings, but for lists of messages and the like, written as JSON."""
-    csv.field_size_limit(jsonl.MAX_LINE_BYTES)  # the module's own limit, 131,072 characters, is for the whole process
+    """The first line names the columns. Cells are strings, or JSON lists of objects, such as messages."""
+    csv.field_size_limit(jsonl.MAX_LINE_BYTES)  # of the whole process; the default is 131,072 characters
     with jsonl.open_bytes(path) as file:
-        # Bytes that are no UTF-8 become half characters, which are refused by line
-        lines = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        # Bytes that are not UTF-8 become surrogates; they are refused below, with their line
+        lines = _Lines(io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=""))
         reader = csv.reader(lines, strict=True)
         header: list[str] = []
         row, line = 0, 1
         while True:
             place = Place(str(path), line, row)
+            lines.row_characters = 0
             try:
                 cells = next(reader)
             except StopIteration:
@@ -102,10 +59,8 @@ def csv_rows(path: Path) -> Rows:
                 continue
             if not header:
                 header = cells
-                if twice := [name for number, name in enumerate(header) if name in header[:number]]:
-                    fix = "rename or remove one of them: only one could be read"
-                    got = f"two columns {twice[0]!r}"
-                    yield place, Problem(str(place), got, "columns with different names", fix)
+                if twice := duplicate_columns(str(place), header):
+                    yield place, twice[0]
                     return
                 continue
             row += 1
@@ -115,13 +70,45 @@ def csv_rows(path: Path) -> Rows:
                 continue
             strange = next((byte for cell in cells if (byte := _HALF_BYTE.search(cell))), None)
             if strange is not None:
-                yield place, _not_utf8(place, ord(strange[0]) - 0xDC00, strange.start())
+                yield place, not_utf8(place, ord(strange[0]) - 0xDC00, strange.start())
                 continue
             yield place, {name: _cell(name, cell) for name, cell in zip(header, cells, strict=True)}
 
 
+class _Lines:
+    """The lines of a CSV file, for csv.reader, which would hold a row of any length."""
+
+    def __init__(self, file: io.TextIOWrapper) -> None:
+        self._file = file
+        self.row_characters = 0
+        """Read of the present row."""
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        """Raises csv.Error for a row that is too long."""
+        line = self._file.readline(jsonl.MAX_LINE_BYTES + 1)
+        self.row_characters += len(line)
+        if self.row_characters > jsonl.MAX_LINE_BYTES:
+            raise csv.Error(f"a row of more than {jsonl.MAX_LINE_BYTES // 2**20} MiB")
+        if not line:
+            raise StopIteration
+        return line
+
+
+def duplicate_columns(where: str, names: list[str]) -> list[Problem]:
+    """A problem for each column name that occurs more than once."""
+    fix = "rename or remove one of them: only one could be read"
+    return [
+        Problem(where, f"two columns {name!r}", "columns with different names", fix)
+        for name, count in Counter(names).items()
+        if count > 1
+    ]
+
+
 def _cell(name: str, cell: str) -> object:
-    """A cell as the formats need it: JSON lists of objects (messages, completions, tools) and numbers are read."""
+    """The cell's value: JSON lists of objects (messages, completions, tools) and numbers are parsed."""
     if cell.startswith("[") and cell.endswith("]"):
         try:
             value = json.loads(cell)
@@ -136,8 +123,8 @@ def _cell(name: str, cell: str) -> object:
     return cell
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Raises ValueError for a key that is there twice: which of the two is meant, nobody knows."""
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises ValueError for a key that occurs twice, because it is unclear which value is meant."""
     read = dict(pairs)
     if len(read) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -146,51 +133,45 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return read
 
 
-def _end_of_space(text: str, position: int) -> int:
-    match = _JSON_SPACE.match(text, position)
-    return position if match is None else match.end()
-
-
-def _broken_json(place: Place, error: Exception | str) -> Problem:
-    said = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-    fix = _json_fix(error) or "close what it opens, and remove comments and commas before brackets"
-    return Problem(str(place), f"broken JSON ({said})", "JSON", fix)
+def broken_json(place: Place, error: Exception | str) -> Problem:
+    reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    fix = _json_fix(error) or "close all brackets and quotes, and remove comments and trailing commas"
+    return Problem(str(place), f"broken JSON ({reason})", "JSON", fix)
 
 
 def _json_fix(error: object) -> str | None:
-    """For a key that is there twice, or a number of thousands of digits."""
-    is_more_than_syntax = isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError)
-    return "mend or remove the row" if is_more_than_syntax else None
+    """For valid JSON that is refused: a key that occurs twice, or a number with thousands of digits."""
+    is_valid_syntax = isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError)
+    return "correct or remove the row" if is_valid_syntax else None
 
 
-def _no_object(value: object, place: Place) -> Problem:
+def not_an_object(value: object, place: Place) -> Problem:
     found = f"a JSON {type_name(value)}"
     return Problem(str(place), found, "a JSON object for each pair", "write each pair as an object")
 
 
 def _line_problem(error: jsonl.LineError, line: jsonl.Line, place: Place) -> Problem:
-    """A line of a JSONL file that holds no object."""
+    """What is wrong with a line of a JSONL file."""
     cause = error.__cause__
     if isinstance(cause, UnicodeDecodeError):
-        return _not_utf8(place, line.content[cause.start], cause.start, line.content)
-    expected = "one JSON object a line"
+        return not_utf8(place, line.content[cause.start], cause.start, line.content)
+    expected = "one JSON object on each line"
     if error.reason == "line_too_long":
-        expected = "a pair a line, which no model reads at such a length"
-        fix = "put each pair on a line of its own, or remove this one"
+        expected = "one pair on each line; no model reads a pair of this length"
+        fix = "write each pair on its own line, or remove this one"
     elif error.reason == "not_an_object":
-        fix = "write each pair as an object, one a line (a file of one big list is named .json)"
+        fix = "write one object on each line (or name the file .json, if it is one big list)"
     else:
-        whole = "put the whole object on this line and close what it opens, or name the file .json if rows span lines"
-        fix = _json_fix(cause) or whole
+        fix = _json_fix(cause) or "write one whole object on each line, or name the file .json if objects span lines"
     return Problem(str(place), str(error), expected, fix)
 
 
-def _not_utf8(place: Place, byte: int, column: int, content: bytes = b"") -> Problem:
-    """content: the file's, or its first lines, from its beginning where place is line 1."""
-    fix = "write the file in UTF-8, for instance with iconv -f WINDOWS-1252 -t UTF-8, or what else it is written in"
+def not_utf8(place: Place, byte: int, column: int, content: bytes = b"") -> Problem:
+    """content: bytes from the beginning of the file, to recognise compressed and UTF-16 files."""
+    fix = "convert the file to UTF-8, for instance with iconv -f WINDOWS-1252 -t UTF-8"
     for mark, ending in _COMPRESSED.items():
         if content.startswith(mark):
-            fix = f"the file is compressed: give its name the ending {ending}"
+            fix = f"the file is compressed: its name must end in {ending}"
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        fix = "write the file in UTF-8: iconv -f UTF-16 -t UTF-8"
+        fix = "convert the file to UTF-8: iconv -f UTF-16 -t UTF-8"
     return Problem(where=str(place), value=f"the byte 0x{byte:02x} at column {column + 1}", expected="UTF-8", fix=fix)

@@ -1,1 +1,1 @@
-"""Pairs -> token ids and loss masks, and the cache that keeps them."""
+"""Pairs -> token ids and loss masks, and a cache of them."""

@@ -1,12 +1,12 @@
-"""Token ids on disk: made once, by one process of a node, then mapped into the memory of all of them.
+"""Token ids on disk. One process of a node makes them; then all its processes map them into memory.
 
-A cache is a folder `<key>` in `data.cache_dir`: each array as a file of plain little-endian numbers, and header.json
-with their lengths and sha256, the report of the data file and its fingerprint. It is written aside and renamed, so it
-is complete or absent. Whoever opens it reads it through once (about a second a gigabyte) and holds it against the
-hashes: a flipped bit would be a wrong token in every epoch.
+A cache is a folder `<key>` in `data.cache_dir`. Each array is a file of little-endian numbers. header.json has the
+lengths and sha256 of the arrays, the report of the data file and its fingerprint. The folder is written under another
+name and renamed, so it is complete or absent. Every process that opens it reads it once (about a second per gigabyte)
+and checks the hashes, because a flipped bit would be a wrong token in every epoch.
 
-Beside the caches lie notes that the processes of one start leave each other: a source's digest, and why a source was
-refused. Both are for the next minutes only; a later start reads the source itself.
+The same folder has notes, by which the processes of one start tell each other a source's digest, or why a source was
+refused. A note is valid for minutes only; a later start reads the source itself.
 """
 
 from __future__ import annotations
@@ -35,33 +35,33 @@ from megadpo.data.pairs import DataReport, PairDataset
 from megadpo.data.sources.rows import source_digest, source_state
 from megadpo.data.tokens.encode import Sink
 
-_DTYPES = {"tokens": "<i4", "offsets": "<i8", "rows": "<i8", "lines": "<i8"}
+_DTYPES = {"tokens": "<i4", "offsets": "<i8", "rows": "<i8", "identities": "<i8", "lines": "<i8"}
 _HEADER = "header.json"
 _READ_BYTES = 1 << 22
-_NOTE_HOLDS_S = 600.0
-"""How long a note is believed: the processes of one start come one after the other."""
+_NOTE_LIFETIME_S = 600.0
+"""Older notes are ignored."""
 _SETTLED_S = 2.0
-"""A file that changed less than this ago may change again within the same tick of its clock."""
+"""A file that changed less than this ago may change again without a new time stamp."""
 
 
 class _Damaged(Exception):
-    """A cache that is not what was written."""
+    """A cache whose files differ from what was written."""
 
 
 class TokenCache:
     """The caches in one folder."""
 
     def __init__(self, folder: str | Path) -> None:
-        """`folder` is made when something is written to it; ~ is the home folder."""
+        """`folder` is created when something is written to it; ~ is the home folder."""
         self.folder = Path(folder).expanduser()
 
     def source_digest(self, source: str) -> str:
-        """`sources.rows.source_digest`, computed by one process of a node: it leaves a note, and the others, which waited
-        for the lock, take the digest from it.
+        """`sources.rows.source_digest`, computed once on each node: one process writes it to a note; the others wait for
+        the lock and read the note.
 
-        A note can't hide a change: it counts only where every file still has the size, inode and times that it had
-        before it was hashed, and it is not made for files that have just been written. Where the folder can't be written
-        each process hashes the source itself. Raises DataError.
+        A note can't hide a change: it is used only if every file still has the size, inode and times from before it was
+        hashed, and no note is written for files that have just changed. If the folder can't be written, each process
+        hashes the source itself. Raises DataError.
         """
         try:
             state = source_state(source)
@@ -82,10 +82,10 @@ class TokenCache:
             return source_digest(source)
 
     def open_or_build(self, key: str, path: str, build: Callable[[Sink], DataReport]) -> PairDataset:
-        """The source `path` from the cache `key`, its arrays mapped read-only.
+        """The source `path` from the cache `key`, with its arrays mapped read-only.
 
-        Where there is none, or a damaged one, one process of the node builds it while the others wait. Raises what
-        `build` raises, in the processes that waited as well, and ConfigError for a folder that can't be written.
+        If there is no cache, or a damaged one, one process of the node builds it and the others wait. Raises what `build`
+        raises, also in the processes that waited, and ConfigError if the folder can't be written.
         """
         found = self._open(key, path)
         if found is not None:
@@ -103,13 +103,11 @@ class TokenCache:
                     raise
                 found = self._open(key, path, say_why=True)
         if found is None:
-            raise self._unusable(
-                "a cache that does not read back as it was written", "a disk that keeps what it is given"
-            )
+            raise self._unusable("a cache that reads back differently", "a disk that returns what was written")
         return found
 
     def _open(self, key: str, path: str, *, say_why: bool = False) -> PairDataset | None:
-        """The cache, if it is there and whole."""
+        """The cache; None if it is absent or damaged."""
         place = self.folder / key
         try:
             return _read(place, key, path)
@@ -120,7 +118,7 @@ class TokenCache:
         except (_Damaged, OSError) as error:
             reason = str(error)
         if say_why:
-            print(f"{place}: damaged ({reason}); it is built anew", file=sys.stderr, flush=True)
+            print(f"{place}: damaged ({reason}); it is built again", file=sys.stderr, flush=True)
         return None
 
     @contextlib.contextmanager
@@ -137,28 +135,28 @@ class TokenCache:
             lock.release()
 
     def _build(self, key: str, build: Callable[[Sink], DataReport]) -> None:
-        """Writes the cache aside and renames it. Under the lock."""
-        ours = f"{key}.building-{socket.gethostname()}-"
-        for left in self.folder.glob(f"{ours}*"):  # by a process that was killed: the lock says that none is at work
+        """Writes the cache under another name and renames it. The caller holds the lock."""
+        prefix = f"{key}.building-{socket.gethostname()}-"
+        for left in self.folder.glob(f"{prefix}*"):  # from a process that was killed: no other one has the lock now
             shutil.rmtree(left, ignore_errors=True)
         try:
-            aside = Path(tempfile.mkdtemp(prefix=ours, dir=self.folder))
+            unfinished = Path(tempfile.mkdtemp(prefix=prefix, dir=self.folder))
         except OSError as error:
             raise self._unwritable(error) from error
         try:
-            with _Writer(aside, self._unwritable) as writer:
+            with _Writer(unfinished, self._unwritable) as writer:
                 writer.finish(key, build(writer.append))
-            self._put_in_place(aside, self.folder / key)
+            self._rename(unfinished, self.folder / key)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
 
-    def _put_in_place(self, aside: Path, place: Path) -> None:
+    def _rename(self, unfinished: Path, place: Path) -> None:
         try:
-            if place.exists():  # a damaged one; who has it mapped keeps it
+            if place.exists():  # a damaged cache; a process that has mapped it can go on reading it
                 shutil.rmtree(place)
-            os.rename(aside, place)
+            os.rename(unfinished, place)
         except OSError as error:
-            if not place.exists():  # else another machine that sees this folder was faster, with the same content
+            if not place.exists():  # if it exists, another machine with this folder has built the same cache
                 raise self._unwritable(error) from error
 
     def _unwritable(self, error: Exception) -> ConfigError:
@@ -166,18 +164,16 @@ class TokenCache:
         return self._unusable(str(self.folder), f"a folder that can be written ({reason})")
 
     def _unusable(self, value: str, expected: str) -> ConfigError:
-        fix = (
-            "make room there, name another folder, or set it to null: then every process tokenises into its own memory"
-        )
+        fix = "free some space, name another folder, or set it to null: then each process tokenises into its own memory"
         return ConfigError(Problem("data.cache_dir", value, expected, fix))
 
 
 class _Writer:
-    """The arrays of a cache as files that grow, hashed on the way."""
+    """Appends the arrays of a cache to their files, and hashes them."""
 
-    def __init__(self, folder: Path, refused: Callable[[Exception], ConfigError]) -> None:
+    def __init__(self, folder: Path, config_error: Callable[[Exception], ConfigError]) -> None:
         self._folder = folder
-        self._refused = refused
+        self._config_error = config_error
         self._files = {name: (folder / f"{name}.bin").open("wb") for name in _DTYPES}
         self._hashes = {name: hashlib.sha256() for name in _DTYPES}
         self._lengths = dict.fromkeys(_DTYPES, 0)
@@ -187,21 +183,21 @@ class _Writer:
 
     def __exit__(self, *_: object) -> None:
         for file in self._files.values():
-            with contextlib.suppress(OSError):  # what was not written is known already, or no longer wanted
+            with contextlib.suppress(OSError):  # an earlier error has been reported already
                 file.close()
 
     def append(self, name: str, values: npt.NDArray[Any]) -> None:
-        """Raises ConfigError where the disk doesn't take them."""
+        """Raises ConfigError if they can't be written."""
         data = np.ascontiguousarray(values.astype(_DTYPES[name], copy=False)).view(np.uint8).data
         self._hashes[name].update(data)
         self._lengths[name] += len(values)
         try:
             self._files[name].write(data)
         except OSError as error:
-            raise self._refused(error) from error
+            raise self._config_error(error) from error
 
     def finish(self, key: str, report: DataReport) -> None:
-        """Everything written, the header last. Raises ConfigError."""
+        """Closes the arrays and writes the header. Raises ConfigError."""
         header = {
             "key": key,
             "report": dataclasses.asdict(report),
@@ -215,14 +211,14 @@ class _Writer:
                 file.close()
             (self._folder / _HEADER).write_text(json.dumps({"header": header, "sha256": _json_hash(header)}, indent=1))
         except OSError as error:
-            raise self._refused(error) from error
+            raise self._config_error(error) from error
 
 
 def _read(place: Path, key: str, path: str) -> PairDataset:
-    """Raises FileNotFoundError, OSError or _Damaged."""
+    """The cache in the folder `place`. Raises FileNotFoundError, OSError or _Damaged."""
     header = _read_header(place / _HEADER)
     if header["key"] != key:
-        raise _Damaged(f"{_HEADER} is that of {header['key']}")
+        raise _Damaged(f"{_HEADER} belongs to {header['key']}")
     mapped = {name: _map(place / f"{name}.bin", described) for name, described in header["arrays"].items()}
     arrays = {
         name: np.frombuffer(mapped[name], dtype=described["dtype"]) for name, described in header["arrays"].items()
@@ -250,19 +246,16 @@ def _map(path: Path, described: dict[str, Any]) -> mmap.mmap:
     if size != expected or size == 0:
         raise _Damaged(f"{path.name} has {size} bytes, not {expected}")
     digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:  # read, not mapped: so its pages count to no process
+    with path.open("rb", buffering=0) as file:  # read, not mapped: mapped pages would count as this process's memory
         while piece := file.read(_READ_BYTES):
             digest.update(piece)
         if digest.hexdigest() != described["sha256"]:
-            raise _Damaged(f"{path.name} has other bytes than were written")
+            raise _Damaged(f"{path.name} has been changed")
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _json_hash(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-# Notes, for the processes of one start
 
 
 def _write_note(place: Path, note: dict[str, Any]) -> None:
@@ -271,17 +264,17 @@ def _write_note(place: Path, note: dict[str, Any]) -> None:
 
 
 def _read_note(place: Path) -> dict[str, Any] | None:
-    """What a note says, if it is there, whole and recent."""
+    """The content of a note; None if it is absent, broken or too old."""
     try:
         note = json.loads(place.read_bytes())
-        recent = time.time() - place.stat().st_mtime < _NOTE_HOLDS_S
+        recent = time.time() - place.stat().st_mtime < _NOTE_LIFETIME_S
     except (OSError, ValueError):
         return None
     return note if recent and isinstance(note, dict) else None
 
 
 def _raise_again(refusal: Path, path: str) -> None:
-    """The processes that waited for a cache whose source was refused say the same, at once."""
+    """Raises the problems that another process found while this one waited for the lock."""
     note = _read_note(refusal)
     if note is not None and note.get("path") == path and note.get("problems"):
         raise DataError([Problem(**problem) for problem in note["problems"]])

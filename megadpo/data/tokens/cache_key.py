@@ -1,8 +1,8 @@
-"""What token ids depend on, as one hash: the name of their cache.
+"""The name of a cache: one hash of all that its token ids depend on.
 
-The source counts with its content, not with its size and time: copying with `-p` or `rsync -t` leaves those as they were
-while the pairs change, and training on the wrong pairs is worse than reading the source once at the start (about a second
-a gigabyte). Its name and place don't count, so that moving it makes no second cache.
+The content of the source is hashed, not its size and time: `cp -p` or `rsync -t` can replace the pairs and keep these, and
+training on the wrong pairs is worse than reading the source once at the start (about a second per gigabyte). The path
+is not hashed, so a moved source keeps its cache.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import sys
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megadpo.config.variants import FORMATS
 from megadpo.data.sources.tables import file_digest
 from megadpo.data.tokens.encode import DataSettings
+from megadpo.data.tokens.tokenizer import backend_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,12 +26,12 @@ if TYPE_CHECKING:
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "datasets")
 _PACKAGE = Path(__file__).parents[2]
 _CODE = ("data/*.py", "data/sources/*.py", "data/formats/*.py", "data/tokens/*.py", "messages/*.py", "files/jsonl.py")
-"""What token ids can depend on."""
+"""The modules that token ids depend on."""
 
 
 def cache_key(digest: str, tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> str:
-    """64 hexadecimal digits that change with the source's `digest`, the tokenizer, the template, any setting, the code of
-    this package that reads and tokenises, and the libraries under it.
+    """64 hexadecimal digits that depend on the source's `digest`, the tokenizer, the template, all settings, this
+    package's code for reading and tokenising, and the versions of the libraries that it uses.
 
     Raises ConfigError for an unusable tokenizer or template.
     """
@@ -38,7 +39,7 @@ def cache_key(digest: str, tokenizer: PreTrainedTokenizerBase, settings: DataSet
         "source": digest,
         "tokenizer": tokenizer_digest(tokenizer),
         "settings": asdict(settings),
-        "resolved": settings.text(settings.pair_tokenizer(tokenizer)),  # a template as text, where it is a file
+        "resolved": settings.text(settings.pair_tokenizer(tokenizer)),  # with the text of a template file
         "code": _code_digest(),
         "libraries": {name: _version(name) for name in _LIBRARIES},
     }
@@ -46,14 +47,9 @@ def cache_key(digest: str, tokenizer: PreTrainedTokenizerBase, settings: DataSet
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 of all that a tokenizer does: its vocabulary, merges, normalisation and special tokens."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        state: dict[str, Any] = json.loads(backend.to_str())
-        # Calls set these two as they need them
-        state.pop("truncation", None)
-        state.pop("padding", None)
-    else:
+    """sha256 of a tokenizer: its vocabulary, merges, normalisation and special tokens."""
+    state = backend_state(tokenizer)
+    if state is None:
         state = {"files": _saved_files(tokenizer)}
     state["class"] = type(tokenizer).__name__
     state["special"] = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
@@ -66,7 +62,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _saved_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """What a tokenizer saves that has no tokenizers library behind it."""
+    """File name -> sha256 of what a tokenizer saves. For those that don't use the tokenizers library."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -75,8 +71,8 @@ def _saved_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 
 def _code_digest() -> str:
-    """Of the package's own modules, and of those that add further formats."""
-    formats = {getattr(sys.modules.get(one.read.__module__), "__file__", None) for one in FORMATS}
+    """sha256 of the modules in _CODE, and of plugins that add formats."""
+    formats = {getattr(sys.modules.get(one.__module__), "__file__", None) for one in FORMATS}
     paths = {path for pattern in _CODE for path in _PACKAGE.glob(pattern)} | {Path(file) for file in formats if file}
     digest = hashlib.sha256()
     for path in sorted(paths, key=lambda path: (path.parent.name, path.name)):

@@ -1,4 +1,4 @@
-"""Some consecutive pairs of a source on their way to token ids, and the limit on their length (`data.on_too_long`)."""
+"""A chunk of consecutive pairs as token ids, and the limit on their length (`data.on_too_long`)."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ OnTooLong = Literal["refuse", "drop", "truncate"]
 
 @dataclass(kw_only=True)
 class Chunk:
-    """What is left of the pairs, in order, and what became of the others."""
+    """Consecutive pairs of a source: those that are kept, in order, and what happened to the others."""
 
     places: list[Place]
-    """Of the pairs as they came."""
+    """The places of all pairs, kept or not."""
     pairs: Sequence[TokenizedPair] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
-    """Under the names of DataReport's fields."""
+    """Field of DataReport -> count."""
     problems: list[Problem] = field(default_factory=list)
-    """Of pairs that no ids could be made of, which are left out: the first MOST_PROBLEMS."""
+    """The first MOST_PROBLEMS problems of pairs that could not be tokenised."""
     too_long: list[tuple[Place, int]] = field(default_factory=list)
-    """Place and tokens of each pair over the limit, where those are refused."""
+    """Place and tokens of each pair over the limit, if such pairs are refused."""
 
     @property
     def first_row(self) -> int:
         return self.places[0].row
 
     def lines(self) -> npt.NDArray[np.int64]:
-        """Line of each row from first_row to that of the last pair; 0 for rows that no pair was read from."""
+        """The line of each row from first_row to the last pair's; 0 for rows without a pair."""
         lines = np.zeros(self.places[-1].row + 1 - self.first_row, dtype=np.int64)
         lines[[place.row - self.first_row for place in self.places]] = [place.line for place in self.places]
         return lines
 
 
 def apply_limit(chunk: Chunk, max_tokens: int, on_too_long: OnTooLong, bos_token_id: int | None) -> None:
-    """Holds every pair of the chunk, in place, to prompt + longer answer <= max_tokens.
+    """Limits prompt + longer answer to max_tokens for every pair of the chunk, in place.
 
-    refuse: such pairs are named in `too_long`. drop: they are left out and counted. truncate: `truncate`; a pair whose
-    answers become equal by that, or lose all that is in the loss, is dropped and counted. Raises ValueError for a limit
-    under SHORTEST_LIMIT.
+    What happens to longer pairs: refuse lists them in `too_long`; drop leaves them out and counts them; truncate calls
+    `truncate`, and drops and counts a pair whose answers become equal or have no token left in the loss. Raises
+    ValueError for a limit under SHORTEST_LIMIT.
     """
     if max_tokens < SHORTEST_LIMIT:
         raise ValueError(f"max_tokens must be at least {SHORTEST_LIMIT}, got {max_tokens}")
@@ -76,38 +76,38 @@ def apply_limit(chunk: Chunk, max_tokens: int, on_too_long: OnTooLong, bos_token
 
 
 def truncate(pair: TokenizedPair, max_tokens: int, bos_token_id: int | None) -> TokenizedPair:
-    """The pair cut to max_tokens: prompt before answers, because only answers are learned from.
+    """The pair cut to max_tokens. The prompt is cut first, because only answers are in the loss.
 
-    The prompt loses tokens at its left, where a transcript is oldest; a BOS at its start stays, and so does its last
-    token, which predicts the answers' first. If that is not enough, answers lose their right end, EOS with it."""
+    The prompt loses tokens at its left, where a conversation is oldest. Its BOS stays, and its last token stays, because
+    it predicts the first token of each answer. If that is not enough, answers lose tokens at their right, also EOS."""
     kept = 1 if bos_token_id is not None and pair.prompt_ids[0] == bos_token_id else 0
     longest_answer = max(pair.chosen_tokens, pair.rejected_tokens)
     prompt_tokens = min(pair.prompt_tokens, max(max_tokens - longest_answer, kept + 1))
     start = pair.prompt_tokens - prompt_tokens
     prompt = np.concatenate([pair.prompt_ids[:kept], pair.prompt_ids[start + kept :]])
-    room = max_tokens - len(prompt)
-    masks = [None if mask is None else mask[:room] for mask in (pair.chosen_mask, pair.rejected_mask)]
-    return TokenizedPair(pair.index, prompt, pair.chosen_ids[:room], pair.rejected_ids[:room], *masks)
+    end = max_tokens - len(prompt)
+    masks = [None if mask is None else mask[:end] for mask in (pair.chosen_mask, pair.rejected_mask)]
+    return TokenizedPair(pair.index, prompt, pair.chosen_ids[:end], pair.rejected_ids[:end], *masks)
 
 
 @dataclass
 class TooLong:
-    """Pairs over the limit: how many, the longest, and the first of them."""
+    """Pairs over the limit: their number, the longest, and the first few."""
 
     max_tokens: int
     count: int = 0
     longest_tokens: int = 0
     first: list[tuple[Place, int]] = field(default_factory=list)
-    """Place and tokens, of at most MOST_PROBLEMS."""
+    """Place and tokens of the first MOST_PROBLEMS."""
 
     def add(self, pairs: Sequence[tuple[Place, int]]) -> None:
-        """Further pairs, by place and tokens of prompt and longer answer."""
+        """Adds pairs. Each is its place and the tokens of prompt + longer answer."""
         self.count += len(pairs)
         self.longest_tokens = max([self.longest_tokens, *(tokens for _, tokens in pairs)])
         self.first += pairs[: MOST_PROBLEMS - len(self.first)]
 
     def problems(self) -> list[Problem]:
-        """What to say about them; nothing if there are none."""
+        """A problem for each of the first pairs."""
         fix = (
             f"raise policy.max_total_sequence_length (the longest of {self.count} such pairs needs "
             f"{self.longest_tokens}), or set data.on_too_long to drop or truncate"

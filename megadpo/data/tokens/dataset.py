@@ -1,4 +1,4 @@
-"""The pairs of a run's sources: from the cache, or tokenised into it first."""
+"""Loads the data sets of a run: from the cache, or tokenised into it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def load_datasets(
     cfg: Config, paths: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> dict[str, PairDataset]:
-    """Name -> pairs of each source, mapped from `data.cache_dir`, and tokenised there first where they are not in it yet.
+    """Name -> pairs of each source, mapped from `data.cache_dir`. Sources that are not there yet are tokenised first.
 
     Raises DataError with every problem of every source, ConfigError for an unusable tokenizer, template or cache.
     """
@@ -59,8 +59,8 @@ def open_dataset(
     cache: TokenCache | None = None,
     num_workers: int = 1,
 ) -> PairDataset:
-    """The source from the cache, or into the cache and then from it; without a cache into memory, by this process alone,
-    since then each process of a node does the same. Raises DataError and ConfigError."""
+    """The source from the cache, after it has been written there if necessary. Without a cache the source is tokenised
+    into memory, in this process only, because every process of the node does it. Raises DataError and ConfigError."""
     path = str(path)
     if cache is not None:
         digest = cache.source_digest(path)
@@ -68,20 +68,12 @@ def open_dataset(
         def build(sink: Sink) -> DataReport:
             made = encode_source(path, tokenizer, settings, sink=sink, num_workers=num_workers, show_progress=True)
             if source_digest(path) != digest:
-                raise DataError(_changed_meanwhile(path))
+                got, fix = "a file that changed while it was read", "start again when nothing writes to it any more"
+                raise DataError(Problem(path, got, "the same content from the first read to the last", fix))
             return made
 
         return cache.open_or_build(cache_key(digest, tokenizer, settings), path, build)
     pieces: dict[str, list[npt.NDArray[Any]]] = defaultdict(list)
     report = encode_source(path, tokenizer, settings, sink=lambda name, values: pieces[name].append(values))
-    tokens, offsets, rows, lines = (np.concatenate(pieces.pop(name)) for name in ("tokens", "offsets", "rows", "lines"))
-    return PairDataset(tokens, offsets, rows, lines, report)
-
-
-def _changed_meanwhile(path: str) -> Problem:
-    return Problem(
-        where=path,
-        value="a file that changed while it was read",
-        expected="the same content from the first read to the last",
-        fix="start again when nothing writes to it any more",
-    )
+    arrays: dict[str, Any] = {name: np.concatenate(values) for name, values in pieces.items()}
+    return PairDataset(**arrays, report=report)

@@ -1,4 +1,4 @@
-"""A source -> token ids, a chunk of pairs at a time, in several processes, in memory that doesn't grow with it."""
+"""Tokenises a source chunk by chunk, in several processes, in constant memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megadpo.config.problems import DataError, Problem
-from megadpo.data.formats import FieldKeys, PreferencePair
+from megadpo.config.variants import FORMATS
+from megadpo.data.formats import PreferencePair
 from megadpo.data.formats.read_pairs import OnBadRow, ReadCounts, read_pairs
 from megadpo.data.pairs import DataReport, FlatPairs, largest_id
 from megadpo.data.sources import MOST_PROBLEMS
@@ -34,24 +35,25 @@ if TYPE_CHECKING:
 
 CHUNK_PAIRS = 1024
 ALONE_CHUNKS = 8
-"""Chunks that are tokenised before other processes are started, which takes seconds: most files need none."""
+"""Chunks that this process tokenises before it starts others. Starting them takes seconds, and most files are small."""
 
 _FINGERPRINT_VERSION = "megadpo pairs 1"
 _PROGRESS_S = 10.0
 
 Sink: TypeAlias = Callable[[str, npt.NDArray[Any]], None]
-"""Takes the arrays of a PairDataset in pieces, by name: 'tokens', 'offsets', 'rows' and 'lines', each in order."""
+"""Gets the arrays of a PairDataset in pieces: (name, values), where the name is
+'tokens', 'offsets', 'rows', 'identities' or 'lines'."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """What decides a source's tokens, besides the source and the tokenizer."""
+    """The settings that change the tokens of a source."""
 
     max_total_sequence_length: int
     on_too_long: OnTooLong = "refuse"
     chat_template: str | None = OWN_TEMPLATE
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    keys: FieldKeys = field(default_factory=FieldKeys)
+    format_options: Mapping[str, Any] = field(default_factory=FORMATS.defaults)
     dataset_name: str | None = None
     loss_on: LossOn = "last_turn"
     on_bad_row: OnBadRow = "refuse"
@@ -64,14 +66,14 @@ class DataSettings:
             on_too_long=cfg.data.on_too_long,
             chat_template=cfg.policy.tokenizer.chat_template,
             chat_template_kwargs=cfg.policy.tokenizer.chat_template_kwargs or {},
-            keys=FieldKeys(cfg.data.prompt_key, cfg.data.chosen_key, cfg.data.rejected_key),
+            format_options=cfg.data.format_options,
             dataset_name=cfg.data.dataset_name,
             loss_on=cfg.data.loss_on,
             on_bad_row=cfg.data.on_bad_row,
         )
 
     def pair_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> PairTokenizer:
-        """The tokenizer under these settings. Raises ConfigError for an unusable tokenizer or template."""
+        """The tokenizer with these settings. Raises ConfigError for an unusable tokenizer or template."""
         return PairTokenizer(
             tokenizer,
             chat_template=self.chat_template,
@@ -80,7 +82,7 @@ class DataSettings:
         )
 
     def text(self, encoder: PairTokenizer) -> str:
-        """What the fingerprint says of the settings: those that decide tokens, not where they were read from."""
+        """The settings as text for the fingerprint. It has a template's text, not its file's name."""
         return json.dumps(
             {
                 "max_total_sequence_length": self.max_total_sequence_length,
@@ -103,11 +105,11 @@ def encode_source(
     num_workers: int = 1,
     show_progress: bool = False,
 ) -> DataReport:
-    """Reads and tokenises a source into `sink`, in its order whatever the number of processes.
+    """Reads and tokenises a source into `sink`. The order is the source's, for any number of processes.
 
-    show_progress: a line on stderr every 10 s.
-    Raises DataError for everything wrong with the source, ConfigError for an unusable tokenizer or template, and where
-    a process of several died.
+    show_progress: print a line to stderr every 10 s.
+    Raises DataError with all problems of the source, ConfigError for an unusable tokenizer or template, and if one of
+    several processes died.
     """
     encode = _ChunkEncoder(tokenizer, settings)
     chunks = _Chunks(source, settings)
@@ -129,8 +131,7 @@ def encode_source(
 
 
 class _Chunks:
-    """The pairs of a source, some at a time; what is wrong with it is kept for the end, so that all is reported at
-    once."""
+    """The pairs of a source in chunks. Problems are collected, to be reported together at the end."""
 
     def __init__(self, source: str | Path, settings: DataSettings) -> None:
         self._source = source
@@ -147,7 +148,7 @@ class _Chunks:
         try:
             yield from read_pairs(
                 self._source,
-                self._settings.keys,
+                self._settings.format_options,
                 dataset_name=self._settings.dataset_name,
                 on_bad_row=self._settings.on_bad_row,
                 counts=self.read,
@@ -157,7 +158,7 @@ class _Chunks:
 
 
 class _ChunkEncoder:
-    """Tokenises pairs and holds them to the limit. Pickled for other processes."""
+    """Tokenises pairs and applies the length limit. It is pickled for other processes."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> None:
         self._settings = settings
@@ -167,12 +168,12 @@ class _ChunkEncoder:
         chunk = self.encoder.encode(pairs, on_bad_row=self._settings.on_bad_row)
         limit, bos_token_id = self._settings.max_total_sequence_length, self.encoder.tokenizer.bos_token_id
         apply_limit(chunk, limit, self._settings.on_too_long, bos_token_id)
-        chunk.pairs = FlatPairs.of(chunk.pairs)  # three arrays travel faster than three a pair
+        chunk.pairs = FlatPairs.of(chunk.pairs)  # three arrays are sent faster than three for each pair
         return chunk
 
 
 class _Result:
-    """What the chunks of a source add up to."""
+    """The sum of all chunks of a source."""
 
     def __init__(self, sink: Sink, settings: DataSettings, encoder: PairTokenizer) -> None:
         self.problems: list[Problem] = []
@@ -190,14 +191,14 @@ class _Result:
         sink("offsets", self._offsets[0])
 
     def add(self, chunk: Chunk) -> None:
-        """The next chunk of the source. Once something is wrong, only problems are added."""
+        """Adds the next chunk. After the first problem, only problems are added."""
         if self._refuses:
             self.problems += chunk.problems
         else:
             self.bad_rows += chunk.problems[: MOST_PROBLEMS - len(self.bad_rows)]
         self.too_long.add(chunk.too_long)
         pairs = chunk.pairs
-        assert isinstance(pairs, FlatPairs), "_ChunkEncoder makes them so"
+        assert isinstance(pairs, FlatPairs), "_ChunkEncoder makes FlatPairs"
         self.counts.update(chunk.counts, rows=len(chunk.places), pairs=len(pairs))
         if self.problems or self.too_long.count:
             return
@@ -211,20 +212,26 @@ class _Result:
             self._largest = max(self._largest, largest_id(pairs.tokens))
         lines = np.concatenate([np.zeros(chunk.first_row - self._next_row, dtype=np.int64), chunk.lines()])
         self._next_row += len(lines)
-        named = {"tokens": pairs.tokens, "offsets": offsets, "rows": pairs.rows, "lines": lines}
+        named = {
+            "tokens": pairs.tokens,
+            "offsets": offsets,
+            "rows": pairs.rows,
+            "identities": pairs.identities,
+            "lines": lines,
+        }
         for name, values in named.items():
             self._sink(name, values)
 
     def add_left_out(self, read: ReadCounts) -> None:
-        """The rows that no pair was read from, once all chunks are there."""
+        """Adds the invalid rows, after all chunks."""
         self.bad_rows = [*read.bad_rows, *self.bad_rows]
         self.counts.update(rows=read.dropped_bad_rows, dropped_bad_rows=read.dropped_bad_rows)
         if self.counts["rows"] > self._next_row:
             self._sink("lines", np.zeros(self.counts["rows"] - self._next_row, dtype=np.int64))
 
     def report(self, path: str) -> DataReport:
-        """Ends the fingerprint: sha256 over settings, all tokens, offsets and rows, so that it is the same for the same
-        pairs, from a file or from the cache, however the file was cut into chunks."""
+        """The report, with the fingerprint: sha256 of settings, all tokens, offsets and rows. It is the same from a file or
+        from the cache, for any size of chunks."""
         for array in (*self._offsets, *self._rows):
             self._add_to_digest(array)
         known: dict[str, Any] = {
@@ -242,7 +249,7 @@ class _Result:
 
 
 class _Progress:
-    """Lines on stderr while a large file is tokenised."""
+    """Prints progress to stderr while a large file is tokenised."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -253,13 +260,13 @@ class _Progress:
         if now - self._said >= _PROGRESS_S:
             self._said = now
             rate = rows / (now - self._started)
-            print(f"{self._path}: {rows:,} rows tokenised, {rate:,.0f} a second", file=sys.stderr, flush=True)
+            print(f"{self._path}: {rows:,} rows tokenised, {rate:,.0f} per second", file=sys.stderr, flush=True)
 
 
 def _nothing_left(path: str, settings: DataSettings, rows: int) -> Problem:
     return Problem(
         where=path,
-        value=f"no pair left of {rows}: all are longer than {settings.max_total_sequence_length} tokens",
+        value=f"{rows} pairs, all longer than {settings.max_total_sequence_length} tokens",
         expected="at least one pair",
         fix="raise policy.max_total_sequence_length, or set data.on_too_long: truncate",
     )

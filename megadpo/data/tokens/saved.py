@@ -1,14 +1,14 @@
-"""The tokenizer and chat template of a training as files, for the checkpoints to hand on."""
+"""The tokenizer and chat template of a run as files, to be saved with checkpoints."""
 
 from __future__ import annotations
 
 import copy
-import json
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megadpo.data.tokens.tokenizer import require_eos
+from megadpo.config.bounded import bounded
+from megadpo.data.tokens.tokenizer import backend_state, require_eos
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,7 +17,7 @@ _ANSWER = "answer-4711"
 
 
 def saved_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> dict[str, bytes]:
-    """File name -> content of a folder that transformers opens as `tokenizer` with this template (None: without one)."""
+    """File name -> content, for a folder that transformers loads as `tokenizer` with this template (None: no template)."""
     own = copy.deepcopy(tokenizer)
     own.chat_template = chat_template
     with tempfile.TemporaryDirectory() as folder:
@@ -27,14 +27,15 @@ def saved_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_template: str | Non
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> list[int]:
-    """What ends an answer: the special token that the template writes after one, where it writes one, and EOS."""
+    """The tokens that end an answer: the special token that the template writes after an answer (if any), and EOS."""
     eos = require_eos(tokenizer)
     if chat_template is None:
         return [eos]
     messages: Any = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ANSWER}]
     try:
-        text = str(tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False))
-    except Exception:  # a template may raise anything, such as for a conversation without tools
+        with bounded():
+            text = str(tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False))
+    except Exception:  # a template may raise any exception, for example without tools
         return [eos]
     rest = text.rpartition(_ANSWER)[2].lstrip()
     special = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -43,12 +44,8 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> li
 
 
 def same_token_ids(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether both make the same ids of every text."""
-    backends = [getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (one, other)]
-    if None in backends:
+    """Whether both give the same ids for every text."""
+    state = backend_state(one)
+    if state is None:
         return type(one) is type(other) and one.get_vocab() == other.get_vocab()
-    states = [json.loads(backend.to_str()) for backend in backends]  # type: ignore[union-attr]
-    for state in states:
-        state.pop("truncation", None)  # calls set these two as they need them
-        state.pop("padding", None)
-    return bool(states[0] == states[1])
+    return state == backend_state(other)

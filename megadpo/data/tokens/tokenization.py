@@ -1,13 +1,14 @@
-"""PreferencePairs -> token ids: where the prompt ends, and what the answer is.
+"""PreferencePairs -> token ids of prompt and answers.
 
-Plain text, as TRL's DPOTrainer: ids(prompt), then what ids(prompt + answer + EOS) adds after them.
-With a chat template: ids(template(prompt), open for the assistant), then what ids(template(prompt + answer)) adds.
-In both, where ids(prompt) is not a prefix (characters on both sides of the line merge to one token), the prompt keeps
-its ids, the answer is tokenised apart, and the pair is counted in the report. (TRL 1.16 moves the line to the left
-there, so that the model no longer sees the prompt as it will at inference.)
+Plain text, as in TRL's DPOTrainer: the prompt is ids(prompt); the answer is the rest of ids(prompt + answer + EOS).
+With a chat template: the prompt is ids(template(prompt) with a generation prompt); the answer is the rest of
+ids(template(prompt + answer)).
+If ids(prompt) is not a prefix of the whole (one token would span both), the prompt keeps its ids, the answer is tokenised
+alone, and the report counts the pair. (TRL 1.16 shortens the prompt instead, so that the model sees another prompt
+than at inference.)
 
-An answer of several turns is cut into pieces, each inside or outside the loss (turns.py). A cut is drawn as the line
-after the prompt is: by the ids of the text before it, or, where those are no prefix, by tokenising apart.
+An answer of several turns is split into pieces, each in the loss or not (turns.py). The split is found in the same way: by
+the ids of the text before it, or, if these are not a prefix, by tokenising each piece alone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from megadpo.config.problems import ConfigError, Problem
+from megadpo.config.bounded import OverLimit, bounded
+from megadpo.config.problems import ConfigError, DataError, Problem
 from megadpo.data.formats import Message, PreferencePair
 from megadpo.data.formats.read_pairs import OnBadRow
 from megadpo.data.pairs import LossMask, TokenIds, TokenizedPair
@@ -38,18 +40,19 @@ from megadpo.data.tokens.turns import (
     plain_pieces,
     prompt_messages,
 )
+from megadpo.files.jsonl import MAX_LINE_BYTES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_BATCH_PAIRS = 128  # pairs per tokenizer call: enough for its threads; it takes 70 kB a pair until it returns
+_BATCH_PAIRS = 128  # pairs per tokenizer call: enough for its threads; it needs 70 kB for each pair
 _RESERVED_KWARGS = ("tokenize", "add_generation_prompt", "continue_final_message", "chat_template", "conversation")
 _NO_TEMPLATE = "there is no chat template"
 
 
 @dataclass
 class _Texts:
-    """A pair as the tokenizer gets it: the prompt, and each answer as what follows the prompt."""
+    """The texts of a pair for the tokenizer: the prompt, and the pieces of each answer after it."""
 
     pair: PreferencePair
     prompt: str
@@ -57,8 +60,9 @@ class _Texts:
 
 
 class PairTokenizer:
-    """Turns pairs to token ids. Raises ConfigError at once for a tokenizer without EOS, an unusable chat template or
-    chat_template_kwargs that are not the user's to set."""
+    """Makes token ids of pairs. Its constructor raises ConfigError for a tokenizer without EOS, an unusable chat template
+    or chat_template_kwargs that can't be set; `encode` raises DataError for a template that takes too much time, memory
+    or text for a pair."""
 
     def __init__(
         self,
@@ -79,12 +83,12 @@ class PairTokenizer:
         added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         special = sorted({*tokenizer.all_special_tokens, *added}, key=lambda token: (-len(token), token))
         self._only_special = re.compile("(?:" + "|".join([*map(re.escape, special), r"\s"]) + ")*")
-        # Some tokenizers end every text with EOS of their own accord; that is no end of the prompt
+        # Some tokenizers add EOS to every text; it must not end the prompt
         self._suffix_tokens = 0 if self.chat_template is not None else _suffix_tokens(tokenizer)
 
     def encode(self, pairs: Sequence[PreferencePair], *, on_bad_row: OnBadRow = "refuse") -> Chunk:
-        """Token ids of all pairs, none cut, and the problems of those that no ids can be made of. With on_bad_row refuse
-        it stops after MOST_PROBLEMS problems."""
+        """Token ids of all pairs, of any length, and the problems of those that can't be tokenised. With on_bad_row
+        "refuse" it stops after MOST_PROBLEMS problems."""
         chunk = Chunk(places=[pair.place for pair in pairs])
         made: list[TokenizedPair] = []
         for start in range(0, len(pairs), _BATCH_PAIRS):
@@ -130,14 +134,17 @@ class PairTokenizer:
             return self._render(pair, messages, open_for_answer=open_for_answer)
 
         try:
-            opened = render(prompt, opens_answer(pair))
-            pieces = [
-                chat_pieces(render, prompt, opened, messages, other, self.loss_on)
-                for messages, other in (answers, answers[::-1])
-            ]
+            with bounded():
+                opened = render(prompt, opens_answer(pair))
+                pieces = [
+                    chat_pieces(render, prompt, opened, messages, other, self.loss_on)
+                    for messages, other in (answers, answers[::-1])
+                ]
         except RewrittenError as error:
             return _rewritten(pair, error)
-        except Exception as error:  # a template may raise anything
+        except OverLimit as error:  # not left out as a bad row: the next may cost as much
+            raise DataError(_over_limit(pair, error)) from error
+        except Exception as error:  # a template may raise any exception
             return _refused_by_template(pair, error)
         return _Texts(pair, opened, (pieces[0], pieces[1]))
 
@@ -146,7 +153,7 @@ class PairTokenizer:
         if not (isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str)):
             return Problem(
                 where=str(pair.place),
-                value="messages, and no chat template",
+                value="messages, but no chat template",
                 expected="plain strings, or a tokenizer with a chat template",
                 fix="set policy.tokenizer.chat_template, use an instruct model's tokenizer, or write strings",
             )
@@ -161,12 +168,12 @@ class PairTokenizer:
         return _Texts(pair, prompt, (answers[0], answers[1]))
 
     def _says_nothing(self, message: Message) -> bool:
-        """Whether an answer is special tokens and white space only, and calls no tool."""
+        """Whether an answer has only special tokens and white space, and calls no tool."""
         said = str(message.get("content", "")) + str(message.get("reasoning_content", ""))
         return not message.get("tool_calls") and self._only_special.fullmatch(said) is not None
 
     def _render(self, pair: PreferencePair, messages: list[Message], *, open_for_answer: bool) -> str:
-        """The conversation through the template. Raises whatever the template raises."""
+        """The text of the conversation. Raises what the template raises."""
         rendered = self.tokenizer.apply_chat_template(
             cast(Any, messages),
             tools=cast(Any, None if pair.tools is None else list(pair.tools)),
@@ -175,13 +182,14 @@ class PairTokenizer:
             chat_template=self.chat_template,
             **self.chat_template_kwargs,
         )
+        if len(rendered) > MAX_LINE_BYTES:
+            raise OverLimit(f"it writes more than {MAX_LINE_BYTES // 2**20} MiB")
         return cast(str, rendered)
 
     # Ids
 
     def _encode_batch(self, texts: list[_Texts], counts: Counter[str]) -> Iterator[TokenizedPair | Problem]:
-        """Each pair's ids, or what is wrong with them. Counts pairs with an answer whose first characters merge with
-        the prompt's last, or such a place inside an answer."""
+        """The ids of each pair, or what is wrong with them. Counts the pairs for which an answer was tokenised alone."""
         if not texts:
             return
         rows = [text.prompt for text in texts]
@@ -201,7 +209,7 @@ class PairTokenizer:
     def _answer(
         self, text: _Texts, number: int, prompt: TokenIds, whole: TokenIds
     ) -> tuple[TokenIds, LossMask | None, bool]:
-        """The answer's ids, which of them are in the loss (None: all), and whether some had to be made apart."""
+        """The answer's ids, which of them are in the loss (None: all), and whether its pieces were tokenised alone."""
         pieces = text.answers[number]
         before = [prompt]
         if len(pieces) > 1:
@@ -216,7 +224,7 @@ class PairTokenizer:
             ids = whole[len(prompt) :]
             lengths = np.diff([*(len(part) for part in before), len(whole)]).tolist()
         if self.chat_template is None and (len(ids) == 0 or ids[-1] != self.eos_token_id):
-            ids = np.append(ids, np.int32(self.eos_token_id))  # EOS whose text the tokenizer reads as something else
+            ids = np.append(ids, np.int32(self.eos_token_id))  # the tokenizer did not recognise the text of EOS
             lengths[-1] += 1
         if all(piece.in_loss for piece in pieces):
             return ids, None, apart
@@ -228,18 +236,18 @@ class PairTokenizer:
             add_special_tokens=special_tokens,
             return_attention_mask=False,
             return_token_type_ids=False,
-            verbose=False,  # a text over model_max_length is on_too_long's business
+            verbose=False,  # no warning for a text over model_max_length: on_too_long decides
         )["input_ids"]
         suffix = self._suffix_tokens if special_tokens else 0
         return [np.array(ids[: len(ids) - suffix], dtype=np.int32) for ids in encoded]
 
     def _check_kwargs(self, variables: frozenset[str]) -> None:
-        """Refuses what draws the line between prompt and answer, and what the template would not read."""
+        """Refuses kwargs by which prompt and answer are separated, and those that the template doesn't read."""
         problems = []
         for name, value in self.chat_template_kwargs.items():
             expected, fix = "a variable of the template", "correct the name, or remove it"
             if name in _RESERVED_KWARGS:
-                fix = "remove it: the line between prompt and answer is drawn with it"
+                fix = "remove it: it is used to separate prompt and answer"
             elif self.chat_template is None:
                 expected, fix = f"none, since {_NO_TEMPLATE}", "remove it, or set policy.tokenizer.chat_template"
             elif name in variables:
@@ -268,7 +276,7 @@ def _token_problem(pair: PreferencePair, tokenized: TokenizedPair) -> Problem | 
         return Problem(
             where=str(pair.place),
             value="a prompt without tokens",
-            expected="at least one token before the answers, which predicts their first",
+            expected="at least one token before the answers: it predicts their first token",
             fix="give the pair a prompt, or use a tokenizer that begins a text with BOS",
         )
     for name, tokens in (("chosen", tokenized.chosen_tokens), ("rejected", tokenized.rejected_tokens)):
@@ -277,14 +285,14 @@ def _token_problem(pair: PreferencePair, tokenized: TokenizedPair) -> Problem | 
                 where=str(pair.place),
                 value=f"a {name} answer without tokens after the chat template",
                 expected="a template that writes the answer after the prompt",
-                fix="mend policy.tokenizer.chat_template",
+                fix="correct policy.tokenizer.chat_template",
             )
     if np.array_equal(tokenized.chosen_ids, tokenized.rejected_ids):
         return Problem(
             where=str(pair.place),
             value="answers that differ as text, but not as tokens",
             expected="two different answers",
-            fix="remove the row: its answers differ only in what tokenizer or chat template drop, such as white space",
+            fix="remove the row: its answers differ only in text that tokenizer or chat template drop (white space?)",
         )
     for name, mask in (("chosen", tokenized.chosen_mask), ("rejected", tokenized.rejected_mask)):
         if mask is not None and not mask.any():
@@ -300,9 +308,9 @@ def _token_problem(pair: PreferencePair, tokenized: TokenizedPair) -> Problem | 
 def _rewritten(pair: PreferencePair, error: RewrittenError) -> Problem:
     return Problem(
         where=str(pair.place),
-        value=f"a chat template that writes {error.what} differently once more follows",
-        expected="what stands before a turn to be what the whole conversation begins with, as at inference",
-        fix="set policy.tokenizer.chat_template_kwargs (such as enable_thinking) or chat_template so that it is"
+        value=f"a chat template that writes {error.what} differently if more messages follow",
+        expected="a template whose text for the first messages does not depend on those that follow, as at inference",
+        fix="set policy.tokenizer.chat_template_kwargs (such as enable_thinking) or another chat_template"
         + ("" if error.what == "the prompt" else ", or set data.loss_on: last_turn"),
     )
 
@@ -312,7 +320,7 @@ def _nothing_in_loss(pair: PreferencePair, name: str, loss_on: LossOn) -> Proble
         where=str(pair.place),
         value=f"a {name} answer without anything in the loss with data.loss_on {loss_on}",
         expected="an assistant turn that differs from the other answer's, written by the chat template",
-        fix="set data.loss_on: last_turn or mend policy.tokenizer.chat_template, or remove the row",
+        fix="set data.loss_on: last_turn, or correct policy.tokenizer.chat_template, or remove the row",
     )
 
 
@@ -320,8 +328,17 @@ def _only_special_tokens(pair: PreferencePair, name: str) -> Problem:
     return Problem(
         where=str(pair.place),
         value=f"a {name} answer of only special tokens",
-        expected="an answer with text in it",
+        expected="an answer with text",
         fix="give the pair an answer, or remove the row",
+    )
+
+
+def _over_limit(pair: PreferencePair, error: OverLimit) -> Problem:
+    return Problem(
+        where=str(pair.place),
+        value=f"a chat template that is not done: {error}",
+        expected="a text after milliseconds",
+        fix="set policy.tokenizer.chat_template to one without such loops and repetitions, or remove the row",
     )
 
 
@@ -329,6 +346,6 @@ def _refused_by_template(pair: PreferencePair, error: Exception) -> Problem:
     return Problem(
         where=str(pair.place),
         value=f"messages that the chat template refuses: {error}",
-        expected="roles and an order of turns that the template takes",
+        expected="roles and an order of turns that the template accepts",
         fix="change the row's messages, or set policy.tokenizer.chat_template",
     )

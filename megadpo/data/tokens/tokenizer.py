@@ -1,36 +1,41 @@
-"""The tokenizer as this system needs it: loaded, with an EOS, and with a settled chat template.
+"""Loads a tokenizer with EOS, and finds its chat template.
 
-transformers is imported when a tokenizer is loaded, not before.
+transformers is imported only when a tokenizer is loaded.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megadpo.config.problems import ConfigError, Problem, first_line
+from megadpo.config.regular_files import require_regular_files
+from megadpo.files.regular import read_at_most
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MOST_TEMPLATE_BYTES = 2**20
 OWN_TEMPLATE = "default"
 """`policy.tokenizer.chat_template: default`: the tokenizer's own template, or plain text if it has none."""
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face folder or hub name. Raises ConfigError if there is none or it has no EOS."""
+    """The tokenizer of a Hugging Face folder or hub name. Raises ConfigError if it can't be loaded or has no EOS."""
     from transformers import AutoTokenizer
 
+    require_regular_files(Path(name_or_path), "policy.tokenizer.name")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)  # unsaid, it asks "[y/N]"
-    except Exception as error:  # transformers raises anything here: OSError, ValueError, KeyError, bare Exception
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)  # None would ask "[y/N]"
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, plain Exception
         raise ConfigError(
             Problem(
                 where="policy.tokenizer.name",
                 value=name_or_path,
                 expected=f"a folder or hub name with a tokenizer (transformers says: {first_line(error)})",
-                fix="name a folder that holds tokenizer.json or tokenizer_config.json; "
-                "without a network a hub name must be in the cache already",
+                fix="name a folder with tokenizer.json or tokenizer_config.json; "
+                "without a network, a hub name must be in the cache already",
             )
         ) from error
     require_eos(tokenizer)
@@ -38,7 +43,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 
 
 def require_eos(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the end-of-sequence token, which ends every plain-text answer. Raises ConfigError without one."""
+    """The id of the end-of-sequence token, which ends every plain-text answer. Raises ConfigError if there is none."""
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             Problem(
@@ -52,15 +57,26 @@ def require_eos(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that fills up a pack: the tokenizer's own, else EOS. Nothing is ever learned from it, or read off it."""
+    """The id of padding: the tokenizer's own, else EOS. It never influences loss or gradients."""
     return require_eos(tokenizer) if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
 
-def resolve_chat_template(tokenizer: PreTrainedTokenizerBase, setting: str | None) -> str | None:
-    """The jinja text that `policy.tokenizer.chat_template` means, or None for plain text.
+def backend_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
+    """The tokenizers library's description of all that this tokenizer does; None if it doesn't use that library."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    state: dict[str, Any] = json.loads(backend.to_str())
+    state.pop("truncation", None)  # each call of the tokenizer sets these two
+    state.pop("padding", None)
+    return state
 
-    `setting`, as in NeMo RL: "default" is the tokenizer's own template (None if it has none); None is no template;
-    a name ending in .jinja is a file with one; anything else is the template itself. Raises ConfigError.
+
+def resolve_chat_template(tokenizer: PreTrainedTokenizerBase, setting: str | None) -> str | None:
+    """The Jinja text for the setting `policy.tokenizer.chat_template`, or None for plain text.
+
+    As in NeMo RL: "default" is the tokenizer's own template (None if it has none); None is no template; a name ending in
+    .jinja is a template file; anything else is the template itself. Raises ConfigError.
     """
     if setting is None:
         return None
@@ -68,14 +84,14 @@ def resolve_chat_template(tokenizer: PreTrainedTokenizerBase, setting: str | Non
         own = tokenizer.chat_template
         if own is None or isinstance(own, str):
             return own
-        if OWN_TEMPLATE in own:  # several named templates, as transformers keeps them
+        if OWN_TEMPLATE in own:  # transformers allows several named templates
             return str(own[OWN_TEMPLATE])
         raise ConfigError(
-            _template_problem(f"the tokenizer's templates {sorted(own)}", "one of them to be named default")
+            _template_problem(f"the tokenizer's templates {sorted(own)}", "one of them with the name default")
         )
     if setting.endswith(".jinja"):
         try:
-            return Path(setting).read_text(encoding="utf-8")
+            return read_at_most(Path(setting), MOST_TEMPLATE_BYTES).decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(_template_problem(setting, f"a template file ({first_line(error)})")) from error
     if "{" not in setting:
@@ -84,16 +100,16 @@ def resolve_chat_template(tokenizer: PreTrainedTokenizerBase, setting: str | Non
 
 
 def template_variables(template: str) -> frozenset[str]:
-    """The names that a chat template reads. Raises ConfigError for text that is no Jinja template."""
+    """The variables that a chat template reads. Raises ConfigError for text that isn't a Jinja template."""
     import jinja2
     from jinja2 import nodes
     from jinja2.ext import Extension
     from jinja2.parser import Parser
 
     class Generation(Extension):
-        """transformers' `{% generation %}` around what the assistant said."""
+        """transformers' `{% generation %}`, which marks the assistant's text."""
 
-        tags = {"generation"}  # noqa: RUF012  as the base class declares it
+        tags = {"generation"}  # noqa: RUF012  declared like this in the base class
 
         def parse(self, parser: Parser) -> list[nodes.Node]:
             next(parser.stream)
@@ -102,8 +118,11 @@ def template_variables(template: str) -> frozenset[str]:
     try:
         parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", Generation]).parse(template)
     except jinja2.TemplateSyntaxError as error:
-        said = f"{error.message} (line {error.lineno} of the template)"
-        raise ConfigError(_template_problem(template, f"a Jinja template; Jinja says: {said}")) from error
+        reason = f"{error.message} (line {error.lineno} of the template)"
+        raise ConfigError(_template_problem(template, f"a Jinja template; Jinja says: {reason}")) from error
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number with thousands of digits
+        reason = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
+        raise ConfigError(_template_problem(template, f"a Jinja template; Jinja says: {reason}")) from error
     return frozenset(name.name for name in parsed.find_all(nodes.Name) if name.ctx == "load")
 
 
@@ -112,5 +131,5 @@ def _template_problem(value: str, expected: str) -> Problem:
         where="policy.tokenizer.chat_template",
         value=value,
         expected=expected,
-        fix="say default for the tokenizer's own template, null for plain text, or give a template",
+        fix="set default for the tokenizer's own template, null for plain text, or give a template",
     )

@@ -1,7 +1,8 @@
-"""Which parts of an answer are in the loss (`data.loss_on`), as pieces of its text.
+"""Splits an answer into pieces that are in the loss or not (`data.loss_on`).
 
-last_turn: the assistant's last turn, as NeMo RL. differing_turns: every assistant turn but those that the other answer
-has too, at the same place. Turns of users and tools, and what a template writes between turns, are never in the loss.
+last_turn: the assistant's last turn is in the loss, as in NeMo RL. differing_turns: every assistant turn, except those
+that the other answer also has at the same place. Turns of users and tools, and a template's text between turns, are never
+in the loss.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ from megadpo.data.formats.transcript import ASSISTANT, messages_of, turns_of
 LossOn = Literal["last_turn", "differing_turns"]
 
 Render = Callable[[list[Message], bool], str]
-"""(messages, open for the assistant's answer) -> text."""
+"""(messages, whether to add a generation prompt) -> text."""
 
 
 class TurnPiece(NamedTuple):
-    """A stretch of an answer's text."""
+    """A part of an answer's text."""
 
     text: str
     in_loss: bool
 
 
 class RewrittenError(Exception):
-    """A template that writes something differently once more follows, so that no line can be drawn after it."""
+    """The template writes `what` differently if more messages follow, so the end of `what` can't be found."""
 
     def __init__(self, what: str) -> None:
         super().__init__(what)
@@ -34,8 +35,8 @@ class RewrittenError(Exception):
 
 
 def opens_answer(pair: PreferencePair) -> bool:
-    """Whether both answers begin with the assistant's words, so that the prompt ends by asking for them. They do not
-    where two conversations part at a user's turn."""
+    """Whether both answers begin with the assistant's text, so that the prompt needs a generation prompt. False if two
+    conversations begin to differ at a user's turn."""
     if pair.is_transcript:
         return str(pair.prompt).endswith(ASSISTANT)
     return all(isinstance(text, str) or text[0]["role"] == "assistant" for text in (pair.chosen, pair.rejected))
@@ -58,7 +59,7 @@ def answer_messages(pair: PreferencePair, answer: Text) -> list[Message]:
 
 
 def plain_pieces(pair: PreferencePair, answer: str, other: str, loss_on: LossOn) -> list[TurnPiece]:
-    """The pieces of an answer in plain text: one, unless it is a transcript of several turns."""
+    """The pieces of a plain-text answer. Only a transcript of several turns has more than one."""
     if not pair.is_transcript:
         return [TurnPiece(answer, True)]
     inside = opens_answer(pair)
@@ -81,10 +82,10 @@ def chat_pieces(
     other: list[Message],
     loss_on: LossOn,
 ) -> list[TurnPiece]:
-    """The pieces of an answer as the chat template writes it after the text `opened` of its prompt.
+    """The pieces of an answer, in the chat template's text after the prompt. `opened`: the prompt with generation prompt.
 
-    A turn in the loss begins where the template, asked for an answer to what stands before, stops; it ends with what
-    the template writes after it. Raises RewrittenError where these are not what the whole text has there."""
+    A turn in the loss begins after the generation prompt for the messages before it, and ends with the template's text
+    after it. Raises RewrittenError if the text of the whole conversation differs there."""
     whole = render(prompt + answer, False)
     if not whole.startswith(opened):
         raise RewrittenError("the prompt")
@@ -101,7 +102,7 @@ def chat_pieces(
         end = whole if is_last else render(prompt + answer[: number + 1], False)
         if not (whole.startswith(start) and whole.startswith(end)):
             raise RewrittenError(f"the first {len(prompt) + number + 1} messages")
-        # a turn of the assistant right after another: what opens it can't be told from the end of the other's
+        # if one assistant turn follows another, the first one's end may include the second one's opening
         first = max(len(start), position)
         pieces += [TurnPiece(whole[position:first], False), TurnPiece(whole[first : len(end)], True)]
         position = len(end)
@@ -110,7 +111,7 @@ def chat_pieces(
 
 
 def _counted(turns: Sequence[Any], others: Sequence[Any], roles: list[str], loss_on: LossOn) -> list[bool]:
-    """For each turn whether it is in the loss."""
+    """Whether each turn is in the loss."""
     if loss_on == "last_turn":
         return [number == len(turns) - 1 for number in range(len(turns))]
     return [
@@ -120,7 +121,7 @@ def _counted(turns: Sequence[Any], others: Sequence[Any], roles: list[str], loss
 
 
 def _joined(pieces: list[TurnPiece]) -> list[TurnPiece]:
-    """The same text in as few pieces as it can be: neighbours alike joined, empty ones left out."""
+    """Joins neighbouring pieces of the same kind, and removes empty pieces."""
     joined: list[TurnPiece] = []
     for piece in pieces:
         if joined and joined[-1].in_loss == piece.in_loss:

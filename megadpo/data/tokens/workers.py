@@ -1,4 +1,4 @@
-"""A function over chunks of data, in several processes, with the results in order."""
+"""Maps a function over chunks of data in several processes; results come in order."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Given = TypeVar("Given")
 Made = TypeVar("Made")
 
 _AHEAD = 3
-"""Chunks in the works for each process: none has to wait, and memory stays small."""
+"""Chunks submitted for each process. Enough that none waits; few enough that memory stays small."""
 
-_function: Callable[[Any], Any] | None = None  # of a worker process, which has one for all its life
+_function: Callable[[Any], Any] | None = None  # set once in each worker process
 
 
 def usable_cores() -> int:
@@ -31,11 +31,11 @@ def usable_cores() -> int:
 def ordered_map(
     function: Callable[[Given], Made], chunks: Iterator[Given], *, num_workers: int, alone: int
 ) -> Iterator[Made]:
-    """function(chunk) for each chunk, in order. The first `alone` chunks, and all with num_workers 1, in this process;
-    the others in `num_workers` processes, started only if there are others.
+    """function(chunk) for each chunk, in order. This process computes the first `alone` chunks, or all if num_workers is
+    1. `num_workers` other processes compute the rest; they are started only if there is a rest.
 
-    `function` is pickled once a process. Exceptions of `function` and `chunks` are raised where their result would have
-    come. Raises ConfigError if a process dies.
+    `function` is pickled once for each process. Exceptions of `function` and `chunks` are raised in place of their
+    result. Raises ConfigError if a process dies.
     """
     if num_workers < 1:
         raise ValueError(f"num_workers must be at least 1, got {num_workers}")
@@ -48,10 +48,10 @@ def ordered_map(
 
 
 def _in_processes(function: Callable[[Given], Made], chunks: Iterator[Given], num_workers: int) -> Iterator[Made]:
-    # Not forked from this process, which may hold CUDA and threads, but from a clean one that has done the imports
+    # Forked from a clean process that has done the imports, because this one may have CUDA and threads
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "transformers", type(function).__module__])
-    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_become, initargs=(function,))
+    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker, initargs=(function,))
     try:
         pending: deque[Future[Made]] = deque()
         for chunk in chunks:
@@ -65,7 +65,7 @@ def _in_processes(function: Callable[[Given], Made], chunks: Iterator[Given], nu
             Problem(
                 where="data.num_tokenize_workers",
                 value=num_workers,
-                expected="processes that live until the data is tokenised; one of them died (killed for memory?)",
+                expected="processes that live until the data is tokenised; one of them died (out of memory?)",
                 fix="set it lower, or give the machine more memory",
             )
         ) from error
@@ -73,15 +73,15 @@ def _in_processes(function: Callable[[Given], Made], chunks: Iterator[Given], nu
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _become(function: Callable[[Any], Any]) -> None:
+def _start_worker(function: Callable[[Any], Any]) -> None:
     global _function
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for every core already
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core already has a process
     _function = function
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A worker waits for work for ever otherwise, if what started it is killed."""
+    """Ends this worker if the process that started it is killed. Otherwise it would wait for work for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

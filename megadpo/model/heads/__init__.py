@@ -66,7 +66,7 @@ def combine_shards(parts: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch
 
 
 def sum_per_answer(token_logps: torch.Tensor, answer_tokens: torch.Tensor) -> torch.Tensor:
-    """token_logps [A] in answer order, answer_tokens [2P] int64 with sum A -> [2P] sums of the same dtype, in a fixed order
+    """token_logps [A] in answer order, answer_tokens [K] int64 with sum A -> [K] sums of the same dtype, in a fixed order
     of addition (an index_add would make a resumed GPU run differ in the last bits). Added up in float64: on a CPU the
     kernel adds one token after the other, and in float32 an answer of 32,768 tokens would be 0.03 nats off."""
     if answer_tokens.numel() == 0:

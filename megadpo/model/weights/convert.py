@@ -122,7 +122,7 @@ def import_hf(hf: str | Path, megatron: str | Path, dtype: torch.dtype | None = 
     is needed.
     Raises ConfigError with every problem of the folder, or where `megatron` exists and isn't empty.
     """
-    table = weight_table(read_architecture(hf, "--hf"))
+    table = weight_table(read_architecture(hf, "HF_FOLDER"))
     weights = HfWeights.open(hf, table)
     problems = weights.problems(table) + linked_out(hf) + _target_problems(megatron)
     if problems:
@@ -133,8 +133,11 @@ def import_hf(hf: str | Path, megatron: str | Path, dtype: torch.dtype | None = 
         write_info(folder, dtype or weights.dtype(table.entries[0].hf), step=0)
 
 
-def export_hf(megatron: str | Path, hf: str | Path, max_file_bytes: int = MAX_FILE_BYTES) -> None:
-    """Write the Megatron checkpoint folder `megatron` as a Hugging Face folder `hf`, every tensor bit for bit.
+def export_hf(
+    megatron: str | Path, hf: str | Path, max_file_bytes: int = MAX_FILE_BYTES, *, dtype: torch.dtype | None = None
+) -> None:
+    """Write the Megatron checkpoint folder `megatron` as a Hugging Face folder `hf`, every tensor bit for bit, or rounded
+    to `dtype`.
 
     Weights go to model.safetensors, or to files of at most `max_file_bytes` and an index; tied embeddings are written
     once. Memory: one Megatron tensor, and one saved shard of it twice. Collectives: none, and no world is needed.
@@ -143,7 +146,7 @@ def export_hf(megatron: str | Path, hf: str | Path, max_file_bytes: int = MAX_FI
     megatron = Path(megatron)
     problems = _target_problems(hf)
     if not is_megatron_folder(megatron):
-        fix = "give a folder that tools/hf_to_megatron.py or a training run has finished writing"
+        fix = "give a folder that megadpo import or a training run has finished writing"
         steps = [folder for folder in megatron.glob("step_*") if is_megatron_folder(folder)]
         if steps:
             fix = f"name one of the checkpoints in it, such as {max(steps, key=lambda one: (len(one.name), one.name))}"
@@ -155,7 +158,7 @@ def export_hf(megatron: str | Path, hf: str | Path, max_file_bytes: int = MAX_FI
         LOG.warning(no_manifest(megatron))
     elif not_whole := damages(megatron, manifest, blocks_with((), megatron, manifest)):
         raise ConfigError(not_whole)
-    table = weight_table(read_architecture(megatron / HF_FOLDER, "--megatron"))
+    table = weight_table(read_architecture(megatron / HF_FOLDER, "RUN"))
     stored = DistFolder(megatron / MODEL_FOLDER)
     regions = stored.find(table.entries)
     if manifest is not None:
@@ -163,12 +166,15 @@ def export_hf(megatron: str | Path, hf: str | Path, max_file_bytes: int = MAX_FI
         if not_whole := damages(megatron, manifest, {n: b for n, b in blocks.items() if n.endswith(TENSOR_SUFFIX)}):
             raise ConfigError(not_whole)
     specs = [
-        TensorSpec(name, shape, region.dtype)
+        TensorSpec(name, shape, dtype or region.dtype)
         for entry, region in zip(table.entries, regions, strict=True)
         for name, shape in zip(entry.hf, entry.shapes, strict=True)
     ]
     with _written_aside(hf) as folder:
-        tensors = (to_hf(entry, stored.read(region)) for entry, region in zip(table.entries, regions, strict=True))
+        tensors = (
+            to_hf(entry, stored.read(region).to(dtype or region.dtype))
+            for entry, region in zip(table.entries, regions, strict=True)
+        )
         write_hf_weights(folder, specs, tensors, max_file_bytes)
         copy_hf_files(megatron / HF_FOLDER, folder)
         _correct_dtype(folder / "config.json", specs)

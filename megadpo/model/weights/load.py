@@ -13,7 +13,6 @@ from megadpo.config.grid import Grid
 from megadpo.config.problems import ConfigError
 from megadpo.families.weight_table import MEGATRON_LAYER, WeightEntry, WeightTable, weight_table
 from megadpo.model.weights.hf_folder import HfWeights, Sliceable
-from megadpo.parallel import ParallelContext
 
 _LAYER_NAME = re.compile(re.escape(MEGATRON_LAYER).replace(r"\{i\}", r"(\d+)") + "(.*)")
 _EXPERT_NAME = re.compile(r"(mlp\.experts\.(?:local_experts\.|linear_fc[12]\.weight))(\d+)(.*)")
@@ -36,20 +35,6 @@ def to_hf(entry: WeightEntry, full: torch.Tensor) -> dict[str, torch.Tensor]:
         parts[rectangle.source].append(full[rectangle.shard_index])
     tensors = (part[0] if len(part) == 1 else torch.cat(part) for part in parts)
     return dict(zip(entry.hf, tensors, strict=True))
-
-
-def place_of(parallel: ParallelContext) -> Grid:
-    """This rank's place in the grid of ranks."""
-    layout = parallel.layout
-    return Grid(
-        tensor=layout.tensor,
-        context=layout.context,
-        data=parallel.dp_size,
-        pipeline=layout.pipeline,
-        expert=layout.expert,
-        expert_tensor=layout.expert_tensor,
-        rank=parallel.rank,
-    )
 
 
 def load_hf_weights(

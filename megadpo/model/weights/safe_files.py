@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megadpo.config.problems import ConfigError, Problem
 
 METADATA_FILE = ".metadata"
-FIX = "use a folder that tools/hf_to_megatron.py or a training run has finished writing"
+FIX = "use a folder that megadpo import or a training run has finished writing"
 _DCP = "torch.distributed.checkpoint"
 _MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
 _METADATA_CLASSES = {

@@ -1,4 +1,4 @@
-"""AdamW, by torch or by Transformer Engine's FusedAdam: which of the two, and how megatron-core is made to take it."""
+"""AdamW: chooses torch's or Transformer Engine's FusedAdam, and makes megatron-core use it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _OPT = "policy.megatron_cfg.optimizer"
 @OPTIMIZERS.add("adam")
 @dataclass(frozen=True, kw_only=True)
 class Adam:
-    """AdamW: weight decay apart from the gradient (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101)."""
+    """AdamW: weight decay is separate from the gradient (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101)."""
 
     adam_beta1: Proportion = 0.9
     """Decay of Adam's first moment."""
@@ -35,20 +35,20 @@ class Adam:
     adam_eps: PositiveFloat = 1e-8
     """Added to the root of Adam's second moment."""
     adam_impl: Literal["auto", "transformer_engine", "torch"] = "auto"
-    """Whose AdamW: Transformer Engine's FusedAdam or torch's. auto: FusedAdam on CUDA where it can be imported. A run
-    resumes with the one that it was saved with."""
+    """The implementation: Transformer Engine's FusedAdam, or torch's. auto: FusedAdam on CUDA if it can be imported. A run
+    must resume with the one that saved it."""
     use_precision_aware_optimizer: bool = False
-    """Moments in the dtypes below and no second copy of what bfloat16 weights hold: Transformer Engine's FusedAdam, on
-    CUDA only, with the distributed optimizer."""
+    """Moments in the dtypes below, and float32 weights stored as bfloat16 weights plus the missing bits. It is Transformer
+    Engine's FusedAdam, on CUDA only, with the distributed optimizer."""
     exp_avg_dtype: Precision = "float32"
-    """Dtype of Adam's first moment; other than float32 with use_precision_aware_optimizer only."""
+    """Dtype of Adam's first moment. Only use_precision_aware_optimizer allows another one than float32."""
     exp_avg_sq_dtype: Precision = "float32"
-    """Dtype of Adam's second moment, likewise."""
+    """Dtype of Adam's second moment, with the same condition."""
     optimizer_cpu_offload: bool = False
     """Keep and update part of the optimizer state on the CPU (megatron-core's HybridDeviceOptimizer), on CUDA only, with
     use_precision_aware_optimizer."""
     optimizer_offload_fraction: Annotated[float, Range(ge=0, le=1)] = 0.0
-    """Share of this rank's state that optimizer_cpu_offload moves."""
+    """Share of this rank's state that optimizer_cpu_offload moves to the CPU."""
     overlap_cpu_optimizer_d2h_h2d: bool = False
     """With optimizer_cpu_offload: copy while the CPU updates."""
 
@@ -59,12 +59,12 @@ class Adam:
 
     @property
     def copied_bytes(self) -> int:
-        """Bytes that FusedAdam copies for each parameter while it updates a slice: float32 of every bfloat16 moment."""
+        """Bytes per parameter that FusedAdam copies while it updates a slice: each bfloat16 moment as float32."""
         return sum(4 for name in (self.exp_avg_dtype, self.exp_avg_sq_dtype) if name == "bfloat16")
 
     @property
     def needs_fused(self) -> bool:
-        """Whether only FusedAdam will do."""
+        """Whether torch's AdamW can't be used."""
         return self.use_precision_aware_optimizer and not self.optimizer_cpu_offload
 
     def settings(self) -> dict[str, Any]:
@@ -82,20 +82,20 @@ class Adam:
         }
 
     def choose(self, device_type: str) -> tuple[AdamName, str]:
-        """Whose AdamW on this machine, and why. What is impossible has been refused by then (`problems`)."""
+        """The implementation on this machine, and why. `problems` has refused impossible choices before."""
         if self.adam_impl != "auto":
-            return self.adam_impl, f"asked for by {_OPT}.adam_impl"
+            return self.adam_impl, f"set by {_OPT}.adam_impl"
         if device_type != "cuda":
             return "torch", "no CUDA device"
         missing = device_room.why_missing("transformer_engine")
         return ("torch", missing) if missing else ("transformer_engine", "CUDA, Transformer Engine installed")
 
     def install(self, device_type: str) -> None:
-        """Make megatron-core build, save and load the chosen AdamW, for the rest of the process."""
+        """Makes megatron-core build, save and load the chosen AdamW in this process."""
         use_adam(self.choose(device_type)[0], self.copied_bytes)
 
     def problems(self, known: Known) -> Iterator[Problem]:
-        """What must hold between these options, the rest of the config, and the machine."""
+        """What is wrong between these options, the rest of the config, and the machine."""
         yield from self._precision_aware(known)
         yield from self._state()
         on_cpu = known.cfg.policy.device == "cpu"
@@ -103,7 +103,7 @@ class Adam:
             yield Problem(f"{_OPT}.adam_impl", self.adam_impl, "torch or auto on policy.device cpu", "set it to auto")
         if self.adam_impl == "torch" and self.needs_fused:
             fix = f"set it to auto, or {_OPT}.use_precision_aware_optimizer: false"
-            expected = "transformer_engine or auto with use_precision_aware_optimizer, which is its FusedAdam"
+            expected = "transformer_engine or auto: use_precision_aware_optimizer is part of its FusedAdam"
             yield Problem(f"{_OPT}.adam_impl", "torch", expected, fix)
         if known.machine is not None:
             yield from self._lacking(known.machine)
@@ -117,10 +117,10 @@ class Adam:
             yield Problem(f"{_OPT}.adam_impl", self.adam_impl, expected, f"set it to auto, or {INSTALL}")
         where = f"{_OPT}.use_precision_aware_optimizer"
         if self.use_precision_aware_optimizer and not has_cuda:
-            yield Problem(where, True, "false on a machine without CUDA: its kernels are CUDA's", "set it to false")
+            yield Problem(where, True, "false on a machine without CUDA, which its kernels need", "set it to false")
         elif self.needs_fused and lacks is not None:
             yield Problem(
-                where, True, "false without Transformer Engine, whose FusedAdam it is", f"{INSTALL}, or set it to false"
+                where, True, "false without Transformer Engine: it needs FusedAdam", f"{INSTALL}, or set it to false"
             )
 
     def _precision_aware(self, known: Known) -> Iterator[Problem]:
@@ -129,11 +129,11 @@ class Adam:
         cfg, distributed = known.cfg, f"{_OPT}.use_distributed_optimizer"
         saves = cfg.checkpointing.enabled and cfg.checkpointing.save_optimizer
         is_distributed = cfg.policy.megatron_cfg.optimizer.use_distributed_optimizer
-        unproved = "false while checkpoints save the optimizer: that this state resumes is not proved yet"
+        untested = "false while checkpoints save the optimizer: resuming from this state has not been tested"
         for broken, expected, other in (
             (not is_distributed, f"false unless {distributed} is true", f"{distributed}: true"),
-            (cfg.policy.device == "cpu", "false on policy.device cpu: its kernels are CUDA's", "policy.device: cuda"),
-            (saves, unproved, "checkpointing.save_optimizer: false"),
+            (cfg.policy.device == "cpu", "false on policy.device cpu: its kernels need CUDA", "policy.device: cuda"),
+            (saves, untested, "checkpointing.save_optimizer: false"),
         ):
             if broken:
                 fix = f"set it to false, or {other}"
@@ -145,10 +145,10 @@ class Adam:
         for name, dtype in moments.items():
             if not aware and dtype != "float32":
                 fix = f"set it to float32, or {_OPT}.use_precision_aware_optimizer: true"
-                yield Problem(f"{_OPT}.{name}", dtype, "float32 without the precision-aware one", fix)
+                yield Problem(f"{_OPT}.{name}", dtype, "float32 without use_precision_aware_optimizer", fix)
         if offload and not aware:
             fix = f"set it to false, or {_OPT}.use_precision_aware_optimizer: true"
-            expected = "false without use_precision_aware_optimizer, whose code it shares in megatron-core"
+            expected = "false without use_precision_aware_optimizer: megatron-core implements it only there"
             yield Problem(f"{_OPT}.optimizer_cpu_offload", True, expected, fix)
         fraction = self.optimizer_offload_fraction
         if offload != (fraction > 0):
@@ -162,12 +162,10 @@ class Adam:
 
 
 def use_adam(name: AdamName, copied_bytes: int = 0) -> None:
-    """Make megatron-core build, save and load this AdamW, for the rest of the process.
+    """Makes megatron-core build, save and load this AdamW in this process. copied_bytes: as in `in_slices`.
 
-    copied_bytes: as in `in_slices`.
-
-    It decides at import by what is installed, in two modules: which class it builds (optimizer/__init__.py:12-34 and
-    :359), and where the step count stands in the state: in each parameter's state (torch) or in each group (FusedAdam)
+    megatron-core decides at import, by what is installed, in two modules: which class it builds (optimizer/__init__.py:
+    12-34 and :359), and whether the step count is in each parameter's state (torch) or in each group (FusedAdam)
     (distrib_optimizer.py:24-40, :640-690 and :815-845).
     """
     from megatron.core import optimizer as mcore_optimizer
@@ -188,7 +186,7 @@ def use_adam(name: AdamName, copied_bytes: int = 0) -> None:
 
 
 def adam_name(inner: torch.optim.Optimizer) -> str:
-    """In words for the banner."""
+    """The class and its owner, for the banner."""
     module = type(inner).__module__
     owner = "Transformer Engine" if module.startswith("transformer_engine") else module.split(".")[0]
     return f"{type(inner).__name__} of {owner}"

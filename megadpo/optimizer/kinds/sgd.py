@@ -20,7 +20,7 @@ class Sgd:
     """megatron-core's SGD."""
 
     sgd_momentum: Proportion = 0.9
-    """With optimizer sgd."""
+    """Momentum of SGD."""
 
     @property
     def state_bytes(self) -> int:
@@ -35,7 +35,7 @@ class Sgd:
         """Nothing to choose."""
 
     def problems(self, known: Known) -> Iterator[Problem]:
-        """What must hold between this optimizer and the rest of the config."""
+        """What is wrong between this optimizer and the rest of the config."""
         if known.cfg.policy.megatron_cfg.optimizer.use_distributed_optimizer:
             expected = f"false with {_OPT}.optimizer sgd: megatron-core shards Adam's state only"
             fix = f"set it to false, or {_OPT}.optimizer: adam"

@@ -1,1 +1,1 @@
-"""Where metrics go: one file a logger. metrics.jsonl is always written, the others where the config asks."""
+"""Loggers of metrics, one file each. metrics.jsonl is always written; the config enables the others."""

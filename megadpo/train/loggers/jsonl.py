@@ -1,7 +1,7 @@
-"""metrics.jsonl, which every run writes; a resumed run keeps what it does again in a file beside it.
+"""metrics.jsonl, which every run writes.
 
-<log_dir>/metrics.jsonl                          one JSON object per call of `log`
-<log_dir>/metrics.superseded-<UTC time>.jsonl    lines that a resumed run does again (see `set_aside_later_lines`)
+<log_dir>/metrics.jsonl                          one JSON object for each call of `log`
+<log_dir>/metrics.superseded-<UTC time>.jsonl    lines of steps that a resumed run repeats (see `move_later_lines`)
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from datetime import datetime, timezone
+from itertools import chain, count
 from pathlib import Path
 
 from megadpo.files.atomic import write_then_rename
@@ -19,32 +20,33 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class JsonLines:
-    """metrics.jsonl: {"step": 12, "epoch": 0, "train/loss": 0.69, ...} per line, in the file before `log` returns."""
+    """metrics.jsonl: lines {"step": 12, "epoch": 0, "train/loss": 0.69, ...}. `log` returns after the line is written."""
 
     def __init__(self, path: Path, *, resumed_step: int) -> None:
-        set_aside_later_lines(path, resumed_step=resumed_step)
-        # Unbuffered: a line that was logged survives the process, and a full disk is noticed at its own line.
+        self.superseded = move_later_lines(path, resumed_step=resumed_step)
+        """The file that lines of an earlier run were moved to, or None."""
+        # Unbuffered: a logged line survives the end of the process, and a full disk raises at once
         self._file = path.open("ab", buffering=0)
 
     def log(self, step: int, metrics: Mapping[str, Number]) -> None:
-        # JSON has no nan and no infinity: null keeps the file readable for every parser.
+        # JSON has no nan and no infinity; null can be read by every parser
         finite = {n: None if v is None or not math.isfinite(v) else v for n, v in metrics.items()}
         rest = memoryview(json.dumps({"step": step, **finite}, allow_nan=False).encode() + b"\n")
-        while rest:  # a raw write may stop short on a nearly full disk; the next one then raises
+        while rest:  # on a nearly full disk a raw write may write only a part; then the next one raises
             rest = rest[self._file.write(rest) :]
 
     def close(self, exit_code: int) -> None:
         self._file.close()
 
 
-def set_aside_later_lines(path: Path, *, resumed_step: int) -> Path | None:
-    """Move the lines of steps after `resumed_step` (0: all lines) from a metrics.jsonl into a file beside it.
+def move_later_lines(path: Path, *, resumed_step: int) -> Path | None:
+    """Moves the lines of steps after `resumed_step` (0: all lines) from metrics.jsonl to a second file.
 
-    They are there when a run was killed after its last checkpoint: the resumed run does those steps again. A line that
-    is not a JSON object with a step, such as a last one cut short, is moved too. Both files are written aside and
-    renamed, the moved lines first, so that no moment exists at which a line is in neither.
+    Such lines exist if a run was killed after its last checkpoint; the resumed run repeats these steps. Lines that are not
+    a JSON object with a step, such as a truncated last line, are moved too. Both files are written under another name and
+    renamed, the moved lines first, so every line is in one of the files at any time.
 
-    Returns the file with the moved lines; None, and nothing is touched, where there are none. Raises OSError.
+    Returns the file with the moved lines; None if there are none. Raises OSError.
     """
     if not path.exists():
         return None
@@ -52,13 +54,13 @@ def set_aside_later_lines(path: Path, *, resumed_step: int) -> Path | None:
     is_kept = [_is_kept(line, resumed_step) for line in lines]
     kept = [line for line, keep in zip(lines, is_kept, strict=True) if keep]
     moved = [line for line, keep in zip(lines, is_kept, strict=True) if not keep]
-    aside = None
+    superseded = None
     if moved:
-        aside = _unused_path(path)
-        _write_whole(aside, moved)
+        superseded = _unused_path(path)
+        _write_whole(superseded, moved)
     if moved or (kept and not kept[-1].endswith(b"\n")):
         _write_whole(path, kept)
-    return aside
+    return superseded
 
 
 def _is_kept(line: bytes, resumed_step: int) -> bool:
@@ -73,18 +75,14 @@ def _is_kept(line: bytes, resumed_step: int) -> bool:
 
 
 def _unused_path(path: Path) -> Path:
-    """metrics.superseded-20260131T235959Z.jsonl, with -2, -3, ... where that exists."""
+    """metrics.superseded-20260131T235959Z.jsonl, with -2, -3, ... if that exists."""
     now = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
-    number = 1
-    while True:
-        suffix = "" if number == 1 else f"-{number}"
-        candidate = path.with_name(f"{path.stem}.superseded-{now}{suffix}{path.suffix}")
-        if not candidate.exists():
-            return candidate
-        number += 1
+    suffixes = chain([""], (f"-{number}" for number in count(2)))
+    names = (path.with_name(f"{path.stem}.superseded-{now}{suffix}{path.suffix}") for suffix in suffixes)
+    return next(name for name in names if not name.exists())
 
 
 def _write_whole(path: Path, lines: list[bytes]) -> None:
-    """The file holds all lines or is as it was; each line ends with a newline."""
+    """Replaces the file by these lines; each gets a newline at its end."""
     with write_then_rename(path) as partial:
         partial.write_bytes(b"".join(line if line.endswith(b"\n") else line + b"\n" for line in lines))

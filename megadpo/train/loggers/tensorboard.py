@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megadpo.config.types import Text
+from megadpo.config.types import PathText
 from megadpo.config.variants import LOGGERS
 from megadpo.train.loggers.base import LoggedRun, Logger, Number
 
@@ -13,10 +13,10 @@ from megadpo.train.loggers.base import LoggedRun, Logger, Number
 @LOGGERS.add("tensorboard")
 @dataclass(frozen=True, kw_only=True)
 class TensorBoard(Logger):
-    """Write TensorBoard's event files as well."""
+    """Also write TensorBoard's event files."""
 
     key = package = "tensorboard"
-    log_dir: Text | None = None
+    log_dir: PathText | None = None
     """Folder of the event files, relative to logger.log_dir. null: tensorboard."""
 
     def open(self, run: LoggedRun) -> EventFiles:
@@ -24,12 +24,12 @@ class TensorBoard(Logger):
 
 
 class EventFiles:
-    """Event files. On a resumed run `purge_step` makes TensorBoard hide what an earlier process wrote after it."""
+    """Event files. In a resumed run, `purge_step` makes TensorBoard hide later steps of an earlier process."""
 
     def __init__(self, folder: str, *, resumed_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # 0 as well: a run that starts from nothing hides an older run in the same folder.
+        # 0: a new run hides an older run in the same folder
         purge_step = resumed_step + 1 if resumed_step else 0
         self._writer = SummaryWriter(log_dir=folder, purge_step=purge_step)
 
@@ -37,7 +37,7 @@ class EventFiles:
         for name, value in metrics.items():
             if value is not None:
                 self._writer.add_scalar(name, value, global_step=step)
-        self._writer.flush()  # waits for the writing thread, which keeps its error for us to see
+        self._writer.flush()  # waits for the writing thread, and raises its error
 
     def close(self, exit_code: int) -> None:
         self._writer.close()

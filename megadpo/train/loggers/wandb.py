@@ -1,4 +1,4 @@
-"""Weights & Biases: <log_dir>/wandb/, and <log_dir>/wandb_run_id, the id under which a resumed run goes on."""
+"""Weights & Biases: <log_dir>/wandb/, and <log_dir>/wandb_run_id, the id that a resumed run uses again."""
 
 from __future__ import annotations
 
@@ -18,28 +18,27 @@ RUN_ID_FILE = "wandb_run_id"
 @LOGGERS.add("wandb")
 @dataclass(frozen=True, kw_only=True)
 class Wandb(Logger):
-    """Log to Weights & Biases as well, by logger.wandb."""
+    """Also log to Weights & Biases, with the options in logger.wandb."""
 
     key = package = "wandb"
     project: Text | None = None
     """null: wandb's own default."""
     name: Text | None = None
-    """Of the run. null: wandb makes one up."""
+    """The run's name. null: wandb chooses one."""
     entity: Text | None = None
     """User or team. null: the logged-in user's default."""
     mode: Literal["online", "offline"] | None = None
-    """null: what the environment variable WANDB_MODE says."""
+    """null: the value of the environment variable WANDB_MODE."""
 
     def open(self, run: LoggedRun) -> WandbRun:
         return WandbRun(self, run)
 
 
 class WandbRun:
-    """A Weights & Biases run; online or offline as `logger.wandb.mode` or else the environment's WANDB_MODE says.
+    """A Weights & Biases run. `logger.wandb.mode`, or else the variable WANDB_MODE, decides if it is online.
 
-    A resumed run goes on under the same id. wandb keeps the first value logged for a step, so steps done again change
-    nothing there. The client buffers: a process killed outright (SIGKILL) loses its last rows here, never in
-    metrics.jsonl.
+    A resumed run uses the same id. wandb keeps the first value logged for a step, so repeated steps change nothing. The
+    client has a buffer: after SIGKILL its last rows are missing, but not in metrics.jsonl.
     """
 
     def __init__(self, options: Wandb, run: LoggedRun) -> None:
@@ -56,7 +55,7 @@ class WandbRun:
                 config=None if run.config is None else dict(run.config),
                 **given,
             )
-        except wandb.errors.UsageError as error:  # no API key, or a name that wandb does not take
+        except wandb.errors.UsageError as error:  # no API key, or an invalid name
             raise ConfigError(
                 Problem(
                     "logger.wandb",

@@ -43,7 +43,7 @@ def test_every_query_is_on_one_rank_and_sees_what_it_saw(
         assert part.tokens.tolist() == whole.tokens[part.run_index].tolist()
         assert part.positions.tolist() == whole.positions[part.run_index].tolist()
         assert (part.run_tokens, part.run_segments) == (whole.tokens.numel(), whole.segments)
-        assert part.padding_tokens == whole.padding_tokens
+        assert part.run_tokens - part.num_tokens == whole.run_tokens - whole.num_tokens
         ends = [0, *(segment.query_end for segment in part.segments)]
         assert [segment.query_start for segment in part.segments] == ends[:-1] and ends[-1] == part.tokens.numel()
         ranges = [pairwise(segment.keys) for segment in part.segments]

@@ -115,9 +115,9 @@ def test_the_three_ways_written_out() -> None:
 
 MODELS = {
     "8B, whose layers weigh": WorkModel(
-        per_token=14_000_000_000, per_answer_token=1_050_000_000, per_query_key=524_288
+        per_token=14_000_000_000, per_answer_token=1_050_000_000, per_query_key={None: 524_288}
     ),
-    "small, whose attention weighs": WorkModel(per_token=360_000, per_answer_token=41_000, per_query_key=256),
+    "small, whose attention weighs": WorkModel(per_token=360_000, per_answer_token=41_000, per_query_key={None: 256}),
 }
 
 

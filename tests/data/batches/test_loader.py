@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import threading
+import time
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megadpo.config import build_config
+from megadpo.config.grid import Grid
 from megadpo.config.problems import DataError
-from megadpo.data.batches.loader import DataRank, GlobalBatch, GlobalBatchLoader
+from megadpo.data.batches.loader import BatchOptions, GlobalBatch, GlobalBatchLoader, prefetched
 from megadpo.data.batches.pack import PackedBatch, pack_pairs
 from megadpo.data.batches.work import WorkModel
 from megadpo.data.pairs import FlatPairs, PairDataset, TokenizedPair
@@ -32,9 +37,6 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> PairDataset:
     return dataset(tmp_path_factory.mktemp("data"), 23)
 
 
-RANK = ("dp_rank", "dp_size", "cp_rank", "cp_size")
-
-
 def loader(pairs: PairDataset, **changes: Any) -> GlobalBatchLoader:
     defaults: dict[str, Any] = {
         "global_batch_size": 4,
@@ -46,8 +48,8 @@ def loader(pairs: PairDataset, **changes: Any) -> GlobalBatchLoader:
         "drop_last": True,
         "prefetch": False,
     }
-    rank = {name: changes.pop(name) for name in RANK if name in changes}
-    return GlobalBatchLoader(pairs, **{**defaults, **changes}, rank=DataRank(**rank))
+    ranks = {name: changes.pop(name) for name in ("work_model", "grid") if name in changes}
+    return GlobalBatchLoader(pairs, BatchOptions(**{**defaults, **changes}), **ranks)
 
 
 def equal_batches(some: list[PackedBatch], others: list[PackedBatch]) -> bool:
@@ -93,7 +95,7 @@ def test_every_layout_trains_on_the_same_pairs_in_the_same_order(
     assert len(everything) + alone.dropped_pairs_per_epoch == len(pairs)
     assert all(batch.num_pairs == size for batch in expected[: -1 if not drop_last else None])
 
-    by_rank = [list(loader(pairs, dp_rank=r, dp_size=dp_size, **options).batches(epoch)) for r in range(dp_size)]
+    by_rank = [list(loader(pairs, grid=Grid(data=dp_size, rank=r), **options).batches(epoch)) for r in range(dp_size)]
     for number, batches in enumerate(zip(*by_rank, strict=True)):
         whole = expected[number]
         assert all(batch.pair_indices == whole.pair_indices for batch in batches)
@@ -109,14 +111,14 @@ def test_a_resumed_epoch_goes_on_with_the_same_pairs_on_any_number_of_ranks(
     pairs: PairDataset, split: int, before: int, after: int, epoch: int
 ) -> None:
     whole = rows_of(list(loader(pairs).batches(epoch)))
-    first = list(loader(pairs, dp_size=before).batches(epoch))[:split]
-    rest = list(loader(pairs, dp_size=after, dp_rank=after - 1).batches(epoch, start_batch=len(first)))
+    first = list(loader(pairs, grid=Grid(data=before)).batches(epoch))[:split]
+    rest = list(loader(pairs, grid=Grid(data=after, rank=after - 1)).batches(epoch, start_batch=len(first)))
     assert rows_of(first) + rows_of(rest) == whole
 
 
 def test_a_resumed_epoch_is_the_same_bits(pairs: PairDataset) -> None:
-    whole = list(loader(pairs, dp_size=2, dp_rank=1).batches(1))
-    rest = list(loader(pairs, dp_size=2, dp_rank=1).batches(1, start_batch=3))
+    whole = list(loader(pairs, grid=Grid(data=2, rank=1)).batches(1))
+    rest = list(loader(pairs, grid=Grid(data=2, rank=1)).batches(1, start_batch=3))
     assert len(rest) == len(whole) - 3 > 0
     assert all(equal_batches(a.micro_batches, b.micro_batches) for a, b in zip(rest, whole[3:], strict=True))
 
@@ -201,7 +203,7 @@ def test_unpacked_micro_batches_hold_so_many_pairs_in_order(pairs: PairDataset) 
 
 def test_ranks_without_pairs_get_padding(pairs: PairDataset) -> None:
     (batch,) = loader(
-        pairs, dp_size=4, dp_rank=3, global_batch_size=2, budget_tokens=500, pad_to_multiple=8, limit_batches=1
+        pairs, grid=Grid(data=4, rank=3), global_batch_size=2, budget_tokens=500, pad_to_multiple=8, limit_batches=1
     ).batches(0)
     (pack,) = batch.micro_batches
     assert pack.num_pairs == 0 and pack.tokens.tolist() == [2] * 8 and batch.num_pairs == 2
@@ -213,15 +215,15 @@ def test_the_work_model_decides_what_ranks_get(pairs: PairDataset) -> None:
     flat = FlatPairs.of(
         [TokenizedPair(row, *(ids(*range(3, 3 + length)) for length in lengths)) for row, lengths in enumerate(texts)]
     )
-    made = PairDataset(flat.tokens, flat.offsets, flat.rows, np.arange(1, 17), pairs.report)
+    made = PairDataset(flat.tokens, flat.offsets, flat.rows, flat.identities, np.arange(1, 17), pairs.report)
 
     def answers(**options: Any) -> list[int]:
-        options = {"global_batch_size": 16, "budget_tokens": 2000, "dp_size": 2, "shuffle": False, **options}
+        options = {"global_batch_size": 16, "budget_tokens": 2000, "grid": Grid(data=2), "shuffle": False, **options}
         ((positions, deal),) = loader(made, **options).deals(0)
         assert positions.tolist() == list(range(16))
         return [sum(sum(texts[number][1:]) for pack in rank for number in pack) for rank in deal]
 
-    answers_cost_all = WorkModel(per_token=1, per_answer_token=10**6, per_query_key=0)
+    answers_cost_all = WorkModel(per_token=1, per_answer_token=10**6, per_query_key={None: 0})
     assert answers() == [32, 784]
     assert min(answers(work_model=answers_cost_all)) > 400
 
@@ -251,9 +253,7 @@ def test_fewer_pairs_than_a_global_batch_are_refused_in_training(pairs: PairData
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dp_rank": 2, "dp_size": 2}, "dp_rank"),
-        ({"cp_rank": 2, "cp_size": 2, "pad_to_multiple": 2}, "cp_rank"),
-        ({"cp_rank": 0, "cp_size": 2, "pad_to_multiple": 3}, "padded to 3"),
+        ({"grid": Grid(context=2), "pad_to_multiple": 3}, "padded to 3"),
         ({"global_batch_size": 0}, "global_batch_size"),
         ({"budget_tokens": None}, "either"),
         ({"pairs_per_micro_batch": 2}, "either"),
@@ -281,7 +281,7 @@ def test_token_ids_are_released_after_every_batch(pairs: PairDataset) -> None:
 
 
 def prefetch_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "megadpo-prefetch"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("megadpo-prefetch")]
 
 
 def test_packing_ahead_changes_nothing(pairs: PairDataset) -> None:
@@ -300,7 +300,7 @@ def test_packing_happens_in_one_other_thread(pairs: PairDataset, monkeypatch: py
 
     monkeypatch.setattr("megadpo.data.batches.loader.pack_pairs", noting)
     list(loader(pairs, prefetch=True).batches(0))
-    assert set(names) == {"megadpo-prefetch"}
+    assert set(names) == {"megadpo-prefetch_0"}
     names.clear()
     list(loader(pairs, prefetch=False).batches(0))
     assert set(names) == {threading.current_thread().name}
@@ -332,12 +332,54 @@ def test_a_failure_in_the_background_reaches_the_caller(pairs: PairDataset, monk
     assert not prefetch_threads()
 
 
+class Source:
+    """0, 1, 2, ...; notes what was made and whether it was closed."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.made: list[int] = []
+        self.closed = False
+        self.items = self._items(fail_at)
+
+    def _items(self, fail_at: int | None) -> Iterator[int]:
+        try:
+            for number in itertools.count():
+                if number == fail_at:
+                    raise KeyError("planted")
+                self.made.append(number)
+                yield number
+        finally:
+            self.closed = True
+
+
+def test_no_more_than_depth_is_made_ahead() -> None:
+    source = Source()
+    ahead = prefetched(source.items, 2)
+    assert next(ahead) == 0
+    end = time.monotonic() + 10
+    while len(source.made) < 3 and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert len(source.made) == 3, "one taken, two ready"
+    ahead.close()  # type: ignore[attr-defined]
+    assert source.closed and not prefetch_threads()
+
+
+def test_an_exception_comes_in_place_of_its_item() -> None:
+    source = Source(fail_at=3)
+    ahead = prefetched(source.items, 2)
+    assert [next(ahead) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(KeyError, match="planted") as raised:
+        next(ahead)
+    assert "_items" in "".join(traceback.format_tb(raised.value.__traceback__)), "the traceback shows where"
+    assert source.closed and not prefetch_threads()
+
+
 def test_a_loader_with_reference_numbers_brings_them_with_each_pack(pairs: PairDataset) -> None:
-    table = np.arange(2 * len(pairs), dtype=np.float32).reshape(-1, 2)
+    table = np.arange(2 * len(pairs), dtype=np.float32)
     plain = loader(pairs)
     made = plain.with_reference_logps(table)
     for batch in made.batches(0):
         for pack in batch.micro_batches:
             assert pack.reference_logps is not None
-            assert pack.reference_logps.tolist() == table[pack.pair_indices.numpy()].ravel().tolist()
+            assert pack.reference_logps.tolist() == table.reshape(-1, 2)[pack.pair_indices.numpy()].ravel().tolist()
     assert all(pack.reference_logps is None for batch in plain.batches(0) for pack in batch.micro_batches)

@@ -78,12 +78,13 @@ def test_segments_cover_the_run_in_order_and_padding_is_the_last(
     ends = [0, *(segment.query_end for segment in batch.segments)]
     assert [segment.query_start for segment in batch.segments] == ends[:-1]
     assert ends[-1] == batch.tokens.numel() == batch.positions.numel()
-    assert ends[-1] % multiple == 0 and batch.padding_tokens <= (multiple if not pairs else multiple - 1)
+    padding_tokens = batch.run_tokens - batch.num_tokens
+    assert ends[-1] % multiple == 0 and padding_tokens <= (multiple if not pairs else multiple - 1)
     assert batch.num_tokens == FlatPairs.of(pairs).packed_tokens(share_prompt=share_prompt).sum()
     assert all(segment.keys[-1][1] == segment.query_end for segment in batch.segments)
     per_pair = 3 if share_prompt else 2
-    assert len(batch.segments) == per_pair * len(pairs) + bool(batch.padding_tokens)
-    if batch.padding_tokens:
+    assert len(batch.segments) == per_pair * len(pairs) + bool(padding_tokens)
+    if padding_tokens:
         assert batch.segments[-1] == Segment(
             batch.num_tokens, batch.tokens.numel(), ((batch.num_tokens, batch.tokens.numel()),)
         )
@@ -117,14 +118,14 @@ def test_a_shared_pack_written_out() -> None:
     assert batch.targets.tolist() == [4, 5, 6, 9, 10, 11, 12, 13]
     assert batch.answer_index.tolist() == [0, 0, 1, 2, 2, 3, 3, 3]
     assert batch.answer_tokens.tolist() == [2, 1, 2, 3]
-    assert (batch.num_pairs, batch.num_tokens, batch.padding_tokens) == (2, 12, 4)
+    assert (batch.num_pairs, batch.num_tokens, batch.run_tokens) == (2, 12, 16)
     assert batch.segments[5].query_tokens == 3 and batch.segments[5].key_tokens == 4
 
 
 def test_all_tensors_are_int64_even_with_no_pairs() -> None:
     for batch in (pack(TWO_PAIRS), pack([], multiple=4)):
         tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
-        assert len(tensors) == 7 and {tensor.dtype for tensor in tensors} == {torch.int64}
+        assert len(tensors) == 8 and {tensor.dtype for tensor in tensors} == {torch.int64}
 
 
 def test_a_pack_of_no_pairs_is_padding_only() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from megadpo.config.problems import DataError
 from megadpo.config.variants import FORMATS
-from megadpo.data.formats import FieldKeys, PreferencePair, find_format
+from megadpo.data.formats import PreferencePair, find_format, formats_with
 from megadpo.data.formats.read_pairs import ReadCounts
 from tests.data.builders import read_all, write_rows
 
@@ -160,8 +160,8 @@ ROWS = {
 @pytest.mark.parametrize("case", ROWS)
 def test_a_row_is_recognised_and_read(case: str, tmp_path: Path) -> None:
     row, name, texts = ROWS[case]
-    found = find_format(row, FieldKeys())
-    assert found is not None and found.name == name
+    found = find_format(row, formats_with({}))
+    assert found == name
     for options in ({}, {"dataset_name": name}):
         (pair,) = read(tmp_path, row, **options)
         assert (pair.prompt, pair.chosen, pair.rejected) == texts
@@ -174,9 +174,8 @@ def test_the_rows_that_the_page_shows_are_what_it_says() -> None:
     assert set(shown) == set(FORMATS.names())
     for name, text in shown.items():
         fields = dict.fromkeys(re.findall(r'[{ ]"(\w+)":', text))
-        found = find_format(fields, FieldKeys())
-        assert found is not None
-        assert found.name == name or {found.name, name} == {"ImplicitPrompt", "Tulu3Preference"}
+        found = find_format(fields, formats_with({}))
+        assert found == name or {found, name} == {"ImplicitPrompt", "Tulu3Preference"}
 
 
 def test_tulu_takes_the_prompt_from_the_answers_whatever_its_field_says(tmp_path: Path) -> None:
@@ -202,6 +201,7 @@ BAD_ROWS = [
     ({"chosen": [ASK, GOOD], "rejected": [user("other"), BAD]}, "begin differently"),
     ({"chosen": [SYSTEM, ASK, GOOD], "rejected": [SYSTEM, user("other"), BAD]}, "begin differently"),
     ({"chosen": [ASK, GOOD], "rejected": [ASK, GOOD]}, "two equal answers"),
+    ({"prompt": [{"role": "", "content": "q"}], "chosen": "a", "rejected": "b"}, "with an empty role"),
     ({"chosen": [ASK, GOOD], "rejected": [ASK]}, "roles ['user']"),
     ({"chosen": [ASK, GOOD], "rejected": "\n\nHuman: ask\n\nAssistant: bad"}, "one answer as a string"),
     ({"chosen": "good", "rejected": "bad"}, "no field 'prompt'"),
@@ -226,8 +226,8 @@ BAD_ROWS = [
 
 @pytest.mark.parametrize(("row", "words"), BAD_ROWS)
 def test_a_bad_row_is_refused_by_its_line(row: dict[str, Any], words: str, tmp_path: Path) -> None:
-    found = find_format(row, FieldKeys())
-    good = next((case[0] for case in ROWS.values() if found and case[1] == found.name), ROWS["strings"][0])
+    found = find_format(row, formats_with({}))
+    good = next((case[0] for case in ROWS.values() if case[1] == found), ROWS["strings"][0])
     said = refusals(tmp_path, good, row)
     assert all(one.startswith("rows.jsonl:2: ") for one in said)
     assert any(words in one.replace('"', "'").replace("\\'", "'") for one in said), said
@@ -273,14 +273,14 @@ def test_answers_as_the_sampling_guides_script_writes_them(tmp_path: Path) -> No
     assert pair.chosen[0]["content"] == "good"
     thinking = {"id": "r", "type": "reasoning", "summary": []}
     (said,) = refusals(tmp_path, {**rows, "chosen": [thinking, {**item, "content": [part]}]})
-    assert "message 0 of field 'chosen' without role" in said.replace("\\'", "'") and "tools/build_pairs.py" in said
+    assert "message 0 of field 'chosen' without role" in said.replace("\\'", "'") and "megadpo pairs" in said
 
 
 def test_a_row_of_another_format_than_the_first_is_refused_by_its_line(tmp_path: Path) -> None:
     strings, dpo = ROWS["strings"][0], ROWS["DPODataset"][0]
     said = refusals(tmp_path, strings, dpo, strings, ranked(0, 1))
     assert [one.split(" ")[0] for one in said] == ["rows.jsonl:2:", "rows.jsonl:4:"]
-    assert "a row of the format DPODataset" in said[0] and "BinaryPreferenceDataset, as line 1" in said[0]
+    assert "a row of the format DPODataset" in said[0] and "BinaryPreferenceDataset, as in line 1" in said[0]
 
 
 def test_a_named_format_is_held_to(tmp_path: Path) -> None:
@@ -307,4 +307,4 @@ def test_rollouts_are_sent_to_the_tool_that_makes_pairs_of_them(tmp_path: Path) 
     path = write_rows(tmp_path / "r.jsonl", [{"responses_create_params": {}, "reward": 1.0}])
     with pytest.raises(DataError) as refused:
         read_all(path)
-    assert all("tools/build_pairs.py" in problem.fix for problem in refused.value.problems)
+    assert all("megadpo pairs" in problem.fix for problem in refused.value.problems)

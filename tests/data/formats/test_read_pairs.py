@@ -10,7 +10,7 @@ import pytest
 
 from megadpo.config.problems import DataError, Problem
 from megadpo.config.variants import FORMATS
-from megadpo.data.formats import FieldKeys, PreferencePair, RowFormat, find_format, register
+from megadpo.data.formats import PreferencePair, Row, RowFormat, find_format, formats_with
 from megadpo.data.sources import MOST_PROBLEMS, Place
 from tests.data.builders import read_all, row, write_rows
 
@@ -18,7 +18,7 @@ USER = {"role": "user", "content": "hi"}
 ANSWER = {"role": "assistant", "content": "hello"}
 
 
-def problems_of(path: Path, keys: FieldKeys | None = None) -> list[Problem]:
+def problems_of(path: Path, keys: dict[str, str] | None = None) -> list[Problem]:
     with pytest.raises(DataError) as refused:
         read_all(path, keys)
     for problem in refused.value.problems:
@@ -46,9 +46,9 @@ def test_strings_and_messages_are_read_with_their_places(tmp_path: Path) -> None
 
 def test_fields_may_have_other_names(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "p.jsonl", [{"question": "q", "good": "a", "bad": "b", "prompt": 7}])
-    (pair,) = read_all(path, FieldKeys("question", "good", "bad"))
+    (pair,) = read_all(path, {"prompt_key": "question", "chosen_key": "good", "rejected_key": "bad"})
     assert (pair.prompt, pair.chosen, pair.rejected) == ("q", "a", "b")
-    (problem,) = problems_of(path, FieldKeys("question", "best", "bad"))
+    (problem,) = problems_of(path, {"prompt_key": "question", "chosen_key": "best", "rejected_key": "bad"})
     assert "no field 'best'" in str(problem) and "data.chosen_key" in problem.fix
 
 
@@ -80,7 +80,7 @@ def test_further_keys_of_messages_are_kept_for_the_template(tmp_path: Path) -> N
             {"chosen": [{"role": "assistant", "content": " "}]},
             "content of message 0 of field 'chosen' of white space only",
         ),
-        ({"prompt": "half \ud83d of it"}, "half character"),
+        ({"prompt": "half \ud83d of it"}, "half a surrogate pair"),
     ],
 )
 def test_a_bad_field_is_refused_at_its_line(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
@@ -138,19 +138,20 @@ def test_all_problems_come_at_once_up_to_a_bound(tmp_path: Path) -> None:
     assert len(problems) == MOST_PROBLEMS + 1 and "not read" in problems[-1].fix
 
 
+class Swapped(RowFormat):
+    def fields(self) -> tuple[str, ...]:
+        return ("q", "a")
+
+    def read(self, row: Row, place: Place) -> PreferencePair:
+        return PreferencePair(prompt=row["q"], chosen=row["a"][0], rejected=row["a"][1], place=place)
+
+
 def test_a_further_format_joins_by_registering(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    joined = RowFormat(
-        name="Swapped",
-        fields=lambda keys: ("q", "a"),
-        read=lambda row, keys, place: PreferencePair(
-            prompt=row["q"], chosen=row["a"][0], rejected=row["a"][1], place=place
-        ),
-    )
-    register(joined)
+    FORMATS.add("Swapped")(Swapped)
     request.addfinalizer(lambda: FORMATS.remove("Swapped"))
     with pytest.raises(ValueError, match="already"):
-        register(joined)
-    assert find_format({"q": 1, "a": 2}, FieldKeys()) is joined
+        FORMATS.add("Swapped")(Swapped)
+    assert find_format({"q": 1, "a": 2}, formats_with({})) == "Swapped"
     (pair,) = read_all(write_rows(tmp_path / "p.jsonl", [{"q": "?", "a": ["yes", "no"]}]))
     assert (pair.chosen, pair.rejected) == ("yes", "no")
     mixed = write_rows(tmp_path / "mixed.jsonl", [row(), {"q": "?", "a": ["yes", "no"]}])
@@ -158,7 +159,7 @@ def test_a_further_format_joins_by_registering(tmp_path: Path, request: pytest.F
 
 
 def test_a_row_that_no_format_recognises_is_explained_by_the_usual_one(tmp_path: Path) -> None:
-    assert find_format({"text": "x"}, FieldKeys()) is None
+    assert find_format({"text": "x"}, formats_with({})) is None
     places = problems_of(write_rows(tmp_path / "p.jsonl", [{"text": "x"}]))
     assert ["'prompt', 'chosen' and 'rejected'" in problem.expected for problem in places] == [True] * 3
     assert str(Place("a/b.jsonl", 7, 3)) == "a/b.jsonl:7"

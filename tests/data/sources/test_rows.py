@@ -279,18 +279,18 @@ BROKEN = [
     ("p.csv", b"prompt,chosen,rejected\na,caf\xe9,c", "p.csv:2: "),
     ("p.csv", b"prompt,chosen,rejected\n", "a file without rows"),
     ("p.csv", b"", "a file without rows"),
-    ("p.parquet", parquet(PLAIN)[:-9], "cut off or damaged"),
-    ("p.parquet", b"", "cut off or damaged"),
+    ("p.parquet", parquet(PLAIN)[:-9], "truncated or damaged"),
+    ("p.parquet", b"", "truncated or damaged"),
     ("p.parquet", parquet([{"prompt": "a", "chosen": 3, "rejected": "b"}]), "p.parquet:1: "),
-    ("p.arrow", arrow(PLAIN, file=True)[:300], "cut off or damaged"),
-    ("p.arrow", arrow(PLAIN, file=False)[:-300], "cut off or damaged"),
-    ("p.jsonl.gz", gzip.compress(jsonl(PLAIN))[:-20], "cut off or damaged"),
-    ("p.jsonl.gz", jsonl(PLAIN), "cut off or damaged"),
-    ("p.jsonl.zst", jsonl(PLAIN), "cut off or damaged"),
+    ("p.arrow", arrow(PLAIN, file=True)[:300], "truncated or damaged"),
+    ("p.arrow", arrow(PLAIN, file=False)[:-300], "truncated or damaged"),
+    ("p.jsonl.gz", gzip.compress(jsonl(PLAIN))[:-20], "truncated or damaged"),
+    ("p.jsonl.gz", jsonl(PLAIN), "truncated or damaged"),
+    ("p.jsonl.zst", jsonl(PLAIN), "truncated or damaged"),
     ("p.parquet.gz", gzip.compress(parquet(PLAIN)), "uncompress it"),
     ("p.txt", jsonl(PLAIN), "rename the file by its kind"),
     ("p.jsonl.bz2", b"", "uncompress it"),
-    ("p.jsonl", gzip.compress(jsonl(PLAIN)), "give its name the ending .gz"),
+    ("p.jsonl", gzip.compress(jsonl(PLAIN)), "its name must end in .gz"),
     ("p.jsonl", jsonl(PLAIN).decode().encode("utf-16"), "iconv -f UTF-16"),
     ("p.csv", b"prompt,chosen,chosen,rejected\na,b,x,c\n", "p.csv:1: got 'two columns 'chosen'"),
     ("p.csv", b"prompt,chosen,rejected\na,caf\xe9,c", "the byte 0xe9 at column 4"),
@@ -307,7 +307,7 @@ def test_a_broken_file_is_refused(name: str, content: bytes, words: str, tmp_pat
 
 def test_a_cut_off_zst_file_is_refused_and_not_taken_for_a_short_one(tmp_path: Path) -> None:
     frames = [zstandard.compress(jsonl([one])) for one in PLAIN]
-    assert "cut off" in broken("p.jsonl.zst", b"".join(frames)[:-3], tmp_path)
+    assert "truncated" in broken("p.jsonl.zst", b"".join(frames)[:-3], tmp_path)
     lines = zstandard.ZstdCompressor().compressobj()  # a frame that ends after a whole line, but has no end
     flushed = lines.compress(jsonl(PLAIN)) + lines.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
     assert "after 5 rows" in broken("p.jsonl.zst", flushed, tmp_path)
@@ -315,7 +315,7 @@ def test_a_cut_off_zst_file_is_refused_and_not_taken_for_a_short_one(tmp_path: P
 
 def test_a_file_with_a_split_and_names_of_nothing(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "p.jsonl", PLAIN)
-    assert "which is read whole" in refusal(f"{path}@test")
+    assert "only folders and hub data sets have splits" in refusal(f"{path}@test")
     assert "No such file" in refusal(tmp_path / "none.jsonl")
     assert "no such file" in refusal(tmp_path / "none") and "hub name" in refusal("name")
 

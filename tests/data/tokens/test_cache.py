@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 
 from megadpo.config.problems import ConfigError, DataError
-from megadpo.data.formats import FieldKeys
 from megadpo.data.pairs import PairDataset
 from megadpo.data.sources.rows import source_digest
 from megadpo.data.tokens import cache
@@ -131,7 +130,7 @@ def test_the_key_changes_with_every_input(path: Path, tmp_path: Path, monkeypatc
         key(chat_template=str(template)),
         key(chat_template=CHATML + "{{ mood }}", chat_template_kwargs={"mood": 1}),
         key(chat_template=CHATML + "{{ mood }}", chat_template_kwargs={"mood": 2}),
-        key(keys=FieldKeys("prompt", "chosen", "worse")),
+        key(format_options={"rejected_key": "worse"}),
     ]
     assert len(set(keys)) == len(keys) and key() == keys[0]
     template.write_text(CHATML + " ")
@@ -363,7 +362,7 @@ def test_a_full_disk_is_refused_and_leaves_nothing(path: Path, tmp_path: Path) -
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        with pytest.raises(ConfigError, match=r"data.cache_dir: .*File too large.*make room"):
+        with pytest.raises(ConfigError, match=r"data.cache_dir: .*File too large.*free some space"):
             load(path, tmp_path / "cache")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

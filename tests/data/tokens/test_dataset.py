@@ -10,7 +10,6 @@ import pytest
 
 from megadpo.config.problems import DataError
 from megadpo.config.schema import Config
-from megadpo.data.formats import FieldKeys
 from megadpo.data.pairs import PairDataset
 from megadpo.data.tokens.dataset import load_datasets, open_dataset
 from megadpo.data.tokens.encode import DataSettings
@@ -47,7 +46,7 @@ def test_the_report_counts_what_happened(tmp_path: Path) -> None:
     report = open_dataset(write_rows(tmp_path / "p.jsonl", rows), tokenizer, settings).report
     assert (report.truncated, report.dropped_equal_after_truncation, report.tokenized_apart) == (1, 1, 1)
     assert (report.rows, report.pairs) == (3, 2)
-    for words in ("1 cut to the limit", "1 dropped because", "1 whose prompt and answer merge"):
+    for words in ("1 cut to the limit", "1 dropped because", "1 with the answer tokenised alone"):
         assert words in str(report)
 
 
@@ -70,7 +69,7 @@ def test_a_too_long_pair_is_refused_at_its_line(tmp_path: Path) -> None:
 def test_a_file_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "p.jsonl", [row(0, prompt="the " * 400)])
     settings = DataSettings(max_total_sequence_length=100, on_too_long="drop")
-    with pytest.raises(DataError, match="no pair left of 1"):
+    with pytest.raises(DataError, match="1 pairs, all longer than 100 tokens"):
         open_dataset(path, tiny_tokenizer(), settings)
 
 
@@ -114,9 +113,7 @@ def test_the_config_decides(tmp_path: Path) -> None:
         data=Section(
             max_input_seq_length=32,
             on_too_long="truncate",
-            prompt_key="q",
-            chosen_key="good",
-            rejected_key="bad",
+            format_options={"prompt_key": "q", "chosen_key": "good", "rejected_key": "bad"},
             dataset_name="BinaryPreferenceDataset",
             loss_on="differing_turns",
             on_bad_row="drop",
@@ -130,7 +127,7 @@ def test_the_config_decides(tmp_path: Path) -> None:
         on_too_long="truncate",
         chat_template=CHATML,
         chat_template_kwargs={},
-        keys=FieldKeys("q", "good", "bad"),
+        format_options={"prompt_key": "q", "chosen_key": "good", "rejected_key": "bad"},
         dataset_name="BinaryPreferenceDataset",
         loss_on="differing_turns",
         on_bad_row="drop",
@@ -189,6 +186,6 @@ def test_unusable_rows_are_left_out_and_counted(tmp_path: Path) -> None:
     assert [pair.index for pair in pairs] == [0, 3] and pairs.source_of(3) == f"{path}:4"
     report = pairs.report
     assert (report.rows, report.pairs, report.dropped_bad_rows, report.dropped_too_long) == (5, 2, 2, 1)
-    assert f"2 rows left out that can't be used (the first: {path}:2: got" in str(report)
+    assert f"2 invalid rows left out (the first: {path}:2: got" in str(report)
     with pytest.raises(DataError, match="only special tokens"):
         open_dataset(write_rows(path, [row(2, chosen="</s>")]), tiny_tokenizer(), settings)

@@ -24,7 +24,7 @@ def encode(path: Path, *, num_workers: int = 1, **settings: Any) -> tuple[DataRe
         made[name] += values.tolist()
 
     report = encode_source(path, tiny_tokenizer(), DataSettings(**limits), sink=sink, num_workers=num_workers)
-    assert set(made) == {"tokens", "offsets", "rows", "lines"}
+    assert set(made) == {"tokens", "offsets", "rows", "identities", "lines"}
     return report, made
 
 

@@ -16,7 +16,7 @@ from megadpo.config.schema_megatron import MegatronConfig
 from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
 from tests.helpers import te_stand_ins
 from tests.helpers.distributed import run_distributed
-from tests.helpers.runs import make_config, make_model, read_metrics
+from tests.helpers.runs import make_config, make_model, read_metrics, train
 from tests.model.kernels.test_kernels import random_pairs
 from tests.model.weights.hf_models import make_hf_folder
 
@@ -41,22 +41,23 @@ def test_stand_ins_take_what_megatron_cores_wrappers_take(name):
     assert theirs == list(inspect.signature(WRAPPERS[name].__init__).parameters)
 
 
-def both_implementations(folder, layout, share_prompt):
+def both_implementations(folder, tensor, share_prompt):
     """Parameter gradients by Hugging Face table entry, and logps, of the local layers and of the stand-ins."""
+    from megadpo.config.grid import Grid
     from megadpo.data.batches.pack import pack_pairs
     from megadpo.families import read_architecture, weight_table
     from megadpo.model.build import build_model
-    from megadpo.model.weights.load import load_hf_weights, named_global_parameters, place_of
-    from megadpo.parallel import Layout, initialize, setup_device
+    from megadpo.model.weights.load import load_hf_weights, named_global_parameters
+    from megadpo.parallel import initialize, setup_device
     from megadpo.train.setup import seed_everything
 
-    parallel = initialize(Layout(**layout), setup_device("auto"))
+    parallel = initialize(Grid(tensor=tensor), setup_device("auto"))
     seed_everything(1, parallel)
     arch = read_architecture(folder)
     table = weight_table(arch)
     megatron = MegatronConfig(
-        tensor_model_parallel_size=layout.get("tensor", 1),
-        sequence_parallel=layout.get("sequence_parallel", False),
+        tensor_model_parallel_size=tensor,
+        sequence_parallel=tensor > 1,
         bias_activation_fusion=False,
         apply_rope_fusion=False,
     )
@@ -70,7 +71,7 @@ def both_implementations(folder, layout, share_prompt):
             if stand_in:
                 te_stand_ins.use_stand_ins(patch)
             [model] = build_model(arch, policy, parallel, frozen=False)
-            load_hf_weights([model], arch, folder, place_of(parallel))
+            load_hf_weights([model], arch, folder, parallel.grid)
             if model.balance is not None:
                 model.balance.start(num_tokens=batch.num_tokens, num_pairs=batch.num_pairs)
             logps = model(batch)
@@ -92,23 +93,20 @@ def assert_same(results):
 @pytest.mark.parametrize("case", ["llama", "qwen2", "qwen3", "mixtral", "qwen2_moe"])
 def test_hugging_face_weights_give_the_same_model(case, tmp_path):
     make_hf_folder(tmp_path, case)
-    assert_same(run_distributed(both_implementations, 1, str(tmp_path), {}, True, init_process_group=False))
+    assert_same(run_distributed(both_implementations, 1, str(tmp_path), 1, True, init_process_group=False))
 
 
 @pytest.mark.distributed
 def test_the_same_under_tensor_and_sequence_parallelism(tmp_path):
     make_hf_folder(tmp_path, "qwen2")
-    layout = {"tensor": 2, "sequence_parallel": True}
-    assert_same(run_distributed(both_implementations, 2, str(tmp_path), layout, False, init_process_group=False))
+    assert_same(run_distributed(both_implementations, 2, str(tmp_path), 2, False, init_process_group=False))
 
 
 def train_with(implementation, config, overrides):
-    from megadpo.train.command import main
-
     with pytest.MonkeyPatch.context() as patch:
         if implementation == "stand_ins":
             te_stand_ins.use_stand_ins(patch)
-        return main([config, *overrides])
+        return train(config, overrides)
 
 
 @pytest.mark.distributed
@@ -144,14 +142,15 @@ def convert_there_and_back(folder, checkpoint):
     from megatron.core import dist_checkpointing
 
     from megadpo.checkpoint.save import sharded_weights
+    from megadpo.config.grid import Grid
     from megadpo.families import read_architecture
     from megadpo.model.build import build_model
     from megadpo.model.weights.convert import copy_hf_files, write_info
-    from megadpo.model.weights.load import load_hf_weights, place_of
-    from megadpo.parallel import Layout, initialize, setup_device
+    from megadpo.model.weights.load import load_hf_weights
+    from megadpo.parallel import initialize, setup_device
     from megadpo.train.setup import seed_everything
 
-    parallel = initialize(Layout(), setup_device("auto"))
+    parallel = initialize(Grid(), setup_device("auto"))
     seed_everything(1, parallel)
     arch = read_architecture(folder)
     policy = PolicyConfig(
@@ -163,7 +162,7 @@ def convert_there_and_back(folder, checkpoint):
     with pytest.MonkeyPatch.context() as patch:
         te_stand_ins.use_stand_ins(patch)
         model = build_model(arch, policy, parallel, frozen=True)
-        load_hf_weights(model, arch, folder, place_of(parallel))
+        load_hf_weights(model, arch, folder, parallel.grid)
         target = Path(checkpoint)
         (target / "model").mkdir(parents=True)
         dist_checkpointing.save({"weights": sharded_weights(model)}, str(target / "model"))

@@ -11,15 +11,15 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megadpo.checkpoint import load_weights
+from megadpo.config.grid import Grid
 from megadpo.config.schema_megatron import MegatronConfig
 from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
 from megadpo.families import read_architecture
 from megadpo.model.build import build_model
 from megadpo.model.source import resolve_source
 from megadpo.model.weights import load_hf_weights
-from megadpo.model.weights.load import place_of
 from megadpo.optimizer.state import METADATA
-from megadpo.parallel import Layout, ParallelContext, destroy, initialize, setup_device
+from megadpo.parallel import ParallelContext, destroy, initialize, setup_device
 
 State = dict[str, torch.Tensor]
 
@@ -32,7 +32,7 @@ def build(folder: str, parallel: ParallelContext, precision: str = "float32") ->
         precision=precision,
         attention_kernel="sdpa",
         megatron_cfg=MegatronConfig(
-            tensor_model_parallel_size=parallel.tp_size, pipeline_model_parallel_size=parallel.pp_size
+            tensor_model_parallel_size=parallel.grid.tensor, pipeline_model_parallel_size=parallel.grid.pipeline
         ),
     )
     [model] = build_model(read_architecture(folder), policy, parallel, frozen=False)
@@ -59,12 +59,12 @@ def load_in_every_layout(folders: dict[str, str], layouts: list[tuple[int, int]]
     for tp, pp in layouts:
         for rank in range(tp * pp):
             torch.distributed.init_process_group("fake", rank=rank, world_size=tp * pp, store=FakeStore())
-            parallel = initialize(Layout(tensor=tp, pipeline=pp), setup_device("auto"))
+            parallel = initialize(Grid(tensor=tp, pipeline=pp), setup_device("auto"))
             for case, folder in folders.items():
                 model = build(folder, parallel)
-                load_hf_weights([model], read_architecture(folder), folder, place_of(parallel))
+                load_hf_weights([model], read_architecture(folder), folder, parallel.grid)
                 stages = results.setdefault((case, tp, pp), [[] for _ in range(pp)])
-                stages[parallel.pp_rank].append(global_state(model))
+                stages[parallel.grid.pp_rank].append(global_state(model))
             destroy()
     return results
 
@@ -81,9 +81,9 @@ def in_a_world_of_two(saves: list[tuple[str, str, int, int]], load: str) -> Stat
 
 def save_as_training_does(hf: str, folder: str, tp: int, pp: int) -> None:
     """A checkpoint of the model in this layout, by megatron-core's own save, with tensors of an optimizer beside it."""
-    parallel = initialize(Layout(tensor=tp, pipeline=pp), setup_device("auto"))
+    parallel = initialize(Grid(tensor=tp, pipeline=pp), setup_device("auto"))
     model = build(hf, parallel)
-    load_hf_weights([model], read_architecture(hf), hf, place_of(parallel))
+    load_hf_weights([model], read_architecture(hf), hf, parallel.grid)
     state = {
         "weights": model.sharded_state_dict(metadata=METADATA),
         "moment": ShardedTensor.from_rank_offsets(
@@ -98,7 +98,7 @@ def save_as_training_does(hf: str, folder: str, tp: int, pp: int) -> None:
 
 def load_with_megatron(folder: str, tp: int, pp: int) -> State:
     """This rank's parameters from a Megatron checkpoint folder, by the trainer's own loader."""
-    parallel = initialize(Layout(tensor=tp, pipeline=pp), setup_device("auto"))
+    parallel = initialize(Grid(tensor=tp, pipeline=pp), setup_device("auto"))
     model = build(str(Path(folder) / "hf"), parallel)
     load_weights([model], resolve_source(folder, "folder"), read_architecture(Path(folder) / "hf"), parallel)
     return global_state(model)

@@ -19,7 +19,7 @@ from megadpo.model.source import ModelSource, weights_fingerprint
 from megadpo.model.weights import export_hf, import_hf
 from megadpo.model.weights.safe_files import read_data, read_metadata
 from tests.helpers.distributed import run_distributed
-from tests.helpers.runs import make_config, make_model, train, train_and_read
+from tests.helpers.runs import evaluate, make_config, make_model, train, train_and_read
 
 
 class Code:
@@ -78,11 +78,9 @@ def test_a_resume_runs_no_code_of_the_checkpoint(case, start, tmp_path):
 def evaluate_and_read(config: str, overrides: list[str]) -> tuple[int, str]:
     import contextlib
 
-    from megadpo.train.command import evaluate_main
-
     printed = io.StringIO()
     with contextlib.redirect_stderr(printed):
-        code = evaluate_main([config, *overrides])
+        code = evaluate(config, overrides)
     return code, printed.getvalue()
 
 
@@ -107,9 +105,10 @@ def load_an_object(folder: str, proof: str) -> tuple[Any, str]:
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
     from megadpo.checkpoint.load import _load
-    from megadpo.parallel import Layout, initialize, setup_device
+    from megadpo.config.grid import Grid
+    from megadpo.parallel import initialize, setup_device
 
-    initialize(Layout(), setup_device("cpu"))
+    initialize(Grid(), setup_device("cpu"))
 
     def save(name: str, value: Any) -> Path:
         (Path(folder) / name / "model").mkdir(parents=True)

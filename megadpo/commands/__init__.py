@@ -1,0 +1,119 @@
+"""The command line: `megadpo COMMAND ...`, the same as `python -m megadpo COMMAND ...`; launch/train.py is its `train`.
+
+A command is a file of this folder, found by itself: its name, its docstring (`megadpo COMMAND --help`; the first line in
+`megadpo --help`), and `main(arguments)`, which returns the exit code and may raise UserError. Only the file of the
+command that runs is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import importlib
+import importlib.metadata
+import logging
+import os
+import pkgutil
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megadpo.config.problems import EXIT_REFUSED, UserError
+from megadpo.config.shipped import shipped_folder
+from megadpo.launcher import last_words, under_torchrun
+
+EXIT_CTRL_C = 130
+OTHERS_WAIT_S = 20.0
+_HELP = ("-h", "--help", "help")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code. arguments: the command's name and what follows it; None: the process's own."""
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in _HELP:
+        print(overview())
+        return 0
+    if name == "--version":
+        print(f"megadpo {importlib.metadata.version('megadpo')}")
+        return 0
+    modules = _modules()
+    if name not in modules:
+        near = difflib.get_close_matches(name, modules, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(modules)}"
+        print(f"megadpo: no command {name!r}; {hint}", file=sys.stderr)
+        return EXIT_REFUSED
+    quiet_libraries()
+    if not under_torchrun():
+        return _run(modules[name], rest)
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(_run)(modules[name], rest) or 0  # torchrun prints what the first failing rank raised
+
+
+def _run(module: str, arguments: Sequence[str]) -> int:
+    """The command's exit code, also where it is refused or interrupted."""
+    try:
+        command: Callable[[Sequence[str]], int] = importlib.import_module(f"{__name__}.{module}").main
+        return command(arguments)
+    except UserError as error:
+        return refuse(error)
+    except KeyboardInterrupt:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            last_words("stopped by Ctrl-C", sys.stderr)
+        return EXIT_CTRL_C
+
+
+def overview() -> str:
+    """What `megadpo --help` prints: a line for each command."""
+    modules = _modules()
+    width = max(map(len, modules))
+    lines = [f"  {name:{width}}  {_summary(module)}" for name, module in modules.items()]
+    return "\n".join(
+        [
+            "usage: megadpo COMMAND ...     (megadpo COMMAND --help; python -m megadpo is the same)",
+            "",
+            *lines,
+            "",
+            f"configs, by name or by path: {shipped_folder('configs')}",
+            f"files for Slurm, Kubernetes and SkyPilot: {shipped_folder('launch')}",
+        ]
+    )
+
+
+def command_parser(module: str, text: str | None) -> argparse.ArgumentParser:
+    """The parser of the command in `module`, whose docstring is `text`."""
+    name = module.rpartition(".")[2].rstrip("_")
+    described = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=f"megadpo {name}", description=text, formatter_class=described)
+
+
+def refuse(error: UserError) -> int:
+    """Print every problem on stderr, once a node; the other ranks wait so that torchrun doesn't stop the one that
+    prints. A rank that is still there after that is the only one to know, and prints too. Returns EXIT_REFUSED."""
+    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
+        time.sleep(OTHERS_WAIT_S)
+    lines = [f"refused, {len(error.problems)} problem(s):", *(f"  {problem}" for problem in error.problems)]
+    last_words("\n".join(lines), sys.stderr)
+    return EXIT_REFUSED
+
+
+def quiet_libraries() -> None:
+    """megatron-core warns at import of every optional package it can't find; none of them matters here. torch warns of a
+    class that megatron-core's checkpoints are made of, on every rank."""
+    warnings.filterwarnings("ignore", module="megatron")
+    warnings.filterwarnings("ignore", "Please use DTensor instead", FutureWarning, module="torch")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
+def _modules() -> dict[str, str]:
+    """Command -> module of this package; a name that Python keeps for itself ends in _ there."""
+    return {one.name.rstrip("_"): one.name for one in pkgutil.iter_modules(__path__)}
+
+
+def _summary(module: str) -> str:
+    """The first line of a command's docstring, up to its usage, read without importing what the command needs."""
+    text = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
+    return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0].partition(": megadpo ")[0]

@@ -1,0 +1,43 @@
+"""Export a run's model as a Hugging Face folder: megadpo export RUN FOLDER [--best | --step N]
+
+RUN is a run's checkpointing.checkpoint_dir, of which the newest checkpoint is taken, or --best by the run's metric_name,
+or --step N; or one checkpoint: step_<N> of a run, or what megadpo import made. FOLDER opens with
+AutoModelForCausalLM.from_pretrained; --push-to-hub OWNER/NAME uploads it too. One process, no GPU, a tensor at a time.
+Exit code 2: refused, with every problem on stderr.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megadpo.commands import command_parser
+from megadpo.config.variants import import_plugins
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Export; returns the exit code. Raises UserError."""
+    parser = command_parser(__name__, __doc__)
+    parser.add_argument("run", type=Path, help="a run's checkpoint_dir, or one checkpoint")
+    parser.add_argument("folder", type=Path, help="to make; absent or empty")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--best", action="store_true", help="the checkpoint with the best validation metric")
+    which.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step")
+    parser.add_argument("--dtype", choices=DTYPES, help="cast the weights (default: the checkpoint's own)")
+    parser.add_argument(
+        "--plugin", action="append", default=[], metavar="FILE.py", help="adds a model family; executed"
+    )
+    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="also upload it; a new repository is private")
+    options = parser.parse_args(arguments)
+    from megadpo.checkpoint.choose import choose_checkpoint  # not for --help
+    from megadpo.model.weights import dtype_named, export_hf, push_to_hub
+
+    import_plugins(options.plugin)
+    checkpoint = choose_checkpoint(options.run, step=options.step, best=options.best)
+    export_hf(checkpoint, options.folder, dtype=dtype_named(options.dtype) if options.dtype else None)
+    print(f"wrote {options.folder}" + (f", of {checkpoint}" if checkpoint != options.run else ""))
+    if options.push_to_hub is not None:
+        print(f"uploaded to {push_to_hub(options.folder, options.push_to_hub)}")
+    return 0

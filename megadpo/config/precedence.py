@@ -1,0 +1,66 @@
+"""What the command line says wins over what the file says about the same thing in another key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megadpo.config.tree import drop, get
+
+_MEG = "policy.megatron_cfg"
+_OPT = f"{_MEG}.optimizer"
+_SCHED = f"{_MEG}.scheduler"
+_CHUNKS = tuple(f"{_MEG}.{name}" for name in ("fused_linear_logprobs_chunk_size", "linear_ce_fusion_chunk_size"))
+
+# key -> the keys that say the same in other words
+_SAME: dict[str, tuple[str, ...]] = {
+    f"{_OPT}.weight_decay": (f"{_SCHED}.start_weight_decay", f"{_SCHED}.end_weight_decay"),
+    "policy.max_grad_norm": (f"{_OPT}.clip_grad",),
+    "policy.precision": (f"{_MEG}.pipeline_dtype", f"{_OPT}.bf16"),
+    "policy.logprob_chunk_size": _CHUNKS,
+    "policy.max_total_sequence_length": ("data.max_input_seq_length",),
+    "data.train_data_path": ("data.train",),
+    "data.train": ("data.train_data_path",),
+    "data.val_data_paths": ("data.val_data_path", "data.validation"),
+    "data.val_data_path": ("data.val_data_paths", "data.validation"),
+    "data.validation": ("data.val_data_paths", "data.val_data_path"),
+}
+
+
+def _above(limit: object, value: object) -> bool:
+    return isinstance(limit, (int, float)) and isinstance(value, (int, float)) and value > limit
+
+
+# key of the file -> whether its value can't stand beside the command line's; otherwise: when they differ
+_CLASHES: dict[str, Callable[[Any, Any], bool]] = {
+    f"{_OPT}.bf16": lambda precision, bf16: bool(bf16) != (precision == "bfloat16"),
+    "data.max_input_seq_length": _above,
+}
+
+
+def give_way(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Take out of `tree` what the command line's `overrides` say otherwise in another key; a note for each."""
+    said = [one.partition("=")[0].lstrip("+").strip() for one in overrides if not one.startswith("~")]
+    notes = []
+    for winner, others in _SAME.items():
+        if not _is_said(winner, said):
+            continue
+        for other in others:
+            mine, theirs = get(tree, winner), get(tree, other)
+            if theirs is None or _is_said(other, said) or not _clash(tree, winner, other):
+                continue
+            drop(tree, other)
+            notes.append(f"{other}: {theirs!r} of the file gives way to {winner}: {mine!r} of the command line")
+    return notes
+
+
+def _clash(tree: dict[str, Any], winner: str, other: str) -> bool:
+    if winner.endswith(".weight_decay") and get(tree, f"{_SCHED}.weight_decay_incr_style", "constant") != "constant":
+        return False  # start and end decide
+    mine, theirs = get(tree, winner), get(tree, other)
+    return _CLASHES[other](mine, theirs) if other in _CLASHES else bool(mine != theirs)
+
+
+def _is_said(path: str, said: list[str]) -> bool:
+    """Whether the command line sets `path`, a section that holds it, or something in it."""
+    return any(one == path or path.startswith(f"{one}.") or one.startswith(f"{path}.") for one in said)

@@ -1,0 +1,234 @@
+"""Which pairs share their prompt, and which of their answers are the same.
+
+A group is one prompt, its distinct answers, and the pairs over them. In a pack the prompt and each answer of a group are
+computed once, whatever the number of pairs they are in: with all pairs of K answers, a prompt once instead of K (K - 1) / 2
+times, and an answer once instead of K - 1 times. Loss and gradients stay those of the pairs.
+
+Shapes: N pairs of the data set, P of them looked at.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from megadpo.data.batches.deal import Deal, deal_batch
+from megadpo.data.batches.rebalance import BALANCE
+from megadpo.data.batches.work import WorkModel, keys_up_to
+from megadpo.data.pairs import FlatPairs, Ints
+
+LOOK_AHEAD = 64
+"""Groups that wait for a global batch with room for all of their pairs, at most."""
+
+
+@dataclass(frozen=True, eq=False)
+class PairGroups:
+    """Prompts and answers of N pairs by number. Numbers count from 0 by first appearance."""
+
+    prompts: Ints
+    """[N] which prompt: the group of the pair."""
+    answers: Ints
+    """[N, 2] which chosen and which rejected answer. The same number: the same tokens and loss mask after the same
+    prompt."""
+    prompt_tokens: Ints
+    """[N]"""
+    answer_tokens: Ints
+    """[N, 2]"""
+
+    @classmethod
+    def of(cls, pairs: FlatPairs) -> PairGroups:
+        """By the hashes of their texts; pack_pairs holds the texts themselves against each other."""
+        texts, identities = pairs.text_tokens(), pairs.identities.reshape(-1, 3)
+        prompts = _by_appearance(identities[:, 0])
+        answers = _by_appearance(np.repeat(prompts, 2), identities[:, 1:].ravel()).reshape(-1, 2)
+        return cls(prompts, answers, texts[:, 0], texts[:, 1:])
+
+    @property
+    def num_prompts(self) -> int:
+        return int(self.prompts.max(initial=-1)) + 1
+
+    def totals(self, positions: Ints, labels: Ints, num_labels: int, model: WorkModel | None) -> tuple[Ints, Ints]:
+        """Tokens and work, int64 [num_labels] each, of the pairs at `positions` [P]; those with the same label [P] are
+        computed together. Without a model, work is tokens."""
+        tokens, answer_tokens = np.zeros((2, num_labels), dtype=np.int64)
+        first = _first_of_each(labels, self.prompts[positions])
+        prompt, label = self.prompt_tokens[positions[first]], labels[first]
+        np.add.at(tokens, label, prompt)
+        labels = np.repeat(labels, 2)
+        first = _first_of_each(labels, self.answers[positions].ravel())
+        answer, answer_label = self.answer_tokens[positions].ravel()[first], labels[first]
+        np.add.at(answer_tokens, answer_label, answer)
+        tokens += answer_tokens
+        if model is None:
+            return tokens, tokens
+        before = np.repeat(self.prompt_tokens[positions], 2)[first]
+        keys = {window: np.zeros(num_labels, dtype=np.int64) for window in model.windows}
+        for window, seen in keys.items():
+            np.add.at(seen, label, keys_up_to(prompt, window))
+            np.add.at(seen, answer_label, keys_up_to(before + answer, window) - keys_up_to(before, window))
+        return tokens, model.work(tokens, answer_tokens, keys)
+
+    def order(self, shuffled: Iterable[int], batch_size: int) -> Ints:
+        """[N] positions: the groups in the order `shuffled`, a permutation of their numbers, cut into global batches of
+        `batch_size` pairs so that few groups are split.
+
+        A group that doesn't fit into what is left of a global batch waits for the next one, and smaller ones take the
+        room. A group is split where none fits: larger than a global batch, at most LOOK_AHEAD waiting, or the end.
+        """
+        sizes = np.bincount(self.prompts)
+        members = np.argsort(self.prompts, kind="stable")
+        if len(sizes) == len(members):
+            return members[np.fromiter(shuffled, dtype=np.int64, count=len(members))]
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        parts = _in_batches(iter(shuffled), sizes.tolist(), batch_size)
+        return np.concatenate([members[starts[group] + a : starts[group] + b] for group, a, b in parts])
+
+
+def deal_groups(
+    groups: PairGroups,
+    positions: Ints,
+    *,
+    num_ranks: int,
+    budget_tokens: int,
+    work_model: WorkModel | None,
+    micro_batch_multiple: int,
+) -> Deal:
+    """deal_batch for a global batch of pairs at `positions` [P] whose groups stay together.
+
+    A group is split where it doesn't fit into a pack, and where otherwise a rank would have more work than the others:
+    the deal whose busiest rank has the least work is taken. Deterministic; raises ValueError as deal_batch does.
+    """
+    labels = _split_too_long(groups, positions, _by_appearance(groups.prompts[positions]), budget_tokens)
+    best: tuple[int, Deal, Ints] | None = None
+    for _ in range(4 * num_ranks):
+        lengths, work = groups.totals(positions, labels, _number_of(labels), work_model)
+        deal = deal_batch(
+            lengths,
+            num_ranks=num_ranks,
+            budget_tokens=budget_tokens,
+            work=work,
+            micro_batch_multiple=micro_batch_multiple,
+        )
+        by_rank = [int(work[[number for pack in rank for number in pack]].sum()) for rank in deal]
+        busiest = max(by_rank)
+        if best is None or busiest < best[0]:
+            best = busiest, deal, labels
+        if min(by_rank) >= (1 - BALANCE) * busiest:
+            break
+        sizes = np.bincount(labels)
+        splittable = [n for pack in deal[by_rank.index(busiest)] for n in pack if sizes[n] > 1]
+        if not splittable:
+            break
+        labels = _halved(groups, positions, labels, max(splittable, key=lambda number: (work[number], -number)))
+    assert best is not None
+    _, deal, labels = best
+    members = _members(labels)
+    return [[sorted(int(pair) for number in pack for pair in members[number]) for pack in rank] for rank in deal]
+
+
+def _in_batches(shuffled: Iterator[int], sizes: Sequence[int], batch_size: int) -> Iterator[tuple[int, int, int]]:
+    """(group, a, b): its pairs a to b are next."""
+    waiting: deque[tuple[int, int]] = deque()  # group, its first pair that has not been taken
+    room = batch_size
+    ended = False
+    while not ended or waiting:
+        fitting = next((one for one in waiting if sizes[one[0]] - one[1] <= room), None)
+        while fitting is None and not ended and len(waiting) < LOOK_AHEAD:
+            group = next(shuffled, None)
+            if group is None:
+                ended = True
+            elif sizes[group] <= room:
+                fitting = group, 0
+            else:
+                waiting.append((group, 0))
+                if sizes[group] > batch_size:
+                    break
+        if fitting is not None:
+            group, first = fitting
+            if waiting and fitting in waiting:
+                waiting.remove(fitting)
+            end = sizes[group]
+        elif waiting:
+            group, first = waiting.popleft()
+            end = first + room
+            waiting.appendleft((group, end))
+        else:
+            return
+        yield group, first, end
+        room -= end - first
+        room = room or batch_size
+
+
+def _split_too_long(groups: PairGroups, positions: Ints, labels: Ints, budget_tokens: int) -> Ints:
+    """`labels` with new ones for the pairs that a pack has no room for beside the others of their group."""
+    lengths, _ = groups.totals(positions, labels, _number_of(labels), None)
+    labels, members = labels.copy(), _members(labels)
+    for number in np.flatnonzero(lengths > budget_tokens).tolist():
+        label, taken, room = number, set[int](), 0
+        for pair in _by_answers(groups, positions, members[number]):
+            position = positions[pair]
+            new = {
+                int(answer): int(tokens)
+                for answer, tokens in zip(groups.answers[position], groups.answer_tokens[position], strict=True)
+                if int(answer) not in taken
+            }
+            if taken and sum(new.values()) > room:
+                label, taken = int(labels.max()) + 1, set()
+                new = dict(zip(groups.answers[position].tolist(), groups.answer_tokens[position].tolist(), strict=True))
+            if not taken:
+                room = budget_tokens - int(groups.prompt_tokens[position])
+            labels[pair] = label
+            taken |= new.keys()
+            room -= sum(new.values())
+    return labels
+
+
+def _halved(groups: PairGroups, positions: Ints, labels: Ints, number: int) -> Ints:
+    """`labels` with a new one for half of the pairs of `number`, those with other answers where there are some."""
+    labels = labels.copy()
+    pairs = _by_answers(groups, positions, np.flatnonzero(labels == number))
+    labels[pairs[len(pairs) // 2 :]] = labels.max() + 1
+    return labels
+
+
+def _by_answers(groups: PairGroups, positions: Ints, pairs: Ints) -> Ints:
+    """`pairs`, with those that share answers side by side."""
+    answers = np.sort(groups.answers[positions[pairs]], axis=1)
+    order: Ints = pairs[np.lexsort((answers[:, 1], answers[:, 0]))]
+    return order
+
+
+def _members(labels: Ints) -> list[Ints]:
+    """For each label, from 0: where it stands in `labels`."""
+    order = np.argsort(labels, kind="stable")
+    bounds = np.searchsorted(labels[order], np.arange(_number_of(labels) + 1))
+    return [order[start:end] for start, end in pairwise(bounds)]
+
+
+def _number_of(labels: Ints) -> int:
+    return int(labels.max(initial=-1)) + 1
+
+
+def _by_appearance(*columns: Ints) -> Ints:
+    """int64 [n]: equal rows of the columns, each [n], get the same number, counted by first appearance."""
+    order = np.lexsort(columns)
+    changes = np.zeros(len(order), dtype=bool)
+    for column in columns:
+        changes[1:] |= np.diff(column[order]) != 0
+    first = order[np.concatenate([[True], changes[1:]])] if len(order) else order  # lexsort is stable
+    place = np.empty(len(order), dtype=np.int64)
+    place[order] = np.cumsum(changes)
+    rank = np.empty(len(first), dtype=np.int64)
+    rank[np.argsort(first, kind="stable")] = np.arange(len(first))
+    numbers: Ints = rank[place]
+    return numbers
+
+
+def _first_of_each(*columns: Ints) -> Ints:
+    """Where each distinct row of the columns, each [n], stands for the first time."""
+    _, first = np.unique(_by_appearance(*columns), return_index=True)
+    return first

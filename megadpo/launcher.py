@@ -1,0 +1,122 @@
+"""Ranks started by `megadpo train --nproc-per-node N`, with torchrun's own agent and options, but ended in our words.
+
+torchrun, told to stop, kills its ranks 30 seconds later, which is not enough to finish the step of a large model and save
+it; it exits with 1 whatever they exited with; and prints a traceback of its own after what they said. Here SIGTERM,
+SIGUSR1 and Ctrl-C are passed on and the ranks waited for, however long they take; the exit code is theirs; and the last
+words are theirs, but after a crash, where torchrun's table of the failed ranks stands below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from types import FrameType
+from typing import IO
+
+_OPTIONS = {
+    "--nproc-per-node": "ranks of each node: start them here",
+    "--nnodes": "nodes; start the same command on each",
+    "--node-rank": "this node's number, with --master-addr",
+    "--master-addr": "of the first node, where there is no --rdzv-endpoint",
+    "--master-port": "its port",
+    "--rdzv-backend": "how nodes find each other: static or c10d",
+    "--rdzv-endpoint": "HOST:PORT where they meet",
+    "--rdzv-id": "any name, the same on all",
+    "--local-addr": "this node's own address",
+}
+_OWN_WORDS = (0, 2, 75, 130, 143)
+"""Exit codes of ranks that said why they ended."""
+
+
+def add_rank_options(parser: argparse.ArgumentParser) -> None:
+    """torchrun's options that say how many ranks there are and where."""
+    group = parser.add_argument_group("ranks (torchrun's options; without one: this process alone)")
+    for name, words in _OPTIONS.items():
+        group.add_argument(name, help=words, metavar="X")
+
+
+def split_rank_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The options of `add_rank_options` among a command's arguments, for torchrun, and the others, for each rank."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_rank_options(parser)
+    options, others = parser.parse_known_args(arguments)
+    given = ((name, getattr(options, name[2:].replace("-", "_"))) for name in _OPTIONS)
+    return [word for name, value in given if value is not None for word in (name, value)], others
+
+
+def launch(ranks: Sequence[str], command: Sequence[str], *, saves: bool) -> int:
+    """Start `megadpo COMMAND` as the ranks that `ranks` (torchrun's options) asks for; returns the first failing rank's
+    exit code, 128 + number for a signal, or 0. saves: the ranks answer SIGTERM by saving, and are waited for."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, which says so in three lines
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    here = ["--signals-to-handle", "SIGHUP,SIGQUIT"] if saves else []
+    if saves:
+        _signal_the_ranks_instead()
+    try:
+        run(parse_args([*ranks, *here, "-m", "megadpo", *command]))
+    except ChildFailedError as error:
+        code: int = error.get_first_failure()[1].exitcode
+        code = code if code > 0 else 128 - code
+        if code not in _OWN_WORDS:
+            print(error.format_msg(), file=sys.stderr)
+        return code
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0
+
+
+def _signal_the_ranks_instead() -> None:
+    """From now on SIGTERM and SIGUSR1 reach the ranks as SIGUSR1, Ctrl-C as Ctrl-C, and not this process.
+
+    SIGUSR1 is blocked, which ranks inherit: one that comes while they are built waits until they can save
+    (`StopWatcher.install`). SIGTERM isn't: the agent ends with it the ranks that are left when one has failed.
+    """
+    import psutil
+
+    def pass_on(number: int, frame: FrameType | None = None) -> None:
+        for rank in psutil.Process().children():
+            try:
+                rank.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGUSR1)
+            except psutil.NoSuchProcess:
+                continue
+
+    def wait_for_usr1() -> None:
+        while True:
+            pass_on(signal.sigwait([signal.SIGUSR1]))
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    signal.signal(signal.SIGTERM, pass_on)
+    signal.signal(signal.SIGINT, pass_on)
+    threading.Thread(target=wait_for_usr1, daemon=True).start()
+
+
+def under_torchrun() -> bool:
+    """Whether this process is a rank that torchrun, or `launch`, started."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def world_size() -> int:
+    """Ranks of this run, by what torchrun says; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def last_words(text: str, stream: IO[str]) -> None:
+    """Print why this rank ends. torchrun prints it again, in the table below the traceback that it ends every failed run
+    with, which no rank can keep it from."""
+    print(text, file=stream, flush=True)
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if under_torchrun() and file is not None and not os.path.exists(file):
+        with open(file, "w", encoding="utf-8") as writing:
+            shown = {"py_callstack": text, "timestamp": str(int(time.time()))}
+            json.dump({"message": {"message": text, "extraInfo": shown}}, writing)

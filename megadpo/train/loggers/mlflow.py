@@ -1,0 +1,112 @@
+"""MLflow: a tracking server, or a folder; <log_dir>/mlflow_run_id, the id under which a resumed run goes on."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from megadpo.config.problems import ConfigError, Problem, first_line
+from megadpo.config.types import Text
+from megadpo.config.variants import LOGGERS
+from megadpo.train.loggers.base import LoggedRun, Logger, Number
+
+RUN_ID_FILE = "mlflow_run_id"
+_MOST_PARAMS, _LONGEST_PARAM = 100, 6000
+"""Of one request, and characters of a value: MLflow's limits."""
+
+
+@LOGGERS.add("mlflow")
+@dataclass(frozen=True, kw_only=True)
+class MLflow(Logger):
+    """Log to MLflow as well, by logger.mlflow."""
+
+    key = "mlflow"
+    package = "mlflow"
+    to_install = "mlflow-skinny"
+    experiment_name: Text | None = None
+    """null: Default."""
+    run_name: Text | None = None
+    """null: MLflow makes one up."""
+    run_id: Text | None = None
+    """Go on with this run of the tracking server. null: a new one, or on a resume the one that log_dir remembers."""
+    tracking_uri: Text | None = None
+    """A server's address, or a folder. null: the environment's MLFLOW_TRACKING_URI, else mlflow in logger.log_dir."""
+    artifact_location: Text | None = None
+    """Of an experiment that is made new. null: the server's default."""
+
+    def open(self, run: LoggedRun) -> MLflowRun:
+        return MLflowRun(self, run)
+
+
+class MLflowRun:
+    """A run of MLflow's. A resumed run goes on under the same id; steps done again are there twice, and MLflow's charts
+    show the later value."""
+
+    def __init__(self, options: MLflow, run: LoggedRun) -> None:
+        from mlflow.exceptions import MlflowException
+        from mlflow.tracking import MlflowClient
+
+        address = options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or str(run.log_dir / "mlflow")
+        if "://" not in address or address.startswith("file:"):
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow 3.7 and later ask for this
+        os.environ.setdefault(
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"
+        )  # seven, over minutes, for a server that isn't there
+        id_file = run.log_dir / RUN_ID_FILE
+        known_id = id_file.read_text().strip() if run.resumed_step and id_file.exists() else None
+        try:
+            self._client = MlflowClient(tracking_uri=address)
+            self._id = self._begin(options, options.run_id or known_id)
+            for some in _portions(sorted(_flat(run.config or {}))):
+                self._client.log_batch(self._id, params=some)
+        except MlflowException as error:
+            fix = f"correct logger.mlflow, or logger.mlflow_enabled: false ({first_line(error)})"
+            raise ConfigError(
+                Problem("logger.mlflow.tracking_uri", address, "an address or folder at which MLflow starts", fix)
+            ) from error
+        id_file.write_text(self._id + "\n")
+
+    def _begin(self, options: MLflow, known_id: str | None) -> str:
+        """The id of the run, which is running from here on."""
+        if known_id is not None:
+            self._client.update_run(known_id, status="RUNNING")
+            return known_id
+        name = options.experiment_name or "Default"
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            experiment = self._client.create_experiment(name, artifact_location=options.artifact_location)
+        else:
+            experiment = found.experiment_id
+        started: str = self._client.create_run(experiment, run_name=options.run_name).info.run_id
+        return started
+
+    def log(self, step: int, metrics: Mapping[str, Number]) -> None:
+        from mlflow.entities import Metric
+
+        now_ms = int(time.time() * 1000)
+        known = [Metric(name, value, now_ms, step) for name, value in metrics.items() if value is not None]
+        self._client.log_batch(self._id, metrics=known)
+
+    def close(self, exit_code: int) -> None:
+        self._client.set_terminated(self._id, "FINISHED" if exit_code == 0 else "FAILED")
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted names and values, as text."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", str(value)[:_LONGEST_PARAM]
+
+
+def _portions(params: list[tuple[str, str]]) -> Iterator[list[Any]]:
+    from mlflow.entities import Param
+
+    rest = iter(params)
+    while some := [Param(name, value) for name, value in islice(rest, _MOST_PARAMS)]:
+        yield some

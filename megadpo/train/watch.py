@@ -1,0 +1,75 @@
+"""What a step did to the machine: the most memory of a rank, and with logger.monitor_gpus what the GPUs are doing."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megadpo.parallel import ParallelContext
+
+GIB = 2**30
+PEAK = "machine/peak_memory_gib"
+GPU_NUMBERS = ("utilization", "memory_gib", "power_w")
+"""Of each GPU, as machine/gpu_<n>_<number>."""
+
+
+class MachineWatch:
+    """Reads the machine after each step. All ranks make one, and call `read` together."""
+
+    def __init__(self, parallel: ParallelContext, *, monitor_gpus: bool) -> None:
+        """monitor_gpus: read the GPUs that the first rank's process sees, on CUDA. Raises NVML's errors."""
+        self._device = parallel.device
+        watched = monitor_gpus and parallel.rank == 0 and parallel.device.type == "cuda"
+        self._gpus = _gpus() if watched else []
+
+    def read(self) -> dict[str, float | None]:
+        """The numbers of the step that ended, by their full names. Collectives: a maximum of one number over the world.
+
+        The peak is of the rank that had most: torch's allocations since the last call, where it starts again; on a CPU
+        the process' resident memory since it began.
+        """
+        peak = torch.tensor([_peak_bytes(self._device)], dtype=torch.int64, device=self._device)
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        found: dict[str, float | None] = {PEAK: int(peak.item()) / GIB}
+        for number, handle in enumerate(self._gpus):
+            found |= {f"machine/gpu_{number}_{name}": value for name, value in _gpu_numbers(handle).items()}
+        return found
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
+def _gpus() -> list[Any]:
+    """NVML's handles of the GPUs that this process sees (CUDA_VISIBLE_DEVICES), in its order."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    ids = [torch.cuda.get_device_properties(number).uuid for number in range(torch.cuda.device_count())]
+    return [pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{one}") for one in ids]
+
+
+def _gpu_numbers(handle: Any) -> dict[str, float | None]:
+    """Percent of the last moments in which a kernel ran, GiB in use by anybody, watts. None: the GPU doesn't say."""
+    import pynvml
+
+    def ask(question: Callable[[], float]) -> float | None:
+        try:
+            return question()
+        except pynvml.NVMLError:  # a number that this GPU hasn't got, or a GPU that fell off; the step says so itself
+            return None
+
+    answers = (
+        ask(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu),
+        ask(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle).used / GIB),
+        ask(lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1000),
+    )
+    return dict(zip(GPU_NUMBERS, answers, strict=True))

@@ -1,0 +1,65 @@
+"""Ranks started by the command itself: which options are torchrun's, the exit code, and whose words come last."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from megadpo.launcher import split_rank_options
+from tests.helpers.distributed import REPOSITORY
+from tests.helpers.runs import make_config, make_model
+
+TORCHRUN = ("-m", "torch.distributed.run", "--local-addr", "127.0.0.1", "--nproc-per-node", "2", "launch/train.py")
+OURS = ("-m", "megadpo", "train", "--nproc-per-node", "2", "--local-addr=127.0.0.1")
+
+
+def test_options_of_torchrun_are_taken_out_wherever_they_stand() -> None:
+    given = ["c.yaml", "--nproc-per-node", "4", "dpo.seed=1", "--nnodes=2", "--check", "--rdzv-endpoint", "a:1"]
+    ranks, others = split_rank_options(given)
+    assert ranks == ["--nproc-per-node", "4", "--nnodes", "2", "--rdzv-endpoint", "a:1"]
+    assert others == ["c.yaml", "dpo.seed=1", "--check"]
+    assert split_rank_options(["c.yaml", "--nproc"]) == ([], ["c.yaml", "--nproc"])  # no abbreviations
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Both streams as they come on a terminal."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120
+    )
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A config that only a rank can refuse: it takes the model's folder to see it."""
+    folder = tmp_path_factory.mktemp("run")
+    config = make_config(folder, make_model(folder / "model", num_key_value_heads=1))
+    return [str(config), "policy.megatron_cfg.tensor_model_parallel_size=2"]
+
+
+@pytest.mark.distributed
+def test_a_refusal_is_the_last_thing_on_the_terminal(refused: list[str]) -> None:
+    done = run(*OURS, *refused)
+    assert done.returncode == 2, done.stdout
+    assert "Traceback" not in done.stdout
+    assert done.stdout.splitlines()[-2] == "refused, 1 problem(s):", done.stdout
+    assert "1 key-value heads" in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_below_torchrun_its_table_ends_with_our_words(refused: list[str]) -> None:
+    done = run(*TORCHRUN, *refused)
+    assert done.returncode == 1
+    assert (
+        "refused, 1 problem(s):" in done.stdout.splitlines()[-3] and "key-value heads" in done.stdout.splitlines()[-2]
+    )
+
+
+def test_what_needs_no_rank_is_refused_before_there_is_one() -> None:
+    done = run(*OURS, "dpo_megatron", "dpo.seed=x")
+    assert done.returncode == 2 and done.stdout.startswith("refused, 1 problem(s):\n  dpo.seed: got 'x'")
