@@ -62,6 +62,14 @@ def _idle(cfg: Config) -> Iterator[tuple[str, str]]:
             yield f"dpo.{name}", "there is no validation set in data.val_data_paths"
 
 
+def dropout_notes(arch: Architecture) -> list[str]:
+    """One note of the dropout that the model's config.json asks for."""
+    if not arch.dropout:
+        return []
+    keys = " and ".join(arch.dropout)
+    return [f"config.json: {keys}: no effect: dropout is never applied, since log-probabilities are compared"]
+
+
 _MODULES = ("moe", "shared_experts")
 
 

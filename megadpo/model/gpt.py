@@ -106,8 +106,9 @@ class PairModel(GPTModel):
         """What all layers need of `batch`."""
         dtype, kernel = self.config.params_dtype, self.kernel
 
-        def plan() -> Any:
-            return kernel.plan(batch.segments, batch.tokens.device, dtype)
+        def plan(window: int | None) -> Any:
+            device = batch.tokens.device
+            return once(batch, (kernel.name, dtype, window), lambda: kernel.plan(batch.segments, device, dtype, window))
 
         def rotation(table: RotaryTable) -> Rotation:
             return once(batch, (table.key, dtype), lambda: table(batch.positions, dtype))
@@ -116,7 +117,7 @@ class PairModel(GPTModel):
             qkv_format="thd",
             rotations={rotary: rotation(table) for rotary, table in self.rotaries.items()},
             kernel=kernel,
-            plans={window: once(batch, (kernel.name, dtype, window), plan) for window in self.windows},
+            plans={window: plan(window) for window in self.windows},
         )
         if self.comes_last:
             batch.made.clear()  # nobody comes for it any more; backward passes keep what they need

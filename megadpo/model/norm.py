@@ -5,6 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
@@ -52,6 +57,34 @@ class RMSNorm(torch.nn.Module):
         if x.is_cuda:
             return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)  # one fused kernel
         return _RmsNorm.apply(x, self.weight, self.eps)
+
+
+def norm_of_all_heads(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    query_weight: torch.Tensor,
+    key_weight: torch.Tensor,
+    eps: float,
+    group: dist.ProcessGroup,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """RMSNorm of a token's queries of all heads together, and of its keys; the mean square is over every rank's heads.
+
+    query [T, H, D] and key [T, G, D] of this rank's heads; weights of all heads. Every rank keeps whole weights, of which it
+    uses its heads' part: by their names megatron-core sums the gradients over the ranks. With more ranks than key heads
+    several ranks have the same one. Collectives: an all-reduce of [T, 2] over `group`, forward and backward.
+    """
+    both, weights, ranks = (query, key), (query_weight, key_weight), group.size()
+    wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in both]
+    squares = torch.stack([x.square().sum(dim=(1, 2)) for x in wide], dim=-1)
+    if ranks > 1:  # every rank uses the sum, so its gradient is summed as well
+        squares = copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(squares))
+    normed = []
+    for x, square, weight in zip(wide, squares.unbind(-1), weights, strict=True):
+        of_heads = weight.view(-1, *x.shape[1:])
+        copies = ranks // of_heads.shape[0]
+        scale = (square / (copies * weight.numel()) + eps).rsqrt()
+        normed.append(x * scale[:, None, None] * of_heads[group.rank() // copies])
+    return normed[0].to(query.dtype), normed[1].to(key.dtype)
 
 
 class ResidualAdd(torch.nn.Module):

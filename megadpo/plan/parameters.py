@@ -60,6 +60,9 @@ def layer_parameters(arch: Architecture, layer: Layer, grid: Grid) -> Iterator[P
     norms = arch.norms.placement
     if norms != "post":
         yield Parameter(hidden)  # input norm
+    if one.qk_norm in ("head_after_rope", "width"):
+        heads = (one.num_heads, one.num_kv_heads) if one.qk_norm == "width" else (1, 1)
+        yield from (Parameter(count * one.head_dim) for count in heads)
     yield Parameter(one.num_heads * one.head_dim // tp * hidden)  # attention output
     yield Parameter(qkv // tp * hidden)
     if one.qkv_bias:
