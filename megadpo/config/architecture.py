@@ -74,15 +74,24 @@ class Attention:
     """A learned number a head joins the softmax as one more score, whose value is 0."""
     qkv_bias: bool = False
     """Bias of the query, key and value projections."""
+    output_bias: bool = False
+    """Bias of the projection after attention."""
     qk_norm: Literal["none", "head", "head_after_rope", "width"] = "none"
     """RMSNorm of queries and keys: of each head before RoPE or after it, or of all heads together before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mlp:
-    """A gated MLP: down(silu(gate(x)) * up(x))."""
+    """A gated MLP: down(activation(gate(x)) * up(x))."""
 
     ffn_size: int
+    activation: Literal["silu", "gelu_tanh", "clamped"] = "silu"
+    """gelu_tanh: GELU in its form with tanh (Hendrycks and Gimpel 2016, arXiv 1606.08415). clamped: with the gate at most
+    `limit` and the other side between -limit and limit, gate * sigmoid(1.702 gate) * (1 + other)."""
+    limit: float | None = None
+    """Of `clamped` alone."""
+    bias: bool = False
+    """Of both projections."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +100,8 @@ class Router:
 
     scores: Literal["softmax", "softmax_of_chosen"]
     """Weights are a softmax over all experts' logits, or over those of the chosen ones alone."""
+    bias: bool = False
+    """Of the logits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +132,8 @@ class Norms:
     """RMSNorm, everywhere."""
 
     eps: float
+    zero_centred: bool = False
+    """Norms multiply by 1 + their weight."""
     placement: Literal["pre", "post", "sandwich"] = "pre"
     """Of a layer's two parts: norms before each, after each and before the residual is added, or both."""
 
@@ -147,9 +160,13 @@ class Architecture:
     dropout: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     """Keys of config.json that ask for dropout, which is never applied: log-probabilities are compared."""
     embedding_multiplier: float = 1.0
+    embedding_multiplier_rounded: bool = False
+    """To the weights' dtype, before it multiplies."""
     residual_multiplier: float = 1.0
     """Of what each part of a layer adds to the residual stream."""
     logit_divisor: float = 1.0
+    logit_softcap: float | None = None
+    """c: the head's logits become c * tanh(logit / c)."""
 
     @property
     def num_layers(self) -> int:

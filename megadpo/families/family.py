@@ -30,6 +30,8 @@ class Family:
         "tie_word_embeddings": False,
     }
     """What transformers takes where config.json has no such key."""
+    activation: ClassVar[tuple[str, tuple[str, ...]]] = ("hidden_act", ("silu", "swish"))
+    """The key of the MLP's activation, and its names there."""
     biases: ClassVar[tuple[str, ...]] = ("attention_bias", "mlp_bias")
     """Keys of biases that the family hasn't got: true is refused."""
     embedding: ClassVar[Row] = EMBEDDING
@@ -88,17 +90,24 @@ class Family:
         """The rows of layer `number`, from 0."""
         return ATTENTION + MLP
 
+    def refuse_quantised(self, config: HfConfig) -> None:
+        """Weights in forms that the family can't read."""
+        config.refuse("quantization_config", "none", AS_FLOATS)
+
     def _refuse_uncomputed(self, config: HfConfig) -> None:
-        config.refuse("hidden_act", "silu", "only SwiGLU models are supported", unless=("silu", "swish"))
+        key, names = self.activation
+        config.refuse(
+            key, " or ".join(names), "models of this class with another activation are not supported", unless=names
+        )
         for key in self.biases:
             config.refuse(key, "false", f"models with {key} are not supported")
-        fix = "export the model's weights in bfloat16 or float32 and train those"
-        config.refuse("quantization_config", "none", fix)
+        self.refuse_quantised(config)
         unknown = sorted({str(kind) for kind in config.raw.get("layer_types") or ()} - _KNOWN_LAYERS)
         if unknown:
             expected = "full_attention and sliding_attention only"
             config.report("layer_types", ", ".join(unknown), expected, "choose a model with plain attention")
 
 
+AS_FLOATS = "export the model's weights in bfloat16 or float32 and train those"
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 _DROPOUTS = ("attention_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop")

@@ -1,7 +1,7 @@
 """Rows of weight tables, and those that many families share.
 
 A row is one parameter of a megatron-core layer and the Hugging Face tensors in it. The axes of a tensor are letters:
-h hidden, q query heads x head dim, k KV heads x head dim, d head dim, f feed-forward, v vocabulary, n experts,
+h hidden, q query heads x head dim, k KV heads x head dim, d head dim, a query heads, f feed-forward, v vocabulary, n experts,
 x feed-forward of an expert, s of the shared expert.
 """
 
@@ -11,6 +11,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megadpo.families.layouts import Columns, GatedMLP, GroupedQKV, Replicated, Rows, TensorLayout
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The one tensor [E, ...] in which a folder holds a row's tensors of all experts."""
+
+    name: str
+    interleaved: bool = False
+    """The rows of an expert's tensors take turns; else they stand one tensor after another."""
+    transposed: bool = False
+    """Its last two axes are exchanged."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,8 @@ class Row:
     """Rows of one expert: the name in checkpoints, of all experts in one tensor."""
     hf_stacked: str = ""
     """Rows of one expert: the tensor [E, ...] of all experts that some folders hold instead, made of `hf`'s by rows."""
+    stack: Stack | None = None
+    """Rows of one expert: where folders hold `hf`'s tensors, whose names are then of no file."""
     also: Mapping[str, str] = field(default_factory=dict)
     """A tensor of `hf`: its name in some other folders."""
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from megadpo.config.architecture import Attention, Rotary
 from megadpo.data.batches.pack import PackedBatch
@@ -50,10 +51,21 @@ class PackedAttention(torch.nn.Module):
     def __init__(self, *, kind: Attention, config: TransformerConfig, pg_collection: Any, **_: Any) -> None:
         super().__init__()
         self.kind, self.tp_group, self.eps = kind, pg_collection.tp, config.layernorm_epsilon
-        self.asked: dict[str, Any] = {"scale": kind.scale, "softcap": kind.logit_softcap}
         if kind.qk_norm in ("head_after_rope", "width"):
             heads = (kind.num_heads, kind.num_kv_heads) if kind.qk_norm == "width" else (1, 1)
             self.q_layernorm, self.k_layernorm = (RMSNorm(config, count * kind.head_dim, self.eps) for count in heads)
+        self.softmax_offset: torch.nn.Parameter | None = None
+        """The sinks of this rank's heads [H]."""
+        if kind.sinks:
+            sinks = kind.num_heads // pg_collection.tp.size()
+            device = torch.cuda.current_device()
+            self.softmax_offset = torch.nn.Parameter(torch.zeros(sinks, dtype=config.params_dtype, device=device))
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        """As megatron-core asks its modules: which part of which tensors this rank has."""
+        state, axes = self.state_dict(prefix="", keep_vars=True), {"softmax_offset": 0}
+        sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(state, prefix, axes, sharded_offsets)
+        return sharded
 
     def forward(
         self,
@@ -82,8 +94,10 @@ class PackedAttention(torch.nn.Module):
             query, key = rotation(query), rotation(key)
         if self.kind.qk_norm == "head_after_rope":
             query, key = self.q_layernorm(query), self.k_layernorm(key)
+        kind = self.kind
+        asked: dict[str, Any] = {"scale": kind.scale, "softcap": kind.logit_softcap, "sinks": self.softmax_offset}
         if pack.context_group is None:
-            out = pack.kernel.attend(query, *pack.kernel.prepare(key, value, plan), plan, **self.asked)
+            out = pack.kernel.attend(query, *pack.kernel.prepare(key, value, plan), plan, **asked)
         else:
             out = attend_over_context(
                 pack.kernel,
@@ -93,7 +107,7 @@ class PackedAttention(torch.nn.Module):
                 plan,
                 group=pack.context_group,
                 keep_gathered=pack.keep_gathered,
-                **self.asked,
+                **asked,
             )
         return out.reshape(query.shape[0], -1)
 

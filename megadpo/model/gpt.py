@@ -95,7 +95,10 @@ class PairModel(GPTModel):
         if self.pre_process:
             hidden = self.embedding(batch.tokens[None], None)
             if self.arch.embedding_multiplier != 1.0:
-                hidden = hidden * self.arch.embedding_multiplier
+                multiplier = self.arch.embedding_multiplier
+                if self.arch.embedding_multiplier_rounded:
+                    multiplier = torch.tensor(multiplier, dtype=hidden.dtype).item()
+                hidden = hidden * multiplier
         if hidden is not None and self.training and self.config.recompute_granularity is not None:
             # Recomputation asks its input, not its weights, whether a gradient is wanted; frozen embeddings want none.
             hidden.requires_grad_()
@@ -150,6 +153,7 @@ class PairModel(GPTModel):
             vocab_start=group.rank() * weight.shape[0],
             group=group,
             chunk_tokens=self.logprob_chunk_tokens,
+            softcap=self.arch.logit_softcap,
         )
         summed = [token_logps]
         if batch.token_weights is not None:

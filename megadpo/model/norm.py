@@ -38,7 +38,8 @@ class _RmsNorm(torch.autograd.Function):
 
 
 class RMSNorm(torch.nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019, eq. 4).
+    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019, eq. 4); with
+    `layernorm_zero_centered_gamma` times 1 + weight, a sum in float32.
 
     megatron-core's own WrappedTorchNorm refuses sequence parallelism; here the weight is marked instead, so that
     `finalize_model_grads` sums its gradient over the tensor-parallel ranks, each of which sees only its own tokens.
@@ -47,16 +48,21 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
+        self.centre = 1.0 if config.layernorm_zero_centered_gamma else 0.0
+        device = torch.cuda.current_device()
         self.weight = torch.nn.Parameter(
-            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+            torch.full((hidden_size,), 1.0 - self.centre, dtype=config.params_dtype, device=device)
         )
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., hidden] -> the same shape and dtype; the mean is taken in float32 for half types."""
-        if x.is_cuda:
-            return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)  # one fused kernel
-        return _RmsNorm.apply(x, self.weight, self.eps)
+        weight: torch.Tensor = self.weight
+        if self.centre:
+            weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.centre
+        if x.is_cuda:  # one fused kernel, which wants one dtype
+            return F.rms_norm(x.to(weight.dtype), (x.shape[-1],), weight, self.eps).to(x.dtype)
+        return _RmsNorm.apply(x, weight, self.eps)
 
 
 def norm_of_all_heads(

@@ -170,9 +170,17 @@ def trace_stage(
 
 
 def _kinds(chunks: Sequence[Any], *, alike: bool) -> list[int]:
-    """For each chunk the first one of its kind: with `alike`, those that neither begin nor end the model."""
-    ends = [(chunk.module.pre_process, chunk.module.post_process) for chunk in chunks]
-    return [ends.index(one) if alike else number for number, one in enumerate(ends)]
+    """For each chunk the first one of its kind: with `alike`, those of the same layers that both begin or both end the
+    model, or do neither."""
+    kinds = [
+        (
+            chunk.module.pre_process,
+            chunk.module.post_process,
+            [chunk.module.arch.layers[layer.layer_number - 1] for layer in chunk.module.decoder.layers],
+        )
+        for chunk in chunks
+    ]
+    return [kinds.index(one) if alike else number for number, one in enumerate(kinds)]
 
 
 def _buildable(policy: PolicyConfig) -> PolicyConfig:

@@ -70,6 +70,24 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "hunyuan_v1_dense",
         {**WIDER, "rope_parameters": {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0, "rope_theta": 1e4}},
     ),
+    "gemma": ("gemma", {"head_dim": 16, "tie_word_embeddings": True}),
+    "gemma2": (
+        "gemma2",
+        {"head_dim": 16, "tie_word_embeddings": True, "query_pre_attn_scalar": 11, "sliding_window": WINDOW,
+         "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0},
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {"head_dim": 16, "tie_word_embeddings": True, "query_pre_attn_scalar": 11, "sliding_window": WINDOW,
+         "sliding_window_pattern": 2, "final_logit_softcapping": 2.0,
+         "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        {"head_dim": 16, "intermediate_size": 64, "sliding_window": WINDOW, "num_local_experts": 4, "swiglu_limit": 1.5,
+         "num_experts_per_tok": 2, "rope_parameters": {**YARN, "truncate": False}},
+    ),
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from megadpo.config.schema_megatron import MegatronConfig, OptimizerConfig
 from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
 from megadpo.config.variants import FAMILIES
 from megadpo.families import WeightTable, read_architecture, weight_table
+from megadpo.model.weights.hf_folder import HfWeights
 from megadpo.plan.parameters import stage_parameters
 from tests.families.cases import CASES, make_case
 from tests.helpers.distributed import run_distributed
@@ -145,7 +146,7 @@ def gradient_errors(
 
 
 def by_transformers(folder: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Logps [2P], each text alone, and the gradient of `weigh` by the names on disk."""
+    """Logps [2P], each text alone, and the gradient of `weigh` by the table's names."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
@@ -160,7 +161,10 @@ def by_transformers(folder: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]
     for parameter in model.parameters():
         parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     model.save_pretrained(Path(folder) / "gradient")  # which renames as for weights
-    return logps.detach(), read_tensors(Path(folder) / "gradient")
+    table = weight_table(read_architecture(folder))
+    weights, names = HfWeights.open(Path(folder) / "gradient", table), list(table.hf_shapes)
+    with weights.slices(names) as sources:  # a stack of all experts comes apart
+        return logps.detach(), {name: source[(slice(None),)] for name, source in zip(names, sources, strict=True)}
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,22 @@ from megadpo.plan.parameters import stage_buffers, stage_parameters, static_byte
 from megadpo.plan.plan import Job, Plan, make_plan
 from tests.helpers.distributed import run_distributed
 from tests.plan import measured
-from tests.plan.cases import LLAMA_4M, MIXTRAL, MIXTRAL_8M, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, SMALL, write_case
+from tests.plan.cases import (
+    GEMMA2,
+    GEMMA2_4M,
+    GEMMA3,
+    GEMMA3_4M,
+    GPT_OSS,
+    LLAMA_4M,
+    MIXTRAL,
+    MIXTRAL_8M,
+    QWEN2,
+    QWEN2_MOE,
+    QWEN3,
+    QWEN3_MOE,
+    SMALL,
+    write_case,
+)
 
 MEG = "policy.megatron_cfg"
 TP2, PP2 = f"{MEG}.tensor_model_parallel_size=2", f"{MEG}.pipeline_model_parallel_size=2"
@@ -66,6 +81,9 @@ STATIC = {
     "tp2_ep2_dp2": (4, QWEN2_MOE, [TP2, SP, EP2, DIST, OVERLAP]),
     "cp2_dp2": (4, TIED, [CP2, DIST, OVERLAP]),
     "tp2_etp2": (2, MIXTRAL, [TP2, SP, ETP2, NO_DIST, FP32]),
+    "tp2_gemma3": (2, GEMMA3, [TP2, SP, DIST]),
+    "pp2_gemma2_fp32": (2, GEMMA2, [PP2, FP32, NO_DIST]),
+    "tp2_ep2_gpt_oss": (2, GPT_OSS, [TP2, SP, EP2, DIST]),
     "pp2_vpp2_ep2_frozen_routers": (4, MIXTRAL, [PP2, VPP2, EP2, DIST, f"{MEG}.freeze_moe_router=true"]),
 }
 
@@ -131,6 +149,20 @@ EXPERTS = {
 def test_the_peak_of_a_real_step_is_within_a_tenth(name, tmp_path):
     """Real forward, backward and AdamW; torch's tensors counted as they live."""
     check_peak(tmp_path, LLAMA_4M, *PEAK[name])
+
+
+WINDOWS = {
+    "gemma2": (GEMMA2_4M, (1, [FP32], 2)),
+    "gemma3": (GEMMA3_4M, (1, [], 2)),
+    "gemma3_cp2": (GEMMA3_4M, (2, [CP2], 2)),
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", WINDOWS)
+def test_the_peak_of_a_real_step_under_windows_is_within_a_tenth(name, tmp_path):
+    """Gemma 2's scores are written out, for its soft-cap; Gemma 3's layers differ in their window."""
+    check_peak(tmp_path, WINDOWS[name][0], *WINDOWS[name][1])
 
 
 @pytest.mark.distributed

@@ -40,8 +40,10 @@ class LogpsHead:
         vocab_start: int,
         group: dist.ProcessGroup,
         chunk_tokens: int,
+        softcap: float | None = None,
     ) -> torch.Tensor:
-        """log softmax(hidden @ full_weight^T)[target], for each row.
+        """log softmax(logits)[target], for each row: logits = hidden @ full_weight^T, or with a softcap c
+        c tanh(hidden @ full_weight^T / c).
 
         hidden [A, h], the same on every rank of `group`; weight [V/tp, h], this rank's rows of the output matrix, the
         first being token `vocab_start`; targets [A] int64 in the full vocabulary. Returns [A] in nats, float32 (float64
