@@ -21,8 +21,14 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # run as a script, the path starts in benchmarks/
 
+import torch  # noqa: E402
+
 from benchmarks import make_llama, sides  # noqa: E402
 from benchmarks.trl_worker import Spec  # noqa: E402
+from megadpo.config.schema_peft import PeftConfig  # noqa: E402
+from megadpo.families import parse_architecture  # noqa: E402
+from megadpo.lora.peft_folder import WEIGHTS_FILE, tensor_name, write_peft  # noqa: E402
+from megadpo.lora.targets import find_targets  # noqa: E402
 
 STORED = REPOSITORY / "tests" / "parity" / "stored.json"
 STEPS, GLOBAL_BATCH_PAIRS = 5, 16
@@ -56,6 +62,9 @@ class Case:
     """Arguments of TRL's DPOConfig that both sides have under one name; {}: loss_type sigmoid."""
     average: bool = False
     """TRL takes means over an answer's tokens in this loss."""
+    lora: str = ""
+    """Train an adapter, from the same numbers on both sides. new: B is 0. trained: it is not, and the reference has the
+    adapter as it was."""
 
     @property
     def overrides(self) -> list[str]:
@@ -67,6 +76,14 @@ class Case:
     def names(self) -> list[str]:
         """What is compared: under ld_alpha TRL logs the weighted logps, megadpo those of whole answers."""
         return [name for name in TOLERANCES if "ld_alpha" not in self.loss or not name.startswith("logps/")]
+
+    def lora_overrides(self, adapter: str) -> list[str]:
+        """The same adapter in megadpo's config."""
+        if not self.lora:
+            return []
+        peft = f"{{enabled: true, dim: {LORA.dim}, alpha: {LORA.alpha}, target_modules: [all-linear], init_from: {adapter}}}"
+        named = [f"dpo.reference.adapter={adapter}"] if self.lora == "trained" else []
+        return [f"policy.megatron_cfg.peft={peft}", *named]
 
 
 LOSSES: dict[str, dict[str, Any]] = {
@@ -88,6 +105,7 @@ DIVERGENCES: dict[str, dict[str, Any]] = {
     "js_divergence": {},
     "alpha_divergence": {"f_alpha_divergence_coef": 0.5},
 }
+LORA = PeftConfig(enabled=True, dim=8, alpha=16.0, target_modules=("all-linear",))
 COMBINED: dict[str, dict[str, Any]] = {
     "ld_alpha": {"ld_alpha": 0.3},
     "use_weighting": {"use_weighting": True},
@@ -100,6 +118,8 @@ CASES = {
     "hh-tiny": Case(size="tiny", made=False, add_bos=False, micro_batch_pairs=4),
     "made-tiny": Case(size="tiny", made=True, add_bos=True, micro_batch_pairs=8),
 }
+for _name in ("new", "trained"):
+    CASES[f"made-tiny-lora-{_name}"] = dataclasses.replace(CASES["made-tiny"], lora=_name)
 for _name, _options in LOSSES.items():
     CASES[f"made-tiny-{_name}"] = dataclasses.replace(
         CASES["made-tiny"], loss={"loss_type": _name, **_options}, average=_name == "ipo"
@@ -129,13 +149,30 @@ def prepare(case: Case, data: Path, folder: Path) -> Spec:
         steps=STEPS,
         global_batch_pairs=GLOBAL_BATCH_PAIRS,
         micro_batch_pairs=case.micro_batch_pairs,
-        learning_rate=5e-4,
+        learning_rate=5e-3 if case.lora else 5e-4,
         weight_decay=1.0,
         adam_beta2=0.98,
         max_grad_norm=1.0,
+        adapter=make_adapter(folder / "adapter", model, trained=case.lora == "trained") if case.lora else "",
         extra=case.loss
         | ({"loss_type": [case.loss["loss_type"]]} if isinstance(case.loss.get("loss_type"), str) else {}),
     )
+
+
+def make_adapter(folder: Path, model: Path, *, trained: bool) -> str:
+    """An adapter on all linear layers; returns its folder. trained: B is not 0."""
+    arch = parse_architecture(json.loads((model / "config.json").read_text(encoding="utf-8")))
+    generator = torch.Generator().manual_seed(0)
+    tensors, modules = {}, []
+    for target in find_targets(LORA, arch):
+        for number, module in enumerate(target.modules):
+            modules.append(module)
+            a = torch.randn(LORA.dim, target.in_features, generator=generator) / target.in_features**0.5
+            b = torch.randn(target.out_features(number), LORA.dim, generator=generator) / 50
+            tensors |= {tensor_name(module, "A"): a, tensor_name(module, "B"): b if trained else b * 0}
+    folder.mkdir()
+    write_peft(folder, LORA, tensors, modules, base=str(model), arch=arch)
+    return str(folder)
 
 
 def fingerprints(spec: Spec) -> dict[str, str]:
@@ -144,6 +181,7 @@ def fingerprints(spec: Spec) -> dict[str, str]:
         "data_sha256": sides.sha256(Path(spec.data)),
         "weights_sha256": sides.sha256(Path(spec.model) / "model.safetensors"),
         "token_sha256": token_digest(spec),
+        **({"adapter_sha256": sides.sha256(Path(spec.adapter) / WEIGHTS_FILE)} if spec.adapter else {}),
     }
 
 
@@ -253,7 +291,8 @@ def run_case(options: argparse.Namespace, case: Case) -> tuple[bool, dict[str, l
         written["TRL"] = theirs = their_side(options, spec)
         for layout_name in options.layouts:
             layout = LAYOUTS[layout_name]
-            side = sides.run_ours(spec, layout, longest=LONGEST_TOKENS, overrides=case.overrides)
+            overrides = case.overrides + case.lora_overrides(spec.adapter)
+            side = sides.run_ours(spec, layout, longest=LONGEST_TOKENS, overrides=overrides)
             written[layout_name] = side.steps
             lines, fits = compare(theirs, side.steps, case.names)
             print(f"\n{options.case}, {layout}:", *lines, sep="\n", flush=True)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from megadpo.config import check, check_moe, rules_optimizer, rules_run  # noqa: F401  their rules register
+from megadpo.config import check, check_moe, rules_optimizer, rules_peft, rules_run  # noqa: F401  their rules register
 from megadpo.config.derive import derive
 from megadpo.config.interpolation import Environment, hidden
 from megadpo.config.known import Known, find_problems

@@ -26,12 +26,15 @@ def user_cache_dir() -> str:
 class ReferenceConfig:
     """`dpo.reference`: the frozen model that the policy is compared with."""
 
-    mode: Literal["resident", "cached", "none"] = "resident"
+    mode: Literal["resident", "cached", "adapter_off", "none"] = "resident"
     """resident: a sharded copy beside the policy. cached: its log-probabilities of every pair, computed before training
-    and kept in a file (docs/reference.md). none: no reference at all, for losses that read none (docs/losses.md) and for
-    preference_loss_weight 0 (SFT)."""
+    and kept in a file (docs/reference.md). adapter_off: with LoRA, the policy itself without its adapters. none: no reference
+    at all, for losses that read none (docs/losses.md) and for preference_loss_weight 0 (SFT). Left out or null, with LoRA and
+    no model_name: adapter_off."""
     model_name: PathText | None = None
     """Hugging Face folder or hub name, or Megatron checkpoint folder. null: what the policy started from."""
+    adapter: PathText | None = None
+    """Folder of a PEFT adapter that the reference has, such as the one that SFT made and peft.init_from starts from."""
     cache_dir: PathText | None = None
     """With mode cached: the folder of the log-probabilities. null: checkpointing.checkpoint_dir/reference."""
 

@@ -41,10 +41,11 @@ def build_model(
     known = Known(cfg=Config(policy=policy), arch=arch, machine=machine(device))
     layers = LAYER_IMPLEMENTATIONS.choose(known)
     config = transformer_config(arch, policy, device, known=known, layers=layers, recompute=not frozen)
+    with_gradients = not frozen and not megatron.peft.enabled  # of the weights themselves
     fused = megatron.apply_rope_fusion and layers.fuses_rope
     rotaries = {attention.rotary for attention in arch.attentions if attention.rotary is not None}
     parts = ModelParts(
-        layers=layers.modules(fuse_weight_gradient=not frozen and layers.fuses_weight_gradient(megatron)),
+        layers=layers.modules(fuse_weight_gradient=with_gradients and layers.fuses_weight_gradient(megatron)),
         kernel=ATTENTION_KERNELS.choose(known),
         rotaries={one: RotaryTable(one, device, fused=fused) for one in rotaries},
         head=LOGPROB_KERNELS.choose(known),

@@ -57,12 +57,17 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., hidden] -> the same shape and dtype; the mean is taken in float32 for half types."""
-        weight: torch.Tensor = self.weight
-        if self.centre:
-            weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.centre
-        if x.is_cuda:  # one fused kernel, which wants one dtype
-            return F.rms_norm(x.to(weight.dtype), (x.shape[-1],), weight, self.eps).to(x.dtype)
-        return _RmsNorm.apply(x, weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, centre=self.centre)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, centre: float) -> torch.Tensor:
+    """RMSNorm's forward with a weight [hidden] of whoever's, to which `centre` is added in float32."""
+    if centre:
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + centre
+    if x.is_cuda:  # one fused kernel, which wants one dtype
+        return F.rms_norm(x.to(weight.dtype), (x.shape[-1],), weight, eps).to(x.dtype)
+    normed: torch.Tensor = _RmsNorm.apply(x, weight, eps)
+    return normed
 
 
 def norm_of_all_heads(

@@ -57,13 +57,14 @@ class StageFlops:
     """Of one pipeline stage, over all of its ranks that share a micro-batch."""
 
     needed: float
-    """Policy's forward, twice that backward, and the reference's forward: the numerator of MFU."""
+    """Policy's forward, twice that backward (with LoRA once, but for attention), and the reference's forward: the numerator
+    of MFU."""
     repeated: float
     """What recomputation of activations adds."""
 
 
 def stage_flops(cfg: Config, arch: Architecture, reference: Architecture | None, pack: Pack) -> list[StageFlops]:
-    """Of each pipeline stage, for training on `pack` with nothing frozen. The layout was checked."""
+    """Of each pipeline stage, for training on `pack` with nothing frozen by `policy.freeze`. The layout was checked."""
     stages = chunk_layers(cfg, arch)
     of_reference = [[]] * len(stages) if reference is None else chunk_layers(cfg, reference)
     known: dict[tuple[object, ...], StageFlops] = {}
@@ -72,7 +73,11 @@ def stage_flops(cfg: Config, arch: Architecture, reference: Architecture | None,
         last = number == len(stages) - 1
         kind = (*chunks, *reference_chunks, last)
         if kind not in known:
-            needed = 3 * forward_flops(arch, pack, [*chain(*chunks)], head=last).total
+            forward = forward_flops(arch, pack, [*chain(*chunks)], head=last)
+            needed = 3 * forward.total
+            if cfg.policy.megatron_cfg.peft.enabled:
+                # frozen weights have no gradient of their own; adapters are left out
+                needed -= forward.total - forward.attention
             if reference is not None:
                 needed += forward_flops(reference, pack, [*chain(*reference_chunks)], head=last).total
             known[kind] = StageFlops(needed, _repeated(cfg.policy.megatron_cfg, arch, pack, chunks))

@@ -14,9 +14,10 @@ from megadpo.train.inputs import TRAIN, open_models, open_run_inputs
 
 
 def architectures(cfg: Config) -> tuple[Architecture, Architecture | None]:
-    """The policy's, and the reference's where there is one. Raises ConfigError with every problem of both."""
+    """The policy's, and the reference's where it runs in every step: beside the policy, or as the policy without its
+    adapters. Raises ConfigError with every problem of both."""
     models = open_models(cfg, weights=False)
-    return models.arch, models.reference_arch if cfg.dpo.reference.mode == "resident" else None
+    return models.arch, models.reference_arch if cfg.dpo.reference.mode in ("resident", "adapter_off") else None
 
 
 def choose_pairs(cfg: Config, stated: str | None) -> tuple[PairGroups, str]:

@@ -21,6 +21,7 @@ class Gpu:
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
+        Gpu(name="a10", hbm_bytes=24e9, source="NVIDIA A10 datasheet: 24 GB GDDR6"),
         Gpu(name="a100", hbm_bytes=80e9, source="NVIDIA A100 80GB datasheet, SXM4"),
         Gpu(name="h100", hbm_bytes=80e9, source="NVIDIA H100 datasheet, SXM5"),
         Gpu(name="h200", hbm_bytes=141e9, source="NVIDIA H200 datasheet, SXM5"),

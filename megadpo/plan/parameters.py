@@ -16,6 +16,7 @@ from megadpo.config.grid import Grid
 from megadpo.config.schema import Config
 from megadpo.config.schema_megatron import MegatronConfig
 from megadpo.families import weight_table
+from megadpo.lora.targets import find_targets
 
 
 @dataclass(frozen=True)
@@ -248,21 +249,26 @@ class CheckpointBytes:
     """Tensors of one checkpoint, in bytes, however many ranks write it."""
 
     weights: int
-    """Also the size of an export."""
+    """Also the size of an export: with LoRA, of an adapter."""
     with_optimizer: int
 
 
 def checkpoint_bytes(arch: Architecture, cfg: Config) -> CheckpointBytes:
     """Weights as wide as they are trained, and what the optimizer keeps of each weight that `policy.freeze` leaves to
-    train, for patterns that `freeze_problems` has found nothing against. Padding is not written; the distributed optimizer
-    writes float32 weights once more, as its main parameters."""
+    train, for patterns that `freeze_problems` has found nothing against; with LoRA the adapters alone. Padding is not
+    written; the distributed optimizer writes float32 weights once more, as its main parameters."""
     from megadpo.model.freeze import expand  # torch
 
+    peft = cfg.policy.megatron_cfg.peft
     plain = [one for pattern in cfg.policy.freeze for one in expand(pattern)]
     bf16, total, trained = cfg.policy.precision == "bfloat16", 0, 0
-    for name, shape in weight_table(arch).hf_shapes.items():
-        total += math.prod(shape)
-        trained += 0 if any(fnmatchcase(name, one) for one in plain) else math.prod(shape)
+    if peft.enabled:
+        total = trained = sum(target.elements(peft.dim, 1) for target in find_targets(peft, arch))
+        bf16 = (peft.lora_dtype or cfg.policy.precision) == "bfloat16"
+    else:
+        for name, shape in weight_table(arch).hf_shapes.items():
+            total += math.prod(shape)
+            trained += 0 if any(fnmatchcase(name, one) for one in plain) else math.prod(shape)
     weights, each = total * (2 if bf16 else 4), optimizer_bytes_per_element(cfg.policy.megatron_cfg, bf16)
     if not bf16 and cfg.policy.megatron_cfg.optimizer.use_distributed_optimizer:
         each += 4

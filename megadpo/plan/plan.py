@@ -14,6 +14,7 @@ from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
 from megadpo.config.variants import ATTENTION_KERNELS
 from megadpo.data.batches.groups import PairGroups
+from megadpo.lora.targets import lora_problems
 from megadpo.optimizer.kinds.adam import Adam
 from megadpo.optimizer.slices import most_copied
 from megadpo.plan.flops import stage_flops
@@ -127,6 +128,10 @@ def check_job(job: Job) -> list[Problem]:
     if job.cfg.policy.megatron_cfg.fp8_cfg.enabled:
         where, expected = "policy.megatron_cfg.fp8_cfg.enabled", "false: float8's copies are not planned"
         problems.append(Problem(where, True, expected, "plan in bfloat16"))
+    peft = job.cfg.policy.megatron_cfg.peft
+    if peft.enabled and peft.lora_dtype not in (None, job.cfg.policy.precision):
+        where, expected = "policy.megatron_cfg.peft.lora_dtype", "null: adapters of another dtype are not planned"
+        problems.append(Problem(where, peft.lora_dtype, expected, "plan with the model's dtype"))
     return problems
 
 
@@ -134,7 +139,7 @@ def make_plan(job: Job) -> Plan:
     """Raises ConfigError with every problem of the layout. Too little memory is no error here: see `too_large`."""
     from megadpo.model.freeze import freeze_problems
 
-    problems = check_job(job) + freeze_problems(job.cfg.policy.freeze, job.arch)
+    problems = check_job(job) + freeze_problems(job.cfg.policy.freeze, job.arch) + lora_problems(job.cfg, job.arch)
     if problems:
         raise ConfigError(problems)
     grid = Grid.of(job.cfg, job.world_size)
@@ -160,8 +165,9 @@ def _stages(job: Job, grid: Grid, micro_batches: int) -> Iterator[StagePlan]:
     own_reference = None if job.reference is job.arch else job.reference
     traces: dict[tuple[bool, bool, tuple[tuple[Layer, ...], ...], int], StageTrace] = {}
     for stage, chunks in enumerate(chunk_layers(job.cfg, job.arch)):
-        # freezing goes by the number of a layer, so stages of one kind may differ
-        kind = (stage == 0, stage == grid.pipeline - 1, tuple(chunks), stage if job.cfg.policy.freeze else 0)
+        # freezing goes by the number of a layer, and so may adapters: stages of one kind may differ
+        by_number = job.cfg.policy.freeze or job.cfg.policy.megatron_cfg.peft.enabled
+        kind = (stage == 0, stage == grid.pipeline - 1, tuple(chunks), stage if by_number else 0)
         if kind not in traces:
             traces[kind] = trace_stage(
                 job.cfg,
@@ -193,7 +199,8 @@ def optimizer_temporaries(job: Job, shards: tuple[int, int], chunks: Sequence[Ch
 
 
 def _stage(job: Job, grid: Grid, trace: StageTrace, stage: int, layers: int, micro_batches: int) -> StagePlan:
-    reference = [] if job.reference is None else trace.reference or trace.parameters
+    resident = job.cfg.dpo.reference.mode == "resident"  # else the policy without its adapters
+    reference = (trace.reference or trace.parameters) if resident else []
     buffers = stage_buffers(trace.parameters, job.cfg.policy.megatron_cfg, grid, first_stage=stage == 0)
     shards = buffers.largest_shards(grid)
     moment = alive(grid, stage, micro_batches, trace.chunks)

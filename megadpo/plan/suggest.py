@@ -25,6 +25,7 @@ from megadpo.config.grid import Grid
 from megadpo.config.load import load_config
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
+from megadpo.lora.targets import find_targets
 from megadpo.plan.activations import Estimate
 from megadpo.plan.flops import stage_flops
 from megadpo.plan.memory import GIB, memory_limit
@@ -212,13 +213,28 @@ class _Search:
     ) -> tuple[int, int]:
         megatron, stage = job.cfg.policy.megatron_cfg, grid.pp_rank
         held = self._parameters(job.arch, grid, chunks)
-        reference = [] if job.reference is None else [self._parameters(job.reference, grid, reference_chunks)]
-        buffers = _rough_buffers(held, grid, megatron.optimizer.use_distributed_optimizer)
+        resident = job.reference is not None and job.cfg.dpo.reference.mode == "resident"
+        reference = [self._parameters(job.reference, grid, reference_chunks)] if job.reference and resident else []
+        if megatron.peft.enabled:
+            held = [dataclasses.replace(one, trainable=False) for one in held]
+            held += self._adapters(job, grid, sum(map(len, chunks)))
+        trained = [one for one in held if one.trainable]
+        buffers = _rough_buffers(trained, grid, megatron.optimizer.use_distributed_optimizer)
         shards = buffers.shards(grid, 0)
         static = static_bytes([held], reference, buffers, sum(shards), megatron, job.bf16).total
         used = [estimate.chunk(layers, last=grid.is_last_chunk(number)) for number, layers in enumerate(chunks)]
         training = alive(grid, stage, min(micro_batches, 3 * grid.pipeline), used).peak
         return static, static + used[0].buffers + max(training, optimizer_temporaries(job, shards, [held]))
+
+    def _adapters(self, job: Job, grid: Grid, layers: int) -> list[Parameter]:
+        """The same of adapters, taken to be as many in each layer."""
+        peft, found = job.cfg.policy.megatron_cfg.peft, [0.0, 0.0]
+        for target in find_targets(peft, job.arch):
+            expert = target.entry.expert is not None
+            cut, shared = (grid.expert_tensor, grid.expert) if expert else (grid.tensor, 1)
+            found[expert] += target.elements(peft.dim, cut) / shared
+        dense, experts = (int(elements * layers / job.arch.num_layers) for elements in found)
+        return [Parameter(dense), Parameter(experts, expert=True)]
 
     def _parameters(self, arch: Architecture, grid: Grid, chunks: _Layers) -> list[Parameter]:
         """A stage's as two: all that is no expert's, and all experts'."""

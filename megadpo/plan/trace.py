@@ -22,6 +22,7 @@ from megadpo.config.variants import OPTIMIZERS
 from megadpo.data.batches.cut import context_part
 from megadpo.data.batches.pack import PackedBatch, pack_pairs
 from megadpo.data.pairs import TokenizedPair
+from megadpo.lora.attach import attach, switched
 from megadpo.model.build import build_model, is_expert
 from megadpo.model.freeze import freeze
 from megadpo.model.transformer_config import DTYPES
@@ -138,6 +139,8 @@ def trace_stage(
     ):
         model = build_model(arch, policy, parallel, frozen=False)
         freeze(model, policy.freeze, arch)
+        peft = policy.megatron_cfg.peft
+        adapters = attach(model, arch, peft, parallel) if peft.enabled else []
         wrapped = wrap_for_training(model, policy)
         build_optimizer(wrapped, policy, META)
         reference = model
@@ -153,9 +156,10 @@ def trace_stage(
         if model[0].balance is not None:
             model[0].balance.start(num_tokens=1, num_pairs=1)
         walk = _Walk(cfg, lengths)
-        kinds = _kinds(wrapped, alike=not policy.freeze)
+        kinds = _kinds(wrapped, alike=not policy.freeze and not peft.enabled)
         traced = sorted(set(kinds))
-        peaks, state = _without_gradients([reference[n] for n in traced], walk, known, answers)
+        with switched(adapters if cfg.dpo.reference.mode == "adapter_off" else []):
+            peaks, state = _without_gradients([reference[n] for n in traced], walk, known, answers)
         buffers = gather_buffers()
         sizes = _with_gradients([wrapped[n] for n in traced], walk, [*known, *buffers], answers)
         each = {n: ChunkTrace(reference_peak=peak, **one) for n, peak, one in zip(traced, peaks, sizes, strict=True)}

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from megadpo.data.batches.pack import PackedBatch
+from megadpo.lora.adapter import LinearAdapter
+from megadpo.lora.attach import switched
 from megadpo.model.gpt import PairModel
 from megadpo.parallel import ParallelContext, run_pipeline
 
@@ -24,8 +26,36 @@ class ResidentReference:
 
         Collectives: the pipeline's sends and receives, and the model's own.
         """
-        found = answer_logps(self.model, micro_batches, self.parallel)
-        return [weighted_logps(one) for one in found]
+        return [weighted_logps(one) for one in self.outputs(micro_batches)]
+
+    def outputs(self, micro_batches: Sequence[PackedBatch]) -> list[torch.Tensor]:
+        """What the model gives for each micro-batch (PairModel.forward). Stages and collectives as in `logps`."""
+        return answer_logps(self.model, micro_batches, self.parallel)
+
+
+class SwitchedReference(ResidentReference):
+    """The policy itself, its adapters switched off (LoRA), and another adapter on where the reference has one: no second
+    model."""
+
+    def __init__(
+        self,
+        model: Sequence[PairModel],
+        parallel: ParallelContext,
+        off: Sequence[LinearAdapter],
+        on: Sequence[LinearAdapter] = (),
+    ) -> None:
+        """off: those in training. on: the reference's own, which are off between calls."""
+        super().__init__(model, parallel)
+        self.off, self.on = off, on
+
+    def outputs(self, micro_batches: Sequence[PackedBatch]) -> list[torch.Tensor]:
+        last = self.model[-1]
+        last.comes_last = False  # the policy's own pass comes after, and uses what was made for this one
+        try:
+            with switched(self.off, self.on):
+                return super().outputs(micro_batches)
+        finally:
+            last.comes_last = True
 
 
 @torch.no_grad()

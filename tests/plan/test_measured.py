@@ -46,6 +46,7 @@ ETP2, ALLGATHER = f"{MEG}.expert_tensor_parallel_size=2", f"{MEG}.moe_token_disp
 CP2 = f"{MEG}.context_parallel_size=2"
 UNEVEN = f"{MEG}.num_layers_in_first_pipeline_stage=1"
 FREEZE = "policy.freeze=[model.embed_tokens.weight,'model.layers.{0..1}.*']"
+LORA = f"{MEG}.peft={{enabled: true, dim: 4, target_modules: [all-linear]}}"
 TIED = {**SMALL, "tie_word_embeddings": True}
 
 
@@ -81,6 +82,8 @@ STATIC = {
     "tp2_ep2_dp2": (4, QWEN2_MOE, [TP2, SP, EP2, DIST, OVERLAP]),
     "cp2_dp2": (4, TIED, [CP2, DIST, OVERLAP]),
     "tp2_etp2": (2, MIXTRAL, [TP2, SP, ETP2, NO_DIST, FP32]),
+    "tp2_pp2_lora": (4, SMALL, [TP2, PP2, SP, DIST, LORA]),
+    "ep2_etp2_lora": (4, QWEN2_MOE, [EP2, ETP2, DIST, f"{MEG}.peft={{enabled: true, dim: 4}}", FP32]),
     "tp2_gemma3": (2, GEMMA3, [TP2, SP, DIST]),
     "pp2_gemma2_fp32": (2, GEMMA2, [PP2, FP32, NO_DIST]),
     "tp2_ep2_gpt_oss": (2, GPT_OSS, [TP2, SP, EP2, DIST]),
@@ -102,7 +105,7 @@ def test_parameters_and_static_bytes_are_those_of_real_ranks(name, tmp_path):
         for part in ("weights", "gradients", "reference"):
             assert {rank[part] for rank in mine} == {getattr(stage.static, part)}, part
         assert max(rank["optimizer"] for rank in mine) == stage.static.optimizer
-    if "frozen" not in name:  # the search takes every weight for trainable
+    if "frozen" not in name and "lora" not in name:  # the search takes every weight for trainable, or counts roughly
         check_arithmetic(plan, ranks)
 
 
@@ -134,6 +137,8 @@ PEAK = {
     "cp2": (2, [CP2, FP32], 2),
     "cp2_recompute": (2, [CP2, f"{MEG}.activation_checkpointing=true"], 2),
     "frozen": (1, [FREEZE], 2),
+    "lora": (1, [LORA], 2),
+    "lora_tp2_sp_recompute": (2, [LORA, TP2, SP, FP32, f"{MEG}.activation_checkpointing=true"], 2),
 }
 EXPERTS = {
     "one_rank": (1, [FP32], 2),

@@ -13,10 +13,12 @@ from tests.helpers.overrides import BALANCE, CP2, DIST, EP2, PP2, RECOMPUTE, SP,
 from tests.helpers.runs import evaluate, make_config, make_model, ranked_pairs, read_metrics, train
 
 CACHED = "dpo.reference.mode=cached"
+LORA = {"peft": {"enabled": True, "dim": 4, "alpha": 8, "lora_B_init_method": "xavier"}}
 WEIGHTED = ["dpo.ld_alpha=0.3", "dpo.use_weighting=true"]
 MODELS = {
     "dense": ("qwen3", {}, []),
     "moe": ("qwen3_moe", {"megatron_cfg": BALANCE}, []),
+    "lora": ("qwen3", {"megatron_cfg": LORA}, []),
     "weighted": ("qwen3", {}, WEIGHTED),
 }
 """name: (family, changes of policy, overrides)"""
@@ -29,6 +31,7 @@ LAYOUTS = {
     "cp2_tp2": ("dense", 4, [CP2, TP2]),
     "moe_one_process": ("moe", 1, []),
     "moe_ep2_cp2": ("moe", 4, [EP2, CP2]),
+    "lora_tp2_sp": ("lora", 2, [TP2, SP]),
     "weighted_one_process": ("weighted", 1, []),
     "weighted_cached_cp2": ("weighted", 2, [CACHED, CP2]),
 }
