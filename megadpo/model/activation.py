@@ -90,10 +90,22 @@ class _ClampedGlu(torch.autograd.Function):
         return d_x, None
 
 
-def gated(mlp: Mlp) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The activation of a gated MLP: x [..., 2F], gate then linear -> [..., F], same dtype."""
+def gated(mlp: Mlp) -> type[torch.nn.Module]:
+    """The activation of a gated MLP, a module without weights: x [..., 2F], gate then linear -> [..., F], same dtype.
 
-    def clamped(x: torch.Tensor) -> torch.Tensor:
-        return _ClampedGlu.apply(x, mlp.limit)
+    megatron-core builds it with `config=`; from 0.17 on it accepts nothing but a module."""
+    functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "silu": swiglu,
+        "gelu_tanh": geglu,
+        "clamped": lambda x: _ClampedGlu.apply(x, mlp.limit),
+    }
+    function = functions[mlp.activation]
 
-    return {"silu": swiglu, "gelu_tanh": geglu, "clamped": clamped}[mlp.activation]
+    class Gated(torch.nn.Module):
+        def __init__(self, config: object) -> None:
+            super().__init__()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return function(x)
+
+    return Gated

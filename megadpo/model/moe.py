@@ -72,8 +72,11 @@ def most_tokens(local: int, group: dist.ProcessGroup, device: torch.device) -> i
 class PackRouter(TopKRouter):
     """megatron-core's top-k router; padding goes to no expert."""
 
-    def __init__(self, config: TransformerConfig, pg_collection: Any = None, *, balance: LoadBalance) -> None:
-        super().__init__(config, pg_collection)
+    def __init__(
+        self, config: TransformerConfig, pg_collection: Any = None, *, balance: LoadBalance, **further: Any
+    ) -> None:
+        """further: what newer versions of megatron-core hand over."""
+        super().__init__(config, pg_collection, **further)
         self.balance = balance
         # moe_utils.py:1192 uses the name on any machine, although the import that defines it needs Transformer Engine
         if not hasattr(moe_utils, "te_general_gemm"):

@@ -31,7 +31,7 @@ def plain_clamped(x):
     ("activation", "plain"), [("silu", plain_swiglu), ("gelu_tanh", plain_geglu), ("clamped", plain_clamped)]
 )
 def test_gated(activation, plain):
-    ours = gated(Mlp(ffn_size=6, activation=activation, limit=0.5))
+    ours = gated(Mlp(ffn_size=6, activation=activation, limit=0.5))(config=None)
     x = torch.randn(7, 1, 12, dtype=torch.float64, requires_grad=True)
     for got, want in zip(*both_gradients(ours, plain, [x]), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
