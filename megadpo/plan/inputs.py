@@ -1,4 +1,4 @@
-"""What a plan reads: config.json of the models that a config names, without weights, and the lengths of its pairs."""
+"""Reads the inputs of a plan: config.json of the config's models, without weights, and the lengths of its pairs."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from megadpo.train.inputs import TRAIN, open_models, open_run_inputs
 
 
 def architectures(cfg: Config) -> tuple[Architecture, Architecture | None]:
-    """The policy's, and the reference's where there is one. Raises ConfigError with every problem of both."""
+    """The policy's, and the resident reference's (or None). Raises ConfigError with every problem of both."""
     models = open_models(cfg, weights=False)
     return models.arch, models.reference_arch if cfg.dpo.reference.mode == "resident" else None
 
 
 def choose_lengths(cfg: Config, stated: str | None) -> tuple[Lengths, str]:
-    """int64 [N, 3] tokens of prompt, chosen and rejected, and where they are from.
+    """int64 [N, 3] tokens of prompt, chosen and rejected, and a text about their origin.
 
-    `stated` ("512,256,256") goes before the data; without either, every pair is as long as the config allows. Raises
-    UserError for text that states no lengths, and for data that exists but can't be read.
+    `stated` ("512,256,256") replaces the data. Without `stated` and data, every pair is as long as the config allows. Raises
+    UserError if `stated` is invalid, or if the data exists but can't be read.
     """
     if stated is not None:
         return stated_lengths(cfg, _parse(stated))
-    if not Path(parse_source(cfg.data.train_data_path).path).exists():  # a hub name would be downloaded
+    if not Path(parse_source(cfg.data.train_data_path).path).exists():  # hub data sets are not downloaded
         return stated_lengths(cfg, None)
     return _read(cfg)
 
@@ -41,11 +41,11 @@ def _parse(stated: str) -> tuple[int, int, int]:
 
 
 def _read(cfg: Config) -> tuple[Lengths, str]:
-    """Tokenise the training file as training does, and put the pairs into the order of its first epoch."""
+    """Tokenises the training file as training does. The pairs are in the order of the first epoch."""
     try:
         loader = open_run_inputs(cfg, sets=[TRAIN], weights=False).train_loader
     except ConfigError as error:
-        fix = "state the lengths with --lengths PROMPT,CHOSEN,REJECTED"
+        fix = "give the lengths with --lengths PROMPT,CHOSEN,REJECTED"
         told = [Problem(one.where, one.value, one.expected, f"{one.fix}; or {fix}") for one in error.problems]
         raise ConfigError(told) from error
     pairs = loader.dataset

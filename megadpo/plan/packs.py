@@ -1,4 +1,4 @@
-"""The packs of a run as counts: tokens, answers' tokens, (query, key) pairs. numpy, no torch."""
+"""Counts of a run's packs: tokens, answer tokens, (query, key) pairs. With numpy, without torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Lengths = npt.NDArray[np.int64]
 """int64 [N, 3]: tokens of prompt, chosen and rejected of each pair."""
 
 MOST_BATCHES = 8
-"""Global batches looked at; an epoch's batches are alike, being drawn at random."""
+"""Number of global batches to count. They are random samples of the data, so a few are enough."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,14 +35,14 @@ class Pack:
 
     @classmethod
     def of(cls, cfg: Config, lengths: Lengths) -> Pack:
-        """Of pairs of these lengths, without padding."""
+        """Counts for pairs of these lengths, without padding."""
         shared = shares_prompt(cfg)
         prompt, chosen, rejected = (int(total) for total in lengths.sum(axis=0))
         tokens = (1 if shared else 2) * prompt + chosen + rejected
         return cls(tokens, chosen + rejected, lengths, shared)
 
     def query_keys(self, window: int | None = None) -> int:
-        """(query, key) pairs that attention computes in a layer of that window."""
+        """(query, key) pairs that attention computes in a layer with this window."""
         return int(query_keys(self.lengths, share_prompt=self.shared, window=window).sum())
 
     def key_tokens(self, window: int | None = None) -> int:
@@ -54,17 +54,17 @@ class Pack:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """A step, from global batches dealt out to data-parallel ranks as in training."""
+    """The work of a step, from global batches that are dealt to data-parallel ranks as in training."""
 
     pairs_per_batch: int
     micro_batches: int
-    """Most micro-batches that a rank has in a step."""
+    """Largest number of micro-batches of a rank in a step."""
     batches: int
-    """Global batches that were looked at."""
+    """Number of counted global batches."""
     total: Pack
-    """Of all of them, padding included."""
+    """Their total, with padding."""
     said: str
-    """Where the lengths are from, for the report."""
+    """The origin of the lengths, for the report."""
 
     @property
     def tokens_per_step(self) -> float:
@@ -72,19 +72,19 @@ class Workload:
 
 
 def shares_prompt(cfg: Config) -> bool:
-    """Without packing every row has its own prompt (train/setup.py)."""
+    """Whether prompts are shared. Without packing they are not, as in data/batches/loader.py."""
     return cfg.policy.sequence_packing.enabled and cfg.policy.sequence_packing.share_prompt
 
 
 def packed_lengths(lengths: Lengths, *, share_prompt: bool) -> npt.NDArray[np.int64]:
-    """int64 [N]: tokens that each pair takes in a pack."""
+    """int64 [N]: tokens of each pair in a pack."""
     return lengths @ np.array([1 if share_prompt else 2, 1, 1], dtype=np.int64)
 
 
 def workload(cfg: Config, arch: Architecture, lengths: Lengths, said: str, *, dp: int) -> Workload:
-    """The first global batches, in the order of `lengths`, dealt out as in training.
+    """The work of the first global batches, in the order of `lengths`, dealt as in training. said: as in Workload.
 
-    Raises ConfigError where there is not one global batch, or a pair is longer than the pack.
+    Raises ConfigError if there is no whole global batch, or if a pair is longer than a pack.
     """
     size, packing = cfg.policy.train_global_batch_size, cfg.policy.sequence_packing
     if len(lengths) < size:
@@ -99,7 +99,7 @@ def workload(cfg: Config, arch: Architecture, lengths: Lengths, said: str, *, dp
     if budget is not None and tokens.max() > budget:
         fix = f"raise it to {tokens.max()} or more, or shorten the pairs"
         where = "policy.sequence_packing.train_mb_tokens"
-        raise ConfigError(Problem(where, packing.train_mb_tokens, f"room for a pair of {tokens.max()} tokens", fix))
+        raise ConfigError(Problem(where, packing.train_mb_tokens, f"at least a pair's {tokens.max()} tokens", fix))
     multiple, batches = cfg.policy.make_sequence_length_divisible_by, min(len(lengths) // size, MOST_BATCHES)
     padded = most = 0
     for start in range(0, batches * size, size):
@@ -120,7 +120,7 @@ def workload(cfg: Config, arch: Architecture, lengths: Lengths, said: str, *, dp
 
 
 def pack_tokens(cfg: Config) -> int:
-    """Tokens of the fullest micro-batch there can be: the budget, or without packing the longest pairs there can be."""
+    """Tokens of the largest possible micro-batch: the budget, or without packing, the longest pairs that are allowed."""
     multiple, packing = cfg.policy.make_sequence_length_divisible_by, cfg.policy.sequence_packing
     if packing.enabled:
         return packing.train_mb_tokens // multiple * multiple
@@ -128,41 +128,41 @@ def pack_tokens(cfg: Config) -> int:
 
 
 def _longest(cfg: Config) -> int:
-    """Most tokens of prompt + answer."""
+    """Limit on the tokens of prompt + answer."""
     return min(cfg.policy.max_total_sequence_length, cfg.data.max_input_seq_length)
 
 
 def stated_lengths(cfg: Config, stated: Sequence[int] | None) -> tuple[Lengths, str]:
-    """One global batch of equal pairs, of `stated` (prompt, chosen, rejected) tokens or, for None, as long as can be."""
+    """One global batch of equal pairs with `stated` (prompt, chosen, rejected) tokens, or for None as long as allowed."""
     longest = _longest(cfg)
     if stated is None:
         answer = longest // 4
-        if cfg.policy.sequence_packing.enabled:  # a pair that does not fit into a pack is refused when data is read
+        if cfg.policy.sequence_packing.enabled:  # a run refuses a pair that does not fit into a pack
             prompts = 1 if shares_prompt(cfg) else 2
             longest = min(longest, max((pack_tokens(cfg) - 2 * answer) // prompts + answer, answer + 1))
         row = (max(longest - answer, 1), max(answer, 1), max(answer, 1))
         said = (
-            f"no data read: every pair as long as the config allows, prompt {row[0]} and answers {row[1]} tokens "
-            "(--lengths PROMPT,CHOSEN,REJECTED states others)"
+            f"no data read: every pair is as long as the config allows, prompt {row[0]} and answers {row[1]} tokens "
+            "(--lengths PROMPT,CHOSEN,REJECTED changes this)"
         )
     else:
         row = (stated[0], stated[1], stated[2])
-        said = "stated: every pair has a prompt of {} tokens and answers of {} and {}".format(*row)
+        said = "--lengths: every pair has a prompt of {} tokens and answers of {} and {}".format(*row)
         if row[0] + max(row[1:]) > longest:
             expected = f"prompt + answer of at most {longest} tokens (policy.max_total_sequence_length)"
-            raise ConfigError(Problem("--lengths", ",".join(map(str, row)), expected, "state shorter ones"))
+            raise ConfigError(Problem("--lengths", ",".join(map(str, row)), expected, "give shorter lengths"))
     return np.tile(np.array([row], dtype=np.int64), (cfg.policy.train_global_batch_size, 1)), said
 
 
 def full_pack(cfg: Config, lengths: Lengths) -> Lengths:
-    """int64 [n, 3]: pairs of `lengths`' mean proportions that fill `pack_tokens` to the last token: what memory is counted
-    for."""
-    shared, room = shares_prompt(cfg), pack_tokens(cfg)
+    """int64 [n, 3]: pairs with the mean proportions of `lengths` that fill `pack_tokens` completely. The plan counts the
+    memory for them."""
+    shared, tokens = shares_prompt(cfg), pack_tokens(cfg)
     mean = np.maximum(lengths.mean(axis=0).round().astype(np.int64), 1)[None]
     each = int(packed_lengths(mean, share_prompt=shared)[0])
-    whole = room // each
+    whole = tokens // each
     rows = [mean[0]] * whole
-    rest = room - whole * each
+    rest = tokens - whole * each
     prompts = 1 if shared else 2
     if rest >= prompts + 2:
         share = np.maximum((mean[0] * rest) // each, 1)

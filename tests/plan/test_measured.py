@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
+from megadpo.config.architecture import Architecture, Layer
 from megadpo.config.check import chunk_layers
 from megadpo.config.grid import Grid
 from megadpo.config.load import load_config
 from megadpo.plan.inputs import architectures
 from megadpo.plan.memory import Assumptions
 from megadpo.plan.packs import full_pack
-from megadpo.plan.parameters import stage_buffers, stage_parameters, static_bytes
+from megadpo.plan.parameters import Parameter, layer_parameters, stage_buffers, static_bytes
 from megadpo.plan.plan import Job, Plan, make_plan
 from tests.helpers.distributed import run_distributed
 from tests.plan import measured
@@ -85,6 +88,26 @@ def test_parameters_and_static_bytes_are_those_of_real_ranks(name, tmp_path):
         assert max(rank["optimizer"] for rank in mine) == stage.static.optimizer
     if "frozen" not in name:  # the search takes every weight for trainable
         check_arithmetic(plan, ranks)
+
+
+def stage_parameters(
+    arch: Architecture, grid: Grid, *, stage: int, chunks: Sequence[Sequence[Layer]]
+) -> list[list[Parameter]]:
+    """Of the chunks of a stage, which have these layers; all of them trainable."""
+    return [_chunk(arch, grid.stage(stage), number, layers) for number, layers in enumerate(chunks)]
+
+
+def _chunk(arch: Architecture, grid: Grid, chunk: int, layers: Sequence[Layer]) -> list[Parameter]:
+    first, last = grid.is_first_chunk(chunk), grid.is_last_chunk(chunk)
+    tied = arch.tie_word_embeddings and first != last
+    table = Parameter(arch.vocab_size // grid.tensor * arch.hidden_size, shared_embedding=tied)
+    found = [table] if first else []
+    found += [one for layer in layers for one in layer_parameters(arch, layer, grid)]
+    if last:
+        found.append(Parameter(arch.hidden_size))
+        if not (arch.tie_word_embeddings and first):
+            found.append(table)
+    return found
 
 
 def check_arithmetic(plan: Plan, ranks: list[dict]) -> None:
