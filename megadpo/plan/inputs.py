@@ -1,4 +1,4 @@
-"""What a plan reads: config.json of the models that a config names, without weights, and the lengths of its pairs."""
+"""Reads the inputs of a plan: config.json of the config's models, without weights, and the lengths of its pairs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _read(cfg: Config) -> tuple[PairGroups, str]:
     try:
         loader = open_run_inputs(cfg, sets=[TRAIN], weights=False).train_loader
     except ConfigError as error:
-        fix = "state the lengths with --lengths PROMPT,CHOSEN,REJECTED"
+        fix = "give the lengths with --lengths PROMPT,CHOSEN,REJECTED"
         told = [Problem(one.where, one.value, one.expected, f"{one.fix}; or {fix}") for one in error.problems]
         raise ConfigError(told) from error
     dataset = loader.dataset

@@ -1,4 +1,4 @@
-"""The packs of a run as counts: tokens, answers' tokens, (query, key) pairs. numpy, no torch."""
+"""Counts of a run's packs: tokens, answer tokens, (query, key) pairs. With numpy, without torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Lengths = npt.NDArray[np.int64]
 answers, chosen and rejected."""
 
 MOST_BATCHES = 8
-"""Global batches looked at; an epoch's batches are alike, being drawn at random."""
+"""Number of global batches to count. They are random samples of the data, so a few are enough."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,13 +38,13 @@ class Pack:
 
     @classmethod
     def of(cls, cfg: Config, lengths: Lengths) -> Pack:
-        """Of pairs of these lengths, without padding."""
+        """Counts for pairs of these lengths, without padding."""
         shared = shares_prompt(cfg)
         tokens = int(packed_lengths(lengths, share_prompt=shared).sum())
         return cls(tokens, int(lengths[:, 1:].sum()), lengths, shared)
 
     def query_keys(self, window: int | None = None) -> int:
-        """(query, key) pairs that attention computes in a layer of that window."""
+        """(query, key) pairs that attention computes in a layer with this window."""
         return int(query_keys(self.lengths, share_prompt=self.shared, window=window).sum())
 
     def key_tokens(self, window: int | None = None) -> int:
@@ -56,17 +56,17 @@ class Pack:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """A step, from global batches dealt out to data-parallel ranks as in training."""
+    """The work of a step, from global batches that are dealt to data-parallel ranks as in training."""
 
     pairs_per_batch: int
     micro_batches: int
-    """Most micro-batches that a rank has in a step."""
+    """Largest number of micro-batches of a rank in a step."""
     batches: int
-    """Global batches that were looked at."""
+    """Number of counted global batches."""
     total: Pack
-    """Of all of them, padding included."""
+    """Their total, with padding."""
     said: str
-    """Where the lengths are from, for the report."""
+    """The origin of the lengths, for the report."""
 
     @property
     def tokens_per_step(self) -> float:
@@ -74,7 +74,7 @@ class Workload:
 
 
 def shares_prompt(cfg: Config) -> bool:
-    """Without packing every row has its own prompt (train/setup.py)."""
+    """Whether prompts are shared. Without packing they are not, as in data/batches/loader.py."""
     return cfg.policy.sequence_packing.enabled and cfg.policy.sequence_packing.share_prompt
 
 
@@ -111,7 +111,7 @@ def texts(cfg: Config, pairs: PairGroups) -> Lengths:
 def workload(cfg: Config, arch: Architecture, pairs: PairGroups, said: str, *, dp: int) -> Workload:
     """The first global batches, in the order of `pairs`, dealt out as in training.
 
-    Raises ConfigError where there is not one global batch, or a pair is longer than the pack.
+    Raises ConfigError if there is no whole global batch, or if a pair is longer than a pack.
     """
     size, packing = cfg.policy.train_global_batch_size, cfg.policy.sequence_packing
     if len(pairs) < size:
@@ -169,7 +169,7 @@ def _stacked(packs: Sequence[Lengths]) -> Lengths:
 
 
 def pack_tokens(cfg: Config) -> int:
-    """Tokens of the fullest micro-batch there can be: the budget, or without packing the longest pairs there can be."""
+    """Tokens of the largest possible micro-batch: the budget, or without packing, the longest pairs that are allowed."""
     multiple, packing = cfg.policy.make_sequence_length_divisible_by, cfg.policy.sequence_packing
     if packing.enabled:
         return packing.train_mb_tokens // multiple * multiple
@@ -177,7 +177,7 @@ def pack_tokens(cfg: Config) -> int:
 
 
 def _longest(cfg: Config) -> int:
-    """Most tokens of prompt + answer."""
+    """Limit on the tokens of prompt + answer."""
     return min(cfg.policy.max_total_sequence_length, cfg.data.max_input_seq_length)
 
 
@@ -187,7 +187,7 @@ def stated_pairs(cfg: Config, stated: Sequence[int] | None) -> tuple[PairGroups,
     longest = _longest(cfg)
     if stated is None:
         answer = longest // 4
-        if cfg.policy.sequence_packing.enabled:  # a pair that does not fit into a pack is refused when data is read
+        if cfg.policy.sequence_packing.enabled:  # a run refuses a pair that does not fit into a pack
             prompts = 1 if shares_prompt(cfg) else 2
             longest = min(longest, max((pack_tokens(cfg) - 2 * answer) // prompts + answer, answer + 1))
         stated = (max(longest - answer, 1), max(answer, 1), max(answer, 1))

@@ -1,7 +1,7 @@
-"""Parameters of a pipeline stage and what megatron-core makes of them, by arithmetic alone: no torch.
+"""Parameters of a pipeline stage, and megatron-core's buffers for them, by arithmetic, without torch.
 
-The plan itself reads the parameters off a stage that was really built (trace.py); this gives the same numbers a
-thousand times faster, for the search over layouts. Tests hold the two, and a real run, to each other.
+A plan takes the parameters from a stage that was built (trace.py). This module gives the same numbers a thousand times
+faster, for the layout search. Tests compare both with a real run.
 """
 
 from __future__ import annotations
@@ -25,37 +25,17 @@ class Parameter:
 
     elements: int
     shared_embedding: bool = False
-    """Tied embeddings under pipeline parallelism: first and last stage each hold them."""
+    """Tied embeddings with pipeline parallelism; first and last stage both have them."""
     expert: bool = False
     trainable: bool = True
 
 
 Chunk = Sequence[Parameter]
-"""The parameters of one model chunk in the model's own order, which decides where padding goes."""
-
-
-def stage_parameters(
-    arch: Architecture, grid: Grid, *, stage: int, chunks: Sequence[Sequence[Layer]]
-) -> list[list[Parameter]]:
-    """Of the chunks of a stage, which have these layers; all of them trainable."""
-    return [_chunk(arch, grid.stage(stage), number, layers) for number, layers in enumerate(chunks)]
-
-
-def _chunk(arch: Architecture, grid: Grid, chunk: int, layers: Sequence[Layer]) -> list[Parameter]:
-    first, last = grid.is_first_chunk(chunk), grid.is_last_chunk(chunk)
-    tied = arch.tie_word_embeddings and first != last
-    table = Parameter(arch.vocab_size // grid.tensor * arch.hidden_size, shared_embedding=tied)
-    found = [table] if first else []
-    found += [one for layer in layers for one in layer_parameters(arch, layer, grid)]
-    if last:
-        found.append(Parameter(arch.hidden_size))
-        if not (arch.tie_word_embeddings and first):
-            found.append(table)
-    return found
+"""The parameters of one model chunk, in the model's order. The order decides where padding goes."""
 
 
 def layer_parameters(arch: Architecture, layer: Layer, grid: Grid) -> Iterator[Parameter]:
-    """Of one layer on one rank, in the model's own order."""
+    """The parameters of one layer on one rank, in the model's order."""
     tp, hidden, one, experts = grid.tensor, arch.hidden_size, layer.attention, layer.feed_forward
     qkv = (one.num_heads + 2 * one.num_kv_heads) * one.head_dim
     norms = arch.norms.placement
@@ -110,14 +90,14 @@ class Buffer:
     """One of megatron-core's contiguous buffers of gradients (and, with the distributed optimizer, parameters)."""
 
     elements: int
-    """Padding included."""
+    """With padding."""
     shard_elements: tuple[int, ...]
-    """Elements that the optimizer of each of the ranks holds that share the buffer; padding excluded."""
+    """For each rank that shares the buffer: elements of its optimizer, without padding."""
 
 
 @dataclass(frozen=True)
 class StageBuffers:
-    """Those of one rank: one a model chunk, and one a chunk for experts, which other ranks share."""
+    """The buffers of one rank: for each model chunk one, and one for its experts, which other ranks share."""
 
     dense: tuple[Buffer, ...]
     experts: tuple[Buffer, ...]
@@ -127,7 +107,7 @@ class StageBuffers:
         return sum(buffer.elements for buffer in (*self.dense, *self.experts))
 
     def shards(self, grid: Grid, rank: int) -> tuple[int, int]:
-        """Elements that the optimizer of rank `rank` of the stage holds, outside experts and of experts."""
+        """Elements in the optimizer of rank `rank` of the stage: (not experts, experts)."""
         place = grid.at(rank)
         return (
             sum(buffer.shard_elements[place.replica] for buffer in self.dense),
@@ -135,13 +115,13 @@ class StageBuffers:
         )
 
     def largest_shards(self, grid: Grid) -> tuple[int, int]:
-        """`shards` of the rank that holds most."""
+        """`shards` of the rank with the most elements."""
         return max((self.shards(grid, rank) for rank in range(grid.stage_ranks)), key=sum)
 
 
 def stage_buffers(chunks: Sequence[Chunk], megatron: MegatronConfig, grid: Grid, *, first_stage: bool) -> StageBuffers:
-    """Of a stage's trainable parameters. Buckets, which begin a reduction early, exist only with overlap_grad_reduce, on
-    the first pipeline stage, in its first chunk (distributed_data_parallel.py; optimizer/build.py)."""
+    """The buffers of a stage's trainable parameters. Only the first chunk of the first pipeline stage has buckets, and only
+    with overlap_grad_reduce (distributed_data_parallel.py; optimizer/build.py)."""
     overlap = megatron.distributed_data_parallel_config.overlap_grad_reduce
 
     def of(expert: bool, ranks: int) -> tuple[Buffer, ...]:
@@ -158,10 +138,10 @@ def stage_buffers(chunks: Sequence[Chunk], megatron: MegatronConfig, grid: Grid,
 
 
 def _buffer(parameters: Sequence[Parameter], ranks: int, bucket: float, distributed: bool) -> Buffer:
-    """As megatron-core 0.16.1 lays it out (distributed/param_and_grad_buffer.py, `_ParamAndGradBuffer.__init__`).
+    """The layout of megatron-core 0.16.1 (distributed/param_and_grad_buffer.py, `_ParamAndGradBuffer.__init__`).
 
     With the distributed optimizer every parameter starts at a multiple of 64 elements, every bucket ends at a multiple
-    of lcm(ranks, 128), a shared embedding has a bucket of its own, and each bucket is cut into equal shards.
+    of lcm(ranks, 128), a shared embedding has its own bucket, and each bucket is cut into equal shards.
     """
     if not distributed:
         total = sum(parameter.elements for parameter in parameters)
@@ -184,7 +164,7 @@ def _buffer(parameters: Sequence[Parameter], ranks: int, bucket: float, distribu
 
 
 def _close(shards: list[int], start: int, end: int, held: list[tuple[int, int]], divisor: int) -> int:
-    """Ends a bucket: counts what each shard holds of its parameters, empties `held`, returns the padded end."""
+    """Ends a bucket: adds its parameters' elements to each shard, empties `held`, and returns the padded end."""
     end = _up(end, divisor)
     width = (end - start) // len(shards)
     for first, last in held:
@@ -201,12 +181,12 @@ def _up(number: int, multiple: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class StaticBytes:
-    """What a rank holds all the time, in bytes; of the rank of the stage whose optimizer holds most."""
+    """Bytes that a rank always uses, for the rank of the stage with the largest optimizer shard."""
 
     weights: int
     gradients: int
     optimizer: int
-    """Main parameters and moments. Adam's step counts, 4 bytes a parameter tensor, are left out."""
+    """Main parameters and moments, without Adam's step counts (4 bytes for each parameter tensor)."""
     reference: int
 
     @property
@@ -222,7 +202,7 @@ def static_bytes(
     megatron: MegatronConfig,
     bf16: bool,
 ) -> StaticBytes:
-    """`reference` is empty where there is none. Frozen weights have no buffer, so no padding."""
+    """`reference` is empty if there is none. Frozen weights have no buffer, so no padding."""
     width = 2 if bf16 else 4
     weights = sum(one.elements for chunk in chunks for one in chunk)
     if megatron.optimizer.use_distributed_optimizer:  # the buffer holds the weights too
@@ -237,8 +217,9 @@ def static_bytes(
 
 
 def optimizer_bytes_per_element(megatron: MegatronConfig, bf16: bool) -> int:
-    """float32 main parameter (only of bfloat16 weights), and Adam's two moments or SGD's momentum. The precision-aware
-    optimizer keeps 2 bytes of each main parameter, those that its bfloat16 weight lacks (`store_param_remainders`)."""
+    """Bytes of the float32 main parameter (only for bfloat16 weights), and of Adam's two moments or SGD's momentum. The
+    precision-aware optimizer stores only the 2 bytes of a main parameter that the bfloat16 weight lacks
+    (`store_param_remainders`)."""
     kind = megatron.optimizer.kind
     aware = getattr(kind, "use_precision_aware_optimizer", False)
     return int(kind.state_bytes) + ((2 if aware else 4) if bf16 else 0)
@@ -246,7 +227,7 @@ def optimizer_bytes_per_element(megatron: MegatronConfig, bf16: bool) -> int:
 
 @dataclass(frozen=True)
 class CheckpointBytes:
-    """Tensors of one checkpoint, in bytes, however many ranks write it."""
+    """Bytes of the tensors of one checkpoint."""
 
     weights: int
     """Also the size of an export: with LoRA, of an adapter."""

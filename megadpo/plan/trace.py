@@ -1,4 +1,4 @@
-"""One rank of a layout, really built on the meta device, and one micro-batch walked through it with its memory counted."""
+"""Builds one rank of a layout on the meta device, runs one micro-batch through it, and counts the memory."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ from megadpo.plan.parameters import Parameter
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that operations make while it is on: alive now, and the most alive at a time.
+    """Counts the bytes of tensors that operations make while this mode is on: `now` and `peak`.
 
-    Storages are counted once, whatever views them, and until the last view is gone. What existed before is not counted
-    (`known`), nor what a kernel takes and frees inside one operation. Works on every device, meta included.
+    A storage counts once, until its last view is freed. Tensors that existed before (`known`) don't count, nor memory that
+    a kernel allocates and frees within one operation. It works on every device, also meta.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = (), answers: Answers | None = None) -> None:
-        """answers: stands in for operations that tensors without values can't do."""
+        """answers: results of operations that need values."""
         super().__init__()
         self.now = 0
         self.peak = 0
@@ -90,10 +90,10 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkTrace:
-    """What one full micro-batch takes in one model chunk, in bytes."""
+    """Bytes of one full micro-batch in one model chunk."""
 
     saved: int
-    """Alive between its forward and its backward."""
+    """Between its forward and its backward."""
     forward_peak: int
     backward_peak: int
     reference_peak: int
@@ -102,15 +102,15 @@ class ChunkTrace:
 
 @dataclass(frozen=True, kw_only=True)
 class StageTrace:
-    """The chunks that one rank holds, and what they take besides weights, gradients and optimizer state, in bytes."""
+    """The chunks of one rank, and their bytes besides weights, gradients and optimizer state."""
 
     parameters: list[list[Parameter]]
     reference: list[list[Parameter]]
-    """Empty where the policy's architecture is the reference's too, or there is none."""
+    """Empty if the reference has the policy's architecture, or if there is none."""
     chunks: list[ChunkTrace]
     buffers: int
-    """What is made once and kept: under sequence parallelism, where gathered tokens go; with experts, what the reference's
-    dispatchers know of the last micro-batch."""
+    """Bytes that are allocated once: with sequence parallelism, buffers of gathered tokens; with experts, the state of the
+    reference's dispatchers."""
 
 
 def trace_stage(
@@ -123,12 +123,11 @@ def trace_stage(
     device_type: Literal["cpu", "cuda"],
     expert_load: float = 1.0,
 ) -> StageTrace:
-    """Build the rank that `grid` speaks of: model, gradient buffers, optimizer, reference. Then run a pack of
-    pairs of `lengths` through each of its chunks: forward without gradients, as the reference does, and forward and
-    backward.
+    """Builds the rank of `grid`: model, gradient buffers, optimizer, reference. Then runs a pack of pairs with `lengths`
+    through each of its chunks: forward without gradients, like the reference, and forward and backward.
 
-    device_type: "cuda" or "cpu": whose kernels the memory is counted for.
-    expert_load: tokens at this rank's experts, as a multiple of what even routing sends there.
+    device_type: "cuda" or "cpu": the device whose kernels are counted.
+    expert_load: tokens of this rank's experts / tokens with even routing.
     """
     policy = _buildable(cfg.policy)
     with (
@@ -188,9 +187,8 @@ def _kinds(chunks: Sequence[Any], *, alike: bool) -> list[int]:
 
 
 def _buildable(policy: PolicyConfig) -> PolicyConfig:
-    """`policy` without what only a GPU machine can build. Weights don't depend on it, nor the optimizer's bytes, which are
-    arithmetic; kernels are replaced (outlines.py). Activations of Transformer Engine's layers are taken for those of
-    megatron-core's own."""
+    """`policy` without settings that need a GPU to build. Weights and the optimizer's bytes don't depend on them; kernels are
+    replaced (outlines.py). Activations of Transformer Engine's layers count as those of megatron-core's layers."""
     megatron = policy.megatron_cfg
     torchs = {"adam_impl": "torch"} if megatron.optimizer.optimizer == "adam" else {}
     optimizer = dataclasses.replace(megatron.optimizer, options=OPTIMIZERS.defaults() | torchs)
@@ -217,8 +215,8 @@ def _parameter(parameter: torch.nn.Parameter) -> Parameter:
 def _without_gradients(
     chunks: Sequence[Any], walk: _Walk, known: list[torch.Tensor], answers: Answers
 ) -> tuple[list[int], int]:
-    """The most bytes alive in each chunk's forward, and what all chunks keep: dispatchers of experts hold on to the last
-    micro-batch's routing. Both without megatron-core's buffers, which these passes make."""
+    """The peak bytes of each chunk's forward, and the bytes that stay after it (dispatchers of experts keep the last
+    micro-batch's routing). Both without megatron-core's buffers, which are allocated here."""
     peaks, state = [], 0
     for chunk in chunks:
         chunk.eval()
@@ -236,8 +234,7 @@ def _without_gradients(
 def _with_gradients(
     chunks: Sequence[Any], walk: _Walk, known: list[torch.Tensor], answers: Answers
 ) -> list[dict[str, int]]:
-    """Each chunk's bytes. What dispatchers keep of an earlier micro-batch gives way to the next one's, so it counts as a
-    micro-batch's own."""
+    """Each chunk's bytes. The state of dispatchers counts for a micro-batch, because the next one replaces it."""
     found: list[dict[str, int]] = []
     live = LiveBytes(known, answers)
     for chunk in chunks:
@@ -246,7 +243,7 @@ def _with_gradients(
             output = walk.forward(chunk)
             saved, forward_peak = live.now, live.peak
             live.peak = live.now
-            if output.requires_grad:  # frozen from the embeddings to here: nothing to go back for
+            if output.requires_grad:  # False if everything up to here is frozen
                 torch.autograd.backward(output, grad_tensors=torch.empty_like(output))
             del output
             chunk.module.set_input_tensor([None])
@@ -256,7 +253,7 @@ def _with_gradients(
 
 
 class _Walk:
-    """A pack made of nothing, and what the stage before would send."""
+    """Runs chunks on a pack without values, with the input that the stage before would send."""
 
     def __init__(self, cfg: Config, lengths: Lengths) -> None:
         self.cfg = cfg
@@ -279,7 +276,7 @@ class _Walk:
 
 
 def largest_part(batch: PackedBatch, ranks: int) -> PackedBatch:
-    """Of a pack cut over context-parallel ranks, the part whose queries see most keys; each has as many tokens."""
+    """The part of a context-parallel pack whose queries see the most keys. All parts have the same number of tokens."""
     parts = (context_part(batch, rank, ranks) for rank in range(ranks))
     return max(parts, key=lambda part: sum(segment.key_tokens for segment in part.segments))
 

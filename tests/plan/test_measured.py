@@ -7,6 +7,7 @@ from math import comb
 
 import pytest
 
+from megadpo.config.architecture import Architecture, Layer
 from megadpo.config.check import chunk_layers
 from megadpo.config.grid import Grid
 from megadpo.config.load import load_config
@@ -107,6 +108,26 @@ def test_parameters_and_static_bytes_are_those_of_real_ranks(name, tmp_path):
         assert max(rank["optimizer"] for rank in mine) == stage.static.optimizer
     if "frozen" not in name and "lora" not in name:  # the search takes every weight for trainable, or counts roughly
         check_arithmetic(plan, ranks)
+
+
+def stage_parameters(
+    arch: Architecture, grid: Grid, *, stage: int, chunks: Sequence[Sequence[Layer]]
+) -> list[list[Parameter]]:
+    """Of the chunks of a stage, which have these layers; all of them trainable."""
+    return [_chunk(arch, grid.stage(stage), number, layers) for number, layers in enumerate(chunks)]
+
+
+def _chunk(arch: Architecture, grid: Grid, chunk: int, layers: Sequence[Layer]) -> list[Parameter]:
+    first, last = grid.is_first_chunk(chunk), grid.is_last_chunk(chunk)
+    tied = arch.tie_word_embeddings and first != last
+    table = Parameter(arch.vocab_size // grid.tensor * arch.hidden_size, shared_embedding=tied)
+    found = [table] if first else []
+    found += [one for layer in layers for one in layer_parameters(arch, layer, grid)]
+    if last:
+        found.append(Parameter(arch.hidden_size))
+        if not (arch.tie_word_embeddings and first):
+            found.append(table)
+    return found
 
 
 def check_arithmetic(plan: Plan, ranks: list[dict]) -> None:
