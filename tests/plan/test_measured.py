@@ -14,7 +14,7 @@ from megadpo.config.load import load_config
 from megadpo.plan.inputs import architectures
 from megadpo.plan.memory import Assumptions
 from megadpo.plan.packs import all_pairs, full_pack
-from megadpo.plan.parameters import stage_buffers, stage_parameters, static_bytes
+from megadpo.plan.parameters import Parameter, layer_parameters, stage_buffers, static_bytes
 from megadpo.plan.plan import Job, Plan, make_plan
 from tests.helpers.distributed import run_distributed
 from tests.plan import measured
