@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_contenders, gpu_head, gpu_inputs, gpu_options, gpu_report, make_llama
+from benchmarks import gpu, gpu_contenders, gpu_head, gpu_inputs, gpu_machine, gpu_options, gpu_report, make_llama
 from benchmarks.gpu_sides import OUT_OF_MEMORY, Outcome
 from megadpo.config.load import load_config
 from megadpo.data.tokens.tokenizer import load_tokenizer
@@ -280,7 +280,10 @@ def test_a_smoke_run_ends_well_without_trl(tmp_path, capsys):
     assert content["machine"]["sustained_matrix_rate_tflops"] > 0
 
 
-def test_without_time_nothing_is_started(tmp_path, capsys):
+def test_without_time_nothing_is_started(tmp_path, capsys, monkeypatch):
+    rates = {"matrix_rate_tflops": 1.0, "sustained_matrix_rate_tflops": 1.0, "copy_rate_gbytes_per_s": 1.0}
+    said = subprocess.CompletedProcess([], 0, stdout=json.dumps(gpu_machine.machine() | rates), stderr="")
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *_, **__: said)
     assert gpu.main(["--smoke", "--trl", "", "--minutes", "0.1", "--out", str(tmp_path / "r.json")]) == gpu.UNFINISHED
     assert "not started" in capsys.readouterr().out
     assert json.loads((tmp_path / "r.json").read_text())["measured"] == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from megadpo.commands import main
 from megadpo.train import command
 from tests.layouts.impossible import IMPOSSIBLE
 from tests.layouts.matrix import all_cases, as_overrides
@@ -17,7 +18,7 @@ def refused_start(bench, monkeypatch, capsys, model, world_size, overrides):
     monkeypatch.setattr(command, "run_training", lambda cfg: pytest.fail(f"{overrides} on {world_size} is let run"))
     config = str(bench.config(model))
     capsys.readouterr()
-    assert command.main([config, *overrides]) == 2
+    assert main(["train", config, *overrides]) == 2
     return capsys.readouterr().err
 
 

@@ -13,6 +13,7 @@ from megadpo.commands import main
 from megadpo.config.load import load_config
 from megadpo.families import parse_architecture
 from megadpo.lora.targets import find_targets
+from megadpo.train.check import checked_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # The published sizes of the models, as their config.json names them.
@@ -116,6 +117,9 @@ def test_every_recipe_is_here():
 def test_recipe_passes_its_plan(name, tmp_path, capsys):
     model, parameters, ranks, gpu = RECIPES[name]
     folder = write_model(tmp_path / "model", model)
+    checked_config(
+        str(CONFIGS / name), [f"policy.model_name={folder}"], ranks
+    )  # as at every start, and by megadpo check
     arguments = [str(CONFIGS / name), "--world-size", str(ranks), "--gpu", gpu, "--json"]
     assert main(["plan", *arguments, f"policy.model_name={folder}"]) == 0
     plan = json.loads(capsys.readouterr().out)

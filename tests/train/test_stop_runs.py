@@ -188,7 +188,7 @@ def test_a_stop_saves_the_step_reached(model, tmp_path, start, launcher, way, sa
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR1])
 def test_a_signal_while_the_model_is_built_waits_until_there_is_something_to_save(model, tmp_path, start, number):
     config = make_config(
         tmp_path,
