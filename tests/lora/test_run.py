@@ -15,9 +15,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from megadpo.config.problems import ConfigError
 from megadpo.lora.export import export
 from megadpo.model.weights.safe_files import read_metadata
+from tests.config.nemo_rl.test_translate import MEGATRON_ON, NEMO
 from tests.helpers.distributed import run_distributed
 from tests.helpers.overrides import DIST, PP2, SP, TP2
-from tests.helpers.runs import evaluate, make_config, make_model, read_metrics, train_and_read
+from tests.helpers.runs import evaluate, make_config, make_model, make_pairs, read_metrics, train_and_read
 from tests.train.test_logps import some_pairs, transformers_logps
 from tests.train.test_resume import SAVING, bits, go
 
@@ -100,6 +101,14 @@ def test_the_reference_is_the_model_without_its_adapters(trained):
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("mode", ["resident", "cached"])
+def test_other_ways_to_the_reference_give_the_same_numbers(mode, model, trained, tmp_path):
+    go(lora_config(tmp_path, model), 1, [f"dpo.reference.mode={mode}"], 2)
+    for mine, theirs in zip(read_metrics(tmp_path / "logs"), read_metrics(trained / "logs"), strict=False):
+        assert mine["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-6)
+
+
+@pytest.mark.distributed
 def test_a_resumed_run_has_the_same_bits(model, trained, tmp_path):
     config = lora_config(tmp_path / "whole", model)
     go(config, 1, [], 4)
@@ -173,6 +182,23 @@ def test_evaluating_checkpoints_of_a_run(trained, tmp_path):
         read_metrics(trained / "logs")[-1]["validation-held_out/rewards/margins"], rel=1e-3
     )
     assert abs(margins[4] - margins[2]) > 1e-3 * abs(margins[4])
+
+
+@pytest.mark.distributed
+def test_nemo_rls_file_with_the_overrides_of_its_own_lora_test(tmp_path):
+    model = make_model(tmp_path / "model", "qwen3", hidden_size=32, max_position_embeddings=1024)
+    names = {name: make_pairs(tmp_path / f"{name}.jsonl", 12) for name in ("t", "v")}
+    theirs = [f"{MEG}.peft.enabled=true", f"{MEG}.peft.dim=32", "logger.monitor_gpus=true", "dpo.max_num_steps=3",
+              "policy.train_global_batch_size=4", "dpo.val_period=2"]  # fmt: skip
+    ours = [f"policy.model_name={model}", f"policy.tokenizer.name={model}", f"logger.log_dir={tmp_path}/logs",
+            f"data.train_data_path={names['t']}", f"data.val_data_paths={names['v']}", "policy.device=cpu",
+            "cluster.gpus_per_node=2", f"checkpointing.checkpoint_dir={tmp_path}/checkpoints"]  # fmt: skip
+    overrides = [*MEGATRON_ON, *theirs, *ours]
+    ranks = run_distributed(train_and_read, 2, str(NEMO), overrides, init_process_group=False)
+    assert [code for code, _ in ranks] == [0, 0], ranks
+    records = read_metrics(tmp_path / "logs")
+    assert [record["step"] for record in records] == [0, 1, 2, 3]  # 0: validation at the start
+    assert records[1]["train/preference_loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 @pytest.mark.distributed
