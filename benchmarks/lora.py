@@ -99,12 +99,14 @@ def main(arguments: list[str] | None = None) -> int:
         )  # fmt: skip
         longest = make_llama.longest(model, rows)
         print(f"{count:,} parameters, packs of {longest[1]} tokens", flush=True)
-        cases = [run_case(one, options, spec, longest) for one in options.precisions.split(",")]
-    if options.out:
-        chosen = {name: value for name, value in vars(options).items() if name not in ("data", "out", "no_run")}
         about = {"machine": vs_trl.machine(), "parameters": count, "pack_tokens": longest[1], "data": options.data.name}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({**about, **chosen, "cases": cases}, indent=1) + "\n", encoding="utf-8")
+        about |= {name: value for name, value in vars(options).items() if name not in ("data", "out", "no_run")}
+        cases = []
+        for precision in options.precisions.split(","):
+            cases.append(run_case(precision, options, spec, longest))
+            if options.out:
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                options.out.write_text(json.dumps({**about, "cases": cases}, indent=1) + "\n", encoding="utf-8")
     return 1 if any(case.get("ratio", 0.0) > GOAL for case in cases) else 0
 
 
