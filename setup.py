@@ -67,6 +67,7 @@ setup(
             "matplotlib>=3.9",
             "mlflow-skinny>=3.1,<4",
             "mypy>=1.15",
+            "peft>=0.21,<0.22",  # opens what LoRA runs export
             "pytest>=9",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",

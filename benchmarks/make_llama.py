@@ -47,6 +47,8 @@ SIZES = {
     "30m": LlamaSize(512, 8, 8, 4, 1376, 8192),
     # 88.1M parameters
     "90m": LlamaSize(768, 12, 12, 4, 2048, 8192),
+    # 113.3M parameters
+    "110m": LlamaSize(768, 16, 12, 4, 2048, 8192),
 }
 
 

@@ -14,14 +14,21 @@ import dataclasses
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # run as a script, the path starts in benchmarks/
 
+import torch  # noqa: E402
+
 from benchmarks import make_llama, sides  # noqa: E402
 from benchmarks.trl_worker import Spec  # noqa: E402
+from megadpo.config.schema_peft import PeftConfig  # noqa: E402
+from megadpo.families import parse_architecture  # noqa: E402
+from megadpo.lora.peft_folder import WEIGHTS_FILE, tensor_name, write_peft  # noqa: E402
+from megadpo.lora.targets import find_targets  # noqa: E402
 
 STORED = REPOSITORY / "tests" / "parity" / "stored.json"
 STEPS, GLOBAL_BATCH_PAIRS = 5, 16
@@ -55,12 +62,28 @@ class Case:
     """Arguments of TRL's DPOConfig that both sides have under one name; {}: loss_type sigmoid."""
     average: bool = False
     """TRL takes means over an answer's tokens in this loss."""
+    lora: str = ""
+    """Train an adapter, from the same numbers on both sides. new: B is 0. trained: it is not, and the reference has the
+    adapter as it was."""
 
     @property
     def overrides(self) -> list[str]:
         """`loss` in megadpo's config."""
         average = ["dpo.preference_average_log_probs=true", "dpo.sft_average_log_probs=false"] if self.average else []
         return [f"dpo.{name}={value}" for name, value in self.loss.items()] + average
+
+    @property
+    def names(self) -> list[str]:
+        """What is compared: under ld_alpha TRL logs the weighted logps, megadpo those of whole answers."""
+        return [name for name in TOLERANCES if "ld_alpha" not in self.loss or not name.startswith("logps/")]
+
+    def lora_overrides(self, adapter: str) -> list[str]:
+        """The same adapter in megadpo's config."""
+        if not self.lora:
+            return []
+        peft = f"{{enabled: true, dim: {LORA.dim}, alpha: {LORA.alpha}, target_modules: [all-linear], init_from: {adapter}}}"
+        named = [f"dpo.reference.adapter={adapter}"] if self.lora == "trained" else []
+        return [f"policy.megatron_cfg.peft={peft}", *named]
 
 
 LOSSES: dict[str, dict[str, Any]] = {
@@ -74,6 +97,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "apo_zero": {},
     "apo_down": {},
     "discopop": {"discopop_tau": 0.05},
+    "sigmoid_norm": {},
 }
 """Every loss that TRL's DPOTrainer has too, beside sigmoid."""
 DIVERGENCES: dict[str, dict[str, Any]] = {
@@ -81,17 +105,29 @@ DIVERGENCES: dict[str, dict[str, Any]] = {
     "js_divergence": {},
     "alpha_divergence": {"f_alpha_divergence_coef": 0.5},
 }
+LORA = PeftConfig(enabled=True, dim=8, alpha=16.0, target_modules=("all-linear",))
+COMBINED: dict[str, dict[str, Any]] = {
+    "ld_alpha": {"ld_alpha": 0.3},
+    "use_weighting": {"use_weighting": True},
+    "mpo": {"loss_type": ["sigmoid", "bco_pair"], "loss_weights": [0.8, 0.2]},
+    "norm_ld_weighting": {"loss_type": "sigmoid_norm", "ld_alpha": 0.3, "use_weighting": True},
+}
+"""Weights of tokens, of pairs and of losses."""
 CASES = {
     "hh-small": Case(size="small", made=False, add_bos=False, micro_batch_pairs=4),
     "hh-tiny": Case(size="tiny", made=False, add_bos=False, micro_batch_pairs=4),
     "made-tiny": Case(size="tiny", made=True, add_bos=True, micro_batch_pairs=8),
 }
+for _name in ("new", "trained"):
+    CASES[f"made-tiny-lora-{_name}"] = dataclasses.replace(CASES["made-tiny"], lora=_name)
 for _name, _options in LOSSES.items():
     CASES[f"made-tiny-{_name}"] = dataclasses.replace(
         CASES["made-tiny"], loss={"loss_type": _name, **_options}, average=_name == "ipo"
     )
 for _name, _options in DIVERGENCES.items():
     CASES[f"made-tiny-{_name}"] = dataclasses.replace(CASES["made-tiny"], loss={"f_divergence_type": _name, **_options})
+for _name, _options in COMBINED.items():
+    CASES[f"made-tiny-{_name}"] = dataclasses.replace(CASES["made-tiny"], loss=_options)
 
 
 def prepare(case: Case, data: Path, folder: Path) -> Spec:
@@ -113,12 +149,30 @@ def prepare(case: Case, data: Path, folder: Path) -> Spec:
         steps=STEPS,
         global_batch_pairs=GLOBAL_BATCH_PAIRS,
         micro_batch_pairs=case.micro_batch_pairs,
-        learning_rate=5e-4,
+        learning_rate=5e-3 if case.lora else 5e-4,
         weight_decay=1.0,
         adam_beta2=0.98,
         max_grad_norm=1.0,
-        extra=case.loss | ({"loss_type": [case.loss["loss_type"]]} if "loss_type" in case.loss else {}),
+        adapter=make_adapter(folder / "adapter", model, trained=case.lora == "trained") if case.lora else "",
+        extra=case.loss
+        | ({"loss_type": [case.loss["loss_type"]]} if isinstance(case.loss.get("loss_type"), str) else {}),
     )
+
+
+def make_adapter(folder: Path, model: Path, *, trained: bool) -> str:
+    """An adapter on all linear layers; returns its folder. trained: B is not 0."""
+    arch = parse_architecture(json.loads((model / "config.json").read_text(encoding="utf-8")))
+    generator = torch.Generator().manual_seed(0)
+    tensors, modules = {}, []
+    for target in find_targets(LORA, arch):
+        for number, module in enumerate(target.modules):
+            modules.append(module)
+            a = torch.randn(LORA.dim, target.in_features, generator=generator) / target.in_features**0.5
+            b = torch.randn(target.out_features(number), LORA.dim, generator=generator) / 50
+            tensors |= {tensor_name(module, "A"): a, tensor_name(module, "B"): b if trained else b * 0}
+    folder.mkdir()
+    write_peft(folder, LORA, tensors, modules, base=str(model), arch=arch)
+    return str(folder)
 
 
 def fingerprints(spec: Spec) -> dict[str, str]:
@@ -127,6 +181,7 @@ def fingerprints(spec: Spec) -> dict[str, str]:
         "data_sha256": sides.sha256(Path(spec.data)),
         "weights_sha256": sides.sha256(Path(spec.model) / "model.safetensors"),
         "token_sha256": token_digest(spec),
+        **({"adapter_sha256": sides.sha256(Path(spec.adapter) / WEIGHTS_FILE)} if spec.adapter else {}),
     }
 
 
@@ -149,14 +204,17 @@ def token_digest(spec: Spec) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def compare(theirs: list[dict[str, float]], ours: list[dict[str, float]]) -> tuple[list[str], bool]:
+def compare(
+    theirs: list[dict[str, float]], ours: list[dict[str, float]], names: Sequence[str] = tuple(TOLERANCES)
+) -> tuple[list[str], bool]:
     """A table of both sides by step and name, and whether every tolerance holds."""
     lines = [f"{'step':>4}  {'':16}{'TRL':>16}{'megadpo':>16}{'relative':>12}{'allowed':>10}"]
     good = len(theirs) == len(ours)
     if not good:
         lines.append(f"TRL made {len(theirs)} steps, megadpo {len(ours)}")
     for number, (their, our) in enumerate(zip(theirs, ours, strict=False), start=1):
-        for name, allowed in TOLERANCES.items():
+        for name in names:
+            allowed = TOLERANCES[name]
             a, b = their[name], our[name]
             relative = abs(a - b) / max(abs(a), abs(b))
             fits = relative <= allowed  # False for nan
@@ -233,9 +291,10 @@ def run_case(options: argparse.Namespace, case: Case) -> tuple[bool, dict[str, l
         written["TRL"] = theirs = their_side(options, spec)
         for layout_name in options.layouts:
             layout = LAYOUTS[layout_name]
-            side = sides.run_ours(spec, layout, longest=LONGEST_TOKENS, overrides=case.overrides)
+            overrides = case.overrides + case.lora_overrides(spec.adapter)
+            side = sides.run_ours(spec, layout, longest=LONGEST_TOKENS, overrides=overrides)
             written[layout_name] = side.steps
-            lines, fits = compare(theirs, side.steps)
+            lines, fits = compare(theirs, side.steps, case.names)
             print(f"\n{options.case}, {layout}:", *lines, sep="\n", flush=True)
             good &= fits
     return good, written

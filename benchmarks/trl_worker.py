@@ -48,6 +48,8 @@ class Spec:
     """Also time the parts of a step (reference forward, policy forward, backward, optimizer)."""
     float64: bool = False
     """Run in double precision, as a yardstick for both sides' rounding."""
+    adapter: str = ""
+    """A folder of PEFT's that training goes on from; a copy of it is the reference's. Empty: all weights are trained."""
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Further arguments of DPOConfig, e.g. {"gradient_checkpointing": true}."""
 
@@ -108,6 +110,8 @@ def dpo_arguments(spec: Spec) -> dict[str, Any]:
         "disable_tqdm": True,
         "seed": 42,
     }
+    if spec.adapter:
+        del arguments["model_init_kwargs"]  # of a model that TRL loads itself
     return arguments | spec.extra
 
 
@@ -158,11 +162,19 @@ def make_trainer(spec: Spec) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(spec.model, trust_remote_code=False)
     dataset = Dataset.from_list(load_rows(spec, tokenizer))
     return RecordingTrainer(
-        model=spec.model,
+        model=with_adapter(spec) if spec.adapter else spec.model,
         args=DPOConfig(**dpo_arguments(spec)),
         train_dataset=dataset,
         processing_class=tokenizer,
     )
+
+
+def with_adapter(spec: Spec) -> Any:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(spec.model, dtype=spec.dtype, attn_implementation=spec.attention)
+    return PeftModel.from_pretrained(model, spec.adapter, is_trainable=True)
 
 
 def time_steps(trainer: Any) -> list[tuple[float, float]]:
@@ -270,8 +282,10 @@ def gpu_memory() -> dict[str, int]:
 def versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    names = ("trl", "transformers", "torch", "accelerate", "datasets", "tokenizers", "numpy")
-    return {"python": sys.version.split()[0]} | {name: version(name) for name in names}
+    names = ("trl", "peft", "transformers", "torch", "accelerate", "datasets", "tokenizers", "numpy")
+    from importlib.util import find_spec
+
+    return {"python": sys.version.split()[0]} | {name: version(name) for name in names if find_spec(name)}
 
 
 def run(spec: Spec) -> dict[str, Any]:

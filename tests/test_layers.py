@@ -18,7 +18,7 @@ SCRIPTS = ("launch", "tools", "benchmarks")
 MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"commands"},
     "commands": {
-        *("config", "families", "files", "launcher", "data", "rollouts", "collect", "model", "plan"),
+        *("config", "families", "files", "launcher", "data", "rollouts", "collect", "model", "lora", "plan"),
         *("parallel", "checkpoint", "train"),
     },
     "config": {"files"},
@@ -33,16 +33,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "objective": {"config"},
     "parallel": {"config"},
     "model": {"config", "families", "parallel", "data.batches.pack"},
+    "lora": {"config", "families", "parallel", "model"},
     "optimizer": {"config", "parallel", "model"},
-    "reference": {"config", "files", "parallel", "model", "data.batches.pack", "data.batches.loader"},
-    "checkpoint": {"config", "files", "parallel", "model", "optimizer"},
+    "reference": {"config", "files", "parallel", "model", "lora", "data.batches.pack", "data.batches.loader"},
+    "checkpoint": {"config", "files", "parallel", "model", "lora", "optimizer"},
     "train": {
         *("config", "families", "files", "data", "objective", "parallel"),
-        *("model", "optimizer", "reference", "checkpoint", "launcher"),
+        *("model", "lora", "optimizer", "reference", "checkpoint", "launcher"),
     },
-    "plan": {"config", "families", "data", "parallel", "model", "optimizer", "train.inputs"},
+    "plan": {"config", "families", "data", "parallel", "model", "lora", "optimizer", "train.inputs"},
 }
-USES_MEGATRON_CORE = {"parallel", "model", "optimizer", "reference", "checkpoint", "train", "plan"}
+USES_MEGATRON_CORE = {"parallel", "model", "lora", "optimizer", "reference", "checkpoint", "train", "plan"}
 # A config is checked anywhere in under a second, so nothing heavy may come in with it.
 TORCH_FREE = {"config", "families"}
 TOO_HEAVY = {"torch", "transformers", "megatron", "numpy", "datasets", "huggingface_hub"}

@@ -32,6 +32,9 @@ from megadpo.checkpoint.save import EXTRA_STATE, layout_name, optimizer_format, 
 from megadpo.checkpoint.verify import require_whole_weights
 from megadpo.config.architecture import Architecture
 from megadpo.config.problems import ConfigError, Problem, UserError
+from megadpo.lora.attach import attach
+from megadpo.lora.checkpoint import LoraCheckpoint
+from megadpo.lora.state import sharded_adapters
 from megadpo.model.manifest import no_manifest
 from megadpo.model.source import ModelSource
 from megadpo.model.weights.dist_folder import COMMON_FILE
@@ -48,12 +51,16 @@ def load_weights(
     model: Sequence[MegatronModule], source: ModelSource, arch: Architecture, parallel: ParallelContext
 ) -> None:
     """Load this rank's chunks (unwrapped) from the folder that `source` names: a Hugging Face folder of shape `arch`, or a
-    Megatron checkpoint that any layout wrote, without its optimizer.
+    Megatron checkpoint that any layout wrote, without its optimizer. A frozen model may come from a run with LoRA too: its
+    adapters are attached then.
 
     What is read of a checkpoint is verified first; of one without a manifest, rank 0 logs that it can't be. Collectives:
     for a checkpoint those of require_whole_weights and dist_checkpointing.load. Raises ConfigError for a folder that is
     damaged, or whose tensors are not this model's.
     """
+    if (lora := LoraCheckpoint.open(source.megatron)) is not None:
+        _load_with_adapters(model, lora, arch, parallel)
+        return
     if source.megatron is None:
         load_hf_weights(model, arch, source.hf_files, parallel.grid)
         return
@@ -65,6 +72,20 @@ def load_weights(
     _load_chunks(model, _load({"weights": _wanted_weights(model)}, source.megatron)["weights"])
 
 
+def _load_with_adapters(
+    model: Sequence[MegatronModule], lora: LoraCheckpoint, arch: Architecture, parallel: ParallelContext
+) -> None:
+    """The base's weights, and the adapters beside them: the very numbers that the run had."""
+    if any(parameter.requires_grad for chunk in model for parameter in chunk.parameters()):
+        raise ConfigError(lora.not_to_train)
+    load_weights(model, lora.base_source(), arch, parallel)
+    for adapter in attach(model, arch, lora.peft, parallel):
+        adapter.requires_grad_(False)
+    wanted = sharded_adapters(model, parallel.grid)
+    require_whole_weights(lora.folder, {part.key for part in nested_values(wanted)})
+    _load_chunks(model, _load({"weights": wanted}, lora.folder)["weights"], adapters_only=True)
+
+
 def load_training_state(
     info: CheckpointInfo,
     parallel: ParallelContext,
@@ -72,23 +93,26 @@ def load_training_state(
     model: Sequence[MegatronModule],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
+    lora: bool,
 ) -> None:
-    """Restore weights, optimizer, schedule and random-number states of the run that wrote `info`.
+    """Restore weights, optimizer, schedule and random-number states of the run that wrote `info`. lora: its weights are
+    adapters, and `model` has its base's already.
 
     In the same layout the following losses are the same bits; in another, or from a GPU to a CPU, random-number states
     start from the seed anew. Collectives: those of dist_checkpointing.load. Raises ConfigError where the optimizer state is
     of another kind or absent.
     """
     _check_optimizer(info, optimizer)
-    weights = _wanted_weights(model)
-    whose = _wanted_weights(model, per_layer=True) if _is_per_layer(info.path) else weights
+    weights = sharded_adapters(model, parallel.grid) if lora else _wanted_weights(model)
+    per_layer = not lora and _is_per_layer(info.path)
+    whose = _wanted_weights(model, per_layer=True) if per_layer else weights
     wanted = {
         "weights": weights,
         "optimizer": sharded_state(optimizer, whose, is_loading=True),
         "scheduler": scheduler.state_dict(),
     }
     state = _load(wanted, info.path)
-    _load_chunks(model, state["weights"])
+    _load_chunks(model, state["weights"], adapters_only=lora)
     load_sharded_state(optimizer, state["optimizer"])
     scheduler.num_steps = 0
     scheduler.step(increment=info.position.step)
@@ -113,10 +137,10 @@ def _wanted_weights(model: Sequence[MegatronModule], *, per_layer: bool = False)
     }
 
 
-def _load_chunks(model: Sequence[MegatronModule], weights: dict[str, Any]) -> None:
+def _load_chunks(model: Sequence[MegatronModule], weights: dict[str, Any], *, adapters_only: bool = False) -> None:
     for number, chunk in enumerate(model):
         left = chunk.load_state_dict(weights[f"model{number}"], strict=False)
-        missing = [name for name in left.missing_keys if EXTRA_STATE not in name]
+        missing = [] if adapters_only else [name for name in left.missing_keys if EXTRA_STATE not in name]
         assert not missing and not left.unexpected_keys, (missing, left.unexpected_keys)
 
 

@@ -26,6 +26,7 @@ from megadpo.config.grid import Grid
 from megadpo.config.load import save_resolved
 from megadpo.config.schema import Config
 from megadpo.files.atomic import sync, write_then_rename
+from megadpo.lora.state import sharded_adapters
 from megadpo.model.manifest import FileProof, prove, write_manifest
 from megadpo.model.weights.convert import copy_hf_files
 from megadpo.optimizer.state import METADATA, sharded_state
@@ -47,7 +48,7 @@ def save_checkpoint(
     own_files: Mapping[str, bytes],
     cfg: Config,
 ) -> Path:
-    """Write <folder>/step_<N> and return it. All ranks call it together.
+    """Write <folder>/step_<N> and return it. All ranks call it together. With LoRA its weights are the adapters.
 
     model: the unwrapped chunks of this rank (the DDP wrapper would prefix every key). optimizer None: weights only.
     hf_files, own_files: as `copy_hf_files` takes them, for hf/; own_files counts on rank 0. Collectives: those of
@@ -64,11 +65,8 @@ def save_checkpoint(
         (partial / "rng").mkdir()
     dist.barrier()
 
-    weights = sharded_weights(model)
-    state: dict[str, Any] = {"weights": weights, "scheduler": scheduler.state_dict()}
-    if optimizer is not None:
-        whose = sharded_weights(model, per_layer=True) if has_frozen_weights(model, parallel) else weights
-        state["optimizer"] = sharded_state(optimizer, whose, is_loading=False)
+    lora = cfg.policy.megatron_cfg.peft.enabled
+    state = {**_trained_state(model, optimizer, parallel, lora=lora), "scheduler": scheduler.state_dict()}
     dist_checkpointing.save(state, str(partial / "model"), SaveStrategy())
     torch.save(_rng_state(parallel.device.type), partial / "rng" / f"rank_{parallel.rank}.pt")
     proofs = _proofs_of_writers(partial, parallel)
@@ -84,6 +82,7 @@ def save_checkpoint(
             "has_optimizer": optimizer is not None,
             "optimizer_format": optimizer_format(optimizer),
             "position": asdict(position),
+            "lora": lora,
             "manifest": True,
         }
         with write_then_rename(partial / "megadpo.json") as file:
@@ -95,6 +94,18 @@ def save_checkpoint(
         sync(folder)
     dist.barrier()
     return final
+
+
+def _trained_state(
+    model: Sequence[MegatronModule], optimizer: MegatronOptimizer | None, parallel: ParallelContext, *, lora: bool
+) -> dict[str, Any]:
+    """The weights, or with LoRA the adapters, and what the optimizer keeps of them."""
+    weights = sharded_adapters(model, parallel.grid) if lora else sharded_weights(model)
+    if optimizer is None:
+        return {"weights": weights}
+    per_layer = not lora and has_frozen_weights(model, parallel)
+    whose = sharded_weights(model, per_layer=True) if per_layer else weights
+    return {"weights": weights, "optimizer": sharded_state(optimizer, whose, is_loading=False)}
 
 
 def _proofs_of_writers(folder: Path, parallel: ParallelContext) -> dict[str, FileProof]:

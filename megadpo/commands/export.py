@@ -2,8 +2,9 @@
 
 RUN is a run's checkpointing.checkpoint_dir, of which the newest checkpoint is taken, or --best by the run's metric_name,
 or --step N; or one checkpoint: step_<N> of a run, or what megadpo import made. FOLDER opens with
-AutoModelForCausalLM.from_pretrained; --push-to-hub OWNER/NAME uploads it too. One process, no GPU, a tensor at a time.
-Exit code 2: refused, with every problem on stderr.
+AutoModelForCausalLM.from_pretrained; of a run with LoRA it is a PEFT adapter, or with --merge a whole model
+(docs/lora.md). --push-to-hub OWNER/NAME uploads it too. One process, no GPU, a tensor at a time. Exit code 2: refused,
+with every problem on stderr.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ def main(arguments: Sequence[str]) -> int:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--best", action="store_true", help="the checkpoint with the best validation metric")
     which.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step")
+    parser.add_argument("--merge", action="store_true", help="of a run with LoRA: write a whole model, not an adapter")
+    parser.add_argument("--base", metavar="FOLDER", help="the model that the adapters are of, if it is elsewhere now")
     parser.add_argument("--dtype", choices=DTYPES, help="cast the weights (default: the checkpoint's own)")
     parser.add_argument(
         "--plugin", action="append", default=[], metavar="FILE.py", help="adds a model family; executed"
@@ -32,11 +35,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="also upload it; a new repository is private")
     options = parser.parse_args(arguments)
     from megadpo.checkpoint.choose import choose_checkpoint  # not for --help
-    from megadpo.model.weights import dtype_named, export_hf, push_to_hub
+    from megadpo.lora.export import export
+    from megadpo.model.weights import dtype_named, push_to_hub
 
     import_plugins(options.plugin)
     checkpoint = choose_checkpoint(options.run, step=options.step, best=options.best)
-    export_hf(checkpoint, options.folder, dtype=dtype_named(options.dtype) if options.dtype else None)
+    dtype = dtype_named(options.dtype) if options.dtype else None
+    export(checkpoint, options.folder, merge=options.merge, base=options.base, dtype=dtype)
     print(f"wrote {options.folder}" + (f", of {checkpoint}" if checkpoint != options.run else ""))
     if options.push_to_hub is not None:
         print(f"uploaded to {push_to_hub(options.folder, options.push_to_hub)}")

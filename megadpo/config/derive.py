@@ -61,9 +61,17 @@ def _bf16(tree: Tree) -> bool:
     return bool(get(tree, "policy.precision", "bfloat16") == "bfloat16")
 
 
+def _reference_mode(tree: Tree) -> str | None:
+    """With LoRA a reference costs nothing."""
+    if get(tree, f"{_MEG}.peft.enabled") is not True or get(tree, "dpo.reference.model_name") is not None:
+        return None
+    return "adapter_off"
+
+
 # In this order: a later line may use what an earlier one filled in.
 _DERIVED: dict[str, Callable[[Tree], Any]] = {
     "dpo.sft_average_log_probs": _copy_of("dpo.preference_average_log_probs"),
+    "dpo.reference.mode": _reference_mode,
     "policy.tokenizer.name": _copy_of("policy.model_name"),
     "policy.sequence_packing.train_mb_tokens": _longest_pair,
     "policy.make_sequence_length_divisible_by": _pad_multiple,
@@ -81,6 +89,7 @@ _NULL_IS_DEFAULT = (
     "policy.freeze",
     f"{_MEG}.transformer_impl",
     f"{_MEG}.fp8_cfg",
+    f"{_MEG}.peft",
     f"{_MEG}.virtual_pipeline_model_parallel_size",
     f"{_MEG}.recompute_granularity",
     f"{_MEG}.recompute_modules",

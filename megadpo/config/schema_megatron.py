@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from megadpo.config.schema_peft import PeftConfig
 from megadpo.config.types import CountOrZero, FloatOrZero, PositiveFloat, PositiveInt, Precision
 from megadpo.config.variants import LAYER_IMPLEMENTATIONS, OPTIMIZERS, OneOf, OptionsOf
 
@@ -154,6 +155,7 @@ class MegatronConfig:
     bias_activation_fusion: bool = True
     """true: a SwiGLU that keeps its input only, megatron-core's compiled one on GPUs. false: operation by operation."""
 
+    peft: PeftConfig = field(default_factory=PeftConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     distributed_data_parallel_config: DistributedDataParallelConfig = field(

@@ -18,6 +18,7 @@ from megadpo.config.known import Known
 from megadpo.config.schema import Config
 from megadpo.config.schema_policy import PolicyConfig
 from megadpo.config.variants import ATTENTION_KERNELS, LAYER_IMPLEMENTATIONS, LOGPROB_KERNELS
+from megadpo.model.attention import PackedAttention
 from megadpo.model.freeze import freeze_routers
 from megadpo.model.gpt import ModelParts, PairModel
 from megadpo.model.moe_balance import LoadBalance
@@ -40,10 +41,11 @@ def build_model(
     known = Known(cfg=Config(policy=policy), arch=arch, machine=machine(device))
     layers = LAYER_IMPLEMENTATIONS.choose(known)
     config = transformer_config(arch, policy, device, known=known, layers=layers, recompute=not frozen)
+    with_gradients = not frozen and not megatron.peft.enabled  # of the weights themselves
     fused = megatron.apply_rope_fusion and layers.fuses_rope
     rotaries = {attention.rotary for attention in arch.attentions if attention.rotary is not None}
     parts = ModelParts(
-        layers=layers.modules(fuse_weight_gradient=not frozen and layers.fuses_weight_gradient(megatron)),
+        layers=layers.modules(fuse_weight_gradient=with_gradients and layers.fuses_weight_gradient(megatron)),
         kernel=ATTENTION_KERNELS.choose(known),
         rotaries={one: RotaryTable(one, device, fused=fused) for one in rotaries},
         head=LOGPROB_KERNELS.choose(known),
@@ -87,6 +89,8 @@ def mark_expert_parameters(model: torch.nn.Module) -> None:
             for parameter in module.experts.parameters():
                 parameter.allreduce = False
                 parameter.tensor_model_parallel = True
+                # megatron-core marks biases, whose gradients it would add up over ranks that hold other experts
+                parameter.sequence_parallel = False
 
 
 def is_expert(parameter: torch.nn.Parameter) -> bool:
@@ -105,6 +109,8 @@ def mark_sharded_parameters(model: torch.nn.Module) -> None:
             shards = [(module.weight, 1)]
         elif isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
             shards = [(module.weight, 0), (getattr(module, "bias", None), 0)]
+        elif isinstance(module, PackedAttention):
+            shards = [(module.softmax_offset, 0)]
         else:
             continue
         for parameter, dim in shards:

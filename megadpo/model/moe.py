@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
+from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection, topk_routing_with_score_function
@@ -71,8 +72,11 @@ def most_tokens(local: int, group: dist.ProcessGroup, device: torch.device) -> i
 class PackRouter(TopKRouter):
     """megatron-core's top-k router; padding goes to no expert."""
 
-    def __init__(self, config: TransformerConfig, pg_collection: Any = None, *, balance: LoadBalance) -> None:
-        super().__init__(config, pg_collection)
+    def __init__(
+        self, config: TransformerConfig, pg_collection: Any = None, *, balance: LoadBalance, **further: Any
+    ) -> None:
+        """further: what newer versions of megatron-core hand over."""
+        super().__init__(config, pg_collection, **further)
         self.balance = balance
         # moe_utils.py:1192 uses the name on any machine, although the import that defines it needs Transformer Engine
         if not hasattr(moe_utils, "te_general_gemm"):
@@ -97,6 +101,15 @@ class PackRouter(TopKRouter):
                 group=self.tp_cp_group,
             )
         return probs, chosen & routing.real[:, None]
+
+
+class ExpertRow(RowParallelLinear):
+    """An expert's second projection. Dispatchers reduce over ranks. megatron-core leaves it to them where there are several;
+    one rank's reduction gives back its input as it is, to which no bias can be added in place."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.explicit_expert_comm = True
 
 
 class PackMoELayer(MoELayer):

@@ -23,6 +23,8 @@ class ParallelContext:
     pp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     cp_group: dist.ProcessGroup
+    etp_group: dist.ProcessGroup
+    """The ranks that cut an expert."""
 
     @property
     def rank(self) -> int:
@@ -83,6 +85,7 @@ def initialize(sizes: Grid, device: torch.device, timeout_s: float = 1800.0) -> 
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
         cp_group=parallel_state.get_context_parallel_group(),
+        etp_group=parallel_state.get_expert_tensor_parallel_group(),
     )
 
 

@@ -1,4 +1,4 @@
-"""Activations of a model chunk by arithmetic, for the search over layouts; the plan itself counts them (trace.py)."""
+"""Estimates the activations of a model chunk by arithmetic, for the layout search. A plan counts them (trace.py)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megadpo.plan.packs import Pack
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of one micro-batch on one rank, as in trace.ChunkTrace."""
+    """Bytes for one micro-batch on one rank, as in trace.ChunkTrace."""
 
     buffers: int
     saved: int
@@ -24,8 +24,8 @@ class Activations:
 
 
 class Estimate:
-    """Of chunks of one layout, as torch keeps them on a GPU with varlen attention: saved bytes within some per cent, the
-    peak more roughly."""
+    """Estimates the chunks of one layout, on a GPU with varlen attention. Saved bytes are correct within a few per cent; the
+    peak is less exact."""
 
     def __init__(self, cfg: Config, arch: Architecture, pack: Pack, expert_load: float = 1.0) -> None:
         self.cfg, self.arch, self.pack = cfg, arch, pack
@@ -33,12 +33,12 @@ class Estimate:
         self.width = 2 if cfg.policy.precision == "bfloat16" else 4
         self.tp = self.megatron.tensor_model_parallel_size
         self.tokens = pack.tokens // self.megatron.context_parallel_size
-        """Of this rank, before sequence parallelism cuts them."""
+        """This rank's tokens, without sequence parallelism."""
         self.stream = self.tokens * arch.hidden_size * self.width // (self.tp if self.megatron.sequence_parallel else 1)
         self.load = min(expert_load, self.megatron.expert_model_parallel_size)
 
     def chunk(self, layers: Sequence[Layer], *, last: bool) -> Activations:
-        """A chunk of these layers; `last`: with the head."""
+        """A chunk of these layers. last: it has the head."""
         megatron, arch, pack, width = self.megatron, self.arch, self.pack, self.width
         full = megatron.activation_checkpointing and megatron.recompute_granularity == "full"
         selective = megatron.activation_checkpointing and not full
@@ -63,7 +63,7 @@ class Estimate:
         return Activations(gathered, saved, saved + transient)
 
     def _head(self) -> int:
-        """Logits and their gradients, and the gradient of the weight, in float32 first without the fused head."""
+        """Logits and their gradients, and the weight's gradient. Without the fused head the latter is first float32."""
         rows, width, vocabulary = self.cfg.policy.logprob_chunk_size, self.width, self.arch.vocab_size // self.tp
         answers = self.pack.answer_tokens // self.megatron.context_parallel_size
         if self.cfg.policy.logprob_kernel == "torch":
@@ -72,23 +72,23 @@ class Estimate:
         return answers * self.arch.hidden_size * 4 + vocabulary * self.arch.hidden_size * width + logits * (4 + width)
 
     def _key_tokens(self, window: int | None) -> int:
-        """Whose keys are kept: ranks of context parallelism keep their own and gather the others' again."""
+        """Tokens whose keys are saved. With context parallelism a rank saves its own keys and gathers the others again."""
         return self.tokens if self.tokens < self.pack.tokens else self.pack.key_tokens(window)
 
     def _attention(self, one: Attention) -> int:
-        """Norms' inputs and the linear layers'; rotated queries; keys and values; the output."""
+        """Inputs of norms and linear layers, rotated queries, keys and values, and the output."""
         width, tokens = self.width, self.tokens
         widths = one.head_dim + one.value_dim
         numbers = (tokens * one.num_heads + self._key_tokens(one.window) * one.num_kv_heads) * widths
         attention = numbers * width + 4 * tokens * one.num_heads
         norms = (6 if self.arch.norms.placement == "sandwich" else 4) * self.stream
         norms += 8 * self.stream // (self.arch.hidden_size * width)
-        if one.qk_norm == "head":
+        if one.qk_norm != "none":
             norms += tokens * (one.num_heads + one.num_kv_heads) * (one.head_dim * width + 4) // self.tp
         return norms + attention // self.tp
 
     def _feed_forward(self, one: Mlp | Experts) -> int:
-        """Both sides of SwiGLU; with experts, also the tokens in their order and the router's weights."""
+        """Inputs and output of SwiGLU; with experts, also the permuted tokens and the router's weights."""
         if isinstance(one, Mlp):
             return 3 * self.tokens * one.ffn_size * self.width // self.tp
         return self._experts(one) + self._shared(one)
@@ -103,22 +103,22 @@ class Estimate:
         return router + int(self._dispatched(one) * row)
 
     def _dispatched(self, one: Experts) -> float:
-        """Rows at this rank's experts."""
+        """Tokens that this rank's experts get."""
         local = self.tokens // self.tp * one.per_token
         return local * self.load * self.megatron.expert_tensor_parallel_size
 
     def _gradients(self, one: Mlp | Experts) -> int:
-        """Of a layer's widest place."""
+        """Gradients at the widest place of a layer."""
         if isinstance(one, Mlp):
             return 2 * self.tokens * one.ffn_size * self.width // self.tp
         return int(3 * self._dispatched(one) * self.arch.hidden_size * self.width)
 
     def _recomputed(self, layer: Layer) -> int:
-        """What of a layer selective recomputation does not keep; its modules' inputs are kept in its place."""
+        """Bytes of a layer that selective recomputation does not save. It saves the inputs of its modules instead."""
         modules, one = self.megatron.recompute_modules, layer.attention
         freed = 0
         if "core_attn" in modules:
-            # what is kept instead: queries, and the tensor with queries, keys and values that the others are views of
+            # saved instead: queries, and the tensor of which queries, keys and values are views
             keys = (self._key_tokens(one.window) - self.tokens) * one.num_kv_heads * (one.head_dim + one.value_dim)
             numbers = keys - self.tokens * one.num_heads * one.head_dim
             freed += (numbers * self.width + 4 * self.tokens * one.num_heads) // self.tp

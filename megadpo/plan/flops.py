@@ -1,4 +1,4 @@
-"""Floating-point operations of a step, by arithmetic alone. A multiply and an add count as two."""
+"""Floating-point operations of a step, by arithmetic. A multiply-add counts as two."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from megadpo.plan.packs import Pack
 
 @dataclass(frozen=True)
 class Flops:
-    """One forward pass over whole tensors (not one rank's slices)."""
+    """Operations of one forward pass over whole tensors (not one rank's shards)."""
 
     projections: float
     mlp: float
-    """Of layers with experts: the shared expert."""
+    """In layers with experts: the shared expert."""
     experts: float
     router: float
     attention: float
@@ -32,9 +32,9 @@ class Flops:
 
 
 def forward_flops(arch: Architecture, pack: Pack, layers: Sequence[Layer], *, head: bool) -> Flops:
-    """Of `layers`. 2 FLOPs a weight and token (of experts, those that the token goes to); 4 x heads x head_dim a key that
-    a query sees; 2 x hidden x vocabulary an ANSWER token, since only positions that predict an answer are projected.
-    Norms, rotation and softmax are left out, as usual (arXiv:2205.05198, appendix A)."""
+    """Operations of `layers`: 2 for each weight and token (only weights of experts that get the token); 4 x heads x head_dim
+    for each (query, key) pair; 2 x hidden x vocabulary for each ANSWER token, because only positions that predict an answer
+    are projected. Norms, rotation and softmax are left out, as usual (arXiv:2205.05198, appendix A)."""
     projections = mlp = experts = router = attention = 0.0
     for layer, count in Counter(layers).items():
         heads, feed_forward = layer.attention, layer.feed_forward
@@ -54,16 +54,17 @@ def forward_flops(arch: Architecture, pack: Pack, layers: Sequence[Layer], *, he
 
 @dataclass(frozen=True)
 class StageFlops:
-    """Of one pipeline stage, over all of its ranks that share a micro-batch."""
+    """Operations of one pipeline stage, for all its ranks that share a micro-batch."""
 
     needed: float
-    """Policy's forward, twice that backward, and the reference's forward: the numerator of MFU."""
+    """Policy's forward, twice that backward (with LoRA once, but for attention), and the reference's forward: the numerator
+    of MFU."""
     repeated: float
-    """What recomputation of activations adds."""
+    """Added by recomputation of activations."""
 
 
 def stage_flops(cfg: Config, arch: Architecture, reference: Architecture | None, pack: Pack) -> list[StageFlops]:
-    """Of each pipeline stage, for training on `pack` with nothing frozen. The layout was checked."""
+    """Of each pipeline stage, for training on `pack` with nothing frozen by `policy.freeze`. The layout was checked."""
     stages = chunk_layers(cfg, arch)
     of_reference = [[]] * len(stages) if reference is None else chunk_layers(cfg, reference)
     known: dict[tuple[object, ...], StageFlops] = {}
@@ -72,7 +73,11 @@ def stage_flops(cfg: Config, arch: Architecture, reference: Architecture | None,
         last = number == len(stages) - 1
         kind = (*chunks, *reference_chunks, last)
         if kind not in known:
-            needed = 3 * forward_flops(arch, pack, [*chain(*chunks)], head=last).total
+            forward = forward_flops(arch, pack, [*chain(*chunks)], head=last)
+            needed = 3 * forward.total
+            if cfg.policy.megatron_cfg.peft.enabled:
+                # frozen weights have no gradient of their own; adapters are left out
+                needed -= forward.total - forward.attention
             if reference is not None:
                 needed += forward_flops(reference, pack, [*chain(*reference_chunks)], head=last).total
             known[kind] = StageFlops(needed, _repeated(cfg.policy.megatron_cfg, arch, pack, chunks))
@@ -81,7 +86,7 @@ def stage_flops(cfg: Config, arch: Architecture, reference: Architecture | None,
 
 
 def _repeated(megatron: MegatronConfig, arch: Architecture, pack: Pack, chunks: Iterable[tuple[Layer, ...]]) -> float:
-    """The fused head's second product is left out: every layout has it (model/heads/triton)."""
+    """The fused head's repeated product is left out, because every layout has it (model/heads/triton)."""
     if not megatron.activation_checkpointing:
         return 0.0
     full, block = megatron.recompute_granularity == "full", megatron.recompute_method == "block"

@@ -1,4 +1,4 @@
-"""Memory of GPUs from their makers' datasheets, and what the plan assumes of it."""
+"""Memory of GPUs, from datasheets, and assumptions of the plan."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ class Gpu:
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
+        Gpu(name="a10", hbm_bytes=24e9, source="NVIDIA A10 datasheet: 24 GB GDDR6"),
         Gpu(name="a100", hbm_bytes=80e9, source="NVIDIA A100 80GB datasheet, SXM4"),
         Gpu(name="h100", hbm_bytes=80e9, source="NVIDIA H100 datasheet, SXM5"),
         Gpu(name="h200", hbm_bytes=141e9, source="NVIDIA H200 datasheet, SXM5"),
@@ -31,24 +32,24 @@ GPUS: dict[str, Gpu] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
-    """What no datasheet says. None of it was measured on the user's cluster; `--assume name=value` sets one."""
+    """Assumptions. They were not measured on the user's cluster; `--assume name=value` changes one."""
 
     gpus_per_node: float = 8
     expert_load: float = 1.25
-    """Tokens at the busiest rank's experts, as a multiple of what even routing would send there."""
+    """Tokens of the busiest rank's experts / tokens with even routing."""
     reserve_gib: float = 3.0
-    """Memory of a GPU that no tensor can have: CUDA context, NCCL buffers, cuBLAS workspaces."""
+    """GPU memory that tensors can't use: CUDA context, NCCL buffers, cuBLAS workspaces."""
     allocator_slack: float = 0.05
-    """Part of the peak that torch's allocator loses to rounding and fragmentation."""
+    """Share of the peak that torch's allocator loses by rounding and fragmentation."""
 
 
 def memory_limit(gpu: Gpu, assumed: Assumptions) -> float:
-    """Bytes that a rank's tensors may take at their peak."""
+    """Limit on the peak bytes of a rank's tensors."""
     return (gpu.hbm_bytes - assumed.reserve_gib * GIB) / (1 + assumed.allocator_slack)
 
 
 def parse_assumptions(pairs: Sequence[str]) -> Assumptions:
-    """`name=value` each. Raises ConfigError with every name that is unknown and every value that is no such number."""
+    """pairs: `name=value`. Raises ConfigError with every unknown name and every invalid value."""
     names = {field.name for field in dataclasses.fields(Assumptions)}
     values: dict[str, float] = {}
     problems = []

@@ -1,5 +1,5 @@
-"""What a trace on the meta device puts in the place of code that looks into values or needs a GPU: attention kernels, the
-fusions of another device, and where experts' tokens go. Each keeps for backward what the original keeps."""
+"""Replacements for a trace on the meta device, where tensors have no values: attention kernels, fused functions of the run's
+device, and the routing of tokens to experts. Each saves the same tensors for backward as the original."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megadpo.model.kernels import AttentionKernel
 from megadpo.parallel.pretend import META
 
 Answers = Mapping[Any, Callable[..., Any]]
-"""Operation -> what gives its result, or None to let the operation itself give it."""
+"""Operation -> a function that returns its result, or None to run the operation itself."""
 
 
 @contextlib.contextmanager
@@ -39,7 +39,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def fusions_of(device_type: str) -> Iterator[None]:
-    """Models built and run inside have the activations of `device_type`: on GPUs one compiled kernel each."""
+    """In this context models are built with the fused functions of `device_type`. (On GPUs each is one compiled kernel.)"""
     original = build.transformer_config
 
     def of_that_device(arch: Any, policy: Any, device: torch.device, **options: Any) -> Any:
@@ -48,13 +48,15 @@ def fusions_of(device_type: str) -> Iterator[None]:
     with (
         _replaced(build, "transformer_config", of_that_device),
         _replaced(mlp, "bias_swiglu_impl", lambda x, bias, *_: _FusedSwiGlu.apply(x, None)),
+        _replaced(mlp, "bias_geglu_impl", lambda x, bias, *_: _FusedSwiGlu.apply(x, None)),
         _replaced(mlp, "weighted_bias_swiglu_impl", lambda x, bias, weights, *_: _FusedSwiGlu.apply(x, weights)),
+        _replaced(mlp, "weighted_bias_quick_geglu_impl", lambda x, bias, weights, *_: _FusedSwiGlu.apply(x, weights)),
     ):
         yield
 
 
 class _FusedSwiGlu(torch.autograd.Function):
-    """x [..., 2F] -> [..., F]: keeps its input and the experts' weights, and makes nothing on the way."""
+    """x [..., 2F] -> [..., F]: saves its input and the experts' weights, and makes no other tensors."""
 
     @staticmethod
     def forward(ctx, x, weights):  # type: ignore[no-untyped-def]
@@ -69,8 +71,8 @@ class _FusedSwiGlu(torch.autograd.Function):
 
 @contextlib.contextmanager
 def even_routing(arch: Architecture, load: float) -> Iterator[Answers]:
-    """Inside, every expert gets the same number of tokens, but this rank's `load` times that. The rest of the way to the
-    experts and back is megatron-core's. Yields what a trace must answer for it."""
+    """In this context every expert gets the same number of tokens, and this rank's experts `load` times as many.
+    megatron-core's code does the rest. Yields the Answers that a trace needs."""
     if arch.experts is None:
         yield {}
         return
@@ -94,15 +96,15 @@ def even_routing(arch: Architecture, load: float) -> Iterator[Answers]:
 
 
 class _Counts:
-    """Answers the questions that tensors without values can't: how many tokens go to an expert."""
+    """The numbers of tokens for each expert, which tensors without values don't have."""
 
     def __init__(self, experts: int, topk: int, load: float) -> None:
         self.experts, self.topk, self.load = experts, topk, load
         self.tokens = 0
-        """Of all ranks that gather theirs."""
+        """Tokens of all ranks that gather theirs."""
 
     def even(self, tokens: int, local: int) -> torch.Tensor:
-        """int64 [experts]: tokens for each expert, the first `local` of them being on this rank."""
+        """int64 [experts]: tokens of each expert. The first `local` experts are on this rank."""
         total = tokens * self.topk
         here = total if local == self.experts else min(round(total * self.load * local / self.experts), total)
 
@@ -113,14 +115,14 @@ class _Counts:
         return torch.tensor([*split(here, local), *elsewhere])
 
     def masked_select(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
-        """mask [experts of a rank, tokens]."""
+        """mask: [experts of a rank, tokens]."""
         if x.device != META:
             return None
         local, tokens = mask.shape
         return x.new_empty(int(self.even(tokens, local)[:local].sum()))
 
     def to_copy(self, x: torch.Tensor, **options: Any) -> torch.Tensor | None:
-        """Counts of tokens [experts of a rank] that the host asks for."""
+        """Token counts [experts of a rank] that are copied to the host."""
         if x.device != META or str(options.get("device")) != "cpu":
             return None
         return self.even(self.tokens, x.numel())[: x.numel()]
@@ -128,8 +130,8 @@ class _Counts:
 
 @contextlib.contextmanager
 def addresses() -> Iterator[None]:
-    """Inside, storages without memory have an address each, by which training code tells views of one tensor from others'
-    (model/context.py, kernels/cpu.py); torch gives 0 for all."""
+    """In this context every meta storage has its own address, by which code recognises views of the same tensor
+    (model/context.py, kernels/cpu.py). torch gives 0 for all."""
     address = torch.UntypedStorage.data_ptr
 
     def of(storage: torch.UntypedStorage) -> int:
@@ -140,12 +142,12 @@ def addresses() -> Iterator[None]:
 
 
 def uses_fused_head(cfg: Config, device_type: str) -> bool:
-    """Whether the run's head is model/heads/triton: on GPUs, unless the config says torch."""
+    """Whether the run uses the head model/heads/triton: on GPUs, unless the config says torch."""
     return device_type == "cuda" and cfg.policy.logprob_kernel != "torch"
 
 
 class TracedHead(LogpsHead):
-    """The tensors that the fused head makes, and no products."""
+    """Makes the tensors of the fused head, without computing."""
 
     def __call__(
         self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, chunk_tokens: int, **_: Any
@@ -182,7 +184,7 @@ def _floats(like: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _preprocess(dispatcher: Any, routing_map: torch.Tensor, counts_of: _Counts) -> torch.Tensor:
-    """The counts that MoEAlltoAllTokenDispatcher.preprocess leaves behind, every rank sending the same ones."""
+    """Replaces MoEAlltoAllTokenDispatcher.preprocess. It sets the same attributes, with equal counts from every rank."""
     local, ranks = dispatcher.num_local_experts, dispatcher.tp_size * dispatcher.ep_size
     counts = counts_of.even(routing_map.shape[0], local)
     mine = counts[:local]
@@ -197,7 +199,7 @@ def _preprocess(dispatcher: Any, routing_map: torch.Tensor, counts_of: _Counts) 
 
 
 class TracedKernel(AttentionKernel):
-    """The kernel of the run's device, or its outline: what it keeps for backward, and nothing else."""
+    """The kernel of the run's device, or a replacement that only saves the same tensors for backward."""
 
     def __init__(self, cfg: Config, arch: Architecture, device_type: Literal["cpu", "cuda"]) -> None:
         known = Known(cfg=cfg, arch=arch, machine=Machine(device=device_type))
@@ -210,7 +212,7 @@ class TracedKernel(AttentionKernel):
     def plan(
         self, segments: tuple[Segment, ...], device: torch.device, dtype: torch.dtype, window: int | None = None
     ) -> Any:
-        # the CPU kernel makes its masks where tensors are made by default; the ragged kernels look into their index
+        # the CPU kernel makes masks on the default device; the ragged kernels read values of their index
         with torch.device(META if self.name == "cpu" else "cpu"):
             return self.inner.plan(segments, device, dtype, window)
 
@@ -224,7 +226,7 @@ class TracedKernel(AttentionKernel):
 
 
 class _OutlineKernel:
-    """Flash attention of any make: keeps q, k, v with shared keys repeated, the output, and one float32 a row and head."""
+    """Any flash attention: saves q, k and v with shared keys repeated, the output, and a float32 for each row and head."""
 
     def plan(
         self, segments: tuple[Segment, ...], device: torch.device, dtype: torch.dtype, window: int | None = None

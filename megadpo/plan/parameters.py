@@ -1,7 +1,7 @@
-"""Parameters of a pipeline stage and what megatron-core makes of them, by arithmetic alone: no torch.
+"""Parameters of a pipeline stage, and megatron-core's buffers for them, by arithmetic, without torch.
 
-The plan itself reads the parameters off a stage that was really built (trace.py); this gives the same numbers a
-thousand times faster, for the search over layouts. Tests hold the two, and a real run, to each other.
+A plan takes the parameters from a stage that was built (trace.py). This module gives the same numbers a thousand times
+faster, for the layout search. Tests compare both with a real run.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from megadpo.config.grid import Grid
 from megadpo.config.schema import Config
 from megadpo.config.schema_megatron import MegatronConfig
 from megadpo.families import weight_table
+from megadpo.lora.targets import find_targets
 
 
 @dataclass(frozen=True)
@@ -24,43 +25,30 @@ class Parameter:
 
     elements: int
     shared_embedding: bool = False
-    """Tied embeddings under pipeline parallelism: first and last stage each hold them."""
+    """Tied embeddings with pipeline parallelism; first and last stage both have them."""
     expert: bool = False
     trainable: bool = True
 
 
 Chunk = Sequence[Parameter]
-"""The parameters of one model chunk in the model's own order, which decides where padding goes."""
-
-
-def stage_parameters(
-    arch: Architecture, grid: Grid, *, stage: int, chunks: Sequence[Sequence[Layer]]
-) -> list[list[Parameter]]:
-    """Of the chunks of a stage, which have these layers; all of them trainable."""
-    return [_chunk(arch, grid.stage(stage), number, layers) for number, layers in enumerate(chunks)]
-
-
-def _chunk(arch: Architecture, grid: Grid, chunk: int, layers: Sequence[Layer]) -> list[Parameter]:
-    first, last = grid.is_first_chunk(chunk), grid.is_last_chunk(chunk)
-    tied = arch.tie_word_embeddings and first != last
-    table = Parameter(arch.vocab_size // grid.tensor * arch.hidden_size, shared_embedding=tied)
-    found = [table] if first else []
-    found += [one for layer in layers for one in layer_parameters(arch, layer, grid)]
-    if last:
-        found.append(Parameter(arch.hidden_size))
-        if not (arch.tie_word_embeddings and first):
-            found.append(table)
-    return found
+"""The parameters of one model chunk, in the model's order. The order decides where padding goes."""
 
 
 def layer_parameters(arch: Architecture, layer: Layer, grid: Grid) -> Iterator[Parameter]:
-    """Of one layer on one rank, in the model's own order."""
+    """The parameters of one layer on one rank, in the model's order."""
     tp, hidden, one, experts = grid.tensor, arch.hidden_size, layer.attention, layer.feed_forward
     qkv = (one.num_heads + 2 * one.num_kv_heads) * one.head_dim
     norms = arch.norms.placement
     if norms != "post":
         yield Parameter(hidden)  # input norm
+    if one.sinks:
+        yield Parameter(one.num_heads // tp)
+    if one.qk_norm in ("head_after_rope", "width"):
+        heads = (one.num_heads, one.num_kv_heads) if one.qk_norm == "width" else (1, 1)
+        yield from (Parameter(count * one.head_dim) for count in heads)
     yield Parameter(one.num_heads * one.head_dim // tp * hidden)  # attention output
+    if one.output_bias:
+        yield Parameter(hidden)
     yield Parameter(qkv // tp * hidden)
     if one.qkv_bias:
         yield Parameter(qkv // tp)
@@ -71,7 +59,7 @@ def layer_parameters(arch: Architecture, layer: Layer, grid: Grid) -> Iterator[P
     if norms != "post":
         yield Parameter(hidden)  # norm before the MLP
     if isinstance(experts, Mlp):
-        yield from _mlp(experts.ffn_size // tp, hidden)
+        yield from _mlp(experts, hidden, tp)
     else:
         yield from _experts(experts, hidden, grid)
     if norms != "pre":
@@ -80,15 +68,21 @@ def layer_parameters(arch: Architecture, layer: Layer, grid: Grid) -> Iterator[P
 
 def _experts(experts: Experts, hidden: int, grid: Grid) -> Iterator[Parameter]:
     yield Parameter(experts.number * hidden)  # router
+    if experts.router.bias:
+        yield Parameter(experts.number)
     for _ in range(experts.number // grid.expert):
-        yield from _mlp(experts.mlp.ffn_size // grid.expert_tensor, hidden, expert=True)
+        yield from _mlp(experts.mlp, hidden, grid.expert_tensor, expert=True)
     if experts.shared_ffn_size is not None:
         yield Parameter(hidden)  # the shared expert's gate
-        yield from _mlp(experts.shared_ffn_size // grid.tensor, hidden)
+        yield from _mlp(Mlp(ffn_size=experts.shared_ffn_size), hidden, grid.tensor)
 
 
-def _mlp(channels: int, hidden: int, *, expert: bool = False) -> tuple[Parameter, Parameter]:
-    return Parameter(2 * channels * hidden, expert=expert), Parameter(channels * hidden, expert=expert)
+def _mlp(mlp: Mlp, hidden: int, shards: int, *, expert: bool = False) -> Iterator[Parameter]:
+    channels = mlp.ffn_size // shards
+    for elements, bias in ((2 * channels * hidden, 2 * channels), (channels * hidden, hidden)):
+        yield Parameter(elements, expert=expert)
+        if mlp.bias:
+            yield Parameter(bias, expert=expert)
 
 
 @dataclass(frozen=True)
@@ -96,14 +90,14 @@ class Buffer:
     """One of megatron-core's contiguous buffers of gradients (and, with the distributed optimizer, parameters)."""
 
     elements: int
-    """Padding included."""
+    """With padding."""
     shard_elements: tuple[int, ...]
-    """Elements that the optimizer of each of the ranks holds that share the buffer; padding excluded."""
+    """For each rank that shares the buffer: elements of its optimizer, without padding."""
 
 
 @dataclass(frozen=True)
 class StageBuffers:
-    """Those of one rank: one a model chunk, and one a chunk for experts, which other ranks share."""
+    """The buffers of one rank: for each model chunk one, and one for its experts, which other ranks share."""
 
     dense: tuple[Buffer, ...]
     experts: tuple[Buffer, ...]
@@ -113,7 +107,7 @@ class StageBuffers:
         return sum(buffer.elements for buffer in (*self.dense, *self.experts))
 
     def shards(self, grid: Grid, rank: int) -> tuple[int, int]:
-        """Elements that the optimizer of rank `rank` of the stage holds, outside experts and of experts."""
+        """Elements in the optimizer of rank `rank` of the stage: (not experts, experts)."""
         place = grid.at(rank)
         return (
             sum(buffer.shard_elements[place.replica] for buffer in self.dense),
@@ -121,13 +115,13 @@ class StageBuffers:
         )
 
     def largest_shards(self, grid: Grid) -> tuple[int, int]:
-        """`shards` of the rank that holds most."""
+        """`shards` of the rank with the most elements."""
         return max((self.shards(grid, rank) for rank in range(grid.stage_ranks)), key=sum)
 
 
 def stage_buffers(chunks: Sequence[Chunk], megatron: MegatronConfig, grid: Grid, *, first_stage: bool) -> StageBuffers:
-    """Of a stage's trainable parameters. Buckets, which begin a reduction early, exist only with overlap_grad_reduce, on
-    the first pipeline stage, in its first chunk (distributed_data_parallel.py; optimizer/build.py)."""
+    """The buffers of a stage's trainable parameters. Only the first chunk of the first pipeline stage has buckets, and only
+    with overlap_grad_reduce (distributed_data_parallel.py; optimizer/build.py)."""
     overlap = megatron.distributed_data_parallel_config.overlap_grad_reduce
 
     def of(expert: bool, ranks: int) -> tuple[Buffer, ...]:
@@ -144,10 +138,10 @@ def stage_buffers(chunks: Sequence[Chunk], megatron: MegatronConfig, grid: Grid,
 
 
 def _buffer(parameters: Sequence[Parameter], ranks: int, bucket: float, distributed: bool) -> Buffer:
-    """As megatron-core 0.16.1 lays it out (distributed/param_and_grad_buffer.py, `_ParamAndGradBuffer.__init__`).
+    """The layout of megatron-core 0.16.1 (distributed/param_and_grad_buffer.py, `_ParamAndGradBuffer.__init__`).
 
     With the distributed optimizer every parameter starts at a multiple of 64 elements, every bucket ends at a multiple
-    of lcm(ranks, 128), a shared embedding has a bucket of its own, and each bucket is cut into equal shards.
+    of lcm(ranks, 128), a shared embedding has its own bucket, and each bucket is cut into equal shards.
     """
     if not distributed:
         total = sum(parameter.elements for parameter in parameters)
@@ -170,7 +164,7 @@ def _buffer(parameters: Sequence[Parameter], ranks: int, bucket: float, distribu
 
 
 def _close(shards: list[int], start: int, end: int, held: list[tuple[int, int]], divisor: int) -> int:
-    """Ends a bucket: counts what each shard holds of its parameters, empties `held`, returns the padded end."""
+    """Ends a bucket: adds its parameters' elements to each shard, empties `held`, and returns the padded end."""
     end = _up(end, divisor)
     width = (end - start) // len(shards)
     for first, last in held:
@@ -187,12 +181,12 @@ def _up(number: int, multiple: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class StaticBytes:
-    """What a rank holds all the time, in bytes; of the rank of the stage whose optimizer holds most."""
+    """Bytes that a rank always uses, for the rank of the stage with the largest optimizer shard."""
 
     weights: int
     gradients: int
     optimizer: int
-    """Main parameters and moments. Adam's step counts, 4 bytes a parameter tensor, are left out."""
+    """Main parameters and moments, without Adam's step counts (4 bytes for each parameter tensor)."""
     reference: int
 
     @property
@@ -208,7 +202,7 @@ def static_bytes(
     megatron: MegatronConfig,
     bf16: bool,
 ) -> StaticBytes:
-    """`reference` is empty where there is none. Frozen weights have no buffer, so no padding."""
+    """`reference` is empty if there is none. Frozen weights have no buffer, so no padding."""
     width = 2 if bf16 else 4
     weights = sum(one.elements for chunk in chunks for one in chunk)
     if megatron.optimizer.use_distributed_optimizer:  # the buffer holds the weights too
@@ -223,8 +217,9 @@ def static_bytes(
 
 
 def optimizer_bytes_per_element(megatron: MegatronConfig, bf16: bool) -> int:
-    """float32 main parameter (only of bfloat16 weights), and Adam's two moments or SGD's momentum. The precision-aware
-    optimizer keeps 2 bytes of each main parameter, those that its bfloat16 weight lacks (`store_param_remainders`)."""
+    """Bytes of the float32 main parameter (only for bfloat16 weights), and of Adam's two moments or SGD's momentum. The
+    precision-aware optimizer stores only the 2 bytes of a main parameter that the bfloat16 weight lacks
+    (`store_param_remainders`)."""
     kind = megatron.optimizer.kind
     aware = getattr(kind, "use_precision_aware_optimizer", False)
     return int(kind.state_bytes) + ((2 if aware else 4) if bf16 else 0)
@@ -232,24 +227,29 @@ def optimizer_bytes_per_element(megatron: MegatronConfig, bf16: bool) -> int:
 
 @dataclass(frozen=True)
 class CheckpointBytes:
-    """Tensors of one checkpoint, in bytes, however many ranks write it."""
+    """Bytes of the tensors of one checkpoint."""
 
     weights: int
-    """Also the size of an export."""
+    """Also the size of an export: with LoRA, of an adapter."""
     with_optimizer: int
 
 
 def checkpoint_bytes(arch: Architecture, cfg: Config) -> CheckpointBytes:
     """Weights as wide as they are trained, and what the optimizer keeps of each weight that `policy.freeze` leaves to
-    train, for patterns that `freeze_problems` has found nothing against. Padding is not written; the distributed optimizer
-    writes float32 weights once more, as its main parameters."""
+    train, for patterns that `freeze_problems` has found nothing against; with LoRA the adapters alone. Padding is not
+    written; the distributed optimizer writes float32 weights once more, as its main parameters."""
     from megadpo.model.freeze import expand  # torch
 
+    peft = cfg.policy.megatron_cfg.peft
     plain = [one for pattern in cfg.policy.freeze for one in expand(pattern)]
     bf16, total, trained = cfg.policy.precision == "bfloat16", 0, 0
-    for name, shape in weight_table(arch).hf_shapes.items():
-        total += math.prod(shape)
-        trained += 0 if any(fnmatchcase(name, one) for one in plain) else math.prod(shape)
+    if peft.enabled:
+        total = trained = sum(target.elements(peft.dim, 1) for target in find_targets(peft, arch))
+        bf16 = (peft.lora_dtype or cfg.policy.precision) == "bfloat16"
+    else:
+        for name, shape in weight_table(arch).hf_shapes.items():
+            total += math.prod(shape)
+            trained += 0 if any(fnmatchcase(name, one) for one in plain) else math.prod(shape)
     weights, each = total * (2 if bf16 else 4), optimizer_bytes_per_element(cfg.policy.megatron_cfg, bf16)
     if not bf16 and cfg.policy.megatron_cfg.optimizer.use_distributed_optimizer:
         each += 4

@@ -1,4 +1,4 @@
-"""The plan of one layout: every distinct pipeline stage built in a pretend world, and what a step takes of it."""
+"""The plan of one layout. It builds each different pipeline stage in a pretend world, and counts the memory of a step."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from megadpo.config.known import Known, Machine
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
 from megadpo.config.variants import ATTENTION_KERNELS
+from megadpo.data.batches.groups import PairGroups
+from megadpo.lora.targets import lora_problems
 from megadpo.optimizer.kinds.adam import Adam
 from megadpo.optimizer.slices import most_copied
 from megadpo.plan.flops import stage_flops
 from megadpo.plan.memory import GIB, Assumptions, Gpu, memory_limit
-from megadpo.plan.packs import Lengths, Workload, full_pack, pack_tokens, workload
+from megadpo.plan.packs import Workload, full_pack, pack_tokens, workload
 from megadpo.plan.parameters import (
     CheckpointBytes,
     Chunk,
@@ -34,18 +36,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is to be planned."""
+    """The inputs of a plan."""
 
     cfg: Config
     arch: Architecture
     reference: Architecture | None
     world_size: int
     gpu: Gpu | None
-    """None: on CPUs, without a memory limit."""
+    """None: for CPUs, without a memory limit."""
     assumed: Assumptions
-    lengths: Lengths
+    pairs: PairGroups
+    """In the order of the first epoch."""
     said: str
-    """Where the lengths are from."""
+    """The origin of the lengths."""
 
     @property
     def bf16(self) -> bool:
@@ -54,7 +57,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """One pipeline stage; figures of one rank, the fullest of its data-parallel peers. Bytes unless named otherwise."""
+    """One pipeline stage. Numbers are for its rank that uses the most memory, in bytes unless the name says otherwise."""
 
     stage: int
     layers: int
@@ -62,21 +65,20 @@ class StagePlan:
     static: StaticBytes
     buffers: int
     in_flight: int
-    """Micro-batches between their forward and their backward at the worst moment; with a virtual pipeline, passes through
-    a chunk."""
+    """Largest number of micro-batches between forward and backward. With a virtual pipeline: of passes through a chunk."""
     activations: int
-    """At the moment when they take most, at the token budget."""
+    """Their peak, for packs that fill the token budget."""
     reference_activations: int
     optimizer_temporaries: int
 
     @property
     def peak(self) -> int:
-        """Training, the reference's pass and the optimizer's step follow each other: the highest of the three."""
+        """The largest of three phases that follow each other: training, the reference's pass, the optimizer's step."""
         return self.static.total + self.buffers + max(self._phases.values())
 
     @property
     def peak_phase(self) -> str:
-        """Which of the three it is."""
+        """The phase of the peak."""
         return max(self._phases, key=lambda phase: self._phases[phase])
 
     @property
@@ -99,7 +101,7 @@ class Plan:
     work: Workload
     slots: Slots
     flops_per_step: float
-    """Policy's forward and backward with nothing frozen, and the reference's forward; recomputation does not count."""
+    """The policy's forward and backward with nothing frozen, and the reference's forward, without recomputation."""
     checkpoint: CheckpointBytes
 
     @property
@@ -112,7 +114,7 @@ class Plan:
 
 
 def check_job(job: Job) -> list[Problem]:
-    """Everything that would fail and can be known without building: layout, both models, attention kernel, optimizer."""
+    """Every problem that can be found without building: of layout, both models, attention kernel and optimizer."""
     problems = check_layout(job.cfg, job.arch, job.world_size)
     if job.reference is not None and job.reference is not job.arch:
         problems += [one for one in check_layout(job.cfg, job.reference, None) if one not in problems]
@@ -120,23 +122,28 @@ def check_job(job: Job) -> list[Problem]:
         problems += ATTENTION_KERNELS.problems(Known(cfg=job.cfg, machine=Machine(device="cuda")))
     if getattr(job.cfg.policy.megatron_cfg.optimizer.kind, "optimizer_cpu_offload", False):
         where = "policy.megatron_cfg.optimizer.optimizer_cpu_offload"
-        expected = "false: what it leaves on the GPU is not planned"
-        problems.append(Problem(where, True, expected, "plan without it, and take the plan for an upper bound"))
+        expected = "false: the planner does not support it"
+        problems.append(Problem(where, True, expected, "plan without it; the plan is then an upper bound"))
     if job.cfg.policy.megatron_cfg.fp8_cfg.enabled:
-        where, expected = "policy.megatron_cfg.fp8_cfg.enabled", "false: float8's copies are not planned"
+        where, expected = "policy.megatron_cfg.fp8_cfg.enabled", "false: the planner does not support float8"
         problems.append(Problem(where, True, expected, "plan in bfloat16"))
+    peft = job.cfg.policy.megatron_cfg.peft
+    if peft.enabled and peft.lora_dtype not in (None, job.cfg.policy.precision):
+        where, expected = "policy.megatron_cfg.peft.lora_dtype", "null: adapters of another dtype are not planned"
+        problems.append(Problem(where, peft.lora_dtype, expected, "plan with the model's dtype"))
     return problems
 
 
 def make_plan(job: Job) -> Plan:
-    """Raises ConfigError with every problem of the layout. Too little memory is no error here: see `too_large`."""
+    """Makes the plan. Raises ConfigError with every problem of the layout. Too little memory is not an error here: see
+    `too_large`."""
     from megadpo.model.freeze import freeze_problems
 
-    problems = check_job(job) + freeze_problems(job.cfg.policy.freeze, job.arch)
+    problems = check_job(job) + freeze_problems(job.cfg.policy.freeze, job.arch) + lora_problems(job.cfg, job.arch)
     if problems:
         raise ConfigError(problems)
     grid = Grid.of(job.cfg, job.world_size)
-    work = workload(job.cfg, job.arch, job.lengths, job.said, dp=grid.data)
+    work = workload(job.cfg, job.arch, job.pairs, job.said, dp=grid.data)
     flops = stage_flops(job.cfg, job.arch, job.reference, work.total)
     return Plan(
         job=job,
@@ -152,14 +159,15 @@ def make_plan(job: Job) -> Plan:
 
 def _stages(job: Job, grid: Grid, micro_batches: int) -> Iterator[StagePlan]:
     """Builds one stage of each kind."""
-    from megadpo.plan.trace import trace_stage  # torch and megatron-core: after the cheap refusals
+    from megadpo.plan.trace import trace_stage  # imports torch and megatron-core, after the fast checks
 
-    pack = full_pack(job.cfg, job.lengths)
+    pack = full_pack(job.cfg, job.pairs)
     own_reference = None if job.reference is job.arch else job.reference
     traces: dict[tuple[bool, bool, tuple[tuple[Layer, ...], ...], int], StageTrace] = {}
     for stage, chunks in enumerate(chunk_layers(job.cfg, job.arch)):
-        # freezing goes by the number of a layer, so stages of one kind may differ
-        kind = (stage == 0, stage == grid.pipeline - 1, tuple(chunks), stage if job.cfg.policy.freeze else 0)
+        # freezing goes by the number of a layer, and so may adapters: stages of one kind may differ
+        by_number = job.cfg.policy.freeze or job.cfg.policy.megatron_cfg.peft.enabled
+        kind = (stage == 0, stage == grid.pipeline - 1, tuple(chunks), stage if by_number else 0)
         if kind not in traces:
             traces[kind] = trace_stage(
                 job.cfg,
@@ -174,9 +182,9 @@ def _stages(job: Job, grid: Grid, micro_batches: int) -> Iterator[StagePlan]:
 
 
 def optimizer_temporaries(job: Job, shards: tuple[int, int], chunks: Sequence[Chunk]) -> int:
-    """What the step takes for a moment. torch's AdamW: on GPUs one float32 an element, all parameters at once, but those of
-    experts apart; on CPUs two, one parameter at a time. Where bfloat16 gradients are reduced, their float32 copies come on
-    top. The precision-aware optimizer reads gradients where they are, and copies a slice's bfloat16 moments."""
+    """Bytes that an optimizer step uses temporarily. torch's AdamW on GPUs: a float32 for each element, for all parameters at
+    once (experts separately); on CPUs two float32, for one parameter at a time. If bfloat16 gradients are reduced, float32
+    copies of them are added. The precision-aware optimizer copies only the bfloat16 moments of a slice."""
     megatron = job.cfg.policy.megatron_cfg
     kind = megatron.optimizer.kind
     parameters = [one.elements for chunk in chunks for one in chunk if one.trainable]
@@ -191,7 +199,8 @@ def optimizer_temporaries(job: Job, shards: tuple[int, int], chunks: Sequence[Ch
 
 
 def _stage(job: Job, grid: Grid, trace: StageTrace, stage: int, layers: int, micro_batches: int) -> StagePlan:
-    reference = [] if job.reference is None else trace.reference or trace.parameters
+    resident = job.cfg.dpo.reference.mode == "resident"  # else the policy without its adapters
+    reference = (trace.reference or trace.parameters) if resident else []
     buffers = stage_buffers(trace.parameters, job.cfg.policy.megatron_cfg, grid, first_stage=stage == 0)
     shards = buffers.largest_shards(grid)
     moment = alive(grid, stage, micro_batches, trace.chunks)
@@ -209,7 +218,7 @@ def _stage(job: Job, grid: Grid, trace: StageTrace, stage: int, layers: int, mic
 
 
 def too_large(plan: Plan) -> list[Problem]:
-    """A Problem for every stage that would run out of the GPU's memory."""
+    """A Problem for every stage that needs more than the GPU's memory."""
     job = plan.job
     if job.gpu is None:
         return []
@@ -227,7 +236,7 @@ def too_large(plan: Plan) -> list[Problem]:
         Problem(
             f"pipeline stage {one.stage}",
             f"{one.peak / GIB:.1f} GiB at the peak",
-            f"at most {limit / GIB:.1f} GiB on a {job.gpu.name} ({job.gpu.hbm_bytes / 1e9:.0f} GB less what is reserved)",
+            f"at most {limit / GIB:.1f} GiB on a {job.gpu.name} ({job.gpu.hbm_bytes / 1e9:.0f} GB minus the reserve)",
             "; or ".join(fixes),
         )
         for one in plan.stages

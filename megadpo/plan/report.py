@@ -1,4 +1,4 @@
-"""A plan as tables and a picture for people, and as JSON for programs."""
+"""Shows a plan as tables and a picture, and writes it as JSON."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _MOST_COPIES_DRAWN = 16
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """Everything the tables show; bytes and counts, unrounded."""
+    """All numbers of the tables, not rounded."""
     return {**_of_layout(plan), **_assumed_json(plan.job)}
 
 
 def suggestions_json(suggestions: Sequence[Suggestion]) -> dict[str, Any]:
-    """The same for each suggestion, best first."""
+    """The same numbers for each suggestion, best first."""
     plans = [
         {"overrides": list(one.overrides), "needed_share": one.needed_share, **_of_layout(one.plan)}
         for one in suggestions
@@ -77,7 +77,7 @@ def _of_layout(plan: Plan) -> dict[str, Any]:
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """The memory of each stage, a step, a checkpoint, and every assumption."""
+    """Prints the memory of each stage, a step, a checkpoint, and every assumption."""
     job, work = plan.job, plan.work
     sequence = ", sequence parallel" if plan.sequence_parallel else ""
     console.print(
@@ -88,14 +88,14 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(_memory_table(plan))
     if job.gpu is not None:
         limit, fullest = memory_limit(job.gpu, job.assumed), plan.peak_bytes
-        console.print(f"Fullest rank: {fullest / GIB:.1f} of {limit / GIB:.1f} GiB ({fullest / limit:.0%}).")
+        console.print(f"Most memory of a rank: {fullest / GIB:.1f} of {limit / GIB:.1f} GiB ({fullest / limit:.0%}).")
     console.print(
         f"A step: {work.pairs_per_batch} pairs, {work.tokens_per_step:,.0f} tokens, {plan.flops_per_step / 1e15:.3g} PFLOP, "
-        f"{work.micro_batches} micro-batches a rank ({work.said})."
+        f"{work.micro_batches} micro-batches for each rank ({work.said})."
     )
     console.print(
         f"Pipeline: {plan.slots.idle} of {plan.slots.busy + plan.slots.idle} slots of a stage are idle (bubble "
-        f"{plan.slots.bubble:.0%}). A slot: a micro-batch's forward and backward through one chunk."
+        f"{plan.slots.bubble:.0%}). A slot is the forward and backward of a micro-batch through one chunk."
     )
     sizes = (plan.checkpoint.weights, plan.checkpoint.with_optimizer)
     console.print("A checkpoint: {} GiB with the optimizer, {} GiB weights only.".format(*map(_gib, reversed(sizes))))
@@ -114,7 +114,7 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 
 def _memory_table(plan: Plan) -> Table:
     names = "stage,layers,parameters,weights,gradients,optimizer,reference,in flight,activations,peak,peak in"
-    table = _table(f"GiB a rank, activations at {plan.pack_tokens} tokens a micro-batch", names.split(","))
+    table = _table(f"GiB per rank, activations for {plan.pack_tokens} tokens per micro-batch", names.split(","))
     for low, high, one in _alike(plan):
         static = one.static
         sizes = (static.weights, static.gradients, static.optimizer, static.reference)
@@ -132,7 +132,7 @@ def _memory_table(plan: Plan) -> Table:
 
 
 def _alike(plan: Plan) -> list[tuple[int, int, StagePlan]]:
-    """Neighbouring stages that differ in nothing but their number, as (first, last, stage)."""
+    """(first, last, stage) for each run of neighbouring stages that differ only in their number."""
     runs: list[tuple[int, int, StagePlan]] = []
     for one in plan.stages:
         if runs and dataclasses.replace(runs[-1][2], stage=one.stage) == one:
@@ -143,7 +143,7 @@ def _alike(plan: Plan) -> list[tuple[int, int, StagePlan]]:
 
 
 def suggestions_table(suggestions: Sequence[Suggestion]) -> Table:
-    """Best first."""
+    """A table of the suggestions, best first."""
     names = "rank,tensor,context,expert,pipeline,chunks,data,layers,recompute,micro-batches,bubble,needed,peak GiB"
     table = _table("Layouts that fit, best first (docs/planning.md has the order)", names.split(","))
     for rank, one in enumerate(suggestions, 1):
@@ -171,7 +171,7 @@ def _gib(size: float) -> str:
 
 
 def text_grid(plan: Plan) -> str:
-    """A row a pipeline stage, a column a data-parallel copy; a cell is the ranks that share a micro-batch."""
+    """A row for each pipeline stage, a column for each data-parallel copy. A cell has the ranks that share a micro-batch."""
     copies = list(range(plan.grid.data))
     shown = copies if plan.grid.data <= _MOST_COPIES_IN_TEXT else [*copies[: _MOST_COPIES_IN_TEXT - 1], copies[-1]]
     rows = [["", "", "", *(f"copy {copy}" for copy in shown)]]
@@ -193,22 +193,22 @@ def _ranks(plan: Plan, stage: int, copy: int) -> str:
 
 
 def check_picture(path: Path) -> list[Problem]:
-    """What would keep `draw` from writing `path`."""
+    """Why `draw` could not write `path`."""
     problems = []
     if path.suffix not in (".svg", ".png"):
         problems.append(Problem("--picture", str(path), "a name that ends in .svg or .png", "rename it"))
     if not path.absolute().parent.is_dir():
-        problems.append(Problem("--picture", str(path), "a file in a folder that exists", "make the folder"))
+        problems.append(Problem("--picture", str(path), "a file in an existing folder", "create the folder"))
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        fix = "pip install matplotlib, or leave --picture out: the layout is printed as text as well"
-        problems.append(Problem("--picture", str(path), f"matplotlib importable ({error})", fix))
+        fix = "pip install matplotlib, or leave --picture out: the layout is also printed as text"
+        problems.append(Problem("--picture", str(path), f"matplotlib to be installed ({error})", fix))
     return problems
 
 
 def draw(plan: Plan, path: Path) -> None:
-    """Write the picture: every rank a box, coloured by its stage's memory; a thick line where a node ends."""
+    """Draws a box for each rank, coloured by its stage's memory. A thick line is the end of a node."""
     problems = check_picture(path)
     if problems:
         raise ConfigError(problems)
@@ -240,6 +240,6 @@ def draw(plan: Plan, path: Path) -> None:
     axes.set_yticks([stage + 0.5 for stage in range(height)], labels)
     more = f", {copies} of {plan.grid.data} copies shown" if copies < plan.grid.data else ""
     on = "" if plan.job.gpu is None else f" {plan.job.gpu.name}"
-    axes.set_title(f"{plan.job.world_size}{on} ranks: {plan.grid}{more}; black: a node ends", fontsize=9)
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "plan"}):  # text as text: a tenth of the size
+    axes.set_title(f"{plan.job.world_size}{on} ranks: {plan.grid}{more}; black: end of a node", fontsize=9)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "plan"}):  # text as text makes a file of a tenth the size
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

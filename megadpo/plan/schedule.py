@@ -1,4 +1,4 @@
-"""The order in which a pipeline stage runs micro-batches through its chunks, and what is alive on the way. No torch."""
+"""The order in which a pipeline stage runs micro-batches through its chunks, and the memory at each point. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megadpo.config.grid import Grid
 
 
 class ChunkBytes(Protocol):
-    """What a micro-batch takes in one chunk (trace.ChunkTrace, activations.Activations)."""
+    """Bytes of a micro-batch in one chunk (trace.ChunkTrace, activations.Activations)."""
 
     @property
     def saved(self) -> int: ...
@@ -22,21 +22,21 @@ class ChunkBytes(Protocol):
 
 @dataclass(frozen=True)
 class Alive:
-    """Of one stage in one step."""
+    """The largest numbers of one stage in one step."""
 
     in_flight: int
-    """Most passes through a chunk that are between their forward and their backward."""
+    """Passes through a chunk between their forward and backward."""
     peak: int
-    """Most bytes of activations."""
+    """Bytes of activations."""
 
 
 @dataclass(frozen=True)
 class Slots:
-    """Of each stage in one step. A slot is the forward and the backward of one micro-batch through one model chunk."""
+    """Slots of each stage in one step. A slot is the forward and backward of one micro-batch through one model chunk."""
 
     busy: int
     idle: int
-    """The pipeline's bubble: slots in which a stage waits for the others."""
+    """The pipeline's bubble: slots in which a stage waits for other stages."""
 
     @property
     def bubble(self) -> float:
@@ -45,12 +45,12 @@ class Slots:
 
 
 def slots(grid: Grid, micro_batches: int) -> Slots:
-    """1F1B, plain or interleaved: (stages - 1) idle ones (arXiv:2104.04473, section 2.2)."""
+    """1F1B, plain or interleaved, has (stages - 1) idle slots (arXiv:2104.04473, section 2.2)."""
     return Slots(micro_batches * grid.virtual_pipeline, grid.pipeline - 1)
 
 
 def alive(grid: Grid, stage: int, micro_batches: int, chunks: Sequence[ChunkBytes]) -> Alive:
-    """Every micro-batch being as large as the one that `chunks` tell of."""
+    """For micro-batches that all have the sizes in `chunks`."""
     now = count = most = peak = 0
     for forward, chunk in passes(grid, stage, micro_batches):
         sizes = chunks[chunk]
@@ -65,7 +65,7 @@ def alive(grid: Grid, stage: int, micro_batches: int, chunks: Sequence[ChunkByte
 
 
 def passes(grid: Grid, stage: int, micro_batches: int) -> Iterator[tuple[bool, int]]:
-    """(forward?, chunk) in order: 1F1B, interleaved where a stage has several chunks, as megatron-core 0.16.1 has it
+    """(forward?, chunk) in order: 1F1B, interleaved if a stage has several chunks, as in megatron-core 0.16.1
     (pipeline_parallel/schedules.py, `get_pp_rank_microbatches` and `get_schedule_table`)."""
     chunks, stages = grid.virtual_pipeline, grid.pipeline
     order = [

@@ -1,13 +1,14 @@
-"""The best layouts for a world: every one that divides it is estimated by arithmetic, the first that fit are built.
+"""Searches the best layouts for a number of ranks. It estimates every possible layout by arithmetic, and builds the best
+ones that fit.
 
 "Best" is an order by exact counts, not by predicted times:
 
-1. fewest groups of ranks that cross a node, of the tensor x context group and the expert group: they talk in every layer;
-2. the largest share of needed work (`needed_share`), in steps of 5%: idle slots of the pipeline, a stage that is busier
-   than the others and recomputation all lower it;
+1. fewest groups (tensor x context, expert) that span nodes, because they communicate in every layer;
+2. the largest share of needed operations (`needed_share`), in steps of 5%. Idle pipeline slots, a stage with more work than
+   the others, and recomputation lower it;
 3. fewest ranks that split a layer: tensor x context, then expert;
-4. fewest model chunks, which are sent to and received from;
-5. most memory left on the fullest rank.
+4. fewest model chunks, because activations are sent between them;
+5. most free memory on the rank with the least.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from megadpo.config.grid import Grid
 from megadpo.config.load import load_config
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
+from megadpo.lora.targets import find_targets
 from megadpo.plan.activations import Estimate
 from megadpo.plan.flops import stage_flops
 from megadpo.plan.memory import GIB, memory_limit
@@ -35,11 +37,13 @@ from megadpo.plan.schedule import alive
 
 _MEG = "policy.megatron_cfg"
 _Layers: TypeAlias = Sequence[Sequence[Layer]]  # of each chunk of a stage
-_ESTIMATE_MARGIN = 1.05  # an estimate this much over the limit is still built: building decides
+_ESTIMATE_MARGIN = (
+    1.05  # layouts with an estimate up to this factor of the limit are built; building gives the exact size
+)
 _MOST_BUILT_PER_SUGGESTION = 4
 _CHUNKS = (1, 2, 3, 4, 5, 6, 8)
 _CONTEXTS = (1, 2, 4, 8)
-_LONG = 8192  # tokens of a pair from which on context parallelism is looked at
+_LONG = 8192  # context parallelism is searched from this length of a pair in tokens
 
 
 @dataclass(frozen=True)
@@ -65,11 +69,11 @@ class Candidate:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """What makes two suggestions different."""
+        """Two suggestions must differ in this."""
         return self.grid.tensor, self.grid.context, self.grid.pipeline, self.grid.expert
 
     def order(self, gpus_per_node: int) -> tuple[float, ...]:
-        """Smallest first; the module's docstring says it in words."""
+        """Sort key, best first; see the module's docstring."""
         split, experts = self.grid.tensor * self.grid.context, self.grid.expert * self.grid.expert_tensor
         crossing = sum(gpus_per_node % ranks != 0 for ranks in (split, experts))
         chunks = self.grid.pipeline * self.grid.virtual_pipeline
@@ -77,9 +81,8 @@ class Candidate:
 
 
 def needed_share(job: Job, grid: Grid, pack: Pack, micro_batches: int) -> float:
-    """Floating-point operations that a step needs, as a share (0..1) of those that its ranks could do in the time of the
-    busiest stage: its micro-batches, and the slots in which it waits for the others. Every micro-batch is taken to be
-    `pack`."""
+    """Share (0..1): operations that a step needs / operations that all its ranks could do in the time of the busiest stage
+    (its micro-batches and its idle slots). Every micro-batch counts as `pack`."""
     stages = stage_flops(job.cfg, job.arch, job.reference, pack)
     busiest = max(stage.needed + stage.repeated for stage in stages)
     waits = (grid.pipeline - 1) / grid.virtual_pipeline
@@ -88,12 +91,12 @@ def needed_share(job: Job, grid: Grid, pack: Pack, micro_batches: int) -> float:
 
 
 def suggest(job: Job, path: str, overrides: Sequence[str], count: int) -> list[Suggestion]:
-    """At most `count` layouts, best first, each built and found to fit. A shape appears once, with the chunks, the division
-    of layers and the recomputation that are best for it. Everything but the layout stays the config's.
+    """At most `count` layouts that fit, best first; each has been built. A shape appears once, with its best number of
+    chunks, division of layers and recomputation. All other settings are the config's.
 
-    Raises ConfigError where none fits, with the one that comes nearest.
+    Raises ConfigError if none fits, with the layout that needs the least memory.
     """
-    assert job.gpu is not None, "without a GPU there is no limit"
+    assert job.gpu is not None, "the limit is that of a GPU"
     limit, node = memory_limit(job.gpu, job.assumed), int(job.assumed.gpus_per_node)
     search = _Search(job)
     candidates = sorted(search.candidates(_contexts(job, path, overrides)), key=lambda one: one.order(node))
@@ -112,7 +115,7 @@ def suggest(job: Job, path: str, overrides: Sequence[str], count: int) -> list[S
         try:
             cfg = load_config(path, [*overrides, *one.overrides])
             plan = make_plan(dataclasses.replace(job, cfg=cfg))
-        except ConfigError as error:  # the config's other keys forbid this layout
+        except ConfigError as error:  # other keys of the config exclude this layout
             search.refused = search.refused or error.problems[0]
             continue
         built += 1
@@ -128,17 +131,17 @@ def suggest(job: Job, path: str, overrides: Sequence[str], count: int) -> list[S
 
 
 def _nothing_fits(job: Job, limit: float, too_big: Sequence[Candidate], refused: Problem | None) -> Problem:
-    """What comes nearest, and what would lower the part that is too much."""
+    """The problem, with the layout that needs the least memory, and how to lower its memory."""
     assert job.gpu is not None
     shown = f"{job.world_size} ranks of {job.gpu.name}"
     if not too_big:
-        reason = "" if refused is None else f"; the first was refused: {refused}"
-        fix = "choose another --world-size, or lift what refuses the layout"
-        return Problem("--suggest", shown, f"a world that a layout of this model divides{reason}", fix)
+        reason = "" if refused is None else f"; the first refusal: {refused}"
+        fix = "choose another --world-size, or correct the settings that exclude layouts"
+        return Problem("--suggest", shown, f"a number of ranks for which this model has a layout{reason}", fix)
     nearest = min(too_big, key=lambda one: one.peak)
     expected = (
-        f"a layout that fits {limit / GIB:.1f} GiB a rank; the nearest, {nearest.grid}, takes {nearest.peak / GIB:.1f}, "
-        f"{nearest.static / GIB:.1f} of it weights, gradients, optimizer and reference"
+        f"a layout with at most {limit / GIB:.1f} GiB per rank; the smallest, {nearest.grid}, needs "
+        f"{nearest.peak / GIB:.1f}; {nearest.static / GIB:.1f} of them are weights, gradients, optimizer and reference"
     )
     fixes = ["raise --world-size", "choose a larger GPU"]
     if nearest.static < limit:
@@ -149,7 +152,7 @@ def _nothing_fits(job: Job, limit: float, too_big: Sequence[Candidate], refused:
 
 
 def _contexts(job: Job, path: str, overrides: Sequence[str]) -> tuple[int, ...]:
-    """Context-parallel sizes worth a look: more than 1 for long pairs only, and where the config accepts it."""
+    """Context-parallel sizes to search: more than 1 only for long pairs, and if the config allows it."""
     if job.cfg.policy.max_total_sequence_length < _LONG:
         return (1,)
     try:
@@ -160,7 +163,7 @@ def _contexts(job: Job, path: str, overrides: Sequence[str]) -> tuple[int, ...]:
 
 
 class _Search:
-    """Every layout of a job's world, estimated by arithmetic."""
+    """Estimates every layout of a job's ranks by arithmetic."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -170,7 +173,7 @@ class _Search:
         self._layers: dict[tuple[int, Layer, int, int], tuple[int, int]] = {}
 
     def candidates(self, contexts: Sequence[int]) -> Iterator[Candidate]:
-        """Every layout that the checks accept, whether it fits or not."""
+        """Every layout that the checks accept, also those that don't fit."""
         for cfg, overrides in _layouts(self.job, contexts):
             one = dataclasses.replace(self.job, cfg=cfg)
             problems = check_job(one)
@@ -181,7 +184,7 @@ class _Search:
             work = self._work(cfg, grid)
             if work is None:
                 continue
-            pack = Pack.of(cfg, full_pack(cfg, one.lengths))
+            pack = Pack.of(cfg, full_pack(cfg, one.pairs))
             static, peak = self._fullest(one, grid, pack, work.micro_batches)
             share = needed_share(one, grid, pack, work.micro_batches)
             yield Candidate(cfg, grid, overrides, share, static, peak)
@@ -190,19 +193,21 @@ class _Search:
         key = (grid.data, cfg.policy.make_sequence_length_divisible_by, micro_batch_multiple(cfg))
         if key not in self._dealt:
             try:
-                self._dealt[key] = workload(cfg, self.job.arch, self.job.lengths, self.job.said, dp=grid.data)
+                self._dealt[key] = workload(cfg, self.job.arch, self.job.pairs, self.job.said, dp=grid.data)
             except ConfigError as error:  # padding leaves too little room for the longest pair
                 self.refused = self.refused or error.problems[0]
                 self._dealt[key] = None
         return self._dealt[key]
 
     def _fullest(self, job: Job, grid: Grid, pack: Pack, micro_batches: int) -> tuple[int, int]:
-        """Estimated bytes of the fullest rank: static ones, and the peak."""
+        """Estimated bytes of the rank with the most memory: (static, peak)."""
         stages = chunk_layers(job.cfg, job.arch)
         of_reference = [[]] * len(stages) if job.reference is None else chunk_layers(job.cfg, job.reference)
         estimate = Estimate(job.cfg, job.arch, pack, job.assumed.expert_load)
         fullest = (0, 0)
-        for stage in sorted({0, min(1, grid.pipeline - 1), grid.pipeline - 1}):  # of inner stages the first holds most
+        for stage in sorted(
+            {0, min(1, grid.pipeline - 1), grid.pipeline - 1}
+        ):  # of the inner stages the first one has the most in flight
             found = self._stage(job, grid.stage(stage), stages[stage], of_reference[stage], estimate, micro_batches)
             fullest = max(fullest, found, key=lambda sizes: sizes[1])
         return fullest
@@ -212,16 +217,31 @@ class _Search:
     ) -> tuple[int, int]:
         megatron, stage = job.cfg.policy.megatron_cfg, grid.pp_rank
         held = self._parameters(job.arch, grid, chunks)
-        reference = [] if job.reference is None else [self._parameters(job.reference, grid, reference_chunks)]
-        buffers = _rough_buffers(held, grid, megatron.optimizer.use_distributed_optimizer)
+        resident = job.reference is not None and job.cfg.dpo.reference.mode == "resident"
+        reference = [self._parameters(job.reference, grid, reference_chunks)] if job.reference and resident else []
+        if megatron.peft.enabled:
+            held = [dataclasses.replace(one, trainable=False) for one in held]
+            held += self._adapters(job, grid, sum(map(len, chunks)))
+        trained = [one for one in held if one.trainable]
+        buffers = _rough_buffers(trained, grid, megatron.optimizer.use_distributed_optimizer)
         shards = buffers.shards(grid, 0)
         static = static_bytes([held], reference, buffers, sum(shards), megatron, job.bf16).total
         used = [estimate.chunk(layers, last=grid.is_last_chunk(number)) for number, layers in enumerate(chunks)]
         training = alive(grid, stage, min(micro_batches, 3 * grid.pipeline), used).peak
         return static, static + used[0].buffers + max(training, optimizer_temporaries(job, shards, [held]))
 
+    def _adapters(self, job: Job, grid: Grid, layers: int) -> list[Parameter]:
+        """The same of adapters, taken to be as many in each layer."""
+        peft, found = job.cfg.policy.megatron_cfg.peft, [0.0, 0.0]
+        for target in find_targets(peft, job.arch):
+            expert = target.entry.expert is not None
+            cut, shared = (grid.expert_tensor, grid.expert) if expert else (grid.tensor, 1)
+            found[expert] += target.elements(peft.dim, cut) / shared
+        dense, experts = (int(elements * layers / job.arch.num_layers) for elements in found)
+        return [Parameter(dense), Parameter(experts, expert=True)]
+
     def _parameters(self, arch: Architecture, grid: Grid, chunks: _Layers) -> list[Parameter]:
-        """A stage's as two: all that is no expert's, and all experts'."""
+        """The parameters of a stage as two: all without experts, and all experts."""
         dense = experts = 0
         for layer, count in Counter(chain(*chunks)).items():
             key = (arch.hidden_size, layer, grid.tensor, grid.expert)
@@ -238,7 +258,7 @@ class _Search:
 
 
 def _rough_buffers(parameters: Sequence[Parameter], grid: Grid, distributed: bool) -> StageBuffers:
-    """Without padding, in equal shards."""
+    """Buffers without padding, in equal shards."""
 
     def of(elements: int, ranks: int) -> tuple[Buffer, ...]:
         return (Buffer(elements, (-(-elements // ranks) if distributed else elements,) * ranks),)
@@ -248,8 +268,8 @@ def _rough_buffers(parameters: Sequence[Parameter], grid: Grid, distributed: boo
 
 
 def _layouts(job: Job, contexts: Sequence[int]) -> Iterator[tuple[Config, tuple[str, ...]]]:
-    """Tensor parallel inside a node, with sequence parallel; every pipeline depth, in equal chunks of a stage; experts
-    whole; three recomputations."""
+    """All layouts to search: tensor and sequence parallel within a node; every pipeline depth, with equal chunks in a stage;
+    experts not split; three kinds of recomputation."""
     arch, world = job.arch, job.world_size
     experts = 1 if arch.experts is None else arch.experts.number
     for tp in (
@@ -266,10 +286,10 @@ def _layouts(job: Job, contexts: Sequence[int]) -> Iterator[tuple[Config, tuple[
 
 
 def divisions(layers: int, stages: int) -> Iterator[tuple[int, int | None, int | None]]:
-    """(chunks of a stage, layers of its first stage, of its last); None: as many as the stages between.
+    """(chunks of a stage, layers of the first stage, layers of the last stage). None: as in the stages between.
 
-    Equal stages where they divide the layers; and shorter first and last stages around equal ones, where they don't, or
-    to make room at the ends, which also hold the embeddings and the head.
+    Equal stages, if they divide the layers. Also equal stages between a shorter first and last one: because the layers
+    don't divide, or because the ends also have the embeddings and the head.
     """
     if stages == 1:
         yield 1, None, None
@@ -281,7 +301,7 @@ def divisions(layers: int, stages: int) -> Iterator[tuple[int, int | None, int |
         if not units % stages:
             yield chunks, None, None
         least = -(-units // stages)
-        if stages == 2:  # without `last`: megatron-core divides by the stages between the two
+        if stages == 2:  # without `last`, because megatron-core divides by the number of stages between
             yield from ((chunks, first * chunks, None) for first in (units // 2, least) if units % 2)
             continue
         for inner in (least, least + 1):

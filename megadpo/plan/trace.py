@@ -1,4 +1,4 @@
-"""One rank of a layout, really built on the meta device, and one micro-batch walked through it with its memory counted."""
+"""Builds one rank of a layout on the meta device, runs one micro-batch through it, and counts the memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +22,7 @@ from megadpo.config.variants import OPTIMIZERS
 from megadpo.data.batches.cut import context_part
 from megadpo.data.batches.pack import PackedBatch, pack_pairs
 from megadpo.data.pairs import TokenizedPair
+from megadpo.lora.attach import attach, switched
 from megadpo.model.build import build_model, is_expert
 from megadpo.model.freeze import freeze
 from megadpo.model.transformer_config import DTYPES
@@ -40,14 +42,14 @@ from megadpo.plan.parameters import Parameter
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that operations make while it is on: alive now, and the most alive at a time.
+    """Counts the bytes of tensors that operations make while this mode is on: `now` and `peak`.
 
-    Storages are counted once, whatever views them, and until the last view is gone. What existed before is not counted
-    (`known`), nor what a kernel takes and frees inside one operation. Works on every device, meta included.
+    A storage counts once, until its last view is freed. Tensors that existed before (`known`) don't count, nor memory that
+    a kernel allocates and frees within one operation. It works on every device, also meta.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = (), answers: Answers | None = None) -> None:
-        """answers: stands in for operations that tensors without values can't do."""
+        """answers: results of operations that need values."""
         super().__init__()
         self.now = 0
         self.peak = 0
@@ -88,10 +90,10 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkTrace:
-    """What one full micro-batch takes in one model chunk, in bytes."""
+    """Bytes of one full micro-batch in one model chunk."""
 
     saved: int
-    """Alive between its forward and its backward."""
+    """Between its forward and its backward."""
     forward_peak: int
     backward_peak: int
     reference_peak: int
@@ -100,15 +102,15 @@ class ChunkTrace:
 
 @dataclass(frozen=True, kw_only=True)
 class StageTrace:
-    """The chunks that one rank holds, and what they take besides weights, gradients and optimizer state, in bytes."""
+    """The chunks of one rank, and their bytes besides weights, gradients and optimizer state."""
 
     parameters: list[list[Parameter]]
     reference: list[list[Parameter]]
-    """Empty where the policy's architecture is the reference's too, or there is none."""
+    """Empty if the reference has the policy's architecture, or if there is none."""
     chunks: list[ChunkTrace]
     buffers: int
-    """What is made once and kept: under sequence parallelism, where gathered tokens go; with experts, what the reference's
-    dispatchers know of the last micro-batch."""
+    """Bytes that are allocated once: with sequence parallelism, buffers of gathered tokens; with experts, the state of the
+    reference's dispatchers."""
 
 
 def trace_stage(
@@ -121,12 +123,11 @@ def trace_stage(
     device_type: Literal["cpu", "cuda"],
     expert_load: float = 1.0,
 ) -> StageTrace:
-    """Build the rank that `grid` speaks of: model, gradient buffers, optimizer, reference. Then run a pack of
-    pairs of `lengths` through each of its chunks: forward without gradients, as the reference does, and forward and
-    backward.
+    """Builds the rank of `grid`: model, gradient buffers, optimizer, reference. Then runs a pack of pairs with `lengths`
+    through each of its chunks: forward without gradients, like the reference, and forward and backward.
 
-    device_type: "cuda" or "cpu": whose kernels the memory is counted for.
-    expert_load: tokens at this rank's experts, as a multiple of what even routing sends there.
+    device_type: "cuda" or "cpu": the device whose kernels are counted.
+    expert_load: tokens of this rank's experts / tokens with even routing.
     """
     policy = _buildable(cfg.policy)
     with (
@@ -137,6 +138,8 @@ def trace_stage(
     ):
         model = build_model(arch, policy, parallel, frozen=False)
         freeze(model, policy.freeze, arch)
+        peft = policy.megatron_cfg.peft
+        adapters = attach(model, arch, peft, parallel) if peft.enabled else []
         wrapped = wrap_for_training(model, policy)
         build_optimizer(wrapped, policy, META)
         reference = model
@@ -152,9 +155,10 @@ def trace_stage(
         if model[0].balance is not None:
             model[0].balance.start(num_tokens=1, num_pairs=1)
         walk = _Walk(cfg, lengths)
-        kinds = _kinds(wrapped, alike=not policy.freeze)
+        kinds = _kinds(wrapped, alike=not policy.freeze and not peft.enabled)
         traced = sorted(set(kinds))
-        peaks, state = _without_gradients([reference[n] for n in traced], walk, known, answers)
+        with switched(adapters if cfg.dpo.reference.mode == "adapter_off" else []):
+            peaks, state = _without_gradients([reference[n] for n in traced], walk, known, answers)
         buffers = gather_buffers()
         sizes = _with_gradients([wrapped[n] for n in traced], walk, [*known, *buffers], answers)
         each = {n: ChunkTrace(reference_peak=peak, **one) for n, peak, one in zip(traced, peaks, sizes, strict=True)}
@@ -169,15 +173,22 @@ def trace_stage(
 
 
 def _kinds(chunks: Sequence[Any], *, alike: bool) -> list[int]:
-    """For each chunk the first one of its kind: with `alike`, those that neither begin nor end the model."""
-    ends = [(chunk.module.pre_process, chunk.module.post_process) for chunk in chunks]
-    return [ends.index(one) if alike else number for number, one in enumerate(ends)]
+    """For each chunk the first one of its kind: with `alike`, those of the same layers that both begin or both end the
+    model, or do neither."""
+    kinds = [
+        (
+            chunk.module.pre_process,
+            chunk.module.post_process,
+            [chunk.module.arch.layers[layer.layer_number - 1] for layer in chunk.module.decoder.layers],
+        )
+        for chunk in chunks
+    ]
+    return [kinds.index(one) if alike else number for number, one in enumerate(kinds)]
 
 
 def _buildable(policy: PolicyConfig) -> PolicyConfig:
-    """`policy` without what only a GPU machine can build. Weights don't depend on it, nor the optimizer's bytes, which are
-    arithmetic; kernels are replaced (outlines.py). Activations of Transformer Engine's layers are taken for those of
-    megatron-core's own."""
+    """`policy` without settings that need a GPU to build. Weights and the optimizer's bytes don't depend on them; kernels are
+    replaced (outlines.py). Activations of Transformer Engine's layers count as those of megatron-core's layers."""
     megatron = policy.megatron_cfg
     torchs = {"adam_impl": "torch"} if megatron.optimizer.optimizer == "adam" else {}
     optimizer = dataclasses.replace(megatron.optimizer, options=OPTIMIZERS.defaults() | torchs)
@@ -204,8 +215,8 @@ def _parameter(parameter: torch.nn.Parameter) -> Parameter:
 def _without_gradients(
     chunks: Sequence[Any], walk: _Walk, known: list[torch.Tensor], answers: Answers
 ) -> tuple[list[int], int]:
-    """The most bytes alive in each chunk's forward, and what all chunks keep: dispatchers of experts hold on to the last
-    micro-batch's routing. Both without megatron-core's buffers, which these passes make."""
+    """The peak bytes of each chunk's forward, and the bytes that stay after it (dispatchers of experts keep the last
+    micro-batch's routing). Both without megatron-core's buffers, which are allocated here."""
     peaks, state = [], 0
     for chunk in chunks:
         chunk.eval()
@@ -223,8 +234,7 @@ def _without_gradients(
 def _with_gradients(
     chunks: Sequence[Any], walk: _Walk, known: list[torch.Tensor], answers: Answers
 ) -> list[dict[str, int]]:
-    """Each chunk's bytes. What dispatchers keep of an earlier micro-batch gives way to the next one's, so it counts as a
-    micro-batch's own."""
+    """Each chunk's bytes. The state of dispatchers counts for a micro-batch, because the next one replaces it."""
     found: list[dict[str, int]] = []
     live = LiveBytes(known, answers)
     for chunk in chunks:
@@ -233,7 +243,7 @@ def _with_gradients(
             output = walk.forward(chunk)
             saved, forward_peak = live.now, live.peak
             live.peak = live.now
-            if output.requires_grad:  # frozen from the embeddings to here: nothing to go back for
+            if output.requires_grad:  # False if everything up to here is frozen
                 torch.autograd.backward(output, grad_tensors=torch.empty_like(output))
             del output
             chunk.module.set_input_tensor([None])
@@ -243,7 +253,7 @@ def _with_gradients(
 
 
 class _Walk:
-    """A pack made of nothing, and what the stage before would send."""
+    """Runs chunks on a pack without values, with the input that the stage before would send."""
 
     def __init__(self, cfg: Config, lengths: Lengths) -> None:
         self.cfg = cfg
@@ -266,21 +276,28 @@ class _Walk:
 
 
 def largest_part(batch: PackedBatch, ranks: int) -> PackedBatch:
-    """Of a pack cut over context-parallel ranks, the part whose queries see most keys; each has as many tokens."""
+    """The part of a context-parallel pack whose queries see the most keys. All parts have the same number of tokens."""
     parts = (context_part(batch, rank, ranks) for rank in range(ranks))
     return max(parts, key=lambda part: sum(segment.key_tokens for segment in part.segments))
 
 
 def empty_pack(cfg: Config, lengths: Lengths) -> PackedBatch:
-    """A micro-batch of pairs of these lengths, every token 0."""
+    """A micro-batch of prompts and answers of these lengths, every token 0. Of more than two answers each makes a pair with
+    the next one."""
 
     def zeros(count: int) -> Any:
         return np.zeros(count, dtype=np.int32)
 
-    pairs = [TokenizedPair(row, *(zeros(int(n)) for n in sizes)) for row, sizes in enumerate(lengths)]
+    pairs, prompts, answers = [], [], []
+    for row, (prompt, *sizes) in enumerate(lengths.tolist()):
+        for number, (one, other) in enumerate(pairwise(size for size in sizes if size)):
+            pairs.append(TokenizedPair(row, zeros(prompt), zeros(one), zeros(other)))
+            prompts.append(row)
+            answers.append([row * len(sizes) + number, row * len(sizes) + number + 1])
     return pack_pairs(
         pairs,
         share_prompt=shares_prompt(cfg),
         pad_to_multiple=cfg.policy.make_sequence_length_divisible_by,
         pad_token_id=0,
+        same=(np.array(prompts), np.array(answers)) if shares_prompt(cfg) else None,
     )

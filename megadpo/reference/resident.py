@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from megadpo.data.batches.pack import PackedBatch
+from megadpo.lora.adapter import LinearAdapter
+from megadpo.lora.attach import switched
 from megadpo.model.gpt import PairModel
 from megadpo.parallel import ParallelContext, run_pipeline
 
@@ -19,19 +21,49 @@ class ResidentReference:
         self.parallel = parallel
 
     def logps(self, micro_batches: Sequence[PackedBatch]) -> list[torch.Tensor]:
-        """For each micro-batch a [K] float32 tensor of answer logps, on the last pipeline stage. Other stages: [].
+        """For each micro-batch a [K] float32 tensor of answer logps, on the last pipeline stage. Other stages: []. With the
+        batch's `token_weights` the weighted sums.
 
         Collectives: the pipeline's sends and receives, and the model's own.
         """
+        return [weighted_logps(one) for one in self.outputs(micro_batches)]
+
+    def outputs(self, micro_batches: Sequence[PackedBatch]) -> list[torch.Tensor]:
+        """What the model gives for each micro-batch (PairModel.forward). Stages and collectives as in `logps`."""
         return answer_logps(self.model, micro_batches, self.parallel)
+
+
+class SwitchedReference(ResidentReference):
+    """The policy itself, its adapters switched off (LoRA), and another adapter on where the reference has one: no second
+    model."""
+
+    def __init__(
+        self,
+        model: Sequence[PairModel],
+        parallel: ParallelContext,
+        off: Sequence[LinearAdapter],
+        on: Sequence[LinearAdapter] = (),
+    ) -> None:
+        """off: those in training. on: the reference's own, which are off between calls."""
+        super().__init__(model, parallel)
+        self.off, self.on = off, on
+
+    def outputs(self, micro_batches: Sequence[PackedBatch]) -> list[torch.Tensor]:
+        last = self.model[-1]
+        last.comes_last = False  # the policy's own pass comes after, and uses what was made for this one
+        try:
+            with switched(self.off, self.on):
+                return super().outputs(micro_batches)
+        finally:
+            last.comes_last = True
 
 
 @torch.no_grad()
 def answer_logps(
     model: Sequence[PairModel], micro_batches: Sequence[PackedBatch], parallel: ParallelContext
 ) -> list[torch.Tensor]:
-    """Runs the chunks of `model` forward over the micro-batches, in evaluation mode, through the pipeline schedule. Result
-    and collectives as in ResidentReference.logps."""
+    """What the chunks of `model` give for each micro-batch (PairModel.forward), in evaluation mode, through the pipeline
+    schedule. Stages and collectives as in ResidentReference.logps."""
     was_training = model[0].training
     for chunk in model:
         chunk.eval()
@@ -43,3 +75,8 @@ def answer_logps(
     for chunk in model:
         chunk.train(was_training)
     return outputs
+
+
+def weighted_logps(found: torch.Tensor) -> torch.Tensor:
+    """[K] sums for the preference loss, out of what a model gave (PairModel.forward)."""
+    return found if found.dim() == 1 else found[:, 0]

@@ -95,12 +95,20 @@ def _facts(run: Run, position: TrainingPosition) -> list[tuple[str, str]]:
         ("data, fingerprint", pairs.fingerprint),
         *(("validation data", str(loader.dataset.report)) for loader in run.inputs.validation.values()),
         ("tokenizer", _tokenizer_words(cfg, run)),
-        ("frozen weights", ", ".join(cfg.policy.freeze) or "none"),
+        ("frozen weights", _frozen_words(cfg)),
         (
             "versions",
             ", ".join(f"{name} {_version(name)}" for name in LIBRARIES),
         ),
     ]
+
+
+def _frozen_words(cfg: Config) -> str:
+    peft = cfg.policy.megatron_cfg.peft
+    if not peft.enabled:
+        return ", ".join(cfg.policy.freeze) or "none"
+    named = ", ".join(peft.target_modules) or "all linear layers"
+    return f"all of the base; LoRA adapters of rank {peft.dim}, scale {peft.scale:g}, on {named}"
 
 
 def _tokenizer_words(cfg: Config, run: Run) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from megadpo.config.check import check_layout
 from megadpo.config.load import Purpose, load_config
-from megadpo.config.no_effect import without_experts
+from megadpo.config.no_effect import dropout_notes, without_experts
 from megadpo.config.problems import Attempts, ConfigError
 from megadpo.config.schema import Config
 from megadpo.families import read_architecture
@@ -16,6 +16,9 @@ from megadpo.families import read_architecture
 def checked_config(path: str, overrides: Sequence[str], world_size: int | None, purpose: Purpose = "train") -> Config:
     """The config, checked with the model's config.json and the number of ranks. Raises ConfigError with every problem."""
     cfg = load_config(path, overrides, purpose=purpose)  # first: it needs no torch, and most refusals come from it
+    from megadpo.lora.checkpoint import LoraCheckpoint
+    from megadpo.lora.peft_folder import folder_problems
+    from megadpo.lora.targets import lora_problems
     from megadpo.model.freeze import freeze_problems
     from megadpo.model.source import reference_source, resolve_source
     from megadpo.model.weights import linked_out
@@ -27,6 +30,9 @@ def checked_config(path: str, overrides: Sequence[str], world_size: int | None, 
         other = read_architecture(reference.hf_files, "dpo.reference.model_name")
     cfg = without_experts(cfg, arch, other)
     problems = check_layout(cfg, arch, world_size) + freeze_problems(cfg.policy.freeze, arch)
+    problems += lora_problems(cfg, arch) + folder_problems(cfg, arch)
+    if purpose == "train" and (adapters := LoraCheckpoint.open(source.megatron)) is not None:
+        problems.append(adapters.not_to_train)
     if reference != source:
         # the reference runs in the policy's layout, so its shape must allow this layout too
         for one in check_layout(cfg, other, None):
@@ -35,7 +41,7 @@ def checked_config(path: str, overrides: Sequence[str], world_size: int | None, 
         problems += linked_out(source.hf_files)
     if problems:
         raise ConfigError(problems)
-    return cfg
+    return dataclasses.replace(cfg, notes=(*cfg.notes, *dropout_notes(arch)))
 
 
 def check(path: str, overrides: Sequence[str], world_size: int | None) -> int:

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -19,23 +21,30 @@ from megadpo.checkpoint import load_weights
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
 from megadpo.data.batches.pack import PackedBatch
+from megadpo.lora.adapter import LinearAdapter
+from megadpo.lora.attach import adapters_of, attach
+from megadpo.lora.peft_folder import read_peft
+from megadpo.lora.targets import PEFT
 from megadpo.model.build import build_model
+from megadpo.model.gpt import PairModel
 from megadpo.objective.dpo import metric_names
 from megadpo.parallel import ParallelContext
-from megadpo.reference import ResidentReference
+from megadpo.reference import ResidentReference, SwitchedReference, weighted_logps
 from megadpo.train.inputs import RunInputs, open_run_inputs
 from megadpo.train.metrics import MetricSums
-from megadpo.train.reference import build_reference
+from megadpo.train.reference import build_reference, reference_adapters
 from megadpo.train.resume import require_writable
 from megadpo.train.setup import seed_everything
-from megadpo.train.step import pair_loss
+from megadpo.train.step import pair_loss, whole_logps
 
 
 @dataclasses.dataclass(frozen=True)
 class PairScore:
-    """One pair: its row in the file, and sums of log-probabilities in nats (None: there is no reference)."""
+    """One pair: its row in the file, its number among the pairs of that row, and sums of log-probabilities in nats (None: there
+    is no reference)."""
 
     index: int
+    pair: int
     policy_chosen_logps: float
     policy_rejected_logps: float
     reference_chosen_logps: float | None
@@ -43,20 +52,17 @@ class PairScore:
 
 
 class Evaluator:
-    """Evaluates the model `policy.model_name`, with the reference `dpo.reference.model_name` if that is set."""
+    """Evaluates the model `policy.model_name`, with the reference `dpo.reference.model_name` if that is set. With adapters
+    and mode adapter_off the reference is the model without them."""
 
     def __init__(self, cfg: Config, parallel: ParallelContext) -> None:
         seed_everything(cfg.dpo.seed, parallel)
         self.parallel = parallel
         inputs = self._open(cfg)
         self._arch = inputs.arch
-        self.policy = ResidentReference(build_model(inputs.arch, cfg.policy, parallel, frozen=True), parallel)
-        load_weights(self.policy.model, inputs.source, inputs.arch, parallel)
         named = cfg.dpo.reference.model_name is not None
-        self.reference = build_reference(cfg, inputs, parallel) if named else None
-        self.has_preference_loss = named or not cfg.dpo.loss.reads_reference
-        # Without the reference that it needs, the preference loss gets weight 0
-        self.dpo = cfg.dpo if self.has_preference_loss else dataclasses.replace(cfg.dpo, preference_loss_weight=0.0)
+        self._named_reference = build_reference(cfg, inputs, parallel) if named else None
+        self._load_policy(cfg, inputs)
 
     def turn_to(self, cfg: Config) -> None:
         """Go on with another policy of the same architecture; `cfg` is the first one's but for policy.model_name.
@@ -67,7 +73,32 @@ class Evaluator:
         if inputs.arch != self._arch:
             expected = "a model of the same architecture as the first one's"
             raise ConfigError(Problem("--checkpoint", cfg.policy.model_name, expected, "evaluate it by itself"))
-        load_weights(self.policy.model, inputs.source, inputs.arch, self.parallel)
+        del self.policy, self.reference  # before the next model takes memory
+        self._load_policy(cfg, inputs)
+
+    def _load_policy(self, cfg: Config, inputs: RunInputs) -> None:
+        model = build_model(inputs.arch, cfg.policy, self.parallel, frozen=True)
+        load_weights(model, inputs.source, inputs.arch, self.parallel)
+        for chunk in model:
+            chunk.gives_likeness = cfg.dpo.use_weighting
+        self.policy, self.reference = ResidentReference(model, self.parallel), self._named_reference
+        adapters = self._adapters(model, cfg)
+        if self.reference is None and cfg.dpo.reference.mode == "adapter_off" and adapters:
+            others = reference_adapters(model, inputs.arch, cfg, self.parallel)
+            self.reference = SwitchedReference(model, self.parallel, adapters, others)
+        self.has_preference_loss = self.reference is not None or not cfg.dpo.loss.reads_reference
+        # Without the reference that it needs, the preference loss gets weight 0
+        self.dpo = cfg.dpo if self.has_preference_loss else dataclasses.replace(cfg.dpo, preference_loss_weight=0.0)
+
+    def _adapters(self, model: Sequence[PairModel], cfg: Config) -> list[LinearAdapter]:
+        """The policy's: of a checkpoint of a run with LoRA, or those of `peft.init_from`."""
+        peft = cfg.policy.megatron_cfg.peft
+        found = [adapter for chunk in model for _, adapter in adapters_of(chunk)]
+        if found or not peft.enabled or peft.init_from is None:
+            return found
+        found = attach(model, self._arch, peft, self.parallel)
+        read_peft(peft.init_from, f"{PEFT}.init_from", self._arch).load(found)
+        return found
 
     def _open(self, cfg: Config) -> RunInputs:
         whole = dataclasses.replace(cfg, dpo=dataclasses.replace(cfg.dpo, val_batches=0))  # 0: every pair
@@ -83,21 +114,30 @@ class Evaluator:
         """
         sums = MetricSums(self.parallel.device)
         mine: list[PairScore] = []
-        for batch in self.loaders[name].batches(epoch=0):
-            policy = self.policy.logps(batch.micro_batches)
-            reference = self.reference.logps(batch.micro_batches) if self.reference else [None] * len(policy)
+        loader, rank = self.loaders[name], self.parallel.grid.dp_rank
+        rows = loader.dataset.rows
+        for batch, (positions, deal) in zip(loader.batches(epoch=0), loader.deals(epoch=0), strict=True):
+            policy = self.policy.outputs(batch.micro_batches)
+            reference: Sequence[torch.Tensor | None] = [None] * len(policy)
+            if self.reference is not None:
+                reference = self.reference.outputs(batch.micro_batches)
             # only the last pipeline stage has logps
-            for logps, reference_logps, micro_batch in zip(policy, reference, batch.micro_batches, strict=False):
-                scored = dataclasses.replace(micro_batch, reference_logps=reference_logps)
-                sums.add(pair_loss(logps, scored, self.dpo).metrics)
-                mine += _scores(micro_batch, logps, reference_logps)
+            for found, of_reference, micro_batch, numbers in zip(
+                policy, reference, batch.micro_batches, deal[rank], strict=False
+            ):
+                weighted = None if of_reference is None else weighted_logps(of_reference)
+                scored = dataclasses.replace(micro_batch, reference_logps=weighted)
+                sums.add(pair_loss(found, scored, self.dpo).metrics)
+                whole = None if of_reference is None else whole_logps(of_reference, self.dpo)
+                of_row = positions[numbers] - np.searchsorted(rows, micro_batch.pair_indices.cpu().numpy())
+                mine += _scores(micro_batch, of_row, whole_logps(found, self.dpo), whole)
         sums.reduce(
             self.parallel.total_from_last_stage, metric_names(self.dpo, has_reference=self.reference is not None)
         )
         gathered: list[Any] = [None] * self.parallel.world_size
         grid = self.parallel.grid
         dist.all_gather_object(gathered, mine if grid.tp_rank == grid.cp_rank == 0 else [])
-        scores = sorted((score for rank in gathered for score in rank), key=lambda score: score.index)
+        scores = sorted((score for rank in gathered for score in rank), key=lambda score: (score.index, score.pair))
         return metrics_of(sums.means(), scores, has_preference_loss=self.has_preference_loss), scores
 
 
@@ -175,11 +215,15 @@ def print_comparison(records: Mapping[str, Mapping[str, float | None]]) -> None:
     (console if console.is_terminal else Console(width=240)).print(table)
 
 
-def _scores(batch: PackedBatch, logps: torch.Tensor, reference: torch.Tensor | None) -> Iterator[PairScore]:
+def _scores(
+    batch: PackedBatch, of_row: npt.NDArray[np.int64], logps: torch.Tensor, reference: torch.Tensor | None
+) -> Iterator[PairScore]:
     values = logps.tolist()
     of_reference = [None] * len(values) if reference is None else reference.tolist()
-    for row, (chosen, rejected) in zip(batch.pair_indices.tolist(), batch.pairs.tolist(), strict=True):
-        yield PairScore(row, values[chosen], values[rejected], of_reference[chosen], of_reference[rejected])
+    for row, number, (chosen, rejected) in zip(
+        batch.pair_indices.tolist(), of_row.tolist(), batch.pairs.tolist(), strict=True
+    ):
+        yield PairScore(row, number, values[chosen], values[rejected], of_reference[chosen], of_reference[rejected])
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:

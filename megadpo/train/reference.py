@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +15,13 @@ import numpy.typing as npt
 import torch
 
 from megadpo.checkpoint import load_weights
+from megadpo.config.architecture import Architecture
 from megadpo.config.schema import Config
+from megadpo.lora.adapter import LinearAdapter
+from megadpo.lora.attach import REFERENCE, attach
+from megadpo.lora.peft_folder import adapter_fingerprint, read_peft
 from megadpo.model.build import build_model
+from megadpo.model.gpt import PairModel
 from megadpo.model.source import weights_fingerprint
 from megadpo.parallel import ParallelContext
 from megadpo.reference import LogpsCache, ResidentReference, compute_missing, positions_by_use
@@ -31,7 +37,24 @@ def build_reference(cfg: Config, inputs: RunInputs, parallel: ParallelContext) -
     """The frozen reference of `dpo.reference`, with its weights loaded."""
     model = build_model(inputs.reference_arch, cfg.policy, parallel, frozen=True)
     load_weights(model, inputs.reference, inputs.reference_arch, parallel)
+    reference_adapters(model, inputs.reference_arch, cfg, parallel)
     return ResidentReference(model, parallel)
+
+
+def reference_adapters(
+    model: Sequence[PairModel], arch: Architecture, cfg: Config, parallel: ParallelContext
+) -> list[LinearAdapter]:
+    """The adapters of `dpo.reference.adapter` on `model`, loaded; empty where it names none. Off where the model is the
+    policy, which has others. Raises ConfigError for a folder that is no adapter of it."""
+    named = cfg.dpo.reference.adapter
+    if named is None:
+        return []
+    found = read_peft(named, "dpo.reference.adapter", arch)
+    made = attach(model, arch, found.peft, parallel, name=REFERENCE)
+    found.load(made)
+    for adapter in made:
+        adapter.enabled = cfg.dpo.reference.mode != "adapter_off"
+    return made
 
 
 def cache_folder(cfg: Config) -> Path:
@@ -85,13 +108,15 @@ def attach_logps(
 
 def _describe(cfg: Config, inputs: RunInputs) -> dict[str, str]:
     """What the numbers depend on, besides the data. The layout is left out: it changes only the rounding."""
-    fp8 = cfg.policy.megatron_cfg.fp8_cfg
+    fp8, adapter = cfg.policy.megatron_cfg.fp8_cfg, cfg.dpo.reference.adapter
     return {
         "format": str(FORMAT),
         "weights": weights_fingerprint(inputs.reference, every_tensor=True),
         "architecture": inputs.reference_arch.fingerprint,
         "precision": cfg.policy.precision,
         "fp8": f"{fp8.fp8} {fp8.fp8_recipe}" if fp8.enabled else "",
+        **({} if cfg.dpo.ld_alpha is None else {"ld_alpha": str(cfg.dpo.ld_alpha)}),
+        **({} if adapter is None else {"adapter": adapter_fingerprint(adapter)}),
     }
 
 

@@ -165,4 +165,5 @@ def reference_words(cfg: Config) -> str:
         "none": "none",
         "cached": f"log-probabilities of {named or 'policy.model_name'}, computed before training",
         "resident": named or "resident copy of policy.model_name",
+        "adapter_off": "policy.model_name: the policy with its adapters off",
     }[cfg.dpo.reference.mode]

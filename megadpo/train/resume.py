@@ -21,15 +21,20 @@ from megadpo.config.load import as_written
 from megadpo.config.problems import ConfigError, Problem, UserError
 from megadpo.config.schema import Config
 from megadpo.data.pairs import PairDataset
+from megadpo.lora.checkpoint import BASE
+from megadpo.lora.peft_folder import adapter_fingerprint
 from megadpo.model.manifest import checkpoint_before, no_manifest
 from megadpo.model.source import ModelSource, weights_fingerprint
 from megadpo.parallel import ParallelContext
+from megadpo.train.inputs import RunInputs
 
 FIELD = "checkpointing.checkpoint_dir"
 OWNER_FILE = ".run"
 SEEN_WITHIN_S = 30.0
 """The longest time in which a network file system shows a new file on another node."""
 REFERENCE = "dpo.reference"
+_OF_ADAPTERS = ("target_modules", "exclude_modules", "dim", "alpha", "use_rslora", "lora_dtype")
+"""Of `peft`: what decides which adapters there are, and what they mean."""
 
 
 def find_resume(
@@ -56,6 +61,9 @@ def find_resume(
     for field, before in info.position.data_settings.items():
         if field == REFERENCE and settings[field] != before:
             problems.append(_other_reference(cfg, info, fix))
+        elif field == BASE and settings[field] != before:
+            expected = f"the model whose adapters are in {info.path}, with the weights that it had"
+            problems.append(Problem(BASE, cfg.policy.model_name, expected, fix))
         elif settings[field] != before:
             problems.append(Problem(field, settings[field], f"{before}, as in {info.path}", fix))
     if problems:
@@ -93,16 +101,23 @@ def _way_on(damaged: Path, before: Path | None) -> str:
     return f"{move}; then the run resumes from the one before, {before}; checkpointing.on_damage=previous does the same"
 
 
-def data_settings(cfg: Config, reference: ModelSource, parallel: ParallelContext) -> dict[str, Any]:
+def data_settings(cfg: Config, inputs: RunInputs, parallel: ParallelContext) -> dict[str, Any]:
     """The settings that must not change when a run resumes, besides the pairs. They decide which pairs a step uses, which
-    weights the optimizer has, and what the reference is. Collectives: a broadcast."""
+    weights the optimizer has, what they are added to (LoRA), and what the reference is. Collectives: two broadcasts."""
+    peft = cfg.policy.megatron_cfg.peft
     return {
         "dpo.seed": cfg.dpo.seed,
         "data.shuffle": cfg.data.shuffle,
         "policy.train_global_batch_size": cfg.policy.train_global_batch_size,
         "policy.freeze": list(cfg.policy.freeze),
         "policy.megatron_cfg.freeze_moe_router": cfg.policy.megatron_cfg.freeze_moe_router,
-        REFERENCE: from_first_rank(parallel, lambda: _reference_fingerprint(cfg, reference)),
+        "policy.megatron_cfg.peft": {name: _listed(getattr(peft, name)) for name in _OF_ADAPTERS}
+        if peft.enabled
+        else None,
+        BASE: from_first_rank(parallel, lambda: weights_fingerprint(inputs.source, every_tensor=True))
+        if peft.enabled
+        else None,
+        REFERENCE: from_first_rank(parallel, lambda: _reference_fingerprint(cfg, inputs.reference)),
     }
 
 
@@ -168,7 +183,16 @@ def from_first_rank(parallel: ParallelContext, get: Any) -> Any:
 
 
 def _reference_fingerprint(cfg: Config, reference: ModelSource) -> str | None:
-    return None if cfg.dpo.reference.mode == "none" else weights_fingerprint(reference)
+    if cfg.dpo.reference.mode == "none":
+        return None
+    named = cfg.dpo.reference.adapter
+    model = "adapter_off" if cfg.dpo.reference.mode == "adapter_off" else weights_fingerprint(reference)  # or BASE's
+    return model if named is None else f"{model} {adapter_fingerprint(named)}"
+
+
+def _listed(value: Any) -> Any:
+    """As a JSON file gives it back."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _other_reference(cfg: Config, info: CheckpointInfo, fix: str) -> Problem:

@@ -13,17 +13,16 @@ import numpy as np
 import torch
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megadpo.checkpoint import TrainingPosition, load_training_state, load_weights
+from megadpo.checkpoint import TrainingPosition, load_training_state
 from megadpo.config.metric import parse_metric_name
 from megadpo.config.schema import Config
 from megadpo.data.batches.loader import GlobalBatch
-from megadpo.model.build import build_model
-from megadpo.model.freeze import freeze
 from megadpo.optimizer.build import build_optimizer, build_scheduler, wrap_for_training
 from megadpo.parallel import ParallelContext
 from megadpo.train.handed_on import own_files
 from megadpo.train.inputs import RunInputs, open_run_inputs
-from megadpo.train.reference import attach_logps, build_reference
+from megadpo.train.policy import build_policy
+from megadpo.train.reference import attach_logps
 from megadpo.train.resume import changes, claim, data_settings, find_resume
 from megadpo.train.step import Trainer
 from megadpo.train.watch import MachineWatch
@@ -72,24 +71,17 @@ def prepare(cfg: Config, parallel: ParallelContext) -> Run:
     """Builds the run on this rank. Raises UserError for everything that a user can correct."""
     seed_everything(cfg.dpo.seed, parallel)
     inputs = open_run_inputs(cfg, parallel.grid)
-    pairs, arch = inputs.train_loader.dataset, inputs.arch
+    pairs = inputs.train_loader.dataset
     total_steps = cfg.dpo.total_steps(inputs.train_loader.batches_per_epoch)
-    settings = data_settings(cfg, inputs.reference, parallel)
+    settings = data_settings(cfg, inputs, parallel)
     resume, notes = find_resume(cfg, pairs, settings, parallel)
     if resume is not None and resume.position.step >= total_steps:
         raise RunFinished(resume.position.step, [*notes, *changes(cfg, resume)])
 
-    reference = None
     if cfg.dpo.reference.mode == "cached":  # before the policy is built, so that only one model is in memory
         inputs, lines = attach_logps(cfg, inputs, parallel, total_steps)
         notes += lines
-    elif cfg.dpo.reference.mode == "resident":
-        reference = build_reference(cfg, inputs, parallel)
-
-    policy = build_model(arch, cfg.policy, parallel, frozen=False)
-    freeze(policy, cfg.policy.freeze, arch)
-    if resume is None:
-        load_weights(policy, inputs.source, arch, parallel)
+    policy, reference = build_policy(cfg, inputs, parallel, resumes=resume is not None)
     wrapped = wrap_for_training(policy, cfg.policy)
     optimizer = build_optimizer(wrapped, cfg.policy, parallel.device)
     scheduler = build_scheduler(optimizer, cfg.policy, total_steps)
@@ -110,6 +102,7 @@ def prepare(cfg: Config, parallel: ParallelContext) -> Run:
             model=policy,
             optimizer=optimizer,
             scheduler=scheduler,
+            lora=cfg.policy.megatron_cfg.peft.enabled,
         )
         position = resume.position
     notes += [] if resume is None else changes(cfg, resume)

@@ -48,6 +48,14 @@ def test_refusals_exit_with_2_and_name_the_problem(tmp_path, capsys):
     assert "no complete checkpoint" in capsys.readouterr().err
 
 
+def test_what_is_for_adapters_only(tmp_path, capsys):
+    source = make_hf_folder(tmp_path / "source", "qwen3")
+    assert main(["import", str(source), str(tmp_path / "megatron")]) == 0
+    for option, named in ((["--merge"], "--merge"), (["--base", str(source)], "--base")):
+        assert main(["export", str(tmp_path / "megatron"), str(tmp_path / "hf"), *option]) == 2
+        assert f"{named}: got" in capsys.readouterr().err
+
+
 def test_an_export_is_uploaded_whole(tmp_path, capsys, monkeypatch):
     calls = []
 

@@ -33,7 +33,7 @@ BAD_VALUES = [
     ("dpo__reference_policy_kl_penalty", float("inf"), "a number"),
     ("dpo__reference_policy_kl_penalty", 10**400, "a number"),
     ("dpo__loss_type", "kto", "sigmoid"),
-    ("dpo__reference__mode", False, "one of resident, cached, none"),
+    ("dpo__reference__mode", False, "one of resident, cached, adapter_off, none"),
     ("policy__model_name", "  ", "text"),
     ("policy__model_name", 7, "text"),
     ("policy__precision", "float16", "one of bfloat16, float32"),

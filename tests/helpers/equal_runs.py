@@ -100,18 +100,47 @@ def train_in_small_buckets(config: str, overrides: list[str]) -> tuple[int, list
 
 
 def pieces_of(model: Sequence[Any]) -> Iterator[Piece]:
-    """The weights of this rank's chunks, by megatron-core's own description of what is where."""
+    """The weights of this rank's chunks, by megatron-core's own description of what is where, and those with adapters as
+    they come out."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
     from megadpo.checkpoint.save import sharded_weights
+    from megadpo.lora.attach import TRAINED
 
-    state = sharded_weights(model, per_layer=True)
+    state = {
+        chunk: {name: part for name, part in weights.items() if f".{TRAINED}." not in name}
+        for chunk, weights in sharded_weights(model, per_layer=True).items()
+    }
     apply_factories(state)
     for part in nested_values(state):
         if isinstance(part, ShardedTensor):
             data = part.data.detach().clone().reshape(*[1] * part.prepend_axis_num, *part.data.shape)
             yield Piece(part.key, tuple(part.global_shape), tuple(part.global_offset), data)
+    for chunk in model:
+        yield from _adapted(chunk)
+
+
+def _adapted(chunk: torch.nn.Module) -> Iterator[Piece]:
+    """The weights of Hugging Face modules with an adapter, scale * B A in them: by itself the product is what three steps
+    have changed, and Adam's first steps make of a gradient near 0, which is rounding, as large a change as of any other."""
+    from megadpo.lora.attach import adapters_of
+
+    layers = dict(chunk.named_modules())
+    for where, adapter in adapters_of(chunk):
+        target, cut = adapter.target, adapter.cut
+        weight = layers[where.rpartition(".")[0]].get_parameter("weight").detach()
+        rectangles = target.rectangles(cut.rank, cut.size)
+        for shared in target.adapters:
+            a = adapter.get_parameter(adapter.a_name(shared)).detach()
+            for module in shared:
+                mine = torch.cat([weight[one.shard_index] for one in rectangles if one.source == module])
+                b = adapter.get_parameter(adapter.b_name(module)).detach()
+                dim = 1 if target.is_row_parallel else 0
+                offset = [0, 0]
+                offset[dim] = cut.rank * mine.shape[dim]
+                shape = (target.out_features(module), target.in_features)
+                yield Piece(target.modules[module], shape, tuple(offset), mine + adapter.peft.scale * b @ a)
 
 
 def _part(whole: torch.Tensor, piece: Piece) -> torch.Tensor:

@@ -107,12 +107,13 @@ def larger_cases() -> list[Case]:
     together = {
         "dense": [("SP", "PP", "unshared"), ("SP", "VPP", "recompute parts"), ("VPP", "overlap gather", "freeze"),
                   ("SP", "dist. optimizer", "recompute full"), ("SP", "VPP", "overlap gather"),
-                  ("SP", "CP", "unshared"), ("CP", "VPP", "recompute block"), ("CP", "overlap gather", "unpacked")],
+                  ("SP", "CP", "unshared"), ("CP", "VPP", "recompute block"), ("CP", "overlap gather", "unpacked"),
+                  ("SP", "VPP", "recompute full", "LoRA")],
         "tied": [("SP", "VPP", "uneven"), ("VPP", "overlap gather", "recompute block"), ("SP", "uneven", "freeze"),
                  ("SP", "CP", "recompute parts")],
         "MoE": [("SP", "EP", "DP"), ("SP", "EP", "PP", "recompute full"), ("SP", "EP", "ETP", "dist. optimizer"),
                 ("EP", "VPP", "overlap gather"), ("SP", "EP", "allgather", "freeze", "frozen router", "dist. optimizer"),
-                ("SP", "CP", "EP", "recompute full")],
+                ("SP", "CP", "EP", "recompute full"), ("SP", "EP", "ETP", "dist. optimizer", "LoRA")],
     }  # fmt: skip
     models = {model.name: model for model in MODELS}
     return [Case(models[m], tuple(BY_NAME[n] for n in names)) for m, cases in together.items() for names in cases]

@@ -75,6 +75,8 @@ OPTIONS: tuple[Option, ...] = (
             f"{MEG}.moe_aux_loss_coeff": None}, alters_the_run=True, moe_only=True),
     Option("allgather", "moe_token_dispatcher_type allgather", {f"{MEG}.moe_token_dispatcher_type": "allgather"},
            moe_only=True),
-    Option("LoRA", "peft.enabled", {f"{MEG}.peft.enabled": True}, alters_the_run=True),
+    Option("LoRA", "peft.enabled, on all linear layers; B doesn't start at 0, so A has a gradient from the first step on",
+           {f"{MEG}.peft": {"enabled": True, "dim": 4, "alpha": 8, "lora_B_init_method": "xavier"}},
+           alters_the_run=True),
 )  # fmt: skip
 BY_NAME = {option.name: option for option in OPTIONS}

@@ -27,12 +27,13 @@ def assert_same_as_trl(case_name: str, layout_name: str, folder: Path) -> None:
     spec = parity_trl.prepare(case, HH_DATA, folder)
     theirs = parity_trl.check_stored(case_name, spec)
     layout = parity_trl.LAYOUTS[layout_name]
+    overrides = case.overrides + case.lora_overrides(spec.adapter)
     config = folder / "config.yaml"
     config.write_text(json.dumps(sides.our_config(spec, layout, folder / "logs", parity_trl.LONGEST_TOKENS)))
     ranks = layout.world_size
-    assert run_distributed(train, ranks, str(config), case.overrides, init_process_group=False) == [0] * ranks
+    assert run_distributed(train, ranks, str(config), overrides, init_process_group=False) == [0] * ranks
     ours = [sides.our_step(record) for record in read_metrics(folder / "logs")]
-    lines, good = parity_trl.compare(theirs, ours)
+    lines, good = parity_trl.compare(theirs, ours, case.names)
     assert good, "\n".join(lines)
 
 
@@ -41,7 +42,17 @@ def test_one_process_on_made_pairs(tmp_path: Path) -> None:
     assert_same_as_trl("made-tiny", "one", tmp_path)
 
 
-FAST = ("ipo", "alpha_divergence")
+def test_lora_after_lora(tmp_path: Path) -> None:
+    """TRL and peft go on with an adapter, and its first numbers are the reference's."""
+    assert_same_as_trl("made-tiny-lora-trained", "one", tmp_path)
+
+
+@pytest.mark.distributed
+def test_lora_tensor_and_pipeline_parallel(tmp_path: Path) -> None:
+    assert_same_as_trl("made-tiny-lora-new", "tp2pp2", tmp_path)
+
+
+FAST = ("ipo", "alpha_divergence", "norm_ld_weighting")
 
 
 @pytest.mark.distributed
@@ -49,7 +60,7 @@ FAST = ("ipo", "alpha_divergence")
     "loss",
     [
         pytest.param(loss, marks=[] if loss in FAST else pytest.mark.slow)
-        for loss in (*parity_trl.LOSSES, *parity_trl.DIVERGENCES)
+        for loss in (*parity_trl.LOSSES, *parity_trl.DIVERGENCES, *parity_trl.COMBINED)
     ],
 )
 def test_other_losses_on_made_pairs(loss: str, tmp_path: Path) -> None:

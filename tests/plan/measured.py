@@ -31,10 +31,11 @@ def storages(tensors: Any) -> int:
 def build(path: str, overrides: list[str]) -> tuple[Config, Any, Trainer]:
     """The trainer of this rank as train/setup.py builds it, with weights that nothing was loaded into."""
     from megadpo.families import read_architecture
+    from megadpo.lora.attach import attach
     from megadpo.model.build import build_model
     from megadpo.model.freeze import freeze
     from megadpo.optimizer.build import build_optimizer, build_scheduler, wrap_for_training
-    from megadpo.reference import ResidentReference
+    from megadpo.reference import ResidentReference, SwitchedReference
 
     cfg = load_config(path, overrides)
     parallel = initialize(Grid.of(cfg), setup_device("cpu"))
@@ -42,16 +43,21 @@ def build(path: str, overrides: list[str]) -> tuple[Config, Any, Trainer]:
     arch = read_architecture(cfg.policy.model_name)
     policy = build_model(arch, cfg.policy, parallel, frozen=False)
     freeze(policy, cfg.policy.freeze, arch)
+    peft = cfg.policy.megatron_cfg.peft
+    adapters = attach(policy, arch, peft, parallel) if peft.enabled else []
     fill(policy)
     wrapped = wrap_for_training(policy, cfg.policy)
     optimizer = build_optimizer(wrapped, cfg.policy, parallel.device)
-    reference = build_model(arch, cfg.policy, parallel, frozen=True)
-    fill(reference)
+    if peft.enabled:
+        reference: ResidentReference = SwitchedReference(policy, parallel, adapters)
+    else:
+        reference = ResidentReference(build_model(arch, cfg.policy, parallel, frozen=True), parallel)
+        fill(reference.model)
     trainer = Trainer(
         cfg.dpo,
         parallel,
         policy=wrapped,
-        reference=ResidentReference(reference, parallel),
+        reference=reference,
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, cfg.policy, 100),
     )
@@ -85,7 +91,7 @@ def static(path: str, overrides: list[str]) -> dict[str, Any]:
         "weights": storages(weights),
         "gradients": storages(p.main_grad for p in weights if p.requires_grad),
         "optimizer": storages(t for t in optimizer_tensors(trainer) if t.untyped_storage().data_ptr() not in owned),
-        "reference": storages(parameters(reference.model)),
+        "reference": storages(p for p in parameters(reference.model) if p.untyped_storage().data_ptr() not in owned),
     }
 
 

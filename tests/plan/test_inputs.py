@@ -29,7 +29,7 @@ def test_data_that_cannot_be_read_may_be_stated(tmp_path, capsys):
     path = make_config(tmp_path, make_model(tmp_path / "model"))
     (tmp_path / "model/tokenizer.json").unlink()
     assert main(["plan", str(path), "--world-size", "1"]) == 2
-    assert "or state the lengths with --lengths PROMPT,CHOSEN,REJECTED" in " ".join(capsys.readouterr().err.split())
+    assert "or give the lengths with --lengths PROMPT,CHOSEN,REJECTED" in " ".join(capsys.readouterr().err.split())
     assert main(["plan", str(path), "--world-size", "1", "--lengths", "10,20,30"]) == 0
 
 

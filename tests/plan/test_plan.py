@@ -47,7 +47,7 @@ def small(tmp_path):
                 f"{MEG}.optimizer.optimizer_cpu_offload=true",
                 f"{MEG}.optimizer.optimizer_offload_fraction=0.5",
             ],
-            ["optimizer_cpu_offload", "not planned"],
+            ["optimizer_cpu_offload", "the planner does not support it"],
         ),
     ],
 )

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 
 from megadpo.commands import main
+from megadpo.config.load import load_config
+from megadpo.families import parse_architecture
+from megadpo.lora.targets import find_targets
 from megadpo.train.check import checked_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -94,6 +97,8 @@ RECIPES = {
     "dpo_qwen3-30b-a3b.yaml": (QWEN3_30B_A3B, 30_532_122_624, 16, "h100"),
     "dpo_mixtral-8x22b.yaml": (MIXTRAL_8X22B, 140_630_071_296, 64, "h100"),
     "dpo_qwen2.5-32b_32k.yaml": (QWEN_32B, 32_763_876_352, 16, "h100"),
+    "dpo_lora_llama-3.1-8b.yaml": (LLAMA_8B, 8_030_261_248, 1, "a10"),
+    "dpo_lora_llama-3.3-70b.yaml": (LLAMA_70B, 70_553_706_496, 8, "h100"),
 }
 WITHOUT_A_WORLD = {"demo.yaml", "demo_sft.yaml", "first_run.yaml"}  # make demo runs two of them
 
@@ -122,15 +127,23 @@ def test_recipe_passes_its_plan(name, tmp_path, capsys):
     shares = math.prod(grid[f"{name}_parallel"] for name in ("tensor", "context", "pipeline"))
     assert shares * grid["data_parallel"] == ranks
     assert max(stage["peak_bytes"] for stage in plan["stages"]) < 0.95 * plan["memory_limit_bytes"]
-    assert on_all_ranks(plan, model) == parameters
+    assert on_all_ranks(plan, model, adapters_on_a_rank(name, model)) == parameters
     assert (CONFIGS / name).read_text().count(f"--world-size {ranks}") == 1
 
 
-def on_all_ranks(plan: dict[str, Any], model: dict[str, Any]) -> int:
-    """Parameters of one copy of the model, from those of each stage's first rank. Experts are shared out over expert
-    ranks; norms (2 a layer and one at the end, and those of queries and keys) and routers are on every tensor rank."""
+def adapters_on_a_rank(name: str, model: dict[str, Any]) -> int:
+    """Of a recipe with LoRA, on each rank of its one stage."""
+    megatron = load_config(str(CONFIGS / name)).policy.megatron_cfg
+    targets = find_targets(megatron.peft, parse_architecture(model)) if megatron.peft.enabled else []
+    return sum(one.elements(megatron.peft.dim, megatron.tensor_model_parallel_size) for one in targets)
+
+
+def on_all_ranks(plan: dict[str, Any], model: dict[str, Any], adapters: int) -> int:
+    """Parameters of one copy of the model, from those of each stage's first rank less its adapters. Experts are shared
+    out over expert ranks; norms (2 a layer and one at the end, and those of queries and keys) and routers are on every
+    tensor rank."""
     grid, hidden, layers = plan["layout"], model["hidden_size"], model["num_hidden_layers"]
-    held = sum(stage["parameters"] for stage in plan["stages"])
+    held = sum(stage["parameters"] - adapters for stage in plan["stages"])
     experts = model.get("num_experts", model.get("num_local_experts", 0))
     channels = model.get("moe_intermediate_size", model["intermediate_size"])
     of_experts = 3 * hidden * channels * layers * experts

@@ -124,12 +124,12 @@ def candidate(**given):
     [
         (
             ["--assume", "reserve_gib=73.5", "policy.sequence_packing.train_mb_tokens=262144"],
-            ["GiB a rank; the nearest, tensor", "fix: lower policy.sequence_packing.train_mb_tokens"],
+            ["GiB per rank; the smallest, tensor", "fix: lower policy.sequence_packing.train_mb_tokens"],
         ),
         (["--assume", "reserve_gib=74.505"], ["weights, gradients, optimizer and reference; fix: raise --world-size"]),
         (
             ["policy.sequence_packing.train_mb_tokens=1024", "--lengths", "900,90,90"],
-            ["a layout of this model divides; the first was refused", "room for a pair of 1080 tokens"],
+            ["for which this model has a layout; the first refusal", "at least a pair's 1080 tokens"],
         ),
     ],
 )

@@ -69,11 +69,11 @@ def logps_of_packs(folders, tensor, pipeline):
     return results
 
 
-def transformers_logps(folder):
-    """[2P] float64 sums of log-probabilities over the answers, each sequence alone."""
+def transformers_logps(folder, change=lambda model: model):
+    """[2P] float64 sums of log-probabilities over the answers, each sequence alone. change: made of the model first."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = change(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
     sums = []
     for pair in some_pairs():
         for answer, mask in ((pair.chosen_ids, pair.chosen_mask), (pair.rejected_ids, pair.rejected_mask)):

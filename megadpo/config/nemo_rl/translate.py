@@ -146,9 +146,8 @@ def _strip(node: dict[str, Any], prefix: str, schema_paths: frozenset[str], hear
                 del node[name]
         elif isinstance(value, dict):
             others = nemo_keys().get(f"{path}.*")
-            without_effect = [
-                str(one) for one in value if f"{path}.{one}" not in nemo_keys() and _says_something(value[one])
-            ]
+            own = nemo_keys().keys() | _sections()
+            without_effect = [str(one) for one in value if f"{path}.{one}" not in own and _says_something(value[one])]
             _strip(value, f"{path}.", schema_paths, heard)
             if others is not None and without_effect:
                 heard.idle.setdefault(others.why, []).append(f"{path}.{{{', '.join(without_effect)}}}")
@@ -191,6 +190,8 @@ def _other_values(tree: dict[str, Any], notes: list[str]) -> None:
         notes.append(f"{dispatcher}: alltoall for flex, whose DeepEP and HybridEP are not among the dependencies")
     if get(tree, f"{_MEG}.fp8_cfg.enabled") is False:
         drop(tree, f"{_MEG}.fp8_cfg.fp8_recipe")
+    if get(tree, f"{_MEG}.peft.lora_dtype") == "None":  # Python's, in all of its files
+        drop(tree, f"{_MEG}.peft.lora_dtype")
     _precision_aware(tree, notes)
 
 

@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,13 @@ from megadpo.model.weights.dist_folder import (
     TENSOR_SUFFIX,
     DistFolder,
     PlannedTensor,
+    Region,
     blocks_with,
     write_dist_folder,
 )
 from megadpo.model.weights.hf_folder import DTYPES, HfWeights
 from megadpo.model.weights.hf_writer import MAX_FILE_BYTES, TensorSpec, write_hf_weights
-from megadpo.model.weights.load import load_shard, to_hf
+from megadpo.model.weights.load import load_shard, stored_shapes, to_stored
 
 LOG = logging.getLogger(__name__)
 HF_FOLDER = "hf"
@@ -124,10 +125,10 @@ def import_hf(hf: str | Path, megatron: str | Path, dtype: torch.dtype | None = 
     """
     table = weight_table(read_architecture(hf, "HF_FOLDER"))
     weights = HfWeights.open(hf, table)
-    problems = weights.problems(table) + linked_out(hf) + _target_problems(megatron)
+    problems = weights.problems(table) + linked_out(hf) + target_problems(megatron)
     if problems:
         raise ConfigError(problems)
-    with _written_aside(megatron) as folder:
+    with written_aside(megatron) as folder:
         write_dist_folder(folder / MODEL_FOLDER, _planned_tensors(weights, table, dtype), _empty_objects(table))
         copy_hf_files(hf, folder / HF_FOLDER)
         write_info(folder, dtype or weights.dtype(table.entries[0].hf), step=0)
@@ -144,14 +145,7 @@ def export_hf(
     Raises ConfigError where `megatron` is no complete checkpoint or damaged, or `hf` exists and isn't empty.
     """
     megatron = Path(megatron)
-    problems = _target_problems(hf)
-    if not is_megatron_folder(megatron):
-        fix = "give a folder that megadpo import or a training run has finished writing"
-        steps = [folder for folder in megatron.glob("step_*") if is_megatron_folder(folder)]
-        if steps:
-            fix = f"name one of the checkpoints in it, such as {max(steps, key=lambda one: (len(one.name), one.name))}"
-        problems.append(Problem(str(megatron), f"no {INFO_FILE}", "a Megatron checkpoint folder", fix))
-    if problems:
+    if problems := target_problems(hf) + source_problems(megatron):
         raise ConfigError(problems)
     manifest = read_manifest(megatron)
     if manifest is None:
@@ -165,19 +159,45 @@ def export_hf(
         blocks = blocks_with({region.key for region in regions}, megatron, manifest)
         if not_whole := damages(megatron, manifest, {n: b for n, b in blocks.items() if n.endswith(TENSOR_SUFFIX)}):
             raise ConfigError(not_whole)
+    groups = list(_as_written(zip(table.entries, regions, strict=True)))
     specs = [
         TensorSpec(name, shape, dtype or region.dtype)
-        for entry, region in zip(table.entries, regions, strict=True)
-        for name, shape in zip(entry.hf, entry.shapes, strict=True)
+        for (entry, region), *others in groups
+        for name, shape in stored_shapes(entry, 1 + len(others)).items()
     ]
-    with _written_aside(hf) as folder:
+    with written_aside(hf) as folder:
         tensors = (
-            to_hf(entry, stored.read(region).to(dtype or region.dtype))
-            for entry, region in zip(table.entries, regions, strict=True)
+            to_stored(
+                [entry for entry, _ in group], (stored.read(region).to(dtype or region.dtype) for _, region in group)
+            )
+            for group in groups
         )
         write_hf_weights(folder, specs, tensors, max_file_bytes)
         copy_hf_files(megatron / HF_FOLDER, folder)
-        _correct_dtype(folder / "config.json", specs)
+        correct_dtype(folder / "config.json", specs)
+
+
+def source_problems(megatron: Path) -> list[Problem]:
+    """Why `megatron` is no Megatron checkpoint folder; empty where it is one."""
+    if is_megatron_folder(megatron):
+        return []
+    fix = "give a folder that megadpo import or a training run has finished writing"
+    steps = [folder for folder in megatron.glob("step_*") if is_megatron_folder(folder)]
+    if steps:
+        fix = f"name one of the checkpoints in it, such as {max(steps, key=lambda one: (len(one.name), one.name))}"
+    return [Problem(str(megatron), f"no {INFO_FILE}", "a Megatron checkpoint folder", fix)]
+
+
+Held = tuple[WeightEntry, Region]
+
+
+def _as_written(held: Iterable[Held]) -> Iterator[list[Held]]:
+    """One by one, but those of all experts that folders hold in one tensor together."""
+    for name, group in itertools.groupby(held, key=lambda one: one[0].stack_name):
+        if name:
+            yield list(group)
+        else:
+            yield from ([one] for one in group)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -226,17 +246,22 @@ def _read(weights: HfWeights, entry: WeightEntry, dtype: torch.dtype) -> torch.T
     return tensor
 
 
-def _correct_dtype(config: Path, specs: list[TensorSpec]) -> None:
-    """Say the weights' dtype in config.json where it says another; leave the file alone where it doesn't."""
+def correct_dtype(config: Path, specs: list[TensorSpec]) -> None:
+    """Say the weights' dtype in config.json where it says another, and no quantisation, since they are written without;
+    leave the file alone where it says neither."""
     raw: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
     written = {dtype_name(spec.dtype) for spec in specs}
     wrong = [key for key in ("dtype", "torch_dtype") if raw.get(key) not in (None, *written)]
-    if wrong:
+    quantised = raw.pop("quantization_config", None)
+    if quantised is not None:
+        LOG.warning(f"the weights are written in {dtype_name(specs[0].dtype)}, not as {quantised.get('quant_method')}")
+    if wrong or quantised is not None:
         raw.update({key: dtype_name(specs[0].dtype) for key in wrong})
         config.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
-def _target_problems(folder: str | Path) -> list[Problem]:
+def target_problems(folder: str | Path) -> list[Problem]:
+    """Why nothing can be written to `folder`; empty where something can."""
     folder = Path(folder)
     if (folder.is_dir() and not any(folder.iterdir())) or not folder.exists():
         return []
@@ -244,7 +269,7 @@ def _target_problems(folder: str | Path) -> list[Problem]:
 
 
 @contextlib.contextmanager
-def _written_aside(target: str | Path) -> Iterator[Path]:
+def written_aside(target: str | Path) -> Iterator[Path]:
     """A new folder beside `target` that takes its name when the block ends well, and is removed when it doesn't."""
     target = Path(target).absolute()
     aside = target.with_name(f".{target.name}.{os.getpid()}.part")

@@ -96,6 +96,13 @@ class DistFolder:
                 return Region(key, index, tuple(stored.size[len(index) :]), stored.properties.dtype)
         return None
 
+    def region(self, key: str, index: tuple[int, ...]) -> Region:
+        """Where the tensor `key` lies, at `index` of its leading dimensions. Raises ConfigError where there is none."""
+        stored = self._tensors.get(key)
+        if stored is None:
+            raise ConfigError(Problem(str(self.folder), "no such tensor", key, FIX))
+        return Region(key, index, tuple(stored.size[len(index) :]), stored.properties.dtype)
+
     def read(self, region: Region) -> torch.Tensor:
         """The whole parameter, in memory of its own. Memory: that, and (in torch.load) one saved shard of it twice.
 

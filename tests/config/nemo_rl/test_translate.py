@@ -175,6 +175,7 @@ def test_values_that_mean_the_same_numbers(config):
                       policy__megatron_cfg__moe_router_load_balancing_type="aux_loss")  # fmt: skip
     assert override.policy.megatron_cfg.moe_aux_loss_coeff == 0.5 and "router_aux_loss_coef" in override.notes[0]
     assert config(policy__megatron_cfg__fp8_cfg={"enabled": False, "fp8_recipe": "mxfp8"}) == config()
+    assert config(policy__megatron_cfg__peft={"lora_dtype": "None", "dropout_position": "post"}) == config()
     aware = {"policy__megatron_cfg__optimizer__use_precision_aware_optimizer": True}
     assert config(**aware) == config() and "not proved to resume" in config(**aware).notes[0]
     assert config(**aware, checkpointing__save_optimizer=False).notes == ()

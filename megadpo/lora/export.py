@@ -1,0 +1,129 @@
+"""A checkpoint of a LoRA run to Hugging Face's formats, in one process: an adapter for PEFT, or a whole model with W + scale
+* B A in the place of W."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from megadpo.config.problems import ConfigError, Problem
+from megadpo.families import WeightTable, weight_table
+from megadpo.lora.checkpoint import LoraCheckpoint
+from megadpo.lora.peft_folder import write_peft
+from megadpo.model.manifest import verify
+from megadpo.model.source import ModelSource
+from megadpo.model.weights.convert import (
+    CARD_FILE,
+    HF_FOLDER,
+    MODEL_FOLDER,
+    TEMPLATES_FOLDER,
+    TOKENIZER_FILES,
+    copy_hf_files,
+    correct_dtype,
+    export_hf,
+    source_problems,
+    target_problems,
+    written_aside,
+)
+from megadpo.model.weights.dist_folder import DistFolder
+from megadpo.model.weights.hf_folder import HfWeights
+from megadpo.model.weights.hf_writer import MAX_FILE_BYTES, TensorSpec, write_hf_weights
+from megadpo.model.weights.load import to_hf
+
+
+def export(
+    megatron: str | Path,
+    hf: str | Path,
+    *,
+    merge: bool = False,
+    base: str | None = None,
+    dtype: torch.dtype | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Write the checkpoint `megatron` to the folder `hf`: a whole model's as that; of a run with LoRA an adapter in PEFT's
+    format, or (`merge`) the whole model with the adapters in its weights.
+
+    base: where the adapters' base is now; None: where the run had it. dtype: of what is written; None: the checkpoint's own,
+    with `merge` that of the base's files. Memory: of adapters all, of the base one layer's
+    tensors. Raises ConfigError with what export_hf refuses, and where the base has other weights than it had.
+    """
+    found = LoraCheckpoint.open(megatron)
+    if found is None:
+        if merge or base is not None:
+            named, value = ("--merge", True) if merge else ("--base", base)
+            raise ConfigError(Problem(named, value, "nothing for a checkpoint without adapters", "leave it out"))
+        export_hf(megatron, hf, max_file_bytes, dtype=dtype)
+        return
+    if problems := target_problems(hf) + source_problems(found.folder):
+        raise ConfigError(problems)
+    verify(found.folder)
+    with written_aside(hf) as folder:
+        if merge:
+            _write_merged(found, found.base_source(base), folder, dtype, max_file_bytes)
+        else:
+            _write_adapter(found, folder, base or found.base, dtype)
+
+
+def _write_adapter(found: LoraCheckpoint, folder: Path, base: str, dtype: torch.dtype | None) -> None:
+    tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in found.peft_tensors().items()}
+    modules = [module for module, _, _ in found.tensors()]
+    write_peft(folder, found.peft, tensors, modules, base=base, arch=found.arch)
+    files = found.folder / HF_FOLDER
+    for path in sorted(files.rglob("*")):
+        name = path.relative_to(files).as_posix()
+        # not config.json: transformers would take the folder for a whole model's
+        if path.is_file() and (name in (*TOKENIZER_FILES, CARD_FILE) or name.startswith(f"{TEMPLATES_FOLDER}/")):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(path.read_bytes())
+
+
+def _write_merged(
+    found: LoraCheckpoint, source: ModelSource, folder: Path, dtype: torch.dtype | None, max_file_bytes: int
+) -> None:
+    table = weight_table(found.arch)
+    if table.stacks:
+        expected = "a base that holds each expert's tensors by themselves, and none in MXFP4"
+        raise ConfigError(Problem("--merge", True, expected, "leave it out: the adapter needs no merging"))
+    adapters = {f"{module}.weight": (a, b) for module, a, b in found.tensors()}
+    specs, groups = _of_hf(source.hf_files, table) if source.megatron is None else _of_megatron(source.megatron, table)
+    specs = [spec if dtype is None else dataclasses.replace(spec, dtype=dtype) for spec in specs]
+
+    def merged(name: str, weight: torch.Tensor) -> torch.Tensor:
+        if name not in adapters:
+            return weight.to(dtype or weight.dtype)
+        a, b = adapters[name]
+        return (weight.float() + b.float() @ a.float() * found.peft.scale).to(dtype or weight.dtype)
+
+    tensors = ({name: merged(name, weight) for name, weight in group.items()} for group in groups)
+    write_hf_weights(folder, specs, tensors, max_file_bytes)
+    copy_hf_files(found.folder / HF_FOLDER, folder)
+    correct_dtype(folder / "config.json", specs)
+
+
+Stream = tuple[list[TensorSpec], Iterator[Mapping[str, torch.Tensor]]]
+"""What will come, and the Hugging Face tensors of one entry of the weight table after the other."""
+
+
+def _of_hf(folder: Path, table: WeightTable) -> Stream:
+    weights = HfWeights.open(folder, table)
+    if problems := weights.problems(table):
+        raise ConfigError(problems)
+
+    def groups() -> Iterator[Mapping[str, torch.Tensor]]:
+        for entry in table.entries:
+            everything = [tuple(slice(None) for _ in shape) for shape in entry.shapes]
+            with weights.slices(entry.hf) as parts:
+                whole = (part[index].clone() for part, index in zip(parts, everything, strict=True))
+                yield dict(zip(entry.hf, whole, strict=True))
+
+    return [TensorSpec(name, shape, weights.dtype([name])) for name, shape in table.hf_shapes.items()], groups()
+
+
+def _of_megatron(folder: Path, table: WeightTable) -> Stream:
+    stored = DistFolder(folder / MODEL_FOLDER)
+    found = list(zip(table.entries, stored.find(table.entries), strict=True))
+    specs = [TensorSpec(n, s, region.dtype) for one, region in found for n, s in zip(one.hf, one.shapes, strict=True)]
+    return specs, (to_hf(entry, stored.read(region)) for entry, region in found)
