@@ -27,7 +27,7 @@ setup(
     package_data={
         "megadpo.config": ["*.yaml"],
         "megadpo.config.nemo_rl": ["keys.yaml"],
-        "megadpo.configs": ["*.yaml", "*.jsonl"],
+        "megadpo.configs": ["*.yaml", "*.jsonl", "losses/*.yaml"],
         "megadpo.launch": ["*.sh", "*.yaml"],
     },
     entry_points={"console_scripts": ["megadpo = megadpo.commands:main"]},

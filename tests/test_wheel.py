@@ -61,8 +61,9 @@ def test_it_holds_everything_once(wheel: Path) -> None:
         (points,) = [name for name in names if name.endswith("entry_points.txt")]
         assert "megadpo = megadpo.commands:main" in archive.read(points).decode()
     for folder in ("configs", "launch"):
-        beside = {path.name for path in (REPOSITORY / folder).iterdir() if path.is_file()}
-        assert {Path(name).name for name in names if name.startswith(f"megadpo/{folder}/")} == beside
+        files = [path for path in (REPOSITORY / folder).rglob("*.*") if "__pycache__" not in path.parts]
+        beside = {f"megadpo/{path.relative_to(REPOSITORY)}" for path in files}
+        assert {name for name in names if name.startswith(f"megadpo/{folder}/")} == beside
     files = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "megadpo").rglob("*") if path.is_file()}
     files = {name for name in files if "__pycache__" not in name}
     assert files <= set(names), files - set(names)
