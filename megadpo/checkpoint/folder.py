@@ -142,11 +142,17 @@ def prune_checkpoints(
     return gone
 
 
+def delete_leftovers(folder: Path) -> None:
+    """Delete what killed runs left in a run's folder: checkpoints that were half written, or half deleted."""
+    for half in (partial_folder(folder / "step_*").name, f"{DELETED_PREFIX}step_*"):
+        for left in folder.glob(half):
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def delete(checkpoint: Path) -> None:
     """Rename a checkpoint, then delete it, so that its own name never stands for a part of it, even if the process dies.
-    What can't be deleted (a file that another node has open) stays under the other name until the next call."""
+    What can't be deleted (a file that another node has open) stays under the other name until `delete_leftovers`."""
     aside = checkpoint.parent / f"{DELETED_PREFIX}{checkpoint.name}"
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(checkpoint, aside)
-    for left in checkpoint.parent.glob(f"{DELETED_PREFIX}step_*"):
-        shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
