@@ -28,7 +28,7 @@ from megadpo.config.load import save_resolved
 from megadpo.config.problems import SaveError, first_line
 from megadpo.config.schema import Config
 from megadpo.files.atomic import sync, sync_below, write_then_rename
-from megadpo.model.manifest import INFO_FILE, FileProof, prove, write_manifest
+from megadpo.model.manifest import AS_TRAINED, HF_TOKENIZER, INFO_FILE, FileProof, prove, write_manifest
 from megadpo.model.weights.convert import copy_hf_files
 from megadpo.model.weights.dist_folder import COMMON_FILE
 from megadpo.optimizer.state import METADATA, sharded_state
@@ -74,6 +74,7 @@ def begin_save(
         "optimizer_format": optimizer_format(optimizer),
         "position": asdict(position),
         "manifest": True,
+        HF_TOKENIZER: AS_TRAINED,
     }
     _begin_folder(partial, parallel)
     strategy = SaveStrategy(copies)

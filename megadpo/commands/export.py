@@ -8,6 +8,7 @@ Exit code 2: refused, with every problem on stderr.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,9 +34,12 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     from megadpo.checkpoint.choose import choose_checkpoint  # not for --help
     from megadpo.model.weights import dtype_named, export_hf, push_to_hub
+    from megadpo.train.handed_on import old_tokenizer_notes
 
     import_plugins(options.plugin)
     checkpoint = choose_checkpoint(options.run, step=options.step, best=options.best)
+    for note in old_tokenizer_notes(checkpoint):
+        print(f"note: {note}", file=sys.stderr)
     export_hf(checkpoint, options.folder, dtype=dtype_named(options.dtype) if options.dtype else None)
     print(f"wrote {options.folder}" + (f", of {checkpoint}" if checkpoint != options.run else ""))
     if options.push_to_hub is not None:
