@@ -1,4 +1,4 @@
-# make demo       makes data and a small model, trains it, shows what it learned (5 minutes on 2 cores, after the install)
+# make demo       makes data and a small model, trains it, shows what it learned (2 to 5 minutes on 2 cores, after the install)
 # make test       every test that needs no GPU and takes less than a minute
 # make test-layouts  every pair of layouts against one process; writes docs/layouts.md
 # make test-long  the slow ones as well

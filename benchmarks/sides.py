@@ -265,7 +265,7 @@ def run_ours(
         watch = _Watch(command, environment(threads, env), folder / "log.txt", metrics)
         records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
         log = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
-    steps = [_our_step(record) for record in records]
+    steps = [our_step(record) for record in records]
     for before, step, now in zip([None, *watch.arrivals_s], steps, watch.arrivals_s, strict=False):
         step["arrival_s"] = step["step_time_s"] if before is None else now - before
     launcher = watch.peaks.pop(watch.pid) if layout.world_size > 1 else 0
@@ -274,7 +274,8 @@ def run_ours(
     return Side(steps, ranks, launcher, watch.others_share, details)
 
 
-def _our_step(record: dict[str, Any]) -> dict[str, float]:
+def our_step(record: dict[str, Any]) -> dict[str, float]:
+    """What is compared of a line of metrics.jsonl."""
     names = ("loss", "grad_norm", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected")
     step = {name: record[f"train/{name}"] for name in (*names, "rewards/margins", "rewards/accuracies")}
     return step | {

@@ -1,4 +1,4 @@
-"""The whole way in three minutes on two cores: data, warm-up, DPO, export, and what it changed.
+"""The whole way in some minutes on two cores: data, warm-up, DPO, export, and what it changed.
 
     make demo        (or: python tools/demo.py)
     python tools/demo.py --device cuda --ranks 1        the same on GPUs, one for each rank: a container's smoke test

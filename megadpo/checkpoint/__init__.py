@@ -4,7 +4,8 @@ from megadpo.checkpoint.folder import (
     CheckpointInfo,
     TrainingPosition,
     complete_checkpoints,
-    delete_leftovers,
+    delete_unfinished,
+    finish_deletions,
     prune_checkpoints,
 )
 from megadpo.checkpoint.load import load_training_state, load_weights
@@ -18,7 +19,8 @@ __all__ = [
     "begin_save",
     "complete_checkpoints",
     "damages_together",
-    "delete_leftovers",
+    "delete_unfinished",
+    "finish_deletions",
     "load_training_state",
     "load_weights",
     "prune_checkpoints",

@@ -142,16 +142,24 @@ def prune_checkpoints(
     return gone
 
 
-def delete_leftovers(folder: Path) -> None:
-    """Delete what killed runs left in a run's folder: checkpoints that were half written, or half deleted."""
-    for half in (partial_folder(folder / "step_*").name, f"{DELETED_PREFIX}step_*"):
-        for left in folder.glob(half):
-            shutil.rmtree(left, ignore_errors=True)
+def finish_deletions(folder: Path) -> None:
+    """Delete what is left of checkpoints that a killed run was deleting."""
+    _delete_all(folder, f"{DELETED_PREFIX}step_*")
+
+
+def delete_unfinished(folder: Path) -> None:
+    """Delete what is there of checkpoints that a killed run was writing. For the run that owns the folder."""
+    _delete_all(folder, partial_folder(folder / "step_*").name)
+
+
+def _delete_all(folder: Path, names: str) -> None:
+    for left in folder.glob(names):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def delete(checkpoint: Path) -> None:
     """Rename a checkpoint, then delete it, so that its own name never stands for a part of it, even if the process dies.
-    What can't be deleted (a file that another node has open) stays under the other name until `delete_leftovers`."""
+    What can't be deleted (a file that another node has open) stays under the other name until `finish_deletions`."""
     aside = checkpoint.parent / f"{DELETED_PREFIX}{checkpoint.name}"
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(checkpoint, aside)

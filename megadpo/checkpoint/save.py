@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megadpo.checkpoint.folder import FORMAT, TrainingPosition, delete, delete_leftovers, partial_folder
+from megadpo.checkpoint.folder import FORMAT, TrainingPosition, delete, delete_unfinished, partial_folder
 from megadpo.checkpoint.writer import HostCopies, RankFiles, SaveStrategy
 from megadpo.config.grid import Grid
 from megadpo.config.load import save_resolved
@@ -95,7 +95,7 @@ def _begin_folder(partial: Path, parallel: ParallelContext) -> None:
     words: list[str | None] = [None]
     if parallel.rank == 0:
         try:
-            delete_leftovers(partial.parent)
+            delete_unfinished(partial.parent)
             (partial / "model").mkdir(parents=True)
             (partial / "rng").mkdir()
         except OSError as error:

@@ -18,6 +18,7 @@ from megadpo.collect.options import CollectOptions, api_key, parse_options
 from megadpo.collect.policy import Policy, model_to_ask
 from megadpo.collect.progress import CollectProgress
 from megadpo.collect.rewards import RewardFunction, by_function, by_server, load_reward_function
+from megadpo.collect.sampling import not_sampling
 from megadpo.collect.tasks import Tasks, read_tasks
 from megadpo.config.problems import ConfigError, DataError, Problem
 
@@ -191,6 +192,8 @@ def _finish(options: CollectOptions, journal: Journal, progress: CollectProgress
         journal.write_output(Path(options.output_jsonl_fpath))
         print(f"wrote {len(journal.done):,} rollouts to {options.output_jsonl_fpath}")
         print(summary(journal))
+        for line in not_sampling((task, one.answer, one.temperature) for (task, _), one in journal.done.items()):
+            print(line)
     if not missing:
         journal.mark_finished()
         return 0

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from megadpo.collect.parameters import Body
+from megadpo.collect.sampling import answer_digest
 from megadpo.collect.tasks import ROLLOUT_INDEX, TASK_INDEX
 from megadpo.config.problems import ConfigError, DataError, Problem
 from megadpo.files.atomic import sync, write_then_rename
@@ -38,11 +39,22 @@ _READ_BYTES = 1 << 20
 
 
 class JournalEntry(NamedTuple):
-    """The place of a finished rollout in the journal."""
+    """The place of a finished rollout in the journal, and what the summary needs of it."""
 
     offset: int
     length: int
     reward: float
+    answer: bytes
+    """Equal for equal answers (sampling.py)."""
+    temperature: float | None
+    """As sent; None: not sent."""
+
+    @classmethod
+    def of(cls, row: Body, offset: int, length: int) -> JournalEntry:
+        """Of a finished rollout. Raises KeyError, TypeError, ValueError and AttributeError for what is none."""
+        temperature = row.get("responses_create_params", {}).get("temperature")
+        answer = answer_digest(row.get("response", {}).get("output"))
+        return cls(offset, length, float(row["reward"]), answer, None if temperature is None else float(temperature))
 
 
 class Journal:
@@ -168,7 +180,7 @@ class Journal:
             self.answers[answer[TASK_INDEX], answer[ROLLOUT_INDEX]] = answer["response"]
         else:
             key = (record[TASK_INDEX], record[ROLLOUT_INDEX])
-            self.done.setdefault(key, JournalEntry(offset, length, float(record["reward"])))
+            self.done.setdefault(key, JournalEntry.of(record, offset, length))
             self.answers.pop(key, None)
 
     def _compare(self, before: Mapping[str, Any]) -> None:
@@ -190,7 +202,7 @@ class Journal:
         offset = os.lseek(self._file.fileno(), 0, os.SEEK_END)
         self._append(line)
         key = (row[TASK_INDEX], row[ROLLOUT_INDEX])
-        self.done[key] = JournalEntry(offset, len(line), row["reward"])
+        self.done[key] = JournalEntry.of(row, offset, len(line))
         self.answers.pop(key, None)
 
     def _append(self, line: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from megadpo.collect.client import JsonClient, RolloutFailure
 from megadpo.collect.endpoints import PATHS, read_answer, request_body
@@ -33,7 +34,7 @@ class Policy:
 
 async def model_to_ask(client: JsonClient, base_url: str, wanted: str | None) -> str:
     """`wanted`, or the only model of the server. Raises ConfigError if the server can't be reached, if it lists models but
-    not `wanted`, or if `wanted` is None and it doesn't list exactly one."""
+    not `wanted` (unless that is a folder), or if `wanted` is None and it doesn't list exactly one."""
     try:
         listed = await client.get("models", max_attempts=_MODEL_ATTEMPTS, timeout_s=_MODEL_TIMEOUT_S)
         names = [str(one["id"]) for one in listed.get("data") or []]
@@ -54,7 +55,9 @@ async def model_to_ask(client: JsonClient, base_url: str, wanted: str | None) ->
     if wanted is None:
         expected = f"one model; the server lists {', '.join(names) or 'none'}"
         raise ConfigError(Problem("policy_model_name", None, expected, "name it: policy_model_name=..."))
-    if names and wanted not in names:
+    if (
+        names and wanted not in names and not Path(wanted).is_dir()
+    ):  # transformers serve lists the hub's cache, not a folder
         expected = f"one of {', '.join(names[:20])}"
         raise ConfigError(Problem("policy_model_name", wanted, expected, "choose one of these"))
     return wanted

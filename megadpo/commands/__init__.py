@@ -99,9 +99,9 @@ def refuse(error: UserError) -> int:
 
 
 def end_with_words(text: str, code: int) -> int:
-    """Print why the run ends on stderr, once a node; the other ranks wait so that torchrun doesn't stop the one that
+    """Print why the run ends on stderr, once a node; the other ranks of torchrun wait so that it doesn't stop the one that
     prints. A rank that is still there after that is the only one to know, and prints too. Returns `code`."""
-    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
+    if under_torchrun() and int(os.environ.get("LOCAL_RANK", "0")) != 0:
         time.sleep(OTHERS_WAIT_S)
     last_words(text, sys.stderr)
     return code

@@ -128,7 +128,7 @@ def _position(dataset: PairDataset, row: int | None) -> int:
 
 def show_lengths(console: Console, dataset: PairDataset, loader: GlobalBatchLoader) -> None:
     """Lengths of texts, what shared prompts save, and how often the chosen answer is the longer one."""
-    from megadpo.data.statistics import lengths, share_chosen_longer
+    from megadpo.data.statistics import group_counts, lengths, share_chosen_longer
 
     table = Table("tokens", box=None, pad_edge=False)
     for column in ("mean", "median", "90%", "99%", "longest", "total"):
@@ -141,6 +141,12 @@ def show_lengths(console: Console, dataset: PairDataset, loader: GlobalBatchLoad
     saving = f"{dataset.report.shared_prompt_saving:.1%} of the tokens"
     off = "sharing prompts would save" if not loader.options.share_prompt else "shared prompts save"
     console.print(f"{off} {saving}; chosen is longer than rejected in {share_chosen_longer(dataset):.1%} of the pairs")
+    if loader.groups is not None:
+        groups = group_counts(loader.groups)
+        console.print(
+            f"groups: {len(loader.groups):,} pairs of {groups.answers:,} answers to {groups.prompts:,} prompts, computed once "
+            f"each: {groups.tokens:,} tokens, where pairs alone would take {groups.tokens_alone:,} ({groups.saving:.1f} times)"
+        )
 
 
 def show_packs(console: Console, loader: GlobalBatchLoader, count: int) -> None:

@@ -23,7 +23,7 @@ from megadpo.commands import command_parser
 from megadpo.config.load import load_config
 from megadpo.config.no_effect import without_experts
 from megadpo.config.problems import ConfigError, Problem
-from megadpo.plan.inputs import architectures, choose_lengths
+from megadpo.plan.inputs import architectures, choose_pairs
 from megadpo.plan.memory import GPUS, parse_assumptions
 from megadpo.plan.plan import Job, Plan, make_plan, too_large
 from megadpo.plan.report import (
@@ -54,7 +54,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", help="key=value, e.g. policy.model_name=folder-with-config.json")
     parser.add_argument("--world-size", type=int, required=True, help="ranks, as many as GPUs")
     parser.add_argument("--gpu", choices=sorted(GPUS), default=None, help="default: h100 (policy.device cpu: none)")
-    parser.add_argument("--lengths", help="PROMPT,CHOSEN,REJECTED tokens of every pair, instead of reading the data")
+    parser.add_argument(
+        "--lengths",
+        help="PROMPT,CHOSEN,REJECTED tokens of every pair, instead of reading the data; more answers make all of their pairs",
+    )
     parser.add_argument("--assume", action="append", default=[], metavar="NAME=VALUE", help="see docs/planning.md")
     parser.add_argument(
         "--suggest",
@@ -91,7 +94,7 @@ def prepare(options: argparse.Namespace) -> Job:
         raise ConfigError(Problem("policy.device", "cpu", f"auto or cuda with {what}", fix))
     arch, reference = architectures(cfg)
     cfg = without_experts(cfg, arch, reference or arch)
-    lengths, said = choose_lengths(cfg, options.lengths)
+    pairs, said = choose_pairs(cfg, options.lengths)
     return Job(
         cfg=cfg,
         arch=arch,
@@ -99,7 +102,7 @@ def prepare(options: argparse.Namespace) -> Job:
         world_size=options.world_size,
         gpu=None if on_cpu else GPUS[options.gpu or "h100"],
         assumed=assumed,
-        lengths=lengths,
+        pairs=pairs,
         said=said,
     )
 

@@ -7,6 +7,7 @@ between layers is said layer by layer. Everything here can be compared and hashe
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ class RopeScaling:
     """How frequencies differ from plain RoPE's: every number of `rope_type`'s formula (model/rope.py), and None for those
     that it has not."""
 
-    rope_type: Literal["linear", "llama3", "yarn"]
+    rope_type: Literal["linear", "llama3", "yarn", "longrope"]
     factor: float
     original_max_position_embeddings: int | None = None
     low_freq_factor: float | None = None
@@ -26,6 +27,9 @@ class RopeScaling:
     truncate: bool | None = None
     attention_factor: float = 1.0
     """On cos and sin."""
+    short_factor: tuple[float, ...] = ()
+    """longrope's divisors of the frequencies up to original_max_position_embeddings. Longer pairs are refused: the choice
+    of the others goes by the longest sequence of a batch, so a shared prompt would be turned in two ways."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +43,13 @@ class Rotary:
     """Pairs are neighbours, 0 and 1, 2 and 3; else channel i of the first half and channel i of the second."""
     scaling: RopeScaling | None = None
     """None: plain RoPE."""
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest text for which these are the model's positions; None: there is no such limit."""
+        if self.scaling is None or self.scaling.rope_type != "longrope":
+            return None
+        return self.scaling.original_max_position_embeddings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,22 +67,31 @@ class Attention:
     rotary: Rotary | None
     """None: positions are not told apart."""
     window: int | None = None
-    """Keys that a query sees at most, its own included; None: all. check_layout refuses runs that would notice it."""
+    """Keys that a query sees at most, its own included; None: all."""
     logit_softcap: float | None = None
-    """c: scores become c * tanh(score / c). No kernel does it yet."""
+    """c: scores become c * tanh(score / c)."""
     sinks: bool = False
-    """A learned number a head joins the softmax as one more score, whose value is 0. No kernel does it yet."""
+    """A learned number a head joins the softmax as one more score, whose value is 0."""
     qkv_bias: bool = False
     """Bias of the query, key and value projections."""
+    output_bias: bool = False
+    """Bias of the projection after attention."""
     qk_norm: Literal["none", "head", "head_after_rope", "width"] = "none"
     """RMSNorm of queries and keys: of each head before RoPE or after it, or of all heads together before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mlp:
-    """A gated MLP: down(silu(gate(x)) * up(x))."""
+    """A gated MLP: down(activation(gate(x)) * up(x))."""
 
     ffn_size: int
+    activation: Literal["silu", "gelu_tanh", "clamped"] = "silu"
+    """gelu_tanh: GELU in its form with tanh (Hendrycks and Gimpel 2016, arXiv 1606.08415). clamped: with the gate at most
+    `limit` and the other side between -limit and limit, gate * sigmoid(1.702 gate) * (1 + other)."""
+    limit: float | None = None
+    """Of `clamped` alone."""
+    bias: bool = False
+    """Of both projections."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +100,8 @@ class Router:
 
     scores: Literal["softmax", "softmax_of_chosen"]
     """Weights are a softmax over all experts' logits, or over those of the chosen ones alone."""
+    bias: bool = False
+    """Of the logits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +132,8 @@ class Norms:
     """RMSNorm, everywhere."""
 
     eps: float
+    zero_centred: bool = False
+    """Norms multiply by 1 + their weight."""
     placement: Literal["pre", "post", "sandwich"] = "pre"
     """Of a layer's two parts: norms before each, after each and before the residual is added, or both."""
 
@@ -133,10 +157,16 @@ class Architecture:
     pad_token_id: int | None
     torch_dtype: str | None
     """Dtype of the stored weights, e.g. bfloat16, where config.json says."""
+    dropout: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    """Keys of config.json that ask for dropout, which is never applied: log-probabilities are compared."""
     embedding_multiplier: float = 1.0
+    embedding_multiplier_rounded: bool = False
+    """To the weights' dtype, before it multiplies."""
     residual_multiplier: float = 1.0
     """Of what each part of a layer adds to the residual stream."""
     logit_divisor: float = 1.0
+    logit_softcap: float | None = None
+    """c: the head's logits become c * tanh(logit / c)."""
 
     @property
     def num_layers(self) -> int:
@@ -168,11 +198,12 @@ class Architecture:
         version to version: a field that comes later has a default, and is in the text only where it differs from that."""
         return _text(self)
 
-    def with_attention(self, **changes: Any) -> Architecture:
-        """The same with these fields in every layer's attention."""
-        layers = (
-            dataclasses.replace(one, attention=dataclasses.replace(one.attention, **changes)) for one in self.layers
-        )
+    def with_attention(self, only: Collection[int] | None = None, **changes: Any) -> Architecture:
+        """The same with these fields in every layer's attention. only: in these layers', by number."""
+        layers = list(self.layers)
+        for number in range(self.num_layers) if only is None else only:
+            attention = dataclasses.replace(layers[number].attention, **changes)
+            layers[number] = dataclasses.replace(layers[number], attention=attention)
         return dataclasses.replace(self, layers=tuple(layers))
 
     def with_feed_forward(self, feed_forward: Mlp | Experts) -> Architecture:
@@ -189,6 +220,6 @@ def _text(value: Any) -> str:
     words = []
     for field in dataclasses.fields(value):
         of_field = getattr(value, field.name)
-        if field.default is dataclasses.MISSING or of_field != field.default:
+        if field.compare and (field.default is dataclasses.MISSING or of_field != field.default):
             words.append(f"{field.name}={_text(of_field)}")
     return f"{type(value).__name__}({', '.join(words)})"

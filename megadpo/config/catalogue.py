@@ -97,7 +97,7 @@ def with_losses(text: str) -> str:
         loss = LOSSES[name]
         summary = _one_line((inspect.getdoc(loss) or "").split("\n\n")[0])
         formula, _, source = summary.replace(", [P]", "", 1).partition(" Source: ")
-        needs = ["no reference"] * (not loss.reads_reference) + ["means over tokens"] * loss.needs_average
+        needs = [f"`{loss.settings()}`"] * bool(loss.settings())
         options = [f"`{option}`" for option in variant_options(loss)]
         rows.append((f"`{name}`", formula, ", ".join([*needs, *options]), _links(source)))
     table = _table(("`loss_type`", "loss of one pair", "needs, options", "source"), rows)

@@ -248,10 +248,14 @@ def _sequence_length(cfg: Config, arch: Architecture) -> Iterator[Problem]:
         limit = arch.max_position_embeddings
         expected = f"at most {limit}, the model's max_position_embeddings"
         yield Problem(where, longest, expected, f"set it to {limit} or less")
-    window = min((one.window for one in arch.attentions if one.window is not None), default=None)
-    if window is not None and longest > window:
-        expected = f"at most {window}, the model's sliding_window, since attention here sees every earlier token"
-        yield Problem(where, longest, expected, f"set it to {window} or less")
+    limits = [
+        one.rotary.longest for one in arch.attentions if one.rotary is not None and one.rotary.longest is not None
+    ]
+    if limits and longest > min(limits):
+        expected = (
+            f"at most {min(limits)}: in a batch with a longer text the model's longrope turns every text otherwise"
+        )
+        yield Problem(where, longest, expected, f"set it to {min(limits)} or less")
 
 
 @rule

@@ -48,6 +48,9 @@ def _experts_of_the_model(known: Known) -> Iterator[Problem]:
     if experts.mlp.ffn_size % etp:
         expected = f"a divisor of the {experts.mlp.ffn_size} channels of an expert"
         yield Problem(f"{_MEG}.expert_tensor_parallel_size", etp, expected, "set it to 1 or to such a divisor")
+    if experts.mlp.bias and etp != 1:
+        expected = f"1: the experts of {arch.hf_class} have biases, which megatron-core doesn't cut"
+        yield Problem(f"{_MEG}.expert_tensor_parallel_size", etp, expected, "set it to 1")
     if megatron.tensor_model_parallel_size > 1 and not megatron.sequence_parallel:
         expected = "true for a model with experts under tensor parallelism: each rank routes its own tokens"
         yield Problem(f"{_MEG}.sequence_parallel", False, expected, "set it to true")

@@ -21,6 +21,7 @@ from megadpo.config.problems import ConfigError, Problem, covered
 from megadpo.config.reader import Reader, dotted_paths, keys_of
 from megadpo.config.schema import Config
 from megadpo.config.tree import read_tree
+from megadpo.config.trl import translate_losses
 from megadpo.config.variants import import_plugins, option_fields
 from megadpo.files.atomic import write_then_rename
 
@@ -90,7 +91,7 @@ def _build(
         import_plugins([name for name in plugins if isinstance(name, str)])
     paths = frozenset(dotted_paths(Config))
     heard = Heard(problems, notes=notes)
-    unreadable |= translate(tree, paths, heard)
+    unreadable |= translate(tree, paths, heard) | translate_losses(tree, problems, heard.notes)
     derived = derive(tree)
     reader = Reader(paths | nemo_paths())
     cfg = reader.section(Config, tree, "")

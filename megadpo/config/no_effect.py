@@ -50,6 +50,9 @@ def _idle(cfg: Config) -> Iterator[tuple[str, str]]:
         yield "policy.sequence_packing.share_prompt", "policy.sequence_packing.enabled is false"
     if not (cfg.policy.sequence_packing.enabled and cfg.policy.sequence_packing.share_prompt):
         yield "data.group_prompts", "each pair's prompt is computed with each answer"
+    if cfg.dpo.preference_loss_weight == 0:
+        for name in ("ld_alpha", "use_weighting"):
+            yield f"dpo.{name}", "dpo.preference_loss_weight is 0"
     if cfg.policy.device == "cpu":
         yield "logger.monitor_gpus", "policy.device is cpu"
     if cfg.data.num_workers > 1:
@@ -57,6 +60,14 @@ def _idle(cfg: Config) -> Iterator[tuple[str, str]]:
     if not cfg.data.val_data_paths:
         for name in ("val_batches", "val_global_batch_size", "val_at_end"):
             yield f"dpo.{name}", "there is no validation set in data.val_data_paths"
+
+
+def dropout_notes(arch: Architecture) -> list[str]:
+    """One note of the dropout that the model's config.json asks for."""
+    if not arch.dropout:
+        return []
+    keys = " and ".join(arch.dropout)
+    return [f"config.json: {keys}: no effect: dropout is never applied, since log-probabilities are compared"]
 
 
 _MODULES = ("moe", "shared_experts")

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from megadpo.config.interpolation import Environment
 from megadpo.config.problems import Problem
 from megadpo.config.schema_policy import PolicyConfig
-from megadpo.config.types import CountOrZero, FitsPath, FloatOrZero, PathText, PositiveFloat, PositiveInt, Seed
+from megadpo.config.types import CountOrZero, FitsPath, FloatOrZero, PathText, PositiveFloat, PositiveInt, Range, Seed
 from megadpo.config.variants import FORMATS, LOGGERS, LOSSES, OneOf, OptionsOf
 
 
@@ -72,6 +72,12 @@ class DpoConfig:
 
     loss_type: Annotated[str, OneOf(LOSSES)] = "sigmoid"
     """The preference loss, by TRL's names: docs/losses.md has each one's formula and source. sigmoid is DPO's."""
+    ld_alpha: Annotated[float, Range(ge=0, le=1)] | None = None
+    """Length-desensitised preferences: the weight, in the preference loss, of an answer's tokens behind the length of the
+    shorter answer. null: 1. Source: LD-DPO, Liu et al. 2024, https://arxiv.org/abs/2409.06411."""
+    use_weighting: bool = False
+    """Each pair's preference loss times how likely the policy finds its two answers, beside what it would sample itself.
+    Costs a projection more onto the vocabulary. Source: WPO, Zhou et al. 2024, https://arxiv.org/abs/2406.11827."""
     loss_options: Annotated[Mapping[str, Any], OptionsOf(LOSSES)] = field(default_factory=LOSSES.defaults)
     """Options of the losses, by name; in a file they are keys of `dpo`."""
     on_nonfinite_loss: Literal["stop", "skip"] = "stop"

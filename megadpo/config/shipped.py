@@ -5,6 +5,7 @@ In a checkout they stand beside the package, where README.md shows them; a wheel
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -25,4 +26,4 @@ def shipped_configs() -> dict[str, Path]:
 def find_config(path: str | Path) -> Path:
     """The file that `path` means: itself, or the shipped config of that name where there is no such file."""
     path = Path(path)
-    return path if path.exists() else shipped_configs().get(str(path), path)
+    return path if os.path.exists(path) else shipped_configs().get(str(path), path)

@@ -94,7 +94,7 @@ def _read_with_defaults(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
 def _parent(child: Path, name: str) -> Path:
     """The file that a config's `defaults` names: beside it, or the shipped config of that name."""
     beside = child.parent / os.path.expanduser(name)
-    return beside if beside.exists() else shipped_configs().get(name, beside)
+    return beside if os.path.exists(beside) else shipped_configs().get(name, beside)
 
 
 def _bad_markers(tree: dict[str, Any], where: str) -> Iterator[Problem]:

@@ -96,7 +96,8 @@ class Variants(Generic[V]):
         """The variant `name`, made with those of `options` that are its own."""
         variant: Any = self[name]
         own = {key: options[key] for key in variant_options(variant) if key in options}
-        return variant(**own) if isinstance(variant, type) else variant
+        made = variant(**own) if isinstance(variant, type) else variant
+        return made.made_of(options) if hasattr(made, "made_of") else made  # a variant that consists of others
 
     def keys(self) -> dict[str, Key]:
         """The keys that the variants add to a section: every option of every variant.

@@ -8,6 +8,7 @@ from itertools import islice
 import numpy as np
 import numpy.typing as npt
 
+from megadpo.data.batches.groups import PairGroups
 from megadpo.data.batches.loader import GlobalBatchLoader
 from megadpo.data.batches.pack import PackedBatch, pack_pairs
 from megadpo.data.pairs import PairDataset, TokenizedPair
@@ -48,6 +49,29 @@ def share_chosen_longer(dataset: PairDataset) -> float:
     """Share (0..1) of pairs whose chosen answer has more tokens. If it is far from 0.5, length predicts the choice."""
     _, chosen, rejected = dataset.text_tokens().T
     return float((chosen > rejected).mean())
+
+
+@dataclass(frozen=True)
+class GroupCounts:
+    """What pairs with the same prompt share. Tokens are those that packs compute."""
+
+    prompts: int
+    answers: int
+    """Distinct ones."""
+    tokens: int
+    tokens_alone: int
+    """Without groups, each pair with its own prompt and two answers."""
+
+    @property
+    def saving(self) -> float:
+        return self.tokens_alone / self.tokens
+
+
+def group_counts(groups: PairGroups) -> GroupCounts:
+    """Of a whole data set. A group that is split over packs takes more tokens than are counted here."""
+    tokens, _ = groups.totals(np.arange(len(groups)), np.zeros(len(groups), dtype=np.int64), 1, None)
+    alone = int(groups.prompt_tokens.sum() + groups.answer_tokens.sum())
+    return GroupCounts(groups.num_prompts, len(np.unique(groups.answers)), int(tokens[0]), alone)
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from megadpo.config.architecture import Architecture, Attention, Layer, Mlp, Norms
+from megadpo.config.architecture import Architecture, Attention, Layer, Mlp, Norms, Rotary
+from megadpo.config.problems import Problem
 from megadpo.families.reading import MOST_LAYERS, HfConfig
 from megadpo.families.rope import read_rope
 from megadpo.families.rows import ATTENTION, EMBEDDING, FINAL_NORM, HEAD, MLP, Row
+
+if TYPE_CHECKING:
+    from megadpo.config.known import Known
 
 
 class Family:
@@ -25,6 +30,10 @@ class Family:
         "tie_word_embeddings": False,
     }
     """What transformers takes where config.json has no such key."""
+    activation: ClassVar[tuple[str, tuple[str, ...]]] = ("hidden_act", ("silu", "swish"))
+    """The key of the MLP's activation, and its names there."""
+    biases: ClassVar[tuple[str, ...]] = ("attention_bias", "mlp_bias")
+    """Keys of biases that the family hasn't got: true is refused."""
     embedding: ClassVar[Row] = EMBEDDING
     final_norm: ClassVar[Row] = FINAL_NORM
     head: ClassVar[Row] = HEAD
@@ -44,14 +53,14 @@ class Family:
             if heads % groups:
                 config.report("num_key_value_heads", groups, f"a divisor of num_attention_heads {heads}")
         eps = config.number("rms_norm_eps")
-        _refuse_uncomputed(config)
+        self._refuse_uncomputed(config)
         attention = Attention(
             num_heads=heads,
             num_kv_heads=groups,
             head_dim=head_dim,
             value_dim=head_dim,
             scale=head_dim**-0.5,
-            rotary=read_rope(config, head_dim, length),
+            rotary=self.rotary(config, head_dim, length),
         )
         eos = config.get("eos_token_id")
         return Architecture(
@@ -66,23 +75,39 @@ class Family:
             eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
             pad_token_id=config.get("pad_token_id"),
             torch_dtype=config.get("dtype") or config.get("torch_dtype"),
+            dropout=tuple(key for key in _DROPOUTS if config.raw.get(key)),
         )
+
+    def rotary(self, config: HfConfig, head_dim: int, length: int) -> Rotary:
+        """The rotation of every layer. length: max_position_embeddings."""
+        return read_rope(config, head_dim, length)
+
+    def problems(self, known: Known) -> Iterator[Problem]:
+        """What the family refuses of a run of its model, beyond what `read` refuses of config.json."""
+        yield from ()
 
     def layer(self, arch: Architecture, number: int) -> tuple[Row, ...]:
         """The rows of layer `number`, from 0."""
         return ATTENTION + MLP
 
+    def refuse_quantised(self, config: HfConfig) -> None:
+        """Weights in forms that the family can't read."""
+        config.refuse("quantization_config", "none", AS_FLOATS)
 
+    def _refuse_uncomputed(self, config: HfConfig) -> None:
+        key, names = self.activation
+        config.refuse(
+            key, " or ".join(names), "models of this class with another activation are not supported", unless=names
+        )
+        for key in self.biases:
+            config.refuse(key, "false", f"models with {key} are not supported")
+        self.refuse_quantised(config)
+        unknown = sorted({str(kind) for kind in config.raw.get("layer_types") or ()} - _KNOWN_LAYERS)
+        if unknown:
+            expected = "full_attention and sliding_attention only"
+            config.report("layer_types", ", ".join(unknown), expected, "choose a model with plain attention")
+
+
+AS_FLOATS = "export the model's weights in bfloat16 or float32 and train those"
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
-
-
-def _refuse_uncomputed(config: HfConfig) -> None:
-    config.refuse("hidden_act", "silu", "only SwiGLU models are supported", unless=("silu", "swish"))
-    for key in ("attention_bias", "mlp_bias"):
-        config.refuse(key, "false", f"models with {key} are not supported")
-    config.refuse("attention_dropout", "0.0", "set it to 0.0: DPO compares exact logps")
-    config.refuse("quantization_config", "none", "export the model's weights in bfloat16 or float32 and train those")
-    unknown = sorted({str(kind) for kind in config.raw.get("layer_types") or ()} - _KNOWN_LAYERS)
-    if unknown:
-        expected = "full_attention and sliding_attention only"
-        config.report("layer_types", ", ".join(unknown), expected, "choose a model with plain attention")
+_DROPOUTS = ("attention_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop")

@@ -6,9 +6,9 @@ from megadpo.config.architecture import Architecture
 from megadpo.config.variants import FAMILIES
 from megadpo.families.experts import expert_rows, read_experts
 from megadpo.families.family import Family
-from megadpo.families.llama import window
 from megadpo.families.reading import HfConfig
 from megadpo.families.rows import ATTENTION, Row
+from megadpo.families.windows import window
 
 
 @FAMILIES.add("mixtral")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from megadpo.config.architecture import Architecture
 from megadpo.config.variants import FAMILIES
 from megadpo.families.family import Family
-from megadpo.families.llama import window
 from megadpo.families.reading import HfConfig
 from megadpo.families.rows import QK_NORM, QKV_BIAS, Row
+from megadpo.families.windows import with_windows
 
 DEFAULTS = Family.defaults | {
     "num_key_value_heads": 32,
@@ -26,8 +26,7 @@ class Qwen2(Family):
     defaults = DEFAULTS
 
     def read(self, config: HfConfig) -> Architecture:
-        arch = super().read(config)
-        return arch.with_attention(qkv_bias=True, window=qwen_window(config, arch.num_layers))
+        return qwen_windows(config, super().read(config).with_attention(qkv_bias=True))
 
     def layer(self, arch: Architecture, number: int) -> tuple[Row, ...]:
         return super().layer(arch, number) + QKV_BIAS
@@ -41,21 +40,14 @@ class Qwen3(Family):
     defaults = DEFAULTS | {"head_dim": 128}
 
     def read(self, config: HfConfig) -> Architecture:
-        arch = super().read(config)
-        return arch.with_attention(qk_norm="head", window=qwen_window(config, arch.num_layers))
+        return qwen_windows(config, super().read(config).with_attention(qk_norm="head"))
 
     def layer(self, arch: Architecture, number: int) -> tuple[Row, ...]:
         return super().layer(arch, number) + QK_NORM
 
 
-def qwen_window(config: HfConfig, num_layers: int | None = None) -> int | None:
-    """The window, where any layer has one. `layer_types` says which layers do; without it, those from number
-    `max_window_layers` on. num_layers: of the model; None in the MoE classes, where some layer always has the window."""
+def qwen_windows(config: HfConfig, arch: Architecture) -> Architecture:
+    """`arch` with its windows, if use_sliding_window: in layers from number max_window_layers on, or by layer_types."""
     if not config.get("use_sliding_window"):
-        return None
-    types = config.get("layer_types")
-    if types is not None:
-        slides = "sliding_attention" in types
-    else:
-        slides = num_layers is None or config.get("max_window_layers") < num_layers
-    return window(config) if slides else None
+        return arch
+    return with_windows(config, arch, usual=lambda number: number >= config.get("max_window_layers"))

@@ -7,9 +7,10 @@ from megadpo.config.variants import FAMILIES
 from megadpo.families.experts import expert_rows, read_experts
 from megadpo.families.family import Family
 from megadpo.families.layouts import Columns, GatedMLP, Replicated
-from megadpo.families.qwen import DEFAULTS, qwen_window
+from megadpo.families.qwen import DEFAULTS
 from megadpo.families.reading import HfConfig
 from megadpo.families.rows import ATTENTION, QK_NORM, QKV_BIAS, Row
+from megadpo.families.windows import window, with_windows
 
 EXPERTS = expert_rows("mlp", "gate_proj", "up_proj", "down_proj")
 SHARED_EXPERT = (
@@ -38,7 +39,13 @@ class Qwen2Moe(Family):
     def read(self, config: HfConfig) -> Architecture:
         experts = read_experts(config, shared_ffn="shared_expert_intermediate_size")
         arch = super().read(config).with_feed_forward(experts)
-        return arch.with_attention(qkv_bias=bool(config.get("qkv_bias")), window=qwen_window(config))
+        arch = arch.with_attention(qkv_bias=bool(config.get("qkv_bias")))
+        if not config.get("use_sliding_window"):
+            return arch
+        # every other layer below max_window_layers: not Qwen2's rule
+        return with_windows(
+            config, arch, usual=lambda number: number % 2 == 0 and number < config.get("max_window_layers")
+        )
 
     def layer(self, arch: Architecture, number: int) -> tuple[Row, ...]:
         return ATTENTION + (QKV_BIAS if arch.attention.qkv_bias else ()) + EXPERTS + SHARED_EXPERT
@@ -59,7 +66,9 @@ class Qwen3Moe(Family):
 
     def read(self, config: HfConfig) -> Architecture:
         arch = super().read(config).with_feed_forward(read_experts(config))
-        return arch.with_attention(qk_norm="head", window=qwen_window(config))
+        # in every layer, whatever max_window_layers
+        size = window(config) if config.get("use_sliding_window") else None
+        return arch.with_attention(qk_norm="head", window=size)
 
     def layer(self, arch: Architecture, number: int) -> tuple[Row, ...]:
         return ATTENTION + QK_NORM + EXPERTS

@@ -1,7 +1,7 @@
 """Rows of weight tables, and those that many families share.
 
 A row is one parameter of a megatron-core layer and the Hugging Face tensors in it. The axes of a tensor are letters:
-h hidden, q query heads x head dim, k KV heads x head dim, d head dim, f feed-forward, v vocabulary, n experts,
+h hidden, q query heads x head dim, k KV heads x head dim, d head dim, a query heads, f feed-forward, v vocabulary, n experts,
 x feed-forward of an expert, s of the shared expert.
 """
 
@@ -11,6 +11,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megadpo.families.layouts import Columns, GatedMLP, GroupedQKV, Replicated, Rows, TensorLayout
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The one tensor [E, ...] in which a folder holds a row's tensors of all experts."""
+
+    name: str
+    interleaved: bool = False
+    """The rows of an expert's tensors take turns; else they stand one tensor after another."""
+    transposed: bool = False
+    """Its last two axes are exchanged."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,8 @@ class Row:
     """Rows of one expert: the name in checkpoints, of all experts in one tensor."""
     hf_stacked: str = ""
     """Rows of one expert: the tensor [E, ...] of all experts that some folders hold instead, made of `hf`'s by rows."""
+    stack: Stack | None = None
+    """Rows of one expert: where folders hold `hf`'s tensors, whose names are then of no file."""
     also: Mapping[str, str] = field(default_factory=dict)
     """A tensor of `hf`: its name in some other folders."""
 
@@ -42,9 +55,14 @@ EMBEDDING = Row("embedding.word_embeddings.weight", Rows(), {"model.embed_tokens
 FINAL_NORM = Row("decoder.final_layernorm.weight", Replicated(), {"model.norm.weight": "h"})
 HEAD = Row("output_layer.weight", Rows(), {"lm_head.weight": "vh"})
 
+
+def norm_row(megatron: str, hf: str, axes: str = "h", fused: str = "") -> Row:
+    """A norm's weight, by the two names of the norm."""
+    return Row(f"{megatron}.weight", Replicated(), {f"{hf}.weight": axes}, fused=fused)
+
+
 ATTENTION = (
-    Row("input_layernorm.weight", Replicated(), {"input_layernorm.weight": "h"},
-        fused="self_attention.linear_qkv.layer_norm_weight"),
+    norm_row("input_layernorm", "input_layernorm", fused="self_attention.linear_qkv.layer_norm_weight"),
     Row("self_attention.linear_qkv.weight", GroupedQKV(),
         {"self_attn.q_proj.weight": "qh", "self_attn.k_proj.weight": "kh", "self_attn.v_proj.weight": "kh"}),
     Row("self_attention.linear_proj.weight", Columns(), {"self_attn.o_proj.weight": "hq"}),
@@ -54,12 +72,20 @@ QKV_BIAS = (
         {"self_attn.q_proj.bias": "q", "self_attn.k_proj.bias": "k", "self_attn.v_proj.bias": "k"}),
 )  # fmt: skip
 QK_NORM = (
-    Row("self_attention.q_layernorm.weight", Replicated(), {"self_attn.q_norm.weight": "d"}),
-    Row("self_attention.k_layernorm.weight", Replicated(), {"self_attn.k_norm.weight": "d"}),
+    norm_row("self_attention.q_layernorm", "self_attn.q_norm", "d"),
+    norm_row("self_attention.k_layernorm", "self_attn.k_norm", "d"),
+)
+QK_NORM_OF_ALL_HEADS = (
+    norm_row("self_attention.core_attention.q_layernorm", "self_attn.q_norm", "q"),
+    norm_row("self_attention.core_attention.k_layernorm", "self_attn.k_norm", "k"),
 )
 MLP = (
-    Row("pre_mlp_layernorm.weight", Replicated(), {"post_attention_layernorm.weight": "h"},
-        fused="mlp.linear_fc1.layer_norm_weight"),
+    norm_row("pre_mlp_layernorm", "post_attention_layernorm", fused="mlp.linear_fc1.layer_norm_weight"),
     Row("mlp.linear_fc1.weight", GatedMLP(), {"mlp.gate_proj.weight": "fh", "mlp.up_proj.weight": "fh"}),
     Row("mlp.linear_fc2.weight", Columns(), {"mlp.down_proj.weight": "hf"}),
 )  # fmt: skip
+JOINED_MLP = (
+    MLP[0],
+    Row("mlp.linear_fc1.weight", GatedMLP(), {"mlp.gate_up_proj.weight": ("fh", "fh")}),
+    MLP[2],
+)

@@ -38,6 +38,8 @@ class WeightEntry:
     """Another name on disk of some tensors of `hf`."""
     hf_stacked: str
     """Name of the tensor of all experts that some folders hold instead of `hf`; empty: there is none."""
+    stack_name: str
+    """Name of the tensor of all experts that every folder holds instead of `hf`; empty: there is none."""
     in_base: bool = True
     """False: no base folder has it, and whoever added the row loads and writes it (adapters)."""
 
@@ -130,8 +132,13 @@ class WeightTable:
         return (self.num_layers, self.num_experts)[: len(entry.index)]
 
     @property
+    def stacks(self) -> dict[str, str]:
+        """Tensors of one expert that folders hold in a stack of all experts' -> the stack's name."""
+        return {name: entry.stack_name for entry in self.entries if entry.stack_name for name in entry.hf}
+
+    @property
     def hf_shapes(self) -> dict[str, Shape]:
-        """Every tensor that the folder must hold."""
+        """Every tensor that the folder must hold, those of `stacks` inside others."""
         return {name: shape for entry in self.entries for name, shape in zip(entry.hf, entry.shapes, strict=True)}
 
 
@@ -196,6 +203,7 @@ def _entry(
         groups=arch.attention.num_kv_heads,
         also={on_disk(name): on_disk(other) for name, other in row.also.items()},
         hf_stacked=on_disk(row.hf_stacked) if row.hf_stacked else "",
+        stack_name=on_disk(row.stack.name) if row.stack else "",
     )
 
 
@@ -206,6 +214,7 @@ def _layer_sizes(layer: Layer) -> dict[str, int]:
         "q": attention.num_heads * attention.head_dim,
         "k": attention.num_kv_heads * attention.head_dim,
         "d": attention.head_dim,
+        "a": attention.num_heads,
     }
     if isinstance(feed_forward, Mlp):
         return sizes | {"f": feed_forward.ffn_size}

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from megadpo.config.architecture import Attention, Rotary
 from megadpo.data.batches.pack import PackedBatch
 from megadpo.model.context import attend_over_context
 from megadpo.model.kernels import AttentionKernel
+from megadpo.model.norm import RMSNorm, norm_of_all_heads
 from megadpo.model.rope import Rotation
 
 
@@ -42,11 +45,27 @@ class PackContext(PackedSeqParams):
 
 class PackedAttention(torch.nn.Module):
     """megatron-core's `core_attention` for packs, of one kind. RoPE is applied here, from per-token positions computed once a
-    micro-batch: megatron-core's own packed form recomputes cos and sin, and waits for the host, in every layer."""
+    micro-batch: megatron-core's own packed form recomputes cos and sin, and waits for the host, in every layer. So are
+    those norms of queries and keys for which it has no place."""
 
-    def __init__(self, *, kind: Attention, **_: Any) -> None:
-        super().__init__()  # megatron-core passes its config and group; everything else comes with the pack
-        self.kind = kind
+    def __init__(self, *, kind: Attention, config: TransformerConfig, pg_collection: Any, **_: Any) -> None:
+        super().__init__()
+        self.kind, self.tp_group, self.eps = kind, pg_collection.tp, config.layernorm_epsilon
+        if kind.qk_norm in ("head_after_rope", "width"):
+            heads = (kind.num_heads, kind.num_kv_heads) if kind.qk_norm == "width" else (1, 1)
+            self.q_layernorm, self.k_layernorm = (RMSNorm(config, count * kind.head_dim, self.eps) for count in heads)
+        self.softmax_offset: torch.nn.Parameter | None = None
+        """The sinks of this rank's heads [H]."""
+        if kind.sinks:
+            sinks = kind.num_heads // pg_collection.tp.size()
+            device = torch.cuda.current_device()
+            self.softmax_offset = torch.nn.Parameter(torch.zeros(sinks, dtype=config.params_dtype, device=device))
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        """As megatron-core asks its modules: which part of which tensors this rank has."""
+        state, axes = self.state_dict(prefix="", keep_vars=True), {"softmax_offset": 0}
+        sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(state, prefix, axes, sharded_offsets)
+        return sharded
 
     def forward(
         self,
@@ -58,19 +77,27 @@ class PackedAttention(torch.nn.Module):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackContext | None = None,
     ) -> torch.Tensor:
-        """query [T, H, D], key and value [T, G, D], heads local to the tensor-parallel rank -> [T, H * D].
+        """query [T, H, D], key [T, G, D] and value [T, G, E], heads local to the tensor-parallel rank -> [T, H * E].
 
-        T counts this rank's tokens. Collectives: under context parallelism those of model/context.py.
+        T counts this rank's tokens. Collectives: under context parallelism those of model/context.py; for norms over all
+        heads an all-reduce of [T, 2] over the tensor-parallel group, forward and backward.
         """
         pack = packed_seq_params
         assert isinstance(pack, PackContext) and pack.kernel is not None, "the model was called without a PackContext"
         assert attention_mask is None and attention_bias is None, "segments are the mask"
         plan = pack.plans[self.kind.window]
+        if self.kind.qk_norm == "width":
+            weights = self.q_layernorm.weight, self.k_layernorm.weight
+            query, key = norm_of_all_heads(query, key, *weights, self.eps, self.tp_group)
         if self.kind.rotary is not None:
             rotation = pack.rotations[self.kind.rotary]
             query, key = rotation(query), rotation(key)
+        if self.kind.qk_norm == "head_after_rope":
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        kind = self.kind
+        asked: dict[str, Any] = {"scale": kind.scale, "softcap": kind.logit_softcap, "sinks": self.softmax_offset}
         if pack.context_group is None:
-            out = pack.kernel.attend(query, *pack.kernel.prepare(key, value, plan), plan)
+            out = pack.kernel.attend(query, *pack.kernel.prepare(key, value, plan), plan, **asked)
         else:
             out = attend_over_context(
                 pack.kernel,
@@ -80,6 +107,7 @@ class PackedAttention(torch.nn.Module):
                 plan,
                 group=pack.context_group,
                 keep_gathered=pack.keep_gathered,
+                **asked,
             )
         return out.reshape(query.shape[0], -1)
 

@@ -18,6 +18,7 @@ from megadpo.config.known import Known
 from megadpo.config.schema import Config
 from megadpo.config.schema_policy import PolicyConfig
 from megadpo.config.variants import ATTENTION_KERNELS, LAYER_IMPLEMENTATIONS, LOGPROB_KERNELS
+from megadpo.model.attention import PackedAttention
 from megadpo.model.freeze import freeze_routers
 from megadpo.model.gpt import ModelParts, PairModel
 from megadpo.model.moe_balance import LoadBalance
@@ -87,6 +88,8 @@ def mark_expert_parameters(model: torch.nn.Module) -> None:
             for parameter in module.experts.parameters():
                 parameter.allreduce = False
                 parameter.tensor_model_parallel = True
+                # megatron-core marks biases, whose gradients it would add up over ranks that hold other experts
+                parameter.sequence_parallel = False
 
 
 def is_expert(parameter: torch.nn.Parameter) -> bool:
@@ -105,6 +108,8 @@ def mark_sharded_parameters(model: torch.nn.Module) -> None:
             shards = [(module.weight, 1)]
         elif isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
             shards = [(module.weight, 0), (getattr(module, "bias", None), 0)]
+        elif isinstance(module, PackedAttention):
+            shards = [(module.softmax_offset, 0)]
         else:
             continue
         for parameter, dim in shards:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -24,10 +24,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
 
-from megadpo.config.architecture import Architecture, Layer, Mlp
-from megadpo.model.activation import swiglu
+from megadpo.config.architecture import Architecture, Experts, Layer, Mlp
+from megadpo.model.activation import gated
 from megadpo.model.attention import PackedAttention, PackTransformerLayer
-from megadpo.model.moe import PackMoELayer, PackRouter
+from megadpo.model.moe import ExpertRow, PackMoELayer, PackRouter
 from megadpo.model.moe_balance import LoadBalance
 from megadpo.model.norm import ResidualAdd
 
@@ -71,7 +71,8 @@ def _layer_spec(
 ) -> ModuleSpec:
     """Parameters have the names of Transformer Engine's fused modules in checkpoints, so that layers of either
     implementation read them."""
-    dense, before = isinstance(layer.feed_forward, Mlp), arch.norms.placement != "post"
+    mlp, before = layer.feed_forward, arch.norms.placement != "post"
+    dense = isinstance(mlp, Mlp)
     joined = before and modules.norm_column is not None
     first = modules.norm_column if joined else modules.column
     qk_norm = modules.norm if layer.attention.qk_norm == "head" else IdentityOp
@@ -97,9 +98,9 @@ def _layer_spec(
             self_attn_bda=add,
             # Experts see the normed tokens through the router too, so their norm is always a module of its own.
             pre_mlp_layernorm=modules.norm if before and not (joined and dense) else IdentityOp,
-            mlp=ModuleSpec(module=MLP, submodules=_mlp(first, modules.row))
-            if balance is None or dense
-            else ModuleSpec(module=PackMoELayer, submodules=_experts(config, modules, balance)),
+            mlp=ModuleSpec(module=MLP, submodules=_mlp(mlp, first, modules.row))
+            if isinstance(mlp, Mlp)
+            else ModuleSpec(module=PackMoELayer, submodules=_experts(mlp, config, modules, balance)),
             mlp_bda=add,
             sharded_state_dict_keys_map=names,
         ),
@@ -115,19 +116,22 @@ def _residual_add(arch: Architecture, config: TransformerConfig, modules: LayerM
     )
 
 
-def _mlp(first: Any, second: Any) -> MLPSubmodules:
+def _mlp(mlp: Mlp, first: Any, second: Any) -> MLPSubmodules:
     # the activation is built where `use_te_activation_func` says so, see transformer_config.py
-    return MLPSubmodules(linear_fc1=first, linear_fc2=second, activation_func=swiglu)
+    return MLPSubmodules(linear_fc1=first, linear_fc2=second, activation_func=gated(mlp))
 
 
-def _experts(config: TransformerConfig, modules: LayerModules, balance: LoadBalance) -> MoESubmodules:
+def _experts(
+    of: Experts, config: TransformerConfig, modules: LayerModules, balance: LoadBalance | None
+) -> MoESubmodules:
     """The router and the experts: in one grouped kernel, or one by one, which are always megatron-core's own."""
-    experts = ModuleSpec(module=SequentialMLP, submodules=_mlp(ColumnParallelLinear, RowParallelLinear))
+    assert balance is not None
+    experts = ModuleSpec(module=SequentialMLP, submodules=_mlp(of.mlp, ColumnParallelLinear, ExpertRow))
     if config.moe_grouped_gemm:
         linears = MLPSubmodules(linear_fc1=modules.grouped_column, linear_fc2=modules.grouped_row)
         experts = ModuleSpec(module=TEGroupedMLP, submodules=linears)
     return MoESubmodules(
         router=functools.partial(PackRouter, balance=balance),
         experts=experts,
-        shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=_mlp(modules.column, modules.row)),
+        shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=_mlp(of.mlp, modules.column, modules.row)),
     )

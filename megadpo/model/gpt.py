@@ -19,7 +19,7 @@ from megadpo.data.batches.pack import PackedBatch
 from megadpo.model.attention import PackContext, once
 from megadpo.model.context import sum_over_context
 from megadpo.model.decoder import LayerModules, block_spec
-from megadpo.model.heads import LogpsHead, sum_per_answer
+from megadpo.model.heads import LogpsHead, log_sum_squares, sum_per_answer
 from megadpo.model.kernels import AttentionKernel
 from megadpo.model.moe import plan_routing
 from megadpo.model.moe_balance import LoadBalance
@@ -75,10 +75,16 @@ class PairModel(GPTModel):
         self.logprob_chunk_tokens = parts.logprob_chunk_tokens
         self.comes_last = not parts.frozen and chunk == parallel.grid.virtual_pipeline - 1
         """No other chunk of this rank runs on a micro-batch after this one."""
+        self.gives_likeness = False
+        """Whether to give each answer's likeness to what the model would sample itself, for dpo.use_weighting."""
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """T tokens -> hidden states [T, 1, h] for the next stage ([T/tp, 1, h] under sequence parallelism), or, on
         the last stage, logps [K] float32 of the batch's answers.
+
+        With the batch's `token_weights` or `gives_likeness` logps are [K, 2] or [K, 3] instead: the weighted sum first
+        (with token_weights), then the sum over all tokens, then (with gives_likeness, without gradient) the sum of
+        log p(token) - log sum_v p(v)^2.
 
         Under context parallelism `batch` is this rank's part, T counts its tokens, and logps are of the whole answers.
         Collectives: megatron-core's over the tensor-parallel group and, for experts, theirs; with context parallelism
@@ -89,7 +95,10 @@ class PairModel(GPTModel):
         if self.pre_process:
             hidden = self.embedding(batch.tokens[None], None)
             if self.arch.embedding_multiplier != 1.0:
-                hidden = hidden * self.arch.embedding_multiplier
+                multiplier = self.arch.embedding_multiplier
+                if self.arch.embedding_multiplier_rounded:
+                    multiplier = torch.tensor(multiplier, dtype=hidden.dtype).item()
+                hidden = hidden * multiplier
         if hidden is not None and self.training and self.config.recompute_granularity is not None:
             # Recomputation asks its input, not its weights, whether a gradient is wanted; frozen embeddings want none.
             hidden.requires_grad_()
@@ -100,8 +109,9 @@ class PairModel(GPTModel):
         """What all layers need of `batch`."""
         dtype, kernel = self.config.params_dtype, self.kernel
 
-        def plan() -> Any:
-            return kernel.plan(batch.segments, batch.tokens.device, dtype)
+        def plan(window: int | None) -> Any:
+            device = batch.tokens.device
+            return once(batch, (kernel.name, dtype, window), lambda: kernel.plan(batch.segments, device, dtype, window))
 
         def rotation(table: RotaryTable) -> Rotation:
             return once(batch, (table.key, dtype), lambda: table(batch.positions, dtype))
@@ -110,7 +120,7 @@ class PairModel(GPTModel):
             qkv_format="thd",
             rotations={rotary: rotation(table) for rotary, table in self.rotaries.items()},
             kernel=kernel,
-            plans={window: once(batch, (kernel.name, dtype, window), plan) for window in self.windows},
+            plans={window: plan(window) for window in self.windows},
         )
         if self.comes_last:
             batch.made.clear()  # nobody comes for it any more; backward passes keep what they need
@@ -143,8 +153,16 @@ class PairModel(GPTModel):
             vocab_start=group.rank() * weight.shape[0],
             group=group,
             chunk_tokens=self.logprob_chunk_tokens,
+            softcap=self.arch.logit_softcap,
         )
-        logps = sum_per_answer(token_logps, batch.predicted_tokens)
+        summed = [token_logps]
+        if batch.token_weights is not None:
+            summed.insert(0, token_logps * batch.token_weights)
+        if self.gives_likeness:
+            spread = log_sum_squares(predicting, weight, group=group, chunk_tokens=self.logprob_chunk_tokens)
+            summed.append(token_logps.detach() - spread)
+        sums = [sum_per_answer(one, batch.predicted_tokens) for one in summed]
+        logps = sums[0] if len(sums) == 1 else torch.stack(sums, dim=1)
         return logps if batch.part is None else sum_over_context(logps, self.pg_collection.cp)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
+from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection, topk_routing_with_score_function
@@ -97,6 +98,15 @@ class PackRouter(TopKRouter):
                 group=self.tp_cp_group,
             )
         return probs, chosen & routing.real[:, None]
+
+
+class ExpertRow(RowParallelLinear):
+    """An expert's second projection. Dispatchers reduce over ranks. megatron-core leaves it to them where there are several;
+    one rank's reduction gives back its input as it is, to which no bias can be added in place."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.explicit_expert_comm = True
 
 
 class PackMoELayer(MoELayer):

@@ -5,6 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
@@ -33,7 +38,8 @@ class _RmsNorm(torch.autograd.Function):
 
 
 class RMSNorm(torch.nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019, eq. 4).
+    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019, eq. 4); with
+    `layernorm_zero_centered_gamma` times 1 + weight, a sum in float32.
 
     megatron-core's own WrappedTorchNorm refuses sequence parallelism; here the weight is marked instead, so that
     `finalize_model_grads` sums its gradient over the tensor-parallel ranks, each of which sees only its own tokens.
@@ -42,16 +48,49 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
+        self.centre = 1.0 if config.layernorm_zero_centered_gamma else 0.0
+        device = torch.cuda.current_device()
         self.weight = torch.nn.Parameter(
-            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+            torch.full((hidden_size,), 1.0 - self.centre, dtype=config.params_dtype, device=device)
         )
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., hidden] -> the same shape and dtype; the mean is taken in float32 for half types."""
-        if x.is_cuda:
-            return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)  # one fused kernel
-        return _RmsNorm.apply(x, self.weight, self.eps)
+        weight: torch.Tensor = self.weight
+        if self.centre:
+            weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.centre
+        if x.is_cuda:  # one fused kernel, which wants one dtype
+            return F.rms_norm(x.to(weight.dtype), (x.shape[-1],), weight, self.eps).to(x.dtype)
+        return _RmsNorm.apply(x, weight, self.eps)
+
+
+def norm_of_all_heads(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    query_weight: torch.Tensor,
+    key_weight: torch.Tensor,
+    eps: float,
+    group: dist.ProcessGroup,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """RMSNorm of a token's queries of all heads together, and of its keys; the mean square is over every rank's heads.
+
+    query [T, H, D] and key [T, G, D] of this rank's heads; weights of all heads. Every rank keeps whole weights, of which it
+    uses its heads' part: by their names megatron-core sums the gradients over the ranks. With more ranks than key heads
+    several ranks have the same one. Collectives: an all-reduce of [T, 2] over `group`, forward and backward.
+    """
+    both, weights, ranks = (query, key), (query_weight, key_weight), group.size()
+    wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in both]
+    squares = torch.stack([x.square().sum(dim=(1, 2)) for x in wide], dim=-1)
+    if ranks > 1:  # every rank uses the sum, so its gradient is summed as well
+        squares = copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(squares))
+    normed = []
+    for x, square, weight in zip(wide, squares.unbind(-1), weights, strict=True):
+        of_heads = weight.view(-1, *x.shape[1:])
+        copies = ranks // of_heads.shape[0]
+        scale = (square / (copies * weight.numel()) + eps).rsqrt()
+        normed.append(x * scale[:, None, None] * of_heads[group.rank() // copies])
+    return normed[0].to(query.dtype), normed[1].to(key.dtype)
 
 
 class ResidualAdd(torch.nn.Module):

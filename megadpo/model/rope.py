@@ -18,7 +18,8 @@ def inverse_frequencies(rotary: Rotary) -> tuple[torch.Tensor, float]:
     """theta_i of the rotation by position x theta_i, [dims/2] float32 on the CPU, and the factor on cos and sin.
 
     RoFormer (arXiv 2104.09864) eq. 15 for plain RoPE; position interpolation (arXiv 2306.15595) for 'linear';
-    Llama 3.1's frequency-dependent interpolation for 'llama3'; YaRN (arXiv 2309.00071) eq. 17-23 for 'yarn'.
+    Llama 3.1's frequency-dependent interpolation for 'llama3'; YaRN (arXiv 2309.00071) eq. 17-23 for 'yarn';
+    LongRoPE (arXiv 2402.13753) for 'longrope'.
     """
     exponent = torch.arange(0, rotary.dims, 2, dtype=torch.int64).float() / rotary.dims
     plain = 1.0 / (rotary.theta**exponent)
@@ -29,6 +30,9 @@ def inverse_frequencies(rotary: Rotary) -> tuple[torch.Tensor, float]:
         return plain / scaling.factor, scaling.attention_factor
     if scaling.rope_type == "llama3":
         return _llama3(plain, scaling), scaling.attention_factor
+    if scaling.rope_type == "longrope":
+        short = torch.tensor(scaling.short_factor, dtype=torch.float32)
+        return 1.0 / (short * rotary.theta**exponent), scaling.attention_factor
     return _yarn(plain, rotary, scaling), scaling.attention_factor
 
 

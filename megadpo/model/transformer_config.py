@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
+from megatron.core.activations import quick_gelu
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
@@ -38,10 +40,11 @@ def transformer_config(
         kv_channels=attention.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=arch.norms.eps,
+        layernorm_zero_centered_gamma=arch.norms.zero_centred,
         qk_layernorm=attention.qk_norm != "none",
         gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
+        **_activation(arch, fused=megatron.bias_activation_fusion, on_cuda=device.type == "cuda"),
+        add_bias_linear=attention.output_bias,
         add_qkv_bias=attention.qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -58,9 +61,6 @@ def transformer_config(
         # Of megatron-core's own linear layers; Transformer Engine's fuse without apex (model/layers/).
         gradient_accumulation_fusion=has_apex_kernel(known) and megatron.gradient_accumulation_fusion is not False,
         **_float8(policy),
-        # megatron-core's fused SwiGLU is compiled for GPUs; on CPUs the spec brings its own (model/decoder.py)
-        bias_activation_fusion=megatron.bias_activation_fusion and device.type == "cuda",
-        use_te_activation_func=megatron.bias_activation_fusion and device.type != "cuda",
         masked_softmax_fusion=False,  # attention is ours
         # The loss is a sum over pairs already divided by the global batch: megatron-core must not divide again by
         # micro-batches or data-parallel ranks. See train/step.py.
@@ -72,6 +72,28 @@ def transformer_config(
         # them to one length around the experts.
         config.moe_token_dispatcher_type = megatron.moe_token_dispatcher_type
     return config
+
+
+def _activation(arch: Architecture, *, fused: bool, on_cuda: bool) -> dict[str, Any]:
+    """Of gated MLPs. megatron-core's fused kernels are compiled for GPUs; on CPUs the spec brings its own
+    (model/activation.py), and what is said here is not used, but checked. megatron-core knows its kernels by the gate's
+    function: F.gelu stands for the form with tanh there (fused_bias_geglu.py)."""
+    mlp = arch.mlp if arch.experts is None else arch.experts.mlp
+    assert mlp is not None
+    options: dict[str, Any] = {
+        "bias_activation_fusion": fused and on_cuda,
+        "use_te_activation_func": fused and not on_cuda,
+        "activation_func": F.silu,
+    }
+    if mlp.activation == "gelu_tanh":
+        options["activation_func"] = F.gelu if fused else functools.partial(F.gelu, approximate="tanh")
+    if mlp.activation == "clamped" and not options["use_te_activation_func"]:
+        options |= {
+            "activation_func": quick_gelu,
+            "activation_func_clamp_value": mlp.limit,
+            "glu_linear_offset": 1.0,
+        }
+    return options
 
 
 def _dense_ffn_size(arch: Architecture) -> int:

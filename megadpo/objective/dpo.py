@@ -43,12 +43,19 @@ def dpo_loss(
     chosen_tokens: Tensor,
     rejected_tokens: Tensor,
     cfg: DpoConfig,
+    *,
+    whole_logps: tuple[Tensor, Tensor] | None = None,
+    pair_weights: Tensor | None = None,
 ) -> LossOutput:
     """The loss of P pairs and its metrics. Runs no collectives and does not synchronise with the host.
 
-    All tensors are [P]. `*_logps` are sums of log-probabilities over the answer's tokens; `*_tokens` count those tokens
-    (at least 1; read only where a per-token mean is configured). The dtype is the widest of the inputs', at least fp32.
-    P = 0 gives zero sums that still have a (zero) gradient, so a rank without pairs can run backward.
+    All tensors are [P]. `*_logps` are sums of log-probabilities over the answer's tokens; `*_tokens` count those tokens.
+    The dtype is the widest of the inputs', at least fp32. P = 0 gives zero sums that still have a (zero) gradient, so a
+    rank without pairs can run backward.
+
+    whole_logps: the policy's sums over all tokens of both answers, for the SFT loss and the logged logps, where `*_logps`
+    weigh some tokens less (`ld_alpha`). pair_weights: each pair's preference loss is multiplied by this, which gets no
+    gradient (`use_weighting`).
 
     The reference may be None only with `preference_loss_weight: 0` or a loss that reads none. It gets no gradient.
 
@@ -60,43 +67,55 @@ def dpo_loss(
     Raises ValueError for a shape other than [P], or if the loss needs a reference and there is none.
     """
     logps = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
-    _check_shapes(*logps, chosen_tokens, rejected_tokens)
+    whole = whole_logps or (policy_chosen_logps, policy_rejected_logps)
+    _check_shapes(*logps, chosen_tokens, rejected_tokens, *whole, pair_weights)
     dtype = _compute_dtype(*logps)
-    policy_chosen, policy_rejected = policy_chosen_logps.to(dtype), policy_rejected_logps.to(dtype)
-    chosen_tokens, rejected_tokens = chosen_tokens.to(dtype), rejected_tokens.to(dtype)
-    chosen_divisor, rejected_divisor = (chosen_tokens, rejected_tokens) if cfg.preference_average_log_probs else (1, 1)
-    scores = PairScores(
-        policy_chosen / chosen_divisor,
-        policy_rejected / rejected_divisor,
-        None if reference_chosen_logps is None else reference_chosen_logps.detach().to(dtype) / chosen_divisor,
-        None if reference_rejected_logps is None else reference_rejected_logps.detach().to(dtype) / rejected_divisor,
-    )
+    policy = policy_chosen_logps.to(dtype), policy_rejected_logps.to(dtype)
+    tokens = chosen_tokens.to(dtype), rejected_tokens.to(dtype)
+    scores = _pair_scores(policy, (reference_chosen_logps, reference_rejected_logps), tokens, cfg)
+    whole_chosen, whole_rejected = (one.to(dtype) for one in whole)
 
     # A part with weight 0 is not added at all, because 0 x inf is nan.
     # The empty sums keep a gradient path if P = 0, or if no part reads the rejected answers.
-    loss_sum = policy_chosen[:0].sum() + policy_rejected[:0].sum()
+    loss_sum = policy[0][:0].sum() + policy[1][:0].sum()
     metrics: dict[str, Tensor] = {}
 
-    preference = _preference_losses(scores, cfg)
+    preference = _preference_losses(scores, cfg, pair_weights)
     if preference is not None:
         if cfg.preference_loss_weight != 0:
             loss_sum = loss_sum + cfg.preference_loss_weight * preference.sum()
         metrics["preference_loss"] = preference.sum()
 
-    sft = _sft_losses(policy_chosen, chosen_tokens, cfg)
+    sft = _sft_losses(whole_chosen, tokens[0], cfg)
     if cfg.sft_loss_weight != 0:
         loss_sum = loss_sum + cfg.sft_loss_weight * sft.sum()
     metrics["sft_loss"] = sft.sum()
 
     metrics |= _reward_sums(scores, cfg)
-    metrics |= {"logps/chosen": policy_chosen.sum(), "logps/rejected": policy_rejected.sum()}
-    num_pairs = float(policy_chosen.shape[0])
-    sums = {"loss": loss_sum, **metrics}
+    metrics |= {"logps/chosen": whole_chosen.sum(), "logps/rejected": whole_rejected.sum()}
+    sums, num_pairs = {"loss": loss_sum, **metrics}, float(len(whole_chosen))
     return LossOutput(loss_sum, {name: (value.detach(), num_pairs) for name, value in sums.items()})
 
 
-def _preference_losses(scores: PairScores, cfg: DpoConfig) -> Tensor | None:
-    """[P] losses of `cfg.loss_type`. None if the loss needs a reference and there is none; its weight must then be 0."""
+def _pair_scores(
+    policy: tuple[Tensor, Tensor],
+    reference: tuple[Tensor | None, Tensor | None],
+    tokens: tuple[Tensor, Tensor],
+    cfg: DpoConfig,
+) -> PairScores:
+    """Chosen and rejected each: the policy's sums, the reference's, and tokens, all but the reference's in one dtype."""
+    divisors = tokens if cfg.preference_average_log_probs else (torch.ones_like(tokens[0]),) * 2
+    chosen, rejected = (logps / divisor for logps, divisor in zip(policy, divisors, strict=True))
+    reference_chosen, reference_rejected = (
+        None if logps is None else logps.detach().to(chosen.dtype) / divisor
+        for logps, divisor in zip(reference, divisors, strict=True)
+    )
+    return PairScores(chosen, rejected, reference_chosen, reference_rejected, *tokens)
+
+
+def _preference_losses(scores: PairScores, cfg: DpoConfig, pair_weights: Tensor | None) -> Tensor | None:
+    """[P] losses of `cfg.loss_type`, times the weights. None if the loss needs a reference and there is none; its weight must
+    then be 0."""
     if cfg.loss.reads_reference and scores.reference_chosen_logps is None:
         if cfg.preference_loss_weight != 0:
             raise ValueError(
@@ -105,7 +124,8 @@ def _preference_losses(scores: PairScores, cfg: DpoConfig) -> Tensor | None:
             )
         return None
     loss: Loss = cfg.loss
-    return loss.pair_losses(scores, cfg.reference_policy_kl_penalty)
+    losses = loss.pair_losses(scores, cfg.reference_policy_kl_penalty)
+    return losses if pair_weights is None else losses * pair_weights.detach().to(losses.dtype)
 
 
 def _sft_losses(policy_chosen_logps: Tensor, chosen_tokens: Tensor, cfg: DpoConfig) -> Tensor:

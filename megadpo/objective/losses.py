@@ -14,14 +14,15 @@ beta is `dpo.reference_policy_kl_penalty`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from megadpo.config.known import Known
 from megadpo.config.problems import Problem
 from megadpo.config.types import FloatOrZero, Range
 from megadpo.config.variants import LOSSES, Lazy
+from megadpo.objective.loss import DivergenceLoss, Loss, PairScores, SmoothedLoss
 
 if TYPE_CHECKING:
     import torch
@@ -29,108 +30,6 @@ if TYPE_CHECKING:
     from torch.nn import functional
 else:  # a config is checked without torch
     torch, functional = Lazy("torch"), Lazy("torch.nn.functional")
-
-MAX_EXPONENT = 80.0
-"""Exponents are clamped to this. exp(89) is infinite in float32, and infinity minus infinity is NaN."""
-
-
-@dataclass(frozen=True)
-class PairScores:
-    """The inputs of a preference loss. Every field is [P], fp32 or fp64, one entry per pair.
-
-    The log-probabilities are sums over the answer's tokens, or means over them under
-    `dpo.preference_average_log_probs`. The reference fields carry no gradient and are None without a reference.
-    """
-
-    policy_chosen_logps: Tensor
-    policy_rejected_logps: Tensor
-    reference_chosen_logps: Tensor | None
-    reference_rejected_logps: Tensor | None
-
-    @property
-    def chosen_logratios(self) -> Tensor:
-        """[P] log pi(chosen) - log pi_ref(chosen). Raises ValueError without a reference."""
-        return self.policy_chosen_logps - _require_reference(self.reference_chosen_logps)
-
-    @property
-    def rejected_logratios(self) -> Tensor:
-        """[P] log pi(rejected) - log pi_ref(rejected). Raises ValueError without a reference."""
-        return self.policy_rejected_logps - _require_reference(self.reference_rejected_logps)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loss:
-    """Base of the losses."""
-
-    reads_reference: ClassVar[bool] = True
-    """Whether it uses the reference's log-probabilities."""
-    needs_average: ClassVar[bool] = False
-    """Whether it is defined only on means over an answer's tokens."""
-
-    def pair_losses(self, scores: PairScores, beta: float) -> Tensor:
-        """[P] losses of P pairs, with gradient. No collectives."""
-        raise NotImplementedError
-
-    def problems(self, known: Known) -> Iterator[Problem]:
-        """What is wrong between this loss and the rest of the config."""
-        dpo = known.cfg.dpo
-        if not self.reads_reference and dpo.reference.mode != "none":
-            expected = f"none: dpo.loss_type {dpo.loss_type} reads no reference, which would only cost memory and time"
-            yield Problem("dpo.reference.mode", dpo.reference.mode, expected, "set dpo.reference.mode: none")
-        if self.needs_average and not dpo.preference_average_log_probs:
-            expected = f"true: dpo.loss_type {dpo.loss_type} is defined on means over an answer's tokens"
-            yield Problem("dpo.preference_average_log_probs", False, expected, "set it to true")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SmoothedLoss(Loss):
-    """Base of the losses with label smoothing."""
-
-    label_smoothing: Annotated[float, Range(ge=0, lt=0.5)] = 0.0
-    """Share of pairs that are assumed to have chosen and rejected swapped."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DivergenceLoss(Loss):
-    """Base of the losses that let the config choose a divergence."""
-
-    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
-    """The divergence that keeps the policy near the reference. DPO's is reverse_kl."""
-    f_alpha_divergence_coef: float = 0.5
-    """For alpha_divergence: the coefficient a of ((pi / pi_ref)^(a - 1) - 1) / (a - 1). Not 1: that is reverse_kl."""
-
-    def scores(self, pairs: PairScores) -> tuple[Tensor, Tensor]:
-        """[P] f'(pi / pi_ref) of both answers, for the f of `f_divergence_type`. For reverse_kl: the log-ratios, as in
-        DPO. Source: Wang et al. 2023, https://arxiv.org/abs/2309.16240; alpha_divergence has TRL's form, where the
-        coefficient is 1 minus the paper's alpha."""
-        pair = pairs.chosen_logratios, pairs.rejected_logratios
-        match self.f_divergence_type:
-            case "reverse_kl":
-                return pair
-            case "forward_kl":
-                chosen, rejected = (-torch.expm1((-r).clamp(max=MAX_EXPONENT)) for r in pair)
-            case "js_divergence":
-                chosen, rejected = (math.log(2) + functional.logsigmoid(r) for r in pair)
-            case "alpha_divergence":
-                power = self.f_alpha_divergence_coef - 1
-                chosen, rejected = (torch.expm1((power * r).clamp(max=MAX_EXPONENT)) / power for r in pair)
-        return chosen, rejected
-
-    def margins(self, pairs: PairScores, beta: float) -> Tensor:
-        """[P] beta (s_w - s_l)."""
-        chosen, rejected = self.scores(pairs)
-        return beta * (chosen - rejected)
-
-    def problems(self, known: Known) -> Iterator[Problem]:
-        yield from super().problems(known)
-        where, coefficient = "dpo.f_alpha_divergence_coef", self.f_alpha_divergence_coef
-        if self.f_divergence_type == "alpha_divergence":
-            if coefficient == 1:
-                fix = "set dpo.f_divergence_type: reverse_kl, or another coefficient"
-                yield Problem(where, coefficient, "a number other than 1, which would be reverse_kl", fix)
-        elif coefficient != DivergenceLoss.f_alpha_divergence_coef:
-            fix = "remove it, or set dpo.f_divergence_type: alpha_divergence"
-            yield Problem(where, coefficient, "not set: only dpo.f_divergence_type alpha_divergence reads it", fix)
 
 
 @LOSSES.add("sigmoid")
@@ -146,6 +45,23 @@ class Sigmoid(SmoothedLoss, DivergenceLoss):
 
     def pair_losses(self, scores: PairScores, beta: float) -> Tensor:
         return _smoothed(self.margins(scores, beta), self.label_smoothing)
+
+
+@LOSSES.add("sigmoid_norm")
+@dataclass(frozen=True, kw_only=True)
+class SigmoidNorm(DivergenceLoss):
+    """-log sigmoid(beta (s_w / T_w - s_l / T_l)), [P]: T is the number of an answer's tokens. Rewards stay sums.
+    Source: TRL's loss_type of this name; length-normalised DPO: Lambert et al. 2024, https://arxiv.org/abs/2411.15124."""
+
+    def pair_losses(self, scores: PairScores, beta: float) -> Tensor:
+        chosen, rejected = self.scores(scores)
+        return -functional.logsigmoid(beta * (chosen / scores.chosen_tokens - rejected / scores.rejected_tokens))
+
+    def problems(self, known: Known) -> Iterator[Problem]:
+        yield from super().problems(known)
+        if known.cfg.dpo.preference_average_log_probs:
+            expected = "false: dpo.loss_type sigmoid_norm divides by the tokens itself"
+            yield Problem("dpo.preference_average_log_probs", True, expected, "set it to false, or loss_type: sigmoid")
 
 
 @LOSSES.add("hinge")
@@ -323,6 +239,58 @@ class Orpo(Loss):
         return -functional.logsigmoid(_log_odds(scores.policy_chosen_logps) - _log_odds(scores.policy_rejected_logps))
 
 
+@LOSSES.add("weighted")
+@dataclass(frozen=True, kw_only=True)
+class Weighted(Loss):
+    """Other losses, each times its weight of `loss_weights`, added up, [P]; so are TRL's lists `loss_type: [sigmoid,
+    bco_pair]` and `loss_weights: [0.8, 0.2]`. Source: mixed preference optimisation, Wang et al. 2024,
+    https://arxiv.org/abs/2411.10442."""
+
+    loss_weights: dict[str, FloatOrZero] | None = None
+    """weighted: {loss_type: weight}, e.g. {sigmoid: 0.8, bco_pair: 0.2}. The options are those of all of them."""
+
+    def made_of(self, options: Mapping[str, Any]) -> WeightedSum:
+        """The losses that it names, with their `options`; names that are no loss are left to `problems`."""
+        weights = self.loss_weights or {}
+        parts = {name: LOSSES.configured(name, options) for name in weights if name in LOSSES and name != "weighted"}
+        return WeightedSum(loss_weights=self.loss_weights, parts=parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedSum(Weighted):
+    """`Weighted` with its losses."""
+
+    parts: Mapping[str, Loss]
+
+    def __getattr__(self, name: str) -> Any:
+        """An option of one of the losses."""
+        for part in self.__dict__.get("parts", {}).values():
+            if hasattr(part, name):
+                return getattr(part, name)
+        raise AttributeError(name)
+
+    @property
+    def reads_reference(self) -> bool:  # type: ignore[override]
+        return any(part.reads_reference for part in self.parts.values())
+
+    def pair_losses(self, scores: PairScores, beta: float) -> Tensor:
+        weights = self.loss_weights or {}
+        return torch.stack([weights[name] * one.pair_losses(scores, beta) for name, one in self.parts.items()]).sum(0)
+
+    def problems(self, known: Known) -> Iterator[Problem]:
+        others = [name for name in LOSSES.names() if name != "weighted"]
+        unknown = [name for name in self.loss_weights or {} if name not in others]
+        if unknown or not self.loss_weights:
+            expected = f"names and weights of losses: {', '.join(others)}"
+            yield Problem(
+                "dpo.loss_weights", ", ".join(unknown) or None, expected, "for example {sigmoid: 0.8, bco_pair: 0.2}"
+            )
+        for part in self.parts.values():
+            for problem in part.problems(known):
+                if not (self.reads_reference and problem.where == "dpo.reference.mode"):  # another one reads it
+                    yield problem
+
+
 def _rewards(scores: PairScores, beta: float) -> tuple[Tensor, Tensor]:
     """[P] beta r_w and beta r_l."""
     return beta * scores.chosen_logratios, beta * scores.rejected_logratios
@@ -339,9 +307,3 @@ def _log_odds(logps: Tensor) -> Tensor:
     """[P] log(p / (1 - p)) from log p. p = 1 counts as the largest p below 1, because the result would be infinite."""
     logps = logps.clamp(max=-torch.finfo(logps.dtype).eps)
     return logps - torch.log(-torch.expm1(logps))
-
-
-def _require_reference(reference_logps: Tensor | None) -> Tensor:
-    if reference_logps is None:
-        raise ValueError("this loss needs the reference's log-probabilities, but there is no reference")
-    return reference_logps

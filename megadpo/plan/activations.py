@@ -83,7 +83,7 @@ class Estimate:
         attention = numbers * width + 4 * tokens * one.num_heads
         norms = (6 if self.arch.norms.placement == "sandwich" else 4) * self.stream
         norms += 8 * self.stream // (self.arch.hidden_size * width)
-        if one.qk_norm == "head":
+        if one.qk_norm != "none":
             norms += tokens * (one.num_heads + one.num_kv_heads) * (one.head_dim * width + 4) // self.tp
         return norms + attention // self.tp
 

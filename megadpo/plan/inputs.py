@@ -8,7 +8,8 @@ from megadpo.config.architecture import Architecture
 from megadpo.config.data_source import parse_source
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
-from megadpo.plan.packs import Lengths, stated_lengths
+from megadpo.data.batches.groups import PairGroups
+from megadpo.plan.packs import stated_pairs
 from megadpo.train.inputs import TRAIN, open_models, open_run_inputs
 
 
@@ -18,29 +19,29 @@ def architectures(cfg: Config) -> tuple[Architecture, Architecture | None]:
     return models.arch, models.reference_arch if cfg.dpo.reference.mode == "resident" else None
 
 
-def choose_lengths(cfg: Config, stated: str | None) -> tuple[Lengths, str]:
-    """int64 [N, 3] tokens of prompt, chosen and rejected, and where they are from.
+def choose_pairs(cfg: Config, stated: str | None) -> tuple[PairGroups, str]:
+    """The lengths of the pairs in the order of the first epoch, with what they share, and where they are from.
 
-    `stated` ("512,256,256") goes before the data; without either, every pair is as long as the config allows. Raises
-    UserError for text that states no lengths, and for data that exists but can't be read.
+    `stated` ("512,256,256": prompt and answers) goes before the data; without either, every pair is as long as the config
+    allows. Raises UserError for text that states no lengths, and for data that exists but can't be read.
     """
     if stated is not None:
-        return stated_lengths(cfg, _parse(stated))
+        return stated_pairs(cfg, _parse(stated))
     if not Path(parse_source(cfg.data.train_data_path).path).exists():  # a hub name would be downloaded
-        return stated_lengths(cfg, None)
+        return stated_pairs(cfg, None)
     return _read(cfg)
 
 
-def _parse(stated: str) -> tuple[int, int, int]:
+def _parse(stated: str) -> list[int]:
     parts = stated.split(",")
-    if len(parts) != 3 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+    if len(parts) < 3 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
         fix = "for example --lengths 512,256,256"
-        raise ConfigError(Problem("--lengths", stated, "three whole numbers above 0: prompt,chosen,rejected", fix))
-    prompt, chosen, rejected = (int(part) for part in parts)
-    return prompt, chosen, rejected
+        expected = "three whole numbers above 0: prompt,chosen,rejected (or further answers to the same prompt)"
+        raise ConfigError(Problem("--lengths", stated, expected, fix))
+    return [int(part) for part in parts]
 
 
-def _read(cfg: Config) -> tuple[Lengths, str]:
+def _read(cfg: Config) -> tuple[PairGroups, str]:
     """Tokenise the training file as training does, and put the pairs into the order of its first epoch."""
     try:
         loader = open_run_inputs(cfg, sets=[TRAIN], weights=False).train_loader
@@ -48,5 +49,7 @@ def _read(cfg: Config) -> tuple[Lengths, str]:
         fix = "state the lengths with --lengths PROMPT,CHOSEN,REJECTED"
         told = [Problem(one.where, one.value, one.expected, f"{one.fix}; or {fix}") for one in error.problems]
         raise ConfigError(told) from error
-    pairs = loader.dataset
-    return pairs.text_tokens()[loader.order(0)], f"from {pairs.report.path}, {len(pairs)} pairs"
+    dataset = loader.dataset
+    pairs = loader.groups or PairGroups.alone(dataset.text_tokens())
+    prompts = f" of {pairs.num_prompts} prompts" if loader.groups else ""
+    return pairs.at(loader.order(0)), f"from {dataset.report.path}, {len(pairs)} pairs{prompts}"

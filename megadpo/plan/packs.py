@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +14,13 @@ from megadpo.config.architecture import Architecture
 from megadpo.config.check import micro_batch_multiple
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
-from megadpo.data.batches.deal import deal_batch
+from megadpo.data.batches.deal import Deal, deal_batch
+from megadpo.data.batches.groups import PairGroups, deal_groups
 from megadpo.data.batches.work import WorkModel, query_keys
 
 Lengths = npt.NDArray[np.int64]
-"""int64 [N, 3]: tokens of prompt, chosen and rejected of each pair."""
+"""int64 [N, 1 + K]: tokens of a prompt and of its answers; 0 where it has fewer than K. A pair that shares nothing has two
+answers, chosen and rejected."""
 
 MOST_BATCHES = 8
 """Global batches looked at; an epoch's batches are alike, being drawn at random."""
@@ -37,9 +40,8 @@ class Pack:
     def of(cls, cfg: Config, lengths: Lengths) -> Pack:
         """Of pairs of these lengths, without padding."""
         shared = shares_prompt(cfg)
-        prompt, chosen, rejected = (int(total) for total in lengths.sum(axis=0))
-        tokens = (1 if shared else 2) * prompt + chosen + rejected
-        return cls(tokens, chosen + rejected, lengths, shared)
+        tokens = int(packed_lengths(lengths, share_prompt=shared).sum())
+        return cls(tokens, int(lengths[:, 1:].sum()), lengths, shared)
 
     def query_keys(self, window: int | None = None) -> int:
         """(query, key) pairs that attention computes in a layer of that window."""
@@ -49,7 +51,7 @@ class Pack:
         """Keys of all segments: a shared prompt's count once for itself and, as far as the window reaches back, once for
         each answer."""
         prompts = self.lengths[:, 0] if window is None else np.minimum(self.lengths[:, 0], window - 1)
-        return self.tokens + (2 * int(prompts.sum()) if self.shared else 0)
+        return self.tokens + (int((_num_answers(self.lengths) * prompts).sum()) if self.shared else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,47 +78,94 @@ def shares_prompt(cfg: Config) -> bool:
     return cfg.policy.sequence_packing.enabled and cfg.policy.sequence_packing.share_prompt
 
 
+def groups_prompts(cfg: Config) -> bool:
+    """Pairs with one prompt share it, and the answers that are in several of them (data/batches/loader.py)."""
+    return shares_prompt(cfg) and cfg.data.group_prompts
+
+
 def packed_lengths(lengths: Lengths, *, share_prompt: bool) -> npt.NDArray[np.int64]:
-    """int64 [N]: tokens that each pair takes in a pack."""
-    return lengths @ np.array([1 if share_prompt else 2, 1, 1], dtype=np.int64)
+    """int64 [N]: tokens that each prompt and its answers take in a pack."""
+    copies = 1 if share_prompt else _num_answers(lengths)
+    tokens: npt.NDArray[np.int64] = copies * lengths[:, 0] + lengths[:, 1:].sum(axis=1)
+    return tokens
 
 
-def workload(cfg: Config, arch: Architecture, lengths: Lengths, said: str, *, dp: int) -> Workload:
-    """The first global batches, in the order of `lengths`, dealt out as in training.
+def _num_answers(lengths: Lengths) -> npt.NDArray[np.int64]:
+    number: npt.NDArray[np.int64] = (lengths[:, 1:] > 0).sum(axis=1)
+    return number
+
+
+def pairs_alone(pairs: PairGroups) -> Lengths:
+    """int64 [N, 3]: prompt, chosen and rejected of each pair."""
+    return np.concatenate([pairs.prompt_tokens[:, None], pairs.answer_tokens], axis=1)
+
+
+def texts(cfg: Config, pairs: PairGroups) -> Lengths:
+    """What packs compute for `pairs`: prompts with all of their answers where these are grouped, else each pair."""
+    if not groups_prompts(cfg):
+        return pairs_alone(pairs)
+    _, labels = np.unique(pairs.prompts, return_inverse=True)
+    return pairs.text_tokens(labels)
+
+
+def workload(cfg: Config, arch: Architecture, pairs: PairGroups, said: str, *, dp: int) -> Workload:
+    """The first global batches, in the order of `pairs`, dealt out as in training.
 
     Raises ConfigError where there is not one global batch, or a pair is longer than the pack.
     """
     size, packing = cfg.policy.train_global_batch_size, cfg.policy.sequence_packing
-    if len(lengths) < size:
+    if len(pairs) < size:
         fix = "lower policy.train_global_batch_size, or add pairs"
-        raise ConfigError(Problem("data.train_data_path", f"{len(lengths)} pairs", f"one global batch of {size}", fix))
-    shared = shares_prompt(cfg)
-    tokens, work = (
-        packed_lengths(lengths, share_prompt=shared),
-        WorkModel.of(arch).pair_work(lengths, share_prompt=shared),
-    )
-    budget = pack_tokens(cfg) if packing.enabled else None
-    if budget is not None and tokens.max() > budget:
+        raise ConfigError(Problem("data.train_data_path", f"{len(pairs)} pairs", f"one global batch of {size}", fix))
+    tokens = packed_lengths(pairs_alone(pairs), share_prompt=shares_prompt(cfg))
+    if packing.enabled and tokens.max() > pack_tokens(cfg):
         fix = f"raise it to {tokens.max()} or more, or shorten the pairs"
         where = "policy.sequence_packing.train_mb_tokens"
         raise ConfigError(Problem(where, packing.train_mb_tokens, f"room for a pair of {tokens.max()} tokens", fix))
-    multiple, batches = cfg.policy.make_sequence_length_divisible_by, min(len(lengths) // size, MOST_BATCHES)
+    multiple, batches = cfg.policy.make_sequence_length_divisible_by, min(len(pairs) // size, MOST_BATCHES)
     padded = most = 0
+    packs: list[Lengths] = []
     for start in range(0, batches * size, size):
-        ranks = deal_batch(
-            tokens[start : start + size],
-            num_ranks=dp,
-            budget_tokens=budget,
-            pairs_per_micro_batch=None if packing.enabled else cfg.policy.train_micro_batch_size,
-            work=work[start : start + size],
-            micro_batch_multiple=micro_batch_multiple(cfg),
-        )
+        batch = pairs.at(np.arange(start, start + size))
+        ranks = _dealt(cfg, arch, batch, dp)
         most = max([most, *(len(rank) for rank in ranks)])
-        for pairs in (pairs for rank in ranks for pairs in rank):
-            filled = int(tokens[np.array(pairs, dtype=np.int64) + start].sum())
+        for members in (members for rank in ranks for members in rank):
+            pack = texts(cfg, batch.at(np.array(members, dtype=np.int64))) if members else np.zeros((0, 3), np.int64)
+            filled = int(packed_lengths(pack, share_prompt=shares_prompt(cfg)).sum())
             padded += max(-(-filled // multiple), 1) * multiple
-    total = dataclasses.replace(Pack.of(cfg, lengths[: batches * size]), tokens=padded)
+            packs.append(pack)
+    total = dataclasses.replace(Pack.of(cfg, _stacked(packs)), tokens=padded)
     return Workload(pairs_per_batch=size, micro_batches=most, batches=batches, total=total, said=said)
+
+
+def _dealt(cfg: Config, arch: Architecture, batch: PairGroups, dp: int) -> Deal:
+    """A global batch as in training (data/batches/loader.py)."""
+    packing, model, shared = cfg.policy.sequence_packing, WorkModel.of(arch), shares_prompt(cfg)
+    multiple = micro_batch_multiple(cfg)
+    if groups_prompts(cfg):
+        return deal_groups(
+            batch,
+            np.arange(len(batch)),
+            num_ranks=dp,
+            budget_tokens=pack_tokens(cfg),
+            work_model=model,
+            micro_batch_multiple=multiple,
+        )
+    lengths = pairs_alone(batch)
+    return deal_batch(
+        packed_lengths(lengths, share_prompt=shared),
+        num_ranks=dp,
+        budget_tokens=pack_tokens(cfg) if packing.enabled else None,
+        pairs_per_micro_batch=None if packing.enabled else cfg.policy.train_micro_batch_size,
+        work=model.pair_work(lengths, share_prompt=shared),
+        micro_batch_multiple=multiple,
+    )
+
+
+def _stacked(packs: Sequence[Lengths]) -> Lengths:
+    """One below the other, as wide as the widest."""
+    wide = max(pack.shape[1] for pack in packs)
+    return np.concatenate([np.pad(pack, ((0, 0), (0, wide - pack.shape[1]))) for pack in packs])
 
 
 def pack_tokens(cfg: Config) -> int:
@@ -132,43 +181,71 @@ def _longest(cfg: Config) -> int:
     return min(cfg.policy.max_total_sequence_length, cfg.data.max_input_seq_length)
 
 
-def stated_lengths(cfg: Config, stated: Sequence[int] | None) -> tuple[Lengths, str]:
-    """One global batch of equal pairs, of `stated` (prompt, chosen, rejected) tokens or, for None, as long as can be."""
+def stated_pairs(cfg: Config, stated: Sequence[int] | None) -> tuple[PairGroups, str]:
+    """One global batch of equal pairs, of `stated` (prompt, answer, answer) tokens or, for None, as long as can be. More than
+    two answers make all of their pairs, for as many prompts as a global batch needs."""
     longest = _longest(cfg)
     if stated is None:
         answer = longest // 4
         if cfg.policy.sequence_packing.enabled:  # a pair that does not fit into a pack is refused when data is read
             prompts = 1 if shares_prompt(cfg) else 2
             longest = min(longest, max((pack_tokens(cfg) - 2 * answer) // prompts + answer, answer + 1))
-        row = (max(longest - answer, 1), max(answer, 1), max(answer, 1))
+        stated = (max(longest - answer, 1), max(answer, 1), max(answer, 1))
         said = (
-            f"no data read: every pair as long as the config allows, prompt {row[0]} and answers {row[1]} tokens "
+            f"no data read: every pair as long as the config allows, prompt {stated[0]} and answers {stated[1]} tokens "
             "(--lengths PROMPT,CHOSEN,REJECTED states others)"
         )
     else:
-        row = (stated[0], stated[1], stated[2])
-        said = "stated: every pair has a prompt of {} tokens and answers of {} and {}".format(*row)
-        if row[0] + max(row[1:]) > longest:
+        prompt, *answers = stated
+        said = f"stated: every prompt of {prompt} tokens and its answers of {' and '.join(map(str, answers))}"
+        if prompt + max(answers) > longest:
             expected = f"prompt + answer of at most {longest} tokens (policy.max_total_sequence_length)"
-            raise ConfigError(Problem("--lengths", ",".join(map(str, row)), expected, "state shorter ones"))
-    return np.tile(np.array([row], dtype=np.int64), (cfg.policy.train_global_batch_size, 1)), said
+            raise ConfigError(Problem("--lengths", ",".join(map(str, stated)), expected, "state shorter ones"))
+    return all_pairs(stated, cfg.policy.train_global_batch_size), said
 
 
-def full_pack(cfg: Config, lengths: Lengths) -> Lengths:
-    """int64 [n, 3]: pairs of `lengths`' mean proportions that fill `pack_tokens` to the last token: what memory is counted
+def all_pairs(row: Sequence[int], at_least: int) -> PairGroups:
+    """All pairs of a prompt's answers of these tokens, again and again for other prompts until there are `at_least`."""
+    prompt, answers = row[0], np.array(row[1:], dtype=np.int64)
+    of_prompt = np.array(list(combinations(range(len(answers)), 2)), dtype=np.int64)
+    prompts = np.repeat(np.arange(-(-at_least // len(of_prompt))), len(of_prompt))
+    pairs = np.tile(of_prompt, (len(prompts) // len(of_prompt), 1))
+    numbers = pairs + len(answers) * prompts[:, None]
+    return PairGroups(prompts, numbers, np.full(len(prompts), prompt, dtype=np.int64), answers[pairs])
+
+
+def full_pack(cfg: Config, pairs: PairGroups) -> Lengths:
+    """Prompts and answers of the pairs' mean proportions that fill `pack_tokens` to the last token: what memory is counted
     for."""
     shared, room = shares_prompt(cfg), pack_tokens(cfg)
-    mean = np.maximum(lengths.mean(axis=0).round().astype(np.int64), 1)[None]
-    each = int(packed_lengths(mean, share_prompt=shared)[0])
+    mean = _mean_row(texts(cfg, pairs))
+    answers = len(mean) - 1
+    each = int(packed_lengths(mean[None], share_prompt=shared)[0])
     whole = room // each
-    rows = [mean[0]] * whole
+    rows = [mean] * whole
     rest = room - whole * each
-    prompts = 1 if shared else 2
-    if rest >= prompts + 2:
-        share = np.maximum((mean[0] * rest) // each, 1)
-        chosen = int(min(share[1], rest - prompts - 1))
-        prompt = int(min(share[0], (rest - chosen - 1) // prompts))
-        rows.append(np.array([prompt, chosen, rest - prompts * prompt - chosen]))
+    prompts = 1 if shared else answers
+    if rest >= prompts + answers:
+        share = np.maximum((mean * rest) // each, 1)
+        row = [1] * answers
+        for number in range(answers - 1):
+            row[number] = int(min(share[1 + number], rest - prompts - sum(row) + row[number]))
+        prompt = int(min(share[0], (rest - sum(row)) // prompts))
+        row[-1] = rest - prompts * prompt - sum(row[:-1])
+        rows.append(np.array([prompt, *row]))
     elif rest and rows:
-        rows[-1] = rows[-1] + np.array([0, 0, rest])
+        rows[-1] = rows[-1] + np.array([0] * answers + [rest])
     return np.array(rows, dtype=np.int64)
+
+
+def _mean_row(lengths: Lengths) -> npt.NDArray[np.int64]:
+    """int64 [1 + K]: the mean prompt, and the mean of each answer; where prompts have different numbers of answers, their
+    mean number of answers of mean length."""
+    number = _num_answers(lengths)
+    if (number == number[0]).all():
+        mean = lengths[:, : 1 + number[0]].mean(axis=0)
+    else:
+        answers = round(number.mean())
+        mean = np.array([lengths[:, 0].mean()] + [lengths[:, 1:].sum() / number.sum()] * answers)
+    row: npt.NDArray[np.int64] = np.maximum(mean.round().astype(np.int64), 1)
+    return row

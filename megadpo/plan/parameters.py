@@ -60,7 +60,14 @@ def layer_parameters(arch: Architecture, layer: Layer, grid: Grid) -> Iterator[P
     norms = arch.norms.placement
     if norms != "post":
         yield Parameter(hidden)  # input norm
+    if one.sinks:
+        yield Parameter(one.num_heads // tp)
+    if one.qk_norm in ("head_after_rope", "width"):
+        heads = (one.num_heads, one.num_kv_heads) if one.qk_norm == "width" else (1, 1)
+        yield from (Parameter(count * one.head_dim) for count in heads)
     yield Parameter(one.num_heads * one.head_dim // tp * hidden)  # attention output
+    if one.output_bias:
+        yield Parameter(hidden)
     yield Parameter(qkv // tp * hidden)
     if one.qkv_bias:
         yield Parameter(qkv // tp)
@@ -71,7 +78,7 @@ def layer_parameters(arch: Architecture, layer: Layer, grid: Grid) -> Iterator[P
     if norms != "post":
         yield Parameter(hidden)  # norm before the MLP
     if isinstance(experts, Mlp):
-        yield from _mlp(experts.ffn_size // tp, hidden)
+        yield from _mlp(experts, hidden, tp)
     else:
         yield from _experts(experts, hidden, grid)
     if norms != "pre":
@@ -80,15 +87,21 @@ def layer_parameters(arch: Architecture, layer: Layer, grid: Grid) -> Iterator[P
 
 def _experts(experts: Experts, hidden: int, grid: Grid) -> Iterator[Parameter]:
     yield Parameter(experts.number * hidden)  # router
+    if experts.router.bias:
+        yield Parameter(experts.number)
     for _ in range(experts.number // grid.expert):
-        yield from _mlp(experts.mlp.ffn_size // grid.expert_tensor, hidden, expert=True)
+        yield from _mlp(experts.mlp, hidden, grid.expert_tensor, expert=True)
     if experts.shared_ffn_size is not None:
         yield Parameter(hidden)  # the shared expert's gate
-        yield from _mlp(experts.shared_ffn_size // grid.tensor, hidden)
+        yield from _mlp(Mlp(ffn_size=experts.shared_ffn_size), hidden, grid.tensor)
 
 
-def _mlp(channels: int, hidden: int, *, expert: bool = False) -> tuple[Parameter, Parameter]:
-    return Parameter(2 * channels * hidden, expert=expert), Parameter(channels * hidden, expert=expert)
+def _mlp(mlp: Mlp, hidden: int, shards: int, *, expert: bool = False) -> Iterator[Parameter]:
+    channels = mlp.ffn_size // shards
+    for elements, bias in ((2 * channels * hidden, 2 * channels), (channels * hidden, hidden)):
+        yield Parameter(elements, expert=expert)
+        if mlp.bias:
+            yield Parameter(bias, expert=expert)
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from megadpo.config.known import Known, Machine
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
 from megadpo.config.variants import ATTENTION_KERNELS
+from megadpo.data.batches.groups import PairGroups
 from megadpo.optimizer.kinds.adam import Adam
 from megadpo.optimizer.slices import most_copied
 from megadpo.plan.flops import stage_flops
 from megadpo.plan.memory import GIB, Assumptions, Gpu, memory_limit
-from megadpo.plan.packs import Lengths, Workload, full_pack, pack_tokens, workload
+from megadpo.plan.packs import Workload, full_pack, pack_tokens, workload
 from megadpo.plan.parameters import (
     CheckpointBytes,
     Chunk,
@@ -43,7 +44,8 @@ class Job:
     gpu: Gpu | None
     """None: on CPUs, without a memory limit."""
     assumed: Assumptions
-    lengths: Lengths
+    pairs: PairGroups
+    """In the order of the first epoch."""
     said: str
     """Where the lengths are from."""
 
@@ -136,7 +138,7 @@ def make_plan(job: Job) -> Plan:
     if problems:
         raise ConfigError(problems)
     grid = Grid.of(job.cfg, job.world_size)
-    work = workload(job.cfg, job.arch, job.lengths, job.said, dp=grid.data)
+    work = workload(job.cfg, job.arch, job.pairs, job.said, dp=grid.data)
     flops = stage_flops(job.cfg, job.arch, job.reference, work.total)
     return Plan(
         job=job,
@@ -154,7 +156,7 @@ def _stages(job: Job, grid: Grid, micro_batches: int) -> Iterator[StagePlan]:
     """Builds one stage of each kind."""
     from megadpo.plan.trace import trace_stage  # torch and megatron-core: after the cheap refusals
 
-    pack = full_pack(job.cfg, job.lengths)
+    pack = full_pack(job.cfg, job.pairs)
     own_reference = None if job.reference is job.arch else job.reference
     traces: dict[tuple[bool, bool, tuple[tuple[Layer, ...], ...], int], StageTrace] = {}
     for stage, chunks in enumerate(chunk_layers(job.cfg, job.arch)):

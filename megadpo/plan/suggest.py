@@ -181,7 +181,7 @@ class _Search:
             work = self._work(cfg, grid)
             if work is None:
                 continue
-            pack = Pack.of(cfg, full_pack(cfg, one.lengths))
+            pack = Pack.of(cfg, full_pack(cfg, one.pairs))
             static, peak = self._fullest(one, grid, pack, work.micro_batches)
             share = needed_share(one, grid, pack, work.micro_batches)
             yield Candidate(cfg, grid, overrides, share, static, peak)
@@ -190,7 +190,7 @@ class _Search:
         key = (grid.data, cfg.policy.make_sequence_length_divisible_by, micro_batch_multiple(cfg))
         if key not in self._dealt:
             try:
-                self._dealt[key] = workload(cfg, self.job.arch, self.job.lengths, self.job.said, dp=grid.data)
+                self._dealt[key] = workload(cfg, self.job.arch, self.job.pairs, self.job.said, dp=grid.data)
             except ConfigError as error:  # padding leaves too little room for the longest pair
                 self.refused = self.refused or error.problems[0]
                 self._dealt[key] = None

@@ -6,6 +6,7 @@ import dataclasses
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -169,9 +170,17 @@ def trace_stage(
 
 
 def _kinds(chunks: Sequence[Any], *, alike: bool) -> list[int]:
-    """For each chunk the first one of its kind: with `alike`, those that neither begin nor end the model."""
-    ends = [(chunk.module.pre_process, chunk.module.post_process) for chunk in chunks]
-    return [ends.index(one) if alike else number for number, one in enumerate(ends)]
+    """For each chunk the first one of its kind: with `alike`, those of the same layers that both begin or both end the
+    model, or do neither."""
+    kinds = [
+        (
+            chunk.module.pre_process,
+            chunk.module.post_process,
+            [chunk.module.arch.layers[layer.layer_number - 1] for layer in chunk.module.decoder.layers],
+        )
+        for chunk in chunks
+    ]
+    return [kinds.index(one) if alike else number for number, one in enumerate(kinds)]
 
 
 def _buildable(policy: PolicyConfig) -> PolicyConfig:
@@ -272,15 +281,22 @@ def largest_part(batch: PackedBatch, ranks: int) -> PackedBatch:
 
 
 def empty_pack(cfg: Config, lengths: Lengths) -> PackedBatch:
-    """A micro-batch of pairs of these lengths, every token 0."""
+    """A micro-batch of prompts and answers of these lengths, every token 0. Of more than two answers each makes a pair with
+    the next one."""
 
     def zeros(count: int) -> Any:
         return np.zeros(count, dtype=np.int32)
 
-    pairs = [TokenizedPair(row, *(zeros(int(n)) for n in sizes)) for row, sizes in enumerate(lengths)]
+    pairs, prompts, answers = [], [], []
+    for row, (prompt, *sizes) in enumerate(lengths.tolist()):
+        for number, (one, other) in enumerate(pairwise(size for size in sizes if size)):
+            pairs.append(TokenizedPair(row, zeros(prompt), zeros(one), zeros(other)))
+            prompts.append(row)
+            answers.append([row * len(sizes) + number, row * len(sizes) + number + 1])
     return pack_pairs(
         pairs,
         share_prompt=shares_prompt(cfg),
         pad_to_multiple=cfg.policy.make_sequence_length_divisible_by,
         pad_token_id=0,
+        same=(np.array(prompts), np.array(answers)) if shares_prompt(cfg) else None,
     )

@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from megadpo.config.problems import ConfigError, Problem
-from megadpo.data.batches.deal import Deal
 from megadpo.data.batches.loader import GlobalBatchLoader
 from megadpo.data.batches.pack import PackedBatch
 from megadpo.files.atomic import write_then_rename
@@ -118,7 +117,7 @@ def compute_missing(
 def _new_answers(
     loader: GlobalBatchLoader,
     positions: npt.NDArray[np.int64],
-    plan: Deal,
+    plan: Sequence[Sequence[Sequence[int]]],
     rank: int,
     packs: Sequence[PackedBatch],
     done: Sequence[npt.NDArray[np.int64]],

@@ -19,19 +19,21 @@ class ResidentReference:
         self.parallel = parallel
 
     def logps(self, micro_batches: Sequence[PackedBatch]) -> list[torch.Tensor]:
-        """For each micro-batch a [K] float32 tensor of answer logps, on the last pipeline stage. Other stages: [].
+        """For each micro-batch a [K] float32 tensor of answer logps, on the last pipeline stage. Other stages: []. With the
+        batch's `token_weights` the weighted sums.
 
         Collectives: the pipeline's sends and receives, and the model's own.
         """
-        return answer_logps(self.model, micro_batches, self.parallel)
+        found = answer_logps(self.model, micro_batches, self.parallel)
+        return [weighted_logps(one) for one in found]
 
 
 @torch.no_grad()
 def answer_logps(
     model: Sequence[PairModel], micro_batches: Sequence[PackedBatch], parallel: ParallelContext
 ) -> list[torch.Tensor]:
-    """Runs the chunks of `model` forward over the micro-batches, in evaluation mode, through the pipeline schedule. Result
-    and collectives as in ResidentReference.logps."""
+    """What the chunks of `model` give for each micro-batch (PairModel.forward), in evaluation mode, through the pipeline
+    schedule. Stages and collectives as in ResidentReference.logps."""
     was_training = model[0].training
     for chunk in model:
         chunk.eval()
@@ -43,3 +45,8 @@ def answer_logps(
     for chunk in model:
         chunk.train(was_training)
     return outputs
+
+
+def weighted_logps(found: torch.Tensor) -> torch.Tensor:
+    """[K] sums for the preference loss, out of what a model gave (PairModel.forward)."""
+    return found if found.dim() == 1 else found[:, 0]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,9 @@ def build_pairs(
                 [_deduplicated(group, left_out) for group in grouping.groups] if options.dedupe else grouping.groups
             )
             pairs = _selected(groups, left_out, options)
-            for pair in pairs:
-                output_file.write(to_line(pair_row(pair, store, text=options.row.text)))
+            for of_group in _of_groups(pairs) if options.rows == "answers" else ([pair] for pair in pairs):
+                make = answers_row if options.rows == "answers" else pair_row
+                output_file.write(to_line(make(of_group, store, text=options.row.text)))
             if not pairs:
                 partial.unlink()
             return _report(read, grouping, groups, pairs, left_out, options)
@@ -57,28 +59,57 @@ def build_pairs(
         raise DataError(Problem(str(output), reason, "a folder that can be written to", fix)) from error
 
 
-def pair_row(pair: RolloutPair, store: TextStore, *, text: bool) -> dict[str, Any]:
-    """The row for training: prompt and answers as messages (with `text`: as strings), `tools` if the prompt has any,
-    rewards, and the origin of both answers."""
-    prompt = store.get(pair.chosen.prompt)
-    chosen, rejected = store.get(pair.chosen.answer), store.get(pair.rejected.answer)
-    if text:
-        prompt, chosen, rejected = {"prompt": as_text(prompt["prompt"])}, as_text(chosen), as_text(rejected)
-    row = {
-        **prompt,
-        "chosen": chosen,
-        "rejected": rejected,
+def pair_row(pairs: Sequence[RolloutPair], store: TextStore, *, text: bool) -> dict[str, Any]:
+    """The row for training of one pair: prompt and answers as messages (with `text`: as strings), `tools` if the prompt has
+    any, rewards, and the origin of both answers."""
+    (pair,) = pairs
+    return {
+        **_prompt(pair, store, text=text),
+        "chosen": _answer(pair.chosen, store, text=text),
+        "rejected": _answer(pair.rejected, store, text=text),
         "reward_gap": pair.gap,
         "chosen_reward": pair.chosen.reward,
         "rejected_reward": pair.rejected.reward,
         "chosen_from": _origin(pair.chosen),
         "rejected_from": _origin(pair.rejected),
+        **_task(pair.chosen),
     }
-    if pair.chosen.task is not None:
-        row["task_index"] = pair.chosen.task
-    if pair.chosen.agent:
-        row["agent"] = pair.chosen.agent
-    return row
+
+
+def answers_row(pairs: Sequence[RolloutPair], store: TextStore, *, text: bool) -> dict[str, Any]:
+    """The row for training of a group's pairs: the prompt and each answer once, and the pairs by the answers' numbers (the
+    format ScoredAnswers)."""
+    used = {(one.answer, one.reward): one for pair in pairs for one in (pair.chosen, pair.rejected)}
+    ranked = sorted(used.values(), key=lambda one: -one.reward)
+    number = {(one.answer, one.reward): n for n, one in enumerate(ranked)}
+    kind = "text" if text else "messages"
+    answers = [{kind: _answer(one, store, text=text), "score": one.reward, "from": _origin(one)} for one in ranked]
+    return {
+        **_prompt(pairs[0], store, text=text),
+        "answers": answers,
+        "pairs": [[number[one.answer, one.reward] for one in (pair.chosen, pair.rejected)] for pair in pairs],
+        **_task(pairs[0].chosen),
+    }
+
+
+def _of_groups(pairs: Sequence[RolloutPair]) -> Iterator[list[RolloutPair]]:
+    for _, of_group in groupby(pairs, key=lambda pair: pair.group):
+        yield list(of_group)
+
+
+def _prompt(pair: RolloutPair, store: TextStore, *, text: bool) -> dict[str, Any]:
+    prompt: dict[str, Any] = store.get(pair.chosen.prompt)
+    return {"prompt": as_text(prompt["prompt"])} if text else prompt
+
+
+def _answer(rollout: Rollout, store: TextStore, *, text: bool) -> Any:
+    answer = store.get(rollout.answer)
+    return as_text(answer) if text else answer
+
+
+def _task(rollout: Rollout) -> dict[str, Any]:
+    known = {"task_index": rollout.task, "agent": rollout.agent or None}
+    return {key: value for key, value in known.items() if value is not None}
 
 
 def _origin(rollout: Rollout) -> str:

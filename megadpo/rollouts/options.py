@@ -9,12 +9,15 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import get_args
+from typing import Literal, TypeAlias, get_args
 
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.rollouts.group import GroupBy
 from megadpo.rollouts.pairing import Pairing, PairingOptions
 from megadpo.rollouts.row import RowOptions
+
+Rows: TypeAlias = Literal["pairs", "answers"]
+"""A row for each pair, or for the pairs of a group: its prompt and each answer once."""
 
 _CHANGE = "change it or leave it out"
 
@@ -31,6 +34,7 @@ class BuildOptions:
     dedupe: bool = False
     """Keep one of equal answers of a group, and one of equal pairs. Leave out answers with two rewards."""
     balance_lengths: bool = False
+    rows: Rows = "pairs"
 
     def __str__(self) -> str:
         """The pairing and its options as flags, for the report."""
@@ -73,6 +77,7 @@ def read_options(given: argparse.Namespace) -> Command:
         num_repeats=given.num_repeats,
         dedupe=given.dedupe,
         balance_lengths=given.balance_lengths,
+        rows=given.rows,
     )
     return Command(rollouts=given.rollouts, output=given.output, report=given.report, build=build)
 
@@ -119,6 +124,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="chosen is longer as often as shorter; leaves out pairs with the smallest gaps",
     )
     rows = parser.add_argument_group("rows")
+    rows.add_argument(
+        "--rows",
+        choices=get_args(Rows),
+        default="pairs",
+        help="pairs: a row for each; answers: a row for the pairs of a prompt, with each answer once (default: %(default)s)",
+    )
     rows.add_argument("--reasoning", choices=("keep", "drop"), default="keep", help="reasoning_content of answers")
     rows.add_argument("--keep-incomplete", action="store_true", help="use answers that end at max_output_tokens")
     rows.add_argument("--text", action="store_true", help="write plain strings; leaves out rows with other content")

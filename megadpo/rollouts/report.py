@@ -18,6 +18,8 @@ from megadpo.rollouts.pairing import PairingOptions, RolloutPair, balance_length
 
 _GAPS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 MOST_BINS = 12
+NEARLY_ALL_SAME = 0.9
+"""Share of the groups with several rollouts."""
 MOST_TASKS = 3
 
 
@@ -85,6 +87,13 @@ class BuildReport:
     def remarks(self) -> list[str]:
         """Further notes for the user."""
         remarks = [f"{count:,} {text}" for text, count in self.notes.most_common()]
+        several = [group for group in self.grouping.groups if len(group.rollouts) > 1]
+        same = sum(len({rollout.answer for rollout in group.rollouts}) == 1 for group in several)
+        if len(several) > 1 and same >= NEARLY_ALL_SAME * len(several):
+            remarks.append(
+                f"{same:,} of {len(several):,} groups have one answer several times: the server doesn't seem to have sampled, "
+                "so that a higher temperature changes nothing (docs/collecting.md says what that means for which server)"
+            )
         split = self.grouping.split_tasks
         remarks += [f"{text}: each input is a group, because a pair needs one prompt" for text in split[:MOST_TASKS]]
         if len(split) > MOST_TASKS:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from megadpo.config.check import check_layout
 from megadpo.config.load import Purpose, load_config
-from megadpo.config.no_effect import without_experts
+from megadpo.config.no_effect import dropout_notes, without_experts
 from megadpo.config.problems import Attempts, ConfigError
 from megadpo.config.schema import Config
 from megadpo.families import read_architecture
@@ -35,7 +35,7 @@ def checked_config(path: str, overrides: Sequence[str], world_size: int | None, 
         problems += linked_out(source.hf_files)
     if problems:
         raise ConfigError(problems)
-    return cfg
+    return dataclasses.replace(cfg, notes=(*cfg.notes, *dropout_notes(arch)))
 
 
 def check(path: str, overrides: Sequence[str], world_size: int | None) -> int:

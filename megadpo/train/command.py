@@ -18,7 +18,7 @@ from megadpo.train.loop import train
 from megadpo.train.metrics_logger import MetricsLogger
 from megadpo.train.progress import ProgressLine, print_banner
 from megadpo.train.report import banner_rows, choices, closing_words
-from megadpo.train.setup import prepare
+from megadpo.train.setup import RunFinished, prepare
 from megadpo.train.stop import StopWatcher
 
 
@@ -42,8 +42,14 @@ def run_training(cfg: Config) -> int:
     if problems := find_problems(Known(cfg=cfg, machine=machine(device))):
         raise ConfigError(problems)
     parallel = initialize(Grid.of(cfg), device)
-    run = prepare(cfg, parallel)
     first = parallel.rank == 0
+    try:
+        run = prepare(cfg, parallel)
+    except RunFinished as before:
+        if first:
+            print("\n".join([*before.notes, *closing_words(cfg, before.step, done_before=True)]), flush=True)
+        destroy()
+        return 0
     must_save_by = cfg.checkpointing.checkpoint_must_save_by
     stop = StopWatcher(parallel, None if must_save_by is None else parse_duration_s(must_save_by))
     stop.install()
@@ -61,6 +67,6 @@ def run_training(cfg: Config) -> int:
                 progress.message(note)
         exit_code = train(run, logger, progress, stop)
     if first and exit_code == 0:
-        print("\n".join(closing_words(run)), flush=True)
+        print("\n".join(closing_words(cfg, run.total_steps)), flush=True)
     destroy()
     return exit_code

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -22,20 +24,22 @@ from megadpo.data.batches.pack import PackedBatch
 from megadpo.model.build import build_model
 from megadpo.objective.dpo import metric_names
 from megadpo.parallel import ParallelContext
-from megadpo.reference import ResidentReference
+from megadpo.reference import ResidentReference, answer_logps, weighted_logps
 from megadpo.train.inputs import RunInputs, open_run_inputs
 from megadpo.train.metrics import MetricSums
 from megadpo.train.reference import build_reference
 from megadpo.train.resume import require_writable
 from megadpo.train.setup import seed_everything
-from megadpo.train.step import pair_loss
+from megadpo.train.step import pair_loss, whole_logps
 
 
 @dataclasses.dataclass(frozen=True)
 class PairScore:
-    """One pair: its row in the file, and sums of log-probabilities in nats (None: there is no reference)."""
+    """One pair: its row in the file, its number among the pairs of that row, and sums of log-probabilities in nats (None: there
+    is no reference)."""
 
     index: int
+    pair: int
     policy_chosen_logps: float
     policy_rejected_logps: float
     reference_chosen_logps: float | None
@@ -52,6 +56,8 @@ class Evaluator:
         self._arch = inputs.arch
         self.policy = ResidentReference(build_model(inputs.arch, cfg.policy, parallel, frozen=True), parallel)
         load_weights(self.policy.model, inputs.source, inputs.arch, parallel)
+        for chunk in self.policy.model:
+            chunk.gives_likeness = cfg.dpo.use_weighting
         named = cfg.dpo.reference.model_name is not None
         self.reference = build_reference(cfg, inputs, parallel) if named else None
         self.has_preference_loss = named or not cfg.dpo.loss.reads_reference
@@ -83,21 +89,30 @@ class Evaluator:
         """
         sums = MetricSums(self.parallel.device)
         mine: list[PairScore] = []
-        for batch in self.loaders[name].batches(epoch=0):
-            policy = self.policy.logps(batch.micro_batches)
-            reference = self.reference.logps(batch.micro_batches) if self.reference else [None] * len(policy)
+        loader, rank = self.loaders[name], self.parallel.grid.dp_rank
+        rows = loader.dataset.rows
+        for batch, (positions, deal) in zip(loader.batches(epoch=0), loader.deals(epoch=0), strict=True):
+            policy = answer_logps(self.policy.model, batch.micro_batches, self.parallel)
+            reference: Sequence[torch.Tensor | None] = [None] * len(policy)
+            if self.reference is not None:
+                reference = answer_logps(self.reference.model, batch.micro_batches, self.parallel)
             # only the last pipeline stage has logps
-            for logps, reference_logps, micro_batch in zip(policy, reference, batch.micro_batches, strict=False):
-                scored = dataclasses.replace(micro_batch, reference_logps=reference_logps)
-                sums.add(pair_loss(logps, scored, self.dpo).metrics)
-                mine += _scores(micro_batch, logps, reference_logps)
+            for found, of_reference, micro_batch, numbers in zip(
+                policy, reference, batch.micro_batches, deal[rank], strict=False
+            ):
+                weighted = None if of_reference is None else weighted_logps(of_reference)
+                scored = dataclasses.replace(micro_batch, reference_logps=weighted)
+                sums.add(pair_loss(found, scored, self.dpo).metrics)
+                whole = None if of_reference is None else whole_logps(of_reference, self.dpo)
+                of_row = positions[numbers] - np.searchsorted(rows, micro_batch.pair_indices.cpu().numpy())
+                mine += _scores(micro_batch, of_row, whole_logps(found, self.dpo), whole)
         sums.reduce(
             self.parallel.total_from_last_stage, metric_names(self.dpo, has_reference=self.reference is not None)
         )
         gathered: list[Any] = [None] * self.parallel.world_size
         grid = self.parallel.grid
         dist.all_gather_object(gathered, mine if grid.tp_rank == grid.cp_rank == 0 else [])
-        scores = sorted((score for rank in gathered for score in rank), key=lambda score: score.index)
+        scores = sorted((score for rank in gathered for score in rank), key=lambda score: (score.index, score.pair))
         return metrics_of(sums.means(), scores, has_preference_loss=self.has_preference_loss), scores
 
 
@@ -175,11 +190,15 @@ def print_comparison(records: Mapping[str, Mapping[str, float | None]]) -> None:
     (console if console.is_terminal else Console(width=240)).print(table)
 
 
-def _scores(batch: PackedBatch, logps: torch.Tensor, reference: torch.Tensor | None) -> Iterator[PairScore]:
+def _scores(
+    batch: PackedBatch, of_row: npt.NDArray[np.int64], logps: torch.Tensor, reference: torch.Tensor | None
+) -> Iterator[PairScore]:
     values = logps.tolist()
     of_reference = [None] * len(values) if reference is None else reference.tolist()
-    for row, (chosen, rejected) in zip(batch.pair_indices.tolist(), batch.pairs.tolist(), strict=True):
-        yield PairScore(row, values[chosen], values[rejected], of_reference[chosen], of_reference[rejected])
+    for row, number, (chosen, rejected) in zip(
+        batch.pair_indices.tolist(), of_row.tolist(), batch.pairs.tolist(), strict=True
+    ):
+        yield PairScore(row, number, values[chosen], values[rejected], of_reference[chosen], of_reference[rejected])
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:

@@ -92,6 +92,7 @@ def _describe(cfg: Config, inputs: RunInputs) -> dict[str, str]:
         "architecture": inputs.reference_arch.fingerprint,
         "precision": cfg.policy.precision,
         "fp8": f"{fp8.fp8} {fp8.fp8_recipe}" if fp8.enabled else "",
+        **({} if cfg.dpo.ld_alpha is None else {"ld_alpha": str(cfg.dpo.ld_alpha)}),
     }
 
 

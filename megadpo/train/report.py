@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megadpo.checkpoint import complete_checkpoints
 from megadpo.config.known import Known
+from megadpo.config.metric import parse_metric_name
 from megadpo.config.schema import Config
 from megadpo.config.variants import LAYER_IMPLEMENTATIONS, LOSSES
 from megadpo.model.build import count_parameters, is_expert
@@ -46,19 +47,24 @@ def banner_rows(run: Run, chosen: Mapping[str, str]) -> list[tuple[str, str]]:
     ]
 
 
-def closing_words(run: Run) -> list[str]:
-    """What a run says that has come to its end: what was saved, where, and how to export it. Rank 0."""
-    saving, total = run.cfg.checkpointing, run.total_steps
-    lines = [f"finished: {total:,} steps; metrics in {run.cfg.logger.log_dir}"]
-    if run.position.step >= total:
+def closing_words(cfg: Config, last_step: int, *, done_before: bool = False) -> list[str]:
+    """What a run says that has come to its end: what was saved, where, and how to export it. done_before: it had come to
+    its end before it was started. Rank 0."""
+    saving = cfg.checkpointing
+    lines = [f"finished: {last_step:,} steps; metrics in {cfg.logger.log_dir}"]
+    if done_before:
         more = "raise dpo.max_num_steps or dpo.max_num_epochs to go on, name another checkpointing.checkpoint_dir to begin anew"
-        lines = [f"nothing to do: this run had finished, after step {run.position.step:,} of {total:,}; {more}"]
+        lines = [f"nothing to do: this run had finished, with step {last_step:,}; {more}"]
     if not saving.enabled:
         return [*lines, "checkpointing.enabled is false: nothing was saved"]
     folder = Path(saving.checkpoint_dir)
     steps = [info.path.name for info in complete_checkpoints(folder)]
+    if not steps:
+        return [*lines, f"no complete checkpoint in {folder}"]
     lines.append(f"checkpoints in {folder}: {', '.join(steps)}")
-    best = f"; --best: by {run.ranking_metric}" if run.ranking_metric and len(steps) > 1 else ""
+    best = ""
+    if saving.metric_name is not None and len(steps) > 1:
+        best = f"; --best: by {parse_metric_name(saving.metric_name, list(cfg.data.val_data_paths or {})).key}"
     lines.append(f"export {steps[-1]}: megadpo export {shlex.quote(str(folder))} FOLDER{best}")
     return lines
 

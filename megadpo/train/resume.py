@@ -117,7 +117,7 @@ def changes(cfg: Config, info: CheckpointInfo) -> list[str]:
         raise ConfigError(Problem(str(file), str(error), "the config of the run that wrote it", fix)) from error
     watched = ("dpo.", "policy.max_grad_norm", "policy.megatron_cfg.optimizer.", "policy.megatron_cfg.scheduler.")
     return [
-        f"resumed from {info.path.name} with {key} {value!r}, which was {before[key]!r}"
+        f"changed since {info.path.name}: {key} {value!r}, which was {before[key]!r}"
         for key, value in _flat(as_written(cfg), "")
         if key.startswith(watched) and not key.startswith("dpo.val_") and key in before and before[key] != value
     ]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megadpo.checkpoint import Save, TrainingPosition, begin_save, delete_leftovers, prune_checkpoints
+from megadpo.checkpoint import Save, TrainingPosition, begin_save, delete_unfinished, prune_checkpoints
 from megadpo.checkpoint.writer import HostCopies
 from megadpo.config.problems import SaveError
 from megadpo.model.weights.convert import CARD_FILE
@@ -40,7 +40,7 @@ class Saver:
         self._saving_step = self.newest_step
         self._has_failed = False
         if run.cfg.checkpointing.enabled and run.parallel.rank == 0:
-            delete_leftovers(self._folder)
+            delete_unfinished(self._folder)
 
     def look(self, position: TrainingPosition) -> None:
         """After each step: a checkpoint that every rank has written gets its name; in place of one that failed, which is

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megadpo.checkpoint import TrainingPosition, load_training_state, load_weights
+from megadpo.checkpoint import TrainingPosition, finish_deletions, load_training_state, load_weights
 from megadpo.config.metric import parse_metric_name
 from megadpo.config.schema import Config
 from megadpo.data.batches.loader import GlobalBatch
@@ -59,14 +59,28 @@ class Run:
         return self.inputs.validation[name].batches(epoch=0)
 
 
+class RunFinished(Exception):
+    """The newest checkpoint is that of the run's last step, or of a later one. notes: as those of a Run."""
+
+    def __init__(self, step: int, notes: list[str]) -> None:
+        super().__init__(f"finished before, with step {step}")
+        self.step = step
+        self.notes = notes
+
+
 def prepare(cfg: Config, parallel: ParallelContext) -> Run:
     """Builds the run on this rank. Raises UserError for everything that a user can correct."""
+    saves = cfg.checkpointing.enabled and parallel.rank == 0
+    if saves:
+        finish_deletions(Path(cfg.checkpointing.checkpoint_dir))
     seed_everything(cfg.dpo.seed, parallel)
     inputs = open_run_inputs(cfg, parallel.grid)
     pairs, arch = inputs.train_loader.dataset, inputs.arch
     total_steps = cfg.dpo.total_steps(inputs.train_loader.batches_per_epoch)
     settings = data_settings(cfg, inputs.reference, parallel)
     resume, notes = find_resume(cfg, pairs, settings, parallel)
+    if resume is not None and resume.position.step >= total_steps:
+        raise RunFinished(resume.position.step, [*notes, *changes(cfg, resume)])
 
     reference = None
     if cfg.dpo.reference.mode == "cached":  # before the policy is built, so that only one model is in memory
@@ -102,7 +116,6 @@ def prepare(cfg: Config, parallel: ParallelContext) -> Run:
         )
         position = resume.position
     notes += [] if resume is None else changes(cfg, resume)
-    saves = cfg.checkpointing.enabled and parallel.rank == 0
     owner = claim(Path(cfg.checkpointing.checkpoint_dir)) if saves else None
     files = own_files(cfg, inputs.source.hf_files, inputs.tokenizer) if saves else {}
     watch = MachineWatch(parallel, monitor_gpus=cfg.logger.monitor_gpus)

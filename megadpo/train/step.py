@@ -26,7 +26,7 @@ from megadpo.model.moe_balance import balance_metrics
 from megadpo.objective.dpo import LossOutput, dpo_loss, metric_names
 from megadpo.optimizer.step import guarded_step
 from megadpo.parallel import ParallelContext, run_pipeline
-from megadpo.reference import ResidentReference, answer_logps
+from megadpo.reference import ResidentReference, answer_logps, weighted_logps
 from megadpo.train.metrics import MetricSums
 
 CONTEXT_IMBALANCE = "context_imbalance"
@@ -73,6 +73,8 @@ class Trainer:
         self.reference = reference
         self.optimizer = optimizer
         self.scheduler = scheduler
+        for chunk in self.model:
+            chunk.gives_likeness = cfg.use_weighting
         # None instead of a token count, because the loss is divided already
         policy[0].module.config.finalize_model_grads_func = lambda chunks, _num_tokens, **groups: finalize_model_grads(
             chunks, None, **groups
@@ -169,11 +171,15 @@ class Trainer:
         return sums
 
 
-def pair_loss(logps: torch.Tensor, micro_batch: PackedBatch, cfg: DpoConfig) -> LossOutput:
-    """The objective of one micro-batch. logps: [K], the policy's, one for each answer. The reference's logps are in the
-    micro-batch."""
-    chosen, rejected = micro_batch.pairs.to(logps.device).unbind(1)
-    tokens, reference = micro_batch.answer_tokens.to(logps.device), micro_batch.reference_logps
+def pair_loss(found: torch.Tensor, micro_batch: PackedBatch, cfg: DpoConfig) -> LossOutput:
+    """The objective of one micro-batch. found: what the policy gave for its answers (PairModel.forward). The reference's
+    logps are in the micro-batch."""
+    chosen, rejected = micro_batch.pairs.to(found.device).unbind(1)
+    tokens, reference = micro_batch.answer_tokens.to(found.device), micro_batch.reference_logps
+    logps, whole, weights = weighted_logps(found), whole_logps(found, cfg), None
+    if cfg.use_weighting:
+        likeness = (found[:, -1].detach() / tokens).exp()
+        weights = likeness[chosen] * likeness[rejected]
     # Indexed, not index_select: on a GPU the gradients of an answer in several pairs are then summed in a fixed order
     return dpo_loss(
         logps[chosen],
@@ -183,4 +189,11 @@ def pair_loss(logps: torch.Tensor, micro_batch: PackedBatch, cfg: DpoConfig) -> 
         tokens[chosen],
         tokens[rejected],
         cfg,
+        whole_logps=(whole[chosen], whole[rejected]),
+        pair_weights=weights,
     )
+
+
+def whole_logps(found: torch.Tensor, cfg: DpoConfig) -> torch.Tensor:
+    """[K] sums over all tokens of the answers, out of what a model gave (PairModel.forward)."""
+    return found if found.dim() == 1 else found[:, 0 if cfg.ld_alpha is None else 1]

@@ -51,7 +51,7 @@ def run_tests(folder, limit_s, *, fails=False, sleeps=0):
 
 
 def test_gpu_tests_write_what_they_have_when_time_is_up_and_go_on(tmp_path, capfd):
-    found, left = run_tests(tmp_path, 25.0, fails=True, sleeps=100)
+    found, left = run_tests(tmp_path, 12.0, fails=True, sleeps=100)
     assert {name: one["outcome"] for name, one in found.items()} == {"test_a": "passed", "test_ab": "failed"}
     assert "1e-3 off" in found["test_a"]["said"] and "assert not True" in found["test_ab"]["failed"]
     assert left == ["test_c", "test_d"]  # they share a group, so one process ran them in order

@@ -35,6 +35,9 @@ class PolicyServer:
 
     delay_s: float = 0.0
     model: str = "tiny"
+    lists_models: bool = True
+    samples: bool = True
+    """false: the answer depends on the prompt alone, as with transformers serve where generation_config.json says so."""
     faults: dict[Key, list[Fault]] = field(default_factory=lambda: defaultdict(list))
     always: Fault | None = None
     """For every request."""
@@ -57,7 +60,8 @@ class PolicyServer:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
-                server.reply(self, 200, json.dumps({"data": [{"id": server.model}]}).encode())
+                listed = [{"id": server.model}] if server.lists_models else []
+                server.reply(self, 200, json.dumps({"object": "list", "data": listed}).encode())
 
             def do_POST(self) -> None:
                 server.post(self)
@@ -102,7 +106,8 @@ class PolicyServer:
             time.sleep(fault.delay_s if fault and fault.delay_s else self.delay_s)
             if fault is not None:
                 return self._fail(request, fault)
-            answer = chat_answer(key) if request.path == "/v1/chat/completions" else responses_answer(key)
+            said = key if self.samples else (key[0], None)
+            answer = chat_answer(said) if request.path == "/v1/chat/completions" else responses_answer(said)
             with self.lock:
                 self.answered[key] += 1
             return self.reply(request, 200, json.dumps(answer).encode())

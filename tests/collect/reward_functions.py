@@ -30,3 +30,7 @@ def never_for_seed_1(row: dict[str, Any]) -> float:
 
 def broken(row: dict[str, Any]) -> float:
     raise ZeroDivisionError("no such answer")
+
+
+def by_length(row: dict[str, Any]) -> float:
+    return float(len(answer_text(row)))

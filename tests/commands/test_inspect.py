@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megadpo.commands import inspect, main
-from tests.helpers.runs import make_config, make_model
+from tests.helpers.runs import make_config, make_model, ranked_pairs
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,22 @@ def test_a_pair_token_by_token(config: Path, capsys: pytest.CaptureFixture[str])
     assert re.match(r" +\d+  «", rejected) and "rejected: [" in out and "tokens in the loss" in out
     positions = [int(line.split()[0]) for line in chosen.splitlines() if line.strip()]
     assert positions[0] == int(re.search(r"prompt: \[0, (\d+)\)", out)[1])  # type: ignore[index]
+
+
+def test_what_groups_save(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three answers to each of four prompts: the prompts once instead of three times, the answers once instead of twice."""
+    path = ranked_pairs(tmp_path / "ranked.jsonl", prompts=4, answers=3, seed=0)
+    config = make_config(tmp_path, make_model(tmp_path / "model"), data={"train_data_path": str(path)})
+    assert main(["inspect", str(config), "--batches", "1"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    found = re.search(
+        r"groups: 12 pairs of 12 answers to 4 prompts, computed once each: ([\d,]+) tokens, .* take ([\d,]+)", out
+    )
+    assert found, out
+    tokens, alone = (int(number.replace(",", "")) for number in found.groups())
+    assert 2 * tokens < alone < 3 * tokens
+    assert main(["inspect", str(config), "--batches", "1", "data.group_prompts=false"]) == 0
+    assert "groups:" not in capsys.readouterr().out
 
 
 def test_without_shared_prompts_and_without_packing(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

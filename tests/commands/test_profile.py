@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import importlib.util
+import io
 import json
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,42 +16,51 @@ from safetensors.numpy import load_file
 
 from megadpo.commands import main
 from megadpo.train.profile import summary
+from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import make_config, make_model
 
 
+def profiled(arguments):
+    """Target for run_distributed: the exit code, and what was printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        return main(["profile", *arguments]), printed.getvalue()
+
+
 def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "megadpo", "profile", *map(str, arguments)], capture_output=True, text=True, timeout=250
-    )
+    [result] = run_distributed(profiled, 1, list(map(str, arguments)), init_process_group=False, timeout_s=250)
+    return result
 
 
+@pytest.mark.distributed
 def test_it_names_the_three_largest_costs(tmp_path):
     config = make_config(tmp_path, make_model(tmp_path / "model"))
     picture, trace = tmp_path / "profile.png", tmp_path / "trace.json.gz"
-    done = command(config, "--out", picture, "--trace", trace, "--warmup", 1, "--steps", 2)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert "ms a step" in lines[0] and [line[:2] for line in lines[1:]] == ["1.", "2.", "3."]
+    code, printed = command(config, "--out", picture, "--trace", trace, "--warmup", 1, "--steps", 2)
+    lines = printed.splitlines()
+    assert code == 0 and "ms a step" in lines[0] and [line[:2] for line in lines[1:]] == ["1.", "2.", "3."]
     assert picture.read_bytes().startswith(b"\x89PNG")
     with gzip.open(trace) as file:
         assert json.load(file)["traceEvents"]
     assert not (tmp_path / "logs").exists() and not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.distributed
 def test_a_cached_reference_is_computed_for_the_recorded_steps_only(tmp_path):
     config = make_config(tmp_path, make_model(tmp_path / "model"), dpo={"max_num_steps": None})
     cached = ["dpo.reference.mode=cached", f"dpo.reference.cache_dir={tmp_path / 'logps'}"]
-    done = command(config, *cached, "--out", tmp_path / "profile.png", "--warmup", 1, "--steps", 1)
-    assert done.returncode == 0, done.stderr
+    code, printed = command(config, *cached, "--out", tmp_path / "profile.png", "--warmup", 1, "--steps", 1)
+    assert code == 0, printed
     (file,) = (tmp_path / "logps").iterdir()
-    assert (~np.isnan(load_file(file)["logps"])).all(axis=1).sum() == 16
+    assert (~np.isnan(load_file(file)["logps"])).sum() == 32
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_what_it_cannot_do_is_refused_together(tmp_path):
+def test_what_it_cannot_do_is_refused_together(tmp_path, capsys):
     config = make_config(tmp_path, make_model(tmp_path / "model"))
-    done = command(config, "--out", tmp_path / "nowhere" / "x.png", "--steps", 0)
-    assert done.returncode == 2 and "--out" in done.stderr and "--steps" in done.stderr
+    assert main(["profile", str(config), "--out", str(tmp_path / "nowhere" / "x.png"), "--steps", "0"]) == 2
+    told = capsys.readouterr().err
+    assert "--out" in told and "--steps" in told
 
 
 def test_without_matplotlib_it_is_refused_by_name(tmp_path, monkeypatch, capsys):

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from megadpo.config import check_layout, layers_per_stage, stated_world_size
-from megadpo.config.architecture import Mlp
+from megadpo.config.architecture import Mlp, RopeScaling, Rotary
 from megadpo.families import parse_architecture
 
 LLAMA_8B = parse_architecture(
@@ -34,10 +34,17 @@ VPP_FIELD = VPP.replace("__", ".")
 FIRST, LAST = MEG + "num_layers_in_first_pipeline_stage", MEG + "num_layers_in_last_pipeline_stage"
 
 
+LONGROPE = Rotary(
+    theta=1e4,
+    dims=2,
+    scaling=RopeScaling(rope_type="longrope", factor=32.0, original_max_position_embeddings=4096, short_factor=(1.0,)),
+)
+
+
 def of_shape(shape):
     """Llama 8B with other sizes."""
     arch, others = LLAMA_8B, dict(shape)
-    attention = {name: others.pop(name) for name in ("num_heads", "num_kv_heads", "window") if name in others}
+    attention = {name: others.pop(name) for name in ("num_heads", "num_kv_heads", "window", "rotary") if name in others}
     if "ffn_size" in others:
         arch = arch.with_feed_forward(Mlp(ffn_size=others.pop("ffn_size")))
     return dataclasses.replace(arch.with_attention(**attention), **others)
@@ -60,7 +67,8 @@ POSSIBLE = [
     ({PP: 2, VPP: 4, FIRST: 12}, {}, 2),
     ({PP: 2, VPP: 2, "policy__sequence_packing__enabled": False}, {}, 2),
     ({"policy__max_total_sequence_length": 131072}, {}, 1),
-    ({"policy__max_total_sequence_length": 4096}, {"window": 4096}, 1),
+    ({"policy__max_total_sequence_length": 9000}, {"window": 4096}, 1),
+    ({"policy__max_total_sequence_length": 4096}, {"rotary": LONGROPE}, 1),
     ({"policy__train_global_batch_size": 3}, {}, 3),
     ({"policy__train_global_batch_size": 8, "policy__sequence_packing__enabled": False}, {}, 4),
     ({"cluster__gpus_per_node": 4, "cluster__num_nodes": 2}, {}, 8),
@@ -110,7 +118,7 @@ IMPOSSIBLE = [
     ),
     (
         {"policy__max_total_sequence_length": 9000},
-        {"window": 4096},
+        {"rotary": LONGROPE},
         1,
         ["policy.max_total_sequence_length"],
         "4096",

@@ -47,7 +47,7 @@ GIVES_WAY = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("overrides", "outdone", "holds"), GIVES_WAY, ids=lambda one: str(one)[:40])
+@pytest.mark.parametrize(("overrides", "outdone", "holds"), GIVES_WAY, ids=[" ".join(one[0])[:60] for one in GIVES_WAY])
 def test_what_gives_way(overrides, outdone, holds, write):
     cfg = load_config(write("c.yaml", BASE), overrides)
     assert holds(cfg)

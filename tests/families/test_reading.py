@@ -8,6 +8,7 @@ import pytest
 
 from megadpo.config import ConfigError
 from megadpo.config.architecture import Rotary
+from megadpo.config.no_effect import dropout_notes
 from megadpo.families import parse_architecture, read_architecture
 from tests.families.configs import LLAMA, YARN
 
@@ -61,10 +62,18 @@ REFUSED = [
     ({"rms_norm_eps": 0}, ["rms_norm_eps"]),
     ({"hidden_act": "gelu"}, ["hidden_act"]),
     ({"attention_bias": True, "mlp_bias": True}, ["attention_bias", "mlp_bias"]),
-    ({"attention_dropout": 0.1}, ["attention_dropout"]),
     ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
     ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ["partial_rotary_factor"]),
-    ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1]}}, ["rope_scaling.rope_type"]),
+    ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1]}}, ["rope_scaling.long_factor"]),
+    (
+        {"rope_scaling": {"rope_type": "longrope", "short_factor": [1], "long_factor": "x"}},
+        ["rope_scaling.long_factor"],
+    ),
+    (
+        {"rope_scaling": {"rope_type": "longrope", "short_factor": [1], "long_factor": [1]}},
+        ["rope_scaling.short_factor"],
+    ),
+    ({"architectures": ["GlmForCausalLM"], "model_type": "glm", "partial_rotary_factor": 2}, ["partial_rotary_factor"]),
     ({"rope_parameters": {"rope_type": "su"}}, ["rope_parameters.rope_type"]),
     ({"rope_scaling": {"type": "linear"}}, ["rope_scaling.factor"]),
     ({"rope_scaling": {"type": "linear", "factor": -1}}, ["rope_scaling.factor"]),
@@ -83,6 +92,38 @@ REFUSED = [
 @pytest.mark.parametrize(("said", "keys"), REFUSED)
 def test_refused_by_name(said, keys):
     assert problem_keys({**LLAMA, **said}) == keys
+
+
+OF_A_FAMILY = [
+    ("HunYuanDenseV1ForCausalLM", {"use_cla": True, "use_qk_norm": False}, ["use_cla", "use_qk_norm"]),
+    ("Phi3ForCausalLM", {"lm_head_bias": True}, ["lm_head_bias"]),
+    ("Ernie4_5ForCausalLM", {"use_bias": True}, ["use_bias"]),
+    ("SeedOssForCausalLM", {"attention_out_bias": True}, ["attention_out_bias"]),
+    ("SmolLM3ForCausalLM", {"no_rope_layers": [1]}, ["no_rope_layers"]),
+    ("GraniteForCausalLM", {"logits_scaling": 0}, ["logits_scaling"]),
+    ("Olmo3ForCausalLM", {"rope_parameters": {"full_attention": {"rope_type": "su"}}},
+     ["rope_parameters.full_attention.rope_type"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "said", "keys"), OF_A_FAMILY)
+def test_refused_by_a_family(name, said, keys):
+    raw = {key: value for key, value in LLAMA.items() if key != "model_type"}
+    assert problem_keys({**raw, "architectures": [name], **said}) == keys
+
+
+def test_dropout_is_never_applied_and_said_so():
+    arch = parse_architecture({**LLAMA, "attention_dropout": 0.1, "residual_dropout": 0.0, "embd_pdrop": 0.1})
+    assert arch.dropout == ("attention_dropout", "embd_pdrop")
+    assert arch.fingerprint == parse_architecture(LLAMA).fingerprint and dropout_notes(parse_architecture(LLAMA)) == []
+    (note,) = dropout_notes(arch)
+    assert note.startswith("config.json: attention_dropout and embd_pdrop: no effect")
+
+
+def test_a_head_of_qwen3_has_a_size_of_its_own():
+    raw = {**LLAMA, "hidden_size": 66, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+    assert "head_dim" not in raw and raw["hidden_size"] % raw["num_attention_heads"]
+    assert parse_architecture(raw).attention.head_dim == 128  # transformers' default for the class
 
 
 def test_unsupported_architecture_names_itself_and_the_supported_ones():

@@ -73,7 +73,11 @@ def measured(folder, options, share_prompt):
     gradients = {}
     for name, parameter in named_global_parameters(wrapped):
         gradients |= to_hf(table.by_name[name], parameter.main_grad.detach().double().cpu())
-    chosen = (chunks[0].config.transformer_impl, chunks[0].rotary.fused, chunks[0].config.fp8)
+    chosen = (
+        chunks[0].config.transformer_impl,
+        any(table.fused for table in chunks[0].rotaries.values()),
+        chunks[0].config.fp8,
+    )
     return logps.detach().double().cpu(), gradients, chosen, torch.cuda.max_memory_allocated()
 
 

@@ -16,6 +16,7 @@ forked from a server that has imported torch and megatron-core already: that imp
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.context
 import os
 import pickle
 import signal
@@ -33,11 +34,13 @@ POLL_S = 0.02
 GRACE_S = 1.0  # after the first failure: time for another rank to write down what it saw, before all are killed
 TAIL_CHARACTERS = 4000
 PRELOADED = [
+    "megadpo.commands.evaluate",
     "megadpo.commands.train",
     "megadpo.train.command",
     "megadpo.train.evaluation",
     "megadpo.train.loop",
     "tests.helpers.equal_runs",
+    "tests.helpers.warm",
     "transformers.models.auto.tokenization_auto",  # imported where a tokenizer is loaded, so by every rank of a run
 ]
 
@@ -78,6 +81,13 @@ def run_distributed(
         return [pickle.loads((Path(folder) / f"result_{rank}.pkl").read_bytes()) for rank in range(world_size)]
 
 
+def fork_server() -> multiprocessing.context.ForkServerContext:
+    """Starts processes that have imported PRELOADED."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     """This process's environment, and what torchrun would set for a rank that finds its store at `port`."""
     return {
@@ -98,9 +108,7 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 def start_rank(rank: int, world_size: int, port: int, folder: Path, extra: Mapping[str, str]) -> BaseProcess:
     """A rank that does the call in `folder` (call.pkl), where it leaves result_<rank>.pkl or error_<rank>.txt."""
     environment = {**rank_environment(rank, world_size, port), **extra}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=be_rank, args=(folder, environment))
+    process = fork_server().Process(target=be_rank, args=(folder, environment))
     process.start()
     return process
 

@@ -7,6 +7,7 @@ import io
 import json
 import random
 import shutil
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,22 @@ def make_pairs(path: Path, count: int, seed: int = 0) -> Path:
         {"prompt": text(25) + "?", "chosen": f" {text(12)} yes{i}", "rejected": f" {text(12)} no{i}"}
         for i in range(count)
     ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def ranked_pairs(path: Path, *, prompts: int, answers: int, seed: int) -> Path:
+    """All pairs of `answers` answers to each prompt."""
+    rng = random.Random(seed)
+
+    def text(longest: int) -> str:
+        return " ".join(rng.choice(WORDS) for _ in range(rng.randint(1, longest)))
+
+    rows = []
+    for number in range(prompts):
+        prompt = text(20) + f" {number}?"
+        texts = [f" {text(10)} no{i}" for i in range(answers)]
+        rows += [{"prompt": prompt, "chosen": a, "rejected": b} for a, b in combinations(texts, 2)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 

@@ -119,16 +119,22 @@ def larger_cases() -> list[Case]:
 
 
 def core_cases() -> list[Case]:
-    """A small choice of `all_cases` for `make test`: every option with two others on some model, by a fixed seed, and
-    on every model alone where it takes more than one process."""
+    """A small choice of `all_cases` for `make test`: every option with another on every model, by a fixed seed; and those
+    that take more than one process alone, on one model after the other."""
     rng = random.Random(CORE_SEED)
-    chosen: dict[str, Case] = {}
+    chosen: list[Case] = []
     for model in MODELS:
-        left = {case.name: case for case in pair_cases(model)}
+        met: set[str] = set()
         for option in options_of(model):
-            found = [case for case in left.values() if option in case.options]
-            case = rng.choice(found)
-            chosen[case.name] = left.pop(case.name)
-    for case in [*larger_cases(), *(one for model in MODELS for one in single_cases(model) if one.world_size > 1)]:
-        chosen[case.name] = case
-    return list(chosen.values())
+            if option.name in met:
+                continue
+            found = [case for case in pair_cases(model) if option in case.options]
+            new = [case for case in found if not met & {one.name for one in case.options}]
+            chosen.append(rng.choice(new or found))
+            met |= {one.name for one in chosen[-1].options}
+    alone = [[case for case in single_cases(model) if case.world_size > 1] for model in MODELS]
+    return [
+        *chosen,
+        *larger_cases(),
+        *(case for turn, cases in enumerate(alone) for case in cases[turn :: len(MODELS)]),
+    ]

@@ -56,7 +56,7 @@ class Collector:
         items[:] = [item for item in items if item not in done]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if hasattr(self.config, "workerinput") or report.when != "call" or not report.passed:
+        if hasattr(self.config, "workerinput") or report.when != "call" or report.failed:
             return
         for key, value in report.user_properties:
             if key == "layout":

@@ -26,12 +26,17 @@ class Proved:
     """Largest relative difference to one process; None where it did not run."""
 
 
+NOT_RUN = Proved()
+"""It takes more processes than tests start."""
+
+
 class Bench:
     """Model folders, configs and runs of one process, each made when it is first needed and shared by all cases."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._references: dict[tuple[str, ...], Outcome] = {}
+        self._problems: dict[tuple[str | int, ...], list[Problem]] = {}
 
     def model(self, model: Model) -> Path:
         folder = self.folder / model.name / "model"
@@ -46,11 +51,14 @@ class Bench:
 
     def problems(self, model: Model, overrides: Sequence[str], world_size: int) -> list[Problem]:
         """The check's, by the code behind `launch/train.py --check --world-size`."""
-        try:
-            checked_config(str(self.config(model)), overrides, world_size)
-        except ConfigError as error:
-            return error.problems
-        return []
+        key = (model.name, *overrides, world_size)
+        if key not in self._problems:
+            try:
+                checked_config(str(self.config(model)), overrides, world_size)
+                self._problems[key] = []
+            except ConfigError as error:
+                self._problems[key] = error.problems
+        return self._problems[key]
 
     def impossible(self) -> list[list[Problem]]:
         """The check's answers to IMPOSSIBLE, in its order."""
@@ -77,7 +85,7 @@ class Bench:
             assert not strange, f"{case.name} is refused for something else: {strange}"
             return Proved(refused=tuple(map(str, problems)))
         if case.world_size > MOST_PROCESSES:
-            return Proved()
+            return NOT_RUN
         got = self.run(case.name, case.model, case.world_size, case.overrides)
         want = self.one_process(case.model, case.altering)
         same_tokens = case.computes_the_same_tokens

@@ -14,9 +14,19 @@ def plain_norm(x, weight, eps=1e-5):
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
-def norm_of(weight, monkeypatch):
+def config_of(dtype, zero_centred=False):
+    return SimpleNamespace(
+        params_dtype=dtype,
+        sequence_parallel=False,
+        hidden_size=12,
+        layernorm_epsilon=1e-5,
+        layernorm_zero_centered_gamma=zero_centred,
+    )
+
+
+def norm_of(weight, monkeypatch, **options):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
-    module = RMSNorm(SimpleNamespace(params_dtype=weight.dtype, sequence_parallel=False), weight.shape[0])
+    module = RMSNorm(config_of(weight.dtype, **options), weight.shape[0])
     module.weight = torch.nn.Parameter(weight)
     return module
 
@@ -34,11 +44,16 @@ def _seed():
     torch.manual_seed(0)
 
 
-def test_norm(monkeypatch):
+@pytest.mark.parametrize("zero_centred", [False, True])
+def test_norm(monkeypatch, zero_centred):
     x = torch.randn(5, 2, 12, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(12, dtype=torch.float64)
-    module = norm_of(weight, monkeypatch)
-    got, want = both_gradients(lambda x, w: module(x), plain_norm, [x, module.weight])
+    module = norm_of(weight, monkeypatch, zero_centred=zero_centred)
+
+    def plain(x, weight):
+        return plain_norm(x, weight + zero_centred)
+
+    got, want = both_gradients(lambda x, w: module(x), plain, [x, module.weight])
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
@@ -46,9 +61,7 @@ def test_norm(monkeypatch):
 def test_what_a_part_of_a_layer_adds(monkeypatch):
     """Without an upstream gradient nothing is kept, as in evaluation and in recomputed passes."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
-    config = SimpleNamespace(
-        params_dtype=torch.float64, sequence_parallel=False, hidden_size=12, layernorm_epsilon=1e-5
-    )
+    config = config_of(torch.float64)
     x, residual, bias = (torch.randn(5, 12, dtype=torch.float64, requires_grad=True) for _ in range(3))
     for norm in (None, RMSNorm):
         module = ResidualAdd(config, norm, 0.5)

@@ -303,3 +303,23 @@ def test_no_host_synchronisation_on_the_gpu() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert moved.policy_chosen.grad is not None
+
+
+def test_weights_of_pairs_and_sums_over_whole_answers() -> None:
+    """use_weighting multiplies the preference loss only; with ld_alpha the SFT loss and logps are of whole answers."""
+    pairs = make_pairs(5)
+    weights = torch.tensor([0.5, 1.0, 2.0, 0.0, 0.25], dtype=torch.float64, requires_grad=True)
+    whole = make_pairs(5, seed=7)
+    cfg = DpoConfig(sft_loss_weight=0.5)
+    arguments = [getattr(pairs, f.name) for f in dataclasses.fields(pairs)]
+    found = dpo_loss(*arguments, cfg, whole_logps=(whole.policy_chosen, whole.policy_rejected), pair_weights=weights)
+    each = [written_out(pairs.take([i]), cfg)["preference_loss"] for i in range(5)]
+    preference = sum(w * one for w, one in zip(weights.tolist(), each, strict=True))
+    sft = -float(whole.policy_chosen.sum())
+    assert float(found.metrics["preference_loss"][0]) == pytest.approx(preference, rel=1e-12)
+    assert float(found.metrics["sft_loss"][0]) == pytest.approx(sft, rel=1e-12)
+    assert found.loss_sum.item() == pytest.approx(preference + 0.5 * sft, rel=1e-12)
+    assert float(found.metrics["logps/rejected"][0]) == pytest.approx(float(whole.policy_rejected.sum()), rel=1e-12)
+    assert float(found.metrics["rewards/chosen"][0]) == pytest.approx(5 * means(pairs.loss(cfg))["rewards/chosen"])
+    found.loss_sum.backward()
+    assert weights.grad is None

@@ -1,16 +1,20 @@
 """Five DPO steps against TRL's, as stored in stored.json: docs/compare_with_trl.md says how the figures were made.
 
-The whole path takes part: tokenizing, packing, reference, loss, AdamW with weight decay, clipping, through launch/train.py.
+The whole path takes part: tokenizing, packing, reference, loss, AdamW with weight decay, clipping, through the command
+behind launch/train.py.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
 
 from benchmarks import parity_trl, sides
+from tests.helpers.distributed import run_distributed
+from tests.helpers.runs import read_metrics, train
 
 HH_DATA = sides.default_data()
 NEEDS_HH = pytest.mark.skipif(
@@ -23,23 +27,29 @@ def assert_same_as_trl(case_name: str, layout_name: str, folder: Path) -> None:
     spec = parity_trl.prepare(case, HH_DATA, folder)
     theirs = parity_trl.check_stored(case_name, spec)
     layout = parity_trl.LAYOUTS[layout_name]
-    ours = sides.run_ours(spec, layout, longest=parity_trl.LONGEST_TOKENS, overrides=case.overrides).steps
-    lines, good = parity_trl.compare(theirs, ours)
+    config = folder / "config.yaml"
+    config.write_text(json.dumps(sides.our_config(spec, layout, folder / "logs", parity_trl.LONGEST_TOKENS)))
+    ranks = layout.world_size
+    assert run_distributed(train, ranks, str(config), case.overrides, init_process_group=False) == [0] * ranks
+    ours = [sides.our_step(record) for record in read_metrics(folder / "logs")]
+    lines, good = parity_trl.compare(theirs, ours, case.names)
     assert good, "\n".join(lines)
 
 
+@pytest.mark.distributed
 def test_one_process_on_made_pairs(tmp_path: Path) -> None:
     assert_same_as_trl("made-tiny", "one", tmp_path)
 
 
-FAST = ("ipo", "alpha_divergence")
+FAST = ("ipo", "alpha_divergence", "norm_ld_weighting")
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     "loss",
     [
         pytest.param(loss, marks=[] if loss in FAST else pytest.mark.slow)
-        for loss in (*parity_trl.LOSSES, *parity_trl.DIVERGENCES)
+        for loss in (*parity_trl.LOSSES, *parity_trl.DIVERGENCES, *parity_trl.COMBINED)
     ],
 )
 def test_other_losses_on_made_pairs(loss: str, tmp_path: Path) -> None:
@@ -48,6 +58,7 @@ def test_other_losses_on_made_pairs(loss: str, tmp_path: Path) -> None:
 
 
 @NEEDS_HH
+@pytest.mark.distributed
 def test_one_process_on_human_pairs(tmp_path: Path) -> None:
     assert_same_as_trl("hh-tiny", "one", tmp_path)
 

@@ -12,11 +12,10 @@ import resource
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from megadpo.data.batches.loader import GlobalBatch
-from megadpo.plan.packs import full_pack
+from megadpo.plan.packs import all_pairs, full_pack
 from megadpo.plan.trace import empty_pack
 from tests.plan import measured
 from tests.plan.cases import LLAMA_30M, write_case
@@ -33,7 +32,7 @@ def main() -> None:
         plan = plan_of(path, overrides, 1, (312, 100, 100))
         before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
         cfg, _, trainer = measured.build(path, overrides)
-    packs = [empty_pack(cfg, full_pack(cfg, np.array([[312, 100, 100]]))) for _ in range(2)]
+    packs = [empty_pack(cfg, full_pack(cfg, all_pairs((312, 100, 100), 1))) for _ in range(2)]
     batch = GlobalBatch(micro_batches=packs, num_pairs=8, num_tokens=0, pair_indices=list(range(8)))
     for _ in range(2):
         trainer.step(batch)

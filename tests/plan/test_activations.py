@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from megadpo.config.grid import Grid
 from megadpo.config.load import load_config
 from megadpo.plan.activations import Estimate
 from megadpo.plan.inputs import architectures
-from megadpo.plan.packs import Pack, full_pack
+from megadpo.plan.packs import Pack, all_pairs, full_pack
 from megadpo.plan.trace import trace_stage
 from tests.plan.cases import LLAMA_30M, MIXTRAL, write_case
 
@@ -27,7 +26,7 @@ def test_the_search_estimates_experts_as_they_are_counted(tmp_path, tp, ep, reco
     overrides += [f"{MEG}.activation_checkpointing=true"] if recompute == "full" else []
     cfg = load_config(path, overrides)
     arch, _ = architectures(cfg)
-    lengths = full_pack(cfg, np.array([[300, 106, 106]]))
+    lengths = full_pack(cfg, all_pairs((300, 106, 106), 1))
     (counted,) = trace_stage(cfg, arch, None, lengths, grid=Grid.of(cfg, 4), device_type="cuda").chunks
     foretold = Estimate(cfg, arch, Pack.of(cfg, lengths)).chunk(arch.layers, last=True)
     assert foretold.saved == pytest.approx(counted.saved, rel=0.08)
@@ -44,7 +43,7 @@ def test_the_search_estimates_activations_as_they_are_counted(tmp_path, recomput
     path = write_case(tmp_path / "case", LLAMA_30M, device="auto", sequence_packing={"train_mb_tokens": 2048})
     cfg = load_config(path, [override.replace("True", "true").replace("False", "false") for override in overrides])
     arch, _ = architectures(cfg)
-    lengths = full_pack(cfg, np.array([[300, 106, 106]]))
+    lengths = full_pack(cfg, all_pairs((300, 106, 106), 1))
     for stage in (0, 1):
         (counted,) = trace_stage(
             cfg, arch, None, lengths, grid=Grid.of(cfg, 2 * cp).stage(stage), device_type="cuda"

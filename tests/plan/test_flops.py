@@ -10,7 +10,7 @@ from megadpo.config.grid import Grid
 from megadpo.config.load import load_config
 from megadpo.plan.flops import forward_flops, stage_flops
 from megadpo.plan.inputs import architectures
-from megadpo.plan.packs import Pack, full_pack
+from megadpo.plan.packs import Pack, all_pairs, full_pack
 from megadpo.plan.trace import trace_stage
 from tests.plan.cases import LLAMA_30M, MIXTRAL, QWEN2_MOE, QWEN3, write_case
 
@@ -38,7 +38,7 @@ def test_matrix_products_are_those_that_torch_counts(name, tmp_path):
     path = write_case(tmp_path / "case", model, device="auto", sequence_packing={"train_mb_tokens": 2048})
     cfg = load_config(path, ["policy.precision=float32", "policy.logprob_kernel=torch", *overrides])
     arch, reference = architectures(cfg)
-    lengths = full_pack(cfg, np.array([[300, 106, 106]]))
+    lengths = full_pack(cfg, all_pairs((300, 106, 106), 1))
     with FlopCounterMode(display=False) as counter:
         trace_stage(cfg, arch, None, lengths, grid=Grid(), device_type="cuda")
     pack = Pack.of(cfg, lengths)

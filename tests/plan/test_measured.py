@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
+from math import comb
+
 import pytest
 
 from megadpo.config.check import chunk_layers
@@ -10,12 +12,27 @@ from megadpo.config.grid import Grid
 from megadpo.config.load import load_config
 from megadpo.plan.inputs import architectures
 from megadpo.plan.memory import Assumptions
-from megadpo.plan.packs import full_pack
+from megadpo.plan.packs import all_pairs, full_pack
 from megadpo.plan.parameters import stage_buffers, stage_parameters, static_bytes
 from megadpo.plan.plan import Job, Plan, make_plan
 from tests.helpers.distributed import run_distributed
 from tests.plan import measured
-from tests.plan.cases import LLAMA_4M, MIXTRAL, MIXTRAL_8M, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, SMALL, write_case
+from tests.plan.cases import (
+    GEMMA2,
+    GEMMA2_4M,
+    GEMMA3,
+    GEMMA3_4M,
+    GPT_OSS,
+    LLAMA_4M,
+    MIXTRAL,
+    MIXTRAL_8M,
+    QWEN2,
+    QWEN2_MOE,
+    QWEN3,
+    QWEN3_MOE,
+    SMALL,
+    write_case,
+)
 
 MEG = "policy.megatron_cfg"
 TP2, PP2 = f"{MEG}.tensor_model_parallel_size=2", f"{MEG}.pipeline_model_parallel_size=2"
@@ -32,10 +49,9 @@ FREEZE = "policy.freeze=[model.embed_tokens.weight,'model.layers.{0..1}.*']"
 TIED = {**SMALL, "tie_word_embeddings": True}
 
 
-def plan_of(path: str, overrides: list[str], world_size: int, lengths: object = (200, 60, 50)) -> Plan:
+def plan_of(path: str, overrides: list[str], world_size: int, lengths: Sequence[int] = (200, 60, 50)) -> Plan:
     cfg = load_config(path, overrides)
     arch, reference = architectures(cfg)
-    pairs = np.tile(np.array([lengths], dtype=np.int64), (cfg.policy.train_global_batch_size, 1))
     return make_plan(
         Job(
             cfg=cfg,
@@ -44,7 +60,7 @@ def plan_of(path: str, overrides: list[str], world_size: int, lengths: object = 
             world_size=world_size,
             gpu=None,
             assumed=Assumptions(expert_load=1.0),
-            lengths=pairs,
+            pairs=all_pairs(lengths, cfg.policy.train_global_batch_size),
             said="",
         )
     )
@@ -65,6 +81,9 @@ STATIC = {
     "tp2_ep2_dp2": (4, QWEN2_MOE, [TP2, SP, EP2, DIST, OVERLAP]),
     "cp2_dp2": (4, TIED, [CP2, DIST, OVERLAP]),
     "tp2_etp2": (2, MIXTRAL, [TP2, SP, ETP2, NO_DIST, FP32]),
+    "tp2_gemma3": (2, GEMMA3, [TP2, SP, DIST]),
+    "pp2_gemma2_fp32": (2, GEMMA2, [PP2, FP32, NO_DIST]),
+    "tp2_ep2_gpt_oss": (2, GPT_OSS, [TP2, SP, EP2, DIST]),
     "pp2_vpp2_ep2_frozen_routers": (4, MIXTRAL, [PP2, VPP2, EP2, DIST, f"{MEG}.freeze_moe_router=true"]),
 }
 
@@ -132,6 +151,20 @@ def test_the_peak_of_a_real_step_is_within_a_tenth(name, tmp_path):
     check_peak(tmp_path, LLAMA_4M, *PEAK[name])
 
 
+WINDOWS = {
+    "gemma2": (GEMMA2_4M, (1, [FP32], 2)),
+    "gemma3": (GEMMA3_4M, (1, [], 2)),
+    "gemma3_cp2": (GEMMA3_4M, (2, [CP2], 2)),
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", WINDOWS)
+def test_the_peak_of_a_real_step_under_windows_is_within_a_tenth(name, tmp_path):
+    """Gemma 2's scores are written out, for its soft-cap; Gemma 3's layers differ in their window."""
+    check_peak(tmp_path, WINDOWS[name][0], *WINDOWS[name][1])
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", EXPERTS)
 def test_the_peak_of_a_real_step_with_experts_is_within_a_tenth(name, tmp_path):
@@ -139,16 +172,24 @@ def test_the_peak_of_a_real_step_with_experts_is_within_a_tenth(name, tmp_path):
     check_peak(tmp_path, MIXTRAL_8M, *EXPERTS[name])
 
 
-def check_peak(folder, model, world_size, overrides, micro_batches):
+@pytest.mark.distributed
+def test_the_peak_of_a_real_step_with_groups_is_within_a_tenth(tmp_path):
+    """All six pairs of four answers to each prompt: 512 tokens of a pack where the pairs alone take 2,004."""
+    check_peak(tmp_path, LLAMA_4M, 1, [FP32], 2, lengths=(156, 89, 89, 89, 89))
+
+
+def check_peak(folder, model, world_size, overrides, micro_batches, lengths=None):
     path = write_case(folder, model, sequence_packing={"train_mb_tokens": 1024})
     shared = "policy.sequence_packing.share_prompt=false" not in overrides
-    lengths = (156, 50, 50) if shared else (78, 50, 50)
+    lengths = lengths or ((156, 50, 50) if shared else (78, 50, 50))
     copies = Grid.of(load_config(path, overrides), world_size).data
-    overrides = [*overrides, f"policy.train_global_batch_size={1024 // 256 * micro_batches * copies}"]
+    packed = sum(lengths) if shared else 256
+    pairs = 1024 // packed * comb(len(lengths) - 1, 2)
+    overrides = [*overrides, f"policy.train_global_batch_size={pairs * micro_batches * copies}"]
     plan = plan_of(path, overrides, world_size, lengths)
     assert plan.work.micro_batches == micro_batches
-    pack = full_pack(plan.job.cfg, plan.job.lengths)
-    assert len(pack) == 4 and (pack == pack[0]).all()
+    pack = full_pack(plan.job.cfg, plan.job.pairs)
+    assert len(pack) == 1024 // packed and (pack == pack[0]).all()
     ranks = run_distributed(
         measured.peak, world_size, path, overrides, pack, micro_batches, init_process_group=False, timeout_s=250
     )

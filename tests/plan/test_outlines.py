@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from megadpo.config.grid import Grid
 from megadpo.config.load import load_config
 from megadpo.plan.inputs import architectures
-from megadpo.plan.packs import full_pack
+from megadpo.plan.packs import all_pairs, full_pack
 from megadpo.plan.trace import trace_stage
 from tests.plan.cases import MIXTRAL, write_case
 
@@ -20,7 +19,7 @@ def test_uneven_experts_take_memory_in_proportion(tmp_path):
     path = write_case(tmp_path / "case", MIXTRAL, device="auto", sequence_packing={"train_mb_tokens": 2048})
     cfg = load_config(path, [f"{MEG}.expert_model_parallel_size=4"])
     arch, _ = architectures(cfg)
-    lengths = full_pack(cfg, np.array([[300, 106, 106]]))
+    lengths = full_pack(cfg, all_pairs((300, 106, 106), 1))
     saved = [
         trace_stage(cfg, arch, None, lengths, grid=Grid.of(cfg, 4), device_type="cuda", expert_load=load)
         .chunks[0]

@@ -73,6 +73,26 @@ def test_training_reads_what_was_built(tmp_path: Path, text: bool) -> None:
     assert (pairs[0]["chosen"] if text else pairs[0]["chosen"][0]["content"]) == "answer 2"
 
 
+@pytest.mark.parametrize("text", [False, True])
+@pytest.mark.parametrize("more", [{}, {"dedupe": True}, {"balance_lengths": True}])
+def test_rows_of_answers_make_the_same_pairs(tmp_path: Path, text: bool, more: dict[str, Any]) -> None:
+    """With equal answers, equal rewards and a gap that some pairs don't have."""
+    rng = random.Random(3)
+    said = [(rng.choice(["yes", "no", "perhaps " * 3, "a b"]), rng.choice([0.0, 0.05, 0.5, 1.0])) for _ in range(30)]
+    rows = [
+        current(f"question {n // 5}?", [message(text)], reward, _ng_task_index=n // 5)
+        for n, (text, reward) in enumerate(said)
+    ]
+    choice = {"row": RowOptions(text=text), "pairing": PairingOptions(pairing="all"), **more}
+    alone, _, _ = built(tmp_path, rows, BuildOptions(**choice))
+    pairs = read_all(tmp_path / "pairs.jsonl")
+    grouped, _, _ = built(tmp_path, rows, BuildOptions(**choice, rows="answers"))
+    same = read_all(tmp_path / "pairs.jsonl")
+    assert len(grouped) < len(alone) == len(pairs)
+    assert [(p.prompt, p.chosen, p.rejected) for p in same] == [(p.prompt, p.chosen, p.rejected) for p in pairs]
+    assert grouped[0]["task_index"] == 0 and grouped[0]["answers"][0]["from"].startswith(f"{tmp_path}/r.jsonl:")
+
+
 def test_groups_without_pairs_go_aside_by_reason(tmp_path: Path) -> None:
     rows = [
         *(current("alone", "a", 1), current("equal", "a", 1), current("equal", "b", 1)),

@@ -87,6 +87,6 @@ def test_log_dir_that_cannot_be_written_is_refused_first(tmp_path):
 def test_what_is_not_finite_is_null(tmp_path):
     from megadpo.train.evaluation import PairScore, write_scores
 
-    write_scores(tmp_path / "pairs.jsonl", [PairScore(0, float("nan"), -1.0, float("-inf"), None)])
+    write_scores(tmp_path / "pairs.jsonl", [PairScore(0, 0, float("nan"), -1.0, float("-inf"), None)])
     text = (tmp_path / "pairs.jsonl").read_text()
-    assert list(json.loads(text).values()) == [0, None, -1.0, None, None]
+    assert list(json.loads(text).values()) == [0, 0, None, -1.0, None, None]

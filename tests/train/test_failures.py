@@ -18,6 +18,7 @@ from tests.helpers.runs import make_config, make_model, read_metrics, train, tra
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SAVING = {"enabled": True, "save_period": 1}
+BAD_ROWS = ["train.jsonl:1", "train.jsonl:2"]
 
 
 @pytest.fixture(scope="module")
@@ -25,27 +26,40 @@ def model(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("model"))
 
 
-def test_check_lists_every_problem_and_exits_2(model, tmp_path):
+CHECKED = [
+    (["dpo.max_num_step=3", "policy.precision=half"], ["dpo.max_num_step", "max_num_steps", "policy.precision"]),
+    (
+        ["--world-size", "3", "policy.megatron_cfg.tensor_model_parallel_size=3"],
+        ["attention heads", "vocab", *BAD_ROWS],
+    ),
+    ([], BAD_ROWS),
+    (["policy.model_name=/no/such/folder"], ["policy.model_name", "/no/such/folder", *BAD_ROWS]),
+    (["policy.tokenizer.name=/no/such/folder"], ["policy.tokenizer.name", *BAD_ROWS]),
+]
+
+
+@pytest.fixture
+def spoiled_config(model, tmp_path):
     config = make_config(tmp_path, model)
     (tmp_path / "train.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n{broken\n')
-    check = [sys.executable, "launch/train.py", str(config), "--check"]
-    rows = ["train.jsonl:1", "train.jsonl:2"]
-    for overrides, expected in (
-        (["dpo.max_num_step=3", "policy.precision=half"], ["dpo.max_num_step", "max_num_steps", "policy.precision"]),
-        (
-            ["--world-size", "3", "policy.megatron_cfg.tensor_model_parallel_size=3"],
-            ["attention heads", "vocab", *rows],
-        ),
-        ([], rows),
-        (["policy.model_name=/no/such/folder"], ["policy.model_name", "/no/such/folder", *rows]),
-        (["policy.tokenizer.name=/no/such/folder"], ["policy.tokenizer.name", *rows]),
-        (["--world-size", "0"], ["--world-size 0"]),
-    ):
-        done = subprocess.run([*check, *overrides], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 2, done.stderr
-        for words in expected:
-            assert words in done.stderr
+    return str(config)
+
+
+def test_check_exits_2(spoiled_config):
+    for overrides, words in (([], BAD_ROWS), (["--world-size", "0"], ["--world-size 0"])):
+        check = [sys.executable, "launch/train.py", spoiled_config, "--check", *overrides]
+        done = subprocess.run(check, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2 and all(word in done.stderr for word in words), done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("overrides", "words"), CHECKED)
+def test_check_lists_every_problem(overrides, words, spoiled_config, capsys):
+    from megadpo.commands import main
+
+    assert main(["train", spoiled_config, "--check", *overrides]) == 2
+    printed = capsys.readouterr().err
+    assert [word for word in words if word not in printed] == []
 
 
 def test_check_lists_what_fits_in_no_batch_of_every_set(model, tmp_path, capsys):

@@ -80,7 +80,9 @@ def read_in_attention(patch):
     from megadpo.model.kernels.varlen import VarlenKernel
 
     attend = VarlenKernel.attend
-    patch.setattr(VarlenKernel, "attend", lambda self, q, *rest: attend(self, q * q.sum().item(), *rest))
+    patch.setattr(
+        VarlenKernel, "attend", lambda self, q, *rest, **asked: attend(self, q * q.sum().item(), *rest, **asked)
+    )
 
 
 def copy_from_plain_memory(patch):

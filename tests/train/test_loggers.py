@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
@@ -160,13 +161,16 @@ def test_a_whole_line_without_its_newline_is_completed(tmp_path: Path) -> None:
 # --- a failing disk --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files_only() -> Iterator[None]:
-    """The kernel refuses to let any file of this process grow past 300 bytes (EFBIG), as a full disk would."""
+    """The kernel refuses to let any file of this process grow past 300 bytes (EFBIG), as a full disk would. Not a fixture:
+    pytest's own output may go to a file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def log_until_it_fails(logger: MetricsLogger, logged: list[int]) -> None:
@@ -175,9 +179,13 @@ def log_until_it_fails(logger: MetricsLogger, logged: list[int]) -> None:
         logged.append(step)
 
 
-def test_a_failing_disk_raises_at_the_line_that_was_cut_short(tmp_path: Path, small_files_only: None) -> None:
+def test_a_failing_disk_raises_at_the_line_that_was_cut_short(tmp_path: Path) -> None:
     logged: list[int] = []
-    with pytest.raises(OSError, match="File too large"), MetricsLogger(logger_config(tmp_path)) as logger:
+    with (
+        small_files_only(),
+        pytest.raises(OSError, match="File too large"),
+        MetricsLogger(logger_config(tmp_path)) as logger,
+    ):
         log_until_it_fails(logger, logged)
     *whole, cut_short = (tmp_path / "metrics.jsonl").read_bytes().splitlines()
     assert [json.loads(line)["step"] for line in whole] == logged and logged
@@ -185,14 +193,12 @@ def test_a_failing_disk_raises_at_the_line_that_was_cut_short(tmp_path: Path, sm
         json.loads(cut_short)
 
 
-def test_a_disk_that_fails_for_tensorboard_only_raises_too(
-    tmp_path: Path, small_files_only: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fails_for_tensorboard_only_raises_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda args: None)  # TensorBoard's own thread fails as well
     logged: list[int] = []
     os.symlink(os.devnull, tmp_path / "metrics.jsonl")  # this file never fills up
     cfg = logger_config(tmp_path, TensorBoard())
-    with pytest.raises(OSError, match="File too large"), MetricsLogger(cfg) as logger:
+    with small_files_only(), pytest.raises(OSError, match="File too large"), MetricsLogger(cfg) as logger:
         log_until_it_fails(logger, logged)
     assert len(logged) < 20  # it raised while logging, not only on closing
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
-from megadpo.checkpoint.folder import complete_checkpoints, delete, delete_leftovers, require_info, step_folders
+from megadpo.checkpoint.folder import complete_checkpoints, delete, finish_deletions, require_info, step_folders
 from megadpo.config.problems import ConfigError, SaveError
 from megadpo.model.source import ModelSource, weights_fingerprint
 from megadpo.train.resume import claim, require_owner
@@ -51,7 +51,7 @@ def test_another_reference_is_refused_and_other_settings_are_said(tmp_path):
         assert code == 2 and f"{field}: got" in printed and "step_1 was trained" in printed
     code, printed = go(moved, "dpo.reference_policy_kl_penalty=0.2", "dpo.max_num_steps=1", "dpo.val_period=3")
     assert code == 0 and "dpo.reference_policy_kl_penalty 0.2, which was 0.1" in printed
-    assert printed.count("resumed from") == 1
+    assert printed.count("changed since step_1") == 1 and "nothing to do" in printed
 
 
 def test_fingerprints_tell_models_of_one_shape_apart(tmp_path):
@@ -128,5 +128,5 @@ def test_what_is_deleted_is_never_there_in_part(tmp_path, monkeypatch):
     monkeypatch.undo()
     (tmp_path / "step_4").mkdir()
     delete(tmp_path / "step_4")
-    delete_leftovers(tmp_path)
+    finish_deletions(tmp_path)
     assert not list(tmp_path.iterdir())

@@ -188,6 +188,27 @@ def test_a_stop_saves_the_step_reached(model, tmp_path, start, launcher, way, sa
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_while_the_model_is_built_waits_until_there_is_something_to_save(model, tmp_path, start, number):
+    config = make_config(
+        tmp_path,
+        model,
+        dpo={"max_num_steps": None, "max_num_epochs": 400},
+        policy={"megatron_cfg": {"tensor_model_parallel_size": 2}},
+        checkpointing={"enabled": True, "save_period": 10_000},
+    )
+    run = start(config, OURS)
+    deadline = time.monotonic() + 60
+    while len(run.ranks()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    to_launcher(run, number)
+    output = run.wait_for_end()
+    assert run.process.returncode == 143 and run.left_behind() == [], output[-3000:]
+    assert output.splitlines()[-1].startswith("stopped after step 1, newest checkpoint: step 1")
+
+
+@pytest.mark.distributed
 def test_a_rank_that_dies_ends_the_run_and_leaves_no_process(model, tmp_path, start):
     config = make_config(
         tmp_path,

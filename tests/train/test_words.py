@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from megadpo.commands import main
+from megadpo.config import load_config
+from megadpo.train.report import closing_words
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import make_config, make_model, train_and_read
 
@@ -28,8 +30,12 @@ def test_a_run_from_its_end_to_its_export(tmp_path):
     assert first.endswith("by validation-held_out/loss") and "held steps" not in first
 
     again = said(config)
-    assert "nothing to do: this run had finished, after step 2 of 2; raise dpo.max_num_steps" in again
+    assert again.startswith("nothing to do: this run had finished, with step 2; raise dpo.max_num_steps")
     assert again.endswith(export) and "Warning" not in first + again
+
+    weights_only = ["checkpointing.save_optimizer=false", f"checkpointing.checkpoint_dir={folder}_of_weights"]
+    assert "held steps of another run" in said(config, *weights_only)
+    assert said(config, *weights_only).startswith("nothing to do: ")
 
     anew = said(config, "checkpointing.enabled=false")
     assert f"logger.log_dir held steps of another run: they are in {tmp_path}/logs/metrics.superseded-" in anew
@@ -37,3 +43,8 @@ def test_a_run_from_its_end_to_its_export(tmp_path):
 
     assert main(["export", str(folder), str(tmp_path / "trained"), "--best"]) == 0
     assert (tmp_path / "trained/model.safetensors").is_file()
+
+
+def test_a_run_whose_checkpoints_were_taken_away(tmp_path):
+    cfg = load_config(make_config(tmp_path, tmp_path / "model", checkpointing={"enabled": True}))
+    assert closing_words(cfg, 3)[-1] == f"no complete checkpoint in {tmp_path}/checkpoints"

@@ -91,6 +91,7 @@ def context_part(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
         predict_index=torch.from_numpy(place[mine]),
         targets=torch.from_numpy(batch.targets.numpy()[mine]),
         answer_index=torch.from_numpy(answer_index),
+        token_weights=None if batch.token_weights is None else batch.token_weights[torch.from_numpy(mine)],
         part=ContextPart(
             run_index=index,
             answer_tokens=torch.from_numpy(predicted),

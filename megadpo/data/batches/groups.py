@@ -40,12 +40,44 @@ class PairGroups:
     """[N, 2]"""
 
     @classmethod
-    def of(cls, pairs: FlatPairs) -> PairGroups:
-        """By the hashes of their texts; pack_pairs holds the texts themselves against each other."""
+    def of(cls, pairs: FlatPairs, *, share_answers: bool = True) -> PairGroups:
+        """By the hashes of their texts; pack_pairs holds the texts themselves against each other. share_answers: false
+        gives each answer of each pair a number of its own."""
         texts, identities = pairs.text_tokens(), pairs.identities.reshape(-1, 3)
         prompts = _by_appearance(identities[:, 0])
-        answers = _by_appearance(np.repeat(prompts, 2), identities[:, 1:].ravel()).reshape(-1, 2)
-        return cls(prompts, answers, texts[:, 0], texts[:, 1:])
+        answers = np.arange(2 * len(prompts))
+        if share_answers:
+            answers = _by_appearance(np.repeat(prompts, 2), identities[:, 1:].ravel())
+        return cls(prompts, answers.reshape(-1, 2), texts[:, 0], texts[:, 1:])
+
+    @classmethod
+    def alone(cls, text_tokens: Ints) -> PairGroups:
+        """Pairs that share nothing. text_tokens: [N, 3], of prompt, chosen and rejected."""
+        number = len(text_tokens)
+        answers = np.arange(2 * number).reshape(-1, 2)
+        return cls(np.arange(number), answers, text_tokens[:, 0], text_tokens[:, 1:])
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def at(self, positions: Ints) -> PairGroups:
+        """The pairs at `positions`, in this order, with their numbers."""
+        columns = (self.prompts, self.answers, self.prompt_tokens, self.answer_tokens)
+        return PairGroups(*(column[positions] for column in columns))
+
+    def text_tokens(self, labels: Ints) -> Ints:
+        """int64 [labels, 1 + K]: tokens of the prompt and of each distinct answer of the pairs with one label [N], from 0, that
+        have one prompt. K is the most answers; 0 where there are fewer."""
+        of_answers = np.repeat(labels, 2)
+        first = _first_of_each(of_answers, self.answers.ravel())
+        first = first[np.argsort(of_answers[first], kind="stable")]
+        of_answers = of_answers[first]
+        counts = np.bincount(of_answers)
+        column = np.arange(len(first)) - np.repeat(np.cumsum(counts) - counts, counts)
+        found = np.zeros((len(counts), 1 + counts.max()), dtype=np.int64)
+        found[labels, 0] = self.prompt_tokens
+        found[of_answers, 1 + column] = self.answer_tokens.ravel()[first]
+        return found
 
     @property
     def num_prompts(self) -> int:

@@ -71,6 +71,8 @@ class BatchOptions:
     """With share_prompt and budget_tokens: pairs with the same prompt go into one pack where they can, and what they share is
     in it once (data/batches/groups.py)."""
     pad_token_id: int
+    tail_weight: float | None = None
+    """As in pack_pairs. An answer's weights then depend on the other answer of its pair: pairs share prompts only."""
     pad_to_multiple: int = 1
     budget_tokens: int | None = None
     """The most tokens of a micro-batch, padding included."""
@@ -101,6 +103,7 @@ class BatchOptions:
             share_prompt=packing.enabled and packing.share_prompt,
             group_prompts=cfg.data.group_prompts,
             pad_token_id=pad_token_id,
+            tail_weight=cfg.dpo.ld_alpha,
             pad_to_multiple=cfg.policy.make_sequence_length_divisible_by,
             budget_tokens=packing.train_mb_tokens if packing.enabled else None,
             pairs_per_micro_batch=None if packing.enabled else pairs,
@@ -142,7 +145,7 @@ class GlobalBatchLoader:
         self.groups: PairGroups | None = None
         """None: pairs share nothing."""
         if options.group_prompts and options.share_prompt and budget is not None:
-            groups = PairGroups.of(dataset)
+            groups = PairGroups.of(dataset, share_answers=options.tail_weight is None)
             self.groups = groups if groups.num_prompts < len(dataset) else None
         self.answers = np.arange(2 * len(dataset)).reshape(-1, 2) if self.groups is None else self.groups.answers
         """int64 [pairs, 2]: number of the chosen and of the rejected answer in the data set."""
@@ -263,6 +266,7 @@ class GlobalBatchLoader:
             share_prompt=self.options.share_prompt,
             pad_to_multiple=self.options.pad_to_multiple,
             pad_token_id=self.options.pad_token_id,
+            tail_weight=self.options.tail_weight,
             same=None if self.groups is None else (self.groups.prompts[positions], self.answers[positions]),
         )
         if self._reference_logps is not None:

@@ -98,6 +98,8 @@ class PackedBatch:
     """[A] ascending, in [0, K): which answer."""
     answer_tokens: torch.Tensor
     """[K] tokens per answer that are in the loss; sums to A."""
+    token_weights: torch.Tensor | None
+    """[A] float32: of each target in the preference loss (dpo.ld_alpha). None: 1."""
     pairs: torch.Tensor
     """[P, 2] which answer is the chosen, and which the rejected one of each pair."""
     pair_indices: torch.Tensor
@@ -163,6 +165,7 @@ class PackedBatch:
             answer_index=move(self.answer_index),
             answer_tokens=move(self.answer_tokens),
             pairs=move(self.pairs),
+            token_weights=None if self.token_weights is None else move(self.token_weights),
             pair_indices=move(self.pair_indices),
             reference_logps=None if self.reference_logps is None else move(self.reference_logps),
             part=self.part and dataclasses.replace(self.part, answer_tokens=move(self.part.answer_tokens)),
@@ -207,6 +210,7 @@ def pack_pairs(
     share_prompt: bool,
     pad_to_multiple: int,
     pad_token_id: int,
+    tail_weight: float | None = None,
     same: tuple[Ints, Ints] | None = None,
 ) -> PackedBatch:
     """Packs P >= 0 pairs, in the given order, into a run of T tokens. T is the next multiple of `pad_to_multiple`.
@@ -215,6 +219,8 @@ def pack_pairs(
     the prompt of a pair has no tokens, or an answer has no tokens in the loss, and ValueError for pad_to_multiple < 1.
     same: the number of each pair's prompt, int64 [P], and of its answers, int64 [P, 2]. With share_prompt, texts with the
     same number are in the run once, where the first pair that has them stands. None: no two pairs share one.
+    tail_weight: of the tokens of an answer behind the length of the pair's shorter one, counted in the loss (dpo.ld_alpha).
+    No two pairs share an answer then.
     """
     if pad_to_multiple < 1:
         raise ValueError(f"pad_to_multiple must be at least 1, got {pad_to_multiple}")
@@ -245,6 +251,9 @@ def pack_pairs(
         targets=_join(run.targets),
         answer_index=torch.from_numpy(answer_index),
         answer_tokens=torch.from_numpy(answer_tokens),
+        token_weights=None
+        if tail_weight is None
+        else torch.from_numpy(_token_weights(answer_tokens, answers_of_pairs, tail_weight)),
         pairs=torch.from_numpy(answers_of_pairs),
         pair_indices=torch.tensor([pair.index for pair in pairs], dtype=torch.int64),
         num_tokens=num_tokens,
@@ -276,6 +285,17 @@ def _append_groups(run: _FlatRun, pairs: Sequence[TokenizedPair], same: tuple[In
                 rows[number, side], same_ids = found[answer]
                 assert np.array_equal(ids, same_ids), "two answers have the same hash"
     return rows
+
+
+def _token_weights(answer_tokens: Ints, answers_of_pairs: Ints, tail_weight: float) -> np.ndarray:
+    """[A] float32: 1 for as many of an answer's tokens as its pair's shorter answer has, and `tail_weight` behind them."""
+    assert answers_of_pairs.size == len(answer_tokens), "each answer has one pair"
+    shared = np.empty_like(answer_tokens)
+    shared[answers_of_pairs] = answer_tokens[answers_of_pairs].min(axis=1, keepdims=True)
+    starts = np.cumsum(answer_tokens) - answer_tokens
+    place = np.arange(answer_tokens.sum()) - starts.repeat(answer_tokens)
+    weights: np.ndarray = np.where(place < shared.repeat(answer_tokens), 1.0, tail_weight).astype(np.float32)
+    return weights
 
 
 def _refuse_empty(pairs: Sequence[TokenizedPair]) -> None:

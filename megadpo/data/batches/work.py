@@ -98,11 +98,14 @@ class WorkModel:
 def query_keys(
     text_tokens: npt.NDArray[np.int64], *, share_prompt: bool, window: int | None = None
 ) -> npt.NDArray[np.int64]:
-    """int64 [N]: keys that the queries of a pair see, summed over them; causal, and of the last `window` ones."""
-    prompt, chosen, rejected = text_tokens.T
+    """int64 [N]: keys that the queries of a pair see, summed over them; causal, and of the last `window` ones.
+
+    text_tokens: [N, 1 + K], a prompt and its answers; 0 where there are fewer than K."""
+    prompt, *answers = text_tokens.T
     before = keys_up_to(prompt, window)
-    in_answers = sum(keys_up_to(prompt + answer, window) - before for answer in (chosen, rejected))
-    return np.asarray((1 if share_prompt else 2) * before + in_answers, dtype=np.int64)
+    in_answers = sum(keys_up_to(prompt + answer, window) - before for answer in answers)
+    copies = 1 if share_prompt else (text_tokens[:, 1:] > 0).sum(axis=1)
+    return np.asarray(copies * before + in_answers, dtype=np.int64)
 
 
 def keys_up_to(tokens: npt.NDArray[np.int64], window: int | None) -> npt.NDArray[np.int64]:

@@ -1,9 +1,9 @@
 """Rows -> preference pairs. A format is one file of this folder; docs/data.md shows a row of each.
 
 A format is a frozen dataclass whose fields are its options, keys of `data`. It has the fields by which it recognises a
-row, a method that makes a pair of a row, and the hub data set that it is named after. A new format is a file here, or a file
-that the config names in `plugins`, with `@FORMATS.add(name)`: the value of `data.dataset_name`, NeMo RL's name if it has
-one. Nothing here imports numpy or torch, because the config check imports it.
+row, a method that makes one or several pairs of a row, and the hub data set that it is named after. A new format is a file
+here, or a file that the config names in `plugins`, with `@FORMATS.add(name)`: the value of `data.dataset_name`, NeMo RL's
+name if it has one. Nothing here imports numpy or torch, because the config check imports it.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class RowFormat:
         """Fields by which a row of this format is recognised. (): never recognised; the config must name the format."""
         raise NotImplementedError
 
-    def read(self, row: Row, place: Place) -> PreferencePair | list[Problem]:
-        """Makes the pair of a row, or lists every problem of the row."""
+    def read(self, row: Row, place: Place) -> PreferencePair | tuple[PreferencePair, ...] | list[Problem]:
+        """Makes the pair of a row, or its pairs, at least one; or lists every problem of the row."""
         raise NotImplementedError
 
 

@@ -49,9 +49,9 @@ def read_pairs(
     try:
         for place, row in read_rows(source):
             counts.rows += 1
-            read = [row] if isinstance(row, Problem) else reader.pair(row, place)
-            if isinstance(read, PreferencePair):
-                yield read
+            read = [row] if isinstance(row, Problem) else reader.pairs(row, place)
+            if isinstance(read, tuple):
+                yield from read
                 continue
             counts.dropped_bad_rows += 1
             counts.bad_rows += read[: MOST_PROBLEMS - len(counts.bad_rows)]
@@ -76,16 +76,22 @@ class _PairReader:
         self.found: str | None = None
         self.found_at: Place | None = None
 
-    def pair(self, row: Row, place: Place) -> PreferencePair | list[Problem]:
+    def pairs(self, row: Row, place: Place) -> tuple[PreferencePair, ...] | list[Problem]:
         if self.named is not None:
-            return self.formats[self.named].read(row, place)
+            return _as_tuple(self.formats[self.named].read(row, place))
         own = find_format(row, self.formats)
         if self.found is not None and own not in (None, self.found):
             fix = "use one format in each file: split the file, or rewrite these rows"
             expected = f"a row of the format {self.found}, as in line {self.found_at.line if self.found_at else 1}"
             return [Problem(str(place), f"a row of the format {own}", expected, fix)]
         name = own or self.found or USUAL
-        read = self.formats[name].read(row, place)
-        if self.found is None and isinstance(read, PreferencePair):
+        read = _as_tuple(self.formats[name].read(row, place))
+        if self.found is None and isinstance(read, tuple):
             self.found, self.found_at = name, place
         return read
+
+
+def _as_tuple(
+    read: PreferencePair | tuple[PreferencePair, ...] | list[Problem],
+) -> tuple[PreferencePair, ...] | list[Problem]:
+    return (read,) if isinstance(read, PreferencePair) else read

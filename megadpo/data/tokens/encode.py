@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import islice
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -131,7 +131,7 @@ def encode_source(
 
 
 class _Chunks:
-    """The pairs of a source in chunks. Problems are collected, to be reported together at the end."""
+    """The pairs of a source in chunks, those of a row in one. Problems are collected, to be reported together at the end."""
 
     def __init__(self, source: str | Path, settings: DataSettings) -> None:
         self._source = source
@@ -140,8 +140,13 @@ class _Chunks:
         self.read = ReadCounts()
 
     def __iter__(self) -> Iterator[list[PreferencePair]]:
-        pairs = self._pairs()
-        while chunk := list(islice(pairs, CHUNK_PAIRS)):
+        chunk: list[PreferencePair] = []
+        for _, of_row in groupby(self._pairs(), key=lambda pair: pair.place.row):
+            chunk += of_row
+            if len(chunk) >= CHUNK_PAIRS:
+                yield chunk
+                chunk = []
+        if chunk:
             yield chunk
 
     def _pairs(self) -> Iterator[PreferencePair]:
@@ -199,7 +204,7 @@ class _Result:
         self.too_long.add(chunk.too_long)
         pairs = chunk.pairs
         assert isinstance(pairs, FlatPairs), "_ChunkEncoder makes FlatPairs"
-        self.counts.update(chunk.counts, rows=len(chunk.places), pairs=len(pairs))
+        self.counts.update(chunk.counts, rows=len({place.row for place in chunk.places}), pairs=len(pairs))
         if self.problems or self.too_long.count:
             return
         prompt, chosen, rejected = pairs.text_tokens().sum(axis=0).tolist()

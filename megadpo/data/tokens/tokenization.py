@@ -195,12 +195,13 @@ class PairTokenizer:
         rows = [text.prompt for text in texts]
         for number in (0, 1):
             rows += [text.prompt + "".join(piece.text for piece in text.answers[number]) for text in texts]
-        ids = self._ids(rows, special_tokens=self.chat_template is None)
+        distinct = list(dict.fromkeys(rows))  # answers in several pairs are tokenised once
+        ids = dict(zip(distinct, self._ids(distinct, special_tokens=self.chat_template is None), strict=True))
         count = len(texts)
         for number, text in enumerate(texts):
-            prompt = ids[number]
-            chosen, chosen_mask, chosen_apart = self._answer(text, 0, prompt, ids[count + number])
-            rejected, rejected_mask, rejected_apart = self._answer(text, 1, prompt, ids[2 * count + number])
+            prompt = ids[text.prompt]
+            chosen, chosen_mask, chosen_apart = self._answer(text, 0, prompt, ids[rows[count + number]])
+            rejected, rejected_mask, rejected_apart = self._answer(text, 1, prompt, ids[rows[2 * count + number]])
             pair = TokenizedPair(text.pair.place.row, prompt, chosen, rejected, chosen_mask, rejected_mask)
             problem = _token_problem(text.pair, pair)
             counts["tokenized_apart"] += problem is None and (chosen_apart or rejected_apart)

@@ -40,8 +40,10 @@ class LogpsHead:
         vocab_start: int,
         group: dist.ProcessGroup,
         chunk_tokens: int,
+        softcap: float | None = None,
     ) -> torch.Tensor:
-        """log softmax(hidden @ full_weight^T)[target], for each row.
+        """log softmax(logits)[target], for each row: logits = hidden @ full_weight^T, or with a softcap c
+        c tanh(hidden @ full_weight^T / c).
 
         hidden [A, h], the same on every rank of `group`; weight [V/tp, h], this rank's rows of the output matrix, the
         first being token `vocab_start`; targets [A] int64 in the full vocabulary. Returns [A] in nats, float32 (float64
@@ -63,6 +65,25 @@ def combine_shards(parts: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch
     dist.all_gather(gathered, parts, group=group)
     stacked = torch.stack(gathered)
     return stacked[:, 0].logsumexp(dim=0), stacked[:, 1].sum(dim=0)
+
+
+def log_sum_squares(
+    hidden: torch.Tensor, weight: torch.Tensor, *, group: dist.ProcessGroup, chunk_tokens: int
+) -> torch.Tensor:
+    """log of the sum over the vocabulary of squared probabilities, [A], without gradient: how likely two tokens drawn
+    from softmax(hidden @ full_weight^T) are the same. Arguments and chunks as of a head's call, with one projection more.
+    Collectives: one all-gather of [2, A] over `group`."""
+    with torch.no_grad():
+        parts = hidden.new_empty((2, hidden.shape[0]), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        for start in range(0, hidden.shape[0], chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            logits = (hidden[rows] @ weight.t()).to(parts.dtype)
+            parts[0, rows], parts[1, rows] = logits.logsumexp(dim=1), (2 * logits).logsumexp(dim=1)
+        if dist.get_world_size(group) > 1:
+            gathered = [torch.empty_like(parts) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(gathered, parts, group=group)
+            parts = torch.stack(gathered).logsumexp(dim=0)
+        return parts[1] - 2 * parts[0]
 
 
 def sum_per_answer(token_logps: torch.Tensor, answer_tokens: torch.Tensor) -> torch.Tensor:

@@ -20,11 +20,11 @@ class TorchHead(LogpsHead):
 
     name, priority = "torch", 0
 
-    def __call__(self, hidden, weight, targets, *, vocab_start, group, chunk_tokens):  # type: ignore[no-untyped-def]
-        return _chunked_logps().apply(hidden, weight, targets, vocab_start, group, chunk_tokens)
+    def __call__(self, hidden, weight, targets, *, vocab_start, group, chunk_tokens, softcap=None):  # type: ignore[no-untyped-def]
+        return _chunked_logps().apply(hidden, weight, targets, vocab_start, group, chunk_tokens, softcap)
 
 
-def _forward(ctx, hidden, weight, targets, vocab_start, group, chunk_tokens):  # type: ignore[no-untyped-def]
+def _forward(ctx, hidden, weight, targets, vocab_start, group, chunk_tokens, softcap):  # type: ignore[no-untyped-def]
     local = targets - vocab_start
     mine = (local >= 0) & (local < weight.shape[0])
     local = local.clamp(0, weight.shape[0] - 1)
@@ -33,14 +33,14 @@ def _forward(ctx, hidden, weight, targets, vocab_start, group, chunk_tokens):  #
     parts = hidden.new_empty((2, hidden.shape[0]), dtype=dtype)
     for start in range(0, hidden.shape[0], chunk_tokens):
         rows = slice(start, start + chunk_tokens)
-        logits = (hidden[rows] @ weight.t()).to(dtype)
+        logits = _logits(hidden[rows], weight, dtype, softcap)
         parts[1, rows] = logits.gather(1, local[rows, None])[:, 0]
         top = logits.amax(dim=1)
         parts[0, rows] = logits.sub_(top[:, None]).exp_().sum(dim=1).log_().add_(top)
     parts[1].masked_fill_(~mine, 0.0)
     log_sum, target_logit = combine_shards(parts, group)
     ctx.save_for_backward(hidden, weight, local, mine, log_sum)
-    ctx.chunk_tokens = chunk_tokens
+    ctx.chunk_tokens, ctx.softcap = chunk_tokens, softcap
     return target_logit - log_sum
 
 
@@ -51,8 +51,12 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     for start in range(0, hidden.shape[0], ctx.chunk_tokens):
         rows = slice(start, start + ctx.chunk_tokens)
         # d logp[t] / d logits[v] = 1[v = target] - softmax(logits)[v]
-        d_logits = (hidden[rows] @ weight.t()).to(log_sum.dtype).sub_(log_sum[rows, None]).exp_()
+        d_logits = _logits(hidden[rows], weight, log_sum.dtype, ctx.softcap)
+        # d c tanh(x / c) / d x = 1 - tanh(x / c)^2
+        slope = None if ctx.softcap is None else d_logits.div(ctx.softcap).square_().neg_().add_(1)
+        d_logits.sub_(log_sum[rows, None]).exp_()
         d_logits.scatter_add_(1, local[rows, None], -mine[rows, None].to(d_logits.dtype))
+        d_logits = d_logits if slope is None else d_logits.mul_(slope)
         d_logits = d_logits.mul_(-grad[rows, None]).to(hidden.dtype)
         if grad_hidden is not None:
             torch.mm(d_logits, weight, out=grad_hidden[rows])
@@ -61,7 +65,12 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
                 grad_weight.addmm_(d_logits.t(), hidden[rows])
             else:
                 grad_weight += d_logits.t() @ hidden[rows]
-    return grad_hidden, grad_weight.to(weight.dtype) if grad_weight is not None else None, None, None, None, None
+    return grad_hidden, grad_weight.to(weight.dtype) if grad_weight is not None else None, None, None, None, None, None
+
+
+def _logits(hidden, weight, dtype, softcap):  # type: ignore[no-untyped-def]
+    logits = (hidden @ weight.t()).to(dtype)
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
 @functools.cache

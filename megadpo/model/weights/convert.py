@@ -13,7 +13,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,13 @@ from megadpo.model.weights.dist_folder import (
     TENSOR_SUFFIX,
     DistFolder,
     PlannedTensor,
+    Region,
     blocks_with,
     write_dist_folder,
 )
 from megadpo.model.weights.hf_folder import DTYPES, HfWeights
 from megadpo.model.weights.hf_writer import MAX_FILE_BYTES, TensorSpec, write_hf_weights
-from megadpo.model.weights.load import load_shard, to_hf
+from megadpo.model.weights.load import load_shard, stored_shapes, to_stored
 
 LOG = logging.getLogger(__name__)
 HF_FOLDER = "hf"
@@ -165,19 +166,34 @@ def export_hf(
         blocks = blocks_with({region.key for region in regions}, megatron, manifest)
         if not_whole := damages(megatron, manifest, {n: b for n, b in blocks.items() if n.endswith(TENSOR_SUFFIX)}):
             raise ConfigError(not_whole)
+    groups = list(_as_written(zip(table.entries, regions, strict=True)))
     specs = [
         TensorSpec(name, shape, dtype or region.dtype)
-        for entry, region in zip(table.entries, regions, strict=True)
-        for name, shape in zip(entry.hf, entry.shapes, strict=True)
+        for (entry, region), *others in groups
+        for name, shape in stored_shapes(entry, 1 + len(others)).items()
     ]
     with _written_aside(hf) as folder:
         tensors = (
-            to_hf(entry, stored.read(region).to(dtype or region.dtype))
-            for entry, region in zip(table.entries, regions, strict=True)
+            to_stored(
+                [entry for entry, _ in group], (stored.read(region).to(dtype or region.dtype) for _, region in group)
+            )
+            for group in groups
         )
         write_hf_weights(folder, specs, tensors, max_file_bytes)
         copy_hf_files(megatron / HF_FOLDER, folder)
         _correct_dtype(folder / "config.json", specs)
+
+
+Held = tuple[WeightEntry, Region]
+
+
+def _as_written(held: Iterable[Held]) -> Iterator[list[Held]]:
+    """One by one, but those of all experts that folders hold in one tensor together."""
+    for name, group in itertools.groupby(held, key=lambda one: one[0].stack_name):
+        if name:
+            yield list(group)
+        else:
+            yield from ([one] for one in group)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -227,11 +243,15 @@ def _read(weights: HfWeights, entry: WeightEntry, dtype: torch.dtype) -> torch.T
 
 
 def _correct_dtype(config: Path, specs: list[TensorSpec]) -> None:
-    """Say the weights' dtype in config.json where it says another; leave the file alone where it doesn't."""
+    """Say the weights' dtype in config.json where it says another, and no quantisation, since they are written without;
+    leave the file alone where it says neither."""
     raw: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
     written = {dtype_name(spec.dtype) for spec in specs}
     wrong = [key for key in ("dtype", "torch_dtype") if raw.get(key) not in (None, *written)]
-    if wrong:
+    quantised = raw.pop("quantization_config", None)
+    if quantised is not None:
+        LOG.warning(f"the weights are written in {dtype_name(specs[0].dtype)}, not as {quantised.get('quant_method')}")
+    if wrong or quantised is not None:
         raw.update({key: dtype_name(specs[0].dtype) for key in wrong})
         config.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 

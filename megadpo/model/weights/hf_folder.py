@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.families.layouts import Shape
-from megadpo.families.weight_table import WeightTable
+from megadpo.families.weight_table import WeightEntry, WeightTable
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -46,25 +46,55 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Inside:
-    """One expert's part of a tensor [E, ...] of all experts: rows from `first_row` on. Or a tensor of another name."""
+    """One expert's part of a tensor [E, ...] of all experts: every `step`th row from `first_row` on. Or a tensor of another
+    name."""
 
     name: str
     expert: int | None
     first_row: int
+    step: int = 1
+    transposed: bool = False
+    """Its rows are the last axis."""
+    scales: StoredTensor | None = None
+    """Of a tensor in MXFP4: its blocks' exponents."""
 
 
 class _Part:
     """Slices of such a part, read from the file's tensor."""
 
-    def __init__(self, whole: Any, inside: Inside, rows: int) -> None:
-        self._whole, self._inside, self._rows = whole, inside, rows
+    def __init__(self, whole: Any, inside: Inside, rows: int, scales: Any = None) -> None:
+        self._whole, self._inside, self._rows, self._scales = whole, inside, rows, scales
 
     def __getitem__(self, index: tuple[slice, ...]) -> torch.Tensor:
-        assert self._inside.expert is not None
+        inside = self._inside
+        assert inside.expert is not None
         start, stop, _ = index[0].indices(self._rows)
-        rows = slice(self._inside.first_row + start, self._inside.first_row + stop)
-        part: torch.Tensor = self._whole[(slice(self._inside.expert, self._inside.expert + 1), rows, *index[1:])]
+        last = inside.first_row + (stop - 1) * inside.step
+        rows = slice(inside.first_row + start * inside.step, last + 1, inside.step)
+        expert, others = slice(inside.expert, inside.expert + 1), index[1:]
+        part: torch.Tensor
+        if inside.scales is not None:
+            part = from_mxfp4(self._whole[(expert, rows)][0], self._scales[(expert, rows)][0])
+            return part[(slice(None), *others)]
+        if inside.transposed:
+            (columns,) = others or (slice(None),)
+            part = self._whole[(expert, columns, rows)]
+            return part[0].T
+        part = self._whole[(expert, rows, *others)]
         return part[0]
+
+
+def from_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """blocks uint8 [R, B, 16], two numbers of 4 bits in each, the lower first; scales uint8 [R, B], the exponent of 2 that
+    32 numbers share, plus 127 -> bfloat16 [R, 32 B], which holds all of them exactly (OCP Microscaling Formats v1.0, 5.3)."""
+    numbers = torch.stack((blocks & 15, blocks >> 4), -1).flatten(1)
+    table = torch.tensor(_FP4 + tuple(-x for x in _FP4), dtype=torch.bfloat16)
+    exponents = (scales.to(torch.int32) - 127).repeat_interleave(32, 1)
+    return torch.ldexp(table[numbers.flatten(1).int()], exponents)
+
+
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""By exponent and mantissa; with the highest bit set, their negatives."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +129,9 @@ class HfWeights:
     def problems(self, table: WeightTable) -> list[Problem]:
         """Every difference between these tensors and what `table` wants: missing, of another shape, unused; and a head
         that is not the embedding where it should be."""
-        wanted = table.hf_shapes
-        problems = [_missing(self.folder, name) for name in wanted if name not in self.tensors]
+        wanted, stacks = table.hf_shapes, table.stacks
+        missing = dict.fromkeys(stacks.get(name, name) for name in wanted if name not in self.tensors)
+        problems = [_missing(self.folder, name) for name in missing]
         for name, tensor in self.tensors.items():
             where = f"{tensor.file}: {name}"
             if name in wanted and tensor.shape != wanted[name]:
@@ -146,17 +177,24 @@ class HfWeights:
         the mapping ends, so that a handle kept open would in the end hold the whole file.
         """
         with contextlib.ExitStack() as stack:
-            files = {self.tensors[name].file for name in names}
+            stored = [self.tensors[name] for name in names]
+            scales = (one.inside.scales for one in stored if one.inside is not None)
+            files = {one.file for one in (*stored, *scales) if one is not None}
             handles: dict[Path, Any] = {f: stack.enter_context(safe_open(f, "pt", device="cpu")) for f in files}
-            yield [self._slice(handles[self.tensors[name].file], name) for name in names]
+            yield [self._slice(handles, name) for name in names]
 
-    def _slice(self, handle: Any, name: str) -> Sliceable:
+    def _slice(self, handles: Mapping[Path, Any], name: str) -> Sliceable:
         stored = self.tensors[name]
+        handle = handles[stored.file]
         if stored.inside is None:
             part: Sliceable = handle.get_slice(name)
             return part
         whole: Sliceable = handle.get_slice(stored.inside.name)
-        return whole if stored.inside.expert is None else _Part(whole, stored.inside, stored.shape[0])
+        if stored.inside.expert is None:
+            return whole
+        scales = stored.inside.scales
+        of_scales = scales and handles[scales.file].get_slice(f"{stored.inside.name.removesuffix('_blocks')}_scales")
+        return _Part(whole, stored.inside, stored.shape[0], of_scales)
 
 
 def _as_in_table(tensors: dict[str, StoredTensor], table: WeightTable) -> dict[str, StoredTensor]:
@@ -168,6 +206,8 @@ def _as_in_table(tensors: dict[str, StoredTensor], table: WeightTable) -> dict[s
             if name not in tensors and other in tensors:
                 stored = apart.pop(other)
                 apart[name] = dataclasses.replace(stored, inside=Inside(other, None, 0))
+        if entry.stack_name:
+            _take_apart(apart, tensors, entry, table.num_experts)
         whole = tensors.get(entry.hf_stacked)
         if whole is None or whole.shape != (table.num_experts, *entry.full_shape):
             continue  # one of another shape stays, and is named as unused
@@ -178,6 +218,33 @@ def _as_in_table(tensors: dict[str, StoredTensor], table: WeightTable) -> dict[s
             apart[name] = StoredTensor(whole.file, part, whole.dtype, inside)
             first_row += part[0]
     return apart
+
+
+def _take_apart(
+    apart: dict[str, StoredTensor], tensors: Mapping[str, StoredTensor], entry: WeightEntry, experts: int
+) -> None:
+    """The tensors of one expert's `entry` into `apart`, out of the folder's stack of them, which may be in MXFP4."""
+    stack, shape = entry.row.stack, entry.full_shape
+    assert stack is not None
+    whole, scales = tensors.get(entry.stack_name), tensors.get(f"{entry.stack_name}_scales")
+    form = Inside(entry.stack_name, entry.expert, 0, transposed=stack.transposed)
+    wanted: Shape = (experts, *(reversed(shape) if stack.transposed else shape))
+    if whole is None and scales is not None:
+        whole = tensors.get(f"{entry.stack_name}_blocks")
+        form = Inside(f"{entry.stack_name}_blocks", entry.expert, 0, scales=scales)
+        wanted = (experts, shape[0], shape[-1] // 32, 16)
+        if scales.shape != wanted[:3] or scales.dtype != "U8" or (whole is not None and whole.dtype != "U8"):
+            return
+    if whole is None or whole.shape != wanted:
+        return  # one of another shape stays, and is named as unused
+    for name in (form.name, f"{entry.stack_name}_scales"):
+        apart.pop(name, None)
+    dtype = whole.dtype if form.scales is None else "BF16"
+    first_row = 0
+    for number, (name, part) in enumerate(zip(entry.hf, entry.shapes, strict=True)):
+        first, step = (number, len(entry.hf)) if stack.interleaved else (first_row, 1)
+        apart[name] = StoredTensor(whole.file, part, dtype, dataclasses.replace(form, first_row=first, step=step))
+        first_row += part[0]
 
 
 def _indexed_names(folder: Path) -> dict[str, list[str] | None]:

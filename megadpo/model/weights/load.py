@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from megadpo.config.architecture import Architecture
 from megadpo.config.grid import Grid
 from megadpo.config.problems import ConfigError
+from megadpo.families.layouts import Shape
 from megadpo.families.weight_table import MEGATRON_LAYER, WeightEntry, WeightTable, weight_table
 from megadpo.model.weights.hf_folder import HfWeights, Sliceable
 
@@ -35,6 +36,34 @@ def to_hf(entry: WeightEntry, full: torch.Tensor) -> dict[str, torch.Tensor]:
         parts[rectangle.source].append(full[rectangle.shard_index])
     tensors = (part[0] if len(part) == 1 else torch.cat(part) for part in parts)
     return dict(zip(entry.hf, tensors, strict=True))
+
+
+def stored_shapes(entry: WeightEntry, experts: int) -> dict[str, Shape]:
+    """The tensors that a folder holds of `entry`, or of all `experts` of it."""
+    if entry.row.stack is None:
+        return dict(zip(entry.hf, entry.shapes, strict=True))
+    shape = entry.full_shape
+    return {entry.stack_name: (experts, *(reversed(shape) if entry.row.stack.transposed else shape))}
+
+
+def to_stored(entries: Sequence[WeightEntry], tensors: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Megatron -> the tensors that a folder holds: of one entry and its whole tensor, or of one for each expert."""
+    stack = entries[0].row.stack
+    if stack is None:
+        (entry,), (full,) = entries, tensors
+        return to_hf(entry, full)
+    whole: torch.Tensor | None = None
+    ((name, shape),) = stored_shapes(entries[0], len(entries)).items()
+    for expert, (entry, full) in enumerate(zip(entries, tensors, strict=True)):
+        whole = full.new_empty(shape) if whole is None else whole
+        rows, first_row = whole[expert].T if stack.transposed else whole[expert], 0
+        for number, part in enumerate(to_hf(entry, full).values()):
+            stop = first_row + part.shape[0]
+            place = slice(number, None, len(entry.hf)) if stack.interleaved else slice(first_row, stop)
+            rows[place].copy_(part)
+            first_row = stop
+    assert whole is not None
+    return {name: whole}
 
 
 def load_hf_weights(

@@ -180,3 +180,15 @@ def test_tokens_outside_the_loss_stand_in_the_run_and_are_not_predicted() -> Non
 def test_a_multiple_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match="pad_to_multiple"):
         pack(TWO_PAIRS, multiple=0)
+
+
+@given(tokenized_pairs(), st.booleans())
+def test_tokens_behind_the_shorter_answer_weigh_less(pairs: list[TokenizedPair], share_prompt: bool) -> None:
+    batch = pack_pairs(pairs, share_prompt=share_prompt, pad_to_multiple=1, pad_token_id=PAD, tail_weight=0.25)
+    assert batch.token_weights is not None and pack(pairs).token_weights is None
+    expected = []
+    for chosen, rejected in batch.answer_tokens.reshape(-1, 2).tolist():
+        shared = min(chosen, rejected)
+        for count in (chosen, rejected):
+            expected += [1.0] * shared + [0.25] * (count - shared)
+    assert batch.token_weights.tolist() == expected

@@ -37,6 +37,10 @@ def ranked(first: int, second: int, *more: int) -> dict[str, Any]:
     return {"context": [ASK], "completions": completions}
 
 
+def scored(*scores: float | None, **more: Any) -> dict[str, Any]:
+    return {"prompt": "q", "answers": [{"text": f"a{n}", "score": score} for n, score in enumerate(scores)], **more}
+
+
 def read(folder: Path, *rows: object, **options: Any) -> list[PreferencePair]:
     return read_all(write_rows(folder / "rows.jsonl", rows), **options)
 
@@ -99,6 +103,16 @@ ROWS = {
         ranked(7, -2),
         "PreferenceDataset",
         ((ASK,), (bot("rank -2, 1"),), (bot("rank 7, 0"),)),
+    ),
+    "scored answers": (
+        {"prompt": "q", "answers": [{"text": "bad", "score": -1}, {"text": "good", "score": 0.5}]},
+        "ScoredAnswers",
+        ("q", "good", "bad"),
+    ),
+    "scored answers of messages": (
+        {"prompt": [ASK], "answers": [{"messages": [GOOD], "score": 1}, {"messages": [BAD], "score": 0, "text": None}]},
+        "ScoredAnswers",
+        ((ASK,), (GOOD,), (BAD,)),
     ),
     "HelpSteer3, the first one better": (
         {"context": [ASK], "response1": "good", "response2": "bad", "overall_preference": -2},
@@ -178,6 +192,29 @@ def test_the_rows_that_the_page_shows_are_what_it_says() -> None:
         assert found == name or {found, name} == {"ImplicitPrompt", "Tulu3Preference"}
 
 
+SCORED = [
+    # scores, pairs of the row, pairs of the config, what they make
+    ((1, 3, 2), None, None, [(1, 2), (1, 0), (2, 0)]),
+    ((1, 3, 2), None, "best_worst", [(1, 0)]),
+    ((1, 3, 2), None, "adjacent", [(1, 2), (2, 0)]),
+    ((1, 3, 2), "adjacent", "best_worst", [(1, 2), (2, 0)]),
+    ((1, 0, 1, 0), None, "all", [(0, 1), (0, 3), (2, 1), (2, 3)]),
+    ((1, 0, 1, 0), None, "best_worst", [(0, 3)]),
+    ((1, 0, 1, 0), None, "adjacent", [(2, 1)]),
+    ((None, None, None), [[2, 0], [0, 1]], None, [(2, 0), (0, 1)]),
+    ((1, 0, None), [[2, 0], [0, 1]], "best_worst", [(2, 0), (0, 1)]),
+]
+
+
+@pytest.mark.parametrize(("scores", "of_row", "of_config", "made"), SCORED)
+def test_which_pairs_scored_answers_make(scores, of_row, of_config, made, tmp_path: Path) -> None:
+    row = scored(*scores, **({} if of_row is None else {"pairs": of_row}))
+    options = {} if of_config is None else {"answer_pairs": of_config}
+    pairs = read(tmp_path, row, scored(1, 0), keys=options)
+    assert [(pair.chosen, pair.rejected) for pair in pairs] == [(f"a{i}", f"a{j}") for i, j in [*made, (0, 1)]]
+    assert [pair.place.row for pair in pairs] == [0] * len(made) + [1]
+
+
 def test_tulu_takes_the_prompt_from_the_answers_whatever_its_field_says(tmp_path: Path) -> None:
     row = {"id": "x", "source": "y", "prompt": "something else", "chosen": [ASK, GOOD], "rejected": [ASK, BAD]}
     (pair,) = read(tmp_path, row, dataset_name="Tulu3Preference")
@@ -194,6 +231,25 @@ BAD_ROWS = [
     ({**ranked(0, 1), "completions": [{"rank": "0", "completion": [GOOD]}, 7]}, "rank '0'"),
     ({**ranked(0, 1), "completions": [{"rank": True, "completion": [GOOD]}, {"rank": 1}]}, "rank True"),
     ({**ranked(0, 1), "context": [ASK, GOOD]}, "ends in an assistant message"),
+    ({"prompt": "q", "answers": [{"text": "a", "score": 1}]}, "1 answer"),
+    ({"prompt": "q", "answers": {"text": "a"}}, "answers: object"),
+    (scored(1, 1, 1), "3 answers of score 1"),
+    (scored(1, None, 0), "answers[1] without a score"),
+    (scored(1, True, 0), "answers[1] with the score True"),
+    ({"prompt": "q", "answers": [{"text": "a", "score": 1}, {"answer": "b"}]}, "answers[1] with the fields 'answer'"),
+    (
+        {"prompt": "q", "answers": [{"text": "a", "score": 1}, {"text": "a", "score": 0}]},
+        "answers[0] and answers[1] equal",
+    ),
+    (scored(1, 0, pairs=[[0, 2]]), "pairs[0]: [0, 2]"),
+    (scored(1, 0, pairs=[[0, -1]]), "pairs[0]: [0, -1]"),
+    (scored(1, 0, pairs=[[0, 1], [1, 0]]), "pairs[1]: [1, 0], with the scores 0 and 1"),
+    (scored(1, 1, pairs=[[0, 1]]), "pairs[0]: [0, 1], with the scores 1 and 1"),
+    (scored(None, None, pairs=[[0, 0]]), "two equal answers"),
+    (scored(1, 0, pairs=[0, 1]), "pairs[0]: 0"),
+    (scored(1, 0, pairs=[]), "no pairs"),
+    (scored(1, 0, pairs="some"), "pairs: 'some'"),
+    (scored(1, 0, pairs=3), "pairs: int"),
     ({"context": "c", "response1": "a", "response2": "b", "overall_preference": 0}, "overall_preference 0"),
     ({"context": "c", "response1": "a", "response2": "b", "overall_preference": None}, "overall_preference"),
     ({"context": "c", "response1": "a", "response2": "b", "overall_preference": float("nan")}, "nan"),

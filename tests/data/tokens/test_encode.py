@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megadpo.config.problems import DataError
@@ -41,6 +43,33 @@ def test_cutting_and_sharing_change_nothing(
     assert encode(path, num_workers=num_workers) == whole
     report = whole[0]
     assert (report.rows, report.pairs, report.dropped_too_long) == (17, 12, 5)
+
+
+@pytest.mark.parametrize("chunk_pairs", [1, 2, 100])
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_rows_of_several_pairs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_pairs: int, num_workers: int
+) -> None:
+    """A row's pairs keep its line, wherever chunks end, and are the pairs that rows of two answers each would make."""
+    monkeypatch.setattr("megadpo.data.tokens.encode.CHUNK_PAIRS", chunk_pairs)
+    monkeypatch.setattr("megadpo.data.tokens.encode.ALONE_CHUNKS", 1)
+    answers = [{"text": f"the answer {n} " * (1 + n), "score": -n} for n in range(4)]
+    groups = [{"prompt": f"question {n}", "answers": answers[: 2 + n % 3]} for n in range(5)]
+    path = write_rows(tmp_path / "groups.jsonl", groups)
+    settings = DataSettings(max_total_sequence_length=256)
+    pairs = open_dataset(path, tiny_tokenizer(), settings, num_workers=num_workers)
+    indices = [pair.index for pair in pairs]
+    assert indices == [0] + [1] * 3 + [2] * 6 + [3] + [4] * 3 and (pairs.report.rows, pairs.report.pairs) == (5, 14)
+    assert pairs.source_of(2) == f"{path}:3"
+    alone = [
+        {"prompt": group["prompt"], "chosen": better["text"], "rejected": worse["text"]}
+        for group in groups
+        for better, worse in combinations(group["answers"], 2)
+    ]
+    other = open_dataset(write_rows(tmp_path / "alone.jsonl", alone), tiny_tokenizer(), settings)
+    for pair, same in zip(pairs, other, strict=True):
+        for ids in ("prompt_ids", "chosen_ids", "rejected_ids"):
+            assert np.array_equal(getattr(pair, ids), getattr(same, ids))
 
 
 def test_every_kind_of_problem_is_reported_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

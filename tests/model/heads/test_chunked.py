@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megadpo.model.heads import sum_per_answer
+from megadpo.model.heads import log_sum_squares, sum_per_answer
 from megadpo.model.heads.chunked import TorchHead
 from tests.helpers.distributed import run_distributed
 
@@ -25,32 +25,37 @@ def make_inputs(dtype=torch.float64):
     return hidden, weight, targets, upstream
 
 
-def written_out():
+def written_out(softcap):
     hidden, weight, targets, upstream = make_inputs()
     hidden.requires_grad_()
     weight.requires_grad_()
-    logps = (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    logits = hidden @ weight.T
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    logps = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
     return logps.detach(), *torch.autograd.grad(logps, (hidden, weight), upstream)
 
 
-def on_a_shard(chunk_tokens):
+def on_a_shard(chunk_tokens, softcap):
     hidden, weight, targets, upstream = make_inputs()
     rank, size = dist.get_rank(), dist.get_world_size()
     rows = VOCAB // size
     shard = weight[rank * rows : (rank + 1) * rows].clone().requires_grad_()
     hidden.requires_grad_()
     group = dist.group.WORLD
-    logps = TorchHead()(hidden, shard, targets, vocab_start=rank * rows, group=group, chunk_tokens=chunk_tokens)
+    options = {"vocab_start": rank * rows, "group": group, "chunk_tokens": chunk_tokens, "softcap": softcap}
+    logps = TorchHead()(hidden, shard, targets, **options)
     grad_hidden, grad_shard = torch.autograd.grad(logps, (hidden, shard), upstream)
     dist.all_reduce(grad_hidden)  # as the backward of megatron-core's copy_to region does
     return logps.detach(), grad_hidden, grad_shard
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("world_size", "chunk_tokens"), [(1, 1), (1, 7), (2, 7), (4, 100)])
-def test_logps_and_gradients_equal_log_softmax(world_size, chunk_tokens):
-    results = run_distributed(on_a_shard, world_size, chunk_tokens)
-    want_logps, want_hidden, want_weight = written_out()
+@pytest.mark.parametrize(
+    ("world_size", "chunk_tokens", "softcap"), [(1, 1, None), (1, 7, None), (2, 7, None), (4, 100, None), (2, 7, 3.0)]
+)
+def test_logps_and_gradients_equal_log_softmax(world_size, chunk_tokens, softcap):
+    results = run_distributed(on_a_shard, world_size, chunk_tokens, softcap)
+    want_logps, want_hidden, want_weight = written_out(softcap)
     for logps, grad_hidden, _ in results:
         torch.testing.assert_close(logps, want_logps, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(grad_hidden, want_hidden, rtol=1e-11, atol=1e-12)
@@ -126,3 +131,20 @@ def test_a_long_answer_loses_nothing():
     (total,) = sum_per_answer(logps, torch.tensor([32768]))
     exact = logps.double().sum()
     assert total == exact.float()  # one rounding; added up in float32 it is 0.03 off
+
+
+def squares_on_a_shard(chunk_tokens, scale):
+    hidden, weight, *_ = make_inputs()
+    rank, rows = dist.get_rank(), VOCAB // dist.get_world_size()
+    shard = weight[rank * rows : (rank + 1) * rows]
+    return log_sum_squares(hidden * scale, shard, group=dist.group.WORLD, chunk_tokens=chunk_tokens)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("world_size", "chunk_tokens", "scale"), [(1, 7, 1), (2, 100, 1), (2, 5, 300)])
+def test_the_sum_of_squared_probabilities(world_size, chunk_tokens, scale):
+    """scale 300: probabilities whose squares underflow."""
+    hidden, weight, *_ = make_inputs()
+    want = (2 * (scale * hidden @ weight.T).log_softmax(-1)).logsumexp(-1)
+    for found in run_distributed(squares_on_a_shard, world_size, chunk_tokens, scale):
+        torch.testing.assert_close(found, want, rtol=1e-11, atol=1e-11)

@@ -65,6 +65,9 @@ CASES = [
     dataclasses.replace(SMALL, frozen="hidden", dtype="bfloat16"),
     dataclasses.replace(SMALL, chunk_tokens=1),
     dataclasses.replace(SMALL, scale=20.0),  # logits of some hundreds: only a running maximum keeps them finite
+    dataclasses.replace(SMALL, softcap=3.0),
+    dataclasses.replace(SMALL, softcap=3.0, dtype="bfloat16"),
+    dataclasses.replace(SMALL, softcap=10.0, scale=2.0),
     dataclasses.replace(SMALL, rows=0),
     dataclasses.replace(SMALL, rows=0, dtype="bfloat16"),
 ]
@@ -113,8 +116,8 @@ def test_the_same_over_two_shards(tmp_path):
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels are not compiled")
-@pytest.mark.parametrize("out", ["bf16", "fp32"])
-def test_kernels_compile_for_hopper_without_one(out):
+@pytest.mark.parametrize(("out", "softcap"), [("bf16", None), ("fp32", None), ("bf16", 30.0)])
+def test_kernels_compile_for_hopper_without_one(out, softcap):
     """Triton brings its own assembler: what does not compile for sm_90, or spills registers, is seen on any machine."""
     pytest.importorskip("triton", reason="needs Triton, for its compiler")
     from triton.backends.compiler import GPUTarget
@@ -122,14 +125,14 @@ def test_kernels_compile_for_hopper_without_one(out):
 
     from megadpo.model.heads.triton import fused
 
-    numbers = {"begin": "i32", "columns": "i32", "BLOCK": "constexpr"}
+    numbers = {"begin": "i32", "columns": "i32", "BLOCK": "constexpr", "CAP": "constexpr"}
     rows = dict.fromkeys(("top", "total", "target_logit"), "*fp32")
     fold = {"logits": "*fp32", "targets": "*i64", **rows, **numbers}
     grads = {"log_sum": "*fp32", "grad": "*fp32"}
     differentiate = {"logits": "*fp32", "out": f"*{out}", "targets": "*i64", **grads, **numbers}
     for kernel, signature in ((fused._fold, fold), (fused._differentiate, differentiate)):
-        aligned = {(place,): [["tt.divisibility", 16]] for place in range(len(signature) - 1)}
-        source = ASTSource(kernel, signature, {"BLOCK": fused.BLOCK_COLUMNS}, aligned)
+        aligned = {(place,): [["tt.divisibility", 16]] for place in range(len(signature) - 2)}
+        source = ASTSource(kernel, signature, {"BLOCK": fused.BLOCK_COLUMNS, "CAP": softcap}, aligned)
         options = {"num_warps": fused.WARPS}
         ptx = compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
         assert "ld.global.v4" in ptx.replace(".b32", "")  # 16 bytes a load

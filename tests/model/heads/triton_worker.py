@@ -36,6 +36,7 @@ class Case:
     spoiled: float | None = None
     """What one row of `hidden` or of the weight holds in one place: nan must come out where float64 gives nan."""
     spoils: str = "hidden"
+    softcap: float | None = None
     seed: int = 0
 
 
@@ -55,7 +56,9 @@ def written_out(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """logps, gradient of hidden, gradient of the weight, in float64 from the same rounded inputs."""
     hidden, weight, targets, upstream = make_inputs(case)
     hidden, weight = (x.double().to(case.device).requires_grad_() for x in (hidden, weight))
-    logps = (hidden @ weight.T).log_softmax(-1).gather(1, targets.to(case.device)[:, None])[:, 0]
+    logits = hidden @ weight.T
+    logits = logits if case.softcap is None else case.softcap * torch.tanh(logits / case.softcap)
+    logps = logits.log_softmax(-1).gather(1, targets.to(case.device)[:, None])[:, 0]
     return logps.detach(), *torch.autograd.grad(logps, (hidden, weight), upstream.double().to(case.device))
 
 
@@ -74,7 +77,13 @@ def relative_errors(case: Case, group: dist.ProcessGroup) -> dict[str, float]:
     hidden.requires_grad_(case.frozen != "hidden")
     shard.requires_grad_(case.frozen != "weight")
     logps = triton.TritonHead()(
-        hidden, shard, targets, vocab_start=mine.start, group=group, chunk_tokens=case.chunk_tokens
+        hidden,
+        shard,
+        targets,
+        vocab_start=mine.start,
+        group=group,
+        chunk_tokens=case.chunk_tokens,
+        softcap=case.softcap,
     )
     logps.backward(upstream)
     if hidden.grad is not None:

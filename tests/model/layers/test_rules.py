@@ -47,7 +47,6 @@ def test_defaults(config):
         ({"megatron_cfg": {"fp4_cfg": {"enabled": True}}}, f"{MEG}.fp4_cfg.enabled"),
         ({"megatron_cfg": ON, "make_sequence_length_divisible_by": 64}, PAD),
         ({"megatron_cfg": ON | SEQUENCE_PARALLEL, "make_sequence_length_divisible_by": 128}, PAD),
-        ({"megatron_cfg": {"cuda_graph_impl": "local"}}, f"{MEG}.cuda_graph_impl"),
         ({"megatron_cfg": {"gradient_accumulation_fusion": True}, "device": "cpu"}, f"{MEG}.gradient_accumulation_fusion"),
         ({"megatron_cfg": {"optimizer": {"adam_impl": "transformer_engine"}}, "device": "cpu"}, ADAM),
         (

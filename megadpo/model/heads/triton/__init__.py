@@ -48,11 +48,11 @@ class TritonHead(LogpsHead):
                     fix = "set it to auto or torch, or pip install triton, and torch 2.11 or newer for CUDA"
                     yield Problem(field, self.name, f"auto or torch without {needed}: {reason}", fix)
 
-    def __call__(self, hidden, weight, targets, *, vocab_start, group, chunk_tokens):  # type: ignore[no-untyped-def]
+    def __call__(self, hidden, weight, targets, *, vocab_start, group, chunk_tokens, softcap=None):  # type: ignore[no-untyped-def]
         """At most MOST_LOGITS and at most chunk_tokens x V/tp logits exist at a time (or COLUMN_MULTIPLE a token, where
         that is more). Raises ValueError for another dtype, or hidden and weight of two."""
         columns = block_columns(hidden.shape[0], weight.shape[0], chunk_tokens)
-        return fused.logps(hidden, weight, targets - vocab_start, group, columns)
+        return fused.logps(hidden, weight, targets - vocab_start, group, columns, softcap)
 
 
 def block_columns(rows: int, vocab: int, chunk_tokens: int) -> int:

@@ -19,7 +19,15 @@ WARPS = 8
 
 
 @triton.jit
-def _fold(logits, targets, top, total, target_logit, begin, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _capped(x, CAP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    """CAP tanh(x / CAP); Triton's language has no tanh."""
+    if CAP is not None:
+        x = CAP * (2 / (1 + tl.exp(-2 * x / CAP)) - 1)
+    return x
+
+
+@triton.jit
+def _fold(logits, targets, top, total, target_logit, begin, columns, BLOCK: tl.constexpr, CAP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     """One program a row: running maximum, sum of exponentials relative to it, and the target's logit if it is here."""
     row = tl.program_id(0).to(tl.int64)  # row x columns can pass 2^31
     start = logits + row * columns
@@ -27,7 +35,8 @@ def _fold(logits, targets, top, total, target_logit, begin, columns, BLOCK: tl.c
     mass = tl.load(total + row)
     for first in range(0, columns, BLOCK):
         column = first + tl.arange(0, BLOCK)
-        x = tl.load(start + column, mask=column < columns, other=float("-inf")).to(tl.float32)
+        x = _capped(tl.load(start + column, mask=column < columns, other=float("-inf")).to(tl.float32), CAP)
+        x = tl.where(column < columns, x, float("-inf"))
         larger = tl.maximum(best, tl.max(x, axis=0))
         mass = mass * tl.exp(best - larger) + tl.sum(tl.exp(x - larger), axis=0)
         best = larger
@@ -35,20 +44,22 @@ def _fold(logits, targets, top, total, target_logit, begin, columns, BLOCK: tl.c
     tl.store(total + row, mass)
     target = tl.load(targets + row) - begin
     here = (target >= 0) & (target < columns)
-    found = tl.load(start + target, mask=here, other=0.0).to(tl.float32)
+    found = _capped(tl.load(start + target, mask=here, other=0.0).to(tl.float32), CAP)
     tl.store(target_logit + row, found, mask=here)
 
 
 @triton.jit
-def _differentiate(logits, out, targets, log_sum, grad, begin, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _differentiate(logits, out, targets, log_sum, grad, begin, columns, BLOCK: tl.constexpr, CAP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     """One program a row and BLOCK columns: d logp / d logit = 1[column = target] - softmax, times the row's gradient."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
-    x = tl.load(logits + row * columns + column, mask=inside, other=float("-inf")).to(tl.float32)
+    x = _capped(tl.load(logits + row * columns + column, mask=inside, other=float("-inf")).to(tl.float32), CAP)
     softmax = tl.exp(x - tl.load(log_sum + row))
     is_target = column == tl.load(targets + row) - begin
     slope = tl.where(is_target, 1.0 - softmax, -softmax) * tl.load(grad + row)
+    if CAP is not None:
+        slope = slope * (1 - (x / CAP) * (x / CAP))
     tl.store(out + row * columns + column, slope.to(out.dtype.element_ty), mask=inside)
 
 
@@ -59,15 +70,18 @@ def fold_block(
     top: torch.Tensor,
     total: torch.Tensor,
     target_logit: torch.Tensor,
+    softcap: float | None = None,
 ) -> None:
     """Take a block of logits into each row's running figures, in place.
 
     logits [A, C], contiguous: columns `begin` to `begin + C` of this shard; targets [A] int64, counted from the shard's
     first row, outside [0, V/tp) where another shard has it. top, total, target_logit: [A] float32, at first -inf, 0, 0;
-    after all blocks log-sum-exp is top + log(total).
+    after all blocks log-sum-exp is top + log(total). softcap: logits become softcap x tanh(logit / softcap) first.
     """
     rows, columns = logits.shape
-    _fold[(rows,)](logits, targets, top, total, target_logit, begin, columns, BLOCK=BLOCK_COLUMNS, num_warps=WARPS)
+    _fold[(rows,)](
+        logits, targets, top, total, target_logit, begin, columns, BLOCK=BLOCK_COLUMNS, CAP=softcap, num_warps=WARPS
+    )
 
 
 def differentiate_block(
@@ -77,19 +91,27 @@ def differentiate_block(
     begin: int,
     log_sum: torch.Tensor,
     grad: torch.Tensor,
+    softcap: float | None = None,
 ) -> None:
     """Write the gradient of sum(grad x logps) by the logits of a block into `out`.
 
-    logits, targets, begin: as in `fold_block`; out: [A, C] in any floating dtype, may be `logits` itself; log_sum, grad:
+    logits, targets, begin, softcap: as in `fold_block`; out: [A, C] in any floating dtype, may be `logits` itself; log_sum, grad:
     [A] float32, the log of the partition sum over the whole vocabulary and what each row's logp is weighted by.
     """
     rows, columns = logits.shape
     grid = (rows, triton.cdiv(columns, BLOCK_COLUMNS))
-    _differentiate[grid](logits, out, targets, log_sum, grad, begin, columns, BLOCK=BLOCK_COLUMNS, num_warps=WARPS)
+    _differentiate[grid](
+        logits, out, targets, log_sum, grad, begin, columns, BLOCK=BLOCK_COLUMNS, CAP=softcap, num_warps=WARPS
+    )
 
 
 def logps(
-    hidden: torch.Tensor, weight: torch.Tensor, local: torch.Tensor, group: dist.ProcessGroup, columns: int
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    local: torch.Tensor,
+    group: dist.ProcessGroup,
+    columns: int,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """LogpsHead.__call__, on blocks of `columns` rows of the weight.
 
@@ -99,24 +121,24 @@ def logps(
         raise ValueError(
             f"hidden {hidden.dtype} and weight {weight.dtype}: expected bfloat16 or float32, both the same"
         )
-    result: torch.Tensor = _FusedLogps.apply(hidden.contiguous(), weight, local, group, columns)
+    result: torch.Tensor = _FusedLogps.apply(hidden.contiguous(), weight, local, group, columns, softcap)
     return result
 
 
 class _FusedLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, local, group, columns):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden, weight, local, group, columns, softcap):  # type: ignore[no-untyped-def]
         rows = hidden.shape[0]
         top = torch.full((rows,), -torch.inf, dtype=torch.float32, device=hidden.device)
         total, parts = torch.zeros_like(top), hidden.new_zeros((2, rows), dtype=torch.float32)
         buffer = torch.empty(rows * columns, dtype=torch.float32, device=hidden.device)
         for begin in range(0, weight.shape[0] if rows else 0, columns):
             logits = _project(hidden, weight[begin : begin + columns], buffer)
-            fold_block(logits, local, begin, top, total, parts[1])
+            fold_block(logits, local, begin, top, total, parts[1], softcap)
         parts[0] = total.log_().add_(top)
         log_sum, target_logit = combine_shards(parts, group)
         ctx.save_for_backward(hidden, weight, local, log_sum)
-        ctx.columns = columns
+        ctx.columns, ctx.softcap = columns, softcap
         return target_logit - log_sum
 
     @staticmethod
@@ -133,12 +155,12 @@ class _FusedLogps(torch.autograd.Function):
             block = weight[begin : begin + columns]
             logits = _project(hidden, block, buffer)
             d_logits = slopes[: logits.numel()].view_as(logits)
-            differentiate_block(logits, d_logits, local, begin, log_sum, grad)
+            differentiate_block(logits, d_logits, local, begin, log_sum, grad, ctx.softcap)
             if grad_weight is not None:
                 torch.mm(d_logits.t(), hidden, out=grad_weight[begin : begin + columns])
             if grad_hidden is not None:
                 _add_product(grad_hidden, d_logits, block)
-        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, None, None, None
+        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None
 
 
 def _project(hidden: torch.Tensor, block: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:

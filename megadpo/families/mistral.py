@@ -1,0 +1,32 @@
+"""Mistral and Ministral: Llama with windows of keys, in every layer or in some."""
+
+from __future__ import annotations
+
+from megadpo.config.architecture import Architecture
+from megadpo.config.variants import FAMILIES
+from megadpo.families.family import Family
+from megadpo.families.reading import HfConfig
+from megadpo.families.windows import with_windows
+
+
+@FAMILIES.add("mistral")
+class Mistral(Family):
+    """A window in every layer, or in those that layer_types says: transformers' Auto classes then take it for a
+    Ministral."""
+
+    classes = ("MistralForCausalLM",)
+    defaults = Family.defaults | {
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    }
+
+    def read(self, config: HfConfig) -> Architecture:
+        return with_windows(config, super().read(config), usual=lambda number: True)
+
+
+@FAMILIES.add("ministral")
+class Ministral(Mistral):
+    """The same under a name of its own."""
+
+    classes = ("MinistralForCausalLM",)

@@ -1,0 +1,107 @@
+"""Small models of every class that a family here has, for tests/families/test_equal.py: configs of the real classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LAYERS, HEADS, GROUPS, WINDOW = 4, 4, 2, 5
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": GROUPS,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,  # transformers gives the embedding of such a token no gradient
+}
+WIDER = {"head_dim": 12}  # heads wider together than the hidden size
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_experts": 4}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "rope_theta": 1e4}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4,
+          "original_max_position_embeddings": 16}  # fmt: skip
+TYPES = ["sliding_attention", "full_attention"] * 2
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    # name of a case: model_type, what its config has beside SIZES
+    "llama": ("llama", {**WIDER, "rope_parameters": LLAMA3}),
+    "llama2": ("llama", {"num_key_value_heads": HEADS, "tie_word_embeddings": True}),
+    "mistral": ("mistral", {"sliding_window": WINDOW}),
+    "ministral": ("ministral", {**WIDER, "sliding_window": WINDOW, "layer_types": TYPES}),
+    "qwen2": ("qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}),
+    "qwen3": ("qwen3", {**WIDER, "rope_parameters": YARN}),
+    "mixtral": ("mixtral", {"num_local_experts": 4}),
+    "qwen2_moe": ("qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 32}),
+    "qwen3_moe": ("qwen3_moe", {**EXPERTS, **WIDER, "norm_topk_prob": True}),
+    "seed_oss": ("seed_oss", {**WIDER, "attention_dropout": 0.1, "residual_dropout": 0.1}),
+    "phi3": ("phi3", {"sliding_window": WINDOW}),
+    "phi3_longrope": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 32,
+            "partial_rotary_factor": 0.75,
+            "rope_parameters": {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.5], "long_factor": [1.0, 4.0, 9.0],
+                                "partial_rotary_factor": 0.75, "rope_theta": 1e4},
+        },
+    ),
+    "granite": (
+        "granite",
+        {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4, "logits_scaling": 2.5,
+         "tie_word_embeddings": True},
+    ),
+    "smollm3": ("smollm3", {"tie_word_embeddings": True}),
+    "smollm3_windows": ("smollm3", {"no_rope_layers": [0, 1, 1, 0], "use_sliding_window": True, "sliding_window": 5}),
+    "ernie4_5": ("ernie4_5", {**WIDER, "tie_word_embeddings": True}),
+    "glm": ("glm", {**WIDER}),
+    "glm4": ("glm4", {**WIDER}),
+    "olmo2": ("olmo2", {"num_key_value_heads": 1}),  # fewer than tensor-parallel ranks
+    "olmo3": (
+        "olmo3",
+        {"sliding_window": WINDOW,
+         "rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 1e3}}},
+    ),
+    "hunyuan": (
+        "hunyuan_v1_dense",
+        {**WIDER, "rope_parameters": {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0, "rope_theta": 1e4}},
+    ),
+    "gemma": ("gemma", {"head_dim": 16, "tie_word_embeddings": True}),
+    "gemma2": (
+        "gemma2",
+        {"head_dim": 16, "tie_word_embeddings": True, "query_pre_attn_scalar": 11, "sliding_window": WINDOW,
+         "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0},
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {"head_dim": 16, "tie_word_embeddings": True, "query_pre_attn_scalar": 11, "sliding_window": WINDOW,
+         "sliding_window_pattern": 2, "final_logit_softcapping": 2.0,
+         "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        {"head_dim": 16, "intermediate_size": 64, "sliding_window": WINDOW, "num_local_experts": 4, "swiglu_limit": 1.5,
+         "num_experts_per_tok": 2, "rope_parameters": {**YARN, "truncate": False}},
+    ),
+}  # fmt: skip
+
+
+def make_case(folder: Path, case: str) -> Path:
+    """Save a random model of `case` in float32. Norms, biases and the like are random too: their first values are all alike,
+    and would hide which is which."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_type, own = CASES[case]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**SIZES, **own}))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            mean = 1.0 if parameter.dim() == 1 and parameter.mean() > 0.5 else 0.0
+            parameter.copy_(mean + torch.randn(parameter.shape, generator=generator) / 4)
+    model.save_pretrained(folder)
+    return folder
