@@ -118,7 +118,7 @@ def test_full_disk_leaves_the_last_complete_checkpoint(model, tmp_path, more):
     [(code, said)] = run_distributed(train_with_small_disk, 1, str(config), more, init_process_group=False)
     assert code == 74 and "checkpoint was not saved" in said and "Traceback" not in said, said
     assert "step_2.partial: [Errno 27] File too large; " in said, said
-    assert said.count("another checkpoint_dir") == 1
+    assert said.count("another checkpoint_dir") == 1 + bool(more)
     assert re.search(r"; [\d,]{7,} bytes of tensors are to be written, [\d,]+ bytes are free there;", said)
     assert ("NOT SAVED: step 2; tried again now" in said) == bool(more)
     folder = tmp_path / "checkpoints"
