@@ -11,7 +11,6 @@ import functools
 import itertools
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,6 +21,7 @@ import torch
 
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.families import WeightEntry, WeightTable, read_architecture, weight_table
+from megadpo.files.atomic import write_then_rename
 from megadpo.model.manifest import INFO_FILE, MANIFEST_FILE, damages, no_manifest, read_manifest, write_manifest
 from megadpo.model.weights.dist_folder import (
     MODEL_FOLDER,
@@ -270,16 +270,13 @@ def target_problems(folder: str | Path) -> list[Problem]:
 
 @contextlib.contextmanager
 def written_aside(target: str | Path) -> Iterator[Path]:
-    """A new folder beside `target` that takes its name when the block ends well, and is removed when it doesn't."""
+    """`write_then_rename` of a folder. Raises ConfigError where there is no place for it."""
     target = Path(target).absolute()
-    aside = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        aside.mkdir(parents=True)
-    except OSError as error:
-        raise ConfigError(Problem(str(target), str(error), "a place that can be written", "name another")) from error
-    try:
+    with write_then_rename(target) as aside:
+        try:
+            aside.mkdir(parents=True)
+        except OSError as error:
+            raise ConfigError(
+                Problem(str(target), str(error), "a place that can be written", "name another")
+            ) from error
         yield aside
-        os.replace(aside, target)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
