@@ -27,7 +27,7 @@ from megadpo.config.load import save_resolved
 from megadpo.config.schema import Config
 from megadpo.files.atomic import sync, write_then_rename
 from megadpo.model.manifest import FileProof, prove, write_manifest
-from megadpo.model.weights.convert import copy_hf_files
+from megadpo.model.weights.convert import keep_hf_files
 from megadpo.optimizer.state import METADATA, sharded_state
 from megadpo.parallel import ParallelContext
 
@@ -50,7 +50,7 @@ def save_checkpoint(
     """Write <folder>/step_<N> and return it. All ranks call it together.
 
     model: the unwrapped chunks of this rank (the DDP wrapper would prefix every key). optimizer None: weights only.
-    hf_files, own_files: as `copy_hf_files` takes them, for hf/; own_files counts on rank 0. Collectives: those of
+    hf_files, own_files: as `keep_hf_files` takes them, for hf/; own_files counts on rank 0. Collectives: those of
     dist_checkpointing.save and has_frozen_weights, an all-gather of pickled objects and barriers over the world. Raises what
     the file system raises (a full disk, a folder that can't be written); the partial folder then stays behind, complete
     checkpoints are untouched, and the next save starts it anew.
@@ -74,7 +74,7 @@ def save_checkpoint(
     proofs = _proofs_of_writers(partial, parallel)
 
     if parallel.rank == 0:
-        copy_hf_files(hf_files, partial / "hf", own_files)
+        keep_hf_files(hf_files, partial / "hf", own_files)
         save_resolved(cfg, partial / "config.yaml")
         record = {
             "format": FORMAT,

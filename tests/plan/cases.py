@@ -48,6 +48,8 @@ GEMMA2 = {**SMALL, **_GEMMA, "architectures": ["Gemma2ForCausalLM"], "query_pre_
 GEMMA3 = {**GEMMA2, "architectures": ["Gemma3ForCausalLM"], "sliding_window_pattern": 3}
 GPT_OSS = {**SMALL, "architectures": ["GptOssForCausalLM"], "head_dim": 24, "num_local_experts": 4,
            "num_experts_per_tok": 2, "sliding_window": 64}  # fmt: skip
+GLM4_MOE = {**SMALL, "architectures": ["Glm4MoeForCausalLM"], "head_dim": 24, "n_routed_experts": 4,
+            "num_experts_per_tok": 2, "moe_intermediate_size": 104}  # fmt: skip
 # 8M parameters, most of them experts'
 GEMMA2_4M, GEMMA3_4M = ({**one, **LLAMA_4M, "architectures": one["architectures"]} for one in (GEMMA2, GEMMA3))
 MIXTRAL_8M = {**LLAMA_4M, **MIXTRAL, "hidden_size": 192, "intermediate_size": 256, "vocab_size": 8192}

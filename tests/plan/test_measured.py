@@ -20,6 +20,7 @@ from tests.plan.cases import (
     GEMMA2_4M,
     GEMMA3,
     GEMMA3_4M,
+    GLM4_MOE,
     GPT_OSS,
     LLAMA_4M,
     MIXTRAL,
@@ -82,6 +83,7 @@ STATIC = {
     "tp2_etp2": (2, MIXTRAL, [TP2, SP, ETP2, NO_DIST, FP32]),
     "tp2_gemma3": (2, GEMMA3, [TP2, SP, DIST]),
     "pp2_gemma2_fp32": (2, GEMMA2, [PP2, FP32, NO_DIST]),
+    "tp2_ep2_glm4_moe": (2, GLM4_MOE, [TP2, SP, EP2, DIST]),
     "tp2_ep2_gpt_oss": (2, GPT_OSS, [TP2, SP, EP2, DIST]),
     "pp2_vpp2_ep2_frozen_routers": (4, MIXTRAL, [PP2, VPP2, EP2, DIST, f"{MEG}.freeze_moe_router=true"]),
 }
