@@ -159,6 +159,10 @@ class CheckpointingConfig:
     on_damage: Literal["stop", "previous"] = "stop"
     """Where the newest checkpoint is not as it was written: refuse, naming its damaged files, or rename it to
     step_<N>.damaged and go on from the newest whole one before it."""
+    async_save: bool = False
+    """Write a checkpoint's files beside the next steps: the step that saves only copies the state, to as much memory of the
+    host as the rank's part takes, which is kept for the next save. A stop and the end of the run wait for it. NeMo RL's
+    policy.megatron_cfg.checkpoint.async_save and checkpointing.is_async are read as this."""
     checkpoint_must_save_by: str | None = None
     """DD:HH:MM:SS after the start: save, then stop. null: no limit."""
     save_optimizer: bool = True

@@ -19,7 +19,7 @@ from megadpo.data.tokens.dataset import load_datasets
 from megadpo.data.tokens.tokenizer import load_tokenizer, pad_token_id
 from megadpo.families import read_architecture, weight_table
 from megadpo.model.source import ModelSource, reference_source, resolve_source, tokenizer_source
-from megadpo.train.handed_on import tokenizer_notes
+from megadpo.train.handed_on import old_tokenizer_notes, tokenizer_notes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,7 +47,8 @@ class RunInputs(RunModels):
 
     tokenizer: PreTrainedTokenizerBase
     tokenizer_notes: list[str]
-    """A line if tokenizer, template or EOS differ from the model folder's."""
+    """A line if tokenizer, template or EOS differ from the model folder's, and one if they may differ from those that the
+    model was trained with."""
     loaders: Mapping[str, GlobalBatchLoader]
     """Name of the set -> loader, TRAIN first. Each has its pairs (`.dataset`)."""
 
@@ -120,6 +121,7 @@ def open_run_inputs(
     attempt.refuse()
     assert source and arch and reference and reference_arch and tokenizer is not None and loaders is not None
     notes = tokenizer_notes(cfg, source.hf_files, tokenizer)
+    notes += old_tokenizer_notes(source.megatron) if source.megatron is not None else []
     return RunInputs(source, arch, reference, reference_arch, tokenizer, notes, loaders)
 
 

@@ -18,7 +18,7 @@ import yaml
 from megadpo.checkpoint import CheckpointInfo, damages_together
 from megadpo.checkpoint.folder import move_aside, require_info, step_folders
 from megadpo.config.load import as_written
-from megadpo.config.problems import ConfigError, Problem, UserError
+from megadpo.config.problems import ConfigError, Problem, SaveError, UserError
 from megadpo.config.schema import Config
 from megadpo.data.pairs import PairDataset
 from megadpo.lora.checkpoint import BASE
@@ -160,11 +160,11 @@ def claim(folder: Path) -> str:
 
 
 def require_owner(folder: Path, token: str) -> None:
-    """Raises RuntimeError if another run has called `claim` for this folder since. A requeued job may start before the old
-    one has ended, and the files of two runs must not mix."""
+    """Raises SaveError if another run has called `claim` for this folder since. A requeued job may start before the old one
+    has ended, and the files of two runs must not mix."""
     mark = folder / OWNER_FILE
     if mark.exists() and (now := mark.read_text().strip()) != token:
-        raise RuntimeError(f"another run has started in {folder} ({now}); this run ends without saving")
+        raise SaveError(f"another run has started in {folder} ({now}); this run ends without saving")
 
 
 def from_first_rank(parallel: ParallelContext, get: Any) -> Any:

@@ -22,6 +22,7 @@ CASES = {
     "one": (1, []),
     "one_bf16": (1, [BF16, DIST]),
     "tp2_sp_pp2": (4, [TP2, SP, PP2]),
+    "tp2_async": (2, [TP2, "checkpointing.async_save=true"]),
     "dp2": (2, []),
     "dp2_distributed_optimizer": (2, [DIST]),
     "pp2_bf16_distributed_optimizer": (2, [PP2, BF16, DIST]),

@@ -124,6 +124,7 @@ def translate(tree: dict[str, Any], schema_paths: frozenset[str], heard: Heard) 
     judged.
     """
     _balancing_coefficient(tree, heard)
+    _async_save(tree, heard)
     _strip(tree, "", schema_paths, heard)
     _head_chunk(tree, heard.problems)
     _other_values(tree, heard.notes)
@@ -173,6 +174,18 @@ def _balancing_coefficient(tree: dict[str, Any], heard: Heard) -> None:
     if get(tree, path) is None:
         put(tree, path, coefficient)
         heard.notes.append(f"policy.hf_config_overrides.router_aux_loss_coef: read as {path}: {coefficient}")
+
+
+def _async_save(tree: dict[str, Any], heard: Heard) -> None:
+    """NeMo RL has it in a section of Megatron's and in one of its other backend's."""
+    ours = "checkpointing.async_save"
+    for path in (f"{_MEG}.checkpoint.async_save", "checkpointing.is_async"):
+        value = get(tree, path)
+        drop(tree, path)
+        if value is not None and get(tree, ours) is None:
+            put(tree, ours, value)
+            if _says_something(value):
+                heard.notes.append(f"{path}: read as {ours}: {value}")
 
 
 def _other_values(tree: dict[str, Any], notes: list[str]) -> None:

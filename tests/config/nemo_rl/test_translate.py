@@ -111,7 +111,7 @@ def leaves(tree, prefix=""):
 
 def test_no_key_of_the_file_is_ignored_in_silence():
     notes = "\n".join(load_config(NEMO, [*MEGATRON_ON, *DATA]).notes)
-    known = {*SCHEMA_PATHS, *nemo_keys(), f"{MEG}.fused_linear_logprobs_chunk_size"}
+    known = {*SCHEMA_PATHS, *nemo_keys(), f"{MEG}.fused_linear_logprobs_chunk_size", f"{MEG}.checkpoint.async_save"}
     for path in leaves(yaml.safe_load(NEMO.read_text())):
         sections = [path[:dot] for dot, letter in enumerate(path) if letter == "."]
         dataset = path.startswith(("data.train.", "data.validation."))
@@ -166,6 +166,14 @@ def test_what_only_a_model_with_experts_refuses(kind, config):
     dense = without_experts(cfg, parse_architecture(LLAMA_8B))
     assert check_layout(dense, parse_architecture(LLAMA_8B), None) == []
     assert kind in dense.notes[0] and dense == config()
+
+
+@pytest.mark.parametrize("key", ["policy__megatron_cfg__checkpoint__async_save", "checkpointing__is_async"])
+def test_saving_beside_the_steps_has_one_key(config, key):
+    cfg = config(**{key: True})
+    assert cfg.checkpointing.async_save and "read as checkpointing.async_save: True" in cfg.notes[0]
+    assert config(**{key: False}) == config()
+    assert not config(**{key: True}, checkpointing__async_save=False).checkpointing.async_save
 
 
 def test_values_that_mean_the_same_numbers(config):
