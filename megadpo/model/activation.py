@@ -106,8 +106,4 @@ def gated(mlp: Mlp) -> type[MegatronModule]:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return function(x)
 
-        def sharded_state_dict(self, *_: object) -> dict[str, object]:
-            """megatron-core's MLP asks each of its modules when a checkpoint is saved."""
-            return {}
-
     return Gated
