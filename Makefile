@@ -2,6 +2,8 @@
 # make test       every test that needs no GPU and takes less than a minute
 # make test-layouts  every pair of layouts against one process; writes docs/layouts.md
 # make test-long  the slow ones as well
+# make crash-test  200 kills of runs, in every phase, and what came of them (an hour on 2 cores)
+# make fuzz       1,000 damaged configs, 1,000 rows, 300 checkpoints: each is read or refused in words
 # make gpu-test   the tests that need a CUDA device (says so and passes where there is none)
 # make gpu-bench  benchmarks/gpu_session.sh: its next part (GPU_PART, default: first); results in GPU_OUT
 # make lint       ruff and mypy
@@ -21,7 +23,7 @@ GPU_PART ?= first
 GPU_HERE = $(GPU_PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-layouts test-long gpu-test gpu-bench lint clean
+.PHONY: demo test test-layouts test-long crash-test fuzz gpu-test gpu-bench lint clean
 
 # pip is given constraints.txt, so torch is the version named there and never just the newest.
 $(STAMP): setup.py constraints.txt
@@ -42,6 +44,12 @@ test-layouts: $(STAMP)
 
 test-long: $(STAMP)
 	$(PYTEST) -m "not gpu and not layouts"
+
+crash-test: $(STAMP)
+	$(BIN)/python -m tests.crash $(CRASH)
+
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.fuzz $(FUZZ)
 
 gpu-test: $(GPU_STAMP)
 	@if $(GPU_HERE); then $(GPU_PYTHON) -m pytest -m gpu; \

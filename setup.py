@@ -27,7 +27,7 @@ setup(
     package_data={
         "megadpo.config": ["*.yaml"],
         "megadpo.config.nemo_rl": ["keys.yaml"],
-        "megadpo.configs": ["*.yaml", "*.jsonl"],
+        "megadpo.configs": ["*.yaml", "*.jsonl", "losses/*.yaml"],
         "megadpo.launch": ["*.sh", "*.yaml"],
     },
     entry_points={"console_scripts": ["megadpo = megadpo.commands:main"]},
@@ -49,7 +49,7 @@ setup(
         "numpy>=1.26",
         "omegaconf>=2.3",
         "pyyaml>=6.0",
-        "psutil>=5.9",  # without it megatron-core's checkpoint writer hangs for ever instead of failing
+        "psutil>=5.9",  # megatron-core uses it where it writes checkpoints, and doesn't ask for it
         "rich>=13",
         "tensorboard>=2.16",
     ],

@@ -85,8 +85,8 @@ def make_model(folder: Path, size: str) -> int:
     return make_llama.make(make_llama.made_pairs(4000), folder, shape)
 
 
-def write_pairs(case: Case, model: Path, path: Path) -> Pairs:
-    """As many pairs as the case's steps need, prompts of `prompt_words` words and answers of `answer_words`."""
+def write_pairs(case: Case, model: Path, path: Path, steps: int = WARMUP_STEPS + TIMED_STEPS) -> Pairs:
+    """As many pairs as `steps` of the case need, prompts of `prompt_words` words and answers of `answer_words`."""
     from tokenizers import Tokenizer
 
     words = " ".join(row["prompt"] for row in make_llama.made_pairs(600)).split()
@@ -96,7 +96,7 @@ def write_pairs(case: Case, model: Path, path: Path) -> Pairs:
         return " ".join(words[start : start + count])
 
     rows = []
-    for number in range((WARMUP_STEPS + TIMED_STEPS) * case.pairs):
+    for number in range(steps * case.pairs):
         start = 97 * number % longest_start
         answers = [text(start + case.prompt_words + n * case.answer_words, case.answer_words) for n in (0, 1)]
         rows.append(

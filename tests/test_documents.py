@@ -11,7 +11,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
-    *("README.md", "CONTRIBUTING.md", "benchmarks/README.md"),
+    *("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md"),
     *(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md")),
 ]
 NAMED = re.compile(r"(?<![\w/.{<*-])((?:[A-Za-z_][\w.-]*/)+[\w.-]+\.(?:py|md|yaml|json|sh|png|svg|txt))(?![\w*}>])")

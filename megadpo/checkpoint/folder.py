@@ -142,11 +142,25 @@ def prune_checkpoints(
     return gone
 
 
+def finish_deletions(folder: Path) -> None:
+    """Delete what is left of checkpoints that a killed run was deleting."""
+    _delete_all(folder, f"{DELETED_PREFIX}step_*")
+
+
+def delete_unfinished(folder: Path) -> None:
+    """Delete what is there of checkpoints that a killed run was writing. For the run that owns the folder."""
+    _delete_all(folder, partial_folder(folder / "step_*").name)
+
+
+def _delete_all(folder: Path, names: str) -> None:
+    for left in folder.glob(names):
+        shutil.rmtree(left, ignore_errors=True)
+
+
 def delete(checkpoint: Path) -> None:
     """Rename a checkpoint, then delete it, so that its own name never stands for a part of it, even if the process dies.
-    What can't be deleted (a file that another node has open) stays under the other name until the next call."""
+    What can't be deleted (a file that another node has open) stays under the other name until `finish_deletions`."""
     aside = checkpoint.parent / f"{DELETED_PREFIX}{checkpoint.name}"
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(checkpoint, aside)
-    for left in checkpoint.parent.glob(f"{DELETED_PREFIX}step_*"):
-        shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -6,7 +6,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,19 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
+from torch.distributed.checkpoint.storage import WriteResult
 
-from megadpo.checkpoint.folder import FORMAT, TrainingPosition, delete, partial_folder
-from megadpo.checkpoint.writer import SaveStrategy
+from megadpo.checkpoint.folder import FORMAT, TrainingPosition, delete, delete_unfinished, partial_folder
+from megadpo.checkpoint.writer import HostCopies, RankFiles, SaveStrategy
 from megadpo.config.grid import Grid
 from megadpo.config.load import save_resolved
+from megadpo.config.problems import SaveError, first_line
 from megadpo.config.schema import Config
-from megadpo.files.atomic import sync, write_then_rename
+from megadpo.files.atomic import sync, sync_below, write_then_rename
 from megadpo.lora.state import sharded_adapters
-from megadpo.model.manifest import FileProof, prove, write_manifest
-from megadpo.model.weights.convert import copy_hf_files
+from megadpo.model.manifest import AS_TRAINED, HF_TOKENIZER, INFO_FILE, FileProof, prove, write_manifest
+from megadpo.model.weights.convert import keep_hf_files
+from megadpo.model.weights.dist_folder import COMMON_FILE
 from megadpo.optimizer.state import METADATA, sharded_state
 from megadpo.parallel import ParallelContext
 
@@ -36,7 +39,7 @@ EXTRA_STATE = "._extra_state"
 """In the names of what modules keep beside their parameters; grouped experts add a number to it."""
 
 
-def save_checkpoint(
+def begin_save(
     folder: Path,
     position: TrainingPosition,
     parallel: ParallelContext,
@@ -47,53 +50,44 @@ def save_checkpoint(
     hf_files: Path,
     own_files: Mapping[str, bytes],
     cfg: Config,
-) -> Path:
-    """Write <folder>/step_<N> and return it. All ranks call it together. With LoRA its weights are the adapters.
+    copies: HostCopies | None = None,
+) -> Save:
+    """What is to be written as <folder>/step_<N>, as it is now; with LoRA its weights are the adapters. All ranks call it
+    together.
 
     model: the unwrapped chunks of this rank (the DDP wrapper would prefix every key). optimizer None: weights only.
-    hf_files, own_files: as `copy_hf_files` takes them, for hf/; own_files counts on rank 0. Collectives: those of
-    dist_checkpointing.save and has_frozen_weights, an all-gather of pickled objects and barriers over the world. Raises what
-    the file system raises (a full disk, a folder that can't be written); the partial folder then stays behind, complete
-    checkpoints are untouched, and the next save starts it anew.
+    hf_files, own_files: as `keep_hf_files` takes them, for hf/; own_files counts on rank 0. copies: where the state is
+    copied to, if training is to go on before `Save.write` has ended. Collectives: those of megatron-core's planning and
+    has_frozen_weights, a broadcast of a pickled object. Raises SaveError on every rank where the folder can't be made.
     """
     final = folder / f"step_{position.step}"
     partial = partial_folder(final)
-    if parallel.rank == 0:
-        for left in folder.glob(partial_folder(folder / "step_*").name):  # what a killed run began, whatever its step
-            shutil.rmtree(left, ignore_errors=True)
-        (partial / "model").mkdir(parents=True)
-        (partial / "rng").mkdir()
-    dist.barrier()
-
     lora = cfg.policy.megatron_cfg.peft.enabled
     state = {**_trained_state(model, optimizer, parallel, lora=lora), "scheduler": scheduler.state_dict()}
-    dist_checkpointing.save(state, str(partial / "model"), SaveStrategy())
-    torch.save(_rng_state(parallel.device.type), partial / "rng" / f"rank_{parallel.rank}.pt")
-    proofs = _proofs_of_writers(partial, parallel)
+    record = {
+        "format": FORMAT,
+        "dtype": str(model[0].config.params_dtype).removeprefix("torch."),
+        "world_size": parallel.world_size,
+        "layout": layout_name(parallel.grid, model[0].config.sequence_parallel),
+        "has_optimizer": optimizer is not None,
+        "optimizer_format": optimizer_format(optimizer),
+        "position": asdict(position),
+        "lora": lora,
+        "manifest": True,
+        HF_TOKENIZER: AS_TRAINED,
+    }
+    _begin_folder(partial, parallel)
+    strategy = SaveStrategy(copies)
+    dist_checkpointing.save(state, str(partial / "model"), strategy, async_sharded_save=True)
 
-    if parallel.rank == 0:
-        copy_hf_files(hf_files, partial / "hf", own_files)
+    def small_files() -> None:
+        (partial / "model" / COMMON_FILE).write_bytes(strategy.common.content)
+        keep_hf_files(hf_files, partial / "hf", own_files)
         save_resolved(cfg, partial / "config.yaml")
-        record = {
-            "format": FORMAT,
-            "dtype": str(model[0].config.params_dtype).removeprefix("torch."),
-            "world_size": parallel.world_size,
-            "layout": layout_name(parallel.grid, model[0].config.sequence_parallel),
-            "has_optimizer": optimizer is not None,
-            "optimizer_format": optimizer_format(optimizer),
-            "position": asdict(position),
-            "lora": lora,
-            "manifest": True,
-        }
-        with write_then_rename(partial / "megadpo.json") as file:
+        with write_then_rename(partial / INFO_FILE) as file:
             file.write_text(json.dumps(record, indent=1))
-        write_manifest(partial, proofs)
-        if final.exists():  # the same step again, after a resume from an older checkpoint
-            delete(final)
-        os.replace(partial, final)
-        sync(folder)
-    dist.barrier()
-    return final
+
+    return Save(final, parallel, strategy.files, _rng_state(parallel.device.type), small_files)
 
 
 def _trained_state(
@@ -108,13 +102,122 @@ def _trained_state(
     return {"weights": weights, "optimizer": sharded_state(optimizer, whose, is_loading=False)}
 
 
-def _proofs_of_writers(folder: Path, parallel: ParallelContext) -> dict[str, FileProof]:
-    """Every rank reads what it wrote itself, which its node still has in memory. Collectives: an all-gather of pickled
-    objects, after which all files are there."""
-    mine = [*(folder / "model").glob(f"__{parallel.rank}_*.distcp"), folder / "rng" / f"rank_{parallel.rank}.pt"]
-    found: list[dict[str, FileProof]] = [{} for _ in range(parallel.world_size)]
-    dist.all_gather_object(found, prove(folder, mine))
-    return {name: proof for proofs in found for name, proof in proofs.items()}
+def _begin_folder(partial: Path, parallel: ParallelContext) -> None:
+    """Raises SaveError on every rank where rank 0 can't make it. Collectives: a broadcast of a pickled object."""
+    words: list[str | None] = [None]
+    if parallel.rank == 0:
+        try:
+            delete_unfinished(partial.parent)
+            (partial / "model").mkdir(parents=True)
+            (partial / "rng").mkdir()
+        except OSError as error:
+            words = [_words(error, partial, 0)]
+    dist.broadcast_object_list(words, src=0)
+    if words[0] is not None:
+        raise SaveError(words[0])
+
+
+class Save:
+    """A checkpoint from `begin_save` to its own name. `write` may run in a thread beside training; `finish` is called by all
+    ranks together, when each has written."""
+
+    def __init__(
+        self,
+        final: Path,
+        parallel: ParallelContext,
+        files: RankFiles,
+        rng: dict[str, Any],
+        small_files: Callable[[], None],
+    ) -> None:
+        """small_files: writes what rank 0 writes beside tensors."""
+        self.final = final
+        self._partial = partial_folder(final)
+        self._parallel = parallel
+        self._files = files
+        self._rng = rng
+        self._small_files = small_files
+        self._written: list[WriteResult] = []
+        self._proofs: dict[str, FileProof] = {}
+        self._error: str | None = "it was not written"
+
+    def write(self) -> None:
+        """This rank's files, on the disk when this returns. No collectives. What goes wrong is kept for `finish`."""
+        try:
+            self._write()
+            self._error = None
+        except Exception as error:
+            disk = _disk_error(error)
+            self._error = str(disk) if disk is not None else f"{type(error).__name__}: {first_line(error)}"
+
+    def _write(self) -> None:
+        self._written = self._files.write()
+        rng = self._partial / "rng" / f"rank_{self._parallel.rank}.pt"
+        torch.save(self._rng, rng)
+        sync(rng)
+        # What it wrote itself, which its node still has in memory
+        mine = [*(self._partial / "model").glob(f"__{self._parallel.rank}_*.distcp"), rng]
+        self._proofs = prove(self._partial, mine)
+        if self._parallel.rank == 0:
+            self._small_files()
+            sync_below(self._partial, but=set(mine))
+        sync(rng.parent)
+        sync(rng.parent.parent / "model")
+
+    def finish(self, allowed: Callable[[], None] = lambda: None) -> Path:
+        """Give the checkpoint its name, if every rank has written its part; returns where it is.
+
+        allowed: called on rank 0 right before, and may refuse by a SaveError. Raises SaveError on every rank; the partial
+        folder then stays behind, complete checkpoints are untouched, and the next save starts it anew. Collectives: an
+        all-gather and a broadcast of pickled objects.
+        """
+        mine = (self._error, self._files.bytes, self._proofs, self._written)
+        everywhere = [mine] * self._parallel.world_size
+        dist.all_gather_object(everywhere, mine)
+        wanted = sum(size for _, size, _, _ in everywhere)
+        if errors := sorted({error for error, _, _, _ in everywhere if error is not None}):
+            raise SaveError(_words("; ".join(errors), self._partial, wanted))
+        outcome: list[str | None] = [None]
+        if self._parallel.rank == 0:
+            try:
+                self._files.write_metadata([written for _, _, _, written in everywhere])
+                self._name({name: proof for _, _, proofs, _ in everywhere for name, proof in proofs.items()}, allowed)
+            except SaveError as error:
+                outcome = [str(error)]
+            except OSError as error:
+                outcome = [_words(error, self._partial, wanted)]
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[0] is not None:
+            raise SaveError(outcome[0])
+        return self.final
+
+    def _name(self, proofs: dict[str, FileProof], allowed: Callable[[], None]) -> None:
+        """On rank 0: manifest and rename. Raises SaveError and OSError."""
+        for name in (".metadata", "metadata.json"):
+            sync(self._partial / "model" / name)
+        sync(self._partial / "model")
+        write_manifest(self._partial, proofs)
+        sync(self._partial)
+        allowed()
+        if self.final.exists():  # the same step again, after a resume from an older checkpoint
+            delete(self.final)
+        os.replace(self._partial, self.final)
+        sync(self.final.parent)
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """What the disk said; torch's zip writer stumbles over it and raises another error."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _words(reason: OSError | str, partial: Path, wanted: int) -> str:
+    try:
+        free = f"{shutil.disk_usage(partial.parent).free:,} bytes are free there"
+    except OSError as error:
+        free = str(error)
+    takes = f"{wanted:,} bytes of tensors are to be written, " if wanted else ""
+    return f"{partial}: {reason}; {takes}{free}; make room, or set checkpointing.keep_top_k or another checkpoint_dir"
 
 
 def sharded_weights(model: Sequence[MegatronModule], *, per_layer: bool = False) -> dict[str, Any]:

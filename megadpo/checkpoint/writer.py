@@ -1,88 +1,162 @@
-"""How tensors get into files: megatron-core's format, by processes that a signal to stop doesn't end and that end with
-their rank.
+"""How tensors get into files: megatron-core's format, written by threads of the rank.
 
-megatron-core 0.16.1 does this differently in two places, which `SaveStrategy.async_save` replaces:
-
-- filesystem_async.py:52 `_get_write_results_queue` starts a multiprocessing Manager at the first save, for a queue. It
-  stays in the rank's process group for the rest of the run: a signal to the group (torchrun's, Slurm's) ends it, and the
-  save that was asked for then fails; a rank that is killed leaves it behind. Here the results stay in this process.
-- filesystem_async.py:240 `write_preloaded_data_multiproc` waits for ever for a writer that was killed. Here that is an
-  error, on every rank.
+Threads end with their rank, and no signal goes to them. megatron-core 0.16.1 (filesystem_async.py) uses processes and a
+multiprocessing Manager instead: a signal to the process group ends these and with them the save, a killed rank leaves
+them behind, and a process that is forked from a rank copies each page of memory that the next step changes.
 """
 
 from __future__ import annotations
 
-import functools
-import multiprocessing
-import os
+import io
 import queue
-import signal
-from multiprocessing.connection import Connection
+import threading
 from pathlib import Path
 from typing import Any
 
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, _disable_gc
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.base import StrategyAction, register_default_strategy
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.serialization import get_crc32_options, set_crc32_options
 
-from megadpo.parallel.lifetime import STOP_SIGNALS, signal_when_parent_ends
+from megadpo.files.atomic import sync
+
+_BACKEND, _VERSION = "torch_dist", 1
+Bucket = Any
+"""filesystem_async.WriteBucket: (path, name, (objects, tensors)), a file and what is written into it."""
+
+
+class HostCopies:
+    """Memory of the host for copies of a rank's tensors, kept from one save to the next: to get new memory takes as long as
+    to copy into it."""
+
+    def __init__(self) -> None:
+        self._buffers: list[torch.Tensor] = []
+
+    @torch.no_grad()
+    def of(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Copies of tensors of any device, which nothing changes until the next call. Waits for the GPU."""
+        copies = [self._buffer(number, tensor) for number, tensor in enumerate(tensors)]
+        del self._buffers[len(tensors) :]
+        for copy, tensor in zip(copies, tensors, strict=True):
+            copy.copy_(tensor, non_blocking=True)
+        if any(tensor.is_cuda for tensor in tensors):
+            torch.cuda.synchronize()
+        return copies
+
+    def _buffer(self, number: int, tensor: torch.Tensor) -> torch.Tensor:
+        known = self._buffers[number] if number < len(self._buffers) else None
+        if known is not None and (known.shape, known.dtype) == (tensor.shape, tensor.dtype):
+            return known
+        made = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        self._buffers[number : number + 1] = [made]
+        return made
+
+
+class RankFiles:
+    """The files of tensors of one rank, with the tensors as they were when `SaveStrategy` was called."""
+
+    def __init__(self, writer: FileSystemWriterAsync, metadata: Metadata | None, buckets: list[Bucket]) -> None:
+        """metadata: of all ranks, on rank 0."""
+        self._writer = writer
+        self._metadata = metadata
+        self._buckets = buckets
+        self.bytes = sum(tensor.nbytes for _, _, (_, tensors) in buckets for _, tensor in tensors)
+
+    def write(self) -> list[WriteResult]:
+        """Write each in a thread of its own; all are on the disk when this returns, and the memory of the tensors may be
+        used again. Returns what was written where. Raises what a writer met. No collectives."""
+        transforms = [self._writer.transforms] if hasattr(self._writer, "transforms") else []
+        answers: list[list[WriteResult] | Exception] = [RuntimeError("its thread ended") for _ in self._buckets]
+
+        def write(number: int) -> None:
+            answers[number] = _write_file(transforms, self._buckets[number])
+
+        threads = [threading.Thread(target=write, args=(number,), daemon=True) for number in range(len(self._buckets))]
+        had_crc32 = get_crc32_options()
+        set_crc32_options(False)  # Python's lock is held for it, which the next steps need; the manifest has checksums
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        set_crc32_options(had_crc32)
+        self._buckets = []
+        written: list[WriteResult] = []
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+            written += answer
+        return written
+
+    def write_metadata(self, written: list[list[WriteResult]]) -> None:
+        """On rank 0: .metadata and metadata.json, by what `write` returned on each rank. Raises OSError."""
+        assert self._metadata is not None
+        self._writer.finish(self._metadata, written)
+        save_config(CheckpointingConfig(_BACKEND, _VERSION), str(self._writer.path))
 
 
 class SaveStrategy(TorchDistSaveShardedStrategy):
-    """megatron-core's `torch_dist` format, for `dist_checkpointing.save`."""
+    """megatron-core's `torch_dist` format, for `dist_checkpointing.save` with async_sharded_save, whose request is empty:
+    `files` and `common` are what is to be written.
 
-    def __init__(self) -> None:
-        super().__init__("torch_dist", 1)
+    copies: where the tensors are copied to, so that training can go on while they are written; None: they are written from
+    where they are, but for those on a GPU.
+    """
+
+    def __init__(self, copies: HostCopies | None = None) -> None:
+        super().__init__(_BACKEND, _VERSION)
+        self._copies = copies
+        self.files: RankFiles
+        self.common = CommonState("torch", 1)
+        register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, self.common)  # `save` takes no other way
 
     def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> AsyncRequest:
-        """What to write, and the function that writes it; `save` calls both. Collectives: megatron-core's planning."""
-        # a new one each time: what a failed save left unread must not count as the next one's
-        filesystem_async._results_queue = queue.SimpleQueue()
-        request = super().async_save(sharded_state_dict, checkpoint_dir)
-        if request.async_fn is None:  # this rank has nothing to write
-            return request
-        transforms, _ = (
-            request.async_fn.args
-        )  # the other: write through multistorageclient, which nothing here turns on
-        return request._replace(async_fn=functools.partial(write_files, transforms))
+        """Collectives: megatron-core's planning. Waits for the GPU."""
+        filesystem_async._results_queue = queue.SimpleQueue()  # not used; without one megatron-core starts a Manager
+        if self._copies is not None:
+            parts = [part for part in nested_values(sharded_state_dict) if isinstance(part, ShardedTensor)]
+            written = [part for part in parts if part.data is not None and is_main_replica(part.replica_id)]
+            for part, copy in zip(written, self._copies.of([part.data for part in written]), strict=True):
+                part.data = copy
+        return super().async_save(sharded_state_dict, checkpoint_dir)
+
+    def _get_save_and_finalize_callbacks(
+        self, writer: FileSystemWriterAsync, planned: tuple[Any, Metadata | None, Any]
+    ) -> AsyncRequest:
+        self.files = RankFiles(writer, planned[1], writer.preload_tensors(writer.write_buckets or []))
+        writer.write_buckets = None
+        return AsyncRequest(None, (), [])
 
 
-@_disable_gc()  # in a forked process the garbage collector would free CUDA tensors that are the parent's
-def write_files(transforms: list[Any], rank: int, buckets: list[Any], results: queue.SimpleQueue[Any]) -> None:
-    """Write each of `buckets` (filesystem_async.WriteBucket: one file, its tensors on the CPU) from a process of its own.
+class CommonState(TorchCommonSaveStrategy):
+    """What megatron-core would write into common.pt at once, as it is then: bytes, on rank 0."""
 
-    Puts one thing into `results`: {number of the bucket: list of WriteResult}, or the exception that a writer met.
-    """
-    context = multiprocessing.get_context("fork")  # tensors are not copied
-    writers = []
-    answers: dict[int, Any] = {}
-    for number, bucket in enumerate(buckets):
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_write_file, args=(transforms, number, bucket, sender, os.getpid()))
-        process.start()
-        sender.close()  # else the pipe would stay open when the writer dies
-        writers.append((process, receiver))
-    for number, (process, receiver) in enumerate(writers):
-        try:
-            answers[number] = receiver.recv()
-        except EOFError:
-            process.join()
-            answers[number] = RuntimeError(f"the process that wrote {buckets[number][0]} ended: {process.exitcode}")
-        process.join()
-        receiver.close()
-    failed = [answer for answer in answers.values() if isinstance(answer, Exception)]
-    results.put(failed[0] if failed else answers)
+    content = b""
+
+    def save_common(self, common_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
+        buffer = io.BytesIO()
+        torch.save(common_state_dict, buffer)
+        self.content = buffer.getvalue()
 
 
-def _write_file(transforms: list[Any], number: int, bucket: Any, sender: Connection, rank_pid: int) -> None:
-    """In a process of its own. Sends a list of WriteResult, or the exception that stopped it."""
-    for stop in STOP_SIGNALS:  # they are for the rank, which waits for this file
-        signal.signal(stop, signal.SIG_IGN)
-    signal_when_parent_ends(signal.SIGKILL, rank_pid)
+def _write_file(transforms: list[Any], bucket: Bucket) -> list[WriteResult] | Exception:
+    """What was written, or what stopped it."""
     results: queue.SimpleQueue[Any] = queue.SimpleQueue()
     unfinished: queue.Queue[int] = queue.Queue()
-    unfinished.put(number)
-    filesystem_async.FileSystemWriterAsync.write_preloaded_data(
-        transforms, number, bucket, results, unfinished, use_fsync=True
-    )
-    sender.send(results.get()[1])
+    unfinished.put(0)
+    try:
+        FileSystemWriterAsync.write_preloaded_data(transforms, 0, bucket, results, unfinished, use_fsync=False)
+        answer: list[WriteResult] | Exception = results.get_nowait()[1]
+        if not isinstance(answer, Exception):
+            sync(Path(bucket[0]))  # when it is closed: what `use_fsync` leaves in Python's buffer is not on the disk
+    except Exception as error:  # for the rank's main thread
+        return error
+    return answer

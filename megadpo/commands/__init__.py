@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megadpo.config.problems import EXIT_REFUSED, UserError
+from megadpo.config.problems import EXIT_NOT_SAVED, EXIT_REFUSED, SaveError, UserError
 from megadpo.config.shipped import shipped_folder
 from megadpo.launcher import last_words, under_torchrun
 
@@ -60,6 +60,8 @@ def _run(module: str, arguments: Sequence[str]) -> int:
         return command(arguments)
     except UserError as error:
         return refuse(error)
+    except SaveError as error:
+        return end_with_words(f"stopped, a checkpoint was not saved: {error}", EXIT_NOT_SAVED)
     except KeyboardInterrupt:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             last_words("stopped by Ctrl-C", sys.stderr)
@@ -91,20 +93,27 @@ def command_parser(module: str, text: str | None) -> argparse.ArgumentParser:
 
 
 def refuse(error: UserError) -> int:
-    """Print every problem on stderr, once a node: the other ranks of torchrun wait so that it doesn't stop the one that
-    prints. A rank that is still there after that is the only one to know, and prints too. Returns EXIT_REFUSED."""
+    """Print every problem on stderr, once a node. Returns EXIT_REFUSED."""
+    lines = [f"refused, {len(error.problems)} problem(s):", *(f"  {problem}" for problem in error.problems)]
+    return end_with_words("\n".join(lines), EXIT_REFUSED)
+
+
+def end_with_words(text: str, code: int) -> int:
+    """Print why the run ends on stderr, once a node; the other ranks of torchrun wait so that it doesn't stop the one that
+    prints. A rank that is still there after that is the only one to know, and prints too. Returns `code`."""
     if under_torchrun() and int(os.environ.get("LOCAL_RANK", "0")) != 0:
         time.sleep(OTHERS_WAIT_S)
-    lines = [f"refused, {len(error.problems)} problem(s):", *(f"  {problem}" for problem in error.problems)]
-    last_words("\n".join(lines), sys.stderr)
-    return EXIT_REFUSED
+    last_words(text, sys.stderr)
+    return code
 
 
 def quiet_libraries() -> None:
-    """megatron-core warns at import of every optional package it can't find; none of them matters here. torch warns of a
-    class that megatron-core's checkpoints are made of, on every rank."""
+    """megatron-core warns at import of every optional package it can't find; none of them matters here. torch warns on every
+    rank of a class that megatron-core's checkpoints are made of, and of the collectives of its distributed optimizer."""
     warnings.filterwarnings("ignore", module="megatron")
     warnings.filterwarnings("ignore", "Please use DTensor instead", FutureWarning, module="torch")
+    collectives = r"`torch\.distributed\._?(all_gather|reduce_scatter)_\w+` is"
+    warnings.filterwarnings("ignore", collectives, FutureWarning, module="torch")
     logging.getLogger("megatron").setLevel(logging.ERROR)
 
 

@@ -9,6 +9,7 @@ with every problem on stderr.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,9 +38,12 @@ def main(arguments: Sequence[str]) -> int:
     from megadpo.checkpoint.choose import choose_checkpoint  # not for --help
     from megadpo.lora.export import export
     from megadpo.model.weights import dtype_named, push_to_hub
+    from megadpo.train.handed_on import old_tokenizer_notes
 
     import_plugins(options.plugin)
     checkpoint = choose_checkpoint(options.run, step=options.step, best=options.best)
+    for note in old_tokenizer_notes(checkpoint):
+        print(f"note: {note}", file=sys.stderr)
     dtype = dtype_named(options.dtype) if options.dtype else None
     export(checkpoint, options.folder, merge=options.merge, base=options.base, dtype=dtype)
     print(f"wrote {options.folder}" + (f", of {checkpoint}" if checkpoint != options.run else ""))

@@ -4,8 +4,9 @@ CONFIG is a YAML file or the name of a shipped config. The same command on CPUs 
 or below torchrun (torchrun --nproc-per-node N launch/train.py CONFIG ..., or -m megadpo train CONFIG ...). A run started
 again with the same checkpointing.checkpoint_dir goes on where it stopped.
 
-Exit code 0: done; 2: refused, with every problem on stderr; 75 and 143: stopped with a checkpoint, start it again;
-130: stopped by Ctrl-C before there was anything to save; anything else: a crash. See docs/running.md.
+Exit code 0: done; 2: refused, with every problem on stderr; 74: a checkpoint could not be saved; 75 and 143: stopped with
+a checkpoint, start it again; 130: stopped by Ctrl-C before there was anything to save; anything else: a crash. See
+docs/running.md.
 """
 
 from __future__ import annotations

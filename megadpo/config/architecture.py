@@ -96,10 +96,21 @@ class Mlp:
 
 @dataclass(frozen=True, kw_only=True)
 class Router:
-    """Which experts a token goes to, those with the highest logits, and with what weights."""
+    """Which experts a token goes to, those with the highest scores, and with what weights."""
 
-    scores: Literal["softmax", "softmax_of_chosen"]
-    """Weights are a softmax over all experts' logits, or over those of the chosen ones alone."""
+    scores: Literal["softmax", "softmax_of_chosen", "sigmoid"]
+    """Scores are a softmax over all experts' logits, or each logit's sigmoid. softmax_of_chosen: the logits choose, and
+    weights are a softmax over those of the chosen experts alone. Else weights are the chosen experts' scores."""
+    correction_bias: bool = False
+    """A number an expert is added to scores for the choice alone. The model's folder has it; it is not trained."""
+    groups: int = 1
+    """Experts stand in groups, of which a token's best `chosen_groups` count: by the sum of a group's two best scores."""
+    chosen_groups: int = 1
+    normalized: bool = False
+    """A token's weights are divided by their sum, of at least `least_sum`."""
+    least_sum: float = 0.0
+    factor: float = 1.0
+    """What weights are multiplied by."""
     bias: bool = False
     """Of the logits."""
 
@@ -114,9 +125,11 @@ class Experts:
     """Of each expert."""
     router: Router
     shared_ffn_size: int | None
-    """Of the shared expert, which every token goes through, times the sigmoid of its own gate; None: there is none."""
+    """Of the shared expert, which every token goes through; None: there is none."""
     aux_loss_coef: float
     """The model's own router_aux_loss_coef."""
+    shared_gate: bool = True
+    """The shared expert's output is multiplied by the sigmoid of a gate of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +206,11 @@ class Architecture:
         return next((one.feed_forward for one in self.layers if isinstance(one.feed_forward, Experts)), None)
 
     @property
+    def mixed(self) -> bool:
+        """Whether some layers have experts and others have none."""
+        return self.mlp is not None and self.experts is not None
+
+    @property
     def fingerprint(self) -> str:
         """Text that tells architectures apart. The cached reference's files are named by it, so it stays the same from
         version to version: a field that comes later has a default, and is in the text only where it differs from that."""
@@ -206,10 +224,12 @@ class Architecture:
             layers[number] = dataclasses.replace(layers[number], attention=attention)
         return dataclasses.replace(self, layers=tuple(layers))
 
-    def with_feed_forward(self, feed_forward: Mlp | Experts) -> Architecture:
-        """The same with this in every layer."""
-        layers = tuple(dataclasses.replace(one, feed_forward=feed_forward) for one in self.layers)
-        return dataclasses.replace(self, layers=layers)
+    def with_feed_forward(self, feed_forward: Mlp | Experts, only: Collection[int] | None = None) -> Architecture:
+        """The same with this in every layer. only: in these layers, by number."""
+        layers = list(self.layers)
+        for number in range(self.num_layers) if only is None else only:
+            layers[number] = dataclasses.replace(layers[number], feed_forward=feed_forward)
+        return dataclasses.replace(self, layers=tuple(layers))
 
 
 def _text(value: Any) -> str:

@@ -10,6 +10,8 @@ Made = TypeVar("Made")
 
 EXIT_REFUSED = 2
 """Exit code of a run whose config or data was refused (0 is success, anything else a crash)."""
+EXIT_NOT_SAVED = 74
+"""Exit code of a run that ends because it can't save (EX_IOERR)."""
 
 _LONGEST_VALUE = 200
 
@@ -53,6 +55,11 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """A data file is refused."""
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written; complete ones are untouched. Its text says what, where, and how much room it
+    takes."""
 
 
 def first_line(error: BaseException) -> str:

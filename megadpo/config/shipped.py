@@ -19,8 +19,9 @@ def shipped_folder(name: Literal["configs", "launch"]) -> Path:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """The shipped configs by name."""
-    return {path.stem: path for path in sorted(shipped_folder("configs").glob("*.yaml"))}
+    """The shipped configs by name, such as dpo_megatron and losses/simpo."""
+    folder = shipped_folder("configs")
+    return {path.relative_to(folder).as_posix()[: -len(".yaml")]: path for path in sorted(folder.rglob("*.yaml"))}
 
 
 def find_config(path: str | Path) -> Path:

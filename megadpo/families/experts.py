@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megadpo.config.architecture import Experts, Mlp, Router
-from megadpo.families.layouts import Columns, GatedMLP, Replicated
+from megadpo.families.layouts import Columns, GatedMLP, Replicated, TensorLayout
 from megadpo.families.reading import MOST_EXPERTS, HfConfig
 from megadpo.families.rows import Row
 
@@ -11,45 +11,53 @@ from megadpo.families.rows import Row
 def read_experts(
     config: HfConfig,
     *,
+    count: str = "num_experts",
+    chosen: str = "num_experts_per_tok",
     ffn: str = "moe_intermediate_size",
-    shared_ffn: str | None = None,
-    normalized: bool | None = None,
+    router: Router | None = None,
+    shared_ffn_size: int | None = None,
+    shared_gate: bool = True,
 ) -> Experts:
-    """The experts that `config` names. ffn, shared_ffn: the keys of their sizes; None: there is no shared expert.
-    normalized: whether the weights of a token's experts sum to 1; None: by norm_topk_prob."""
-    _refuse_uncomputed(config)
+    """The experts that `config` names, with this shared one, if any. count, chosen, ffn: the keys of their sizes. router:
+    None for a softmax, normalized or not by norm_topk_prob."""
     # transformers 5 writes Qwen3-MoE's and Mixtral's count as num_local_experts, the hub has num_experts for Qwen3-MoE
-    count_key = "num_local_experts" if "num_local_experts" in config.raw else "num_experts"
-    experts = config.size(count_key, most=MOST_EXPERTS)
-    chosen = config.size("num_experts_per_tok")
-    if chosen > experts and config.raw.get(count_key) == experts:  # else the count itself is the problem
-        config.report("num_experts_per_tok", chosen, f"at most {count_key} ({experts})")
-    if normalized is None:
-        normalized = bool(config.get("norm_topk_prob"))
-    if chosen == 1 and normalized:
-        expected = "at least 2, or norm_topk_prob false: the weight of a single expert is always 1"
-        config.report("num_experts_per_tok", chosen, expected, "choose a model with two or more experts a token")
-    shared = None if shared_ffn is None else config.size(shared_ffn)
-    return Experts(
-        number=experts,
-        per_token=chosen,
-        mlp=Mlp(ffn_size=config.size(ffn)),
+    if "num_local_experts" in config.raw:
+        count = "num_local_experts"
+    number, per_token = config.size(count, most=MOST_EXPERTS), config.size(chosen)
+    if per_token > number and config.get(count) == number:  # else the count itself is the problem
+        config.report(chosen, per_token, f"at most {count} ({number})")
+    if router is None:
         # a softmax over all experts, divided by the sum of the chosen ones, is the softmax over those
-        router=Router(scores="softmax_of_chosen" if normalized else "softmax"),
-        shared_ffn_size=shared,
+        router = Router(scores="softmax_of_chosen" if config.get("norm_topk_prob") else "softmax")
+    if per_token == 1 and (router.normalized or router.scores == "softmax_of_chosen"):
+        expected = "at least 2, or norm_topk_prob false: the weight of a single expert is always 1"
+        config.report(chosen, per_token, expected, "choose a model with two or more experts a token")
+    if router.groups > 1 and (number % router.groups or number // router.groups < 2):
+        config.report("n_group", router.groups, f"groups of equal size, of two or more of the {number} experts")
+    elif router.chosen_groups > router.groups or router.chosen_groups * number < min(per_token, number) * router.groups:
+        config.report("topk_group", router.chosen_groups, f"at most n_group, and enough for {per_token} experts")
+    config.refuse("router_jitter_noise", "0.0", "set it to 0.0: DPO compares exact logps")
+    return Experts(
+        number=number,
+        per_token=per_token,
+        mlp=Mlp(ffn_size=config.size(ffn)),
+        router=router,
+        shared_ffn_size=shared_ffn_size,
         aux_loss_coef=config.number("router_aux_loss_coef", zero_too=True),
+        shared_gate=shared_gate,
     )
 
 
-def _refuse_uncomputed(config: HfConfig) -> None:
-    """Layers without experts among the others, and noise on the router's input."""
+def refuse_dense_layers(config: HfConfig) -> None:
+    """Qwen's keys of layers without experts among the others."""
     fix = "choose a model with experts in every layer"
     config.refuse("decoder_sparse_step", "1: experts in every layer", fix, unless=(1,))
     config.refuse("mlp_only_layers", "no layer: experts in every layer", fix)
-    config.refuse("router_jitter_noise", "0.0", "set it to 0.0: DPO compares exact logps")
 
 
-def expert_rows(block: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+def expert_rows(
+    block: str = "mlp", gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+) -> tuple[Row, ...]:
     """A layer of experts after its attention, by the Hugging Face names of the block and of an expert's projections.
     The stacked tensors and the router's other name are transformers 5's own, the same in every family."""
     expert, local, stack = f"{block}.experts.{{e}}.", "mlp.experts.local_experts.{e}.", "mlp.experts.experts."
@@ -64,3 +72,19 @@ def expert_rows(block: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
             grouped="mlp.experts.linear_fc2.weight{e}", stacked=stack + "linear_fc2.weight",
             hf_stacked="mlp.experts.down_proj"),
     )  # fmt: skip
+
+
+def shared_expert_rows(block: str) -> tuple[Row, ...]:
+    """The shared expert, by the Hugging Face name of its block."""
+    return (
+        Row("mlp.shared_experts.linear_fc1.weight", GatedMLP(),
+            {f"{block}.gate_proj.weight": "sh", f"{block}.up_proj.weight": "sh"}),
+        Row("mlp.shared_experts.linear_fc2.weight", Columns(), {f"{block}.down_proj.weight": "hs"}),
+    )  # fmt: skip
+
+
+def correction_bias_row(hf: str, layout: TensorLayout | None = None, also: str = "") -> Row:
+    """The router's correction bias, by its Hugging Face name. layout: None for [n] on disk. also: transformers 5's own
+    name of it."""
+    return Row("mlp.router.expert_bias", layout or Replicated(), {hf: "1n" if layout else "n"}, frozen=True,
+               also={hf: also} if also else {})  # fmt: skip

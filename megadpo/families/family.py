@@ -34,6 +34,8 @@ class Family:
     """The key of the MLP's activation, and its names there."""
     biases: ClassVar[tuple[str, ...]] = ("attention_bias", "mlp_bias")
     """Keys of biases that the family hasn't got: true is refused."""
+    prefix: ClassVar[str] = ""
+    """What the names of all tensors of `layer`, `embedding`, `final_norm` and `head` begin with on disk, before these."""
     embedding: ClassVar[Row] = EMBEDDING
     final_norm: ClassVar[Row] = FINAL_NORM
     head: ClassVar[Row] = HEAD
@@ -85,6 +87,11 @@ class Family:
     def problems(self, known: Known) -> Iterator[Problem]:
         """What the family refuses of a run of its model, beyond what `read` refuses of config.json."""
         yield from ()
+
+    def carried(self, arch: Architecture) -> tuple[str, ...]:
+        """Shell patterns of tensors on disk that nothing here computes with, such as a vision tower's: folders may have them,
+        and exports then have them too, as they are."""
+        return ()
 
     def layer(self, arch: Architecture, number: int) -> tuple[Row, ...]:
         """The rows of layer `number`, from 0."""

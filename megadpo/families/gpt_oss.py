@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from megadpo.config.architecture import Architecture, Mlp, Rotary
+from megadpo.config.architecture import Architecture, Mlp, Rotary, Router
 from megadpo.config.variants import FAMILIES
 from megadpo.families.experts import read_experts
 from megadpo.families.family import AS_FLOATS, Family
@@ -75,10 +75,9 @@ class GptOss(Family):
     def read(self, config: HfConfig) -> Architecture:
         config.refuse("attention_bias", "true", "models without are not supported", unless=(True,))
         config.refuse("swiglu_alpha", "1.702", "models with another are not supported", unless=(None, 1.702))
-        experts = read_experts(config, ffn="intermediate_size", normalized=True)
+        experts = read_experts(config, ffn="intermediate_size", router=Router(scores="softmax_of_chosen", bias=True))
         mlp = Mlp(ffn_size=experts.mlp.ffn_size, activation="clamped", limit=config.number("swiglu_limit"), bias=True)
-        router = dataclasses.replace(experts.router, bias=True)
-        arch = super().read(config).with_feed_forward(dataclasses.replace(experts, mlp=mlp, router=router))
+        arch = super().read(config).with_feed_forward(dataclasses.replace(experts, mlp=mlp))
         arch = arch.with_attention(qkv_bias=True, output_bias=True, sinks=True)
         if config.get("sliding_window") is None:
             config.report("sliding_window", None, "a whole number")

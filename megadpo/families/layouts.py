@@ -17,7 +17,7 @@ class Rectangle(NamedTuple):
 
     source: int
     source_index: tuple[slice, ...]
-    shard_index: tuple[slice, ...]
+    shard_index: tuple[slice | None, ...]
 
 
 class TensorLayout:
@@ -47,6 +47,16 @@ class Replicated(TensorLayout):
 
     def rectangles(self, shapes: Sequence[Shape], groups: int, tp_rank: int, tp_size: int) -> list[Rectangle]:
         return [Rectangle(0, (slice(None),), (slice(None),))]
+
+
+class OneRow(TensorLayout):
+    """The same on every rank: the row of a matrix [1, n] on disk."""
+
+    def full_shape(self, shapes: Sequence[Shape]) -> Shape:
+        return shapes[0][1:]
+
+    def rectangles(self, shapes: Sequence[Shape], groups: int, tp_rank: int, tp_size: int) -> list[Rectangle]:
+        return [Rectangle(0, (slice(None),), (None,))]
 
 
 class Rows(TensorLayout):

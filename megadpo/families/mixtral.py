@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megadpo.config.architecture import Architecture
+from megadpo.config.architecture import Architecture, Router
 from megadpo.config.variants import FAMILIES
 from megadpo.families.experts import expert_rows, read_experts
 from megadpo.families.family import Family
@@ -27,7 +27,7 @@ class Mixtral(Family):
     }
 
     def read(self, config: HfConfig) -> Architecture:
-        experts = read_experts(config, ffn="intermediate_size", normalized=True)
+        experts = read_experts(config, ffn="intermediate_size", router=Router(scores="softmax_of_chosen"))
         return super().read(config).with_feed_forward(experts).with_attention(window=window(config))
 
     def layer(self, arch: Architecture, number: int) -> tuple[Row, ...]:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from megadpo.config.architecture import Architecture
 from megadpo.config.variants import FAMILIES
-from megadpo.families.experts import expert_rows, read_experts
+from megadpo.families.experts import expert_rows, read_experts, refuse_dense_layers, shared_expert_rows
 from megadpo.families.family import Family
-from megadpo.families.layouts import Columns, GatedMLP, Replicated
+from megadpo.families.layouts import Replicated
 from megadpo.families.qwen import DEFAULTS
 from megadpo.families.reading import HfConfig
 from megadpo.families.rows import ATTENTION, QK_NORM, QKV_BIAS, Row
 from megadpo.families.windows import window, with_windows
 
-EXPERTS = expert_rows("mlp", "gate_proj", "up_proj", "down_proj")
 SHARED_EXPERT = (
-    Row("mlp.shared_experts.linear_fc1.weight", GatedMLP(),
-        {"mlp.shared_expert.gate_proj.weight": "sh", "mlp.shared_expert.up_proj.weight": "sh"}),
-    Row("mlp.shared_experts.linear_fc2.weight", Columns(), {"mlp.shared_expert.down_proj.weight": "hs"}),
+    *shared_expert_rows("mlp.shared_expert"),
     Row("mlp.shared_experts.gate_weight", Replicated(), {"mlp.shared_expert_gate.weight": "1h"}),
-)  # fmt: skip
+)
 
 
 @FAMILIES.add("qwen2_moe")
@@ -37,7 +34,8 @@ class Qwen2Moe(Family):
     }
 
     def read(self, config: HfConfig) -> Architecture:
-        experts = read_experts(config, shared_ffn="shared_expert_intermediate_size")
+        refuse_dense_layers(config)
+        experts = read_experts(config, shared_ffn_size=config.size("shared_expert_intermediate_size"))
         arch = super().read(config).with_feed_forward(experts)
         arch = arch.with_attention(qkv_bias=bool(config.get("qkv_bias")))
         if not config.get("use_sliding_window"):
@@ -48,7 +46,7 @@ class Qwen2Moe(Family):
         )
 
     def layer(self, arch: Architecture, number: int) -> tuple[Row, ...]:
-        return ATTENTION + (QKV_BIAS if arch.attention.qkv_bias else ()) + EXPERTS + SHARED_EXPERT
+        return ATTENTION + (QKV_BIAS if arch.attention.qkv_bias else ()) + expert_rows() + SHARED_EXPERT
 
 
 @FAMILIES.add("qwen3_moe")
@@ -65,10 +63,11 @@ class Qwen3Moe(Family):
     }
 
     def read(self, config: HfConfig) -> Architecture:
+        refuse_dense_layers(config)
         arch = super().read(config).with_feed_forward(read_experts(config))
         # in every layer, whatever max_window_layers
         size = window(config) if config.get("use_sliding_window") else None
         return arch.with_attention(qk_norm="head", window=size)
 
     def layer(self, arch: Architecture, number: int) -> tuple[Row, ...]:
-        return ATTENTION + QK_NORM + EXPERTS
+        return ATTENTION + QK_NORM + expert_rows()

@@ -19,6 +19,7 @@ MOST_SIZE = 2**31 - 1
 MOST_LAYERS, MOST_EXPERTS = 1000, 1024
 """Each has rows in the weight table. The largest models have 126 layers, and 512 experts."""
 RESTORE = "restore the model's own config.json"
+_OUTSIDE = ("tie_word_embeddings", "quantization_config", "dtype", "torch_dtype")
 OFF: tuple[object, ...] = (None, False, "", [], {})
 
 
@@ -93,6 +94,23 @@ class HfConfig:
         self._defaults = defaults
         self._where = where
 
+    def of_text(self) -> HfConfig:
+        """The text part of a vision-language model's config.json, where it stands apart. What both parts may say (the tied
+        head, the dtype, quantisation) counts where it is said outside."""
+        given = self.raw.get("text_config")
+        if given is None:
+            return self
+        if not isinstance(given, Mapping):
+            self.report("text_config", given, "a JSON object")
+            given = {}
+        outside = {key: self.raw[key] for key in _OUTSIDE if key in self.raw}
+        inside = {key: value for key, value in given.items() if key != "tie_word_embeddings"}
+        text = HfConfig(
+            {**inside, **outside}, self.family, self.hf_class, self._defaults, f"{self._where}: text_config"
+        )
+        text.problems = self.problems
+        return text
+
     def get(self, key: str) -> Any:
         return self.raw.get(key, self._defaults.get(key))
 
@@ -100,11 +118,11 @@ class HfConfig:
         """Note a problem."""
         self.problems.append(Problem(f"{self._where}: {key}", value, expected, fix))
 
-    def size(self, key: str, *, most: int = MOST_SIZE) -> int:
-        """A whole number from 1 to `most`; where it is none, that is noted and 1 stands for it."""
+    def size(self, key: str, *, least: int = 1, most: int = MOST_SIZE) -> int:
+        """A whole number from `least` to `most`; where it is none, that is noted and 1 stands for it."""
         value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            self.report(key, value, f"a whole number from 1 to {most}")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            self.report(key, value, f"a whole number from {least} to {most}")
             return 1
         return value
 

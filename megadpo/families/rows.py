@@ -45,6 +45,8 @@ class Row:
     """Rows of one expert: where folders hold `hf`'s tensors, whose names are then of no file."""
     also: Mapping[str, str] = field(default_factory=dict)
     """A tensor of `hf`: its name in some other folders."""
+    frozen: bool = False
+    """It is not trained, and stays in float32 whatever the model's dtype."""
 
     @property
     def is_expert(self) -> bool:

@@ -34,6 +34,8 @@ class WeightEntry:
     """Of each tensor of `hf`: the shapes of its parts, mostly one."""
     groups: int
     """KV heads of the architecture."""
+    layer_in_key: bool
+    """Checkpoints have a tensor for each layer, since layers differ; else one for all layers."""
     also: Mapping[str, str]
     """Another name on disk of some tensors of `hf`."""
     hf_stacked: str
@@ -50,10 +52,10 @@ class WeightEntry:
         names = (self.row.megatron, self.row.fused or self.row.grouped)
         return tuple(prefix + name.format(e=self.expert) for name in names if name)
 
-    @property
-    def index(self) -> tuple[int, ...]:
-        """Its place in the leading dimensions of the tensor that checkpoints hold: layer, expert."""
-        return tuple(number for number in (self.layer, self.expert) if number is not None)
+    def index(self, key: str) -> tuple[int, ...]:
+        """Its place in the leading dimensions of the tensor that a checkpoint holds under `key`: layer, expert."""
+        layer = None if key.startswith(MEGATRON_LAYER.format(i=self.layer)) else self.layer
+        return tuple(number for number in (layer, self.expert) if number is not None)
 
     @property
     def extra_state_key(self) -> str | None:
@@ -64,8 +66,9 @@ class WeightEntry:
 
     @property
     def checkpoint_key(self) -> str:
-        """Of the tensor of all layers (and experts) that checkpoints hold, whichever spec built the model."""
-        return self.checkpoint_keys[-1]
+        """Of the tensor that checkpoints hold, whichever spec built the model: of all experts, and of all layers or one."""
+        keys = self.checkpoint_keys
+        return keys[len(keys) // 2 - 1 if self.layer_in_key and self.layer is not None else -1]
 
     @property
     def checkpoint_keys(self) -> tuple[str, ...]:
@@ -124,12 +127,15 @@ class WeightTable:
     num_experts: int
     by_name: Mapping[str, WeightEntry] = field(repr=False)
     """Megatron name (either of the two) -> entry; the tied copy of the embedding and added rows included."""
+    carried: tuple[str, ...]
+    """Shell patterns of tensors that the folder may hold too, which go into exports as they are."""
     tied: tuple[str, str] | None
     """Of a model whose embedding is its head too: the Hugging Face names of both. Its folder needs the first only."""
 
     def stack_shape(self, entry: WeightEntry) -> Shape:
         """Sizes of the leading dimensions of the tensor that checkpoints hold of `entry`: layers, experts."""
-        return (self.num_layers, self.num_experts)[: len(entry.index)]
+        layers = () if entry.layer is None or entry.layer_in_key else (self.num_layers,)
+        return layers if entry.expert is None else (*layers, self.num_experts)
 
     @property
     def stacks(self) -> dict[str, str]:
@@ -166,7 +172,7 @@ def weight_table(
     beside = [dataclasses.replace(entry, in_base=False) for n in layers for entry in rows_of(n, added)]
     tied = None
     if arch.tie_word_embeddings:
-        tied = next(iter(family.embedding.hf)), next(iter(family.head.hf))
+        tied = family.prefix + next(iter(family.embedding.hf)), family.prefix + next(iter(family.head.hf))
         # The last pipeline stage holds a copy of the embedding, which no checkpoint and no export has.
         beside.append(_entry(arch, dataclasses.replace(family.head, hf=family.embedding.hf), sizes))
     return WeightTable(
@@ -174,6 +180,7 @@ def weight_table(
         num_layers=arch.num_layers,
         num_experts=arch.experts.number if arch.experts else 0,
         by_name={name: entry for entry in (*entries, *beside) for name in entry.names},
+        carried=family.carried(arch),
         tied=tied,
     )
 
@@ -188,8 +195,10 @@ def _layer_entries(arch: Architecture, row: Row, layer: int, sizes: Mapping[str,
 def _entry(
     arch: Architecture, row: Row, sizes: Mapping[str, int], layer: int | None = None, expert: int | None = None
 ) -> WeightEntry:
+    prefix: str = FAMILIES[arch.family].prefix
+
     def on_disk(name: str) -> str:
-        return name if layer is None else HF_LAYER.format(i=layer) + name.format(e=expert)
+        return prefix + (name if layer is None else HF_LAYER.format(i=layer) + name.format(e=expert))
 
     return WeightEntry(
         row=row,
@@ -201,6 +210,7 @@ def _entry(
             for axes in row.hf.values()
         ),
         groups=arch.attention.num_kv_heads,
+        layer_in_key=arch.mixed,
         also={on_disk(name): on_disk(other) for name, other in row.also.items()},
         hf_stacked=on_disk(row.hf_stacked) if row.hf_stacked else "",
         stack_name=on_disk(row.stack.name) if row.stack else "",

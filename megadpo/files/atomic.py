@@ -1,16 +1,7 @@
 """Files and folders that are there whole or not at all: written beside their place, then renamed.
 
-What survives a power loss is decided here, and nowhere else:
-
-| written | durable | why |
-| --- | --- | --- |
-| checkpoints (their record, and the rename of their folder) | yes | days of training |
-| collected rollouts and their journal | yes | answers of a model cost money |
-| pairs and what was left out of them, reports, config.yaml | yes | a user reads them next |
-| caches (reference log-probabilities, tokenised data) | no | a damaged one is found when it is read, and made again |
-
-Durable: the file's content is on the disk (fsync) before the rename, and the folder, which holds the new name, after it.
-A folder's files are synced by whoever writes them.
+What survives a power loss is in docs/running.md. Durable there: the content is on the disk (fsync) before the rename, and
+the folder, which holds the new name, after it.
 """
 
 from __future__ import annotations
@@ -19,7 +10,7 @@ import contextlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 
@@ -35,8 +26,8 @@ def write_then_rename(target: Path, *, durable: bool = True) -> Iterator[Path]:
         yield partial
         if not partial.exists():
             return
-        if durable and partial.is_file():
-            sync(partial)
+        if durable:
+            sync_below(partial) if partial.is_dir() else sync(partial)
         os.replace(partial, target)
     except BaseException:
         if partial.is_dir():
@@ -46,6 +37,14 @@ def write_then_rename(target: Path, *, durable: bool = True) -> Iterator[Path]:
         raise
     if durable:
         sync(target.parent)
+
+
+def sync_below(folder: Path, *, but: Collection[Path] = ()) -> None:
+    """`sync` of every file and folder in `folder`, and of itself; `but`: files whose writers have done it."""
+    for path in folder.rglob("*"):
+        if path not in but:
+            sync(path)
+    sync(folder)
 
 
 def sync(path: Path) -> None:

@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel.layers import (
 )
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
-from megadpo.config.architecture import Architecture
+from megadpo.config.architecture import Architecture, Experts
 from megadpo.config.known import Known
 from megadpo.config.schema import Config
 from megadpo.config.schema_policy import PolicyConfig
@@ -74,7 +74,8 @@ def load_balance(arch: Architecture, policy: PolicyConfig, parallel: ParallelCon
         return None
     megatron = policy.megatron_cfg
     coefficient = arch.experts.aux_loss_coef if megatron.moe_aux_loss_coeff is None else megatron.moe_aux_loss_coeff
-    return LoadBalance(megatron.moe_router_load_balancing_type, coefficient, arch.num_layers, parallel.device)
+    layers = [number for number, layer in enumerate(arch.layers) if isinstance(layer.feed_forward, Experts)]
+    return LoadBalance(megatron.moe_router_load_balancing_type, coefficient, layers, parallel.device)
 
 
 def mark_expert_parameters(model: torch.nn.Module) -> None:

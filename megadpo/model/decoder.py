@@ -131,7 +131,7 @@ def _experts(
         linears = MLPSubmodules(linear_fc1=modules.grouped_column, linear_fc2=modules.grouped_row)
         experts = ModuleSpec(module=TEGroupedMLP, submodules=linears)
     return MoESubmodules(
-        router=functools.partial(PackRouter, balance=balance),
+        router=functools.partial(PackRouter, router=of.router, balance=balance),
         experts=experts,
         shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=_mlp(of.mlp, modules.column, modules.row)),
     )

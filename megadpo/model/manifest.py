@@ -21,6 +21,8 @@ import xxhash
 from megadpo.config.problems import ConfigError, Problem
 
 MANIFEST_FILE, INFO_FILE = "manifest.json", "megadpo.json"
+HF_TOKENIZER, AS_TRAINED = "hf_tokenizer", "as trained"
+"""Key and value in INFO_FILE of a checkpoint whose hf/ has the tokenizer, template and EOS of its training."""
 FORMAT = 1
 BLOCK_BYTES = 16 * 2**20
 _READ_BYTES = 2**18

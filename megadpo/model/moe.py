@@ -16,11 +16,12 @@ from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.moe.moe_utils import get_default_pg_collection, topk_routing_with_score_function
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
+from megadpo.config.architecture import Router
 from megadpo.data.batches.pack import PackedBatch
 from megadpo.model.moe_balance import LoadBalance, TokenSets
 from megadpo.parallel import send
@@ -70,14 +71,28 @@ def most_tokens(local: int, group: dist.ProcessGroup, device: torch.device) -> i
 
 
 class PackRouter(TopKRouter):
-    """megatron-core's top-k router; padding goes to no expert."""
+    """megatron-core's top-k router with formulas of ours, since it knows fewer; padding goes to no expert."""
+
+    expert_bias: torch.nn.Parameter | None
 
     def __init__(
-        self, config: TransformerConfig, pg_collection: Any = None, *, balance: LoadBalance, **further: Any
+        self,
+        config: TransformerConfig,
+        pg_collection: Any = None,
+        *,
+        router: Router,
+        balance: LoadBalance,
+        **further: Any,
     ) -> None:
         """further: what newer versions of megatron-core hand over."""
         super().__init__(config, pg_collection, **further)
-        self.balance = balance
+        self.router, self.balance = router, balance
+        if router.correction_bias:
+            # Not under megatron-core's moe_router_enable_expert_bias, which changes it after every step. A parameter, so
+            # that it is loaded and saved like others.
+            bias = torch.zeros(self.num_experts, dtype=torch.float32, device=torch.cuda.current_device())
+            del self.expert_bias
+            self.expert_bias = torch.nn.Parameter(bias, requires_grad=False)
         # moe_utils.py:1192 uses the name on any machine, although the import that defines it needs Transformer Engine
         if not hasattr(moe_utils, "te_general_gemm"):
             moe_utils.te_general_gemm = None
@@ -87,9 +102,7 @@ class PackRouter(TopKRouter):
         routing = padding_mask
         assert isinstance(routing, Routing)
         logits = logits.flatten(0, -2)
-        probs, chosen = topk_routing_with_score_function(
-            logits, self.topk, use_pre_softmax=self.config.moe_router_pre_softmax, score_function="softmax"
-        )
+        probs, chosen = expert_weights(logits, self.router, self.topk, self.expert_bias)
         # Without gradients it is the first pass of a recomputed layer: the second one counts.
         if self.training and routing.sets is not None and torch.is_grad_enabled():
             probs = self.balance.attach(
@@ -110,6 +123,40 @@ class ExpertRow(RowParallelLinear):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.explicit_expert_comm = True
+
+
+def expert_weights(
+    logits: torch.Tensor, router: Router, topk: int, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits [t, E], bias [E] float32 or None -> weights [t, E] of their dtype, 0 for experts that a token doesn't go to, and
+    which it goes to [t, E] bool. By config/architecture.py's Router. Sources: Switch Transformers (arXiv 2101.03961) for
+    softmax, DeepSeek-V3 (arXiv 2412.19437, eq. 12-16) for sigmoids, groups and the bias."""
+    if router.scores == "sigmoid":
+        scores = torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+    elif router.scores == "softmax":
+        scores = torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    else:
+        scores = logits
+    choice = scores.detach() if bias is None else scores.detach() + bias
+    if router.groups > 1:
+        choice = _in_best_groups(choice, router)
+    top = choice.topk(topk, dim=-1).indices
+    weights = scores.gather(1, top)
+    if router.scores == "softmax_of_chosen":
+        weights = torch.softmax(weights, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    if router.normalized:
+        weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=router.least_sum)
+    weights = (weights * router.factor).to(logits.dtype)
+    chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, top, True)
+    return torch.zeros_like(logits).scatter(1, top, weights), chosen
+
+
+def _in_best_groups(choice: torch.Tensor, router: Router) -> torch.Tensor:
+    """`choice` [t, E], with -inf for the experts of groups that are not among a token's best."""
+    grouped = choice.unflatten(-1, (router.groups, -1))
+    best = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(router.chosen_groups, dim=-1).indices
+    kept = torch.zeros(grouped.shape[:2], dtype=torch.bool, device=choice.device).scatter(1, best, True)
+    return grouped.masked_fill(~kept[..., None], -torch.inf).flatten(1)
 
 
 class PackMoELayer(MoELayer):

@@ -44,10 +44,12 @@ class TokenSets:
 class LoadBalance:
     """The load-balancing loss of one model chunk: options, and sums over the micro-batches of a global batch."""
 
-    def __init__(self, kind: Kind, coefficient: float, num_layers: int, device: torch.device) -> None:
+    def __init__(self, kind: Kind, coefficient: float, layers: Sequence[int], device: torch.device) -> None:
+        """layers: the numbers of those that have experts, from 0."""
         self.kind = kind
         self.coefficient = coefficient
-        self._sums = torch.zeros(num_layers, dtype=torch.float64, device=device)
+        self.layers = tuple(layers)
+        self._sums = torch.zeros(max(self.layers) + 1, dtype=torch.float64, device=device)
         self._total_weight: float | None = None
 
     @property
@@ -99,7 +101,7 @@ class LoadBalance:
         return attached
 
     def reduced(self) -> torch.Tensor:
-        """[layers] float64: the mean over the global batch, without the coefficient; layers elsewhere are 0.
+        """[layers] float64: the mean over the global batch, without the coefficient; 0 for layers without experts.
 
         Collectives: one all-reduce over the world, where the loss is on: tensor- and context-parallel ranks hold parts
         of a micro-batch, data-parallel ranks other micro-batches, pipeline ranks other layers.
@@ -129,15 +131,16 @@ def answer_sequences(segments: Sequence[Segment], num_tokens: int) -> list[tuple
 
 
 def balance_metrics(balances: Iterable[LoadBalance], *, per_layer: bool) -> dict[str, float]:
-    """`moe_aux_loss`, the mean over the layers, and (per_layer) `moe_aux_loss_layer_<n>`, n from 0; empty where the
+    """`moe_aux_loss`, the mean over the layers of experts, and (per_layer) `moe_aux_loss_layer_<n>`, n from 0; empty where the
     loss is off. All ranks call it. Collectives: an all-reduce a chunk. One wait for the device a chunk."""
-    values = [balance.reduced().tolist() for balance in balances if balance.enabled]
-    if not values:
+    on = [balance for balance in balances if balance.enabled]
+    if not on:
         return {}
-    layers = [sum(chunk) for chunk in zip(*values, strict=True)]
-    metrics = {"moe_aux_loss": sum(layers) / len(layers)}
+    sums = [sum(chunk) for chunk in zip(*(balance.reduced().tolist() for balance in on), strict=True)]
+    layers = {number: sums[number] for number in on[0].layers}
+    metrics = {"moe_aux_loss": sum(layers.values()) / len(layers)}
     if per_layer:
-        metrics |= {f"moe_aux_loss_layer_{number}": value for number, value in enumerate(layers)}
+        metrics |= {f"moe_aux_loss_layer_{number}": value for number, value in layers.items()}
     return metrics
 
 

@@ -134,13 +134,13 @@ def _experts(arch: Architecture, policy: PolicyConfig, layers: LayerImplementati
         return {}
     return {
         "num_moe_experts": experts.number,
+        **({"moe_layer_freq": [int(one.feed_forward == experts) for one in arch.layers]} if arch.mixed else {}),
         "moe_ffn_hidden_size": experts.mlp.ffn_size,
         "moe_router_topk": experts.per_token,
-        "moe_router_pre_softmax": experts.router.scores == "softmax",
         "moe_router_dtype": megatron.moe_router_dtype,
         "moe_router_load_balancing_type": "none",
         "moe_shared_expert_intermediate_size": experts.shared_ffn_size,
-        "moe_shared_expert_gate": experts.shared_ffn_size is not None,
+        "moe_shared_expert_gate": experts.shared_ffn_size is not None and experts.shared_gate,
         "moe_grouped_gemm": layers.groups_experts(megatron),
         "expert_model_parallel_size": megatron.expert_model_parallel_size,
         "expert_tensor_parallel_size": megatron.expert_tensor_parallel_size,

@@ -1,4 +1,4 @@
-"""Which signals ask a rank to stop, and what happens to a process when the one that started it ends."""
+"""Which signals ask a rank to stop, and what happens to it when its launcher ends."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ import os
 import signal
 import sys
 
+from megadpo.launcher import under_torchrun
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """SIGTERM: torchrun, a preempted node. SIGUSR1: megadpo/launcher.py, Slurm. SIGINT: Ctrl-C."""
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
-def signal_when_parent_ends(number: signal.Signals, parent: int) -> None:
-    """The kernel is to send this process `number` when its parent, whose process id was `parent`, ends, however it ends.
+def end_with_launcher() -> None:
+    """In a rank that torchrun or megadpo/launcher.py started: have the kernel send it SIGTERM when that ends, however it
+    ends. Without it the ranks of a launcher that was killed would work on.
 
     Strictly, when the parent's thread that started this process ends. Linux only; elsewhere nothing happens. Raises
     OSError where the kernel refuses.
     """
-    if sys.platform != "linux":
+    parent = os.getppid()
+    if not under_torchrun() or sys.platform != "linux":
         return
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0) != 0:
+    if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != parent:  # it ended before the kernel was told
-        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -28,6 +28,8 @@ class Parameter:
     """Tied embeddings with pipeline parallelism; first and last stage both have them."""
     expert: bool = False
     trainable: bool = True
+    wide: bool = False
+    """In float32 whatever the precision."""
 
 
 Chunk = Sequence[Parameter]
@@ -68,12 +70,15 @@ def layer_parameters(arch: Architecture, layer: Layer, grid: Grid) -> Iterator[P
 
 def _experts(experts: Experts, hidden: int, grid: Grid) -> Iterator[Parameter]:
     yield Parameter(experts.number * hidden)  # router
+    if experts.router.correction_bias:
+        yield Parameter(experts.number, trainable=False, wide=True)
     if experts.router.bias:
         yield Parameter(experts.number)
     for _ in range(experts.number // grid.expert):
         yield from _mlp(experts.mlp, hidden, grid.expert_tensor, expert=True)
     if experts.shared_ffn_size is not None:
-        yield Parameter(hidden)  # the shared expert's gate
+        if experts.shared_gate:
+            yield Parameter(hidden)
         yield from _mlp(Mlp(ffn_size=experts.shared_ffn_size), hidden, grid.tensor)
 
 
@@ -204,16 +209,20 @@ def static_bytes(
 ) -> StaticBytes:
     """`reference` is empty if there is none. Frozen weights have no buffer, so no padding."""
     width = 2 if bf16 else 4
-    weights = sum(one.elements for chunk in chunks for one in chunk)
+    padding = 0
     if megatron.optimizer.use_distributed_optimizer:  # the buffer holds the weights too
-        weights += buffers.elements - sum(one.elements for chunk in chunks for one in chunk if one.trainable)
+        padding = buffers.elements - sum(one.elements for chunk in chunks for one in chunk if one.trainable)
     wide_gradients = megatron.distributed_data_parallel_config.grad_reduce_in_fp32 or not bf16
     return StaticBytes(
-        weights=weights * width,
+        weights=_bytes(chunks, width) + padding * width,
         gradients=buffers.elements * (4 if wide_gradients else 2),
         optimizer=shard_elements * optimizer_bytes_per_element(megatron, bf16),
-        reference=sum(one.elements for chunk in reference for one in chunk) * width,
+        reference=_bytes(reference, width),
     )
+
+
+def _bytes(chunks: Sequence[Chunk], width: int) -> int:
+    return sum(one.elements * (4 if one.wide else width) for chunk in chunks for one in chunk)
 
 
 def optimizer_bytes_per_element(megatron: MegatronConfig, bf16: bool) -> int:
@@ -242,15 +251,18 @@ def checkpoint_bytes(arch: Architecture, cfg: Config) -> CheckpointBytes:
 
     peft = cfg.policy.megatron_cfg.peft
     plain = [one for pattern in cfg.policy.freeze for one in expand(pattern)]
-    bf16, total, trained = cfg.policy.precision == "bfloat16", 0, 0
+    bf16, weights, trained = cfg.policy.precision == "bfloat16", 0, 0
     if peft.enabled:
-        total = trained = sum(target.elements(peft.dim, 1) for target in find_targets(peft, arch))
         bf16 = (peft.lora_dtype or cfg.policy.precision) == "bfloat16"
+        trained = sum(target.elements(peft.dim, 1) for target in find_targets(peft, arch))
+        weights = trained * (2 if bf16 else 4)
     else:
-        for name, shape in weight_table(arch).hf_shapes.items():
-            total += math.prod(shape)
-            trained += 0 if any(fnmatchcase(name, one) for one in plain) else math.prod(shape)
-    weights, each = total * (2 if bf16 else 4), optimizer_bytes_per_element(cfg.policy.megatron_cfg, bf16)
+        for entry in weight_table(arch).entries:
+            for name, shape in zip(entry.hf, entry.shapes, strict=True):
+                weights += math.prod(shape) * (2 if bf16 and not entry.row.frozen else 4)
+                frozen = entry.row.frozen or any(fnmatchcase(name, one) for one in plain)
+                trained += 0 if frozen else math.prod(shape)
+    each = optimizer_bytes_per_element(cfg.policy.megatron_cfg, bf16)
     if not bf16 and cfg.policy.megatron_cfg.optimizer.use_distributed_optimizer:
         each += 4
     return CheckpointBytes(weights, weights + trained * each)

@@ -209,6 +209,7 @@ def _parameter(parameter: torch.nn.Parameter) -> Parameter:
         shared_embedding=getattr(parameter, "shared_embedding", False),
         expert=is_expert(parameter),
         trainable=parameter.requires_grad,
+        wide=parameter.dtype == torch.float32 and not parameter.requires_grad,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Sequence
 
 from megadpo.config.grid import Grid
@@ -12,9 +11,8 @@ from megadpo.config.load import as_written, save_resolved
 from megadpo.config.metric import parse_duration_s
 from megadpo.config.problems import ConfigError
 from megadpo.config.schema import Config
-from megadpo.launcher import under_torchrun
 from megadpo.parallel import destroy, initialize, machine, setup_device
-from megadpo.parallel.lifetime import signal_when_parent_ends
+from megadpo.parallel.lifetime import end_with_launcher
 from megadpo.train.evaluation import run_evaluation
 from megadpo.train.loop import train
 from megadpo.train.metrics_logger import MetricsLogger
@@ -26,6 +24,7 @@ from megadpo.train.stop import StopWatcher
 
 def run_evaluating(configs: Sequence[Config]) -> int:
     """Set up, evaluate each config's policy, tear down. Every rank."""
+    end_with_launcher()
     cfg = configs[0]
     device = setup_device(cfg.policy.device)
     if problems := find_problems(Known(cfg=cfg, machine=machine(device))):
@@ -38,8 +37,7 @@ def run_evaluating(configs: Sequence[Config]) -> int:
 
 def run_training(cfg: Config) -> int:
     """Set up, train, tear down. Every rank."""
-    if under_torchrun():  # without it the ranks of a torchrun that died would train on
-        signal_when_parent_ends(signal.SIGTERM, os.getppid())
+    end_with_launcher()
     device = setup_device(cfg.policy.device, tensor_parallel=cfg.policy.megatron_cfg.tensor_model_parallel_size)
     if problems := find_problems(Known(cfg=cfg, machine=machine(device))):
         raise ConfigError(problems)

@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from megadpo.config.problems import ConfigError
 from megadpo.config.schema import Config
 from megadpo.data.tokens.saved import end_ids, same_token_ids, saved_tokenizer
 from megadpo.data.tokens.tokenizer import OWN_TEMPLATE, load_tokenizer, resolve_chat_template
+from megadpo.model.manifest import AS_TRAINED, HF_TOKENIZER, INFO_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,3 +84,30 @@ def tokenizer_notes(cfg: Config, hf_files: Path, tokenizer: PreTrainedTokenizerB
         return []
     others = ", ".join(differences)
     return [f"policy.tokenizer: differs from {hf_files} ({others}); the config's is used, and saved with checkpoints"]
+
+
+def old_tokenizer_notes(checkpoint: Path) -> list[str]:
+    """One line if a run's checkpoint may hold another tokenizer, template or EOS than it was trained with: it doesn't say
+    that its hf/ has those of training, as newer ones do, and its config sets others than the starting model's."""
+    try:
+        if json.loads((checkpoint / INFO_FILE).read_bytes()).get(HF_TOKENIZER) == AS_TRAINED:
+            return []
+        policy = yaml.safe_load((checkpoint / "config.yaml").read_text(encoding="utf-8"))["policy"]
+        settings = policy["tokenizer"]
+        if (settings["name"], settings["chat_template"]) == (policy["model_name"], OWN_TEMPLATE):
+            return []
+        trained = (
+            f"policy.tokenizer.name {settings['name']!r}, chat_template {_first_characters(settings['chat_template'])}"
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):  # of no run, or damaged
+        return []
+    return [
+        f"{checkpoint} doesn't say that its tokenizer is the one of training, as checkpoints of older versions don't: it was "
+        f"trained with {trained}; where hf/ has another, set policy.tokenizer to it"
+    ]
+
+
+def _first_characters(value: object) -> str:
+    """A value, short enough for a line."""
+    shown = " ".join(repr(value).split())
+    return shown if len(shown) <= 60 else f"{shown[:60]}..."

@@ -5,25 +5,31 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
-from megadpo.checkpoint import TrainingPosition, prune_checkpoints, save_checkpoint
+from megadpo.checkpoint import TrainingPosition
 from megadpo.data.batches.loader import GlobalBatch
-from megadpo.model.weights.convert import CARD_FILE
-from megadpo.train.card import model_card
 from megadpo.train.metrics_logger import MetricsLogger
 from megadpo.train.progress import ProgressLine
-from megadpo.train.resume import require_owner
+from megadpo.train.saving import Saver
 from megadpo.train.setup import Run, position_after
-from megadpo.train.step import StepOutcome
+from megadpo.train.step import NonFiniteLoss, StepOutcome
 from megadpo.train.stop import StopWatcher
 
 
 def train(run: Run, logger: MetricsLogger, progress: ProgressLine, stop: StopWatcher) -> int:
     """Trains to the end of the run. Returns the exit code: 0, or that of `stop` if it stopped early and saved a checkpoint.
 
-    All ranks call it. Raises NonFiniteLoss if the config asks for it; complete checkpoints stay.
+    All ranks call it. Raises NonFiniteLoss if the config asks for it, and SaveError; complete checkpoints stay.
     """
+    saver = Saver(run, progress)
+    try:
+        return _train(run, logger, progress, stop, saver)
+    except NonFiniteLoss:  # on every rank
+        saver.end()
+        raise
+
+
+def _train(run: Run, logger: MetricsLogger, progress: ProgressLine, stop: StopWatcher, saver: Saver) -> int:
     dpo, saving = run.cfg.dpo, run.cfg.checkpointing
     steps_per_epoch = run.inputs.train_loader.batches_per_epoch
     position = run.position
@@ -32,7 +38,6 @@ def train(run: Run, logger: MetricsLogger, progress: ProgressLine, stop: StopWat
         if (exit_code := stop.agreed()) is not None:
             progress.message_at_end("stopped before the first step")
             return exit_code
-    saved_step = position.step
     started = time.perf_counter()
 
     while position.step < run.total_steps:
@@ -56,12 +61,12 @@ def train(run: Run, logger: MetricsLogger, progress: ProgressLine, stop: StopWat
                 started = time.perf_counter()
             else:
                 logger.log(position.step, logged)
+            saver.look(position)
             if saving.enabled and (due or exit_code is not None):
-                save_and_prune(run, position)
-                saved_step = position.step
+                saver.save(position, wait=last or exit_code is not None)
                 started = time.perf_counter()
             if exit_code is not None and not last:
-                kept = f"newest checkpoint: step {saved_step}; started again, it goes on from there"
+                kept = f"newest checkpoint: step {saver.newest_step}; started again, it goes on from there"
                 kept = kept if saving.enabled else "checkpointing is off, nothing was saved"
                 progress.message_at_end(f"stopped after step {position.step}, {kept}")
                 return exit_code
@@ -136,29 +141,3 @@ def until_stopped(batches: Iterator[GlobalBatch], stop: StopWatcher) -> Iterator
         if stop.agreed() is not None:
             raise Stopped
         yield batch
-
-
-def save_and_prune(run: Run, position: TrainingPosition) -> None:
-    """Saves this position, then deletes the checkpoints that `keep_top_k` does not keep."""
-    saving = run.cfg.checkpointing
-    folder = Path(saving.checkpoint_dir)
-    if run.owner is not None:
-        require_owner(folder, run.owner)
-    save_checkpoint(
-        folder,
-        position,
-        run.parallel,
-        model=run.trainer.model_to_save(),
-        optimizer=run.trainer.optimizer if saving.save_optimizer else None,
-        scheduler=run.trainer.scheduler,
-        hf_files=run.inputs.source.hf_files,
-        own_files={**run.own_files, CARD_FILE: model_card(run, position).encode()} if run.parallel.rank == 0 else {},
-        cfg=run.cfg,
-    )
-    if run.parallel.rank == 0:
-        prune_checkpoints(
-            folder,
-            keep_top_k=saving.keep_top_k,
-            metric=run.ranking_metric,
-            higher_is_better=saving.higher_is_better,
-        )

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity
 from megadpo.config.grid import Grid
 from megadpo.config.schema import Config
 from megadpo.parallel import initialize, setup_device
+from megadpo.parallel.lifetime import end_with_launcher
 from megadpo.train.setup import prepare
 
 SHOWN = 14
@@ -60,6 +61,7 @@ def profile_run(cfg: Config, *, warmup: int, steps: int, trace: Path | None) -> 
     trace: rank 0 writes the timeline for Perfetto or chrome://tracing to this file (.json or .json.gz); None: no file.
     Collectives: the run's.
     """
+    end_with_launcher()
     cfg = dataclasses.replace(
         cfg,
         checkpointing=dataclasses.replace(cfg.checkpointing, enabled=False),

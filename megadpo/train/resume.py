@@ -18,9 +18,9 @@ import yaml
 from megadpo.checkpoint import CheckpointInfo, damages_together
 from megadpo.checkpoint.folder import move_aside, require_info, step_folders
 from megadpo.config.load import as_written
-from megadpo.config.problems import ConfigError, Problem, UserError
+from megadpo.config.problems import ConfigError, Problem, SaveError, UserError
 from megadpo.config.schema import Config
-from megadpo.data.pairs import PairDataset
+from megadpo.data.pairs import OpenedPairs
 from megadpo.lora.checkpoint import BASE
 from megadpo.lora.peft_folder import adapter_fingerprint
 from megadpo.model.manifest import checkpoint_before, no_manifest
@@ -38,7 +38,7 @@ _OF_ADAPTERS = ("target_modules", "exclude_modules", "dim", "alpha", "use_rslora
 
 
 def find_resume(
-    cfg: Config, data: PairDataset, settings: dict[str, Any], parallel: ParallelContext
+    cfg: Config, data: OpenedPairs, settings: dict[str, Any], parallel: ParallelContext
 ) -> tuple[CheckpointInfo | None, list[str]]:
     """The newest checkpoint, as rank 0 sees it, or None, and notes for the user. settings: `data_settings` of this run.
 
@@ -108,6 +108,8 @@ def data_settings(cfg: Config, inputs: RunInputs, parallel: ParallelContext) -> 
     return {
         "dpo.seed": cfg.dpo.seed,
         "data.shuffle": cfg.data.shuffle,
+        "data.drop_last": cfg.data.drop_last,
+        "data.train_data_path weights": None if cfg.data.train_shares is None else list(cfg.data.train_shares),
         "policy.train_global_batch_size": cfg.policy.train_global_batch_size,
         "policy.freeze": list(cfg.policy.freeze),
         "policy.megatron_cfg.freeze_moe_router": cfg.policy.megatron_cfg.freeze_moe_router,
@@ -160,11 +162,11 @@ def claim(folder: Path) -> str:
 
 
 def require_owner(folder: Path, token: str) -> None:
-    """Raises RuntimeError if another run has called `claim` for this folder since. A requeued job may start before the old
-    one has ended, and the files of two runs must not mix."""
+    """Raises SaveError if another run has called `claim` for this folder since. A requeued job may start before the old one
+    has ended, and the files of two runs must not mix."""
     mark = folder / OWNER_FILE
     if mark.exists() and (now := mark.read_text().strip()) != token:
-        raise RuntimeError(f"another run has started in {folder} ({now}); this run ends without saving")
+        raise SaveError(f"another run has started in {folder} ({now}); this run ends without saving")
 
 
 def from_first_rank(parallel: ParallelContext, get: Any) -> Any:

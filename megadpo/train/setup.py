@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megadpo.checkpoint import TrainingPosition, load_training_state
+from megadpo.checkpoint import TrainingPosition, finish_deletions, load_training_state
 from megadpo.config.metric import parse_metric_name
 from megadpo.config.schema import Config
 from megadpo.data.batches.loader import GlobalBatch
@@ -69,6 +69,9 @@ class RunFinished(Exception):
 
 def prepare(cfg: Config, parallel: ParallelContext) -> Run:
     """Builds the run on this rank. Raises UserError for everything that a user can correct."""
+    saves = cfg.checkpointing.enabled and parallel.rank == 0
+    if saves:
+        finish_deletions(Path(cfg.checkpointing.checkpoint_dir))
     seed_everything(cfg.dpo.seed, parallel)
     inputs = open_run_inputs(cfg, parallel.grid)
     pairs = inputs.train_loader.dataset
@@ -106,7 +109,6 @@ def prepare(cfg: Config, parallel: ParallelContext) -> Run:
         )
         position = resume.position
     notes += [] if resume is None else changes(cfg, resume)
-    saves = cfg.checkpointing.enabled and parallel.rank == 0
     owner = claim(Path(cfg.checkpointing.checkpoint_dir)) if saves else None
     files = own_files(cfg, inputs.source.hf_files, inputs.tokenizer) if saves else {}
     watch = MachineWatch(parallel, monitor_gpus=cfg.logger.monitor_gpus)

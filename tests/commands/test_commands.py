@@ -73,6 +73,8 @@ def test_a_shipped_config_by_name_is_the_file_and_can_be_inherited(tmp_path: Pat
     assert named == load_config(REPOSITORY / "configs/dpo_megatron.yaml")
     (tmp_path / "mine.yaml").write_text("defaults: dpo_megatron\ndpo: {seed: 7}\n")
     assert load_config(tmp_path / "mine.yaml").dpo.seed == 7
+    (tmp_path / "simpo.yaml").write_text("defaults: [dpo_megatron, losses/simpo]\n")
+    assert load_config(tmp_path / "simpo.yaml").dpo.loss_type == "simpo"
     beside = tmp_path / "dpo_megatron"
     beside.write_text("defaults: dpo_megatron.yaml\n")
     (tmp_path / "dpo_megatron.yaml").write_text((REPOSITORY / "configs/demo_sft.yaml").read_text())

@@ -26,6 +26,9 @@ EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_experts":
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "rope_theta": 1e4}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4,
           "original_max_position_embeddings": 16}  # fmt: skip
+MULTIPLIERS = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4, "logits_scaling": 2.5,
+               "tie_word_embeddings": True}  # fmt: skip
+TIED = {"tie_word_embeddings": True}
 TYPES = ["sliding_attention", "full_attention"] * 2
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -39,6 +42,23 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {"num_local_experts": 4}),
     "qwen2_moe": ("qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 32}),
     "qwen3_moe": ("qwen3_moe", {**EXPERTS, **WIDER, "norm_topk_prob": True}),
+    "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "minimax_m2": ("minimax_m2", {**WIDER, "rotary_dim": 6, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "glm4_moe": (
+        "glm4_moe",
+        {**WIDER, "attention_bias": True, "use_qk_norm": True, "n_routed_experts": 8, "num_experts_per_tok": 2,
+         "moe_intermediate_size": 16, "n_shared_experts": 2, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5},
+    ),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_layer_interval": 2,
+         "tie_word_embeddings": True},
+    ),
+    "granite_moe": ("granitemoe", {**MULTIPLIERS, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "granite_moe_shared": (
+        "granitemoeshared",
+        {**MULTIPLIERS, "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 32},
+    ),
     "seed_oss": ("seed_oss", {**WIDER, "attention_dropout": 0.1, "residual_dropout": 0.1}),
     "phi3": ("phi3", {"sliding_window": WINDOW}),
     "phi3_longrope": (
@@ -50,11 +70,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
                                 "partial_rotary_factor": 0.75, "rope_theta": 1e4},
         },
     ),
-    "granite": (
-        "granite",
-        {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4, "logits_scaling": 2.5,
-         "tie_word_embeddings": True},
-    ),
+    "granite": ("granite", MULTIPLIERS),
     "smollm3": ("smollm3", {"tie_word_embeddings": True}),
     "smollm3_windows": ("smollm3", {"no_rope_layers": [0, 1, 1, 0], "use_sliding_window": True, "sliding_window": 5}),
     "ernie4_5": ("ernie4_5", {**WIDER, "tie_word_embeddings": True}),
@@ -91,16 +107,57 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def make_case(folder: Path, case: str) -> Path:
-    """Save a random model of `case` in float32. Norms, biases and the like are random too: their first values are all alike,
-    and would hide which is which."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+CASES |= {
+    "mistral3": (
+        "mistral3",
+        {"text_config": {"model_type": "mistral", "head_dim": 12, "sliding_window": None, **TIED},
+         "vision_config": {"model_type": "pixtral", "image_size": 8, "patch_size": 4, "head_dim": 8, **VISION}, **TIED},
+    ),
+    "qwen2_5_vl": (
+        "qwen2_5_vl",
+        {"text_config": {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}},
+         "vision_config": {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32}},
+    ),
+    "gemma3_vision": (
+        "gemma3",
+        {"text_config": {"head_dim": 16, "query_pre_attn_scalar": 11, "sliding_window": WINDOW, "layer_types": TYPES, **TIED},
+         "vision_config": {"image_size": 8, "patch_size": 4, **VISION}, "mm_tokens_per_image": 4, **TIED},
+    ),
+}  # fmt: skip
+
+
+def config_of(case: str) -> dict[str, Any]:
+    """config.json of `case`."""
+    config = _config(case)
+    return {**config.to_dict(), "architectures": [_class(config).__name__]}
+
+
+def _config(case: str) -> Any:
+    from transformers import AutoConfig
 
     model_type, own = CASES[case]
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**SIZES, **own}))
+    if "text_config" in own:
+        return AutoConfig.for_model(model_type, **{**own, "text_config": {**SIZES, **own["text_config"]}})
+    return AutoConfig.for_model(model_type, **{**SIZES, **own})
+
+
+def _class(config: Any) -> Any:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    vision = hasattr(config, "vision_config")
+    return (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if vision else MODEL_FOR_CAUSAL_LM_MAPPING)[type(config)]
+
+
+def make_case(folder: Path, case: str) -> Path:
+    """Save a random model of `case` in float32. Norms, biases and the like are random too: their first values are all alike,
+    and would hide which is which. So are routers' correction biases, large enough to change the choice."""
+    config = _config(case)
+    model = _class(config)._from_config(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():
+        corrections = [one for name, one in model.named_buffers() if name.endswith("correction_bias")]
+        for parameter in (*model.parameters(), *corrections):
             mean = 1.0 if parameter.dim() == 1 and parameter.mean() > 0.5 else 0.0
             parameter.copy_(mean + torch.randn(parameter.shape, generator=generator) / 4)
     model.save_pretrained(folder)

@@ -20,21 +20,14 @@ from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
 from megadpo.config.variants import FAMILIES
 from megadpo.families import WeightTable, read_architecture, weight_table
 from megadpo.model.weights.hf_folder import HfWeights
-from megadpo.plan.parameters import stage_parameters
 from tests.families.cases import CASES, make_case
+from tests.families.layouts import LAYOUTS, takes_part
 from tests.helpers.distributed import run_distributed
 from tests.model.kernels.test_kernels import random_pairs
 from tests.model.weights.hf_models import read_tensors
+from tests.plan.cases import stage_parameters
 
 PAIRS = random_pairs([(9, 6, 4), (1, 1, 2), (2, 14, 7), (11, 5, 8)], vocab=64)
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "one process": {},
-    "tp2": {"tensor": 2},
-    "tp2 sp": {"tensor": 2, "sequence_parallel": True},
-    "pp2": {"pipeline": 2},
-    "cp2": {"context": 2},
-    "ep2": {"expert": 2},
-}
 TOLERANCE = 1e-5
 """Relative. Of a gradient tensor that is small among the others, relative to a thousandth of the whole gradient."""
 
@@ -42,13 +35,6 @@ TOLERANCE = 1e-5
 def weigh(logps: torch.Tensor) -> torch.Tensor:
     """A loss in which no log-probability can stand in for another."""
     return (logps * torch.linspace(-1.0, 1.5, logps.numel(), dtype=logps.dtype)).sum()
-
-
-def takes_part(folder: str, layout: dict[str, Any]) -> bool:
-    """Experts need sequence parallelism where tensor parallelism is; dense models have nothing to share out."""
-    if read_architecture(folder).experts is not None:
-        return layout.get("tensor", 1) == 1 or layout.get("sequence_parallel", False)
-    return "expert" not in layout
 
 
 def measured(folders: dict[str, str], layout: dict[str, Any]) -> dict[str, Any]:
@@ -103,7 +89,10 @@ def _measured(folder: str, layout: dict[str, Any], parallel: Any) -> dict[str, A
         logps = _forward_backward(wrapped, context_part(whole, place.cp_rank, place.context), copies=place.data)
         first = weight_table(arch).num_experts // place.expert * place.ep_rank
         gradients = {
-            name: one.main_grad.clone() for chunk in wrapped for name, one in named_global_parameters(chunk, first)
+            name: one.main_grad.clone()
+            for chunk in wrapped
+            for name, one in named_global_parameters(chunk, first)
+            if one.requires_grad
         }
         found[str(share)] = logps, gradients
     return found
@@ -147,9 +136,15 @@ def gradient_errors(
 
 def by_transformers(folder: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Logps [2P], each text alone, and the gradient of `weigh` by the table's names."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    (name,) = json.loads((Path(folder) / "config.json").read_text())["architectures"]
+    one = getattr(
+        transformers, name
+    )  # an Auto class takes a Mistral with layer_types for a Ministral, which it then is
+    if name == "MistralForCausalLM":
+        one = transformers.AutoModelForCausalLM
+    model = one.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     sums = []
     for pair in PAIRS:
         for answer in (pair.chosen_ids, pair.rejected_ids):
@@ -162,7 +157,8 @@ def by_transformers(folder: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]
         parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     model.save_pretrained(Path(folder) / "gradient")  # which renames as for weights
     table = weight_table(read_architecture(folder))
-    weights, names = HfWeights.open(Path(folder) / "gradient", table), list(table.hf_shapes)
+    weights = HfWeights.open(Path(folder) / "gradient", table)
+    names = [name for entry in table.entries if not entry.row.frozen for name in entry.hf]
     with weights.slices(names) as sources:  # a stack of all experts comes apart
         return logps.detach(), {name: source[(slice(None),)] for name, source in zip(names, sources, strict=True)}
 
@@ -188,7 +184,7 @@ def test_every_class_has_a_case(folders: dict[str, str]) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logps_and_gradients_are_transformers(layout: str, folders: Any, truths: Any) -> None:
     sizes = LAYOUTS[layout]
-    cases = {case: folder for case, folder in folders.items() if takes_part(folder, sizes)}
+    cases = {case: folder for case, folder in folders.items() if takes_part(read_architecture(folder), sizes)}
     world = 2 if sizes else 1
     ranks = run_distributed(measured, world, cases, sizes, init_process_group=False)
     wrong = []

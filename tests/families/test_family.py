@@ -1,5 +1,5 @@
-"""A Llama-shaped family is one file of at most 60 lines: one from outside the package is checked, planned, trained and
-exported like ours."""
+"""A Llama-shaped family is one file of at most 60 lines: the one that docs/add-a-family.md shows, from outside the package, is
+checked, planned, trained and exported like ours."""
 
 from __future__ import annotations
 
@@ -20,27 +20,9 @@ from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import make_config, make_model, read_metrics, train
 from tests.model.weights.hf_models import read_tensors
 
-PLUGIN = '''
-"""TinyLlama: Llama with another epsilon, another name for an MLP's last projection, and no windows."""
-
-from megadpo.config.variants import FAMILIES
-from megadpo.families.family import Family
-from megadpo.families.layouts import Columns
-from megadpo.families.rows import ATTENTION, MLP, Row
-
-
-@FAMILIES.add("tiny_llama")
-class TinyLlama(Family):
-    classes = ("TinyLlamaForCausalLM",)
-    defaults = Family.defaults | {"max_position_embeddings": 128, "rms_norm_eps": 1e-3}
-
-    def read(self, config):
-        config.refuse("window", "none", "tiny_llama sees every key")
-        return super().read(config)
-
-    def layer(self, arch, number):
-        return (*ATTENTION, *MLP[:-1], Row("mlp.linear_fc2.weight", Columns(), {"mlp.out_proj.weight": "hf"}))
-'''
+PAGE = Path(__file__).parents[2] / "docs" / "add-a-family.md"
+PLUGIN = PAGE.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+"""The file that the page shows."""
 
 
 @pytest.fixture(scope="module")

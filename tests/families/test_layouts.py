@@ -7,13 +7,14 @@ import dataclasses
 import pytest
 import torch
 
-from megadpo.families.layouts import Columns, GatedMLP, GroupedQKV, Replicated, Rows
+from megadpo.families.layouts import Columns, GatedMLP, GroupedQKV, OneRow, Replicated, Rows
 from megadpo.families.rows import Row
 from megadpo.families.weight_table import WeightEntry
 from megadpo.model.weights.load import load_shard, to_hf
 
 LAYOUTS = {
     "replicated": (Replicated(), [(5,)]),
+    "one row": (OneRow(), [(1, 5)]),
     "rows": (Rows(), [(8, 3)]),
     "columns": (Columns(), [(3, 8)]),
     "gated": (GatedMLP(), [(8, 3), (8, 3)]),
@@ -34,6 +35,8 @@ def entry_of(layout, shapes, groups):
         groups=groups,
         also={},
         hf_stacked="",
+        stack_name="",
+        layer_in_key=False,
     )
 
 

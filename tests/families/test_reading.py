@@ -103,6 +103,13 @@ OF_A_FAMILY = [
     ("GraniteForCausalLM", {"logits_scaling": 0}, ["logits_scaling"]),
     ("Olmo3ForCausalLM", {"rope_parameters": {"full_attention": {"rope_type": "su"}}},
      ["rope_parameters.full_attention.rope_type"]),
+    ("Glm4MoeForCausalLM", {"n_group": 3}, ["n_group"]),
+    ("Glm4MoeForCausalLM", {"topk_group": 2}, ["topk_group"]),
+    ("Glm4MoeForCausalLM", {"n_group": 64}, ["topk_group"]),
+    ("Ernie4_5_MoeForCausalLM", {"moe_layer_start_index": 99}, ["moe_layer_start_index"]),
+    ("MiniMaxM2ForCausalLM", {"scoring_func": "softmax", "attn_type_list": [0, 1]}, ["scoring_func", "attn_type_list"]),
+    ("OlmoeForCausalLM", {"clip_qkv": 8.0, "sliding_window": 9}, ["clip_qkv", "sliding_window"]),
+    ("GraniteMoeForCausalLM", {"num_experts_per_tok": 9}, ["num_experts_per_tok"]),
 ]  # fmt: skip
 
 

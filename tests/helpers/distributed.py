@@ -74,7 +74,7 @@ def run_distributed(
         (Path(folder) / "call.pkl").write_bytes(pickle.dumps((name, args, init_process_group)))
         ranks = []
         try:
-            ranks = [_start(r, world_size, store.port, Path(folder), env or {}) for r in range(world_size)]
+            ranks = [start_rank(r, world_size, store.port, Path(folder), env or {}) for r in range(world_size)]
             _wait(ranks, Path(folder), name, timeout_s)
         finally:
             _kill(ranks)
@@ -88,8 +88,9 @@ def fork_server() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def _start(rank: int, world_size: int, port: int, folder: Path, extra: Mapping[str, str]) -> BaseProcess:
-    environment = {
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """This process's environment, and what torchrun would set for a rank that finds its store at `port`."""
+    return {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",  # a machine's own name needn't resolve
@@ -101,8 +102,12 @@ def _start(rank: int, world_size: int, port: int, folder: Path, extra: Mapping[s
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
-        **extra,
     }
+
+
+def start_rank(rank: int, world_size: int, port: int, folder: Path, extra: Mapping[str, str]) -> BaseProcess:
+    """A rank that does the call in `folder` (call.pkl), where it leaves result_<rank>.pkl or error_<rank>.txt."""
+    environment = {**rank_environment(rank, world_size, port), **extra}
     process = fork_server().Process(target=be_rank, args=(folder, environment))
     process.start()
     return process

@@ -15,9 +15,9 @@ import pytest
 import torch.distributed as dist
 
 from megadpo.commands import main
-from megadpo.config.problems import ConfigError
+from megadpo.config.problems import ConfigError, Problem
 from megadpo.model import manifest as manifest_module
-from megadpo.model.manifest import read_manifest, verify, write_manifest
+from megadpo.model.manifest import damages, read_manifest, verify, write_manifest
 from megadpo.model.source import resolve_source
 from megadpo.model.weights import dist_folder, export_hf, import_hf
 from megadpo.model.weights.safe_files import read_metadata
@@ -52,6 +52,78 @@ def damaged(file: Path, damage: str) -> Iterator[None]:
         file.write_bytes(changed)
     yield
     file.write_bytes(content)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A folder of four files, and its manifest, which has blocks of 8 bytes."""
+    monkeypatch.setattr(manifest_module, "BLOCK_BYTES", 8)
+    folder = tmp_path / "step_1"
+    (folder / "model").mkdir(parents=True)
+    for name, size in {"a": 20, "b": 16, "model/c": 5, "model/empty": 0}.items():
+        (folder / name).write_bytes(bytes(range(65, 65 + size)))
+    write_manifest(folder)
+    return folder, read_manifest(folder)
+
+
+def named(folder: Path, problems: list[Problem]) -> dict[str, object]:
+    return {str(Path(problem.where).relative_to(folder)): problem.value for problem in problems}
+
+
+def test_every_kind_of_damage_of_every_file_is_found_alone(small):
+    folder, manifest = small
+    assert {name: (proof.size, len(proof.xxh3)) for name, proof in manifest.items()} == {
+        "a": (20, 3),
+        "b": (16, 2),
+        "model/c": (5, 1),
+        "model/empty": (0, 1),
+    }
+    assert damages(folder, manifest) == []
+    for name, proof in manifest.items():
+        file, content = folder / name, (folder / name).read_bytes()
+        kinds = {"longer": content + b"x", "gone": None}
+        if content:
+            kinds |= {"shorter": content[:-1], "empty": b"", "zeros": bytes(len(content))}
+            kinds |= {
+                f"bit of byte {n}": content[:n] + bytes([content[n] ^ 4]) + content[n + 1 :] for n in range(proof.size)
+            }
+        for kind, changed in kinds.items():
+            file.unlink()
+            if changed is not None:
+                file.write_bytes(changed)
+            found = named(folder, damages(folder, manifest))
+            start = int(kind.split()[-1]) // 8 * 8 if kind.startswith("bit") else 0
+            expected = {
+                "gone": "no such file",
+                "longer": f"{len(content) + 1} bytes",
+                "shorter": f"{len(content) - 1} bytes",
+                "empty": "0 bytes",
+            }.get(kind, f"other bytes, somewhere from {start} to {min(start + 8, proof.size)}")
+            assert found == {name: expected}, kind
+            file.write_bytes(content)
+    (folder / "model/d").touch()
+    assert damages(folder, manifest) == [], "a file that somebody put there is no damage of those that were written"
+
+
+def test_only_the_chosen_blocks_are_read_and_every_size_is_looked_at(small):
+    folder, manifest = small
+    (folder / "a").write_bytes((folder / "a").read_bytes()[:-1] + b"!")
+    (folder / "model/c").unlink()
+    assert named(folder, damages(folder, manifest, {"a": [0, 1], "b": [1]})) == {"model/c": "no such file"}
+    assert named(folder, damages(folder, manifest, {"a": [2]})).keys() == {"a", "model/c"}
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 9])
+def test_ranks_share_the_work(small, monkeypatch, ranks):
+    folder, manifest = small
+    for name in manifest:
+        (folder / name).write_bytes(bytes(manifest[name].size) or b"x")
+    read: list[tuple[Path, int]] = []
+    checksum = manifest_module._checksum
+    monkeypatch.setattr(manifest_module, "_checksum", lambda block: read.append(block) or checksum(block))
+    found = [named(folder, damages(folder, manifest, part=(rank, ranks))) for rank in range(ranks)]
+    assert {name for one in found for name in one} == set(manifest)
+    assert len(read) == len(set(read)) == 7, "each block is read by one rank"
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +240,9 @@ def test_an_evaluation_and_an_export_stop_at_damage(run, capsys):
         assert main(["verify", *steps]) == 2
         output = capsys.readouterr()
         assert output.out == f"{steps[0]}: whole\n" and str(file) in output.err
-    assert main(["verify", *steps]) == 0
+    assert main(["verify", str(folder / "checkpoints")]) == 0
+    assert capsys.readouterr().out == "".join(f"{step}: whole\n" for step in steps)
+    assert main(["verify", str(folder)]) == 2 and "got 'no checkpoint'" in capsys.readouterr().err
 
 
 @pytest.mark.distributed

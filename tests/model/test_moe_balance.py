@@ -20,7 +20,7 @@ def pack(share_prompt, lengths=LENGTHS, multiple=8):
 
 
 def balance(kind="aux_loss", coefficient=0.5):
-    return LoadBalance(kind, coefficient, num_layers=3, device=torch.device("cpu"))
+    return LoadBalance(kind, coefficient, layers=range(3), device=torch.device("cpu"))
 
 
 def logits_of(batch):

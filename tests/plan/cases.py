@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from megadpo.config.architecture import Architecture, Layer
+from megadpo.config.grid import Grid
+from megadpo.plan.parameters import Parameter, layer_parameters
 
 SMALL = {
     "architectures": ["LlamaForCausalLM"],
@@ -48,6 +53,8 @@ GEMMA2 = {**SMALL, **_GEMMA, "architectures": ["Gemma2ForCausalLM"], "query_pre_
 GEMMA3 = {**GEMMA2, "architectures": ["Gemma3ForCausalLM"], "sliding_window_pattern": 3}
 GPT_OSS = {**SMALL, "architectures": ["GptOssForCausalLM"], "head_dim": 24, "num_local_experts": 4,
            "num_experts_per_tok": 2, "sliding_window": 64}  # fmt: skip
+GLM4_MOE = {**SMALL, "architectures": ["Glm4MoeForCausalLM"], "head_dim": 24, "n_routed_experts": 4,
+            "num_experts_per_tok": 2, "moe_intermediate_size": 104}  # fmt: skip
 # 8M parameters, most of them experts'
 GEMMA2_4M, GEMMA3_4M = ({**one, **LLAMA_4M, "architectures": one["architectures"]} for one in (GEMMA2, GEMMA3))
 MIXTRAL_8M = {**LLAMA_4M, **MIXTRAL, "hidden_size": 192, "intermediate_size": 256, "vocab_size": 8192}
@@ -71,3 +78,23 @@ def write_case(folder: Path, model: dict[str, Any], **policy: Any) -> str:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
     return str(path)
+
+
+def stage_parameters(
+    arch: Architecture, grid: Grid, *, stage: int, chunks: Sequence[Sequence[Layer]]
+) -> list[list[Parameter]]:
+    """Of the chunks of a stage, which have these layers; all of them trainable."""
+    return [_chunk(arch, grid.stage(stage), number, layers) for number, layers in enumerate(chunks)]
+
+
+def _chunk(arch: Architecture, grid: Grid, chunk: int, layers: Sequence[Layer]) -> list[Parameter]:
+    first, last = grid.is_first_chunk(chunk), grid.is_last_chunk(chunk)
+    tied = arch.tie_word_embeddings and first != last
+    table = Parameter(arch.vocab_size // grid.tensor * arch.hidden_size, shared_embedding=tied)
+    found = [table] if first else []
+    found += [one for layer in layers for one in layer_parameters(arch, layer, grid)]
+    if last:
+        found.append(Parameter(arch.hidden_size))
+        if not (arch.tie_word_embeddings and first):
+            found.append(table)
+    return found

@@ -7,14 +7,13 @@ from math import comb
 
 import pytest
 
-from megadpo.config.architecture import Architecture, Layer
 from megadpo.config.check import chunk_layers
 from megadpo.config.grid import Grid
 from megadpo.config.load import load_config
 from megadpo.plan.inputs import architectures
 from megadpo.plan.memory import Assumptions
 from megadpo.plan.packs import all_pairs, full_pack
-from megadpo.plan.parameters import Parameter, layer_parameters, stage_buffers, static_bytes
+from megadpo.plan.parameters import stage_buffers, static_bytes
 from megadpo.plan.plan import Job, Plan, make_plan
 from tests.helpers.distributed import run_distributed
 from tests.plan import measured
@@ -23,6 +22,7 @@ from tests.plan.cases import (
     GEMMA2_4M,
     GEMMA3,
     GEMMA3_4M,
+    GLM4_MOE,
     GPT_OSS,
     LLAMA_4M,
     MIXTRAL,
@@ -32,6 +32,7 @@ from tests.plan.cases import (
     QWEN3,
     QWEN3_MOE,
     SMALL,
+    stage_parameters,
     write_case,
 )
 
@@ -87,6 +88,7 @@ STATIC = {
     "ep2_etp2_lora": (4, QWEN2_MOE, [EP2, ETP2, DIST, f"{MEG}.peft={{enabled: true, dim: 4}}", FP32]),
     "tp2_gemma3": (2, GEMMA3, [TP2, SP, DIST]),
     "pp2_gemma2_fp32": (2, GEMMA2, [PP2, FP32, NO_DIST]),
+    "tp2_ep2_glm4_moe": (2, GLM4_MOE, [TP2, SP, EP2, DIST]),
     "tp2_ep2_gpt_oss": (2, GPT_OSS, [TP2, SP, EP2, DIST]),
     "pp2_vpp2_ep2_frozen_routers": (4, MIXTRAL, [PP2, VPP2, EP2, DIST, f"{MEG}.freeze_moe_router=true"]),
 }
@@ -108,26 +110,6 @@ def test_parameters_and_static_bytes_are_those_of_real_ranks(name, tmp_path):
         assert max(rank["optimizer"] for rank in mine) == stage.static.optimizer
     if "frozen" not in name and "lora" not in name:  # the search takes every weight for trainable, or counts roughly
         check_arithmetic(plan, ranks)
-
-
-def stage_parameters(
-    arch: Architecture, grid: Grid, *, stage: int, chunks: Sequence[Sequence[Layer]]
-) -> list[list[Parameter]]:
-    """Of the chunks of a stage, which have these layers; all of them trainable."""
-    return [_chunk(arch, grid.stage(stage), number, layers) for number, layers in enumerate(chunks)]
-
-
-def _chunk(arch: Architecture, grid: Grid, chunk: int, layers: Sequence[Layer]) -> list[Parameter]:
-    first, last = grid.is_first_chunk(chunk), grid.is_last_chunk(chunk)
-    tied = arch.tie_word_embeddings and first != last
-    table = Parameter(arch.vocab_size // grid.tensor * arch.hidden_size, shared_embedding=tied)
-    found = [table] if first else []
-    found += [one for layer in layers for one in layer_parameters(arch, layer, grid)]
-    if last:
-        found.append(Parameter(arch.hidden_size))
-        if not (arch.tie_word_embeddings and first):
-            found.append(table)
-    return found
 
 
 def check_arithmetic(plan: Plan, ranks: list[dict]) -> None:

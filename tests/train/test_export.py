@@ -11,7 +11,7 @@ import megadpo
 from megadpo.config.load import load_config
 from megadpo.data.tokens.tokenizer import load_tokenizer
 from megadpo.model.weights import export_hf
-from megadpo.train.handed_on import own_files
+from megadpo.train.handed_on import old_tokenizer_notes, own_files
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import VOCAB, make_config, make_model, train, train_and_read
 from tests.helpers.tiny_tokenizer import CHATML, tiny_tokenizer
@@ -73,6 +73,7 @@ def test_an_export_has_the_tokenizer_template_and_eos_of_training(model, tokeniz
     settings = {"name": str(tokenizer), "chat_template": TEMPLATE}
     said, step = started(tmp_path, "first", model, tokenizer=settings)
     assert f"differs from {model} (tokenizer, chat template, EOS)" in said
+    assert old_tokenizer_notes(step) == []
     exported = tmp_path / "exported"
     export_hf(step, exported)
     trained_with, found = AutoTokenizer.from_pretrained(tokenizer), AutoTokenizer.from_pretrained(exported)
@@ -158,3 +159,20 @@ def test_the_card_is_the_trained_models(model, tmp_path):
     assert (second / "hf/README.base.md").read_text() == card
     assert (second / "hf/README.base.base.md").read_text() == BASE_CARD
     assert metadata_load(second / "hf/README.md")["license"] == "apache-2.0"
+
+
+@pytest.mark.parametrize("changes", [{"name": "other/tokenizer"}, {"chat_template": None}])
+def test_a_checkpoint_that_may_have_another_tokenizer_than_training_says_so(tmp_path, changes):
+    """One of a version that kept the starting model's, whatever the config set."""
+    settings = {"name": "some/model", "chat_template": "default"}
+    config = {"policy": {"model_name": "some/model", "tokenizer": settings}}
+    (tmp_path / "megadpo.json").write_text(json.dumps({"format": 1}))
+    assert old_tokenizer_notes(tmp_path) == [], "an imported model"
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    assert old_tokenizer_notes(tmp_path) == [], "trained with the model's own"
+    settings.update(changes)
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    [note] = old_tokenizer_notes(tmp_path)
+    assert all(repr(value) in note for value in settings.values())
+    (tmp_path / "megadpo.json").write_text(json.dumps({"format": 1, "hf_tokenizer": "as trained"}))
+    assert old_tokenizer_notes(tmp_path) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import signal
 import subprocess
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 from tests.helpers.distributed import DistributedError, run_distributed
-from tests.helpers.runs import make_config, make_model, read_metrics, train
+from tests.helpers.overrides import TP2
+from tests.helpers.runs import make_config, make_model, read_metrics, train, train_and_read
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SAVING = {"enabled": True, "save_period": 1}
@@ -100,26 +102,59 @@ def test_nan_loss_is_skipped_and_counted_where_asked(model, tmp_path):
     assert all(r["train/loss"] is None for r in records)
 
 
-def train_with_small_disk(config: str, overrides: list[str]) -> int:
+def train_with_small_disk(config: str, overrides: list[str]) -> tuple[int, str]:
     """No file may grow past 100 kB: what a full disk looks like to whoever writes."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    return train(config, overrides)
+    return train_and_read(config, overrides)
 
 
 @pytest.mark.distributed
-def test_full_disk_leaves_the_last_complete_checkpoint(model, tmp_path):
+@pytest.mark.parametrize("more", [[], ["checkpointing.async_save=true"]])
+def test_full_disk_leaves_the_last_complete_checkpoint(model, tmp_path, more):
     config = make_config(tmp_path, model, checkpointing=SAVING)
     run = ["dpo.max_num_steps=1"]
     assert run_distributed(train, 1, str(config), run, init_process_group=False) == [0]
-    with pytest.raises(DistributedError):
-        run_distributed(train_with_small_disk, 1, str(config), [], init_process_group=False)
+    [(code, said)] = run_distributed(train_with_small_disk, 1, str(config), more, init_process_group=False)
+    assert code == 74 and "checkpoint was not saved" in said and "Traceback" not in said, said
+    assert "step_2.partial: [Errno 27] File too large; " in said, said
+    assert said.count("another checkpoint_dir") == 1 + bool(more)
+    assert re.search(r"; [\d,]{7,} bytes of tensors are to be written, [\d,]+ bytes are free there;", said)
+    assert ("NOT SAVED: step 2; tried again now" in said) == bool(more)
     folder = tmp_path / "checkpoints"
     assert [path.name for path in folder.glob("step_*")] == ["step_1"]
     (folder / ".step_77.partial").mkdir()  # of a process that was killed
     assert run_distributed(train, 1, str(config), [], init_process_group=False) == [0]  # and it still resumes
     assert [r["step"] for r in read_metrics(tmp_path / "logs")] == [1, 2, 3]
     assert not list(folder.glob(".*partial"))
+
+
+def train_where_only_rank_0_fails(config: str, what: str) -> tuple[int, str]:
+    """What the other rank doesn't meet: the folder can't be made, or the metadata of all ranks can't be written."""
+    from megadpo.checkpoint import writer
+
+    if what == "metadata":
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        writer.save_config = full
+    return train_and_read(config, [TP2, "checkpointing.async_save=true"])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("what", "words"), [("folder", "Not a directory"), ("metadata", "No space left on device")])
+def test_a_save_that_fails_on_one_rank_ends_all(model, tmp_path, what, words):
+    config = make_config(tmp_path, model, checkpointing={"enabled": True, "save_period": 2})
+    if what == "folder":
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "checkpoints/.step_2.partial").touch()
+    results = run_distributed(train_where_only_rank_0_fails, 2, str(config), what, init_process_group=False)
+    for code, said in results:
+        assert code == 74 and f".partial: [Errno {20 if what == 'folder' else 28}] {words}" in said, said
+        assert "Traceback" not in said
+    assert results[0][1].count("NOT SAVED") == 1
+    assert not list((tmp_path / "checkpoints").glob("step_*"))
 
 
 @pytest.mark.distributed

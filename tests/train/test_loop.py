@@ -10,9 +10,8 @@ from megadpo.checkpoint import TrainingPosition
 from megadpo.config.schema import CheckpointingConfig, DpoConfig
 from megadpo.data.batches.loader import GlobalBatch
 from megadpo.train import loop
-from megadpo.train.loop import save_and_prune, step_record, validation_due
-from megadpo.train.resume import claim
-from megadpo.train.step import StepOutcome
+from megadpo.train.loop import step_record, validation_due
+from megadpo.train.step import NonFiniteLoss, StepOutcome
 
 
 @pytest.mark.parametrize(
@@ -55,32 +54,22 @@ def test_a_step_counts_what_was_skipped_and_divides_by_its_seconds(updated):
     }
 
 
-def test_a_save_is_pruned_and_never_made_in_another_runs_folder(tmp_path, monkeypatch):
-    done = {}
-    monkeypatch.setattr(loop, "save_checkpoint", lambda *place, **what: done.update(place=place, what=what))
-    monkeypatch.setattr(loop, "prune_checkpoints", lambda folder, **how: done.update(how=how))
-    saving = {"checkpoint_dir": str(tmp_path), "keep_top_k": 3, "higher_is_better": True, "save_optimizer": False}
-    monkeypatch.setattr(loop, "model_card", lambda run, position: f"step {position.step}")
-    run = SimpleNamespace(
-        cfg=SimpleNamespace(checkpointing=CheckpointingConfig(**saving)),
-        owner=claim(tmp_path),
-        parallel=SimpleNamespace(rank=0),
-        ranking_metric="validation-a/loss",
-        inputs=SimpleNamespace(source=SimpleNamespace(hf_files="files")),
-        own_files={"tokenizer.json": b"{}"},
-        trainer=SimpleNamespace(model_to_save=lambda: "whole", optimizer="adam", scheduler="cosine"),
-    )
-    position = TrainingPosition(step=7, epoch=0, batch=7)
-    save_and_prune(run, position)
-    assert done["place"] == (tmp_path, position, run.parallel)
-    assert done["what"]["own_files"] == {"tokenizer.json": b"{}", "README.md": b"step 7"}
-    assert done["what"]["model"] == "whole" and done["what"]["optimizer"] is None
-    assert done["how"] == {"keep_top_k": 3, "metric": "validation-a/loss", "higher_is_better": True}
-    done.clear()
-    claim(tmp_path)
-    with pytest.raises(RuntimeError, match="another run has started"):
-        save_and_prune(run, position)
-    assert done == {}
+class KeepsSaves:
+    """In place of a Saver: what was to be saved, and which of it was waited for."""
+
+    def __init__(self, saves):
+        self.saves, self.waited, self.ended, self.newest_step = saves, [], 0, 0
+
+    def look(self, position):
+        pass
+
+    def save(self, position, *, wait):
+        self.saves.append(position)
+        self.waited += [position.step] if wait else []
+        self.newest_step = position.step
+
+    def end(self):
+        self.ended += 1
 
 
 @pytest.mark.parametrize(
@@ -114,12 +103,14 @@ def test_a_run_saves_by_its_period_at_its_end_and_where_it_is_stopped(stopped_at
         ranking_metric=None,
         watch=SimpleNamespace(read=dict),
     )
-    monkeypatch.setattr(loop, "save_and_prune", lambda run, position: saves.append(position))
+    saver = KeepsSaves(saves)
+    monkeypatch.setattr(loop, "Saver", lambda run, progress: saver)
     logger = SimpleNamespace(log=lambda step, record: logged.append(step))
     progress = SimpleNamespace(step=lambda step, record: None, message_at_end=said.append)
     stop = SimpleNamespace(agreed=lambda: 143 if len(logged) + 2 == stopped_at else None)  # before the step is logged
     assert loop.train(run, logger, progress, stop) == code
     assert [position.step for position in saves] == saved
+    assert saver.waited == saved[-1:], "the end of a run, and a stop, wait for what is written"
     last = stopped_at if code else 5
     assert logged == list(range(2, last + 1))
     assert begun == [(0, 1), (1, 0)][: 2 if last > 4 else 1]
@@ -165,7 +156,8 @@ def test_a_steps_time_goes_from_end_to_end_without_validation_and_saving(monkeyp
     )
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now_s[0]))
     monkeypatch.setattr(loop, "validate", validate)
-    monkeypatch.setattr(loop, "save_and_prune", takes(1000.0))
+    saver = SimpleNamespace(look=lambda position: None, save=takes(1000.0), newest_step=0)
+    monkeypatch.setattr(loop, "Saver", lambda run, progress: saver)
 
     def log(step, record):
         takes(0.25)()
@@ -177,3 +169,15 @@ def test_a_steps_time_goes_from_end_to_end_without_validation_and_saving(monkeyp
     # data, step, wait; after a step that was neither validated nor saved also its line and its log
     assert times == [6.5, 6.5 + 0.375, 6.5, 6.5, 6.5]
     assert records[2]["timing/train/pairs_per_s"] == 2 / 6.875
+
+
+def test_a_loss_that_ends_the_run_lets_the_save_on_its_way_end(monkeypatch):
+    def fails(*_):
+        raise NonFiniteLoss("nan")
+
+    saver = KeepsSaves([])
+    monkeypatch.setattr(loop, "Saver", lambda run, progress: saver)
+    monkeypatch.setattr(loop, "_train", fails)
+    with pytest.raises(NonFiniteLoss):
+        loop.train(None, None, None, None)
+    assert saver.ended == 1

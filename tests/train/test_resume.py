@@ -22,6 +22,7 @@ CASES = {
     "one": (1, []),
     "one_bf16": (1, [BF16, DIST]),
     "tp2_sp_pp2": (4, [TP2, SP, PP2]),
+    "tp2_async": (2, [TP2, "checkpointing.async_save=true"]),
     "dp2": (2, []),
     "dp2_distributed_optimizer": (2, [DIST]),
     "pp2_bf16_distributed_optimizer": (2, [PP2, BF16, DIST]),
@@ -56,10 +57,9 @@ def test_resume_is_bit_for_bit(name, model, tmp_path):
     whole, rest = tmp_path / "whole", tmp_path / "rest"
     for folder in (whole, rest):
         folder.mkdir()
-        make_config(folder, model, policy=COSINE, checkpointing=SAVING)
+        make_config(folder, model, policy=COSINE, checkpointing={"enabled": True, "save_period": 4})
     go(whole / "config.yaml", world_size, overrides, 7)
-    later = shutil.ignore_patterns("step_6", "step_7")
-    shutil.copytree(whole / "checkpoints", rest / "checkpoints", ignore=later)
+    shutil.copytree(whole / "checkpoints", rest / "checkpoints", ignore=shutil.ignore_patterns("step_7"))
     go(rest / "config.yaml", world_size, overrides, 7)  # from step 4; 5 steps an epoch: it crosses into the second
     assert bits(rest, range(1, 8)) == bits(whole, range(5, 8))
     assert len(bits(rest, range(1, 8))) == 3

@@ -12,8 +12,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
-from megadpo.checkpoint.folder import complete_checkpoints, delete, require_info, step_folders
-from megadpo.config.problems import ConfigError
+from megadpo.checkpoint.folder import complete_checkpoints, delete, finish_deletions, require_info, step_folders
+from megadpo.config.problems import ConfigError, SaveError
 from megadpo.model.source import ModelSource, weights_fingerprint
 from megadpo.train.resume import claim, require_owner
 from tests.helpers.distributed import run_distributed
@@ -108,7 +108,7 @@ def test_the_run_that_started_last_owns_the_folder(tmp_path):
     require_owner(tmp_path, first)
     second = claim(tmp_path)
     require_owner(tmp_path, second)
-    with pytest.raises(RuntimeError, match="another run has started"):
+    with pytest.raises(SaveError, match="another run has started"):
         require_owner(tmp_path, first)
 
 
@@ -128,4 +128,5 @@ def test_what_is_deleted_is_never_there_in_part(tmp_path, monkeypatch):
     monkeypatch.undo()
     (tmp_path / "step_4").mkdir()
     delete(tmp_path / "step_4")
+    finish_deletions(tmp_path)
     assert not list(tmp_path.iterdir())

@@ -11,7 +11,6 @@ import functools
 import itertools
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,7 +21,9 @@ import torch
 
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.families import WeightEntry, WeightTable, read_architecture, weight_table
+from megadpo.files.atomic import write_then_rename
 from megadpo.model.manifest import INFO_FILE, MANIFEST_FILE, damages, no_manifest, read_manifest, write_manifest
+from megadpo.model.weights.carried import carried_tensors, keep_carried
 from megadpo.model.weights.dist_folder import (
     MODEL_FOLDER,
     TENSOR_SUFFIX,
@@ -62,6 +63,13 @@ def write_info(folder: str | Path, dtype: torch.dtype, step: int) -> None:
     info = {"format": FORMAT, "dtype": dtype_name(dtype), "step": step, "manifest": True}
     (Path(folder) / INFO_FILE).write_text(json.dumps(info) + "\n", encoding="utf-8")
     write_manifest(Path(folder))
+
+
+def keep_hf_files(source: str | Path, target: str | Path, own_files: Mapping[str, bytes] | None = None) -> None:
+    """What hf/ of a checkpoint, `target`, holds of the model folder `source`: `copy_hf_files`, and the tensors that go through
+    untouched (carried.py)."""
+    copy_hf_files(source, target, own_files)
+    keep_carried(source, target)
 
 
 def copy_hf_files(source: str | Path, target: str | Path, own_files: Mapping[str, bytes] | None = None) -> None:
@@ -130,7 +138,7 @@ def import_hf(hf: str | Path, megatron: str | Path, dtype: torch.dtype | None = 
         raise ConfigError(problems)
     with written_aside(megatron) as folder:
         write_dist_folder(folder / MODEL_FOLDER, _planned_tensors(weights, table, dtype), _empty_objects(table))
-        copy_hf_files(hf, folder / HF_FOLDER)
+        keep_hf_files(hf, folder / HF_FOLDER)
         write_info(folder, dtype or weights.dtype(table.entries[0].hf), step=0)
 
 
@@ -161,18 +169,20 @@ def export_hf(
             raise ConfigError(not_whole)
     groups = list(_as_written(zip(table.entries, regions, strict=True)))
     specs = [
-        TensorSpec(name, shape, dtype or region.dtype)
+        TensorSpec(name, shape, _written_dtype(entry, region, dtype))
         for (entry, region), *others in groups
         for name, shape in stored_shapes(entry, 1 + len(others)).items()
     ]
     with written_aside(hf) as folder:
         tensors = (
             to_stored(
-                [entry for entry, _ in group], (stored.read(region).to(dtype or region.dtype) for _, region in group)
+                [entry for entry, _ in group],
+                (stored.read(region).to(_written_dtype(entry, region, dtype)) for entry, region in group),
             )
             for group in groups
         )
-        write_hf_weights(folder, specs, tensors, max_file_bytes)
+        others, their_tensors = carried_tensors(megatron / HF_FOLDER)
+        write_hf_weights(folder, [*specs, *others], itertools.chain(tensors, their_tensors), max_file_bytes)
         copy_hf_files(megatron / HF_FOLDER, folder)
         correct_dtype(folder / "config.json", specs)
 
@@ -200,6 +210,10 @@ def _as_written(held: Iterable[Held]) -> Iterator[list[Held]]:
             yield from ([one] for one in group)
 
 
+def _written_dtype(entry: WeightEntry, region: Region, dtype: torch.dtype | None) -> torch.dtype:
+    return region.dtype if dtype is None or entry.row.frozen else dtype
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """As in config.json: bfloat16."""
     return str(dtype).removeprefix("torch.")
@@ -214,20 +228,20 @@ def dtype_named(name: str) -> torch.dtype:
 
 
 def _planned_tensors(weights: HfWeights, table: WeightTable, dtype: torch.dtype | None) -> Iterator[PlannedTensor]:
-    """The layers (and experts) stacked into one tensor per parameter, megatron-core's default; a file for each layer and
-    each end."""
+    """The experts stacked into one tensor per parameter, and the layers too where they are alike, megatron-core's default;
+    a file for each layer and each end."""
     names: dict[str, list[str]] = {}
     for entry in table.entries:
         names.setdefault(entry.checkpoint_key, []).extend(entry.hf)
     end_files = itertools.count(table.num_layers)
     for entry in table.entries:
         key, shape = entry.checkpoint_key, entry.full_shape
-        stored_dtype = dtype or weights.dtype(names[key])
+        stored_dtype = weights.dtype(names[key]) if dtype is None or entry.row.frozen else dtype
         read = functools.partial(_read, weights, entry, stored_dtype)
         zeros = (0,) * len(shape)
         file = next(end_files) if entry.layer is None else entry.layer
-        size, offset = (*table.stack_shape(entry), *shape), (*entry.index, *zeros)
-        chunk = (*(1 for _ in entry.index), *shape)
+        size, offset = (*table.stack_shape(entry), *shape), (*entry.index(key), *zeros)
+        chunk = (*(1 for _ in entry.index(key)), *shape)
         yield PlannedTensor(key, size, offset, chunk, stored_dtype, file, read)
 
 
@@ -235,7 +249,8 @@ def _empty_objects(table: WeightTable) -> Iterator[str]:
     """Each linear layer's `_extra_state`, under ShardedObject.unique_key of megatron-core's mapping.py."""
     for entry in table.entries:
         if entry.extra_state_key is not None:
-            offset, shape = (".".join(map(str, numbers)) for numbers in (entry.index, table.stack_shape(entry)))
+            index, sizes = entry.index(entry.checkpoint_key) or (0,), table.stack_shape(entry) or (1,)
+            offset, shape = (".".join(map(str, numbers)) for numbers in (index, sizes))
             yield f"{entry.extra_state_key}/shard_{offset}_{shape}"
 
 
@@ -270,16 +285,13 @@ def target_problems(folder: str | Path) -> list[Problem]:
 
 @contextlib.contextmanager
 def written_aside(target: str | Path) -> Iterator[Path]:
-    """A new folder beside `target` that takes its name when the block ends well, and is removed when it doesn't."""
+    """`write_then_rename` of a folder. Raises ConfigError where there is no place for it."""
     target = Path(target).absolute()
-    aside = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        aside.mkdir(parents=True)
-    except OSError as error:
-        raise ConfigError(Problem(str(target), str(error), "a place that can be written", "name another")) from error
-    try:
+    with write_then_rename(target) as aside:
+        try:
+            aside.mkdir(parents=True)
+        except OSError as error:
+            raise ConfigError(
+                Problem(str(target), str(error), "a place that can be written", "name another")
+            ) from error
         yield aside
-        os.replace(aside, target)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise

@@ -32,7 +32,7 @@ from torch.futures import Future
 
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.families.layouts import Shape
-from megadpo.families.weight_table import MEGATRON_LAYER, WeightEntry
+from megadpo.families.weight_table import WeightEntry
 from megadpo.model.manifest import BLOCK_BYTES, Manifest, damage_of
 from megadpo.model.weights.safe_files import FIX, METADATA_FILE, MetadataGiven, read_metadata
 
@@ -90,8 +90,7 @@ class DistFolder:
             stored = self._tensors.get(key)
             if stored is None:
                 continue
-            in_key = entry.layer is not None and key.startswith(MEGATRON_LAYER.format(i=entry.layer))
-            index = entry.index[1:] if in_key else entry.index
+            index = entry.index(key)
             if all(number < size for number, size in zip(index, stored.size, strict=False)):
                 return Region(key, index, tuple(stored.size[len(index) :]), stored.properties.dtype)
         return None

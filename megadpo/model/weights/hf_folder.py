@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -132,7 +133,10 @@ class HfWeights:
         wanted, stacks = table.hf_shapes, table.stacks
         missing = dict.fromkeys(stacks.get(name, name) for name in wanted if name not in self.tensors)
         problems = [_missing(self.folder, name) for name in missing]
+        carried = frozenset(self.carried(table))
         for name, tensor in self.tensors.items():
+            if name in carried:
+                continue
             where = f"{tensor.file}: {name}"
             if name in wanted and tensor.shape != wanted[name]:
                 fix = "config.json and the weights come from different models: take both from the same one"
@@ -144,6 +148,12 @@ class HfWeights:
                 fix = "use a model whose weights are those of its config.json (no adapters, no quantisation)"
                 problems.append(Problem(where, "a tensor that nothing uses", "only the weights of the model", fix))
         return problems + self._untied_head(table)
+
+    def carried(self, table: WeightTable) -> list[str]:
+        """The tensors that go into exports as they are."""
+        wanted = table.hf_shapes
+        found = (name for name in self.tensors if any(fnmatchcase(name, one) for one in table.carried))
+        return [name for name in found if name not in wanted]
 
     def _untied_head(self, table: WeightTable) -> list[Problem]:
         """A tied model's folder may hold its head too, if that is the embedding: transformers leaves the two apart where

@@ -91,7 +91,8 @@ def test_it_loads_and_every_idle_key_is_noted():
     cfg = load_config(NEMO, [*MEGATRON_ON, *DATA])
     assert cfg.data.train_data_path == "t.jsonl"
     assert cfg.data.val_data_paths == {"default": "v.jsonl"}
-    assert cfg.data.format_options == {"prompt_key": "question", "chosen_key": "good", "rejected_key": "bad"}
+    keys = {"prompt_key": "question", "chosen_key": "good", "rejected_key": "bad"}
+    assert keys.items() <= cfg.data.format_options.items()
     assert cfg.policy.logprob_chunk_size == 256
     assert cfg.policy.megatron_cfg.distributed_data_parallel_config.grad_reduce_in_fp32 is False
     assert cfg.dpo.max_num_steps == 150
@@ -111,7 +112,7 @@ def leaves(tree, prefix=""):
 
 def test_no_key_of_the_file_is_ignored_in_silence():
     notes = "\n".join(load_config(NEMO, [*MEGATRON_ON, *DATA]).notes)
-    known = {*SCHEMA_PATHS, *nemo_keys(), f"{MEG}.fused_linear_logprobs_chunk_size"}
+    known = {*SCHEMA_PATHS, *nemo_keys(), f"{MEG}.fused_linear_logprobs_chunk_size", f"{MEG}.checkpoint.async_save"}
     for path in leaves(yaml.safe_load(NEMO.read_text())):
         sections = [path[:dot] for dot, letter in enumerate(path) if letter == "."]
         dataset = path.startswith(("data.train.", "data.validation."))
@@ -166,6 +167,14 @@ def test_what_only_a_model_with_experts_refuses(kind, config):
     dense = without_experts(cfg, parse_architecture(LLAMA_8B))
     assert check_layout(dense, parse_architecture(LLAMA_8B), None) == []
     assert kind in dense.notes[0] and dense == config()
+
+
+@pytest.mark.parametrize("key", ["policy__megatron_cfg__checkpoint__async_save", "checkpointing__is_async"])
+def test_saving_beside_the_steps_has_one_key(config, key):
+    cfg = config(**{key: True})
+    assert cfg.checkpointing.async_save and "read as checkpointing.async_save: True" in cfg.notes[0]
+    assert config(**{key: False}) == config()
+    assert not config(**{key: True}, checkpointing__async_save=False).checkpointing.async_save
 
 
 def test_values_that_mean_the_same_numbers(config):
@@ -226,7 +235,12 @@ DATA_REFUSED = [
     ({"train": {"data_path": "org/name", "split": 3}}, "data.train.split"),
     ({"train": {"data_path": "a.jsonl", "subset": "preference"}}, "data.train.subset"),
     ({"train": {"data_path": "a", "split_validation_size": 0.1}}, "data.train.split_validation_size"),
-    ({"train": [{"data_path": "a"}]}, "data.train"),
+    ({"train": ["a"]}, "data.train"),
+    ({"train": [{"data_path": "a"}, {"data_path": 3}]}, "data.train[1].data_path"),
+    (
+        {"train": [{"data_path": "a", "prompt_key": "p"}, {"data_path": "b", "prompt_key": "q"}]},
+        "data.train[1].prompt_key",
+    ),
     ({"train": {"data_path": "a.jsonl.gz", "split": "test"}}, "data.train.split"),
     ({"train": {"data_path": "a", "prompt_file": "p.txt"}}, "data.train.prompt_file"),
     ({"train": {"data_path": "a", "promt_key": "p"}}, "data.train.promt_key"),
@@ -254,11 +268,24 @@ def test_a_data_section_that_cannot_be_translated(data, where, refusals):
         {"train_data_path": "a", "val_data_path": "v"},
         {"train_data_path": "a", "val_data_paths": {"default": "v"}, "train": None, "default": None},
         {"train": {"data_path": "a", "subset": None, "split": None}, "validation": {"data_path": "v"}},
+        {"train": [{"data_path": "a"}], "validation": [{"data_path": "v"}], "default": {"split": None}},
     ],
 )
 def test_every_spelling_of_the_same_data(data, config):
     want = config(data__train_data_path="a", data__val_data_paths={"default": "v"})
     assert config(data=data) == want
+
+
+def test_lists_of_datasets_are_joined(config):
+    data = {
+        "default": {"dataset_name": "BinaryPreferenceDataset", "prompt_key": "q"},
+        "train": [{"data_path": "a.jsonl"}, {"data_path": "org/name", "subset": "s"}],
+        "validation": [{"data_path": "v.jsonl"}, {"data_path": "w", "split": "test"}],
+    }
+    found = config(data=data).data
+    assert (found.train_data_path, found.train_shares) == (("a.jsonl", "org/name:s"), None)
+    assert found.val_data_paths == {"default": ("v.jsonl", "w@test")}
+    assert found.dataset_name == "BinaryPreferenceDataset" and found.format_options["prompt_key"] == "q"
 
 
 HELPSTEER = "nvidia/HelpSteer3:preference"

@@ -1,0 +1,24 @@
+"""Gemma 3 with 4 billion parameters and more: its text model beside a vision tower, trained on texts."""
+
+from __future__ import annotations
+
+from megadpo.config.architecture import Architecture
+from megadpo.config.variants import FAMILIES
+from megadpo.families.gemma import Gemma3Text
+from megadpo.families.reading import HfConfig
+
+
+@FAMILIES.add("gemma3")
+class Gemma3(Gemma3Text):
+    """The tower's tensors stay as they are."""
+
+    classes = ("Gemma3ForConditionalGeneration",)
+    prefix = "language_model."
+
+    def read(self, config: HfConfig) -> Architecture:
+        text = config.of_text()
+        text.refuse("final_logit_softcapping", "null", "transformers doesn't compute it for this class")
+        return super().read(text)
+
+    def carried(self, arch: Architecture) -> tuple[str, ...]:
+        return ("vision_tower.*", "multi_modal_projector.*")

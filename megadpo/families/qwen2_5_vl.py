@@ -1,0 +1,36 @@
+"""Qwen2.5-VL: a Qwen2 beside a vision tower, trained on texts."""
+
+from __future__ import annotations
+
+from megadpo.config.architecture import Architecture, Rotary
+from megadpo.config.variants import FAMILIES
+from megadpo.families.qwen import Qwen2
+from megadpo.families.reading import HfConfig
+from megadpo.families.rope import given_rope, read_rope
+
+
+@FAMILIES.add("qwen2_5_vl")
+class Qwen2VL(Qwen2):
+    """The tower's tensors stay as they are. Files of the hub have the text part's keys at the top."""
+
+    classes = ("Qwen2_5_VLForConditionalGeneration",)
+    defaults = Qwen2.defaults | {
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "max_window_layers": 80,
+    }
+
+    def read(self, config: HfConfig) -> Architecture:
+        return super().read(config.of_text())
+
+    def rotary(self, config: HfConfig, head_dim: int, length: int) -> Rotary:
+        """Plain RoPE: time, height and width, by which channels are turned under `mrope`, are one number for texts."""
+        spelling, given = given_rope(config)
+        said = {key: value for key, value in given.items() if key != "mrope_section"}
+        if given.get("rope_type", given.get("type")) == "mrope":
+            said["rope_type"] = "default"
+        return read_rope(config, head_dim, length, said=(spelling, said))
+
+    def carried(self, arch: Architecture) -> tuple[str, ...]:
+        return ("visual.*",)

@@ -1,0 +1,53 @@
+"""Tensors of a model folder that nothing here computes with, such as a vision tower's: checkpoints keep them, exports have them
+as they are."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from megadpo.families import read_architecture, weight_table
+from megadpo.model.weights.hf_folder import DTYPES, INDEX_FILE, SINGLE_FILE, HfWeights
+from megadpo.model.weights.hf_writer import TensorSpec, write_hf_weights
+
+FOLDER = "carried"
+"""Beside config.json in a checkpoint's hf/: these tensors in Hugging Face files."""
+
+
+def keep_carried(source: str | Path, target: str | Path) -> None:
+    """Write the tensors that the model folder `source` (with its own weights, or hf/ of a checkpoint) carries to `target`,
+    hf/ of a checkpoint; nothing where there are none. Memory: one tensor."""
+    source, target = Path(source), Path(target) / FOLDER
+    if (source / FOLDER).is_dir():
+        shutil.copytree(source / FOLDER, target)
+        return
+    table = weight_table(read_architecture(source))
+    if not table.carried or not any((source / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
+        return
+    weights = HfWeights.open(source)
+    names = weights.carried(table)
+    if names:
+        target.mkdir(parents=True)
+        write_hf_weights(target, _specs(weights, names), _tensors(weights, names))
+
+
+def carried_tensors(folder: str | Path) -> tuple[list[TensorSpec], Iterator[dict[str, torch.Tensor]]]:
+    """Of hf/ of a checkpoint: what `keep_carried` wrote there, read one by one."""
+    if not (Path(folder) / FOLDER).is_dir():
+        return [], iter(())
+    weights = HfWeights.open(Path(folder) / FOLDER)
+    return _specs(weights, list(weights.tensors)), _tensors(weights, list(weights.tensors))
+
+
+def _specs(weights: HfWeights, names: list[str]) -> list[TensorSpec]:
+    tensors = weights.tensors
+    return [TensorSpec(name, tensors[name].shape, DTYPES[tensors[name].dtype]) for name in names]
+
+
+def _tensors(weights: HfWeights, names: list[str]) -> Iterator[dict[str, torch.Tensor]]:
+    for name in names:
+        with weights.slices([name]) as (source,):
+            yield {name: source[(slice(None),) * len(weights.tensors[name].shape)]}
