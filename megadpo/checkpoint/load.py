@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
+from megatron.core.dist_checkpointing.strategies import common as common_strategy
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -148,8 +149,8 @@ def _load(wanted: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     folder = checkpoint / "model"
     try:
         with _nothing_executed(folder):
-            strategies = torch_strategy.TorchDistLoadShardedStrategy(), _DataOnlyCommon()
-            return dist_checkpointing.load(wanted, str(folder), *strategies, strict=StrictHandling.ASSUME_OK_UNEXPECTED)
+            strategy = torch_strategy.TorchDistLoadShardedStrategy()
+            return dist_checkpointing.load(wanted, str(folder), strategy, strict=StrictHandling.ASSUME_OK_UNEXPECTED)
     except CheckpointException as error:  # a BaseException around each rank's
         causes = [cause for cause, _ in error.failures.values()]
         refusals = [cause.problems for cause in causes if isinstance(cause, UserError)]
@@ -168,21 +169,29 @@ def _not_readable(checkpoint: Path, error: BaseException) -> ConfigError:
 
 @contextmanager
 def _nothing_executed(folder: Path) -> Iterator[None]:
-    """megatron-core's load with our readers in the places of the two of torch that unpickle whatever a file asks for:
-    .metadata, and objects among the tensors. Raises ConfigError where .metadata is none."""
+    """megatron-core's load with our readers in the places of those of torch that unpickle whatever a file asks for:
+    .metadata, objects among the tensors, common.pt. Raises ConfigError where .metadata is none."""
     reader = MetadataGiven(folder, read_metadata(folder))
-    ours = {
-        "_get_filesystem_reader": lambda *_, **__: reader,
-        "MCoreLoadPlanner": partial(_DataOnlyPlanner, folder),
-    }
-    theirs = {name: getattr(torch_strategy, name) for name in ours}
+
+    def common(*_: object) -> Any:
+        return read_data(folder / COMMON_FILE, folder / COMMON_FILE)
+
+    ours: list[tuple[Any, str, Any]] = [
+        (torch_strategy, "_get_filesystem_reader", lambda *_, **__: reader),
+        (torch_strategy, "MCoreLoadPlanner", partial(_DataOnlyPlanner, folder)),
+    ]
+    if hasattr(common_strategy, "TorchCommonLoadStrategy"):
+        ours.append((common_strategy.TorchCommonLoadStrategy, "load_common", common))
+    else:  # megatron-core 0.19
+        ours.append((serialization, "load_common_state_dict", common))
+    theirs = [(owner, name, getattr(owner, name)) for owner, name, _ in ours]
     try:
-        for name, value in ours.items():
-            setattr(torch_strategy, name, value)
+        for owner, name, value in ours:
+            setattr(owner, name, value)
         yield
     finally:
-        for name, value in theirs.items():
-            setattr(torch_strategy, name, value)
+        for owner, name, value in theirs:
+            setattr(owner, name, value)
 
 
 class _DataOnlyPlanner(torch_strategy.MCoreLoadPlanner):
@@ -195,12 +204,6 @@ class _DataOnlyPlanner(torch_strategy.MCoreLoadPlanner):
         torch.save(read_data(value, f"{self._folder}: {read_item.dest_index.fqn}"), data)
         data.seek(0)
         super().load_bytes(read_item, data)  # which unpickles anything: of ours there is only data in it
-
-
-class _DataOnlyCommon(TorchCommonLoadStrategy):
-    def load_common(self, checkpoint_dir: str | Path) -> Any:
-        file = Path(checkpoint_dir) / COMMON_FILE
-        return read_data(file, file)
 
 
 def _check_optimizer(info: CheckpointInfo, optimizer: MegatronOptimizer) -> None:

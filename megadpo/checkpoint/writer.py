@@ -19,8 +19,6 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.base import StrategyAction, register_default_strategy
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.metadata import Metadata
@@ -28,6 +26,16 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from megadpo.files.atomic import sync
+
+try:
+    from megatron.core.dist_checkpointing.strategies.base import StrategyAction, register_default_strategy
+    from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+
+    WRITES_COMMON = True
+    """Whether megatron-core has a strategy of its own for common.pt. 0.19 hands its content to `async_save` instead."""
+except ImportError:
+    TorchCommonSaveStrategy = object
+    WRITES_COMMON = False
 
 _BACKEND, _VERSION = "torch_dist", 1
 Bucket = Any
@@ -115,21 +123,26 @@ class SaveStrategy(TorchDistSaveShardedStrategy):
         super().__init__(_BACKEND, _VERSION)
         self._copies = copies
         self.files: RankFiles
-        self.common = CommonState("torch", 1)
-        register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, self.common)  # `save` takes no other way
+        self.common = CommonState(*(("torch", 1) if WRITES_COMMON else ()))
+        if WRITES_COMMON:
+            register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, self.common)  # `save` takes no other way
 
-    def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> AsyncRequest:
+    def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path, *_: Any) -> AsyncRequest:
         """Collectives: megatron-core's planning. Waits for the GPU."""
+        further = {}
+        if not WRITES_COMMON:
+            self.common.save_common(sharded_state_dict.pop("common_state").data, checkpoint_dir)
+            further = {"async_strategy": "mcore"}  # without nvidia-resiliency-ext
         filesystem_async._results_queue = queue.SimpleQueue()  # not used; without one megatron-core starts a Manager
         if self._copies is not None:
             parts = [part for part in nested_values(sharded_state_dict) if isinstance(part, ShardedTensor)]
             written = [part for part in parts if part.data is not None and is_main_replica(part.replica_id)]
             for part, copy in zip(written, self._copies.of([part.data for part in written]), strict=True):
                 part.data = copy
-        return super().async_save(sharded_state_dict, checkpoint_dir)
+        return super().async_save(sharded_state_dict, checkpoint_dir, **further)
 
     def _get_save_and_finalize_callbacks(
-        self, writer: FileSystemWriterAsync, planned: tuple[Any, Metadata | None, Any]
+        self, writer: FileSystemWriterAsync, planned: tuple[Any, Metadata | None, Any], *_: Any
     ) -> AsyncRequest:
         self.files = RankFiles(writer, planned[1], writer.preload_tensors(writer.write_buckets or []))
         writer.write_buckets = None
@@ -137,7 +150,7 @@ class SaveStrategy(TorchDistSaveShardedStrategy):
 
 
 class CommonState(TorchCommonSaveStrategy):
-    """What megatron-core would write into common.pt at once, as it is then: bytes, on rank 0."""
+    """What megatron-core would write into common.pt at once, as it is then: bytes, of which rank 0's count."""
 
     content = b""
 

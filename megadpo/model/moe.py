@@ -18,6 +18,7 @@ from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
@@ -33,6 +34,8 @@ class Routing:
 
     real: torch.Tensor
     """[t] bool: False for padding."""
+    num_real: int
+    """How many of them are real, known without waiting for the GPU."""
     sets: TokenSets | None
     """What the load-balancing loss is over; None: there is none."""
 
@@ -53,14 +56,15 @@ def plan_routing(batch: PackedBatch, config: TransformerConfig, balance: LoadBal
         filled = most_tokens(local, groups.tp_ep, batch.tokens.device)
 
     def mine(whole: torch.Tensor) -> torch.Tensor:
-        part = whole[..., rank * local : (rank + 1) * local]
-        return send(F.pad(part, (0, filled - local)), batch.tokens.device)
+        return F.pad(whole[..., rank * local : (rank + 1) * local], (0, filled - local))
+
+    device, real = batch.tokens.device, mine(batch.run_index < batch.num_tokens)
 
     sets = None
     if balance is not None and balance.enabled:
         whole = balance.sets(batch)
-        sets = TokenSets(mine(whole.members[:, batch.run_index]), whole.sizes, whole.weights)
-    return Routing(real=mine(batch.run_index < batch.num_tokens), sets=sets)
+        sets = TokenSets(send(mine(whole.members[:, batch.run_index]), device), whole.sizes, whole.weights)
+    return Routing(real=send(real, device), num_real=int(real.sum()), sets=sets)
 
 
 def most_tokens(local: int, group: dist.ProcessGroup, device: torch.device) -> int:
@@ -159,8 +163,26 @@ def _in_best_groups(choice: torch.Tensor, router: Router) -> torch.Tensor:
     return grouped.masked_fill(~kept[..., None], -torch.inf).flatten(1)
 
 
+class PackAlltoAll(MoEAlltoAllTokenDispatcher):
+    """megatron-core's dispatcher, told how many rows go to experts: it takes every token for a real one, and sorts as many
+    rows (0.17 and newer, and its fused kernel)."""
+
+    num_real_rows: int
+
+    def preprocess(self, routing_map: torch.Tensor) -> torch.Tensor:
+        """routing_map [t, E] bool -> tokens of each local expert."""
+        counts = super().preprocess(routing_map)
+        self.num_out_tokens = self.num_real_rows
+        return counts
+
+
 class PackMoELayer(MoELayer):
     """megatron-core's layer of experts for packs whose lengths differ between the ranks that share the experts."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if type(self.token_dispatcher) is MoEAlltoAllTokenDispatcher:  # megatron-core builds it by name
+            self.token_dispatcher.__class__ = PackAlltoAll
 
     def forward(
         self, hidden_states: torch.Tensor, intermediate_tensors: None = None, padding_mask: Routing | None = None
@@ -178,6 +200,7 @@ class PackMoELayer(MoELayer):
         shared = self.shared_experts_compute(hidden)
         filled = F.pad(hidden, (0, 0, 0, 0, 0, routing.real.numel() - tokens))
         probs, chosen = self.route(filled, routing)
+        self.token_dispatcher.num_real_rows = routing.num_real * self.config.moe_router_topk
         dispatched, probs = self.dispatch(*self.preprocess(filled, probs, chosen))
         output, _ = self.routed_experts_compute(dispatched, probs)
         output = self.postprocess(self.combine(output), None)[:tokens]
