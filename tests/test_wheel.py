@@ -76,8 +76,9 @@ def test_it_trains_the_demo_where_there_is_no_checkout(wheel: Path, tmp_path: Pa
     venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
     python = tmp_path / "venv/bin/python"
     (site,) = (tmp_path / "venv/lib").glob("python*/site-packages")
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--prefix"]
-    subprocess.run([*install, str(tmp_path / "venv"), "--ignore-installed", str(wheel)], check=True)
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*install, str(wheel)], check=True)
+    assert (tmp_path / "venv/bin/megadpo").read_text().count(str(python)) == 1  # it imports what is installed here
     (site / "everything_else.pth").write_text(sysconfig.get_path("purelib") + "\n")
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     env |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PATH": f"{tmp_path}/venv/bin:{env['PATH']}"}

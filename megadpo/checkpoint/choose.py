@@ -11,6 +11,7 @@ import yaml
 from megadpo.checkpoint.folder import CheckpointInfo, complete_checkpoints
 from megadpo.config.metric import METRICS, parse_metric_name
 from megadpo.config.problems import ConfigError, Problem
+from megadpo.config.schema import HOLDOUT
 from megadpo.model.weights.convert import is_megatron_folder
 
 
@@ -72,7 +73,7 @@ def _ranked_by(info: CheckpointInfo) -> tuple[str, bool]:
     cfg: dict[str, Any] = yaml.safe_load((info.path / "config.yaml").read_text(encoding="utf-8"))
     name = cfg["checkpointing"]["metric_name"]
     if name is not None:
-        sets = list(cfg["data"]["val_data_paths"] or {})
+        sets = [*(cfg["data"]["val_data_paths"] or {}), *([HOLDOUT] if cfg["data"].get("holdout") else [])]
         return parse_metric_name(name, sets).key, cfg["checkpointing"]["higher_is_better"]
     losses = sorted(one for one in info.position.metrics if one.startswith("validation-") and one.endswith("/loss"))
     losses = [one for one in losses if one.count("/") == 1]

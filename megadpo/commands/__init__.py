@@ -108,10 +108,12 @@ def end_with_words(text: str, code: int) -> int:
 
 
 def quiet_libraries() -> None:
-    """megatron-core warns at import of every optional package it can't find; none of them matters here. torch warns of a
-    class that megatron-core's checkpoints are made of, on every rank."""
+    """megatron-core warns at import of every optional package it can't find; none of them matters here. torch warns on every
+    rank of a class that megatron-core's checkpoints are made of, and of the collectives of its distributed optimizer."""
     warnings.filterwarnings("ignore", module="megatron")
     warnings.filterwarnings("ignore", "Please use DTensor instead", FutureWarning, module="torch")
+    collectives = r"`torch\.distributed\._?(all_gather|reduce_scatter)_\w+` is"
+    warnings.filterwarnings("ignore", collectives, FutureWarning, module="torch")
     logging.getLogger("megatron").setLevel(logging.ERROR)
 
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from megadpo.data.batches.loader import GlobalBatchLoader
-    from megadpo.data.pairs import PairDataset
+    from megadpo.data.pairs import OpenedPairs
     from megadpo.data.statistics import SeenSegment, SeenToken
 
 Written: TypeAlias = "tuple[SeenToken, str]"
@@ -60,7 +60,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = command_parser(__name__, __doc__)
     parser.add_argument("config", help="YAML file, or the name of a shipped config")
     parser.add_argument("overrides", nargs="*", help="key=value, e.g. policy.sequence_packing.train_mb_tokens=8192")
-    parser.add_argument("--set", default=TRAIN, help="train (the default), or a name of data.val_data_paths")
+    parser.add_argument("--set", default=TRAIN, help="train (the default), a name of data.val_data_paths, or holdout")
     parser.add_argument("--pair", type=int, default=None, help="row of the file, from 0 (default: the first pair)")
     parser.add_argument("--batches", type=int, default=10, help="global batches to plan (default 10)")
     parser.add_argument(
@@ -91,7 +91,8 @@ def show(options: argparse.Namespace, console: Console) -> None:
     position = _position(dataset, options.pair)
     for note in cfg.notes:
         console.print(Text(note, style="dim"))
-    console.print(Text(str(dataset.report)))
+    for report in dataset.reports:
+        console.print(Text(str(report)))
     show_lengths(console, dataset, loader)
     show_packs(console, loader, options.batches)
     show_pair(
@@ -101,9 +102,9 @@ def show(options: argparse.Namespace, console: Console) -> None:
 
 def _set(cfg: Config, name: str, training: str) -> str:
     """The set's name among a run's inputs, where the training set is called `training`."""
-    paths = cfg.data.val_data_paths or {}
-    if name != TRAIN and name not in paths:
-        raise ConfigError(Problem("--set", name, f"one of {', '.join([TRAIN, *paths])}", "name one of these"))
+    names = [TRAIN, *cfg.data.val_names]
+    if name not in names:
+        raise ConfigError(Problem("--set", name, f"one of {', '.join(names)}", "name one of these"))
     return training if name == TRAIN else name
 
 
@@ -115,7 +116,7 @@ def _grid(cfg: Config, arch: Architecture, world_size: int | None) -> Grid:
     return Grid.of(cfg, size)
 
 
-def _position(dataset: PairDataset, row: int | None) -> int:
+def _position(dataset: OpenedPairs, row: int | None) -> int:
     """Where in the data set the file's row stands."""
     if row is None:
         return 0
@@ -126,7 +127,7 @@ def _position(dataset: PairDataset, row: int | None) -> int:
     return int(found[0])
 
 
-def show_lengths(console: Console, dataset: PairDataset, loader: GlobalBatchLoader) -> None:
+def show_lengths(console: Console, dataset: OpenedPairs, loader: GlobalBatchLoader) -> None:
     """Lengths of texts, what shared prompts save, and how often the chosen answer is the longer one."""
     from megadpo.data.statistics import group_counts, lengths, share_chosen_longer
 
@@ -195,7 +196,7 @@ def _percent(share: float | None) -> str:
 
 def show_pair(
     console: Console,
-    dataset: PairDataset,
+    dataset: OpenedPairs,
     position: int,
     tokenizer: PreTrainedTokenizerBase,
     share_prompt: bool,

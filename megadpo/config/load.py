@@ -123,7 +123,7 @@ def _with_reason(problem: Problem) -> Problem:
 
 
 def _missing_data(cfg: Config, purpose: Purpose) -> list[Problem]:
-    if purpose == "train" and not cfg.data.train_data_path.strip():
+    if purpose == "train" and not any(path.strip() for path in cfg.data.train_paths):
         fix = "set data.train_data_path in the file or on the command line"
         return [
             Problem("data.train_data_path", None, "a file, folder or hub name of training pairs; it is required", fix)

@@ -57,7 +57,7 @@ def _idle(cfg: Config) -> Iterator[tuple[str, str]]:
         yield "logger.monitor_gpus", "policy.device is cpu"
     if cfg.data.num_workers > 1:
         yield "data.num_workers", "one background thread packs ahead, as with 1, and that is enough"
-    if not cfg.data.val_data_paths:
+    if not cfg.data.val_names:
         for name in ("val_batches", "val_global_batch_size", "val_at_end"):
             yield f"dpo.{name}", "there is no validation set in data.val_data_paths"
 

@@ -65,7 +65,8 @@ class Reader:
             if raw is None:
                 return None
             options = [option for option in options if option is not type(None)]
-        option = options[0]
+        kind = dict if isinstance(raw, Mapping) else tuple if isinstance(raw, (list, tuple)) else None
+        option = next((one for one in options if kind is not None and get_origin(one) is kind), options[0])
         origin = get_origin(option)
         if dataclasses.is_dataclass(option):
             return self.section(option, raw, where)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from megadpo.config.known import Known, rule
 from megadpo.config.metric import METRICS, parse_duration_s, parse_metric_name
 from megadpo.config.problems import ConfigError, Problem
+from megadpo.config.schema import HOLDOUT
 
 
 @rule
@@ -79,6 +80,9 @@ def _validation_names(known: Known) -> Iterator[Problem]:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             expected = "letters, digits, dot, dash and underscore: the name becomes part of metrics and file names"
             yield Problem("data.val_data_paths", name, expected, "rename this validation set")
+        if name == HOLDOUT and known.cfg.data.holdout is not None:
+            expected = "another name: that is the validation set of data.holdout"
+            yield Problem("data.val_data_paths", name, expected, "rename this validation set")
 
 
 @rule
@@ -87,7 +91,7 @@ def _metric(known: Known) -> Iterator[Problem]:
     if not checkpointing.enabled or checkpointing.metric_name is None:
         return
     try:
-        metric = parse_metric_name(checkpointing.metric_name, list(known.cfg.data.val_data_paths or {}))
+        metric = parse_metric_name(checkpointing.metric_name, known.cfg.data.val_names)
     except ConfigError as error:
         yield from error.problems
         return

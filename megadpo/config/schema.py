@@ -52,7 +52,7 @@ class DpoConfig:
     val_batches: CountOrZero = 8
     """Global batches per validation set; 0 (or NeMo RL's -1): the whole set."""
     val_global_batch_size: PositiveInt = 8
-    """Pairs per validation batch, over all data-parallel ranks."""
+    """Pairs per validation batch, over all data-parallel ranks; with plackett_luce rankings."""
     val_micro_batch_size: PositiveInt = 1
     """Pairs per micro-batch in validation when sequence packing is off."""
     val_at_start: bool = True
@@ -98,16 +98,27 @@ class DpoConfig:
         return by_epochs if self.max_num_steps is None else min(by_epochs, self.max_num_steps)
 
 
+HOLDOUT = "holdout"
+"""Name of the validation set of data.holdout."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """`data`."""
 
-    train_data_path: Annotated[str, FitsPath()] = ""
+    train_data_path: Annotated[str, FitsPath()] | tuple[PathText, ...] | dict[str, PositiveFloat] = ""
     """Training pairs: a file (.jsonl, .json, .csv, these also .gz or .zst; .parquet, .arrow), a folder of such, or a
     dataset of the Hugging Face hub. Folders and hub names take `:subset` and `@split` behind them; without a split it
-    is train. May be empty for evaluation, and with a dataset_name that stands for a dataset of the hub."""
-    val_data_paths: dict[str, PathText] | None = None
-    """Validation sets, {name: as train_data_path}. A single one is taken as {default: it}. null: no validation."""
+    is train. A list: the pairs of all of them. {path: weight}: every epoch has its share of each. May be empty for
+    evaluation, and with a dataset_name that stands for a dataset of the hub."""
+    val_data_paths: dict[str, PathText | tuple[PathText, ...]] | None = None
+    """Validation sets, {name: a path as in train_data_path, or a list of them}. A single one is taken as {default: it}.
+    null: no validation."""
+    holdout: Annotated[float, Range(gt=0, lt=1)] | None = None
+    """Share of the training prompts whose pairs are not trained on, but are the validation set `holdout`."""
+    drop_last: bool = True
+    """What an epoch has left when its global batches are full. true: is left out (with shuffle other pairs each time).
+    false: is a smaller global batch, the mean over its own pairs."""
     dataset_name: Annotated[str, OneOf(FORMATS)] | None = None
     """The format of the rows, by NeMo RL's names (docs/data.md shows each). null: that of a source's first good row.
     HelpSteer3 and Tulu3Preference without a train_data_path are read from the hub."""
@@ -137,6 +148,24 @@ class DataConfig:
     num_tokenize_workers: PositiveInt | None = None
     """Processes that tokenise what is not in the cache. null: one for each CPU core this process may use. Files of a few
     thousand pairs are tokenised in one process anyway."""
+
+    @property
+    def train_paths(self) -> list[str]:
+        """The paths of train_data_path."""
+        return [self.train_data_path] if isinstance(self.train_data_path, str) else list(self.train_data_path)
+
+    @property
+    def train_shares(self) -> tuple[float, ...] | None:
+        """The share (0..1) of each of train_paths; None where there are no weights, or only one path."""
+        if not isinstance(self.train_data_path, dict) or len(self.train_data_path) < 2:
+            return None
+        total = sum(self.train_data_path.values())
+        return tuple(weight / total for weight in self.train_data_path.values())
+
+    @property
+    def val_names(self) -> list[str]:
+        """The validation sets of a training run."""
+        return [*(self.val_data_paths or {}), *([HOLDOUT] if self.holdout else [])]
 
 
 @dataclass(frozen=True, kw_only=True)

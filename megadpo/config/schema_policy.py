@@ -42,7 +42,7 @@ class PolicyConfig:
     """Hugging Face folder or hub name, or Megatron checkpoint folder."""
     tokenizer: TokenizerConfig
     train_global_batch_size: PositiveInt = 128
-    """Pairs per optimizer step, over all data-parallel ranks."""
+    """Pairs per optimizer step, over all data-parallel ranks; with dpo.loss_type plackett_luce rankings."""
     train_micro_batch_size: PositiveInt = 2
     """Pairs per micro-batch when sequence packing is off; with packing train_mb_tokens decides."""
     max_total_sequence_length: PositiveInt = 1024

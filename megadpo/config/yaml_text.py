@@ -38,7 +38,7 @@ def parsed(text: str) -> Any:
     try:
         # OmegaConf's loader refuses duplicate keys and reads 5e-6 as a number.
         return OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
-    except OSError:  # what it says of a file that holds neither a mapping nor a list
+    except (OSError, AssertionError):  # what it says of a file, or a text in it, that is neither a mapping nor a list
         return yaml.safe_load(text)
 
 

@@ -6,5 +6,6 @@ formats   PreferencePair: prompt and answers as text   read_pairs.read_pairs; on
 tokens    PairDataset of TokenizedPairs: ids, masks    dataset.load_datasets; kept in data.cache_dir
 batches   GlobalBatch of PackedBatches                 loader.GlobalBatchLoader
 
-pairs.py: a pair as token ids, and many pairs as flat arrays. statistics.py: lengths, packing and single pairs, for people.
+pairs.py: a pair as token ids, and many pairs as flat arrays. chosen.py: several data sets as one. statistics.py: lengths,
+packing and single pairs, for people.
 """

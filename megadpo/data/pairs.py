@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -33,6 +34,10 @@ class TokenizedPair:
     chosen_mask: LossMask | None = None
     """None: every token of the answer is in the loss. A mask has at least one true entry."""
     rejected_mask: LossMask | None = None
+    weight: float = 1.0
+    """The pair's loss is multiplied by this."""
+    rewards: tuple[float, float] = (math.nan, math.nan)
+    """Of the chosen and of the rejected answer; NaN: the row has none."""
 
     @property
     def answers(self) -> tuple[tuple[TokenIds, LossMask | None], tuple[TokenIds, LossMask | None]]:
@@ -57,20 +62,72 @@ class TokenizedPair:
         return self.prompt_tokens + max(self.chosen_tokens, self.rejected_tokens)
 
 
+class Pairs(Sequence[TokenizedPair]):
+    """N pairs, and arrays of facts about them."""
+
+    rows: Ints
+    """int64 [N]: the number by which logs and evaluation files name each pair."""
+    identities: Ints
+    """int64 [3N]: a hash of text k as it stands in `tokens`. Equal prompts have equal ones, and so have answers with the
+    same tokens and the same loss mask."""
+    values: npt.NDArray[np.float64]
+    """float64 [3N]: weight of pair 0, reward of its chosen and of its rejected answer (NaN: none), weight of pair 1, ..."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, position: int) -> TokenizedPair: ...
+
+    @overload
+    def __getitem__(self, position: slice) -> list[TokenizedPair]: ...
+
+    def __getitem__(self, position: int | slice) -> TokenizedPair | list[TokenizedPair]:
+        """The pair at `position`. Its arrays are views, except for an answer with a loss mask. Its `.index` is that of
+        `rows`, which differs from `position` if rows were dropped. A slice gives a list."""
+        if isinstance(position, slice):
+            return [self[number] for number in range(*position.indices(len(self)))]
+        number = position + len(self) if position < 0 else position
+        if not 0 <= number < len(self):
+            raise IndexError(f"position {position} of {len(self)} pairs")
+        return self.pair(number)
+
+    def pair(self, number: int) -> TokenizedPair:
+        """The pair at `number`, from 0 to N - 1."""
+        raise NotImplementedError
+
+    def text_tokens(self) -> Ints:
+        """int64 [N, 3]: tokens of prompt, chosen and rejected."""
+        raise NotImplementedError
+
+    def packed_tokens(self, *, share_prompt: bool) -> Ints:
+        """int64 [N]: tokens of each pair in a pack. A shared prompt counts once."""
+        return self.text_tokens() @ np.array([1 if share_prompt else 2, 1, 1], dtype=np.int64)
+
+    @property
+    def weights(self) -> npt.NDArray[np.float64]:
+        """float64 [N]."""
+        return self.values[0::3]
+
+    @property
+    def reward_gaps(self) -> npt.NDArray[np.float64]:
+        """float64 [N]: the chosen answer's reward minus the rejected one's; NaN where a row lacks one."""
+        return self.values[1::3] - self.values[2::3]
+
+
 @dataclass(frozen=True, eq=False)
-class FlatPairs(Sequence[TokenizedPair]):
-    """N pairs as flat arrays, with 4 bytes for each token."""
+class FlatPairs(Pairs):
+    """Pairs as flat arrays, with 4 bytes for each token."""
 
     tokens: TokenIds
     """int32 [all tokens]: prompt, chosen, rejected of pair 0, then of pair 1, ... A token outside the loss is stored as
     ~id, which is negative."""
     offsets: npt.NDArray[np.int64]
     """int64 [3N + 1]: text k is tokens[offsets[k] : offsets[k + 1]]."""
-    rows: npt.NDArray[np.int64]
+    rows: Ints
     """int64 [N]: row of the file."""
-    identities: npt.NDArray[np.int64]
-    """int64 [3N]: a hash of text k as it stands in `tokens`. Equal prompts have equal ones, and so have answers with the
-    same tokens and the same loss mask."""
+    identities: Ints
+    values: npt.NDArray[np.float64]
 
     @staticmethod
     def of(pairs: Sequence[TokenizedPair]) -> FlatPairs:
@@ -85,37 +142,20 @@ class FlatPairs(Sequence[TokenizedPair]):
         identities = np.array([xxhash.xxh3_64_intdigest(ids.tobytes()) for ids in texts], dtype=np.uint64).view(
             np.int64
         )
-        return FlatPairs(tokens, offsets, np.array([pair.index for pair in pairs], dtype=np.int64), identities)
+        rows = np.array([pair.index for pair in pairs], dtype=np.int64)
+        values = np.array([(pair.weight, *pair.rewards) for pair in pairs], dtype=np.float64).ravel()
+        return FlatPairs(tokens, offsets, rows, identities, values)
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @overload
-    def __getitem__(self, position: int) -> TokenizedPair: ...
-
-    @overload
-    def __getitem__(self, position: slice) -> list[TokenizedPair]: ...
-
-    def __getitem__(self, position: int | slice) -> TokenizedPair | list[TokenizedPair]:
-        """The pair at `position`. Its arrays are views, except for an answer with a loss mask. Its `.index` is the row
-        of the file, which differs from `position` if rows were dropped. A slice gives a list."""
-        if isinstance(position, slice):
-            return [self[number] for number in range(*position.indices(len(self)))]
-        number = position + len(self) if position < 0 else position
-        if not 0 <= number < len(self):
-            raise IndexError(f"position {position} of {len(self)} pairs")
+    def pair(self, number: int) -> TokenizedPair:
         bounds = self.offsets[3 * number : 3 * number + 4]
         prompt, chosen, rejected = (self.tokens[start:end] for start, end in pairwise(bounds))
         (chosen, chosen_mask), (rejected, rejected_mask) = _without_mask(chosen), _without_mask(rejected)
-        return TokenizedPair(int(self.rows[number]), prompt, chosen, rejected, chosen_mask, rejected_mask)
+        weight, *rewards = self.values[3 * number : 3 * number + 3].tolist()
+        masks = chosen_mask, rejected_mask
+        return TokenizedPair(int(self.rows[number]), prompt, chosen, rejected, *masks, weight, (rewards[0], rewards[1]))
 
-    def text_tokens(self) -> npt.NDArray[np.int64]:
-        """int64 [N, 3]: tokens of prompt, chosen and rejected."""
+    def text_tokens(self) -> Ints:
         return np.diff(self.offsets).reshape(-1, 3)
-
-    def packed_tokens(self, *, share_prompt: bool) -> npt.NDArray[np.int64]:
-        """int64 [N]: tokens of each pair in a pack. A shared prompt counts once."""
-        return self.text_tokens() @ np.array([1 if share_prompt else 2, 1, 1], dtype=np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +174,8 @@ class DataReport:
     """Invalid rows left out with `data.on_bad_row: drop`."""
     first_bad_row: str = ""
     """What was wrong with the first invalid row; empty if there was none."""
+    weighted: int = 0
+    """Pairs with another weight than 1."""
     prompt_tokens: int
     chosen_tokens: int
     rejected_tokens: int
@@ -141,7 +183,7 @@ class DataReport:
     max_token_id: int
     """The largest token id; it must be below the model's vocabulary size."""
     fingerprint: str
-    """sha256 of the tokens, their rows and the settings. The file's name and folder don't change it."""
+    """sha256 of the tokens, their rows, weights, rewards and the settings. The file's name and folder don't change it."""
 
     @property
     def shared_prompt_saving(self) -> float:
@@ -158,6 +200,7 @@ class DataReport:
             (self.dropped_equal_after_truncation, "dropped because truncation made their answers equal"),
             (self.dropped_unanswered_after_truncation, "dropped because truncation left no answer tokens in the loss"),
             (self.dropped_bad_rows, f"invalid rows left out (the first: {self.first_bad_row})"),
+            (self.weighted, "with a weight other than 1"),
             (self.tokenized_apart, "with the answer tokenised alone, since one token would span prompt and answer"),
         ):
             if count:
@@ -173,16 +216,18 @@ def _nothing() -> None:
     pass
 
 
-@dataclass(frozen=True, eq=False)
-class PairDataset(FlatPairs):
-    """The pairs of one source, in memory or mapped from the cache."""
+class OpenedPairs(Pairs):
+    """The pairs of one or several sources."""
 
-    lines: npt.NDArray[np.int64]
-    """int64 [rows of the file]: line of each row; 0 if the row was left out."""
     report: DataReport
-    release: Callable[[], None] = _nothing
+    release: Callable[[], None]
     """Frees the memory of token ids that are mapped from the cache. They stay readable; the next access loads them
     again."""
+
+    @property
+    def reports(self) -> Sequence[DataReport]:
+        """Of each source."""
+        return [self.report]
 
     @property
     def fingerprint(self) -> str:
@@ -193,7 +238,20 @@ class PairDataset(FlatPairs):
         return self.report.max_token_id
 
     def source_of(self, row: int) -> str:
-        """`file:line` of a row, for messages."""
+        """`file:line` of one of `rows`, for messages."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class PairDataset(FlatPairs, OpenedPairs):
+    """The pairs of one source, in memory or mapped from the cache."""
+
+    lines: npt.NDArray[np.int64]
+    """int64 [rows of the file]: line of each row; 0 if the row was left out."""
+    report: DataReport
+    release: Callable[[], None] = _nothing
+
+    def source_of(self, row: int) -> str:
         return f"{self.report.path}:{self.lines[row]}"
 
 

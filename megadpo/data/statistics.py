@@ -11,7 +11,7 @@ import numpy.typing as npt
 from megadpo.data.batches.groups import PairGroups
 from megadpo.data.batches.loader import GlobalBatchLoader
 from megadpo.data.batches.pack import PackedBatch, pack_pairs
-from megadpo.data.pairs import PairDataset, TokenizedPair
+from megadpo.data.pairs import OpenedPairs, TokenizedPair
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Lengths:
     total: int
 
 
-def lengths(dataset: PairDataset, *, share_prompt: bool) -> list[Lengths]:
+def lengths(dataset: OpenedPairs, *, share_prompt: bool) -> list[Lengths]:
     """Lengths of prompts, of both answers, of the longer sequence, and of a pair in a pack."""
     texts = dataset.text_tokens()
     prompt, chosen, rejected = texts.T
@@ -45,7 +45,7 @@ def _lengths(name: str, tokens: npt.NDArray[np.int64]) -> Lengths:
     return Lengths(name, float(tokens.mean()), median, percent_90, percent_99, int(tokens.max()), int(tokens.sum()))
 
 
-def share_chosen_longer(dataset: PairDataset) -> float:
+def share_chosen_longer(dataset: OpenedPairs) -> float:
     """Share (0..1) of pairs whose chosen answer has more tokens. If it is far from 0.5, length predicts the choice."""
     _, chosen, rejected = dataset.text_tokens().T
     return float((chosen > rejected).mean())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from megatron.core.transformer.module import MegatronModule
 from torch.nn import functional as F
 
 from megadpo.config.architecture import Mlp
@@ -90,7 +91,7 @@ class _ClampedGlu(torch.autograd.Function):
         return d_x, None
 
 
-def gated(mlp: Mlp) -> type[torch.nn.Module]:
+def gated(mlp: Mlp) -> type[MegatronModule]:
     """The activation of a gated MLP, a module without weights: x [..., 2F], gate then linear -> [..., F], same dtype.
 
     megatron-core builds it with `config=`; from 0.17 on it accepts nothing but a module."""
@@ -101,15 +102,8 @@ def gated(mlp: Mlp) -> type[torch.nn.Module]:
     }
     function = functions[mlp.activation]
 
-    class Gated(torch.nn.Module):
-        def __init__(self, config: object) -> None:
-            super().__init__()
-
+    class Gated(MegatronModule):  # whose sharded_state_dict megatron-core asks for
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return function(x)
-
-        def sharded_state_dict(self, *_: object) -> dict[str, object]:
-            """megatron-core's MLP asks each of its modules when a checkpoint is saved."""
-            return {}
 
     return Gated

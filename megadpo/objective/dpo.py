@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megadpo.config.metric import METRICS
 from megadpo.config.schema import DpoConfig
-from megadpo.objective.losses import Loss, PairScores
+from megadpo.objective.loss import NOTHING, Loss, PairFacts, PairScores
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,16 @@ def dpo_loss(
     *,
     whole_logps: tuple[Tensor, Tensor] | None = None,
     pair_weights: Tensor | None = None,
+    facts: PairFacts = NOTHING,
 ) -> LossOutput:
     """The loss of P pairs and its metrics. Runs no collectives and does not synchronise with the host.
 
     All tensors are [P]. `*_logps` are sums of log-probabilities over the answer's tokens; `*_tokens` count those tokens.
-    The dtype is the widest of the inputs', at least fp32. P = 0 gives zero sums that still have a (zero) gradient, so a
-    rank without pairs can run backward.
+    The dtype is the widest of the inputs', at least fp32. P = 0 gives zero sums with a (zero) gradient, for ranks without pairs.
 
     whole_logps: the policy's sums over all tokens of both answers, for the SFT loss and the logged logps, where `*_logps`
     weigh some tokens less (`ld_alpha`). pair_weights: each pair's preference loss is multiplied by this, which gets no
-    gradient (`use_weighting`).
+    gradient (`use_weighting`). facts: what the data says; its weights multiply both parts of a pair's loss.
 
     The reference may be None only with `preference_loss_weight: 0` or a loss that reads none. It gets no gradient.
 
@@ -68,25 +68,25 @@ def dpo_loss(
     """
     logps = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
     whole = whole_logps or (policy_chosen_logps, policy_rejected_logps)
-    _check_shapes(*logps, chosen_tokens, rejected_tokens, *whole, pair_weights)
+    _check_shapes(*logps, chosen_tokens, rejected_tokens, *whole, pair_weights, *vars(facts).values())
     dtype = _compute_dtype(*logps)
     policy = policy_chosen_logps.to(dtype), policy_rejected_logps.to(dtype)
     tokens = chosen_tokens.to(dtype), rejected_tokens.to(dtype)
-    scores = _pair_scores(policy, (reference_chosen_logps, reference_rejected_logps), tokens, cfg)
+    scores = _pair_scores(policy, (reference_chosen_logps, reference_rejected_logps), tokens, cfg, facts)
     whole_chosen, whole_rejected = (one.to(dtype) for one in whole)
 
-    # A part with weight 0 is not added at all, because 0 x inf is nan.
-    # The empty sums keep a gradient path if P = 0, or if no part reads the rejected answers.
+    # A part with weight 0 is not added at all, because 0 x inf is nan. The empty sums keep a gradient path anyway.
     loss_sum = policy[0][:0].sum() + policy[1][:0].sum()
     metrics: dict[str, Tensor] = {}
 
     preference = _preference_losses(scores, cfg, pair_weights)
     if preference is not None:
+        preference = _times(preference, facts.weights)
         if cfg.preference_loss_weight != 0:
             loss_sum = loss_sum + cfg.preference_loss_weight * preference.sum()
         metrics["preference_loss"] = preference.sum()
 
-    sft = _sft_losses(whole_chosen, tokens[0], cfg)
+    sft = _times(_sft_losses(whole_chosen, tokens[0], cfg), facts.weights)
     if cfg.sft_loss_weight != 0:
         loss_sum = loss_sum + cfg.sft_loss_weight * sft.sum()
     metrics["sft_loss"] = sft.sum()
@@ -102,6 +102,7 @@ def _pair_scores(
     reference: tuple[Tensor | None, Tensor | None],
     tokens: tuple[Tensor, Tensor],
     cfg: DpoConfig,
+    facts: PairFacts,
 ) -> PairScores:
     """Chosen and rejected each: the policy's sums, the reference's, and tokens, all but the reference's in one dtype."""
     divisors = tokens if cfg.preference_average_log_probs else (torch.ones_like(tokens[0]),) * 2
@@ -110,7 +111,7 @@ def _pair_scores(
         None if logps is None else logps.detach().to(chosen.dtype) / divisor
         for logps, divisor in zip(reference, divisors, strict=True)
     )
-    return PairScores(chosen, rejected, reference_chosen, reference_rejected, *tokens)
+    return PairScores(chosen, rejected, reference_chosen, reference_rejected, *tokens, facts)
 
 
 def _preference_losses(scores: PairScores, cfg: DpoConfig, pair_weights: Tensor | None) -> Tensor | None:
@@ -124,8 +125,12 @@ def _preference_losses(scores: PairScores, cfg: DpoConfig, pair_weights: Tensor 
             )
         return None
     loss: Loss = cfg.loss
-    losses = loss.pair_losses(scores, cfg.reference_policy_kl_penalty)
-    return losses if pair_weights is None else losses * pair_weights.detach().to(losses.dtype)
+    return _times(loss.pair_losses(scores, cfg.reference_policy_kl_penalty), pair_weights)
+
+
+def _times(losses: Tensor, weights: Tensor | None) -> Tensor:
+    """[P] losses times weights, which get no gradient."""
+    return losses if weights is None else losses * weights.detach().to(losses.dtype)
 
 
 def _sft_losses(policy_chosen_logps: Tensor, chosen_tokens: Tensor, cfg: DpoConfig) -> Tensor:

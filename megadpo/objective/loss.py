@@ -27,8 +27,25 @@ MAX_EXPONENT = 80.0
 
 
 @dataclass(frozen=True)
+class PairFacts:
+    """What the data says about P pairs beside their tokens. Every field is [P], or None where it says nothing."""
+
+    weights: Tensor | None = None
+    """Of each pair's loss."""
+    reward_gaps: Tensor | None = None
+    """Reward of the chosen answer minus that of the rejected one."""
+    chosen_answers: Tensor | None = None
+    """int64: pairs with the same number have the same chosen answer."""
+    ranking_shares: Tensor | None = None
+    """data/batches/rankings.py `ranking_shares`."""
+
+
+NOTHING = PairFacts()
+
+
+@dataclass(frozen=True)
 class PairScores:
-    """The inputs of a preference loss. Every field is [P], fp32 or fp64, one entry per pair.
+    """The inputs of a preference loss. Every field but `facts` is [P], fp32 or fp64, one entry per pair.
 
     The log-probabilities are sums over the answer's tokens, or means over them under
     `dpo.preference_average_log_probs`. The reference fields carry no gradient and are None without a reference.
@@ -41,6 +58,7 @@ class PairScores:
     chosen_tokens: Tensor
     """Of the chosen answer, in the loss."""
     rejected_tokens: Tensor
+    facts: PairFacts = NOTHING
 
     @property
     def chosen_logratios(self) -> Tensor:
@@ -61,6 +79,10 @@ class Loss:
     """Whether it uses the reference's log-probabilities."""
     needs_average: ClassVar[bool] = False
     """Whether it is defined only on means over an answer's tokens."""
+    reads_rewards: ClassVar[bool] = False
+    """Whether it needs the rewards of both answers."""
+    ranks: ClassVar[bool] = False
+    """Whether it is a loss of rankings: global batches then count rankings, and hold each whole."""
 
     def pair_losses(self, scores: PairScores, beta: float) -> Tensor:
         """[P] losses of P pairs, with gradient. No collectives."""

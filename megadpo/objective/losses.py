@@ -2,8 +2,8 @@
 
 A new loss is one class here, or in a file that the config names in `plugins`: `@LOSSES.add(name)` on a dataclass whose
 fields are its options. dpo.py does normalisation, the SFT term, metrics and reductions for all of them. The loss of a
-pair may use only that pair's log-probabilities: a loss that compares pairs (TRL's aot sorts a micro-batch) would depend
-on the layout.
+pair may use only that pair's log-probabilities, or its ranking's: a loss that compares other pairs (TRL's aot sorts a
+micro-batch) would depend on the layout.
 
 docs/losses.md has a row for each loss, made from its docstring: the formula before "Source:", then the source. Shapes: P
 pairs. All log-probabilities are in nats. w is the chosen answer, l the rejected one. p_w and p_l are the policy's
@@ -16,11 +16,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from megadpo.config.known import Known
 from megadpo.config.problems import Problem
-from megadpo.config.types import FloatOrZero, Range
+from megadpo.config.types import FloatOrZero, PositiveFloat, Range
 from megadpo.config.variants import LOSSES, Lazy
 from megadpo.objective.loss import DivergenceLoss, Loss, PairScores, SmoothedLoss
 
@@ -239,6 +239,80 @@ class Orpo(Loss):
         return -functional.logsigmoid(_log_odds(scores.policy_chosen_logps) - _log_odds(scores.policy_rejected_logps))
 
 
+@LOSSES.add("rpo")
+@dataclass(frozen=True, kw_only=True)
+class Rpo(Loss):
+    """D(g || m), [P]: m = beta (r_w - r_l), g = `rpo_reward_scale` x (reward of w - reward of l), D `rpo_distance`: bwd_kl,
+    sigmoid(g) (log sigmoid(g) - log sigmoid(m)) + sigmoid(-g) (log sigmoid(-g) - log sigmoid(-m)); fwd_kl, the same with g and
+    m exchanged; sq, (m - g)^2.
+    Source: reward-aware preference optimization, NVIDIA 2024, https://arxiv.org/abs/2406.11704, with its eta as the scale;
+    NeMo Aligner's rpo_bwd_kl (the paper's), rpo_fwd_kl and rpo_sq."""
+
+    reads_rewards = True
+
+    rpo_reward_scale: PositiveFloat = 1.0
+    """rpo: the rewards' gap is multiplied by this (the paper's eta)."""
+    rpo_distance: Literal["bwd_kl", "fwd_kl", "sq"] = "bwd_kl"
+    """rpo: how far the policy's gap may be from the rewards'. bwd_kl is the paper's."""
+
+    def pair_losses(self, scores: PairScores, beta: float) -> Tensor:
+        if scores.facts.reward_gaps is None:
+            raise ValueError("dpo.loss_type rpo needs the rewards of both answers")
+        margins = beta * (scores.chosen_logratios - scores.rejected_logratios)
+        gaps = self.rpo_reward_scale * scores.facts.reward_gaps.to(margins.dtype)
+        match self.rpo_distance:
+            case "bwd_kl":
+                return _bernoulli_kl(gaps, margins)
+            case "fwd_kl":
+                return _bernoulli_kl(margins, gaps)
+            case "sq":
+                return (margins - gaps) ** 2
+
+
+@LOSSES.add("plackett_luce")
+@dataclass(frozen=True, kw_only=True)
+class PlackettLuce(Loss):
+    """-log of the product over a ranking's answers y_1, y_2, ..., best first, of exp(beta r_k) / sum_(j >= k) exp(beta r_j),
+    a mean over rankings; of answers that are equally good, none is in another's sum. `train_global_batch_size` counts
+    rankings. Source: the end of appendix A.3 of Rafailov et al. 2023, https://arxiv.org/abs/2305.18290.
+
+    Of a pair: its share of log(1 + sum_j exp(beta (r_j - r_w))), j the answers that are worse than w. For two answers this is
+    sigmoid's loss. The answers of a ranking must be in one micro-batch.
+    """
+
+    ranks = True
+
+    def pair_losses(self, scores: PairScores, beta: float) -> Tensor:
+        chosen, shares = scores.facts.chosen_answers, scores.facts.ranking_shares
+        if chosen is None or shares is None:
+            raise ValueError("dpo.loss_type plackett_luce needs batches of whole rankings")
+        worse = beta * (scores.rejected_logratios - scores.chosen_logratios)
+        same = chosen[:, None] == chosen[None, :]
+        sums = worse[None, :].expand(same.shape).masked_fill(~same, -math.inf).logsumexp(dim=1)
+        return shares.to(worse.dtype) * -functional.logsigmoid(-sums)
+
+    def problems(self, known: Known) -> Iterator[Problem]:
+        yield from super().problems(known)
+        cfg, packing = known.cfg, known.cfg.policy.sequence_packing
+        if cfg.data.train_shares is not None:
+            expected = "no weights: plackett_luce is a loss of whole rankings, and weights count pairs"
+            yield Problem(
+                "data.train_data_path", ", ".join(cfg.data.train_paths), expected, "write a list of the paths"
+            )
+        for where, value, needed in (
+            ("data.group_prompts", cfg.data.group_prompts, True),
+            ("policy.sequence_packing.enabled", packing.enabled, True),
+            ("policy.sequence_packing.share_prompt", packing.share_prompt, True),
+            ("dpo.ld_alpha", cfg.dpo.ld_alpha, None),
+            ("dpo.use_weighting", cfg.dpo.use_weighting, False),
+        ):
+            if value != needed:
+                expected = (
+                    f"{'null' if needed is None else str(needed).lower()}: plackett_luce is a loss of whole rankings"
+                )
+                yield Problem(where, value, expected, "set it so, or choose another dpo.loss_type")
+
+
 @LOSSES.add("weighted")
 @dataclass(frozen=True, kw_only=True)
 class Weighted(Loss):
@@ -273,6 +347,14 @@ class WeightedSum(Weighted):
     def reads_reference(self) -> bool:  # type: ignore[override]
         return any(part.reads_reference for part in self.parts.values())
 
+    @property
+    def reads_rewards(self) -> bool:  # type: ignore[override]
+        return any(part.reads_rewards for part in self.parts.values())
+
+    @property
+    def ranks(self) -> bool:  # type: ignore[override]
+        return any(part.ranks for part in self.parts.values())
+
     def pair_losses(self, scores: PairScores, beta: float) -> Tensor:
         weights = self.loss_weights or {}
         return torch.stack([weights[name] * one.pair_losses(scores, beta) for name, one in self.parts.items()]).sum(0)
@@ -294,6 +376,12 @@ class WeightedSum(Weighted):
 def _rewards(scores: PairScores, beta: float) -> tuple[Tensor, Tensor]:
     """[P] beta r_w and beta r_l."""
     return beta * scores.chosen_logratios, beta * scores.rejected_logratios
+
+
+def _bernoulli_kl(target: Tensor, margins: Tensor) -> Tensor:
+    """[P] KL(Bernoulli(sigmoid(target)) || Bernoulli(sigmoid(margins)))."""
+    chosen = torch.sigmoid(target) * (functional.logsigmoid(target) - functional.logsigmoid(margins))
+    return chosen + torch.sigmoid(-target) * (functional.logsigmoid(-target) - functional.logsigmoid(-margins))
 
 
 def _smoothed(margins: Tensor, label_smoothing: float) -> Tensor:

@@ -28,7 +28,8 @@ def choose_pairs(cfg: Config, stated: str | None) -> tuple[PairGroups, str]:
     """
     if stated is not None:
         return stated_pairs(cfg, _parse(stated))
-    if not Path(parse_source(cfg.data.train_data_path).path).exists():  # a hub name would be downloaded
+    sources = [parse_source(path) for path in cfg.data.train_paths]
+    if not all(Path(source.path).exists() for source in sources):  # a hub name would be downloaded
         return stated_pairs(cfg, None)
     return _read(cfg)
 

@@ -73,7 +73,9 @@ def positions_by_use(loader: GlobalBatchLoader, steps: int | None) -> npt.NDArra
     epoch = 0
     while left > 0 and not taken.all():
         batches = min(left, loader.batches_per_epoch)
-        order = loader.order(epoch)[: batches * loader.options.global_batch_size]
+        order = np.concatenate(loader.cut(loader.order(epoch))[:batches])
+        _, first = np.unique(order, return_index=True)  # a mixture may use a pair twice
+        order = order[np.sort(first)]
         parts.append(order[~taken[order]])
         taken[order] = True
         left, epoch = left - batches, epoch + 1
@@ -98,7 +100,7 @@ def compute_missing(
     missing = positions[np.isnan(table[loader.answers[positions]]).any(axis=1)]
     done: list[npt.NDArray[np.int64]] = []
     mine: list[tuple[npt.NDArray[np.int64], torch.Tensor]] = []
-    batches = -(-len(missing) // loader.options.global_batch_size)
+    batches = len(loader.cut(missing))
     for number, (chosen, plan) in enumerate(loader.deals_of(missing), start=1):
         packs = [loader.pack(chosen[numbers]) for numbers in plan[parallel.grid.dp_rank]]
         logps = reference.logps(packs)

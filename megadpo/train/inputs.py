@@ -4,7 +4,7 @@ inspection and the planner."""
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from megadpo.config.architecture import Architecture
 from megadpo.config.grid import Grid
 from megadpo.config.problems import Attempts, ConfigError, Problem
-from megadpo.config.schema import Config
+from megadpo.config.schema import HOLDOUT, Config
 from megadpo.data.batches.loader import GlobalBatchLoader
-from megadpo.data.pairs import PairDataset
+from megadpo.data.chosen import hold_out
+from megadpo.data.pairs import OpenedPairs
 from megadpo.data.tokens.dataset import load_datasets
 from megadpo.data.tokens.tokenizer import load_tokenizer, pad_token_id
 from megadpo.families import read_architecture, weight_table
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TRAIN = ""
-"""Key of the training set. The other keys are the names in data.val_data_paths, which are never empty."""
+"""Key of the training set. The other keys are the names in data.val_data_paths, which are never empty, and HOLDOUT."""
 REFERENCE = "dpo.reference.model_name"
 
 
@@ -58,7 +59,7 @@ class RunInputs(RunModels):
 
     @property
     def validation(self) -> dict[str, GlobalBatchLoader]:
-        """The sets of data.val_data_paths."""
+        """The sets of data.val_data_paths, and HOLDOUT."""
         return {name: loader for name, loader in self.loaders.items() if name != TRAIN}
 
     @property
@@ -66,12 +67,13 @@ class RunInputs(RunModels):
         """The tokenizer's notes; a line for each file with its read, dropped and truncated pairs; the pairs that an epoch
         leaves out."""
         lines = [*self.tokenizer_notes]
-        lines += [str(loader.dataset.report) for loader in self.loaders.values()]
+        lines += [str(report) for loader in self.loaders.values() for report in loader.dataset.reports]
+        lines += self.train_loader.mixture if TRAIN in self.loaders else []
         for loader in self.loaders.values():
-            if dropped := loader.dropped_pairs_per_epoch:
+            if dropped := loader.dropped_per_epoch:
                 path, size = loader.dataset.report.path, loader.options.global_batch_size
                 lines.append(
-                    f"{path}: {dropped} pairs of each epoch are left out: they don't fill a global batch of {size}"
+                    f"{path}: {dropped} {loader.unit} of each epoch are left out: they don't fill a global batch of {size}"
                 )
         return lines
 
@@ -100,8 +102,11 @@ def open_run_inputs(
     weights. thorough: compare the headers of the weight files with the model's shape, and read the rows of the data even
     if there is no tokenizer. Raises UserError with every problem of all parts. Collectives: none.
     """
-    paths = {TRAIN: cfg.data.train_data_path, **(cfg.data.val_data_paths or {})}
-    paths = {name: path for name, path in paths.items() if sets is None or name in sets}
+    held_out = cfg.data.holdout is not None and (sets is None or HOLDOUT in sets or TRAIN in sets)
+    paths: dict[str, str | Sequence[str]] = {TRAIN: cfg.data.train_paths, **(cfg.data.val_data_paths or {})}
+    paths = {
+        name: given for name, given in paths.items() if sets is None or name in sets or (name == TRAIN and held_out)
+    }
     attempt = Attempts()
     source, arch, reference, reference_arch = _models(cfg, attempt, weights)
     tokenizer = None if source is None else attempt(lambda: load_tokenizer(str(tokenizer_source(cfg, source))))
@@ -113,7 +118,7 @@ def open_run_inputs(
             attempt(lambda: _read_rows(cfg, paths.values()))
     datasets = loaders = None
     if arch is not None and tokenizer is not None:
-        datasets = attempt(lambda: load_datasets(cfg, paths, tokenizer, arch.vocab_size))
+        datasets = attempt(lambda: _datasets(cfg, paths, tokenizer, arch.vocab_size, sets))
         if datasets is not None:
             loaders = attempt(lambda: _loaders(cfg, arch, datasets, pad_token_id(tokenizer), grid or Grid()))
     if datasets is not None and reference_arch is not None and reference != source:
@@ -123,6 +128,20 @@ def open_run_inputs(
     notes = tokenizer_notes(cfg, source.hf_files, tokenizer)
     notes += old_tokenizer_notes(source.megatron) if source.megatron is not None else []
     return RunInputs(source, arch, reference, reference_arch, tokenizer, notes, loaders)
+
+
+def _datasets(
+    cfg: Config,
+    paths: Mapping[str, str | Sequence[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    sets: Collection[str] | None,
+) -> dict[str, OpenedPairs]:
+    """The sets that are asked for, with HOLDOUT taken out of TRAIN where the config says so."""
+    datasets = load_datasets(cfg, paths, tokenizer, vocab_size)
+    if cfg.data.holdout is not None and TRAIN in datasets:
+        datasets[TRAIN], datasets[HOLDOUT] = hold_out(datasets[TRAIN], cfg.data.holdout)
+    return {name: pairs for name, pairs in datasets.items() if sets is None or name in sets}
 
 
 def _models(cfg: Config, attempt: Attempts, weights: bool) -> tuple[Any, ...]:
@@ -142,7 +161,7 @@ def _models(cfg: Config, attempt: Attempts, weights: bool) -> tuple[Any, ...]:
 
 
 def _loaders(
-    cfg: Config, arch: Architecture, datasets: Mapping[str, PairDataset], pad: int, grid: Grid
+    cfg: Config, arch: Architecture, datasets: Mapping[str, OpenedPairs], pad: int, grid: Grid
 ) -> dict[str, GlobalBatchLoader]:
     attempt = Attempts()
     loaders = {}
@@ -155,7 +174,7 @@ def _loaders(
     return loaders
 
 
-def _require_vocabulary(cfg: Config, reference_arch: Architecture, datasets: Iterable[PairDataset]) -> None:
+def _require_vocabulary(cfg: Config, reference_arch: Architecture, datasets: Iterable[OpenedPairs]) -> None:
     """Raises ConfigError if the reference's vocabulary lacks token ids of the pairs. With tensor parallelism no shard of
     the embedding would have them, and log-probabilities would be wrong without an error."""
     vocab_size, largest = reference_arch.vocab_size, max(data.max_token_id for data in datasets)
@@ -178,12 +197,12 @@ def _require_complete_weights(source: ModelSource, arch: Architecture) -> None:
         raise ConfigError(problems)
 
 
-def _read_rows(cfg: Config, paths: Iterable[str]) -> None:
+def _read_rows(cfg: Config, sources: Iterable[str | Sequence[str]]) -> None:
     """Raises DataError with every problem of the rows that can be found without a tokenizer."""
     from megadpo.data.formats.read_pairs import read_pairs
 
     attempt = Attempts()
-    for path in paths:
+    for path in (path for given in sources for path in ([given] if isinstance(given, str) else given)):
         pairs = read_pairs(
             path, cfg.data.format_options, dataset_name=cfg.data.dataset_name, on_bad_row=cfg.data.on_bad_row
         )

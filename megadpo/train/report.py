@@ -25,7 +25,7 @@ def banner_rows(run: Run, chosen: Mapping[str, str]) -> list[tuple[str, str]]:
     all-reduce of the parameter count."""
     cfg, parallel, inputs = run.cfg, run.parallel, run.inputs
     validation = {
-        name: min(loader.batches_per_epoch * loader.options.global_batch_size, len(loader.dataset))
+        name: sum(len(batch) for batch in loader.cut(loader.order(0))[: loader.batches_per_epoch])
         for name, loader in inputs.validation.items()
     }
     return [
@@ -36,7 +36,7 @@ def banner_rows(run: Run, chosen: Mapping[str, str]) -> list[tuple[str, str]]:
         ("layers", chosen["layers"]),
         ("kernels", f"attention {chosen['attention']}, log-probabilities {chosen['log-probabilities']}"),
         ("optimizer", chosen["optimizer"]),
-        ("batch", f"{cfg.policy.train_global_batch_size:,} pairs, in {micro_batch_words(cfg)}"),
+        ("batch", f"{cfg.policy.train_global_batch_size:,} {inputs.train_loader.unit}, in {micro_batch_words(cfg)}"),
         ("steps", step_words(run.total_steps, run.position.step)),
         ("data", data_words(len(inputs.train_loader.dataset), validation)),
         ("loss", loss_words(cfg)),
@@ -152,6 +152,8 @@ def loss_words(cfg: Config) -> str:
     words = f"{dpo.loss_type}, beta {dpo.reference_policy_kl_penalty:g}"
     usual = LOSSES.defaults()
     words += "".join(f", {name} {value}" for name, value in dpo.loss_options.items() if value != usual[name])
+    words += "" if dpo.ld_alpha is None else f", ld_alpha {dpo.ld_alpha:g}"
+    words += ", pairs weighted" * dpo.use_weighting
     if dpo.preference_average_log_probs:
         words += ", means over tokens"
     if (dpo.preference_loss_weight, dpo.sft_loss_weight) != (1, 0):

@@ -20,7 +20,7 @@ from megadpo.checkpoint.folder import move_aside, require_info, step_folders
 from megadpo.config.load import as_written
 from megadpo.config.problems import ConfigError, Problem, SaveError, UserError
 from megadpo.config.schema import Config
-from megadpo.data.pairs import PairDataset
+from megadpo.data.pairs import OpenedPairs
 from megadpo.lora.checkpoint import BASE
 from megadpo.lora.peft_folder import adapter_fingerprint
 from megadpo.model.manifest import checkpoint_before, no_manifest
@@ -38,7 +38,7 @@ _OF_ADAPTERS = ("target_modules", "exclude_modules", "dim", "alpha", "use_rslora
 
 
 def find_resume(
-    cfg: Config, data: PairDataset, settings: dict[str, Any], parallel: ParallelContext
+    cfg: Config, data: OpenedPairs, settings: dict[str, Any], parallel: ParallelContext
 ) -> tuple[CheckpointInfo | None, list[str]]:
     """The newest checkpoint, as rank 0 sees it, or None, and notes for the user. settings: `data_settings` of this run.
 
@@ -108,6 +108,8 @@ def data_settings(cfg: Config, inputs: RunInputs, parallel: ParallelContext) -> 
     return {
         "dpo.seed": cfg.dpo.seed,
         "data.shuffle": cfg.data.shuffle,
+        "data.drop_last": cfg.data.drop_last,
+        "data.train_data_path weights": None if cfg.data.train_shares is None else list(cfg.data.train_shares),
         "policy.train_global_batch_size": cfg.policy.train_global_batch_size,
         "policy.freeze": list(cfg.policy.freeze),
         "policy.megatron_cfg.freeze_moe_router": cfg.policy.megatron_cfg.freeze_moe_router,

@@ -24,6 +24,7 @@ from megadpo.data.batches.pack import PackedBatch
 from megadpo.model.gpt import PairModel
 from megadpo.model.moe_balance import balance_metrics
 from megadpo.objective.dpo import LossOutput, dpo_loss, metric_names
+from megadpo.objective.loss import PairFacts
 from megadpo.optimizer.step import guarded_step
 from megadpo.parallel import ParallelContext, run_pipeline
 from megadpo.reference import ResidentReference, answer_logps, weighted_logps
@@ -191,6 +192,7 @@ def pair_loss(found: torch.Tensor, micro_batch: PackedBatch, cfg: DpoConfig) -> 
         cfg,
         whole_logps=(whole[chosen], whole[rejected]),
         pair_weights=weights,
+        facts=PairFacts(micro_batch.weights, micro_batch.reward_gaps, chosen, micro_batch.ranking_shares),
     )
 
 

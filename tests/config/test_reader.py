@@ -44,7 +44,7 @@ BAD_VALUES = [
     ("policy__megatron_cfg__recompute_modules", "core_attn", "a list of"),
     ("policy__megatron_cfg__optimizer", 3, "a section"),
     ("policy__megatron_cfg__optimizer__params_dtype", "bfloat16", "float32"),
-    ("data__val_data_paths", ["a.jsonl"], "a mapping"),
+    ("data__val_data_paths", 3, "a mapping"),
     ("data__cache_dir", "", "text or null"),
     ("data__cache_dir", True, "text or null"),
     ("data__num_tokenize_workers", 0, ">= 1 or null"),

@@ -95,6 +95,7 @@ def test_same_parent_twice_is_no_cycle(write):
 
 
 BAD_FILES = [
+    ("'1'\n", "c.yaml"),  # a text that is no mapping either
     ("policy: [1\n", "c.yaml:"),
     ("policy: {model_name: m}\npolicy: {model_name: n}\n", "c.yaml:2"),
     ("- a\n- b\n", "c.yaml"),

@@ -7,7 +7,6 @@ those that the file has, so that a long test can be made in pieces. Exit code 1 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -38,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
             known = json.loads(options.out.read_text())
             before = Count(**{**known, "kills": Counter(known["kills"])})
         count = before + count
-        options.out.write_text(json.dumps(dataclasses.asdict(count), indent=1) + "\n")
+        options.out.write_text(json.dumps(vars(count), indent=1) + "\n")
     print(*count.table(), sep="\n")
     return 0 if count.is_good else 1
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from megadpo.commands import main
 from megadpo.config import load_config
 from tests.helpers.distributed import REPOSITORY, run_distributed
 from tests.helpers.runs import make_model, make_pairs, read_metrics, train_and_read
@@ -17,16 +16,17 @@ from tests.helpers.runs import make_model, make_pairs, read_metrics, train_and_r
 LINES = (REPOSITORY / "README.md").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
 
 
-def test_the_check_of_the_first_real_run(tmp_path: Path) -> None:
+def test_the_check_of_the_first_real_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (command,) = [line for line in LINES if line.startswith("    megadpo check ")]
     model = make_model(tmp_path / "model", num_key_value_heads=4, num_hidden_layers=2, max_position_embeddings=8192)
     command = command.replace("/models/Llama-3.1-8B-Instruct", str(model))
     for name, count in (("pairs.jsonl", 200), ("held_out.jsonl", 10)):
         command = command.replace(f"={name}", f"={make_pairs(tmp_path / name, count)}")
-    words = [sys.executable, "-m", *shlex.split(command), f"data.cache_dir={tmp_path / 'cache'}"]
-    done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "no problem found" in done.stdout
+    monkeypatch.chdir(REPOSITORY)
+    assert main([*shlex.split(command)[1:], f"data.cache_dir={tmp_path / 'cache'}"]) == 0
+    assert "no problem found" in capsys.readouterr().out
 
 
 def test_a_set_of_the_hub_takes_the_place_of_a_files_data() -> None:

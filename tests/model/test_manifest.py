@@ -240,7 +240,9 @@ def test_an_evaluation_and_an_export_stop_at_damage(run, capsys):
         assert main(["verify", *steps]) == 2
         output = capsys.readouterr()
         assert output.out == f"{steps[0]}: whole\n" and str(file) in output.err
-    assert main(["verify", *steps]) == 0
+    assert main(["verify", str(folder / "checkpoints")]) == 0
+    assert capsys.readouterr().out == "".join(f"{step}: whole\n" for step in steps)
+    assert main(["verify", str(folder)]) == 2 and "got 'no checkpoint'" in capsys.readouterr().err
 
 
 @pytest.mark.distributed

@@ -14,8 +14,11 @@ from torch import Tensor
 from megadpo.config.schema import DpoConfig
 from megadpo.config.variants import LOSSES
 from megadpo.objective.dpo import LossOutput, dpo_loss, metric_names
+from megadpo.objective.loss import PairFacts
 
 BETA = 0.2
+GAP = 1.7
+"""Of the rewards of each pair."""
 
 
 def l(x: float) -> float:  # noqa: E743 - as in the papers
@@ -35,6 +38,11 @@ def odds(p: float) -> float:
 def exo(m: float, e: float) -> float:
     q = s(m)
     return q * math.log(q / (1 - e)) + (1 - q) * math.log((1 - q) / e)
+
+
+def kl(a: float, b: float) -> float:
+    """Of Bernoulli distributions with probabilities sigmoid(a) and sigmoid(b)."""
+    return s(a) * math.log(s(a) / s(b)) + s(-a) * math.log(s(-a) / s(-b))
 
 
 def of_ratios(formula: Callable[[float, float], float]) -> Callable[..., float]:
@@ -89,6 +97,12 @@ WRITTEN: dict[str, list[tuple[dict[str, Any], Callable[..., float]]]] = {
     ],
     "orpo": [({}, lambda pw, pl, rw, rl: l(odds(pw) - odds(pl)))],
     "sigmoid_norm": [({}, of_margin(l))],  # of means over tokens
+    "rpo": [
+        ({}, of_margin(lambda m: kl(GAP, m))),
+        ({"rpo_distance": "fwd_kl", "rpo_reward_scale": 0.5}, of_margin(lambda m: kl(m, 0.5 * GAP))),
+        ({"rpo_distance": "sq", "rpo_reward_scale": 2.0}, of_margin(lambda m: (m - 2 * GAP) ** 2)),
+    ],
+    "plackett_luce": [({}, of_margin(l))],  # rankings of two; longer ones: test_rankings.py
     "weighted": [
         (
             {
@@ -122,7 +136,9 @@ def config(name: str, **options: Any) -> DpoConfig:
 
 def loss_of(cfg: DpoConfig, logps: list[Tensor], tokens: list[Tensor]) -> LossOutput:
     reference = logps[2:] if cfg.loss.reads_reference else [None, None]
-    return dpo_loss(*logps[:2], *reference, *tokens, cfg)  # type: ignore[arg-type]
+    ones, number = torch.ones_like(logps[0]), torch.arange(len(tokens[0]))
+    facts = PairFacts(reward_gaps=GAP * ones, chosen_answers=number, ranking_shares=ones)
+    return dpo_loss(*logps[:2], *reference, *tokens, cfg, facts=facts)  # type: ignore[arg-type]
 
 
 def inputs(num_pairs: int, seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:

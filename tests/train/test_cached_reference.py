@@ -118,15 +118,17 @@ def test_another_reference_has_a_file_of_its_own(model, tmp_path):
     assert abs(against_other[0]["train/rewards/margins"]) > 1e-3
 
 
-@given(st.data(), st.integers(1, 20), st.integers(1, 5), st.integers(0, 30) | st.none())
-def test_positions_are_those_of_the_steps_each_where_it_is_first_taken(data, pairs, size, steps):
+@given(st.data(), st.integers(1, 20), st.integers(1, 5), st.integers(0, 30) | st.none(), st.booleans())
+def test_positions_are_those_of_the_steps_each_where_it_is_first_taken(data, pairs, size, steps, repeats):
+    """repeats: as in a mixture, where a pair may be in an epoch several times."""
     per_epoch = data.draw(st.integers(1, -(-pairs // size)))
-    orders = [np.random.default_rng(epoch).permutation(pairs) for epoch in range(31)]
+    generators = [np.random.default_rng(epoch) for epoch in range(31)]
+    orders = [one.integers(pairs, size=pairs) if repeats else one.permutation(pairs) for one in generators]
     loader = SimpleNamespace(
         dataset=range(pairs),
         batches_per_epoch=per_epoch,
-        options=SimpleNamespace(global_batch_size=size),
         order=orders.__getitem__,
+        cut=lambda order: [order[start : start + size] for start in range(0, len(order), size)],
     )
     batches = [divmod(step, per_epoch) for step in range(per_epoch if steps is None else steps)]
     taken = [position for epoch, batch in batches for position in orders[epoch][batch * size : (batch + 1) * size]]

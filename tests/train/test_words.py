@@ -22,7 +22,11 @@ def test_a_run_from_its_end_to_its_export(tmp_path):
     folder = tmp_path / "checkpoints"
     saving = {"enabled": True, "save_period": 1, "metric_name": "validation-held_out_loss"}
     config = make_config(
-        tmp_path, make_model(tmp_path / "model"), dpo={"max_num_steps": 2, "val_period": 1}, checkpointing=saving
+        tmp_path,
+        make_model(tmp_path / "model"),
+        dpo={"max_num_steps": 2, "val_period": 1},
+        policy={"megatron_cfg": {"optimizer": {"use_distributed_optimizer": True}}},
+        checkpointing=saving,
     )
     export = f"export step_2: megadpo export {folder} FOLDER; --best: by validation-held_out/loss"
     first = said(config)

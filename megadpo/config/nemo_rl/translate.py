@@ -245,32 +245,40 @@ def _translate_data(data: dict[str, Any], problems: list[Problem], notes: list[s
     """
     unset: set[str] = set()
     default = _section(data, "default", problems)
-    for name, target in _TARGETS.items():
-        if data.get(name) is not None and not isinstance(data[name], dict):
-            unset.add(f"data.{target}")
-    sections = {name: _section(data, name, problems) for name in _TARGETS}
+    given = [name for name in _TARGETS if data.get(name) is not None]
+    sections = {name: _dataset_sections(data, name, problems) for name in _TARGETS}
+    unset |= {f"data.{_TARGETS[name]}" for name in given if not sections[name]}
     seen: dict[str, tuple[object, str]] = {
         key: (data[key], f"data.{key}") for key in ("dataset_name", *FORMATS.keys()) if data.get(key) is not None
     }
-    for name, own in sections.items():
-        if own is None:
-            continue
-        where = f"data.{name}"
-        merged = {**(default or {}), **own}
-        path = _source(merged, where, problems, notes)
-        _take_common_keys(data, merged, where, seen, problems)
-        target = _TARGETS[name]
-        if path is None:
+    for name, several in sections.items():
+        paths, target = [], _TARGETS[name]
+        for where, own in several.items():
+            merged = {**(default or {}), **own}
+            paths.append(_source(merged, where, problems, notes))
+            _take_common_keys(data, merged, where, seen, problems)
+        found = [path for path in paths if path is not None]
+        if len(found) < len(paths):
             unset.add(f"data.{target}")
-        elif data.get(target) is not None:
+        elif found and data.get(target) is not None:
             expected = f"nothing, since data.{target} is set"
-            problems.append(Problem(f"{where}.data_path", path, expected, f"keep one of the two: data.{target}"))
-        else:
-            data[target] = path
+            where = f"{next(iter(several))}.data_path"
+            problems.append(Problem(where, found[0], expected, f"keep one of the two: data.{target}"))
+        elif found:
+            data[target] = found[0] if len(found) == 1 else found
     _single_validation_path(data, problems)
     if not any(sections.values()):
         _hub_dataset_alone(data)
     return unset
+
+
+def _dataset_sections(data: dict[str, Any], name: str, problems: list[Problem]) -> dict[str, dict[str, Any]]:
+    """Key -> dataset section: one, or each of a list, whose pairs are joined as in NeMo RL."""
+    raw = data.get(name)
+    if isinstance(raw, list) and raw and all(isinstance(one, dict) for one in raw):
+        return {f"data.{name}[{number}]": one for number, one in enumerate(data.pop(name))}
+    own = _section(data, name, problems)
+    return {} if own is None else {f"data.{name}": own}
 
 
 def _section(data: dict[str, Any], name: str, problems: list[Problem]) -> dict[str, Any] | None:
@@ -280,8 +288,8 @@ def _section(data: dict[str, Any], name: str, problems: list[Problem]) -> dict[s
     if raw is None:
         return None
     if not isinstance(raw, dict):
-        fix = "give one source: data.train_data_path; several sets only for validation, in data.val_data_paths"
-        problems.append(Problem(f"data.{name}", raw, "one dataset section", fix))
+        fix = "write it as {data_path: ...}, or give the sources as data.train_data_path and data.val_data_paths"
+        problems.append(Problem(f"data.{name}", raw, "a dataset section, or a list of them", fix))
         return None
     return raw
 
@@ -370,5 +378,5 @@ def _single_validation_path(data: dict[str, Any], problems: list[Problem]) -> No
             problems.append(Problem("data.val_data_path", single, "nothing, since data.val_data_paths is set", fix))
         else:
             data["val_data_paths"] = single
-    if isinstance(data.get("val_data_paths"), str):
+    if isinstance(data.get("val_data_paths"), (str, list)):
         data["val_data_paths"] = {"default": data["val_data_paths"]}

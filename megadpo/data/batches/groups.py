@@ -19,7 +19,7 @@ import numpy as np
 from megadpo.data.batches.deal import Deal, deal_batch
 from megadpo.data.batches.rebalance import BALANCE
 from megadpo.data.batches.work import WorkModel, keys_up_to
-from megadpo.data.pairs import FlatPairs, Ints
+from megadpo.data.pairs import Ints, Pairs
 
 LOOK_AHEAD = 64
 """Groups that wait for a global batch with room for all of their pairs, at most."""
@@ -40,7 +40,7 @@ class PairGroups:
     """[N, 2]"""
 
     @classmethod
-    def of(cls, pairs: FlatPairs, *, share_answers: bool = True) -> PairGroups:
+    def of(cls, pairs: Pairs, *, share_answers: bool = True) -> PairGroups:
         """By the hashes of their texts; pack_pairs holds the texts themselves against each other. share_answers: false
         gives each answer of each pair a number of its own."""
         texts, identities = pairs.text_tokens(), pairs.identities.reshape(-1, 3)
@@ -104,6 +104,15 @@ class PairGroups:
             np.add.at(seen, answer_label, keys_up_to(before + answer, window) - keys_up_to(before, window))
         return tokens, model.work(tokens, answer_tokens, keys)
 
+    def members_of(self, prompts: Ints) -> Ints:
+        """Positions: all pairs of the first of `prompts`, then of the second, ..."""
+        members = self.members()
+        return np.concatenate([members[prompt] for prompt in prompts])
+
+    def members(self) -> list[Ints]:
+        """For each prompt the positions of its pairs."""
+        return _members(self.prompts)
+
     def order(self, shuffled: Iterable[int], batch_size: int) -> Ints:
         """[N] positions: the groups in the order `shuffled`, a permutation of their numbers, cut into global batches of
         `batch_size` pairs so that few groups are split.
@@ -128,13 +137,17 @@ def deal_groups(
     budget_tokens: int,
     work_model: WorkModel | None,
     micro_batch_multiple: int,
+    whole: bool = False,
 ) -> Deal:
     """deal_batch for a global batch of pairs at `positions` [P] whose groups stay together.
 
     A group is split where it doesn't fit into a pack, and where otherwise a rank would have more work than the others:
-    the deal whose busiest rank has the least work is taken. Deterministic; raises ValueError as deal_batch does.
+    the deal whose busiest rank has the least work is taken. whole: no group is split; each must fit into a pack.
+    Deterministic; raises ValueError as deal_batch does.
     """
-    labels = _split_too_long(groups, positions, _by_appearance(groups.prompts[positions]), budget_tokens)
+    labels = _by_appearance(groups.prompts[positions])
+    if not whole:
+        labels = _split_too_long(groups, positions, labels, budget_tokens)
     best: tuple[int, Deal, Ints] | None = None
     for _ in range(4 * num_ranks):
         lengths, work = groups.totals(positions, labels, _number_of(labels), work_model)
@@ -152,7 +165,7 @@ def deal_groups(
         if min(by_rank) >= (1 - BALANCE) * busiest:
             break
         sizes = np.bincount(labels)
-        splittable = [n for pack in deal[by_rank.index(busiest)] for n in pack if sizes[n] > 1]
+        splittable = [n for pack in deal[by_rank.index(busiest)] for n in pack if sizes[n] > 1 and not whole]
         if not splittable:
             break
         labels = _halved(groups, positions, labels, max(splittable, key=lambda number: (work[number], -number)))

@@ -26,9 +26,12 @@ from megadpo.config.problems import DataError, Problem
 from megadpo.data.batches.cut import context_part
 from megadpo.data.batches.deal import Deal, deal_batch
 from megadpo.data.batches.groups import PairGroups, deal_groups
+from megadpo.data.batches.mixture import mixed_order, refuse_empty_sets
 from megadpo.data.batches.pack import PackedBatch, pack_pairs
+from megadpo.data.batches.rankings import ranking_shares, refuse_no_rankings, refuse_no_rewards
 from megadpo.data.batches.work import WorkModel
-from megadpo.data.pairs import PairDataset
+from megadpo.data.chosen import ChosenPairs
+from megadpo.data.pairs import OpenedPairs
 from megadpo.data.sources import MOST_PROBLEMS
 
 if TYPE_CHECKING:
@@ -83,6 +86,11 @@ class BatchOptions:
     """Leave out the last global batch of an epoch if it is incomplete (training)."""
     limit_batches: int | None = None
     """At most this many batches of an epoch (dpo.val_batches); None, 0 or less: all."""
+    shares: tuple[float, ...] | None = None
+    """Of the sets of a ChosenPairs in every epoch (data/batches/mixture.py); their sum is 1. None: every pair once."""
+    by_rankings: bool = False
+    """A global batch is `global_batch_size` prompts with all of their pairs, each prompt's in one pack (plackett_luce). Needs
+    group_prompts, and what group_prompts needs."""
     prefetch: bool = True
     """Pack in one background thread. Packing takes a thousandth of a step."""
 
@@ -107,9 +115,11 @@ class BatchOptions:
             pad_to_multiple=cfg.policy.make_sequence_length_divisible_by,
             budget_tokens=packing.train_mb_tokens if packing.enabled else None,
             pairs_per_micro_batch=None if packing.enabled else pairs,
-            drop_last=training,
+            drop_last=training and cfg.data.drop_last,
+            shares=cfg.data.train_shares if training else None,
             limit_batches=None if training else cfg.dpo.val_batches,
             micro_batch_multiple=micro_batch_multiple(cfg),
+            by_rankings=cfg.dpo.loss.ranks,
             prefetch=cfg.data.num_workers > 0,
         )
 
@@ -119,7 +129,7 @@ class GlobalBatchLoader:
 
     def __init__(
         self,
-        dataset: PairDataset,
+        dataset: OpenedPairs,
         options: BatchOptions,
         *,
         work_model: WorkModel | None = None,
@@ -146,30 +156,48 @@ class GlobalBatchLoader:
         """None: pairs share nothing."""
         if options.group_prompts and options.share_prompt and budget is not None:
             groups = PairGroups.of(dataset, share_answers=options.tail_weight is None)
-            self.groups = groups if groups.num_prompts < len(dataset) else None
+            self.groups = groups if options.by_rankings or groups.num_prompts < len(dataset) else None
         self.answers = np.arange(2 * len(dataset)).reshape(-1, 2) if self.groups is None else self.groups.answers
         """int64 [pairs, 2]: number of the chosen and of the rejected answer in the data set."""
         self._reference_logps: npt.NDArray[np.float32] | None = None
         # A pack with its padding must stay within the budget
         self.budget_tokens = None if budget is None else budget // multiple * multiple
         self._refuse_longer_than_budget()
+        self.unit, self.units = "pairs", len(dataset)
+        """What global_batch_size counts, and how many of them there are."""
+        if options.by_rankings:
+            assert self.groups is not None and self.budget_tokens is not None, "the rules of plackett_luce"
+            refuse_no_rankings(dataset, self.groups, self.budget_tokens)
+            self.unit, self.units = "rankings", self.groups.num_prompts
         batches, limit = self._count_batches(), options.limit_batches
         self.batches_per_epoch = batches if limit is None or limit < 1 else min(batches, limit)
-        self.dropped_pairs_per_epoch = len(dataset) % options.global_batch_size if options.drop_last else 0
-        """Pairs that drop_last leaves out of each epoch. With shuffling they differ between epochs."""
+        if options.shares is not None:
+            assert isinstance(dataset, ChosenPairs) and len(dataset.sets) == len(options.shares)
+            refuse_empty_sets(dataset)
+        left = self.units % options.global_batch_size if options.drop_last else 0
+        self.dropped_per_epoch = 0 if options.shares is not None else left
+        """Of `unit`: left out of each epoch by drop_last. With shuffling they differ between epochs."""
 
     def _count_batches(self) -> int:
         """Global batches of all pairs. Raises DataError where there is none."""
-        whole, rest = divmod(len(self.dataset), self.options.global_batch_size)
+        whole, rest = divmod(self.units, self.options.global_batch_size)
         batches = whole if self.options.drop_last or not rest else whole + 1
         if batches == 0:
-            raise DataError(_too_few_pairs(self.dataset, self.options.global_batch_size))
+            raise DataError(self._too_few())
         return batches
+
+    def _too_few(self) -> Problem:
+        return Problem(
+            where=self.dataset.report.path,
+            value=f"{self.units} {self.unit}",
+            expected=f"at least one global batch of {self.options.global_batch_size}",
+            fix=f"lower policy.train_global_batch_size to {self.units} or less, or add pairs",
+        )
 
     @classmethod
     def from_config(
         cls,
-        dataset: PairDataset,
+        dataset: OpenedPairs,
         cfg: Config,
         arch: Architecture,
         *,
@@ -178,6 +206,8 @@ class GlobalBatchLoader:
         grid: Grid = ONE_RANK,
     ) -> GlobalBatchLoader:
         options = BatchOptions.from_config(cfg, pad_token_id=pad_token_id, training=training)
+        if cfg.dpo.loss.reads_rewards and cfg.dpo.preference_loss_weight != 0:
+            refuse_no_rewards(dataset, cfg.dpo.loss_type)
         return cls(dataset, options, work_model=WorkModel.of(arch), grid=grid)
 
     def with_reference_logps(self, logps: npt.NDArray[np.float32]) -> GlobalBatchLoader:
@@ -188,15 +218,51 @@ class GlobalBatchLoader:
         return loader
 
     def order(self, epoch: int) -> npt.NDArray[np.int64]:
-        """int64 [pairs]: positions of the data set in the order of the epoch."""
-        if not self.options.shuffle:
+        """int64 [pairs]: positions of the data set in the order of the epoch. With `shares`, some may be there several times or
+        not at all."""
+        if self.options.shares is not None:
+            return self._mixed(self.options.shares, epoch)
+        if not self.options.shuffle and not self.options.by_rankings:
             return np.arange(len(self.dataset), dtype=np.int64)
         generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.options.seed, epoch])))
         if self.groups is None:
             return generator.permutation(len(self.dataset))
-        return self.groups.order(
-            generator.permutation(self.groups.num_prompts).tolist(), self.options.global_batch_size
+        number = self.groups.num_prompts
+        prompts = generator.permutation(number) if self.options.shuffle else np.arange(number)
+        if self.options.by_rankings:
+            return self.groups.members_of(prompts)
+        return self.groups.order(prompts.tolist(), self.options.global_batch_size)
+
+    @property
+    def mixture(self) -> list[str]:
+        """A line for each set of a mixture: the pairs of it in an epoch. Empty without one."""
+        if self.options.shares is None or not isinstance(self.dataset, ChosenPairs):
+            return []
+        sizes = np.bincount(self.dataset.of_set)
+        counts = np.bincount(self.dataset.of_set[self.order(0)], minlength=len(sizes))
+        return [
+            f"{one.report.path}: {count:,} pairs of each epoch ({share:.1%}), {count / size:.2f} passes over its {size:,}"
+            for one, share, count, size in zip(self.dataset.sets, self.options.shares, counts, sizes, strict=True)
+        ]
+
+    def _mixed(self, shares: tuple[float, ...], epoch: int) -> npt.NDArray[np.int64]:
+        assert isinstance(self.dataset, ChosenPairs)
+        total = len(self.dataset)
+        return mixed_order(
+            self.dataset.of_set,
+            shares,
+            total - total % self.options.global_batch_size if self.options.drop_last else total,
+            epoch=epoch,
+            seed=self.options.seed if self.options.shuffle else None,
+            prompts=None if self.groups is None else self.groups.prompts,
         )
+
+    def cut(self, order: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+        """The positions in `order` as global batches. The last one may be smaller."""
+        starts, size = np.arange(len(order)), self.options.global_batch_size
+        if self.options.by_rankings and self.groups is not None:
+            starts = np.flatnonzero(np.diff(self.groups.prompts[order], prepend=-1))
+        return np.split(order, starts[size::size]) if len(order) else []
 
     def batches(self, epoch: int, start_batch: int = 0) -> Iterator[GlobalBatch]:
         """The batches of an epoch from number `start_batch` on. Closing the iterator ends its thread."""
@@ -207,13 +273,12 @@ class GlobalBatchLoader:
 
     def deals(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[npt.NDArray[np.int64], Deal]]:
         """For each global batch: int64 [pairs] positions in the data set, and their deal to all ranks."""
-        size = self.options.global_batch_size
-        yield from self.deals_of(self.order(epoch)[start_batch * size : self.batches_per_epoch * size])
+        for positions in self.cut(self.order(epoch))[start_batch : self.batches_per_epoch]:
+            yield positions, self._deal(positions)
 
     def deals_of(self, order: npt.NDArray[np.int64]) -> Iterator[tuple[npt.NDArray[np.int64], Deal]]:
         """The same for the positions in `order`. The last global batch may be smaller."""
-        for start in range(0, len(order), self.options.global_batch_size):
-            positions = order[start : start + self.options.global_batch_size]
+        for positions in self.cut(order):
             yield positions, self._deal(positions)
 
     def _deal(self, positions: npt.NDArray[np.int64]) -> Deal:
@@ -225,6 +290,7 @@ class GlobalBatchLoader:
                 budget_tokens=self.budget_tokens,
                 work_model=self.work_model,
                 micro_batch_multiple=self.options.micro_batch_multiple,
+                whole=self.options.by_rankings,
             )
         return deal_batch(
             self.lengths[positions],
@@ -251,7 +317,7 @@ class GlobalBatchLoader:
     def _make(self, epoch: int, start_batch: int) -> Iterator[GlobalBatch]:
         for positions, deal in self.deals(epoch, start_batch):
             yield GlobalBatch(
-                micro_batches=[self.pack(positions[numbers]) for numbers in deal[self.grid.dp_rank]],
+                micro_batches=[self.pack(positions[numbers], positions) for numbers in deal[self.grid.dp_rank]],
                 num_pairs=len(positions),
                 num_tokens=int(self.totals(positions, [pack for rank in deal for pack in rank])[0].sum()),
                 pair_indices=self.dataset.rows[positions].tolist(),
@@ -259,8 +325,9 @@ class GlobalBatchLoader:
             # Each access maps 64 KiB or more of the file; after a few hundred batches the whole file would be in memory
             self.dataset.release()
 
-    def pack(self, positions: npt.NDArray[np.int64]) -> PackedBatch:
-        """A micro-batch of these positions of the data set; with context parallelism, this rank's part of it."""
+    def pack(self, positions: npt.NDArray[np.int64], batch: npt.NDArray[np.int64] | None = None) -> PackedBatch:
+        """A micro-batch of these positions of the data set; with context parallelism, this rank's part of it. batch: the
+        positions of its global batch, on which the loss of rankings depends."""
         whole = pack_pairs(
             [self.dataset[int(position)] for position in positions],
             share_prompt=self.options.share_prompt,
@@ -274,6 +341,9 @@ class GlobalBatchLoader:
             numbers[whole.pairs.numpy()] = self.answers[positions]
             known = torch.from_numpy(self._reference_logps[numbers])
             whole = dataclasses.replace(whole, reference_logps=known)
+        if self.options.by_rankings and self.groups is not None and batch is not None:
+            shares = torch.from_numpy(ranking_shares(self.groups, positions, batch))
+            whole = dataclasses.replace(whole, ranking_shares=shares)
         return context_part(whole, self.grid.cp_rank, self.grid.context)
 
     def _refuse_longer_than_budget(self) -> None:
@@ -315,12 +385,3 @@ def prefetched(source: Iterator[Item], depth: int) -> Iterator[Item]:
     finally:
         pool.shutdown(cancel_futures=True)
         getattr(source, "close", lambda: None)()
-
-
-def _too_few_pairs(dataset: PairDataset, global_batch_size: int) -> Problem:
-    return Problem(
-        where=dataset.report.path,
-        value=f"{len(dataset)} pairs",
-        expected=f"at least one global batch of {global_batch_size}",
-        fix=f"lower policy.train_global_batch_size to {len(dataset)} or less, or add pairs",
-    )

@@ -14,6 +14,7 @@ ranks.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -108,6 +109,12 @@ class PackedBatch:
     """T without the padding."""
     part: ContextPart | None = None
     """None: the whole run is here."""
+    weights: torch.Tensor | None = None
+    """[P] float32: of each pair's loss. None: 1."""
+    reward_gaps: torch.Tensor | None = None
+    """[P] float32: the chosen answer's reward minus the rejected one's. NaN, or None for all: the data has none."""
+    ranking_shares: torch.Tensor | None = None
+    """[P] float32: of each pair in the loss of its ranking, where global batches consist of rankings."""
     reference_logps: torch.Tensor | None = None
     """[K] float32: the reference's log-probabilities, if they are known. The order is that of `answer_tokens`."""
     made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
@@ -156,20 +163,9 @@ class PackedBatch:
                 tensor = tensor.pin_memory()  # the caching allocator keeps it until the copy is done
             return tensor.to(device, non_blocking=to_cuda)
 
-        return dataclasses.replace(
-            self,
-            tokens=move(self.tokens),
-            positions=move(self.positions),
-            predict_index=move(self.predict_index),
-            targets=move(self.targets),
-            answer_index=move(self.answer_index),
-            answer_tokens=move(self.answer_tokens),
-            pairs=move(self.pairs),
-            token_weights=None if self.token_weights is None else move(self.token_weights),
-            pair_indices=move(self.pair_indices),
-            reference_logps=None if self.reference_logps is None else move(self.reference_logps),
-            part=self.part and dataclasses.replace(self.part, answer_tokens=move(self.part.answer_tokens)),
-        )
+        tensors: dict[str, Any] = {n: move(value) for n, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        part = self.part and dataclasses.replace(self.part, answer_tokens=move(self.part.answer_tokens))
+        return dataclasses.replace(self, **tensors, part=part)
 
 
 class _FlatRun:
@@ -257,7 +253,16 @@ def pack_pairs(
         pairs=torch.from_numpy(answers_of_pairs),
         pair_indices=torch.tensor([pair.index for pair in pairs], dtype=torch.int64),
         num_tokens=num_tokens,
+        weights=_known([pair.weight for pair in pairs], 1.0),
+        reward_gaps=_known([pair.rewards[0] - pair.rewards[1] for pair in pairs], math.nan),
     )
+
+
+def _known(values: Sequence[float], usual: float) -> torch.Tensor | None:
+    """float32 [P], or None if all are `usual`."""
+    found = np.array(values, dtype=np.float32)
+    usually = np.isnan(found) if math.isnan(usual) else found == usual
+    return None if usually.all() else torch.from_numpy(found)
 
 
 def _append_groups(run: _FlatRun, pairs: Sequence[TokenizedPair], same: tuple[Ints, Ints]) -> Ints:

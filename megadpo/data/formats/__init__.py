@@ -8,6 +8,7 @@ name if it has one. Nothing here imports numpy or torch, because the config chec
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
@@ -41,6 +42,10 @@ class PreferencePair:
     is_transcript: bool = False
     """The three texts are parts of Human/Assistant transcripts (transcript.py). A chat template gets their turns as
     messages."""
+    weight: float = 1.0
+    """The pair's loss is multiplied by this."""
+    rewards: tuple[float, float] = (math.nan, math.nan)
+    """Of the chosen and of the rejected answer, where the row has them."""
 
 
 @dataclass(frozen=True)

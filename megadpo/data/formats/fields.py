@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,8 @@ from megadpo.data.sources import Place
 
 Messages = tuple[Message, ...]
 
+_REWARD_FIELDS = (("chosen_reward", "rejected_reward"), ("score_chosen", "score_rejected"))
+"""As NeMo Aligner calls them, and as UltraFeedback's pairs do."""
 _MEDIA_FIELDS = ("image", "images", "video", "videos", "audio")
 
 
@@ -82,7 +86,7 @@ def some_keys(row: Mapping[str, Any]) -> str:
 def make_pair(
     row: Row, place: Place, prompt: Text, chosen: Text, rejected: Text, *, is_transcript: bool = False
 ) -> PreferencePair | list[Problem]:
-    """The pair, or the problem: equal answers, images or other media, or invalid tools."""
+    """The pair, or the problem: equal answers, images or other media, invalid tools, or an invalid weight."""
     if chosen == rejected:
         fix = "remove the row: two equal answers express no preference"
         return [Problem(str(place), "two equal answers ('chosen' equal to 'rejected')", "two different answers", fix)]
@@ -92,6 +96,10 @@ def make_pair(
     tools = read_tools(row.get("tools"), place)
     if isinstance(tools, Problem):
         return [tools]
+    weight = 1.0 if row.get("weight") is None else _number(row["weight"])
+    if not weight >= 0:
+        fix = "correct it, remove the field, or give it another name where it means something else"
+        return [Problem(str(place), f"weight {row['weight']!r}", "a number of 0 or more", fix)]
     return PreferencePair(
         prompt=prompt,
         chosen=chosen,
@@ -99,7 +107,22 @@ def make_pair(
         place=place,
         tools=tools,
         is_transcript=is_transcript,
+        weight=weight,
+        rewards=_rewards(row),
     )
+
+
+def _rewards(row: Row) -> tuple[float, float]:
+    """Of both answers, by the first names of _REWARD_FIELDS that the row has; NaN where it has none."""
+    chosen, rejected = next((names for names in _REWARD_FIELDS if all(name in row for name in names)), ("", ""))
+    return _number(row.get(chosen)), _number(row.get(rejected))
+
+
+def _number(value: Any) -> float:
+    """NaN where it is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max / 2:
+        return math.nan
+    return float(value)
 
 
 def pair_with_prompt(

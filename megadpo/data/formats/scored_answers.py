@@ -5,6 +5,8 @@ The answers may be in several pairs each; with `data.group_prompts` the prompt a
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
@@ -55,7 +57,9 @@ class ScoredAnswers(RowFormat):
         for better, worse in pairs:
             pair = pair_with_prompt(row, place, texts["prompt"], answers[better].text, answers[worse].text)
             if isinstance(pair, PreferencePair):
-                found.append(pair)
+                scores = (answers[one].score for one in (better, worse))
+                chosen_score, rejected_score = (math.nan if score is None else float(score) for score in scores)
+                found.append(dataclasses.replace(pair, rewards=(chosen_score, rejected_score)))
             elif isinstance(pair, list):
                 problems += [problem for problem in pair if problem not in problems]
         return problems or tuple(found)

@@ -132,7 +132,10 @@ def _load_dataset(source: DataSource) -> Any:
         if (Path(source.path) / "state.json").is_file():
             return datasets.load_from_disk(source.path)
         if (Path(source.path) / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(source.path)[split]
+            splits = datasets.load_from_disk(source.path)
+            if split not in splits:
+                raise DataError(_no_split(source, split, list(splits)))
+            return splits[split]
         if Path(source.path).is_dir():
             # Own cache folder: for a folder with a README, `datasets` uses its old cache even after a file changed
             cache = Path(datasets.config.HF_DATASETS_CACHE) / f"megadpo-{dataset_digest(source)[:32]}"
@@ -151,6 +154,9 @@ def _load_folder(source: DataSource, split: str, files: dict[str, list[Path]], c
     to no split, and for rows that can't be read, with file and line."""
     import datasets
 
+    named = [part.partition("[")[0].strip() for part in split.split("+")]
+    if files and not {*named} <= {*files, "all"}:
+        raise DataError(_no_split(source, split, list(files)))
     if problems := _unread_files(Path(source.path), [file for of in files.values() for file in of]):
         raise DataError(problems)
     try:
@@ -192,6 +198,12 @@ def _broken_rows(files: list[Path]) -> list[Problem]:
         except (OSError, EOFError) as error:
             problems.append(Problem(str(file), str(error), "a file that can be read", WRITE_AGAIN))
     return problems[:MOST_PROBLEMS]
+
+
+def _no_split(source: DataSource, split: str, splits: list[str]) -> Problem:
+    got = f"no split {split!r}" + ("" if source.split else ", which is taken where none is named")
+    wanted = DataSource(source.path, source.subset, splits[0]) if splits else source
+    return Problem(str(source), got, f"one of its splits: {', '.join(splits)}", f"name one, for example {wanted}")
 
 
 def _not_loaded(source: DataSource, split: str, error: Exception) -> Problem:

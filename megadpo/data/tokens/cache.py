@@ -35,7 +35,7 @@ from megadpo.data.pairs import DataReport, PairDataset
 from megadpo.data.sources.rows import source_digest, source_state
 from megadpo.data.tokens.encode import Sink
 
-_DTYPES = {"tokens": "<i4", "offsets": "<i8", "rows": "<i8", "identities": "<i8", "lines": "<i8"}
+_DTYPES = {"tokens": "<i4", "offsets": "<i8", "rows": "<i8", "identities": "<i8", "values": "<f8", "lines": "<i8"}
 _HEADER = "header.json"
 _READ_BYTES = 1 << 22
 _NOTE_LIFETIME_S = 600.0

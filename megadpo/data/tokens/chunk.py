@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -86,8 +87,15 @@ def truncate(pair: TokenizedPair, max_tokens: int, bos_token_id: int | None) -> 
     start = pair.prompt_tokens - prompt_tokens
     prompt = np.concatenate([pair.prompt_ids[:kept], pair.prompt_ids[start + kept :]])
     end = max_tokens - len(prompt)
-    masks = [None if mask is None else mask[:end] for mask in (pair.chosen_mask, pair.rejected_mask)]
-    return TokenizedPair(pair.index, prompt, pair.chosen_ids[:end], pair.rejected_ids[:end], *masks)
+    chosen_mask, rejected_mask = (None if mask is None else mask[:end] for _, mask in pair.answers)
+    return dataclasses.replace(
+        pair,
+        prompt_ids=prompt,
+        chosen_ids=pair.chosen_ids[:end],
+        rejected_ids=pair.rejected_ids[:end],
+        chosen_mask=chosen_mask,
+        rejected_mask=rejected_mask,
+    )
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megadpo.config.problems import DataError, Problem
-from megadpo.data.pairs import DataReport, PairDataset
+from megadpo.data.chosen import ChosenPairs
+from megadpo.data.pairs import DataReport, OpenedPairs, PairDataset
 from megadpo.data.sources.rows import source_digest
 from megadpo.data.tokens.cache import TokenCache
 from megadpo.data.tokens.cache_key import cache_key
@@ -25,30 +26,33 @@ if TYPE_CHECKING:
 
 
 def load_datasets(
-    cfg: Config, paths: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, vocab_size: int
-) -> dict[str, PairDataset]:
-    """Name -> pairs of each source, mapped from `data.cache_dir`. Sources that are not there yet are tokenised first.
+    cfg: Config, paths: Mapping[str, str | Sequence[str]], tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> dict[str, OpenedPairs]:
+    """Name -> pairs of each set, whose sources are one or several, mapped from `data.cache_dir`. Sources that are not there
+    yet are tokenised first.
 
     Raises DataError with every problem of every source, ConfigError for an unusable tokenizer, template or cache.
     """
     cache = None if cfg.data.cache_dir is None else TokenCache(cfg.data.cache_dir)
     workers = cfg.data.num_tokenize_workers or usable_cores()
     settings = DataSettings.from_config(cfg)
-    datasets: dict[str, PairDataset] = {}
+    opened: dict[str, PairDataset] = {}
     problems: list[Problem] = []
-    for name, path in paths.items():
+    sources = {name: [given] if isinstance(given, str) else given for name, given in paths.items()}
+    for path in dict.fromkeys(path for several in sources.values() for path in several):
         try:
-            datasets[name] = open_dataset(path, tokenizer, settings, cache=cache, num_workers=workers)
+            opened[path] = open_dataset(path, tokenizer, settings, cache=cache, num_workers=workers)
         except DataError as error:
             problems += error.problems
             continue
-        largest = datasets[name].max_token_id
+        largest = opened[path].max_token_id
         if largest >= vocab_size:
             expected = f"token ids below the model's vocabulary of {vocab_size}"
             problems.append(Problem(path, largest, expected, "use the tokenizer of this model (policy.tokenizer.name)"))
     if problems:
         raise DataError(problems)
-    return datasets
+    sets = {name: [opened[path] for path in several] for name, several in sources.items()}
+    return {name: several[0] if len(several) == 1 else ChosenPairs.of(several) for name, several in sets.items()}
 
 
 def open_dataset(

@@ -42,7 +42,7 @@ _PROGRESS_S = 10.0
 
 Sink: TypeAlias = Callable[[str, npt.NDArray[Any]], None]
 """Gets the arrays of a PairDataset in pieces: (name, values), where the name is
-'tokens', 'offsets', 'rows', 'identities' or 'lines'."""
+'tokens', 'offsets', 'rows', 'identities', 'values' or 'lines'."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +192,7 @@ class _Result:
         self._digest = hashlib.sha256(f"{_FINGERPRINT_VERSION}\n{settings.text(encoder)}\n".encode())
         self._offsets = [np.zeros(1, dtype=np.int64)]
         self._rows: list[npt.NDArray[np.int64]] = []
+        self._values: list[npt.NDArray[np.float64]] = []
         self._largest = 0
         sink("offsets", self._offsets[0])
 
@@ -214,6 +215,8 @@ class _Result:
             self._offsets.append(offsets)
             self._rows.append(pairs.rows)
             self._add_to_digest(pairs.tokens)
+            self._values.append(pairs.values)
+            self.counts.update(weighted=int((pairs.weights != 1).sum()))
             self._largest = max(self._largest, largest_id(pairs.tokens))
         lines = np.concatenate([np.zeros(chunk.first_row - self._next_row, dtype=np.int64), chunk.lines()])
         self._next_row += len(lines)
@@ -222,6 +225,7 @@ class _Result:
             "offsets": offsets,
             "rows": pairs.rows,
             "identities": pairs.identities,
+            "values": pairs.values,
             "lines": lines,
         }
         for name, values in named.items():
@@ -235,9 +239,11 @@ class _Result:
             self._sink("lines", np.zeros(self.counts["rows"] - self._next_row, dtype=np.int64))
 
     def report(self, path: str) -> DataReport:
-        """The report, with the fingerprint: sha256 of settings, all tokens, offsets and rows. It is the same from a file or
-        from the cache, for any size of chunks."""
-        for array in (*self._offsets, *self._rows):
+        """The report, with the fingerprint: sha256 of settings, all tokens, offsets and rows, and of weights and rewards where
+        a row has one. It is the same from a file or from the cache, for any size of chunks."""
+        values = np.concatenate([np.empty(0), *self._values]).reshape(-1, 3)
+        has_values = bool((values[:, 0] != 1).any() or not np.isnan(values[:, 1:]).all())
+        for array in (*self._offsets, *self._rows, *([values.ravel()] if has_values else [])):
             self._add_to_digest(array)
         known: dict[str, Any] = {
             "path": path,
@@ -248,7 +254,7 @@ class _Result:
         }
         return DataReport(**({one.name: self.counts[one.name] for one in fields(DataReport)} | known))
 
-    def _add_to_digest(self, array: npt.NDArray[np.integer[Any]]) -> None:
+    def _add_to_digest(self, array: npt.NDArray[Any]) -> None:
         little_endian = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))
         self._digest.update(little_endian.view(np.uint8).data)
 

@@ -202,8 +202,9 @@ class PairTokenizer:
             prompt = ids[text.prompt]
             chosen, chosen_mask, chosen_apart = self._answer(text, 0, prompt, ids[rows[count + number]])
             rejected, rejected_mask, rejected_apart = self._answer(text, 1, prompt, ids[rows[2 * count + number]])
-            pair = TokenizedPair(text.pair.place.row, prompt, chosen, rejected, chosen_mask, rejected_mask)
-            problem = _token_problem(text.pair, pair)
+            masks, read = (chosen_mask, rejected_mask), text.pair
+            pair = TokenizedPair(read.place.row, prompt, chosen, rejected, *masks, read.weight, read.rewards)
+            problem = _token_problem(read, pair)
             counts["tokenized_apart"] += problem is None and (chosen_apart or rejected_apart)
             yield problem or pair
 

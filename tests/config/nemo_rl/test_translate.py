@@ -91,7 +91,8 @@ def test_it_loads_and_every_idle_key_is_noted():
     cfg = load_config(NEMO, [*MEGATRON_ON, *DATA])
     assert cfg.data.train_data_path == "t.jsonl"
     assert cfg.data.val_data_paths == {"default": "v.jsonl"}
-    assert cfg.data.format_options == {"prompt_key": "question", "chosen_key": "good", "rejected_key": "bad"}
+    keys = {"prompt_key": "question", "chosen_key": "good", "rejected_key": "bad"}
+    assert keys.items() <= cfg.data.format_options.items()
     assert cfg.policy.logprob_chunk_size == 256
     assert cfg.policy.megatron_cfg.distributed_data_parallel_config.grad_reduce_in_fp32 is False
     assert cfg.dpo.max_num_steps == 150
@@ -234,7 +235,12 @@ DATA_REFUSED = [
     ({"train": {"data_path": "org/name", "split": 3}}, "data.train.split"),
     ({"train": {"data_path": "a.jsonl", "subset": "preference"}}, "data.train.subset"),
     ({"train": {"data_path": "a", "split_validation_size": 0.1}}, "data.train.split_validation_size"),
-    ({"train": [{"data_path": "a"}]}, "data.train"),
+    ({"train": ["a"]}, "data.train"),
+    ({"train": [{"data_path": "a"}, {"data_path": 3}]}, "data.train[1].data_path"),
+    (
+        {"train": [{"data_path": "a", "prompt_key": "p"}, {"data_path": "b", "prompt_key": "q"}]},
+        "data.train[1].prompt_key",
+    ),
     ({"train": {"data_path": "a.jsonl.gz", "split": "test"}}, "data.train.split"),
     ({"train": {"data_path": "a", "prompt_file": "p.txt"}}, "data.train.prompt_file"),
     ({"train": {"data_path": "a", "promt_key": "p"}}, "data.train.promt_key"),
@@ -262,11 +268,24 @@ def test_a_data_section_that_cannot_be_translated(data, where, refusals):
         {"train_data_path": "a", "val_data_path": "v"},
         {"train_data_path": "a", "val_data_paths": {"default": "v"}, "train": None, "default": None},
         {"train": {"data_path": "a", "subset": None, "split": None}, "validation": {"data_path": "v"}},
+        {"train": [{"data_path": "a"}], "validation": [{"data_path": "v"}], "default": {"split": None}},
     ],
 )
 def test_every_spelling_of_the_same_data(data, config):
     want = config(data__train_data_path="a", data__val_data_paths={"default": "v"})
     assert config(data=data) == want
+
+
+def test_lists_of_datasets_are_joined(config):
+    data = {
+        "default": {"dataset_name": "BinaryPreferenceDataset", "prompt_key": "q"},
+        "train": [{"data_path": "a.jsonl"}, {"data_path": "org/name", "subset": "s"}],
+        "validation": [{"data_path": "v.jsonl"}, {"data_path": "w", "split": "test"}],
+    }
+    found = config(data=data).data
+    assert (found.train_data_path, found.train_shares) == (("a.jsonl", "org/name:s"), None)
+    assert found.val_data_paths == {"default": ("v.jsonl", "w@test")}
+    assert found.dataset_name == "BinaryPreferenceDataset" and found.format_options["prompt_key"] == "q"
 
 
 HELPSTEER = "nvidia/HelpSteer3:preference"

@@ -92,7 +92,7 @@ def test_every_layout_trains_on_the_same_pairs_in_the_same_order(
     assert len(expected) == alone.batches_per_epoch
     everything = [index for batch in expected for index in batch.pair_indices]
     assert everything == alone.order(epoch)[: len(everything)].tolist()
-    assert len(everything) + alone.dropped_pairs_per_epoch == len(pairs)
+    assert len(everything) + alone.dropped_per_epoch == len(pairs)
     assert all(batch.num_pairs == size for batch in expected[: -1 if not drop_last else None])
 
     by_rank = [list(loader(pairs, grid=Grid(data=dp_size, rank=r), **options).batches(epoch)) for r in range(dp_size)]
@@ -138,8 +138,8 @@ def test_the_order_is_pinned(pairs: PairDataset) -> None:
 
 def test_training_drops_the_rest_and_says_how_much_and_validation_does_not(pairs: PairDataset) -> None:
     training, validation = loader(pairs), loader(pairs, drop_last=False, shuffle=False)
-    assert (training.batches_per_epoch, training.dropped_pairs_per_epoch) == (5, 3)
-    assert (validation.batches_per_epoch, validation.dropped_pairs_per_epoch) == (6, 0)
+    assert (training.batches_per_epoch, training.dropped_per_epoch) == (5, 3)
+    assert (validation.batches_per_epoch, validation.dropped_per_epoch) == (6, 0)
     last = list(validation.batches(0))[-1]
     assert last.num_pairs == 3 and last.pair_indices == [20, 21, 22]
 
@@ -215,7 +215,9 @@ def test_the_work_model_decides_what_ranks_get(pairs: PairDataset) -> None:
     flat = FlatPairs.of(
         [TokenizedPair(row, *(ids(*range(3, 3 + length)) for length in lengths)) for row, lengths in enumerate(texts)]
     )
-    made = PairDataset(flat.tokens, flat.offsets, flat.rows, flat.identities, np.arange(1, 17), pairs.report)
+    made = PairDataset(
+        flat.tokens, flat.offsets, flat.rows, flat.identities, flat.values, np.arange(1, 17), pairs.report
+    )
 
     def answers(**options: Any) -> list[int]:
         options = {"global_batch_size": 16, "budget_tokens": 2000, "grid": Grid(data=2), "shuffle": False, **options}

@@ -180,10 +180,18 @@ def test_without_a_network_the_field_and_the_fix_are_named() -> None:
 def test_a_folder_without_data_and_a_split_that_is_not_there(tmp_path: Path) -> None:
     assert "data.train_data_path" in refusal(tmp_path)
     folder = hub_folder(tmp_path)
-    assert "'valid'" in refusal(f"{folder}:a@valid")
+    said = refusal(f"{folder}:a@valid")
+    assert "no split 'valid'" in said and "one of its splits: " in said and "train" in said and "test" in said
     saved = tmp_path / "saved"
     datasets.DatasetDict({"train": datasets.Dataset.from_list(CHATS)}).save_to_disk(saved)
-    assert "'valid'" in refusal(f"{saved}@valid")
+    assert "no split 'valid'" in refusal(f"{saved}@valid")
+    other = tmp_path / "other"
+    datasets.DatasetDict(
+        {name: datasets.Dataset.from_list(CHATS) for name in ("train_prefs", "test_prefs")}
+    ).save_to_disk(other)
+    said = refusal(other)
+    assert "no split 'train', which is taken where none is named" in said
+    assert "one of its splits: train_prefs, test_prefs" in said and f"{other}@train_prefs" in said
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,10 @@ def encode(path: Path, *, num_workers: int = 1, **settings: Any) -> tuple[DataRe
     limits: dict[str, Any] = {"max_total_sequence_length": 60, "on_too_long": "drop", **settings}
 
     def sink(name: str, values: Any) -> None:
-        made[name] += values.tolist()
+        made[name] += [None if value != value else value for value in values.tolist()]  # NaN is not equal to itself
 
     report = encode_source(path, tiny_tokenizer(), DataSettings(**limits), sink=sink, num_workers=num_workers)
-    assert set(made) == {"tokens", "offsets", "rows", "identities", "lines"}
+    assert set(made) == {"tokens", "offsets", "rows", "identities", "values", "lines"}
     return report, made
 
 
