@@ -30,7 +30,7 @@ from megadpo.config.schema import Config
 from megadpo.files.atomic import sync, sync_below, write_then_rename
 from megadpo.lora.state import sharded_adapters
 from megadpo.model.manifest import AS_TRAINED, HF_TOKENIZER, INFO_FILE, FileProof, prove, write_manifest
-from megadpo.model.weights.convert import keep_hf_files
+from megadpo.model.weights.convert import copy_hf_files, keep_hf_files
 from megadpo.model.weights.dist_folder import COMMON_FILE
 from megadpo.optimizer.state import METADATA, sharded_state
 from megadpo.parallel import ParallelContext
@@ -82,7 +82,7 @@ def begin_save(
 
     def small_files() -> None:
         (partial / "model" / COMMON_FILE).write_bytes(strategy.common.content)
-        keep_hf_files(hf_files, partial / "hf", own_files)
+        (copy_hf_files if lora else keep_hf_files)(hf_files, partial / "hf", own_files)
         save_resolved(cfg, partial / "config.yaml")
         with write_then_rename(partial / INFO_FILE) as file:
             file.write_text(json.dumps(record, indent=1))

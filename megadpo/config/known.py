@@ -17,7 +17,7 @@ from typing import Any, Literal
 from megadpo.config.architecture import Architecture
 from megadpo.config.problems import Problem, covered
 from megadpo.config.schema import Config
-from megadpo.config.variants import FAMILIES, KINDS, option_fields
+from megadpo.config.variants import KINDS, option_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +72,8 @@ def find_problems(known: Known, unread: frozenset[str] = frozenset()) -> list[Pr
     if unread:
         guarded: Any = _Guard(known.cfg, "", unread)
         known = dataclasses.replace(known, cfg=guarded)
-    checks: list[Rule] = [*_RULES, *(kind.problems for kind in KINDS), _family_problems]
+    checks: list[Rule] = [*_RULES, *(kind.problems for kind in KINDS)]
     return [problem for check in checks for problem in _until_unread(check(known))]
-
-
-def _family_problems(known: Known) -> Iterator[Problem]:
-    if known.arch is not None:
-        yield from FAMILIES[known.arch.family]().problems(known)
 
 
 class _Unread(Exception):

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from megadpo.config.architecture import Architecture, Attention, Layer, Mlp, Norms, Rotary
-from megadpo.config.problems import Problem
 from megadpo.families.reading import MOST_LAYERS, HfConfig
 from megadpo.families.rope import read_rope
 from megadpo.families.rows import ATTENTION, EMBEDDING, FINAL_NORM, HEAD, MLP, Row
-
-if TYPE_CHECKING:
-    from megadpo.config.known import Known
 
 
 class Family:
@@ -83,10 +78,6 @@ class Family:
     def rotary(self, config: HfConfig, head_dim: int, length: int) -> Rotary:
         """The rotation of every layer. length: max_position_embeddings."""
         return read_rope(config, head_dim, length)
-
-    def problems(self, known: Known) -> Iterator[Problem]:
-        """What the family refuses of a run of its model, beyond what `read` refuses of config.json."""
-        yield from ()
 
     def carried(self, arch: Architecture) -> tuple[str, ...]:
         """Shell patterns of tensors on disk that nothing here computes with, such as a vision tower's: folders may have them,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from megadpo.lora.checkpoint import LoraCheckpoint
 from megadpo.lora.peft_folder import write_peft
 from megadpo.model.manifest import verify
 from megadpo.model.source import ModelSource
+from megadpo.model.weights.carried import carried_tensors
 from megadpo.model.weights.convert import (
     CARD_FILE,
     HF_FOLDER,
@@ -89,16 +91,18 @@ def _write_merged(
         raise ConfigError(Problem("--merge", True, expected, "leave it out: the adapter needs no merging"))
     adapters = {f"{module}.weight": (a, b) for module, a, b in found.tensors()}
     specs, groups = _of_hf(source.hf_files, table) if source.megatron is None else _of_megatron(source.megatron, table)
-    specs = [spec if dtype is None else dataclasses.replace(spec, dtype=dtype) for spec in specs]
+    kept = {name for entry in table.entries if entry.row.frozen for name in entry.hf}
+    specs = [spec if dtype is None or spec.name in kept else dataclasses.replace(spec, dtype=dtype) for spec in specs]
 
     def merged(name: str, weight: torch.Tensor) -> torch.Tensor:
         if name not in adapters:
-            return weight.to(dtype or weight.dtype)
+            return weight if name in kept else weight.to(dtype or weight.dtype)
         a, b = adapters[name]
         return (weight.float() + b.float() @ a.float() * found.peft.scale).to(dtype or weight.dtype)
 
     tensors = ({name: merged(name, weight) for name, weight in group.items()} for group in groups)
-    write_hf_weights(folder, specs, tensors, max_file_bytes)
+    others, their_tensors = carried_tensors(source.hf_files)
+    write_hf_weights(folder, [*specs, *others], itertools.chain(tensors, their_tensors), max_file_bytes)
     copy_hf_files(found.folder / HF_FOLDER, folder)
     correct_dtype(folder / "config.json", specs)
 

@@ -3,7 +3,6 @@ as they are."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,28 +17,26 @@ FOLDER = "carried"
 
 
 def keep_carried(source: str | Path, target: str | Path) -> None:
-    """Write the tensors that the model folder `source` (with its own weights, or hf/ of a checkpoint) carries to `target`,
-    hf/ of a checkpoint; nothing where there are none. Memory: one tensor."""
-    source, target = Path(source), Path(target) / FOLDER
+    """Write the tensors that the model folder `source` carries to `target`, hf/ of a checkpoint; nothing where there are none.
+    Memory: one tensor."""
+    specs, tensors = carried_tensors(source)
+    if specs:
+        (Path(target) / FOLDER).mkdir(parents=True)
+        write_hf_weights(Path(target) / FOLDER, specs, tensors)
+
+
+def carried_tensors(source: str | Path) -> tuple[list[TensorSpec], Iterator[dict[str, torch.Tensor]]]:
+    """What the model folder `source` carries, a Hugging Face folder or hf/ of a checkpoint; read one by one."""
+    source = Path(source)
     if (source / FOLDER).is_dir():
-        shutil.copytree(source / FOLDER, target)
-        return
+        weights = HfWeights.open(source / FOLDER)
+        return _specs(weights, list(weights.tensors)), _tensors(weights, list(weights.tensors))
     table = weight_table(read_architecture(source))
     if not table.carried or not any((source / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
-        return
+        return [], iter(())
     weights = HfWeights.open(source)
     names = weights.carried(table)
-    if names:
-        target.mkdir(parents=True)
-        write_hf_weights(target, _specs(weights, names), _tensors(weights, names))
-
-
-def carried_tensors(folder: str | Path) -> tuple[list[TensorSpec], Iterator[dict[str, torch.Tensor]]]:
-    """Of hf/ of a checkpoint: what `keep_carried` wrote there, read one by one."""
-    if not (Path(folder) / FOLDER).is_dir():
-        return [], iter(())
-    weights = HfWeights.open(Path(folder) / FOLDER)
-    return _specs(weights, list(weights.tensors)), _tensors(weights, list(weights.tensors))
+    return _specs(weights, names), _tensors(weights, names)
 
 
 def _specs(weights: HfWeights, names: list[str]) -> list[TensorSpec]:
