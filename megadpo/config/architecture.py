@@ -53,6 +53,20 @@ class Rotary:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Latent:
+    """Multi-head latent attention (arXiv 2405.04434): projections by way of a narrower vector, which has a norm."""
+
+    q_rank: int | None
+    """Width of the queries' vector; None: they are projected from the hidden state."""
+    kv_rank: int
+    """Of the vector of keys and values."""
+    rope_dim: int
+    """The last channels of a head, which alone are turned; of keys, they are the same in all heads."""
+    norm_eps: float = 1e-6
+    """Of the norms of these vectors, whatever the other norms have."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Attention:
     """Causal attention of one layer."""
 
@@ -78,6 +92,21 @@ class Attention:
     """Bias of the projection after attention."""
     qk_norm: Literal["none", "head", "head_after_rope", "width"] = "none"
     """RMSNorm of queries and keys: of each head before RoPE or after it, or of all heads together before it."""
+    latent: Latent | None = None
+    """None: queries, keys and values are projected from the hidden state."""
+
+    def weights(self, hidden: int) -> int:
+        """Of its projections, biases aside. hidden: the model's width."""
+        values = self.num_heads * self.value_dim
+        if self.latent is None:
+            return hidden * (
+                (self.num_heads + self.num_kv_heads) * self.head_dim + self.num_kv_heads * self.value_dim + values
+            )
+        one, queries = self.latent, self.num_heads * self.head_dim
+        from_hidden = queries if one.q_rank is None else one.q_rank
+        keys = self.num_heads * (self.head_dim - one.rope_dim)
+        made = (one.q_rank or 0) * queries + one.kv_rank * (keys + values)
+        return hidden * (from_hidden + one.kv_rank + one.rope_dim + values) + made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +133,10 @@ class Router:
     correction_bias: bool = False
     """A number an expert is added to scores for the choice alone. The model's folder has it; it is not trained."""
     groups: int = 1
-    """Experts stand in groups, of which a token's best `chosen_groups` count: by the sum of a group's two best scores."""
+    """Experts stand in groups, of which a token's best `chosen_groups` count: by the sum of a group's best scores."""
     chosen_groups: int = 1
+    best_of_group: int = 2
+    """How many scores of a group are added."""
     normalized: bool = False
     """A token's weights are divided by their sum, of at least `least_sum`."""
     least_sum: float = 0.0

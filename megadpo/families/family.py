@@ -19,6 +19,8 @@ class Family:
 
     classes: ClassVar[tuple[str, ...]]
     """Class names under `architectures` in config.json; the first is meant where a file names none."""
+    also_called: ClassVar[tuple[str, ...]] = ()
+    """Other model_types that files of these classes have."""
     defaults: ClassVar[dict[str, Any]] = {
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
@@ -43,12 +45,9 @@ class Family:
         # null key-value heads mean "no grouping" to transformers, a null head size that the heads share the width
         groups = heads if config.get("num_key_value_heads") is None else config.size("num_key_value_heads")
         length = config.size("max_position_embeddings")
-        head_dim = max(1, hidden // heads) if config.get("head_dim") is None else config.size("head_dim")
-        if not config.problems:
-            if hidden % heads and config.get("head_dim") is None:
-                config.report("num_attention_heads", heads, f"a divisor of hidden_size {hidden}")
-            if heads % groups:
-                config.report("num_key_value_heads", groups, f"a divisor of num_attention_heads {heads}")
+        head_dim = self.head_dim(config, hidden, heads)
+        if not config.problems and heads % groups:
+            config.report("num_key_value_heads", groups, f"a divisor of num_attention_heads {heads}")
         eps = config.number("rms_norm_eps")
         self._refuse_uncomputed(config)
         attention = Attention(
@@ -74,6 +73,14 @@ class Family:
             torch_dtype=config.get("dtype") or config.get("torch_dtype"),
             dropout=tuple(key for key in _DROPOUTS if config.raw.get(key)),
         )
+
+    def head_dim(self, config: HfConfig, hidden: int, heads: int) -> int:
+        """Channels of a query and of a key."""
+        if config.get("head_dim") is not None:
+            return config.size("head_dim")
+        if hidden % heads and not config.problems:
+            config.report("num_attention_heads", heads, f"a divisor of hidden_size {hidden}")
+        return max(1, hidden // heads)
 
     def rotary(self, config: HfConfig, head_dim: int, length: int) -> Rotary:
         """The rotation of every layer. length: max_position_embeddings."""

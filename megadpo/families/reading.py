@@ -44,7 +44,7 @@ def parse_architecture(raw: Mapping[str, Any], where: str = "config.json") -> Ar
     family = FAMILIES[name]()
     config = HfConfig(raw, name, hf_class, family.defaults, where)
     # transformers chooses the class by it
-    config.refuse("model_type", f"{name}, of the class {hf_class}", RESTORE, unless=(None, name))
+    config.refuse("model_type", f"{name}, of the class {hf_class}", RESTORE, unless=(None, name, *family.also_called))
     arch: Architecture = family.read(config)
     if config.problems:
         raise ConfigError(config.problems)

@@ -2,7 +2,8 @@
 
 A row is one parameter of a megatron-core layer and the Hugging Face tensors in it. The axes of a tensor are letters:
 h hidden, q query heads x head dim, k KV heads x head dim, d head dim, a query heads, f feed-forward, v vocabulary, n experts,
-x feed-forward of an expert, s of the shared expert.
+x feed-forward of an expert, s of the shared expert. Of latent attention: r the queries' latent, c that of keys and values,
+t the same with the turned channels of keys, u query heads x (a key's other channels and a value's), o query heads x value's.
 """
 
 from __future__ import annotations

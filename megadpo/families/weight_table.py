@@ -226,6 +226,15 @@ def _layer_sizes(layer: Layer) -> dict[str, int]:
         "d": attention.head_dim,
         "a": attention.num_heads,
     }
+    if attention.latent is not None:
+        latent, plain = attention.latent, attention.head_dim - attention.latent.rope_dim
+        sizes |= {
+            "r": latent.q_rank or 0,
+            "c": latent.kv_rank,
+            "t": latent.kv_rank + latent.rope_dim,
+            "u": attention.num_heads * (plain + attention.value_dim),
+            "o": attention.num_heads * attention.value_dim,
+        }
     if isinstance(feed_forward, Mlp):
         return sizes | {"f": feed_forward.ffn_size}
     shared = feed_forward.shared_ffn_size or 0

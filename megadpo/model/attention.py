@@ -85,7 +85,6 @@ class PackedAttention(torch.nn.Module):
         pack = packed_seq_params
         assert isinstance(pack, PackContext) and pack.kernel is not None, "the model was called without a PackContext"
         assert attention_mask is None and attention_bias is None, "segments are the mask"
-        plan = pack.plans[self.kind.window]
         if self.kind.qk_norm == "width":
             weights = self.q_layernorm.weight, self.k_layernorm.weight
             query, key = norm_of_all_heads(query, key, *weights, self.eps, self.tp_group)
@@ -94,7 +93,12 @@ class PackedAttention(torch.nn.Module):
             query, key = rotation(query), rotation(key)
         if self.kind.qk_norm == "head_after_rope":
             query, key = self.q_layernorm(query), self.k_layernorm(key)
-        kind = self.kind
+        return self.attend(query, key, value, pack)
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: PackContext) -> torch.Tensor:
+        """As forward, of queries and keys that are normed and turned."""
+        kind, plan = self.kind, pack.plans[self.kind.window]
+        assert pack.kernel is not None
         asked: dict[str, Any] = {"scale": kind.scale, "softcap": kind.logit_softcap, "sinks": self.softmax_offset}
         if pack.context_group is None:
             out = pack.kernel.attend(query, *pack.kernel.prepare(key, value, plan), plan, **asked)

@@ -24,9 +24,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
 
-from megadpo.config.architecture import Architecture, Experts, Layer, Mlp
+from megadpo.config.architecture import Architecture, Attention, Experts, Layer, Mlp
 from megadpo.model.activation import gated
 from megadpo.model.attention import PackedAttention, PackTransformerLayer
+from megadpo.model.latent_attention import LatentAttention
 from megadpo.model.moe import ExpertRow, PackMoELayer, PackRouter
 from megadpo.model.moe_balance import LoadBalance
 from megadpo.model.norm import ResidualAdd
@@ -73,28 +74,20 @@ def _layer_spec(
     implementation read them."""
     mlp, before = layer.feed_forward, arch.norms.placement != "post"
     dense = isinstance(mlp, Mlp)
-    joined = before and modules.norm_column is not None
+    joined, latent = before and modules.norm_column is not None, layer.attention.latent is not None
     first = modules.norm_column if joined else modules.column
-    qk_norm = modules.norm if layer.attention.qk_norm == "head" else IdentityOp
-    names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"} if before and not joined else {}
-    if names and dense:
+    names = {}
+    if before and not joined and not latent:
+        names["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
+    if before and not joined and dense:
         names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     add = _residual_add(arch, config, modules)
     return ModuleSpec(
         module=PackTransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=modules.norm if before and not joined else IdentityOp,
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=first,
-                    core_attention=functools.partial(PackedAttention, kind=layer.attention),
-                    linear_proj=modules.row,
-                    q_layernorm=qk_norm,
-                    k_layernorm=qk_norm,
-                ),
-            ),
+            # Two projections read what a latent attention's norm gives, so it is a module of its own.
+            input_layernorm=modules.norm if before and (latent or not joined) else IdentityOp,
+            self_attention=_attention(layer.attention, modules, first),
             self_attn_bda=add,
             # Experts see the normed tokens through the router too, so their norm is always a module of its own.
             pre_mlp_layernorm=modules.norm if before and not (joined and dense) else IdentityOp,
@@ -103,6 +96,24 @@ def _layer_spec(
             else ModuleSpec(module=PackMoELayer, submodules=_experts(mlp, config, modules, balance)),
             mlp_bda=add,
             sharded_state_dict_keys_map=names,
+        ),
+    )
+
+
+def _attention(kind: Attention, modules: LayerModules, first: Any) -> Any:
+    if kind.latent is not None:
+        classes = {"norm": modules.norm, "column": modules.column, "row": modules.row}
+        return ModuleSpec(module=LatentAttention, params={"kind": kind, **classes})
+    qk_norm = modules.norm if kind.qk_norm == "head" else IdentityOp
+    return ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=first,
+            core_attention=functools.partial(PackedAttention, kind=kind),
+            linear_proj=modules.row,
+            q_layernorm=qk_norm,
+            k_layernorm=qk_norm,
         ),
     )
 

@@ -158,7 +158,7 @@ def expert_weights(
 def _in_best_groups(choice: torch.Tensor, router: Router) -> torch.Tensor:
     """`choice` [t, E], with -inf for the experts of groups that are not among a token's best."""
     grouped = choice.unflatten(-1, (router.groups, -1))
-    best = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(router.chosen_groups, dim=-1).indices
+    best = grouped.topk(router.best_of_group, dim=-1).values.sum(dim=-1).topk(router.chosen_groups, dim=-1).indices
     kept = torch.zeros(grouped.shape[:2], dtype=torch.bool, device=choice.device).scatter(1, best, True)
     return grouped.masked_fill(~kept[..., None], -torch.inf).flatten(1)
 

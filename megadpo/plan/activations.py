@@ -83,6 +83,12 @@ class Estimate:
         attention = numbers * width + 4 * tokens * one.num_heads
         norms = (6 if self.arch.norms.placement == "sandwich" else 4) * self.stream
         norms += 8 * self.stream // (self.arch.hidden_size * width)
+        if (
+            one.latent is not None
+        ):  # latents before and after their norms; keys' own channels, made together with values
+            latents = 2 * ((one.latent.q_rank or 0) + one.latent.kv_rank) + one.latent.rope_dim
+            norms += latents * self.stream // self.arch.hidden_size
+            attention += tokens * one.num_heads * (one.head_dim - one.latent.rope_dim) * width
         if one.qk_norm != "none":
             norms += tokens * (one.num_heads + one.num_kv_heads) * (one.head_dim * width + 4) // self.tp
         return norms + attention // self.tp

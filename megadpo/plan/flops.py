@@ -39,7 +39,7 @@ def forward_flops(arch: Architecture, pack: Pack, layers: Sequence[Layer], *, he
     for layer, count in Counter(layers).items():
         heads, feed_forward = layer.attention, layer.feed_forward
         per_weight = 2.0 * pack.tokens * arch.hidden_size * count
-        projections += per_weight * (heads.num_heads + heads.num_kv_heads) * (heads.head_dim + heads.value_dim)
+        projections += 2.0 * pack.tokens * heads.weights(arch.hidden_size) * count
         attention += 2.0 * pack.query_keys(heads.window) * heads.num_heads * (heads.head_dim + heads.value_dim) * count
         if isinstance(feed_forward, Mlp):
             mlp += per_weight * 3 * feed_forward.ffn_size

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from megadpo.config.architecture import Architecture, Experts, Layer, Mlp
+from megadpo.config.architecture import Architecture, Attention, Experts, Latent, Layer, Mlp
 from megadpo.config.grid import Grid
 from megadpo.config.schema import Config
 from megadpo.config.schema_megatron import MegatronConfig
@@ -39,10 +39,27 @@ Chunk = Sequence[Parameter]
 def layer_parameters(arch: Architecture, layer: Layer, grid: Grid) -> Iterator[Parameter]:
     """The parameters of one layer on one rank, in the model's order."""
     tp, hidden, one, experts = grid.tensor, arch.hidden_size, layer.attention, layer.feed_forward
-    qkv = (one.num_heads + 2 * one.num_kv_heads) * one.head_dim
     norms = arch.norms.placement
     if norms != "post":
         yield Parameter(hidden)  # input norm
+    if one.latent is None:
+        yield from _attention(one, hidden, tp)
+    else:
+        yield from _latent_attention(one, one.latent, hidden, tp)
+    if norms != "pre":
+        yield Parameter(hidden)  # norm after attention
+    if norms != "post":
+        yield Parameter(hidden)  # norm before the MLP
+    if isinstance(experts, Mlp):
+        yield from _mlp(experts, hidden, tp)
+    else:
+        yield from _experts(experts, hidden, grid)
+    if norms != "pre":
+        yield Parameter(hidden)  # norm after the MLP
+
+
+def _attention(one: Attention, hidden: int, tp: int) -> Iterator[Parameter]:
+    qkv = (one.num_heads + 2 * one.num_kv_heads) * one.head_dim
     if one.sinks:
         yield Parameter(one.num_heads // tp)
     if one.qk_norm in ("head_after_rope", "width"):
@@ -56,16 +73,18 @@ def layer_parameters(arch: Architecture, layer: Layer, grid: Grid) -> Iterator[P
         yield Parameter(qkv // tp)
     if one.qk_norm == "head":
         yield from [Parameter(one.head_dim)] * 2
-    if norms != "pre":
-        yield Parameter(hidden)  # norm after attention
-    if norms != "post":
-        yield Parameter(hidden)  # norm before the MLP
-    if isinstance(experts, Mlp):
-        yield from _mlp(experts, hidden, tp)
+
+
+def _latent_attention(one: Attention, latent: Latent, hidden: int, tp: int) -> Iterator[Parameter]:
+    queries, plain = one.num_heads * one.head_dim // tp, one.head_dim - latent.rope_dim
+    if latent.q_rank is None:
+        yield Parameter(queries * hidden)
     else:
-        yield from _experts(experts, hidden, grid)
-    if norms != "pre":
-        yield Parameter(hidden)  # norm after the MLP
+        yield from (Parameter(size) for size in (latent.q_rank * hidden, latent.q_rank, queries * latent.q_rank))
+    yield Parameter((latent.kv_rank + latent.rope_dim) * hidden)
+    yield Parameter(latent.kv_rank)  # norm
+    yield Parameter(one.num_heads * (plain + one.value_dim) // tp * latent.kv_rank)
+    yield Parameter(one.num_heads * one.value_dim // tp * hidden)  # attention output
 
 
 def _experts(experts: Experts, hidden: int, grid: Grid) -> Iterator[Parameter]:

@@ -29,6 +29,8 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 MULTIPLIERS = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4, "logits_scaling": 2.5,
                "tie_word_embeddings": True}  # fmt: skip
 TIED = {"tie_word_embeddings": True}
+LATENT = {"num_key_value_heads": HEADS, "q_lora_rank": 20, "kv_lora_rank": 24, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8,
+          "v_head_dim": 10, "moe_intermediate_size": 16, "num_experts_per_tok": 2}  # fmt: skip
 TYPES = ["sliding_attention", "full_attention"] * 2
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -98,6 +100,25 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
          "sliding_window_pattern": 2, "final_logit_softcapping": 2.0,
          "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
                              "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    ),
+    "deepseek_v2": (
+        "deepseek_v2",
+        {**LATENT, "first_k_dense_replace": 1, "n_routed_experts": 6, "topk_method": "group_limited_greedy", "n_group": 3,
+         "topk_group": 2, "routed_scaling_factor": 3.0,
+         "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.7, "beta_fast": 32, "beta_slow": 1}},
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {**LATENT, "first_k_dense_replace": 1, "n_routed_experts": 8, "n_group": 4, "topk_group": 2,
+         "rope_parameters": {**YARN, "mscale": 0.5, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1}},
+    ),
+    "deepseek_v3_dense": (  # queries without a latent, as in Moonlight
+        "deepseek_v3",
+        {**LATENT, "first_k_dense_replace": LAYERS, "q_lora_rank": None, "rms_norm_eps": 1e-3, "rope_interleave": False},
+    ),
+    "glm4_moe_lite": (
+        "glm4_moe_lite",
+        {**LATENT, "v_head_dim": 20, "n_routed_experts": 8, "mlp_layer_types": ["dense", "sparse", "dense", "sparse"]},
     ),
     "gpt_oss": (
         "gpt_oss",

@@ -74,6 +74,8 @@ def _of_attention(one: Any) -> Iterator[str]:
         "head_after_rope": "norms of turned heads",
         "width": "norms of all heads together",
     }
+    if one.latent is not None:
+        yield "latent attention"
     if one.qkv_bias:
         yield "biases"
     if one.qk_norm != "none":

@@ -51,8 +51,7 @@ class WorkModel:
                 channels = mlp.ffn_size
             else:
                 channels = mlp.per_token * mlp.mlp.ffn_size + (mlp.shared_ffn_size or 0)
-            heads = (one.num_heads + one.num_kv_heads) * (one.head_dim + one.value_dim)
-            per_token += 2 * arch.hidden_size * (heads + 3 * channels)
+            per_token += 2 * (one.weights(arch.hidden_size) + 3 * channels * arch.hidden_size)
             per_query_key[one.window] += 2 * one.num_heads * (one.head_dim + one.value_dim)
         return cls(
             per_token=per_token,
