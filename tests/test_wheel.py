@@ -92,6 +92,7 @@ def test_it_trains_the_demo_where_there_is_no_checkout(wheel: Path, tmp_path: Pa
     assert where.startswith(str(site))
     run(str(python), "-c", DEMO_DATA)
     ranks = ["--nproc-per-node", "2", "--local-addr", "127.0.0.1"]
-    run("megadpo", "train", "demo", *ranks, "dpo.max_num_steps=3", "dpo.val_at_start=false")
+    short = ["dpo.max_num_steps=3", "policy.megatron_cfg.scheduler.lr_warmup_iters=1", "dpo.val_at_start=false"]
+    run("megadpo", "train", "demo", *ranks, *short)
     run("megadpo", "export", "demo_run/dpo/checkpoints", "trained")
     assert (tmp_path / "trained/model.safetensors").is_file()
