@@ -154,13 +154,13 @@ def config_of(case: str) -> dict[str, Any]:
     return {**config.to_dict(), "architectures": [_class(config).__name__]}
 
 
-def _config(case: str) -> Any:
+def _config(case: str, **changes: Any) -> Any:
     from transformers import AutoConfig
 
     model_type, own = CASES[case]
     if "text_config" in own:
         return AutoConfig.for_model(model_type, **{**own, "text_config": {**SIZES, **own["text_config"]}})
-    return AutoConfig.for_model(model_type, **{**SIZES, **own})
+    return AutoConfig.for_model(model_type, **{**SIZES, **own, **changes})
 
 
 def _class(config: Any) -> Any:
@@ -170,10 +170,11 @@ def _class(config: Any) -> Any:
     return (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if vision else MODEL_FOR_CAUSAL_LM_MAPPING)[type(config)]
 
 
-def make_case(folder: Path, case: str) -> Path:
-    """Save a random model of `case` in float32. Norms, biases and the like are random too: their first values are all alike,
-    and would hide which is which. So are routers' correction biases, large enough to change the choice."""
-    config = _config(case)
+def make_case(folder: Path, case: str, **changes: Any) -> Path:
+    """Save a random model of `case`, with `changes` in its config, in float32. Norms, biases and the like are random too: their
+    first values are all alike, and would hide which is which. So are routers' correction biases, large enough to change
+    the choice."""
+    config = _config(case, **changes)
     model = _class(config)._from_config(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
