@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from megadpo.lora.export import export
 from megadpo.model.weights import export_hf, import_hf
 from tests.families.cases import make_case
 from tests.helpers.overrides import BALANCE, DIST, EP2, PP2
@@ -24,12 +25,22 @@ def folder_for(path, model):
     return path
 
 
+@pytest.fixture
+def model(tmp_path):
+    folder = make_case(tmp_path / "model", "glm4_moe", vocab_size=VOCAB, max_position_embeddings=128)
+    tiny_tokenizer(vocab_size=VOCAB).save_pretrained(folder)
+    tensors = {**read_tensors(folder), BEHIND: torch.randn(3, 3)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def untrained(tensors):
+    return {name for name in tensors if name.endswith("correction_bias") or name == BEHIND}
+
+
 @pytest.mark.distributed
-def test_from_an_import_and_with_the_layers_elsewhere(tmp_path):
-    model = make_case(tmp_path / "model", "glm4_moe", vocab_size=VOCAB, max_position_embeddings=128)
-    tiny_tokenizer(vocab_size=VOCAB).save_pretrained(model)
-    before = {**read_tensors(model), BEHIND: torch.randn(3, 3)}
-    save_file(before, model / "model.safetensors", metadata={"format": "pt"})
+def test_from_an_import_and_with_the_layers_elsewhere(model, tmp_path):
+    before = read_tensors(model)
     import_hf(model, tmp_path / "megatron")
     imported = [f"policy.model_name={tmp_path / 'megatron'}"]
     whole, parts = folder_for(tmp_path / "whole", model), folder_for(tmp_path / "parts", model)
@@ -42,5 +53,17 @@ def test_from_an_import_and_with_the_layers_elsewhere(tmp_path):
     export_hf(parts / "checkpoints/step_4", tmp_path / "exported")
     after = read_tensors(tmp_path / "exported")
     assert after.keys() == before.keys()
-    same = {name for name, tensor in before.items() if torch.equal(after[name], tensor)}
-    assert same == {name for name in before if name.endswith("correction_bias") or name == BEHIND}
+    assert {name for name, tensor in before.items() if torch.equal(after[name], tensor)} == untrained(before)
+
+
+@pytest.mark.distributed
+def test_a_merged_adapter_comes_with_what_is_not_trained(model, tmp_path):
+    before = read_tensors(model)
+    run = folder_for(tmp_path / "run", model)
+    go(run / "config.yaml", 1, ["policy.megatron_cfg.peft={enabled: true, dim: 4}"], 2)
+    export(run / "checkpoints/step_2", tmp_path / "merged", merge=True, dtype=torch.bfloat16)
+    after = read_tensors(tmp_path / "merged")
+    assert after.keys() == before.keys()
+    for name in untrained(before):
+        assert torch.equal(after[name], before[name]), name
+    assert {tensor.dtype for name, tensor in after.items() if name not in untrained(before)} == {torch.bfloat16}
