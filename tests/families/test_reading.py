@@ -53,7 +53,7 @@ REFUSED = [
     ({"num_hidden_layers": 10**9}, ["num_hidden_layers"]),
     ({"num_hidden_layers": 10**30, "vocab_size": 10**12}, ["num_hidden_layers", "vocab_size"]),
     ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, ["architectures"]),
-    ({"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}, ["architectures"]),
+    ({"architectures": ["FalconForCausalLM"], "model_type": "falcon"}, ["architectures"]),
     ({"architectures": [], "model_type": "bert"}, ["architectures"]),
     ({"hidden_size": None}, ["hidden_size"]),
     ({"vocab_size": "many", "num_hidden_layers": 0}, ["num_hidden_layers", "vocab_size"]),
