@@ -33,7 +33,8 @@ def write_then_rename(target: Path, *, durable: bool = True) -> Iterator[Path]:
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
         else:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # nothing there, or no folder at all: the block's error says more
+                partial.unlink()
         raise
     if durable:
         sync(target.parent)
