@@ -121,7 +121,7 @@ def workload(cfg: Config, arch: Architecture, pairs: PairGroups, said: str, *, d
     if packing.enabled and tokens.max() > pack_tokens(cfg):
         fix = f"raise it to {tokens.max()} or more, or shorten the pairs"
         where = "policy.sequence_packing.train_mb_tokens"
-        raise ConfigError(Problem(where, packing.train_mb_tokens, f"room for a pair of {tokens.max()} tokens", fix))
+        raise ConfigError(Problem(where, packing.train_mb_tokens, f"at least a pair's {tokens.max()} tokens", fix))
     multiple, batches = cfg.policy.make_sequence_length_divisible_by, min(len(pairs) // size, MOST_BATCHES)
     padded = most = 0
     packs: list[Lengths] = []
