@@ -27,7 +27,7 @@ POINTS = [
     (DATA, "megadpo.train.setup", "open_run_inputs"),
     (CACHED_REFERENCE, "megadpo.train.setup", "attach_logps"),
     (LOADING, "megadpo.train.setup", "find_resume"),
-    (LOADING, "megadpo.train.setup", "load_weights"),
+    (LOADING, "megadpo.train.policy", "load_weights"),
     (LOADING, "megadpo.train.setup", "load_training_state"),
     (STEPS, "megadpo.train.step", "Trainer.step"),
     (SAVES, "megadpo.train.saving", "begin_save"),
