@@ -34,7 +34,7 @@ POINTS = [
     (WRITES, "megadpo.checkpoint.save", "Save.write"),
     (SAVES, "megadpo.checkpoint.save", "Save.finish"),
     (PRUNING, "megadpo.checkpoint.folder", "delete"),
-    (EXPORT, "megadpo.model.weights", "export_hf"),
+    (EXPORT, "megadpo.lora.export", "export"),
 ]
 """Phase, module, and the function in it that is the phase."""
 
