@@ -84,12 +84,18 @@ def _answers(value: Any, place: Place, problems: list[Problem]) -> Iterator[_Ans
         text, found = read_text(answer[texts[0]], f"{name}.{texts[0]}", place, is_prompt=False)
         problems += found
         score = answer.get("score")
-        if score is not None and (isinstance(score, bool) or not isinstance(score, int | float) or score != score):
-            problems.append(
-                Problem(str(place), f"{name} with the score {score!r}", "a number", "correct it; higher is better")
-            )
+        if score is not None and not _is_number(score):
+            got = f"{name} with the score {str(score)[:40]}"
+            problems.append(Problem(str(place), got, "a finite number", "correct it; higher is better"))
         elif text is not None:
             yield _Answer(text, score)
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond float64
+        return False
 
 
 def _by_score(how: str, answers: Sequence[_Answer], place: Place, problems: list[Problem]) -> list[tuple[int, int]]:

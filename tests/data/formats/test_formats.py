@@ -236,6 +236,8 @@ BAD_ROWS = [
     (scored(1, 1, 1), "3 answers of score 1"),
     (scored(1, None, 0), "answers[1] without a score"),
     (scored(1, True, 0), "answers[1] with the score True"),
+    (scored(1, float("inf")), "answers[1] with the score inf"),
+    (scored(1, 10**400), "answers[1] with the score 1000"),
     ({"prompt": "q", "answers": [{"text": "a", "score": 1}, {"answer": "b"}]}, "answers[1] with the fields 'answer'"),
     (
         {"prompt": "q", "answers": [{"text": "a", "score": 1}, {"text": "a", "score": 0}]},
