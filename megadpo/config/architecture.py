@@ -203,6 +203,8 @@ class Architecture:
     """Dtype of the stored weights, e.g. bfloat16, where config.json says."""
     dropout: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     """Keys of config.json that ask for dropout, which is never applied: log-probabilities are compared."""
+    media_tokens: tuple[int, ...] = dataclasses.field(default=(), compare=False)
+    """Ids that stand for an image or a video in a text, which only a whole vision-language model computes."""
     embedding_multiplier: float = 1.0
     embedding_multiplier_rounded: bool = False
     """To the weights' dtype, before it multiplies."""

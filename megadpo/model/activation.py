@@ -15,7 +15,7 @@ ALPHA = 1.702
 
 
 class _SwiGlu(torch.autograd.Function):
-    """For CPUs. Keeps its input only, and writes both halves of its gradient into one tensor: left to autograd, each half's
+    """Keeps its input only, and writes both halves of its gradient into one tensor: left to autograd, each half's
     gradient becomes a full-size tensor of its own, and the step takes ten times as long."""
 
     @staticmethod
