@@ -1,4 +1,4 @@
-"""The head of torch's operations, in chunks of tokens: on any device and in any dtype."""
+"""The head with torch's operations, in chunks of tokens, for every device and dtype."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ else:
 
 @LOGPROB_KERNELS.add("torch")
 class TorchHead(LogpsHead):
-    """Forward keeps one number a token (the log of the partition sum); backward computes each chunk's logits again.
+    """Forward saves one number for each token (log-sum-exp); backward computes each chunk's logits again.
 
-    Where DDP keeps the weight's gradient in a buffer (`main_grad`), backward adds each chunk's share to it: a dense
-    gradient of the whole vocabulary would be as large as the weight, while all activations are kept.
+    Where DDP keeps the weight's gradient in a buffer (`main_grad`), backward adds each chunk's share to it. A gradient of
+    its own would be as large as the weight, and would be there while all activations are still kept.
     """
 
     name, priority = "torch", 0
@@ -33,7 +33,7 @@ def _forward(ctx, hidden, weight, targets, vocab_start, group, chunk_tokens, sof
     mine = (local >= 0) & (local < weight.shape[0])
     local = local.clamp(0, weight.shape[0] - 1)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    # Row 0: log-sum-exp over this shard; row 1: the target's logit where this shard holds it.
+    # Row 0: log-sum-exp over this shard; row 1: the target's logit if this shard has it.
     parts = hidden.new_empty((2, hidden.shape[0]), dtype=dtype)
     for start in range(0, hidden.shape[0], chunk_tokens):
         rows = slice(start, start + chunk_tokens)
@@ -93,7 +93,6 @@ def _logits(hidden, weight, dtype, softcap):  # type: ignore[no-untyped-def]
 
 @functools.cache
 def _chunked_logps() -> Any:
-    """The autograd function of the two, made at first use: its base class is torch's, and a config is checked without
-    torch."""
+    """The autograd function, made at first use, because its base class is torch's."""
     members = {"forward": staticmethod(_forward), "backward": staticmethod(_backward)}
     return type("ChunkedLogps", (torch.autograd.Function,), members)
