@@ -1,9 +1,9 @@
 """Show where the time of a training step goes: megadpo profile CONFIG --out FILE.png [key=value ...]
 
 Builds the run as megadpo train does, takes --warmup steps, records --steps more with torch's profiler, and prints the
-three largest costs; FILE.png shows more of them, --trace FILE.json.gz keeps the timeline for Perfetto. Nothing is saved
-or logged of the run. Of several ranks (--nproc-per-node) each records itself and rank 0 writes. Exit code 2:
-refused, with every problem on stderr.
+three largest costs. FILE.png shows more of them; --trace FILE.json.gz keeps the timeline for Perfetto. The run saves no
+checkpoint and writes no logs. With several ranks (--nproc-per-node) each records its own steps, and rank 0 writes. Exit code
+2: refused, with every problem on stderr.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     ]
     for name, path in (("--out", options.out), ("--trace", options.trace)):
         if path is not None and not path.absolute().parent.is_dir():
-            problems.append(Problem(name, str(path), "a file in a folder that is there", "make the folder first"))
+            problems.append(Problem(name, str(path), "a file in a folder that exists", "make the folder first"))
     if options.out.suffix not in (".png", ".svg"):
         problems.append(Problem("--out", str(options.out), "a name that ends in .png or .svg", "rename it"))
     if importlib.util.find_spec("matplotlib") is None:

@@ -15,7 +15,7 @@ from megadpo.config.grid import Grid
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """This rank's place in the grid of ranks, and the groups it talks in."""
+    """This rank's place in the grid of ranks, and its process groups."""
 
     grid: Grid
     device: torch.device
@@ -24,7 +24,7 @@ class ParallelContext:
     dp_group: dist.ProcessGroup
     cp_group: dist.ProcessGroup
     etp_group: dist.ProcessGroup
-    """The ranks that cut an expert."""
+    """The ranks that share each expert's matrices (expert tensor parallel)."""
     host_group: dist.ProcessGroup
     """Every rank, by gloo: for numbers of the host, which then need not wait for the GPU."""
 
@@ -37,11 +37,8 @@ class ParallelContext:
         return self.grid.world_size
 
     def total_from_last_stage(self, tensor: torch.Tensor) -> None:
-        """Sum `tensor` in place over the data-parallel ranks of the last stage, for every rank of the world. Every
-        context-parallel rank has the same number, which counts once.
-
-        One all-reduce over dp, one broadcast over pp; the other stages' values don't count.
-        """
+        """Sum the last stage's `tensor` over its data-parallel ranks, and write the sum into `tensor` on every rank. Equal
+        values of context-parallel ranks count once. Collectives: an all-reduce over dp, a broadcast over pp."""
         dist.all_reduce(tensor, group=self.dp_group)
         self.broadcast_from_last_stage(tensor)
 
@@ -63,8 +60,8 @@ class ParallelContext:
 def initialize(sizes: Grid, device: torch.device, timeout_s: float = 1800.0) -> ParallelContext:
     """Join the world that torchrun describes in the environment (or a world of one) and make every group.
 
-    sizes: `data` and `rank` don't count; they come from the world. Raises ValueError where the other sizes don't divide
-    the world. Collectives: those of group creation, on all ranks.
+    sizes: `data` and `rank` are ignored; the world gives them. Raises ValueError where the other sizes don't divide the
+    world. Collectives: those of group creation, on all ranks.
     """
     timeout = datetime.timedelta(seconds=timeout_s)
     if not dist.is_initialized():
@@ -80,7 +77,7 @@ def initialize(sizes: Grid, device: torch.device, timeout_s: float = 1800.0) -> 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=grid.tensor,
         pipeline_model_parallel_size=grid.pipeline,
-        # None, not 1: megatron-core takes any number for the interleaved schedule
+        # None, not 1: with any number megatron-core takes the interleaved schedule
         virtual_pipeline_model_parallel_size=grid.virtual_pipeline if grid.virtual_pipeline > 1 else None,
         context_parallel_size=grid.context,
         expert_model_parallel_size=grid.expert,

@@ -84,7 +84,7 @@ class ProgressLine:
         self.message(f"{self._step_of_total(step)}  {'  '.join(fields)}  validation {name}  {seconds:.1f} s")
 
     def message_at_end(self, text: str) -> None:
-        """Print why the run ends when this is closed, below everything."""
+        """Prints `text` when this is closed, below everything."""
         self._last_text = text
 
     def message(self, text: str) -> None:
