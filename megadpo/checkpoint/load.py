@@ -214,7 +214,7 @@ def _check_optimizer(info: CheckpointInfo, optimizer: MegatronOptimizer) -> None
         raise ConfigError([Problem(where, str(info.path), "a checkpoint with optimizer state to resume from", fix)])
     if info.optimizer_format != here:
         fix = (
-            "resume with the same optimizer, optimizer.adam_impl (AdamW: torch, FusedAdam: transformer_engine) and "
+            "resume with the same optimizer, optimizer.adam_impl (AdamW: torch, FusedAdam: transformer_engine or triton) and "
             "use_distributed_optimizer, or start anew in another checkpoint_dir"
         )
         raise ConfigError([Problem(where, f"{info.path} of {info.optimizer_format}", f"state of {here}", fix)])

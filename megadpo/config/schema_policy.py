@@ -54,8 +54,9 @@ class PolicyConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda if the machine has a GPU."""
     attention_kernel: Annotated[str, OneOf(ATTENTION_KERNELS, ("auto",))] = "auto"
-    """cpu: for CPUs. sdpa: for every device. varlen: torch's flash attention, transformer_engine: its fused attention; both
-    on CUDA in bfloat16. auto: varlen where it can run, cpu on a CPU, else sdpa."""
+    """cpu: for CPUs. sdpa: for every device. varlen: torch's flash attention; flash3: its version 3, if flash_attn_3 is
+    installed; transformer_engine: its fused attention (cuDNN's); these three on CUDA in bfloat16. auto: varlen where it can
+    run, cpu on a CPU, else sdpa."""
     sequence_packing: SequencePackingConfig = field(default_factory=SequencePackingConfig)
     make_sequence_length_divisible_by: PositiveInt = 1
     """A pack is padded to a multiple of this. Left out, null or 1: context_parallel_size, with sequence_parallel times
