@@ -5,7 +5,7 @@ from __future__ import annotations
 from megadpo.config.architecture import Architecture, Rotary
 from megadpo.config.variants import FAMILIES
 from megadpo.families.qwen import Qwen2
-from megadpo.families.reading import HfConfig
+from megadpo.families.reading import HfConfig, with_media_tokens
 from megadpo.families.rope import given_rope, read_rope
 
 
@@ -19,10 +19,12 @@ class Qwen2VL(Qwen2):
         "rms_norm_eps": 1e-5,
         "rope_theta": 1e6,
         "max_window_layers": 80,
+        "image_token_id": 151655,
+        "video_token_id": 151656,
     }
 
     def read(self, config: HfConfig) -> Architecture:
-        return super().read(config.of_text())
+        return with_media_tokens(super().read(config.of_text()), config)
 
     def rotary(self, config: HfConfig, head_dim: int, length: int) -> Rotary:
         """Plain RoPE. (`mrope` has positions of time, height and width, which are equal for text.)"""

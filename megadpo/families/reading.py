@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -75,6 +76,13 @@ def _read_json(folder: Path, field: str) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError(Problem(str(path), type(raw).__name__, "a JSON object", RESTORE))
     return raw
+
+
+def with_media_tokens(arch: Architecture, config: HfConfig) -> Architecture:
+    """The text part `arch` of the vision-language model `config`, with the ids that stand for its images and videos."""
+    keys = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    ids = tuple(dict.fromkeys(config.size(key, least=0) for key in keys if config.get(key) is not None))
+    return dataclasses.replace(arch, media_tokens=ids)
 
 
 class HfConfig:

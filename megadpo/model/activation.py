@@ -19,7 +19,7 @@ _GELU_BACKWARD = functools.partial(torch.ops.aten.gelu_backward.grad_input, appr
 
 
 class _Glu(torch.autograd.Function):
-    """function(gate) * linear, for CPUs. Saves only its input, and writes both halves of its gradient into one tensor.
+    """function(gate) * linear. Saves only its input, and writes both halves of its gradient into one tensor.
     (autograd would make a full-size tensor for each half, and the step would take ten times as long.)"""
 
     @staticmethod

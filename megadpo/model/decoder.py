@@ -139,7 +139,7 @@ def _experts(
     assert balance is not None
     experts = ModuleSpec(module=SequentialMLP, submodules=_mlp(of.mlp, ColumnParallelLinear, ExpertRow))
     if config.moe_grouped_gemm:
-        linears = MLPSubmodules(linear_fc1=modules.grouped_column, linear_fc2=modules.grouped_row)
+        linears = _mlp(of.mlp, modules.grouped_column, modules.grouped_row)
         experts = ModuleSpec(module=TEGroupedMLP, submodules=linears)
     return MoESubmodules(
         router=functools.partial(PackRouter, router=of.router, balance=balance),

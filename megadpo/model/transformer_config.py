@@ -77,17 +77,19 @@ def transformer_config(
 def _activation(arch: Architecture, *, fused: bool, on_cuda: bool) -> dict[str, Any]:
     """Options for gated MLPs. On GPUs megatron-core's fused kernels are used; on CPUs the layer spec has its own
     (model/activation.py), and megatron-core only checks these options. It chooses its kernel by the gate's function:
-    F.gelu means the tanh form there (fused_bias_geglu.py)."""
+    F.gelu means the tanh form there (fused_bias_geglu.py). Its kernel of clamped gates clamps before it adds the bias, so
+    on GPUs they use the spec's too."""
     mlp = arch.mlp if arch.experts is None else arch.experts.mlp
     assert mlp is not None
+    own = fused and (not on_cuda or mlp.activation == "clamped")
     options: dict[str, Any] = {
-        "bias_activation_fusion": fused and on_cuda,
-        "use_te_activation_func": fused and not on_cuda,
+        "bias_activation_fusion": fused and not own,
+        "use_te_activation_func": own,
         "activation_func": F.silu,
     }
     if mlp.activation == "gelu_tanh":
         options["activation_func"] = F.gelu if fused else functools.partial(F.gelu, approximate="tanh")
-    if mlp.activation == "clamped" and not options["use_te_activation_func"]:
+    if mlp.activation == "clamped" and not own:
         options |= {
             "activation_func": quick_gelu,
             "activation_func_clamp_value": mlp.limit,

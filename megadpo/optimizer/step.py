@@ -1,8 +1,8 @@
-"""One optimizer step. It does not change the weights if the gradients are not finite."""
+"""One optimizer step in two halves: the gradients' norm, and the update, which is for the caller to leave out where
+something is not finite."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -48,18 +48,21 @@ def _norms_of_blocks(flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def guarded_step(optimizer: MegatronOptimizer) -> tuple[float, bool]:
-    """Clips and updates. Returns the gradient norm before clipping, and whether the weights were updated.
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Makes the gradients ready for `update`, and returns their norm before clipping. Waits for the device. Collectives:
+    an all-reduce over the model-parallel (with the distributed optimizer: also data-parallel) ranks."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
 
-    megatron-core's `step` checks for infinities only with a float16 loss scaler; otherwise it writes NaN into the weights.
-    This function does the same, but checks the norm first. Collectives: the norm's all-reduce over the model-parallel
-    (with the distributed optimizer: also data-parallel) ranks, and the parameters' all-gather.
+
+@torch.no_grad()
+def update(optimizer: MegatronOptimizer, grad_norm: float) -> None:
+    """Clips by the norm that `gradient_norm` gave, and updates the weights; on a GPU this is only queued.
+
+    megatron-core's `step` is the same, but checks for infinities only with a float16 loss scaler; otherwise it writes NaN
+    into the weights. Collectives: the parameters' all-gather.
     """
     parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    optimizer.prepare_grads()
-    grad_norm = float(optimizer.get_grad_norm())
-    if not math.isfinite(grad_norm):
-        return grad_norm, False
     for part in parts:
         parameters = part.get_parameters()
         if parameters and part.config.clip_grad > 0:
@@ -71,4 +74,3 @@ def guarded_step(optimizer: MegatronOptimizer) -> tuple[float, bool]:
                 use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
             )
     optimizer.step_with_ready_grads()
-    return grad_norm, True

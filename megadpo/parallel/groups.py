@@ -25,6 +25,8 @@ class ParallelContext:
     cp_group: dist.ProcessGroup
     etp_group: dist.ProcessGroup
     """The ranks that share each expert's matrices (expert tensor parallel)."""
+    host_group: dist.ProcessGroup
+    """Every rank, by gloo: for numbers of the host, which then need not wait for the GPU."""
 
     @property
     def rank(self) -> int:
@@ -40,6 +42,13 @@ class ParallelContext:
         dist.all_reduce(tensor, group=self.dp_group)
         self.broadcast_from_last_stage(tensor)
 
+    def largest(self, number: int) -> int:
+        """The largest `number` of any rank, on every rank. One all-reduce on the host: it waits for the other ranks to call
+        it, and not for what is queued on the GPU."""
+        found = torch.tensor([number], dtype=torch.int64)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.host_group)
+        return int(found.item())
+
     def broadcast_from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
         """Give every pipeline stage the last stage's `tensor` (same shape everywhere). One broadcast over pp."""
         if self.grid.pipeline > 1:
@@ -54,11 +63,11 @@ def initialize(sizes: Grid, device: torch.device, timeout_s: float = 1800.0) -> 
     sizes: `data` and `rank` are ignored; the world gives them. Raises ValueError where the other sizes don't divide the
     world. Collectives: those of group creation, on all ranks.
     """
+    timeout = datetime.timedelta(seconds=timeout_s)
     if not dist.is_initialized():
         if "RANK" not in os.environ:
             os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
         backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        timeout = datetime.timedelta(seconds=timeout_s)
         if os.environ["WORLD_SIZE"] == "1" and "MASTER_ADDR" not in os.environ:
             store = dist.HashStore()
             dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1, device_id=own)
@@ -75,6 +84,8 @@ def initialize(sizes: Grid, device: torch.device, timeout_s: float = 1800.0) -> 
         expert_tensor_parallel_size=grid.expert_tensor,
         create_gloo_process_groups=device.type == "cuda",  # on a CPU the groups are gloo already
     )
+    world = dist.group.WORLD
+    assert world is not None
     return ParallelContext(
         grid=grid,
         device=device,
@@ -83,6 +94,7 @@ def initialize(sizes: Grid, device: torch.device, timeout_s: float = 1800.0) -> 
         dp_group=parallel_state.get_data_parallel_group(),
         cp_group=parallel_state.get_context_parallel_group(),
         etp_group=parallel_state.get_expert_tensor_parallel_group(),
+        host_group=dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else world,
     )
 
 

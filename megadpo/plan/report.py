@@ -58,6 +58,7 @@ def _of_layout(plan: Plan) -> dict[str, Any]:
         "lengths": plan.work.said,
         "pack_tokens": plan.pack_tokens,
         "pairs_per_step": plan.work.pairs_per_batch,
+        "rankings_per_step": plan.work.rankings_per_batch,
         "tokens_per_step": plan.work.tokens_per_step,
         "flops_per_step": plan.flops_per_step,
         "micro_batches": plan.work.micro_batches,
@@ -89,9 +90,10 @@ def print_plan(plan: Plan, console: Console) -> None:
     if job.gpu is not None:
         limit, fullest = memory_limit(job.gpu, job.assumed), plan.peak_bytes
         console.print(f"Most memory of a rank: {fullest / GIB:.1f} of {limit / GIB:.1f} GiB ({fullest / limit:.0%}).")
+    rankings = "" if work.rankings_per_batch is None else f"{work.rankings_per_batch} rankings, "
     console.print(
-        f"A step: {work.pairs_per_batch} pairs, {work.tokens_per_step:,.0f} tokens, {plan.flops_per_step / 1e15:.3g} PFLOP, "
-        f"{work.micro_batches} micro-batches for each rank ({work.said})."
+        f"A step: {rankings}{work.pairs_per_batch:g} pairs, {work.tokens_per_step:,.0f} tokens, "
+        f"{plan.flops_per_step / 1e15:.3g} PFLOP, {work.micro_batches} micro-batches for each rank ({work.said})."
     )
     console.print(
         f"Pipeline: {plan.slots.idle} of {plan.slots.busy + plan.slots.idle} slots of a stage are idle (bubble "

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megadpo.checkpoint import Save, TrainingPosition, begin_save, delete_unfinished, prune_checkpoints
@@ -96,9 +95,7 @@ class Saver:
 
     def _is_written_everywhere(self) -> bool:
         assert self._writing is not None
-        written = torch.tensor([not self._writing[1].is_alive()], dtype=torch.int32, device=self._run.parallel.device)
-        dist.all_reduce(written, op=dist.ReduceOp.MIN)
-        return bool(written.item())
+        return not self._run.parallel.largest(self._writing[1].is_alive())
 
     def _finish(self) -> bool:
         """True if the checkpoint is complete, False if it may be tried again. Raises SaveError for the final failure."""

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megadpo.parallel import ParallelContext
 
@@ -22,19 +21,18 @@ class MachineWatch:
 
     def __init__(self, parallel: ParallelContext, *, monitor_gpus: bool) -> None:
         """monitor_gpus: read the GPUs that the first rank's process sees, on CUDA. Raises NVML's errors."""
-        self._device = parallel.device
+        self._parallel = parallel
         watched = monitor_gpus and parallel.rank == 0 and parallel.device.type == "cuda"
         self._gpus = _gpus() if watched else []
 
     def read(self) -> dict[str, float | None]:
-        """The metrics of the step that ended, by their full names. Collectives: a maximum of one number over the world.
+        """The metrics of the step that ended, by their full names. Collectives: `ParallelContext.largest`.
 
         The peak is that of the rank with the highest. On a GPU it is the most that torch allocated since the last call, which
         resets it. On a CPU it is the process' highest resident memory since it began.
         """
-        peak = torch.tensor([_peak_bytes(self._device)], dtype=torch.int64, device=self._device)
-        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-        found: dict[str, float | None] = {PEAK: int(peak.item()) / GIB}
+        peak = self._parallel.largest(_peak_bytes(self._parallel.device))
+        found: dict[str, float | None] = {PEAK: peak / GIB}
         for number, handle in enumerate(self._gpus):
             found |= {f"machine/gpu_{number}_{name}": value for name, value in _gpu_numbers(handle).items()}
         return found

@@ -15,6 +15,11 @@ from megadpo.data.pairs import Ints, OpenedPairs
 from megadpo.data.sources import MOST_PROBLEMS
 
 
+def first_of_rankings(prompts: Ints) -> Ints:
+    """Where each ranking begins among pairs of these prompts [N], those of a ranking side by side."""
+    return np.flatnonzero(np.diff(prompts, prepend=-1))
+
+
 def ranking_shares(groups: PairGroups, positions: Ints, batch: Ints) -> npt.NDArray[np.float32]:
     """float32 [P] for the pairs at `positions`, which have all pairs of their rankings: (pairs / rankings of the global batch
     `batch`) / pairs with the same chosen answer. With it a mean over the batch's pairs is a mean over its rankings."""

@@ -21,7 +21,7 @@ import torch
 
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.families import WeightEntry, WeightTable, read_architecture, weight_table
-from megadpo.files.atomic import write_then_rename
+from megadpo.files.atomic import delete_left_over, in_use, write_then_rename
 from megadpo.model.manifest import INFO_FILE, MANIFEST_FILE, damages, no_manifest, read_manifest, write_manifest
 from megadpo.model.weights.carried import carried_tensors, keep_carried
 from megadpo.model.weights.dist_folder import (
@@ -282,8 +282,11 @@ def target_problems(folder: str | Path) -> list[Problem]:
 
 @contextlib.contextmanager
 def written_aside(target: str | Path) -> Iterator[Path]:
-    """`write_then_rename` of a folder. Raises ConfigError if it can't be created."""
+    """`write_then_rename` of a folder, after `delete_left_over` of it; what stays is logged. Raises ConfigError if it can't
+    be created."""
     target = Path(target).absolute()
+    for path in delete_left_over(target):
+        LOG.warning(f"{path}: another process writes there now, or was killed: then delete it")
     with write_then_rename(target) as aside:
         try:
             aside.mkdir(parents=True)
@@ -291,4 +294,5 @@ def written_aside(target: str | Path) -> Iterator[Path]:
             raise ConfigError(
                 Problem(str(target), str(error), "a place that can be written", "name another")
             ) from error
-        yield aside
+        with in_use(aside):
+            yield aside
