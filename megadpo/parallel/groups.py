@@ -26,7 +26,7 @@ class ParallelContext:
     etp_group: dist.ProcessGroup
     """The ranks that share each expert's matrices (expert tensor parallel)."""
     host_group: dist.ProcessGroup
-    """Every rank, by gloo: for numbers of the host, which then need not wait for the GPU."""
+    """All ranks, with gloo: for numbers on the host, so that they don't wait for the GPU."""
 
     @property
     def rank(self) -> int:
