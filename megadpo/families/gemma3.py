@@ -1,4 +1,4 @@
-"""Gemma 3 with 4 billion parameters and more: its text model beside a vision tower, trained on texts."""
+"""Gemma 3 with 4 billion parameters and more: a text model and a vision tower. Only the text model is trained."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megadpo.families.reading import HfConfig, with_media_tokens
 
 @FAMILIES.add("gemma3")
 class Gemma3(Gemma3Text):
-    """The tower's tensors stay as they are."""
+    """The tower's tensors are kept unchanged."""
 
     classes = ("Gemma3ForConditionalGeneration",)
     defaults = Gemma3Text.defaults | {"image_token_index": 262144}

@@ -1,4 +1,4 @@
-"""Mistral Small 3.1 and 3.2: a Mistral beside a vision tower, trained on texts."""
+"""Mistral Small 3.1 and 3.2: a Mistral and a vision tower. Only the Mistral is trained."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megadpo.families.reading import HfConfig, with_media_tokens
 
 @FAMILIES.add("mistral3")
 class Mistral3(Mistral):
-    """The tower's tensors stay as they are."""
+    """The tower's tensors are kept unchanged."""
 
     classes = ("Mistral3ForConditionalGeneration",)
     defaults = Mistral.defaults | {

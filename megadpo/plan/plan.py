@@ -188,7 +188,7 @@ def optimizer_temporaries(job: Job, shards: tuple[int, int], chunks: Sequence[Ch
         return most_copied(kind.copied_bytes, max(shards), largest)
     narrow = job.bf16 and not megatron.distributed_data_parallel_config.grad_reduce_in_fp32
     copies = 4 * sum(shards) if narrow else 0
-    if not isinstance(kind, Adam) or kind.adam_impl == "transformer_engine":
+    if not isinstance(kind, Adam) or kind.adam_impl in ("transformer_engine", "triton"):
         return copies
     return copies + (4 * max(shards) if job.gpu is not None else 8 * largest)
 
