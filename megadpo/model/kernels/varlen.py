@@ -28,7 +28,7 @@ class VarlenKernel(RaggedKernel):
     computes: ClassVar[Mapping[str, str]] = {
         "window": "flash attention's own",
         "sinks": "from the log-sum-exp of scores",
-        "value_width": "the narrower ones with channels of zero",
+        "value_width": "padded with zero channels",
     }
 
     def attend(
