@@ -1,4 +1,4 @@
-"""The size of a checkpoint, by arithmetic: for the planner, and for a run before it has built anything."""
+"""Computes the size of a checkpoint from the config, for the planner and for the start of a run."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class CheckpointBytes:
     """Bytes of the tensors of one checkpoint."""
 
     weights: int
-    """Also the size of an export: with LoRA, of an adapter."""
+    """This is also the size of an export (with LoRA: of the adapter)."""
     with_optimizer: int
 
 
 def checkpoint_bytes(arch: Architecture, cfg: Config) -> CheckpointBytes:
-    """Weights as wide as they are trained, and what the optimizer keeps of each weight that `policy.freeze` leaves to
-    train, for patterns that `freeze_problems` has found nothing against; with LoRA the adapters alone. Padding is not
-    written; the distributed optimizer writes float32 weights once more, as its main parameters."""
+    """Bytes of the weights in the training dtype, and of the optimizer state of all weights that are not frozen; with LoRA only
+    those of the adapters. Call it after `freeze_problems`. Padding is not written. The distributed optimizer writes float32
+    weights a second time, as its main parameters."""
     peft = cfg.policy.megatron_cfg.peft
     plain = [one for pattern in cfg.policy.freeze for one in expand(pattern)]
     bf16, weights, trained = cfg.policy.precision == "bfloat16", 0, 0

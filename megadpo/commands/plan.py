@@ -22,12 +22,12 @@ from rich.console import Console
 from megadpo.commands import command_parser
 from megadpo.config.load import load_config
 from megadpo.config.no_effect import without_experts
+from megadpo.config.output_files import picture_problems
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.plan.inputs import architectures, choose_pairs
 from megadpo.plan.memory import GPUS, parse_assumptions
 from megadpo.plan.plan import Job, Plan, make_plan, too_large
 from megadpo.plan.report import (
-    check_picture,
     draw,
     plan_json,
     print_plan,
@@ -75,7 +75,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def prepare(options: argparse.Namespace) -> Job:
     """The job to plan. Raises UserError with the problems of the options, the config, the model's config.json or the data."""
-    problems = [] if options.picture is None else check_picture(options.picture)
+    problems = list(picture_problems("--picture", options.picture, [".svg", ".png"]))
     if options.world_size < 1:
         problems.append(Problem("--world-size", options.world_size, "1 or more", "say how many ranks there will be"))
     if options.suggest is not None and options.suggest < 1:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.util
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megadpo.commands import command_parser
+from megadpo.config.output_files import output_problems, picture_problems
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.files.atomic import write_then_rename
 
@@ -57,22 +57,8 @@ def main(arguments: Sequence[str]) -> int:
 def _option_problems(options: argparse.Namespace) -> Iterator[Problem]:
     if options.smooth < 1:
         yield Problem("--smooth", options.smooth, "1 or more", "give the number of steps to average over")
-    for name, path in (("--output", options.output), ("--table", options.table)):
-        if path is not None and not path.absolute().parent.is_dir():
-            yield Problem(name, str(path), "a file in a folder that exists", "make the folder first")
-    if options.table is not None and options.table.suffix != ".csv":
-        yield Problem("--table", str(options.table), "a name that ends in .csv", "rename it")
-    if options.output is None:
-        return
-    if importlib.util.find_spec("matplotlib") is None:
-        fix = "pip install 'megadpo[report]', or leave --output out: the table needs none"
-        yield Problem("--output", str(options.output), "matplotlib, which is not installed", fix)
-        return
-    from matplotlib.figure import Figure
-
-    kinds = sorted(Figure().canvas.get_supported_filetypes())
-    if options.output.suffix[1:].lower() not in kinds:
-        yield Problem("--output", str(options.output), f"a name that ends in one of {', '.join(kinds)}", "rename it")
+    yield from picture_problems("--output", options.output)
+    yield from output_problems("--table", options.table, [".csv"])
 
 
 def _read_runs(given: Sequence[Path], problems: list[Problem]) -> dict[str, Records]:

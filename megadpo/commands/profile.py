@@ -9,11 +9,11 @@ checkpoint and writes no logs. With several ranks (--nproc-per-node) each record
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
 from megadpo.commands import command_parser
+from megadpo.config.output_files import output_problems, picture_problems
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.launcher import add_rank_options, launch, split_rank_options, world_size
 from megadpo.train.check import checked_config
@@ -49,14 +49,8 @@ def run(options: argparse.Namespace) -> int:
         for name, value in (("--steps", options.steps), ("--warmup", options.warmup))
         if value < 1
     ]
-    for name, path in (("--out", options.out), ("--trace", options.trace)):
-        if path is not None and not path.absolute().parent.is_dir():
-            problems.append(Problem(name, str(path), "a file in a folder that exists", "make the folder first"))
-    if options.out.suffix not in (".png", ".svg"):
-        problems.append(Problem("--out", str(options.out), "a name that ends in .png or .svg", "rename it"))
-    if importlib.util.find_spec("matplotlib") is None:
-        missing = "matplotlib, which is not installed"
-        problems.append(Problem("--out", str(options.out), missing, "pip install 'megadpo[report]'"))
+    problems += picture_problems("--out", options.out, [".png", ".svg"])
+    problems += output_problems("--trace", options.trace)
     if problems:
         raise ConfigError(problems)
     profile = profile_run(cfg, warmup=options.warmup, steps=options.steps, trace=options.trace)

@@ -212,7 +212,7 @@ class Architecture:
     dropout: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     """Keys of config.json that ask for dropout. It is never applied, since log-probabilities are compared."""
     media_tokens: tuple[int, ...] = dataclasses.field(default=(), compare=False)
-    """Ids that stand for an image or a video in a text, which only a whole vision-language model computes."""
+    """Ids of tokens for which a vision-language model inserts an image or a video."""
     embedding_multiplier: float = 1.0
     embedding_multiplier_rounded: bool = False
     """Whether the multiplier is first rounded to the weights' dtype."""

@@ -76,7 +76,8 @@ def page() -> str:
                 (f"`{key.path.rpartition('.')[2]}`", key.expected, key.default, key.meaning) for key in section.keys
             ]
             table = _table(("key", "value", "default", "meaning"), rows)
-            parts.append("\n\n".join(filter(None, [f"## {section.path or TOP}", section.meaning, table])))
+            meaning = textwrap.fill(section.meaning, 130, break_long_words=False, break_on_hyphens=False)
+            parts.append("\n\n".join(filter(None, [f"## {section.path or TOP}", meaning, table])))
     limited = [
         (f"`{one.path}`", _accepted(one), "; ".join(filter(None, (one.why, one.fix))))
         for one in nemo_keys().values()

@@ -40,14 +40,14 @@ _CLASHES: dict[str, Callable[[Any, Any], bool]] = {
 
 def drop_contradicted(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
     """Removes from `tree` the values that contradict an override of another key. Returns a note for each."""
-    said = [one.partition("=")[0].lstrip("+").strip() for one in overrides if not one.startswith("~")]
+    overridden = [one.partition("=")[0].lstrip("+").strip() for one in overrides if not one.startswith("~")]
     notes = []
     for winner, others in _SAME.items():
-        if not _is_said(winner, said):
+        if not _overridden(winner, overridden):
             continue
         for other in others:
             mine, theirs = get(tree, winner), get(tree, other)
-            if theirs is None or _is_said(other, said) or not _clash(tree, winner, other):
+            if theirs is None or _overridden(other, overridden) or not _clash(tree, winner, other):
                 continue
             drop(tree, other)
             notes.append(f"{other}: {theirs!r} of the file gives way to {winner}: {mine!r} of the command line")
@@ -61,6 +61,6 @@ def _clash(tree: dict[str, Any], winner: str, other: str) -> bool:
     return _CLASHES[other](mine, theirs) if other in _CLASHES else bool(mine != theirs)
 
 
-def _is_said(path: str, said: list[str]) -> bool:
+def _overridden(path: str, overridden: list[str]) -> bool:
     """Whether the command line sets `path`, a section around it, or a key in it."""
-    return any(one == path or path.startswith(f"{one}.") or one.startswith(f"{path}.") for one in said)
+    return any(one == path or path.startswith(f"{one}.") or one.startswith(f"{path}.") for one in overridden)

@@ -71,8 +71,8 @@ class DistributedDataParallelConfig:
 
 
 FP8_TOKENS = {"blockwise": 128, "tensorwise": 16}
-"""Recipe -> the tokens of a rank, and the channels of a layer, must be a multiple of this: of a block, or of the 16 bytes to
-which cuBLAS wants float8 matrices aligned."""
+"""Recipe -> the tokens of a rank and the channels of a layer must be a multiple of this: the block's size, or the 16 bytes to
+which cuBLAS needs float8 matrices aligned."""
 
 
 @dataclass(frozen=True, kw_only=True)

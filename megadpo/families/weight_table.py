@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from megadpo.config.architecture import Architecture, Layer, Mlp
@@ -42,8 +42,6 @@ class WeightEntry:
     """Name of the tensor of all experts that some folders have instead of `hf`; empty if there is none."""
     stack_name: str
     """Name of the tensor of all experts that every folder has instead of `hf`; empty if there is none."""
-    in_base: bool = True
-    """False: no base folder has it, and whoever added the row loads and writes it (adapters)."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -126,7 +124,7 @@ class WeightTable:
     num_layers: int
     num_experts: int
     by_name: Mapping[str, WeightEntry] = field(repr=False)
-    """Megatron name (either of the two) -> entry; the tied copy of the embedding and added rows included."""
+    """Megatron name (either of the two) -> entry; the tied copy of the embedding included."""
     carried: tuple[str, ...]
     """Shell patterns of other tensors in the folder, which exports keep unchanged."""
     tied: tuple[str, str] | None
@@ -148,38 +146,29 @@ class WeightTable:
         return {name: shape for entry in self.entries for name, shape in zip(entry.hf, entry.shapes, strict=True)}
 
 
-def weight_table(
-    arch: Architecture, added: Sequence[Row] = (), added_sizes: Mapping[str, int] | None = None
-) -> WeightTable:
-    """The table of `arch.family`, written out for its layers and sizes.
-
-    added: rows of every layer whose parameters are in no base folder, such as adapters' (LoRA). added_sizes: their axes,
-    beside those of rows.py.
-    """
+def weight_table(arch: Architecture) -> WeightTable:
+    """The table of `arch.family`, written out for its layers and sizes."""
     family = FAMILIES[arch.family]()
-    sizes, layers = {"h": arch.hidden_size, "v": arch.vocab_size, "1": 1}, range(arch.num_layers)
-    of_layer = functools.cache(lambda layer: {**sizes, **_layer_sizes(layer), **(added_sizes or {})})
-
-    def rows_of(number: int, rows: Iterable[Row]) -> Iterator[WeightEntry]:
-        for row in rows:
-            yield from _layer_entries(arch, row, number, of_layer(arch.layers[number]))
-
+    sizes = {"h": arch.hidden_size, "v": arch.vocab_size, "1": 1}
+    of_layer = functools.cache(lambda layer: sizes | _layer_sizes(layer))
     entries = [_entry(arch, family.embedding, sizes)]
-    entries += [entry for n in layers for entry in rows_of(n, family.layer(arch, n))]
+    for number, layer in enumerate(arch.layers):
+        for row in family.layer(arch, number):
+            entries += _layer_entries(arch, row, number, of_layer(layer))
     entries.append(_entry(arch, family.final_norm, sizes))
     if not arch.tie_word_embeddings:
         entries.append(_entry(arch, family.head, sizes))
-    beside = [dataclasses.replace(entry, in_base=False) for n in layers for entry in rows_of(n, added)]
+    in_no_folder = []
     tied = None
     if arch.tie_word_embeddings:
         tied = family.prefix + next(iter(family.embedding.hf)), family.prefix + next(iter(family.head.hf))
         # The last pipeline stage holds a copy of the embedding, which no checkpoint and no export has.
-        beside.append(_entry(arch, dataclasses.replace(family.head, hf=family.embedding.hf), sizes))
+        in_no_folder.append(_entry(arch, dataclasses.replace(family.head, hf=family.embedding.hf), sizes))
     return WeightTable(
         entries=tuple(entries),
         num_layers=arch.num_layers,
         num_experts=arch.experts.number if arch.experts else 0,
-        by_name={name: entry for entry in (*entries, *beside) for name in entry.names},
+        by_name={name: entry for entry in (*entries, *in_no_folder) for name in entry.names},
         carried=family.carried(arch),
         tied=tied,
     )

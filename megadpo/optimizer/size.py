@@ -1,4 +1,4 @@
-"""Bytes that an optimizer keeps of each weight. Without torch."""
+"""Bytes of optimizer state for each weight. Without torch."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""One optimizer step in two halves: the gradients' norm, and the update, which is for the caller to leave out where
-something is not finite."""
+"""One optimizer step in two parts: the norm of the gradients, and the update. The caller leaves out the update if a number is
+not finite."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ def _norms_of_blocks(flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def gradient_norm(optimizer: MegatronOptimizer) -> float:
-    """Makes the gradients ready for `update`, and returns their norm before clipping. Waits for the device. Collectives:
-    an all-reduce over the model-parallel (with the distributed optimizer: also data-parallel) ranks."""
+    """Prepare the gradients for `update`; returns their norm before clipping. Waits for the device. Collectives: an all-reduce
+    over the model-parallel (with the distributed optimizer: also data-parallel) ranks."""
     optimizer.prepare_grads()
     return float(optimizer.get_grad_norm())
 
 
 @torch.no_grad()
 def update(optimizer: MegatronOptimizer, grad_norm: float) -> None:
-    """Clips by the norm that `gradient_norm` gave, and updates the weights; on a GPU this is only queued.
+    """Clip with the norm from `gradient_norm`, and update the weights. On a GPU this is only queued.
 
     megatron-core's `step` is the same, but checks for infinities only with a float16 loss scaler; otherwise it writes NaN
     into the weights. Collectives: the parameters' all-gather.

@@ -26,7 +26,7 @@ class ParallelContext:
     etp_group: dist.ProcessGroup
     """The ranks that share each expert's matrices (expert tensor parallel)."""
     host_group: dist.ProcessGroup
-    """Every rank, by gloo: for numbers of the host, which then need not wait for the GPU."""
+    """All ranks, with gloo: for numbers on the host, so that they don't wait for the GPU."""
 
     @property
     def rank(self) -> int:
@@ -57,13 +57,13 @@ class ParallelContext:
         return tensor
 
 
-def initialize(sizes: Grid, device: torch.device, timeout_s: float = 1800.0) -> ParallelContext:
+def initialize(sizes: Grid, device: torch.device) -> ParallelContext:
     """Join the world that torchrun describes in the environment (or a world of one) and make every group.
 
     sizes: `data` and `rank` are ignored; the world gives them. Raises ValueError where the other sizes don't divide the
     world. Collectives: those of group creation, on all ranks.
     """
-    timeout = datetime.timedelta(seconds=timeout_s)
+    timeout = datetime.timedelta(minutes=30)
     if not dist.is_initialized():
         if "RANK" not in os.environ:
             os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})

@@ -61,7 +61,7 @@ class Workload:
     """The work of a step, from global batches that are dealt to data-parallel ranks as in training."""
 
     pairs_per_batch: float
-    """A mean where batches are of rankings."""
+    """A mean if batches consist of rankings."""
     rankings_per_batch: int | None
     micro_batches: int
     """Largest number of micro-batches of a rank in a step."""

@@ -12,7 +12,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from megadpo.config.problems import ConfigError, Problem
 from megadpo.plan.memory import GIB, memory_limit
 from megadpo.plan.plan import Job, Plan, StagePlan
 from megadpo.plan.suggest import Suggestion
@@ -194,26 +193,8 @@ def _ranks(plan: Plan, stage: int, copy: int) -> str:
     return str(first) if together == 1 else f"{first}-{first + together - 1}"
 
 
-def check_picture(path: Path) -> list[Problem]:
-    """Why `draw` could not write `path`."""
-    problems = []
-    if path.suffix not in (".svg", ".png"):
-        problems.append(Problem("--picture", str(path), "a name that ends in .svg or .png", "rename it"))
-    if not path.absolute().parent.is_dir():
-        problems.append(Problem("--picture", str(path), "a file in an existing folder", "create the folder"))
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        fix = "pip install matplotlib, or leave --picture out: the layout is also printed as text"
-        problems.append(Problem("--picture", str(path), f"matplotlib to be installed ({error})", fix))
-    return problems
-
-
 def draw(plan: Plan, path: Path) -> None:
     """Draws a box for each rank, coloured by its stage's memory. A thick line is the end of a node."""
-    problems = check_picture(path)
-    if problems:
-        raise ConfigError(problems)
     from matplotlib import colormaps, rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

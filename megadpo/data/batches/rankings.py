@@ -16,7 +16,7 @@ from megadpo.data.sources import MOST_PROBLEMS
 
 
 def first_of_rankings(prompts: Ints) -> Ints:
-    """Where each ranking begins among pairs of these prompts [N], those of a ranking side by side."""
+    """The index of each ranking's first pair. prompts: [N], those of one ranking are next to each other."""
     return np.flatnonzero(np.diff(prompts, prepend=-1))
 
 

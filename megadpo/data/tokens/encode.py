@@ -58,7 +58,7 @@ class DataSettings:
     loss_on: LossOn = "last_turn"
     on_bad_row: OnBadRow = "refuse"
     media_tokens: tuple[int, ...] = ()
-    """As in Architecture: rows with one of them are refused."""
+    """Architecture's: rows with one of these ids are refused."""
 
     @classmethod
     def from_config(cls, cfg: Config, media_tokens: tuple[int, ...] = ()) -> DataSettings:

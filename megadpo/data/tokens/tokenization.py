@@ -235,7 +235,7 @@ class PairTokenizer:
         return ids, np.repeat(np.array([piece.in_loss for piece in pieces]), lengths), apart
 
     def _media_problem(self, pair: PreferencePair, tokenized: TokenizedPair) -> Problem | None:
-        """A token of an image or a video, typed as text: without its picture the model's numbers mean nothing."""
+        """The error for a text with the token of an image or a video: the text model can't compute it."""
         if not self.media_tokens:
             return None
         ids = np.concatenate([tokenized.prompt_ids, tokenized.chosen_ids, tokenized.rejected_ids])

@@ -79,11 +79,11 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 def _added(weight: torch.Tensor) -> torch.Tensor | None:
-    """What backward returns for a weight whose gradient is in its `main_grad`."""
+    """The gradient that backward returns for a weight whose gradient is already in its `main_grad`."""
     if getattr(weight, "zero_out_wgrad", False):
-        return None  # tied: the embedding's gradient comes too, and DDP adds that
+        return None  # tied: DDP adds the embedding's gradient, which follows
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    return torch.empty_like(weight)  # never read; with overlap_grad_reduce DDP asserts that there is one
+    return torch.empty_like(weight)  # never read, but with overlap_grad_reduce DDP asserts that there is a gradient
 
 
 def _logits(hidden, weight, dtype, softcap):  # type: ignore[no-untyped-def]

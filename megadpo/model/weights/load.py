@@ -12,7 +12,7 @@ from megadpo.config.architecture import Architecture
 from megadpo.config.grid import Grid
 from megadpo.config.problems import ConfigError
 from megadpo.families.layouts import Shape
-from megadpo.families.weight_table import MEGATRON_LAYER, WeightEntry, WeightTable, weight_table
+from megadpo.families.weight_table import MEGATRON_LAYER, WeightEntry, weight_table
 from megadpo.model.weights.hf_folder import HfWeights, Sliceable
 
 _LAYER_NAME = re.compile(re.escape(MEGATRON_LAYER).replace(r"\{i\}", r"(\d+)") + "(.*)")
@@ -67,20 +67,15 @@ def to_stored(entries: Sequence[WeightEntry], tensors: Iterable[torch.Tensor]) -
 
 
 def load_hf_weights(
-    model_chunks: Sequence[torch.nn.Module],
-    arch: Architecture,
-    folder: str | Path,
-    place: Grid,
-    table: WeightTable | None = None,
+    model_chunks: Sequence[torch.nn.Module], arch: Architecture, folder: str | Path, place: Grid
 ) -> None:
     """Load every parameter of this rank's model chunks from a Hugging Face folder, cast to the parameter's dtype.
 
-    table: a weight table of `arch` with more rows than its own, whose parameters are not loaded; None: its own.
     Collectives: none. Memory besides the parameters: the mapped pages of one parameter's tensors. Raises ConfigError with
     every problem of the folder, not only those of this rank's slices, so all ranks refuse together. Raises ValueError if
     the model is not one of `arch` at `place`.
     """
-    table = table or weight_table(arch)
+    table = weight_table(arch)
     weights = HfWeights.open(folder, table)
     problems = weights.problems(table)
     if problems:
@@ -90,8 +85,6 @@ def load_hf_weights(
             entry = table.by_name.get(name)
             if entry is None:
                 raise ValueError(f"the weight table of family {arch.family} has no row for parameter {name}")
-            if not entry.in_base:
-                continue
             rank, size = place.tp_rank, place.tensor
             if entry.expert is not None:
                 rank, size = place.etp_rank, place.expert_tensor
