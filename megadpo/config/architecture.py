@@ -97,6 +97,11 @@ class Attention:
     latent: Latent | None = None
     """None: queries, keys and values are projected from the hidden state."""
 
+    @property
+    def turns_projection(self) -> bool:
+        """Whether RoPE is all that stands between the projection of queries and keys and attention."""
+        return self.rotary is not None and self.qk_norm == "none" and self.latent is None
+
     def weights(self, hidden: int) -> int:
         """Number of weights of the projections, without biases. hidden: the model's width."""
         values = self.num_heads * self.value_dim
