@@ -25,10 +25,11 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfil
 
 .PHONY: demo test test-layouts test-long crash-test fuzz gpu-test gpu-bench lint clean
 
-# pip is given constraints.txt, so torch is the version named there and never just the newest.
-$(STAMP): setup.py constraints.txt
+# pip is given constraints, so torch is the version named there and never just the newest. The second file's lines are for
+# Python 3.13.
+$(STAMP): setup.py constraints.txt constraints-py313.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt -c constraints-py313.txt
 	touch $@
 
 .venv: $(STAMP)

@@ -109,12 +109,16 @@ def end_with_words(text: str, code: int) -> int:
 
 def quiet_libraries() -> None:
     """megatron-core warns at import of every optional package it can't find; none of them matters here. torch warns on every
-    rank of a class that megatron-core's checkpoints are made of, and of the collectives of its distributed optimizer."""
+    rank of a class that megatron-core's checkpoints are made of, of how 0.19 loads them, and of the collectives of its
+    distributed optimizer; and, built with CUDA, of a machine without."""
     warnings.filterwarnings("ignore", module="megatron")
+    for loading in ("The argument order of load has been changed", "torch.distributed is disabled"):
+        warnings.filterwarnings("ignore", loading, UserWarning, module="torch")
     warnings.filterwarnings("ignore", "Please use DTensor instead", FutureWarning, module="torch")
     collectives = r"`torch\.distributed\._?(all_gather|reduce_scatter)_\w+` is"
     warnings.filterwarnings("ignore", collectives, FutureWarning, module="torch")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+    for name in ("megatron", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _modules() -> dict[str, str]:
