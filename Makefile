@@ -21,7 +21,8 @@ GPU_STAMP := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))
 GPU_OUT ?= benchmarks/results/gpu
 GPU_PART ?= first
 GPU_HERE = $(GPU_PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# Tests start some hundred processes that import the package: it is compiled once, whatever the environment says of that.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: demo test test-layouts test-long crash-test fuzz gpu-test gpu-bench lint clean
 
