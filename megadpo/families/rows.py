@@ -4,6 +4,8 @@ A row is one parameter of a megatron-core layer and the Hugging Face tensors in 
 h hidden, q query heads x head dim, k KV heads x head dim, d head dim, a query heads, f feed-forward, v vocabulary, n experts,
 x feed-forward of an expert, s of the shared expert. Of latent attention: r the queries' latent, c that of keys and values,
 t the same with the turned channels of keys, u query heads x (a key's other channels and a value's), o query heads x value's.
+Of attention with an output gate: g query heads x (a query's channels and a gate's). Of a delta net: p key heads x a key's
+channels, y value heads x a value's, b value heads, e a value's channels, w width of the convolution, i twice p and y, j twice b.
 """
 
 from __future__ import annotations
