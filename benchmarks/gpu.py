@@ -89,7 +89,7 @@ class Job:
         longest = int((prompts + self.lengths[:, 1:].max(axis=1)).max())
         overrides = (*OURS[name].get("overrides", ()), *self.options.override)
         return OurSettings(
-            pack_tokens=max(self.options.pack_tokens, longest_pair),
+            pack_tokens=max(OURS[name].get("pack_tokens", self.options.pack_tokens), longest_pair),
             longest_tokens=longest,
             share_prompt=share,
             lean=OURS[name].get("lean", self.lean),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import subprocess
 from collections.abc import Mapping
@@ -17,15 +18,26 @@ OURS: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours-unshared": {"share_prompt": False},
     "ours-lean": {"lean": True},
+    "ours-one-pass": {"lean": True, "overrides": ("policy.megatron_cfg.optimizer.adam_impl=triton",)},
+    "ours-cached-8192": {"pack_tokens": 8192, "overrides": ("dpo.reference.mode=cached",)},
     "ours-recompute": {"overrides": ("policy.megatron_cfg.activation_checkpointing=true",)},
     "ours-torch-head": {"overrides": ("policy.logprob_kernel=torch",)},
     "ours-varlen": {"overrides": ("policy.attention_kernel=varlen",)},
     "ours-sdpa": {"overrides": ("policy.attention_kernel=sdpa",)},
+    "ours-flash3": {"overrides": ("policy.attention_kernel=flash3",)},
     "ours-te-attention": {"overrides": ("policy.attention_kernel=transformer_engine",)},
     "ours-te-layers": {"overrides": ("policy.megatron_cfg.transformer_impl=transformer_engine",)},
     "ours-local-layers": {"overrides": ("policy.megatron_cfg.transformer_impl=local",)},
     **{name: {"overrides": (f"{_FP8}.enabled=true", f"{_FP8}.fp8_recipe={recipe}")} for name, recipe in FLOAT8.items()},
 }
+
+NEEDS = {
+    "ours-one-pass": "transformer_engine",
+    "ours-flash3": "flash_attn_interface",
+    "ours-te-attention": "transformer_engine",
+    "ours-te-layers": "transformer_engine",
+}
+"""Contenders that can't run without this module."""
 
 
 def absent(options: argparse.Namespace, machine: Mapping[str, Any]) -> dict[str, str]:
@@ -38,6 +50,8 @@ def absent(options: argparse.Namespace, machine: Mapping[str, Any]) -> dict[str,
             reasons |= dict.fromkeys(options.trl, f"TRL is not importable in {options.trl_python}")
     for name in options.ours:
         reason = why_no_float8(FLOAT8[name], machine) if name in FLOAT8 else None
+        if name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None:
+            reason = f"{NEEDS[name]} is not installed"
         if reason is not None:
             reasons[name] = reason
     return reasons

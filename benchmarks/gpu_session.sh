@@ -3,7 +3,7 @@
 #
 #   benchmarks/gpu_session.sh [--out DIR] [--wheels DIR] [--data hh_train.jsonl] [--again] [PART ...]
 #
-#   first   check, te, head, four, then as many GPU tests as there is time for                           7.5 minutes at most
+#   first   check, te, kernels, head, four, then as many GPU tests as there is time for                  7.5 minutes at most
 #   test    the GPU tests that have not passed yet (as `make gpu-test`)                                  6.5
 #   trl8b   which of TRL's settings is its best at 8B's width, 8 layers, of those that fit with all      6.5
 #   8b      Llama-3.1-8B, UltraFeedback-like lengths, beside the fastest that trl8b found                7
@@ -12,10 +12,12 @@
 #   1b      Llama-3.2-1B, hh lengths (UltraFeedback-like without --data): shared and repeated prompts,   6
 #           beside the fastest that trl found
 #   fp8     float8 beside bfloat16, Llama-3.1-8B with as many layers as fit; needs Transformer Engine    6
+#   ours8b  Llama-3.1-8B: packs of 8,192 with a cached reference, AdamW in one pass, other attention     7
 #   ours    which of our settings is our best, Llama-3.2-1B                                              7
 #   of `first`:
 #   check   what is installed, what the GPU is                                                           1
 #   te      Transformer Engine beside float64 (benchmarks/gpu_te.py)                                     1
+#   kernels attention and AdamW by everything that can run here, timed (benchmarks/gpu_kernels.py)       0.9
 #   head    benchmarks/gpu_head.py                                                                       1.5
 #   four    4 layers of Llama-3.1-8B: ours and TRL beside float64                                        2.7
 #
@@ -27,14 +29,14 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-python=${PYTHON:-python3} out="" wheels="" data="" again="" parts=() first=(check te head four test)
+python=${PYTHON:-python3} out="" wheels="" data="" again="" parts=() first=(check te kernels head four test)
 while (($#)); do
   case $1 in
     --out) out=$2; shift 2 ;;
     --wheels) wheels=$2; shift 2 ;;
     --data) data=$2; shift 2 ;;
     --again) again=1; shift ;;
-    first | check | te | head | four | test | trl8b | 8b | alike | trl | 1b | fp8 | ours) parts+=("$1"); shift ;;
+    first | check | te | kernels | head | four | test | trl8b | 8b | alike | trl | 1b | fp8 | ours8b | ours) parts+=("$1"); shift ;;
     *) echo "gpu_session.sh: unknown argument $1; see its first lines" >&2; exit 2 ;;
   esac
 done
@@ -89,6 +91,7 @@ run() {
       limited "$(within 60)" "$python" -m benchmarks.gpu_machine | tee "$out/check.json"
       ;;
     te) limited "$(within 60)" "$python" benchmarks/gpu_te.py --out "$out/te.json" ;;
+    kernels) limited "$(within 70)" "$python" benchmarks/gpu_kernels.py --minutes 0.7 --out "$out/kernels.json" ;;
     head) limited "$(within 100)" "$python" benchmarks/gpu_head.py --minutes 0.9 --out "$out/head.json" ;;
     four) bench four 160 --model llama-3.1-8b --layers 4 --rounds 1 --steps 3 --float64 --ours ours --trl trl-bf16-mb2-sorted ;;
     test)
@@ -104,9 +107,11 @@ run() {
     1b) bench 1b 360 --model llama-3.2-1b "${lengths[@]}" --global-batch 64 --steps 12 --ours ours,ours-unshared \
       --trl-from "$out/trl.json" ;;
     fp8) bench fp8 360 --model llama-3.1-8b --rounds 1 --ours ours,ours-fp8,ours-fp8-tensorwise --trl "" ;;
+    ours8b) bench ours8b 420 --model llama-3.1-8b --rounds 1 --trl "" --ours \
+      ours,ours-cached-8192,ours-one-pass,ours-te-attention,ours-flash3 ;;
     ours)
       bench ours 420 --model llama-3.2-1b "${lengths[@]}" --trl "" --global-batch 64 --ours \
-        ours,ours-unshared,ours-torch-head,ours-te-attention,ours-te-layers,ours-local-layers,ours-sdpa
+        ours,ours-unshared,ours-lean,ours-one-pass,ours-torch-head,ours-te-attention,ours-flash3,ours-te-layers,ours-local-layers,ours-sdpa
       ;;
   esac
 }
@@ -139,7 +144,7 @@ for part in "${parts[@]}"; do
 done
 
 echo "== next, in this order, one a call:"
-for part in "${first[@]}" trl8b 8b alike trl 1b fp8 ours; do
+for part in "${first[@]}" trl8b 8b alike ours8b trl 1b fp8 ours; do
   ended "$part" || echo "  benchmarks/gpu_session.sh --out $out${wheels:+ --wheels $wheels}${data:+ --data $data} $part"
 done
 exit "$failed"

@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+MOST_TOKENS = 8192
+"""Of the tokenizer: more would be whole words of a small file of pairs, and sequences too short."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaSize:
-    """Sizes of a Llama; `vocab_size` is both the tokenizer's and the embedding's."""
+    """Sizes of a Llama; `vocab_size` is the embedding's, and the tokenizer's up to MOST_TOKENS."""
 
     hidden_size: int
     num_layers: int
@@ -49,6 +51,8 @@ SIZES = {
     "90m": LlamaSize(768, 12, 12, 4, 2048, 8192),
     # 113.3M parameters
     "110m": LlamaSize(768, 16, 12, 4, 2048, 8192),
+    # 494.0M parameters, the shapes of Qwen2.5-0.5B: 136.1M are a tied embedding
+    "0.5b": LlamaSize(896, 24, 14, 2, 4864, 151936, tied=True),
 }
 
 
@@ -211,7 +215,7 @@ def hugging_face_config(size: LlamaSize) -> dict[str, Any]:
 
 def make(pairs: list[dict[str, str]], folder: Path, size: LlamaSize, *, seed: int = 1, add_bos: bool = False) -> int:
     """Tokenizer and model together in `folder`; returns the number of parameters."""
-    make_tokenizer(pairs, folder, size.vocab_size, add_bos=add_bos)
+    make_tokenizer(pairs, folder, min(size.vocab_size, MOST_TOKENS), add_bos=add_bos)
     return make_weights(size, folder, seed)
 
 

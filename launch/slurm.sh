@@ -4,17 +4,17 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --signal=USR1@600
 #SBATCH --requeue
-# One `megadpo train` a node on Slurm, submitted from anywhere. Options of sbatch before the script, those of megadpo train
-# after it; paths are taken from where sbatch is called:
+# Runs one `megadpo train` on each node of a Slurm job. Options of sbatch are before the script, those of megadpo train after
+# it. Relative paths are relative to the folder in which sbatch is called:
 #
 #   sbatch --nodes=4 launch/slurm.sh [--requeue] configs/dpo_megatron.yaml \
 #       data.train_data_path=pairs.jsonl data.val_data_paths=held_out.jsonl
 #
-# Ten minutes before the time limit every rank gets SIGUSR1: it finishes its step, saves, and ends with code 143. The job
-# submitted again goes on from there; with --requeue after the script it queues itself again after the codes 143 and 75
-# (out of time), and after no other. scancel ends it for good.
-# MEGADPO_COMMAND=evaluate runs another command; where the image or the environment has to be entered first,
-# MEGADPO_PREFIX="apptainer exec --nv megadpo.sif" (any command prefix) does it.
+# Ten minutes before the time limit every rank gets SIGUSR1: it finishes its step, saves, and ends with code 143. Submit the
+# job again to continue. With --requeue after the script it queues itself again after the codes 143 and 75 (out of time), but
+# after no other code and not after scancel.
+# MEGADPO_COMMAND=evaluate runs another command. MEGADPO_PREFIX="apptainer exec --nv megadpo.sif" (or any command prefix) runs
+# it in a container or environment.
 set -euo pipefail
 
 : "${SLURM_JOB_ID:?launch/slurm.sh is for sbatch; on one machine call megadpo train itself}"
@@ -46,7 +46,7 @@ srun --kill-on-bad-exit=1 ${MEGADPO_PREFIX:-} megadpo "${MEGADPO_COMMAND:-train}
 case $code in
     75 | 143)
         if [ -n "$requeue" ]; then
-            echo "code $code: saved and not done; queued again (restarts so far: ${SLURM_RESTART_COUNT:-0})"
+            echo "code $code: saved, not finished; queued again (restarts so far: ${SLURM_RESTART_COUNT:-0})"
             scontrol requeue "$SLURM_JOB_ID"
         fi
         ;;

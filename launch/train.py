@@ -1,7 +1,6 @@
 """Train: torchrun --nproc-per-node N launch/train.py CONFIG.yaml [key=value ...]
 
-The same as `megadpo train`, which has all that it can do: python launch/train.py --help. The exit codes of a run:
-docs/running.md.
+The same as `megadpo train`. Options: python launch/train.py --help. Exit codes: docs/running.md.
 """
 
 from __future__ import annotations

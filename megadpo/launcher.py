@@ -1,9 +1,9 @@
-"""Ranks started by `megadpo train --nproc-per-node N`, with torchrun's own agent and options, but ended in our words.
+"""Starts the ranks of `megadpo train --nproc-per-node N`, with torchrun's agent and options.
 
-torchrun, told to stop, kills its ranks 30 seconds later, which is not enough to finish the step of a large model and save
-it; it exits with 1 whatever they exited with; and prints a traceback of its own after what they said. Here SIGTERM,
-SIGUSR1 and Ctrl-C are passed on and the ranks waited for, however long they take; the exit code is theirs; and the last
-words are theirs, but after a crash, where torchrun's table of the failed ranks stands below.
+It ends otherwise than torchrun. After a stop signal torchrun kills its ranks 30 seconds later, too early for a large model
+to finish its step and save. It exits with 1 whatever the ranks' exit code is, and prints its own traceback after their
+messages. Here SIGTERM, SIGUSR1 and Ctrl-C are passed on, and the ranks are waited for without a limit. The exit code is
+theirs. torchrun's table of failed ranks is printed only after a crash.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def add_rank_options(parser: argparse.ArgumentParser) -> None:
 
 
 def split_rank_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The options of `add_rank_options` among a command's arguments, for torchrun, and the others, for each rank."""
+    """Splits a command's arguments: the options of `add_rank_options`, for torchrun, and all others, for each rank."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_rank_options(parser)
     options, others = parser.parse_known_args(arguments)
@@ -77,10 +77,10 @@ def launch(ranks: Sequence[str], command: Sequence[str], *, saves: bool) -> int:
 
 
 def _signal_the_ranks_instead() -> None:
-    """From now on SIGTERM and SIGUSR1 reach the ranks as SIGUSR1, Ctrl-C as Ctrl-C, and not this process.
+    """From now on this process passes SIGTERM and SIGUSR1 on to the ranks as SIGUSR1, and Ctrl-C as Ctrl-C.
 
-    SIGUSR1 is blocked, which ranks inherit: one that comes while they are built waits until they can save
-    (`StopWatcher.install`). SIGTERM isn't: the agent ends with it the ranks that are left when one has failed.
+    SIGUSR1 is blocked here, and the ranks inherit that: a signal that comes while the model is built waits until they can
+    save (`StopWatcher.install`). SIGTERM isn't blocked: when one rank has failed, the agent ends the others with it.
     """
     import psutil
 
@@ -107,13 +107,13 @@ def under_torchrun() -> bool:
 
 
 def world_size() -> int:
-    """Ranks of this run, by what torchrun says; 1 without it."""
+    """Ranks of this run, as torchrun says; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def last_words(text: str, stream: IO[str]) -> None:
-    """Print why this rank ends. torchrun prints it again, in the table below the traceback that it ends every failed run
-    with, which no rank can keep it from."""
+    """Print why this rank ends. Under torchrun, also write it where torchrun looks: it ends every failed run with a
+    traceback and a table of failed ranks, and shows the text there."""
     print(text, file=stream, flush=True)
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if under_torchrun() and file is not None and not os.path.exists(file):

@@ -36,12 +36,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lora": {"config", "families", "parallel", "model"},
     "optimizer": {"config", "parallel", "model"},
     "reference": {"config", "files", "parallel", "model", "lora", "data.batches.pack", "data.batches.loader"},
-    "checkpoint": {"config", "files", "parallel", "model", "lora", "optimizer"},
+    "checkpoint": {"config", "families", "files", "parallel", "model", "lora", "optimizer"},
     "train": {
         *("config", "families", "files", "data", "objective", "parallel"),
         *("model", "lora", "optimizer", "reference", "checkpoint", "launcher"),
     },
-    "plan": {"config", "families", "data", "parallel", "model", "lora", "optimizer", "train.inputs"},
+    "plan": {
+        *("config", "families", "data", "parallel", "model", "lora", "optimizer", "checkpoint.size", "train.inputs"),
+    },
 }
 USES_MEGATRON_CORE = {"parallel", "model", "lora", "optimizer", "reference", "checkpoint", "train", "plan"}
 # A config is checked anywhere in under a second, so nothing heavy may come in with it.

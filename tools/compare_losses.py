@@ -1,11 +1,11 @@
-"""Do two revisions train to the same bits? Run both on one config and compare loss and gradient norm of every step.
+"""Compare two revisions bit for bit: train both with one config, and compare loss and gradient norm of every step.
 
     python tools/compare_losses.py main my-branch configs/demo_sft.yaml --nproc-per-node 2 dpo.max_num_steps=30
     python tools/compare_losses.py main . CONFIG.yaml [key=value ...]            # "." is the working tree as it stands
 
-Each revision is checked out into a temporary worktree; config, data and model paths are read from where you are.
-Nothing is kept: checkpoints are off and the logs are temporary. Exit code 0: the same bits; 1: not, and the first
-difference is printed; 2: there was nothing to compare.
+Each revision is checked out into a temporary worktree; paths of config, data and model are relative to the current folder.
+Nothing is kept: checkpoints are off and the logs are temporary. Exit code 0: the same bits; 1: other bits, and the first
+difference is printed; 2: a run failed or made no step.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def run(tree: Path, config: str, overrides: Sequence[str], nproc: int, logs: Pat
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        # Before the installed package, which is the main checkout.
+        # before the installed package, which is the main checkout
         "PYTHONPATH": os.pathsep.join([str(tree), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
     one_node = ["-m", "torch.distributed.run", "--local-addr", "127.0.0.1", "--nproc-per-node", str(nproc)]
@@ -83,7 +83,7 @@ def run(tree: Path, config: str, overrides: Sequence[str], nproc: int, logs: Pat
 
 
 def first_difference(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]]) -> str | None:
-    """A line about the first step in which a compared metric has other bits, or that only one run has; else None."""
+    """A line about the first step in which a compared metric has other bits, or that only one run has; None if there is none."""
     for row_a, row_b in itertools.zip_longest(a, b):
         if row_a is None or row_b is None:
             return f"one run ends after {min(len(a), len(b))} steps, the other goes on to {max(len(a), len(b))}"
@@ -95,7 +95,7 @@ def first_difference(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]]) -
 
 
 def bits(value: float | None) -> str:
-    """Every bit of a float, readable; JSON's decimal form reads back to the same bits."""
+    """A float in hexadecimal, which shows every bit. JSON's decimal form is read back to the same bits."""
     return "absent" if value is None else float(value).hex()
 
 

@@ -1,11 +1,11 @@
-"""The whole way in some minutes on two cores: data, warm-up, DPO, export, and what it changed.
+"""A demo in a few minutes on two cores: data, SFT, DPO, export, and a comparison of the models before and after DPO.
 
     make demo        (or: python tools/demo.py)
     python tools/demo.py --device cuda --ranks 1        the same on GPUs, one for each rank: a container's smoke test
 
-A small Llama with random weights learns to add from a pupil who forgets to carry, then learns from preference pairs
-to prefer the right sum. Both trainings run tensor-parallel in two processes, with the command that a real run uses.
-Everything is written to ./demo_run, anew each time. Exit code 1 if DPO did not do its work.
+A small Llama with random weights learns to add from a pupil who forgets to carry, then learns from preference pairs to prefer
+the right sum. Both trainings run tensor-parallel in two processes, with the command of a real run. Everything is written to
+./demo_run, which is deleted first. Exit code 1 if DPO did not reach its goal.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> int:
     export("sft")
     train("DPO: it learns to prefer the right sum; its own copy is the reference", "configs/demo.yaml", options)
     export("dpo")
-    heading("measuring both models on sums that no training has seen")
+    heading("measuring both models on held-out sums")
     before, after = score(RUN / "sft/model", held_out), score(RUN / "dpo/model", held_out)
     metrics, beta = read_metrics(RUN / "dpo/logs"), load_config("configs/demo.yaml").dpo.reference_policy_kl_penalty
     return report(before, after, metrics, beta=beta, seconds=time.monotonic() - start)
@@ -88,7 +88,7 @@ def train(title: str, config: str, options: argparse.Namespace) -> None:
 
 
 def export(stage: str) -> None:
-    """demo_run/STAGE's last checkpoint to demo_run/STAGE/model, a Hugging Face folder."""
+    """Export demo_run/STAGE's last checkpoint to demo_run/STAGE/model, a Hugging Face folder."""
     arguments = ["export", str(RUN / stage / "checkpoints"), str(RUN / stage / "model")]
     command("-m", "megadpo", *arguments, shown=f"megadpo {' '.join(arguments)}")
 
@@ -106,8 +106,8 @@ def report(before: Score, after: Score, metrics: list[dict[str, Any]], *, beta: 
     ]
     for name, field, form in rows:
         table.add_row(name, form.format(getattr(before, field)), form.format(getattr(after, field)))
-    # The reference is the model before, so the reward margin is beta x what the margin gained. The run and
-    # transformers get there on different ways: if they disagree, the export is not the model that was trained.
+    # The reference is the model before DPO, so the reward margin is beta x the increase of the margin. megadpo measured it in
+    # training and transformers on the exports: if they disagree, the export is not the trained model.
     trained = float(metrics[-1]["validation-sums/rewards/margins"])
     exported = beta * (after.mean_margin - before.mean_margin)
     reached, agree = after.preference_accuracy >= GOAL, abs(trained - exported) <= 1e-3 * abs(trained)

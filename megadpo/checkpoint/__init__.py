@@ -7,6 +7,7 @@ from megadpo.checkpoint.folder import (
     delete_unfinished,
     finish_deletions,
     prune_checkpoints,
+    unfinished_bytes,
 )
 from megadpo.checkpoint.load import load_training_state, load_weights
 from megadpo.checkpoint.save import Save, begin_save
@@ -24,4 +25,5 @@ __all__ = [
     "load_training_state",
     "load_weights",
     "prune_checkpoints",
+    "unfinished_bytes",
 ]

@@ -1,4 +1,4 @@
-"""Which checkpoint of a run: the newest, the best by a metric of validation, or one by its step."""
+"""Chooses a checkpoint of a run: the newest, the best by a validation metric, or the one of a step."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from megadpo.model.weights.convert import is_megatron_folder
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """A checkpoint itself, or those of a run's folder by step. Raises ConfigError where there is none."""
+    """[folder] if it is a checkpoint; else the checkpoints of a run's folder, by step. Raises ConfigError where there is
+    none."""
     return [folder] if is_megatron_folder(folder) else [info.path for info in _of_run(folder)]
 
 
 def choose_checkpoint(folder: Path, *, step: int | None = None, best: bool = False) -> Path:
-    """The checkpoint that is meant by a run's folder (checkpointing.checkpoint_dir), or by a checkpoint itself.
+    """`folder` if it is a checkpoint; else one of a run's folder (checkpointing.checkpoint_dir), by default the newest.
 
     best: by the run's checkpointing.metric_name, or by the loss of its only validation set. Raises ConfigError.
     """
@@ -53,7 +54,7 @@ def _of_run(folder: Path) -> list[CheckpointInfo]:
 
 
 def _best(found: list[CheckpointInfo]) -> CheckpointInfo:
-    """Of equally good ones the newest."""
+    """The best checkpoint; the newest of equally good ones."""
     metric, higher_is_better = _ranked_by(found[-1])
     measured = [info for info in found if not math.isnan(_value(info, metric))]
     if not measured:
@@ -69,7 +70,7 @@ def _value(info: CheckpointInfo, metric: str) -> float:
 
 
 def _ranked_by(info: CheckpointInfo) -> tuple[str, bool]:
-    """The metric that says which checkpoint is best, as logged, and whether higher is better."""
+    """(logged name of the metric that checkpoints are compared by, whether higher is better)."""
     cfg: dict[str, Any] = yaml.safe_load((info.path / "config.yaml").read_text(encoding="utf-8"))
     name = cfg["checkpointing"]["metric_name"]
     if name is not None:

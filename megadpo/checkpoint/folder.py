@@ -1,13 +1,13 @@
-"""The checkpoint folder: names, which ones are complete, and which ones go.
+"""The folders of checkpoints: their names, which of them are complete, and which are deleted.
 
     <checkpoint_dir>/step_<N>/model/         megatron-core distributed checkpoint: weights, optimizer state
-                              hf/            an export but for the weights: configs, tokenizer, model card
+                              hf/            an export without weights: configs, tokenizer, model card
                               rng/           random-number states, one file a rank
                               config.yaml    the resolved config of the run
                               megadpo.json   holds the TrainingPosition, and says that there is a manifest
-                              manifest.json  written last inside: size and checksums of every other file, and of itself
-A checkpoint under construction is called .step_<N>.partial and is renamed when whole; one that goes is renamed to
-.deleted.step_<N> first. So a step_<N> with manifest.json or model/ and without megadpo.json is damaged.
+                              manifest.json  written last: size and checksums of every other file, and of itself
+A checkpoint is written as .step_<N>.partial and renamed when it is complete. Before it is deleted it is renamed to
+.deleted.step_<N>. So a step_<N> with manifest.json or model/ but without megadpo.json is damaged.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DELETED_PREFIX = ".deleted."
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPosition:
-    """Where a run stands, apart from tensors: what resuming needs to go on with the very next batch.
+    """How far a run has come: what a resume needs, besides tensors, to continue with the next batch.
 
     Counts are of completed work; the next batch is number `batch` of epoch `epoch`, both from 0.
     """
@@ -40,11 +40,11 @@ class TrainingPosition:
     batch: int
     skipped_steps: int = 0
     data_fingerprint: str = ""
-    """Of the training pairs as tokenised; a resume on other data is refused."""
+    """Of the tokenised training pairs; a resume on other data is refused."""
     data_settings: dict[str, Any] = field(default_factory=dict)
-    """What else a resumed run must not change: seed, shuffle, global batch size, frozen weights."""
+    """Other settings that a resumed run must not change: seed, shuffle, global batch size, frozen weights."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Of this very step, by their logged names; validation among them where it ran after this step."""
+    """Of this step, by their logged names; validation's too, if it ran after this step."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ class CheckpointInfo:
 
 
 def partial_folder(final: Path) -> Path:
-    """Where `final` is put together before it is renamed."""
+    """The folder that a checkpoint is written to, before it is renamed to `final`."""
     return final.parent / f".{final.name}.partial"
 
 
 def read_info(path: Path) -> CheckpointInfo:
-    """The record of a complete checkpoint. Raises OSError, ValueError or KeyError for anything else."""
+    """Reads megadpo.json of a complete checkpoint. Raises OSError, ValueError or KeyError for anything else."""
     record = json.loads((path / INFO_FILE).read_text())
     if record["format"] != FORMAT:
         raise ValueError(f"{path} has checkpoint format {record['format']}, this version reads {FORMAT}")
@@ -80,14 +80,14 @@ def read_info(path: Path) -> CheckpointInfo:
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """What is or was a checkpoint of the run, by step."""
+    """The run's checkpoints by step, damaged ones too."""
     parts = (INFO_FILE, MANIFEST_FILE, "model")
     steps = {number: path for path in folder.glob("step_*") if (number := step_number(path)) is not None}
     return [steps[number] for number in sorted(steps) if any((steps[number] / part).exists() for part in parts)]
 
 
 def require_info(path: Path) -> CheckpointInfo:
-    """`read_info` of a checkpoint of a run. Raises ConfigError where megadpo.json doesn't make it one."""
+    """`read_info` of a checkpoint of a run. Raises ConfigError if megadpo.json can't be read, or is of another step."""
     try:
         info = read_info(path)
         if info.position.step != step_number(path):
@@ -109,7 +109,7 @@ def complete_checkpoints(folder: Path) -> list[CheckpointInfo]:
 
 
 def move_aside(checkpoint: Path) -> Path:
-    """Rename a damaged checkpoint, so that no run finds it; returns where it is now."""
+    """Rename a damaged checkpoint, so that no run finds it; returns its new path."""
     names = (f"{checkpoint.name}.damaged{number}" for number in ["", *range(2, 1000)])
     aside = next(path for name in names if not (path := checkpoint.parent / name).exists())
     os.replace(checkpoint, aside)
@@ -119,9 +119,9 @@ def move_aside(checkpoint: Path) -> Path:
 def prune_checkpoints(
     folder: Path, *, keep_top_k: int | None, metric: str | None, higher_is_better: bool
 ) -> list[Path]:
-    """Delete all but the `keep_top_k` best by `metric` (the newest, where None) and the newest, which a resume needs.
+    """Delete all checkpoints but the `keep_top_k` best by `metric` (None: the newest) and the newest, which a resume needs.
 
-    A checkpoint that lacks the metric, or has NaN there, counts as the worst. Returns what was deleted.
+    A checkpoint without the metric, or with NaN, counts as the worst. Returns the deleted paths.
     """
     found = complete_checkpoints(folder)
     if keep_top_k is None or len(found) <= keep_top_k:
@@ -143,13 +143,22 @@ def prune_checkpoints(
 
 
 def finish_deletions(folder: Path) -> None:
-    """Delete what is left of checkpoints that a killed run was deleting."""
+    """Finish deletions that a killed run began."""
     _delete_all(folder, f"{DELETED_PREFIX}step_*")
 
 
 def delete_unfinished(folder: Path) -> None:
-    """Delete what is there of checkpoints that a killed run was writing. For the run that owns the folder."""
+    """Delete partial checkpoints of a killed run. Only the run that owns the folder may call it."""
     _delete_all(folder, partial_folder(folder / "step_*").name)
+
+
+def unfinished_bytes(folder: Path) -> int:
+    """What `delete_unfinished` would make free."""
+    found = 0
+    for file in folder.glob(f"{partial_folder(folder / 'step_*').name}/**/*"):
+        with contextlib.suppress(OSError):  # a run that ends now deletes it
+            found += file.lstat().st_blocks * 512
+    return found
 
 
 def _delete_all(folder: Path, names: str) -> None:
@@ -158,8 +167,8 @@ def _delete_all(folder: Path, names: str) -> None:
 
 
 def delete(checkpoint: Path) -> None:
-    """Rename a checkpoint, then delete it, so that its own name never stands for a part of it, even if the process dies.
-    What can't be deleted (a file that another node has open) stays under the other name until `finish_deletions`."""
+    """Rename a checkpoint, then delete it: even if the process dies, no incomplete checkpoint has the name step_<N>. Files
+    that can't be deleted (another node has them open) stay under the new name until `finish_deletions`."""
     aside = checkpoint.parent / f"{DELETED_PREFIX}{checkpoint.name}"
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(checkpoint, aside)

@@ -1,4 +1,4 @@
-"""Reading checkpoints: weights to start from, or a whole run to go on with."""
+"""Reads checkpoints: weights to start from, or the whole state of a run to resume."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ _ONE_LAYERS_STATE = re.compile(r"optimizer\.state\..+\.layers\.\d+\.")
 def load_weights(
     model: Sequence[MegatronModule], source: ModelSource, arch: Architecture, parallel: ParallelContext
 ) -> None:
-    """Load this rank's chunks (unwrapped) from the folder that `source` names: a Hugging Face folder of shape `arch`, or a
-    Megatron checkpoint that any layout wrote, without its optimizer. A frozen model may come from a run with LoRA too: its
-    adapters are attached then.
+    """Load this rank's chunks (unwrapped) from `source`: a Hugging Face folder of shape `arch`, or a Megatron checkpoint of
+    any layout, without its optimizer. For a frozen model it may be a checkpoint of a run with LoRA; then the adapters are
+    attached too.
 
-    What is read of a checkpoint is verified first; of one without a manifest, rank 0 logs that it can't be. Collectives:
-    for a checkpoint those of require_whole_weights and dist_checkpointing.load. Raises ConfigError for a folder that is
-    damaged, or whose tensors are not this model's.
+    The parts of a checkpoint that are read are verified first; without a manifest, rank 0 logs that this is impossible.
+    Collectives: for a checkpoint those of require_whole_weights and dist_checkpointing.load. Raises ConfigError for a
+    folder that is damaged, or has the tensors of another model.
     """
     if (lora := LoraCheckpoint.open(source.megatron)) is not None:
         _load_with_adapters(model, lora, arch, parallel)
@@ -76,7 +76,7 @@ def load_weights(
 def _load_with_adapters(
     model: Sequence[MegatronModule], lora: LoraCheckpoint, arch: Architecture, parallel: ParallelContext
 ) -> None:
-    """The base's weights, and the adapters beside them: the very numbers that the run had."""
+    """The base model's weights and, unmerged, the adapters: the same numbers as in the run."""
     if any(parameter.requires_grad for chunk in model for parameter in chunk.parameters()):
         raise ConfigError(lora.not_to_train)
     load_weights(model, lora.base_source(), arch, parallel)
@@ -96,11 +96,11 @@ def load_training_state(
     scheduler: OptimizerParamScheduler,
     lora: bool,
 ) -> None:
-    """Restore weights, optimizer, schedule and random-number states of the run that wrote `info`. lora: its weights are
-    adapters, and `model` has its base's already.
+    """Restore weights, optimizer, schedule and random-number states from the checkpoint of `info`. lora: its weights are
+    adapters; `model` has the base model's weights already.
 
-    In the same layout the following losses are the same bits; in another, or from a GPU to a CPU, random-number states
-    start from the seed anew. Collectives: those of dist_checkpointing.load. Raises ConfigError where the optimizer state is
+    In the same layout the next losses have the same bits. In another layout, or from a GPU to a CPU, random-number states
+    start again from the seed. Collectives: those of dist_checkpointing.load. Raises ConfigError if the optimizer state is
     of another kind or absent.
     """
     _check_optimizer(info, optimizer)
@@ -125,12 +125,12 @@ def load_training_state(
 
 
 def _is_per_layer(checkpoint: Path) -> bool:
-    """Whether its optimizer state has a key for each layer (`sharded_weights`): the same answer on every rank."""
+    """Whether the optimizer state has a key for each layer (`sharded_weights`). The same on every rank."""
     return any(_ONE_LAYERS_STATE.search(key) for key in read_metadata(checkpoint / "model").state_dict_metadata)
 
 
 def _wanted_weights(model: Sequence[MegatronModule], *, per_layer: bool = False) -> dict[str, Any]:
-    """`sharded_weights` without the empty `_extra_state`, of which each implementation keeps others."""
+    """`sharded_weights` without the empty `_extra_state` entries, which differ between implementations of layers."""
     whole = sharded_weights(model, per_layer=per_layer)
     return {
         chunk: {name: value for name, value in state.items() if EXTRA_STATE not in name}
@@ -169,8 +169,9 @@ def _not_readable(checkpoint: Path, error: BaseException) -> ConfigError:
 
 @contextmanager
 def _nothing_executed(folder: Path) -> Iterator[None]:
-    """megatron-core's load with our readers in the places of those of torch that unpickle whatever a file asks for:
-    .metadata, objects among the tensors, common.pt. Raises ConfigError where .metadata is none."""
+    """In this context megatron-core's load reads .metadata, objects among the tensors, and common.pt with our readers,
+    which execute nothing. (torch's would unpickle them, and a pickle may run any code.) Raises ConfigError if .metadata
+    can't be read."""
     reader = MetadataGiven(folder, read_metadata(folder))
 
     def common(*_: object) -> Any:
@@ -203,7 +204,7 @@ class _DataOnlyPlanner(torch_strategy.MCoreLoadPlanner):
         data = io.BytesIO()
         torch.save(read_data(value, f"{self._folder}: {read_item.dest_index.fqn}"), data)
         data.seek(0)
-        super().load_bytes(read_item, data)  # which unpickles anything: of ours there is only data in it
+        super().load_bytes(read_item, data)  # it unpickles what we have just written: only data
 
 
 def _check_optimizer(info: CheckpointInfo, optimizer: MegatronOptimizer) -> None:
@@ -213,7 +214,7 @@ def _check_optimizer(info: CheckpointInfo, optimizer: MegatronOptimizer) -> None
         raise ConfigError([Problem(where, str(info.path), "a checkpoint with optimizer state to resume from", fix)])
     if info.optimizer_format != here:
         fix = (
-            "resume with the same optimizer, optimizer.adam_impl (AdamW: torch, FusedAdam: transformer_engine) and "
+            "resume with the same optimizer, optimizer.adam_impl (AdamW: torch, FusedAdam: transformer_engine or triton) and "
             "use_distributed_optimizer, or start anew in another checkpoint_dir"
         )
         raise ConfigError([Problem(where, f"{info.path} of {info.optimizer_format}", f"state of {here}", fix)])

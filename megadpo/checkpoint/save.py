@@ -1,4 +1,4 @@
-"""Writing a checkpoint: aside, then renamed, so that a folder called step_<N> is whole or absent."""
+"""Writes a checkpoint to a partial folder and then renames it, so that a folder called step_<N> is complete or absent."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from megadpo.optimizer.state import METADATA, sharded_state
 from megadpo.parallel import ParallelContext
 
 EXTRA_STATE = "._extra_state"
-"""In the names of what modules keep beside their parameters; grouped experts add a number to it."""
+"""Part of the names of a module's state besides parameters; grouped experts append a number."""
 
 
 def begin_save(
@@ -52,13 +52,14 @@ def begin_save(
     cfg: Config,
     copies: HostCopies | None = None,
 ) -> Save:
-    """What is to be written as <folder>/step_<N>, as it is now; with LoRA its weights are the adapters. All ranks call it
-    together.
+    """Begin the checkpoint <folder>/step_<N> of the present state; with LoRA its weights are the adapters. All ranks call
+    it together.
 
     model: the unwrapped chunks of this rank (the DDP wrapper would prefix every key). optimizer None: weights only.
-    hf_files, own_files: as `keep_hf_files` takes them, for hf/; own_files counts on rank 0. copies: where the state is
-    copied to, if training is to go on before `Save.write` has ended. Collectives: those of megatron-core's planning and
-    has_frozen_weights, a broadcast of a pickled object. Raises SaveError on every rank where the folder can't be made.
+    hf_files, own_files: as `keep_hf_files` takes them, for hf/; only rank 0's own_files are used. copies: memory that the
+    state is copied to, so that training can continue before `Save.write` has ended. Collectives: those of megatron-core's
+    planning and has_frozen_weights, a broadcast of a pickled object. Raises SaveError on every rank if the folder can't be
+    made.
     """
     final = folder / f"step_{position.step}"
     partial = partial_folder(final)
@@ -93,7 +94,7 @@ def begin_save(
 def _trained_state(
     model: Sequence[MegatronModule], optimizer: MegatronOptimizer | None, parallel: ParallelContext, *, lora: bool
 ) -> dict[str, Any]:
-    """The weights, or with LoRA the adapters, and what the optimizer keeps of them."""
+    """The weights, or with LoRA the adapters, and their optimizer state."""
     weights = sharded_adapters(model, parallel.grid) if lora else sharded_weights(model)
     if optimizer is None:
         return {"weights": weights}
@@ -103,7 +104,7 @@ def _trained_state(
 
 
 def _begin_folder(partial: Path, parallel: ParallelContext) -> None:
-    """Raises SaveError on every rank where rank 0 can't make it. Collectives: a broadcast of a pickled object."""
+    """Rank 0 makes the folder. Raises SaveError on every rank if it can't. Collectives: a broadcast of a pickled object."""
     words: list[str | None] = [None]
     if parallel.rank == 0:
         try:
@@ -118,8 +119,8 @@ def _begin_folder(partial: Path, parallel: ParallelContext) -> None:
 
 
 class Save:
-    """A checkpoint from `begin_save` to its own name. `write` may run in a thread beside training; `finish` is called by all
-    ranks together, when each has written."""
+    """A checkpoint that is being written. `write` may run in a thread beside training. All ranks call `finish` together,
+    when each has written."""
 
     def __init__(
         self,
@@ -129,7 +130,7 @@ class Save:
         rng: dict[str, Any],
         small_files: Callable[[], None],
     ) -> None:
-        """small_files: writes what rank 0 writes beside tensors."""
+        """small_files: writes the files that are not tensors; called on rank 0."""
         self.final = final
         self._partial = partial_folder(final)
         self._parallel = parallel
@@ -141,7 +142,7 @@ class Save:
         self._error: str | None = "it was not written"
 
     def write(self) -> None:
-        """This rank's files, on the disk when this returns. No collectives. What goes wrong is kept for `finish`."""
+        """Write this rank's files; they are on the disk when this returns. No collectives. `finish` reports an error."""
         try:
             self._write()
             self._error = None
@@ -154,7 +155,7 @@ class Save:
         rng = self._partial / "rng" / f"rank_{self._parallel.rank}.pt"
         torch.save(self._rng, rng)
         sync(rng)
-        # What it wrote itself, which its node still has in memory
+        # Each rank reads its own files for the checksums: its node still has them in memory
         mine = [*(self._partial / "model").glob(f"__{self._parallel.rank}_*.distcp"), rng]
         self._proofs = prove(self._partial, mine)
         if self._parallel.rank == 0:
@@ -164,10 +165,10 @@ class Save:
         sync(rng.parent.parent / "model")
 
     def finish(self, allowed: Callable[[], None] = lambda: None) -> Path:
-        """Give the checkpoint its name, if every rank has written its part; returns where it is.
+        """Give the checkpoint its name, if every rank has written its part; returns its path.
 
-        allowed: called on rank 0 right before, and may refuse by a SaveError. Raises SaveError on every rank; the partial
-        folder then stays behind, complete checkpoints are untouched, and the next save starts it anew. Collectives: an
+        allowed: called on rank 0 right before the rename; may raise SaveError to prevent it. Raises SaveError on every
+        rank. The partial folder then stays until the next save; complete checkpoints are untouched. Collectives: an
         all-gather and a broadcast of pickled objects.
         """
         mine = (self._error, self._files.bytes, self._proofs, self._written)
@@ -191,7 +192,7 @@ class Save:
         return self.final
 
     def _name(self, proofs: dict[str, FileProof], allowed: Callable[[], None]) -> None:
-        """On rank 0: manifest and rename. Raises SaveError and OSError."""
+        """On rank 0: write the manifest and rename. Raises SaveError and OSError."""
         for name in (".metadata", "metadata.json"):
             sync(self._partial / "model" / name)
         sync(self._partial / "model")
@@ -205,7 +206,7 @@ class Save:
 
 
 def _disk_error(error: BaseException | None) -> OSError | None:
-    """What the disk said; torch's zip writer stumbles over it and raises another error."""
+    """The OSError behind `error`, if there is one: after it torch's zip writer raises another error."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
@@ -221,11 +222,11 @@ def _words(reason: OSError | str, partial: Path, wanted: int) -> str:
 
 
 def sharded_weights(model: Sequence[MegatronModule], *, per_layer: bool = False) -> dict[str, Any]:
-    """The weights of this rank's chunks. Tensors go by names and layer numbers of the whole model, so that any layout
-    reads them; the names of the chunks stay in this process.
+    """The weights of this rank's chunks. Keys in the file have names and layer numbers of the whole model, so that any
+    layout can read them; the chunk names in the result are not written.
 
-    per_layer: a key for each layer, not one for all: for optimizer state where frozen layers have none, since
-    megatron-core refuses a stacked tensor with layers missing.
+    per_layer: one key for each layer, not one for all layers. Needed for optimizer state when some layers are frozen and
+    have none, because megatron-core refuses a stacked tensor with missing layers.
     """
     metadata = {**METADATA, "non_homogeneous_layers": per_layer}
     return {
@@ -235,8 +236,8 @@ def sharded_weights(model: Sequence[MegatronModule], *, per_layer: bool = False)
 
 
 def has_frozen_weights(model: Sequence[torch.nn.Module], parallel: ParallelContext) -> bool:
-    """Whether training leaves out a weight of any rank: one pipeline stage may be frozen and another not, and all have to
-    write the same keys. Collectives: an all-reduce of one number over the world."""
+    """Whether any rank has a frozen weight. All ranks must write the same kind of keys, and one pipeline stage may be frozen
+    while another is not. Collectives: an all-reduce of one number over the world."""
     frozen = any(not parameter.requires_grad for chunk in model for parameter in chunk.parameters())
     shared = torch.tensor([frozen], dtype=torch.int32, device=parallel.device)
     dist.all_reduce(shared, op=dist.ReduceOp.MAX)
@@ -244,9 +245,10 @@ def has_frozen_weights(model: Sequence[torch.nn.Module], parallel: ParallelConte
 
 
 def _same_in_every_implementation(state: dict[str, Any]) -> dict[str, Any]:
-    """Linear layers keep an empty `_extra_state` beside their weight in every checkpoint. Transformer Engine's norms do
-    so too, which other implementations' checkpoints lack; and in float8 its linear layers keep their recipe there, which
-    the config says: the recipes that megadpo offers carry nothing from one batch to the next."""
+    """Makes the `_extra_state` entries the same for all implementations of layers. Every linear layer keeps an empty one.
+    Those of Transformer Engine's norms are left out, since other implementations have none. In float8 its linear layers
+    store their recipe there; it is emptied, since the config has it, and megadpo's recipes keep no state between
+    batches."""
     kept = {}
     for name, value in state.items():
         if EXTRA_STATE in name:
@@ -258,7 +260,7 @@ def _same_in_every_implementation(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def layout_name(grid: Grid, sequence_parallel: bool) -> str:
-    """What must be equal for a resume to be the same bits."""
+    """Text that is equal for layouts between which a resume gives the same bits."""
     sequence = " sp" if sequence_parallel else ""
     virtual = f" vpp{grid.virtual_pipeline}" if grid.virtual_pipeline > 1 else ""
     experts = f" ep{grid.expert} etp{grid.expert_tensor}" if (grid.expert, grid.expert_tensor) != (1, 1) else ""
@@ -267,7 +269,7 @@ def layout_name(grid: Grid, sequence_parallel: bool) -> str:
 
 
 def optimizer_format(optimizer: MegatronOptimizer | None) -> str:
-    """Class names of what keeps the state: they write tensors under different names."""
+    """Class names of the optimizers that hold the state: each class writes tensors under other names."""
     if optimizer is None:
         return ""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
@@ -276,7 +278,7 @@ def optimizer_format(optimizer: MegatronOptimizer | None) -> str:
 
 def _rng_state(device_type: str) -> dict[str, Any]:
     return {
-        "device": device_type,  # generators of GPUs and CPUs don't take each other's states
+        "device": device_type,  # a GPU's generator can't read a CPU's state, nor the reverse
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),

@@ -1,4 +1,4 @@
-"""A checkpoint held against its manifest by all ranks together, each reading its part."""
+"""Verifies a checkpoint against its manifest. Each rank reads a part of it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from megadpo.model.weights.dist_folder import blocks_with
 
 
 def damages_together(checkpoint: Path) -> tuple[list[Problem], bool]:
-    """Every byte of a checkpoint. Returns a problem for each damaged file, the same on every rank, and whether there is a
-    manifest to know them by. Collectives: an all-gather of pickled objects."""
+    """Verify every byte of a checkpoint. Returns a problem for each damaged file, the same on every rank, and whether there
+    is a manifest. Collectives: an all-gather of pickled objects."""
     return _together(checkpoint, None)
 
 
 def require_whole_weights(checkpoint: Path, keys: Iterable[str]) -> bool:
-    """The blocks that hold the tensors `keys` of any rank (not the optimizer's, then), every file beside the tensors', and
-    all sizes. Returns whether there is a manifest. Raises ConfigError, on every rank, naming each damaged file.
-    Collectives: two all-gathers of pickled objects."""
+    """Verify the blocks that hold the tensors `keys` of all ranks, every file without tensors, and the sizes of all files.
+    Returns whether there is a manifest. Raises ConfigError on every rank, naming each damaged file. Collectives: two
+    all-gathers of pickled objects."""
     wanted: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(wanted, sorted(keys))
     problems, has_manifest = _together(checkpoint, {key for rank in wanted for key in rank})

@@ -1,8 +1,8 @@
-"""How tensors get into files: megatron-core's format, written by threads of the rank.
+"""Writes tensors in megatron-core's format, in threads of the rank.
 
-Threads end with their rank, and no signal goes to them. megatron-core 0.16.1 (filesystem_async.py) uses processes and a
-multiprocessing Manager instead: a signal to the process group ends these and with them the save, a killed rank leaves
-them behind, and a process that is forked from a rank copies each page of memory that the next step changes.
+Threads end with their rank and receive no signals. megatron-core 0.16.1 (filesystem_async.py) uses processes and a
+multiprocessing Manager instead. A signal to the process group ends these, and the save with them; a killed rank leaves
+them running; and a forked process copies each page of memory that the next step changes.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ Bucket = Any
 
 
 class HostCopies:
-    """Memory of the host for copies of a rank's tensors, kept from one save to the next: to get new memory takes as long as
-    to copy into it."""
+    """Host memory for copies of a rank's tensors. It is kept for the next save, because getting new memory takes as long as
+    the copy."""
 
     def __init__(self) -> None:
         self._buffers: list[torch.Tensor] = []
 
     @torch.no_grad()
     def of(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Copies of tensors of any device, which nothing changes until the next call. Waits for the GPU."""
+        """Copies of tensors of any device, valid until the next call. Waits for the GPU."""
         copies = [self._buffer(number, tensor) for number, tensor in enumerate(tensors)]
         del self._buffers[len(tensors) :]
         for copy, tensor in zip(copies, tensors, strict=True):
@@ -70,7 +70,7 @@ class HostCopies:
 
 
 class RankFiles:
-    """The files of tensors of one rank, with the tensors as they were when `SaveStrategy` was called."""
+    """The tensor files of one rank, with the tensors' values at the call of `SaveStrategy`."""
 
     def __init__(self, writer: FileSystemWriterAsync, metadata: Metadata | None, buckets: list[Bucket]) -> None:
         """metadata: of all ranks, on rank 0."""
@@ -80,8 +80,8 @@ class RankFiles:
         self.bytes = sum(tensor.nbytes for _, _, (_, tensors) in buckets for _, tensor in tensors)
 
     def write(self) -> list[WriteResult]:
-        """Write each in a thread of its own; all are on the disk when this returns, and the memory of the tensors may be
-        used again. Returns what was written where. Raises what a writer met. No collectives."""
+        """Write each file in a thread. When this returns all are on the disk, and the tensors' memory may be reused. Returns
+        what was written where. Raises a writer's error. No collectives."""
         transforms = [self._writer.transforms] if hasattr(self._writer, "transforms") else []
         answers: list[list[WriteResult] | Exception] = [RuntimeError("its thread ended") for _ in self._buckets]
 
@@ -90,7 +90,7 @@ class RankFiles:
 
         threads = [threading.Thread(target=write, args=(number,), daemon=True) for number in range(len(self._buckets))]
         had_crc32 = get_crc32_options()
-        set_crc32_options(False)  # Python's lock is held for it, which the next steps need; the manifest has checksums
+        set_crc32_options(False)  # it holds Python's lock, which the next steps need; the manifest has checksums anyway
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -105,18 +105,18 @@ class RankFiles:
         return written
 
     def write_metadata(self, written: list[list[WriteResult]]) -> None:
-        """On rank 0: .metadata and metadata.json, by what `write` returned on each rank. Raises OSError."""
+        """On rank 0: write .metadata and metadata.json. written: what `write` returned on each rank. Raises OSError."""
         assert self._metadata is not None
         self._writer.finish(self._metadata, written)
         save_config(CheckpointingConfig(_BACKEND, _VERSION), str(self._writer.path))
 
 
 class SaveStrategy(TorchDistSaveShardedStrategy):
-    """megatron-core's `torch_dist` format, for `dist_checkpointing.save` with async_sharded_save, whose request is empty:
-    `files` and `common` are what is to be written.
+    """megatron-core's `torch_dist` format, for `dist_checkpointing.save` with async_sharded_save. It only plans: the caller
+    then writes `files` and `common`.
 
-    copies: where the tensors are copied to, so that training can go on while they are written; None: they are written from
-    where they are, but for those on a GPU.
+    copies: memory that the tensors are copied to, so that training can continue while they are written. None: host tensors
+    are written without a copy.
     """
 
     def __init__(self, copies: HostCopies | None = None) -> None:
@@ -150,7 +150,7 @@ class SaveStrategy(TorchDistSaveShardedStrategy):
 
 
 class CommonState(TorchCommonSaveStrategy):
-    """What megatron-core would write into common.pt at once, as it is then: bytes, of which rank 0's count."""
+    """Keeps the content of common.pt, which megatron-core would write at once. Rank 0's is written."""
 
     content = b""
 
@@ -161,7 +161,7 @@ class CommonState(TorchCommonSaveStrategy):
 
 
 def _write_file(transforms: list[Any], bucket: Bucket) -> list[WriteResult] | Exception:
-    """What was written, or what stopped it."""
+    """What was written, or the error."""
     results: queue.SimpleQueue[Any] = queue.SimpleQueue()
     unfinished: queue.Queue[int] = queue.Queue()
     unfinished.put(0)
@@ -169,7 +169,7 @@ def _write_file(transforms: list[Any], bucket: Bucket) -> list[WriteResult] | Ex
         FileSystemWriterAsync.write_preloaded_data(transforms, 0, bucket, results, unfinished, use_fsync=False)
         answer: list[WriteResult] | Exception = results.get_nowait()[1]
         if not isinstance(answer, Exception):
-            sync(Path(bucket[0]))  # when it is closed: what `use_fsync` leaves in Python's buffer is not on the disk
+            sync(Path(bucket[0]))  # after it is closed: with `use_fsync` the end would stay in Python's buffer
     except Exception as error:  # for the rank's main thread
         return error
     return answer

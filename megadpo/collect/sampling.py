@@ -1,4 +1,5 @@
-"""Whether the server samples. One that doesn't gives the same answer to every repetition of a prompt, at any temperature."""
+"""Finds out if the server doesn't sample: then it gives the same answer to every repetition of a prompt, at any
+temperature."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ SERVERS = {
     "num_repeats_add_seed=true",
     "a server or proxy with a cache of answers": "repeats the first answer: switch the cache off, or num_repeats_add_seed=true",
 }
-"""What it means, by server."""
+"""Server -> the usual reason, and what to do."""
 
 
 def answer_digest(output: Any) -> bytes:

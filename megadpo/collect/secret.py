@@ -1,5 +1,5 @@
-"""A key for a server, kept out of all that is printed and written: servers repeat a key that they refuse, whole, in part
-or in another form."""
+"""Hides a server's API key in everything that is printed and written. (A server that refuses a key often repeats it, whole,
+in part, or encoded.)"""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 HIDDEN = "(key)"
 _SHORTEST_PART = 6
-"""Characters of the key in a row that count as a part of it."""
+"""A text with at least this many consecutive characters of the key is a part of it."""
 
 
 class Secret:
-    """One key; None: there is none, and nothing is hidden."""
+    """One key. None: there is none, and nothing is hidden."""
 
     def __init__(self, key: str | None) -> None:
         self._forms = _forms(key) if key else []
@@ -22,7 +22,7 @@ class Secret:
         self._whole = re.compile(whole, re.IGNORECASE) if whole else None
 
     def hidden(self, words: str) -> str:
-        """`words`, a message, with (key) for the key in any form and for each part of it."""
+        """The message `words` with (key) in place of the key in any form, and of each part of it."""
         if self._whole is None:
             return words
         words, shown, start = self._whole.sub(HIDDEN, words), "", 0
@@ -37,7 +37,7 @@ class Secret:
         return shown
 
     def hidden_in(self, value: Any) -> Any:
-        """A JSON value with (key) for the whole key, in any form, in its texts and names."""
+        """A JSON value with (key) in place of the whole key, in any form, in its texts and names."""
         if self._whole is None:
             return value
         if isinstance(value, str):
@@ -50,8 +50,8 @@ class Secret:
 
 
 def _forms(key: str) -> list[str]:
-    """The key as servers and proxies write it: itself, reversed, percent-encoded, in hexadecimal, and in base64 at each of
-    the three places where it may begin in what is encoded."""
+    """The key in all forms that servers and proxies write: as it is, reversed, percent-encoded, in hexadecimal, and in base64
+    at each of the three offsets at which it may start."""
     raw = key.encode()
     forms = [key, key[::-1], urllib.parse.quote(key, safe=""), raw.hex()]
     for before in range(3):

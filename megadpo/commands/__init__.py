@@ -1,8 +1,8 @@
-"""The command line: `megadpo COMMAND ...`, the same as `python -m megadpo COMMAND ...`; launch/train.py is its `train`.
+"""The command line: `megadpo COMMAND ...` or `python -m megadpo COMMAND ...`. launch/train.py is `megadpo train`.
 
-A command is a file of this folder, found by itself: its name, its docstring (`megadpo COMMAND --help`; the first line in
-`megadpo --help`), and `main(arguments)`, which returns the exit code and may raise UserError. Only the file of the
-command that runs is imported.
+Every file of this folder is a command: the file's name is the command's, its docstring is what `megadpo COMMAND --help`
+prints, and the docstring's first line is in `megadpo --help`. `main(arguments)` returns the exit code and may raise
+UserError. Only the file of the command that runs is imported.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _HELP = ("-h", "--help", "help")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code. arguments: the command's name and what follows it; None: the process's own."""
+    """Run a command; returns its exit code. arguments: the command's name and its arguments (default: sys.argv's)."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in _HELP:
         print(overview())
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(module: str, arguments: Sequence[str]) -> int:
-    """The command's exit code, also where it is refused or interrupted."""
+    """Run the command; returns the exit code. A refusal, a failed save and Ctrl-C have exit codes of their own."""
     try:
         command: Callable[[Sequence[str]], int] = importlib.import_module(f"{__name__}.{module}").main
         return command(arguments)
@@ -92,15 +92,26 @@ def command_parser(module: str, text: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(prog=f"megadpo {name}", description=text, formatter_class=described)
 
 
+def positive(text: str) -> int:
+    """An argparse type: a whole number, 1 or more."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: must be 1 or more")
+    return number
+
+
 def refuse(error: UserError) -> int:
-    """Print every problem on stderr, once a node. Returns EXIT_REFUSED."""
+    """Print every problem on stderr, once on each node. Returns EXIT_REFUSED."""
     lines = [f"refused, {len(error.problems)} problem(s):", *(f"  {problem}" for problem in error.problems)]
     return end_with_words("\n".join(lines), EXIT_REFUSED)
 
 
 def end_with_words(text: str, code: int) -> int:
-    """Print why the run ends on stderr, once a node; the other ranks of torchrun wait so that it doesn't stop the one that
-    prints. A rank that is still there after that is the only one to know, and prints too. Returns `code`."""
+    """Print on stderr why the run ends. Returns `code`.
+
+    Local rank 0 prints at once. The other ranks wait first: torchrun stops all ranks when one ends, and it must not stop
+    the one that prints. A rank that is still running after the wait prints too: then only this rank ended this way.
+    """
     if under_torchrun() and int(os.environ.get("LOCAL_RANK", "0")) != 0:
         time.sleep(OTHERS_WAIT_S)
     last_words(text, sys.stderr)
@@ -108,8 +119,8 @@ def end_with_words(text: str, code: int) -> int:
 
 
 def quiet_libraries() -> None:
-    """megatron-core warns at import of every optional package it can't find; none of them matters here. torch warns on every
-    rank of a class that megatron-core's checkpoints are made of, and of the collectives of its distributed optimizer."""
+    """Silence warnings that users can't act on. megatron-core warns of every optional package that is not installed. torch
+    warns on every rank of a class in megatron-core's checkpoints and of collectives in its distributed optimizer."""
     warnings.filterwarnings("ignore", module="megatron")
     warnings.filterwarnings("ignore", "Please use DTensor instead", FutureWarning, module="torch")
     collectives = r"`torch\.distributed\._?(all_gather|reduce_scatter)_\w+` is"
@@ -118,11 +129,11 @@ def quiet_libraries() -> None:
 
 
 def _modules() -> dict[str, str]:
-    """Command -> module of this package; a name that Python keeps for itself ends in _ there."""
+    """Command -> module of this package. A Python keyword gets a trailing underscore as a module's name (import_)."""
     return {one.name.rstrip("_"): one.name for one in pkgutil.iter_modules(__path__)}
 
 
 def _summary(module: str) -> str:
-    """The first line of a command's docstring, up to its usage, read without importing what the command needs."""
+    """The first line of a command's docstring, without its usage. The module is read, not imported."""
     text = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
     return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0].partition(": megadpo ")[0]

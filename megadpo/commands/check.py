@@ -1,6 +1,6 @@
 """Check config, model folder, layout and data, without weights or a GPU: megadpo check CONFIG [--world-size N]
 
-Lists every problem: the config's, all at once, and when it is right, those of model folder, layout and data, all at once.
+Lists all problems of the config at once. When it has none, lists all problems of model folder, layout and data.
 Exit code 0: good; 2: refused.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megadpo.commands import command_parser
+from megadpo.commands import command_parser, positive
 from megadpo.train.check import check
 
 
@@ -17,8 +17,6 @@ def main(arguments: Sequence[str]) -> int:
     parser = command_parser(__name__, __doc__)
     parser.add_argument("config", help="YAML file, or the name of a shipped config")
     parser.add_argument("overrides", nargs="*", help="key=value")
-    parser.add_argument("--world-size", type=int, default=None, help="the number of ranks to check for")
+    parser.add_argument("--world-size", type=positive, help="the number of ranks to check for")
     options = parser.parse_intermixed_args(arguments)
-    if options.world_size is not None and options.world_size < 1:
-        parser.error(f"--world-size {options.world_size}: say how many ranks there will be, 1 or more")
     return check(options.config, options.overrides, options.world_size)

@@ -1,8 +1,9 @@
 """Ask a server for answers to prompts, with rewards: megadpo collect +input_jsonl_fpath=... +output_jsonl_fpath=... ...
 
-Asks an OpenAI-compatible server (vLLM, SGLang, NIM) num_repeats times for each prompt, with the options of NeMo Gym's
-ng_collect_rollouts; see docs/collecting.md. Started again after a kill, it goes on where it was. Exit code 0: every
-rollout is there; 1: some failed for good; 2: refused, with every problem on stderr; 130 and 143: stopped by a signal.
+Asks an OpenAI-compatible server (vLLM, SGLang, NIM) num_repeats times for each prompt. Takes the options of NeMo Gym's
+ng_collect_rollouts; see docs/collecting.md. Started again after it was killed, it continues where it stopped. Exit code 0:
+every rollout was collected; 1: some failed for good; 2: refused, with every problem on stderr; 130 and 143: stopped by a
+signal.
 """
 
 from __future__ import annotations

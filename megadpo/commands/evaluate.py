@@ -1,10 +1,11 @@
 """Evaluate a model on preference pairs: megadpo evaluate CONFIG [key=value ...] [--checkpoint FOLDER ...]
 
-Preference accuracy, margins and losses of policy.model_name (a Hugging Face folder, a hub name or a Megatron
-checkpoint, in any layout) on every set of data.val_data_paths, against dpo.reference.model_name where it names one.
-Writes evaluation.json and pairs-<name>.jsonl to logger.log_dir. --checkpoint takes the place of policy.model_name: a
-checkpoint, or a run's folder for all in it; each writes to a folder of its name in log_dir, and a table compares them.
-Alone, with --nproc-per-node N, or below torchrun (-m megadpo evaluate ...). Exit code 0: done; 2: refused.
+Measures preference accuracy, margins and losses of policy.model_name (a Hugging Face folder, a hub name or a Megatron
+checkpoint, in any layout) on every set of data.val_data_paths. dpo.reference.model_name, if set, is the reference.
+Writes evaluation.json and pairs-<name>.jsonl to logger.log_dir. --checkpoint FOLDER replaces policy.model_name: FOLDER is a
+checkpoint, or a run's folder, which means all checkpoints in it. Each writes to a folder of its name in log_dir, and a table
+compares them. Runs in one process, with --nproc-per-node N, or under torchrun (-m megadpo evaluate ...).
+Exit code 0: done; 2: refused.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ def main(arguments: Sequence[str]) -> int:
     if ranks:
         return launch(ranks, ["evaluate", *own], saves=False)
     configs = _configs(options)
-    from megadpo.train.command import run_evaluating  # with torch: not for --help, nor a config that is refused
+    from megadpo.train.command import run_evaluating  # imports torch: --help and refusals don't need it
 
     return run_evaluating(configs)
 
 
 def _configs(options: argparse.Namespace) -> list[Config]:
-    """A config for each evaluation. Raises UserError with the problems of all."""
+    """One config for each evaluation. Raises UserError with the problems of all of them."""
     checked = partial(checked_config, options.config, world_size=world_size(), purpose="evaluate")
     if not options.checkpoint:
         return [checked(options.overrides)]

@@ -1,10 +1,10 @@
 """Export a run's model as a Hugging Face folder: megadpo export RUN FOLDER [--best | --step N]
 
-RUN is a run's checkpointing.checkpoint_dir, of which the newest checkpoint is taken, or --best by the run's metric_name,
-or --step N; or one checkpoint: step_<N> of a run, or what megadpo import made. FOLDER opens with
-AutoModelForCausalLM.from_pretrained; of a run with LoRA it is a PEFT adapter, or with --merge a whole model
-(docs/lora.md). --push-to-hub OWNER/NAME uploads it too. One process, no GPU, a tensor at a time. Exit code 2: refused,
-with every problem on stderr.
+RUN is a run's checkpointing.checkpoint_dir or one checkpoint (a run's step_<N>, or the output of megadpo import). Of a run,
+the newest checkpoint is exported; --best exports the best by the run's metric_name, --step N that of step N. FOLDER opens
+with AutoModelForCausalLM.from_pretrained. A run with LoRA is exported as a PEFT adapter, or with --merge as a whole model
+(docs/lora.md). --push-to-hub OWNER/NAME uploads it too. Runs in one process without a GPU, one tensor at a time. Exit code
+2: refused, with every problem on stderr.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def main(arguments: Sequence[str]) -> int:
     """Export; returns the exit code. Raises UserError."""
     parser = command_parser(__name__, __doc__)
     parser.add_argument("run", type=Path, help="a run's checkpoint_dir, or one checkpoint")
-    parser.add_argument("folder", type=Path, help="to make; absent or empty")
+    parser.add_argument("folder", type=Path, help="where to write; must be new or empty")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--best", action="store_true", help="the checkpoint with the best validation metric")
     which.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step")
-    parser.add_argument("--merge", action="store_true", help="of a run with LoRA: write a whole model, not an adapter")
-    parser.add_argument("--base", metavar="FOLDER", help="the model that the adapters are of, if it is elsewhere now")
+    parser.add_argument("--merge", action="store_true", help="for a run with LoRA: write a whole model, not an adapter")
+    parser.add_argument("--base", metavar="FOLDER", help="the adapters' base model, if it has moved since the run")
     parser.add_argument("--dtype", choices=DTYPES, help="cast the weights (default: the checkpoint's own)")
     parser.add_argument(
         "--plugin", action="append", default=[], metavar="FILE.py", help="adds a model family; executed"

@@ -1,7 +1,7 @@
 """Import a Hugging Face folder as a Megatron checkpoint folder: megadpo import HF_FOLDER FOLDER
 
-One process, no GPU, a layer at a time. FOLDER can be policy.model_name in any layout, and megadpo export gives the
-Hugging Face folder back, bit for bit. Training reads Hugging Face folders directly, so this is seldom needed. Exit code
+Runs in one process without a GPU, one layer at a time. policy.model_name can be FOLDER in any layout; megadpo export writes
+the Hugging Face folder back, bit for bit. Training reads Hugging Face folders directly, so this is rarely needed. Exit code
 2: refused, with every problem on stderr.
 """
 
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str]) -> int:
     """Import; returns the exit code. Raises UserError."""
     parser = command_parser(__name__, __doc__)
     parser.add_argument("hf", type=Path, help="folder with config.json and *.safetensors")
-    parser.add_argument("folder", type=Path, help="to make; absent or empty")
+    parser.add_argument("folder", type=Path, help="where to write; must be new or empty")
     parser.add_argument("--dtype", choices=DTYPES, help="cast the weights (default: keep the files' own)")
     parser.add_argument(
         "--plugin", action="append", default=[], metavar="FILE.py", help="adds a model family; executed"

@@ -1,9 +1,9 @@
 """Show the data of a run as the model sees it: megadpo inspect CONFIG [key=value ...]
 
-Prints what became of the file's rows, lengths, what shared prompts save, how full the packs are, how evenly
-data-parallel ranks are loaded, and a pair as the model sees it: every token, its position, its segment, whether the
-loss counts it.
-Needs the model's config.json and tokenizer, neither weights nor a GPU. Tokenises into data.cache_dir, as training does.
+Prints how many rows of the file were used or dropped, the lengths, how many tokens shared prompts save, how full the packs
+are, how evenly data-parallel ranks are loaded, and one pair as the model sees it: every token with its position, its
+segment, and whether the loss counts it.
+Needs the model's config.json and tokenizer, but no weights and no GPU. Writes tokens to data.cache_dir, as training does.
 Exit code 2: refused, with every problem on stderr.
 """
 
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megadpo.commands import command_parser
+from megadpo.commands import command_parser, positive
 from megadpo.config.architecture import Architecture
 from megadpo.config.check import check_layout, stated_world_size
 from megadpo.config.grid import Grid
@@ -64,14 +64,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--pair", type=int, default=None, help="row of the file, from 0 (default: the first pair)")
     parser.add_argument("--batches", type=int, default=10, help="global batches to plan (default 10)")
     parser.add_argument(
-        "--world-size", type=int, default=None, help="processes of the run (default: cluster, else one copy)"
+        "--world-size", type=positive, help="ranks of the run (default: cluster's, or as few as hold the model)"
     )
     parser.add_argument("--all-tokens", action="store_true", help="show long segments whole")
     options = parser.parse_intermixed_args(arguments)
     if options.batches < 0:
         parser.error(f"--batches {options.batches}: a number of batches, 0 for none")
-    if options.world_size is not None and options.world_size < 1:
-        parser.error(f"--world-size {options.world_size}: say how many processes there will be, 1 or more")
     return options
 
 
@@ -101,7 +99,7 @@ def show(options: argparse.Namespace, console: Console) -> None:
 
 
 def _set(cfg: Config, name: str, training: str) -> str:
-    """The set's name among a run's inputs, where the training set is called `training`."""
+    """The set's name among a run's inputs, which call the training set `training`."""
     names = [TRAIN, *cfg.data.val_names]
     if name not in names:
         raise ConfigError(Problem("--set", name, f"one of {', '.join(names)}", "name one of these"))
@@ -117,7 +115,7 @@ def _grid(cfg: Config, arch: Architecture, world_size: int | None) -> Grid:
 
 
 def _position(dataset: OpenedPairs, row: int | None) -> int:
-    """Where in the data set the file's row stands."""
+    """The data set's index of the pair in row `row` of the file."""
     if row is None:
         return 0
     found = np.flatnonzero(dataset.rows == row)
@@ -128,7 +126,7 @@ def _position(dataset: OpenedPairs, row: int | None) -> int:
 
 
 def show_lengths(console: Console, dataset: OpenedPairs, loader: GlobalBatchLoader) -> None:
-    """Lengths of texts, what shared prompts save, and how often the chosen answer is the longer one."""
+    """Lengths of texts, tokens that shared prompts save, and how often the chosen answer is the longer one."""
     from megadpo.data.statistics import group_counts, lengths, share_chosen_longer
 
     table = Table("tokens", box=None, pad_edge=False)
@@ -151,7 +149,7 @@ def show_lengths(console: Console, dataset: OpenedPairs, loader: GlobalBatchLoad
 
 
 def show_packs(console: Console, loader: GlobalBatchLoader, count: int) -> None:
-    """Each of the first global batches, and their means."""
+    """A row for each of the first `count` global batches, and their means."""
     from megadpo.data.statistics import batch_fills
 
     fills = batch_fills(loader, count)
@@ -202,7 +200,7 @@ def show_pair(
     share_prompt: bool,
     most: int,
 ) -> None:
-    """Every segment of one pair, its tokens apart, those that the loss counts in colour."""
+    """Every segment of one pair, token by token; tokens that the loss counts are in colour."""
     from megadpo.data.statistics import as_seen
 
     pair = dataset[position]
@@ -226,7 +224,7 @@ def _headline(segment: SeenSegment) -> str:
 
 
 def _lines(segment: SeenSegment, decode: Callable[[int], str], most: int, *, width: int, plain: bool) -> Iterator[Text]:
-    """The segment's tokens with | between them, each line behind the position of its first token."""
+    """The segment's tokens with | between them; each line begins with the position of its first token."""
     tokens = segment.tokens
     cut = len(tokens) > most
     for line in _filled(tokens[: most // 2] if cut else tokens, decode, width):
@@ -268,7 +266,8 @@ def _line(segment: SeenSegment, line: Sequence[Written], *, plain: bool) -> Text
 
 
 def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], str]:
-    """The text of one token, on one line and without control characters; a part of a character as its raw token."""
+    """A function from a token id to its text without control characters. A token that is only part of a character gives
+    the vocabulary's own form of it."""
 
     def decode(token_id: int) -> str:
         text = str(tokenizer.decode([token_id]))

@@ -1,6 +1,6 @@
 """Print the keys of a config: megadpo keys [WORD ...]
 
-Prints every key with its type, default and meaning, or those with one of the words in their name or meaning.
+Prints every key with its type, default and meaning. With WORDs it prints the keys with one of them in name or meaning.
 `--write docs` writes docs/config.md and the tables of docs/losses.md and docs/families.md instead. Exit code 1 where no key
 has any of the words.
 """

@@ -1,8 +1,8 @@
-"""Make preference pairs of NeMo Gym rollouts: megadpo pairs ROLLOUTS.jsonl ... -o PAIRS.jsonl
+"""Make preference pairs from NeMo Gym rollouts: megadpo pairs ROLLOUTS.jsonl ... -o PAIRS.jsonl
 
-Groups the answers to each prompt, pairs them by reward, writes rows that data.train_data_path takes, and prints what
-came of it; whatever is left out is counted by reason and written to PAIRS.rejected.jsonl. See docs/rollouts.md. Exit
-code 2: refused, or not a single pair.
+Groups the answers to each prompt, pairs them by reward, and writes rows for data.train_data_path. Rollouts that are left
+out are counted by reason and written to PAIRS.rejected.jsonl. See docs/rollouts.md. Exit code 2: refused, or no pair was
+made.
 """
 
 from __future__ import annotations

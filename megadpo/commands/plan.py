@@ -1,6 +1,6 @@
 """Plan a run on a laptop, without weights: megadpo plan CONFIG --world-size N [key=value ...]
 
-Memory of every pipeline stage, schedule, better layouts.
+Prints the memory of every pipeline stage and the schedule; --suggest finds better layouts.
 
     megadpo plan dpo_megatron --world-size 8
     megadpo plan CONFIG.yaml policy.model_name=folder-with-config.json --world-size 512 --gpu h200 --suggest
@@ -22,12 +22,12 @@ from rich.console import Console
 from megadpo.commands import command_parser
 from megadpo.config.load import load_config
 from megadpo.config.no_effect import without_experts
+from megadpo.config.output_files import picture_problems
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.plan.inputs import architectures, choose_pairs
 from megadpo.plan.memory import GPUS, parse_assumptions
 from megadpo.plan.plan import Job, Plan, make_plan, too_large
 from megadpo.plan.report import (
-    check_picture,
     draw,
     plan_json,
     print_plan,
@@ -74,8 +74,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def prepare(options: argparse.Namespace) -> Job:
-    """Raises UserError with the problems of the options, the config, the model's config.json, the data."""
-    problems = [] if options.picture is None else check_picture(options.picture)
+    """The job to plan. Raises UserError with the problems of the options, the config, the model's config.json or the data."""
+    problems = list(picture_problems("--picture", options.picture, [".svg", ".png"]))
     if options.world_size < 1:
         problems.append(Problem("--world-size", options.world_size, "1 or more", "say how many ranks there will be"))
     if options.suggest is not None and options.suggest < 1:
@@ -108,7 +108,7 @@ def prepare(options: argparse.Namespace) -> Job:
 
 
 def show(job: Job, options: argparse.Namespace) -> int:
-    """The config's own layout; refused where it does not fit, after it was shown."""
+    """Show the config's own layout. Raises ConfigError afterwards if it doesn't fit."""
     plan = make_plan(job)
     if options.json:
         print(json.dumps(plan_json(plan), indent=2))
@@ -124,7 +124,7 @@ def show(job: Job, options: argparse.Namespace) -> int:
 
 
 def search(job: Job, options: argparse.Namespace) -> int:
-    """The best layouts of the world; --picture draws the first."""
+    """Show the best layouts for this world size; --picture draws the first."""
     found = suggest(job, options.config, options.overrides, options.suggest)
     if options.json:
         print(json.dumps(suggestions_json(found), indent=2))
@@ -143,7 +143,7 @@ def print_suggestions(found: Sequence[Suggestion]) -> None:
 
 
 def terminal() -> Console:
-    """As wide as the terminal; a file gets lines that are not broken."""
+    """A console as wide as the terminal; in a file, wide enough that no line is broken."""
     console = Console()
     return console if console.is_terminal else Console(width=140)
 

@@ -1,16 +1,15 @@
 """Compare runs in a table and draw their curves: megadpo plot RUN ... [-o CURVES.png] [--table RUNS.csv]
 
-RUN is a run's logger.log_dir, its metrics.jsonl, or a folder with several runs below it. The table has a line for each
-run: its last step, the means of its last training steps, and every validation set's last metrics and lowest loss. -o draws
-loss, reward accuracy and reward margin, training smoothed over --smooth steps, validation as measured; it needs
-matplotlib (pip install 'megadpo[report]'). Exit code 2: refused.
+RUN is a run's logger.log_dir, its metrics.jsonl, or a folder with several runs in it. The table has a column for each run:
+its last step, the means of its last training steps, and every validation set's last metrics and lowest loss. -o draws loss,
+reward accuracy and reward margin: training smoothed over --smooth steps, validation as measured. It needs matplotlib (pip
+install 'megadpo[report]'). Exit code 2: refused.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import importlib.util
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,11 +20,12 @@ from rich.console import Console
 from rich.table import Table
 
 from megadpo.commands import command_parser
+from megadpo.config.output_files import output_problems, picture_problems
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.files.atomic import write_then_rename
 
 Records: TypeAlias = "list[dict[str, Any]]"
-"""A run's metrics.jsonl, a mapping a step."""
+"""A run's metrics.jsonl: one mapping for each step."""
 
 METRICS_FILE = "metrics.jsonl"
 CURVES = (("loss", "loss"), ("rewards/accuracies", "reward accuracy"), ("rewards/margins", "reward margin"))
@@ -56,27 +56,13 @@ def main(arguments: Sequence[str]) -> int:
 
 def _option_problems(options: argparse.Namespace) -> Iterator[Problem]:
     if options.smooth < 1:
-        yield Problem("--smooth", options.smooth, "1 or more", "give the number of steps that a mean is taken over")
-    for name, path in (("--output", options.output), ("--table", options.table)):
-        if path is not None and not path.absolute().parent.is_dir():
-            yield Problem(name, str(path), "a file in a folder that is there", "make the folder first")
-    if options.table is not None and options.table.suffix != ".csv":
-        yield Problem("--table", str(options.table), "a name that ends in .csv", "rename it")
-    if options.output is None:
-        return
-    if importlib.util.find_spec("matplotlib") is None:
-        fix = "pip install 'megadpo[report]', or leave --output out: the table needs none"
-        yield Problem("--output", str(options.output), "matplotlib, which is not installed", fix)
-        return
-    from matplotlib.figure import Figure
-
-    kinds = sorted(Figure().canvas.get_supported_filetypes())
-    if options.output.suffix[1:].lower() not in kinds:
-        yield Problem("--output", str(options.output), f"a name that ends in one of {', '.join(kinds)}", "rename it")
+        yield Problem("--smooth", options.smooth, "1 or more", "give the number of steps to average over")
+    yield from picture_problems("--output", options.output)
+    yield from output_problems("--table", options.table, [".csv"])
 
 
 def _read_runs(given: Sequence[Path], problems: list[Problem]) -> dict[str, Records]:
-    """The runs by name: what tells their folders apart."""
+    """The runs by name: their folders' paths without the part that all have in common."""
     files: list[Path] = []
     for path in given:
         below = [path / METRICS_FILE] if (path / METRICS_FILE).is_file() else sorted(path.rglob(METRICS_FILE))
@@ -93,25 +79,25 @@ def _read_runs(given: Sequence[Path], problems: list[Problem]) -> dict[str, Reco
             runs[str(path.parent.relative_to(above))] = _read_records(path)
         except (OSError, ValueError) as error:
             fix = "give the metrics.jsonl of a run's logger.log_dir"
-            problems.append(Problem(str(path), str(error), "one JSON object a step", fix))
+            problems.append(Problem(str(path), str(error), "one JSON object on each line", fix))
     return runs
 
 
 def _read_records(path: Path) -> Records:
-    """Raises ValueError for a line that is no step, or where there is none."""
+    """The file's lines. Raises ValueError for a line without a step, and for a file without lines."""
     records = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         record = json.loads(line)
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise ValueError(f"line {number} is no step")
+            raise ValueError(f"line {number} has no step")
         records.append(record)
     if not records:
-        raise ValueError("no step in it yet")
+        raise ValueError("it has no steps yet")
     return records
 
 
 def _prefixes(records: Records) -> list[str]:
-    """train, and a validation-<name> for each set."""
+    """train, and validation-<name> for each validation set."""
     found = {key.split("/")[0] for record in records for key in record if "/" in key}
     return sorted(one for one in found if one == "train" or one.startswith("validation-"))
 
@@ -122,12 +108,12 @@ def _series(records: Records, key: str) -> tuple[list[int], list[float]]:
 
 
 def _smoothed(values: Sequence[float], width: int) -> list[float]:
-    """The mean of each value and those before it, `width` together; fewer at the beginning."""
+    """The mean of each value and the `width` - 1 values before it (fewer at the beginning)."""
     return [sum(part := values[max(0, end - width) : end]) / len(part) for end in range(1, len(values) + 1)]
 
 
 def _summary(records: Records, width: int) -> dict[str, float]:
-    """A run's line of the table: means of the last `width` training steps, the last values of validation."""
+    """A run's column of the table: means of the last `width` training steps, and validation's last values."""
     row: dict[str, float] = {"step": records[-1]["step"]}
     for prefix in _prefixes(records):
         for metric, _ in CURVES:
@@ -146,7 +132,7 @@ def _columns(rows: Sequence[Mapping[str, object]]) -> list[str]:
 
 
 def _print_table(rows: Sequence[Mapping[str, object]]) -> None:
-    """A run is a column: metrics are many, and runs few. A file gets lines that are not broken."""
+    """Prints one column for each run. In a file the console is wide enough that no line is broken."""
     console = Console()
     table = Table("", *(str(row["run"]) for row in rows), box=None, pad_edge=False)
     for name in _columns(rows)[1:]:

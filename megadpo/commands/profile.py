@@ -1,19 +1,19 @@
 """Show where the time of a training step goes: megadpo profile CONFIG --out FILE.png [key=value ...]
 
 Builds the run as megadpo train does, takes --warmup steps, records --steps more with torch's profiler, and prints the
-three largest costs; FILE.png shows more of them, --trace FILE.json.gz keeps the timeline for Perfetto. Nothing is saved
-or logged of the run. Of several ranks (--nproc-per-node) each records itself and rank 0 writes. Exit code 2:
-refused, with every problem on stderr.
+three largest costs. FILE.png shows more of them; --trace FILE.json.gz keeps the timeline for Perfetto. The run saves no
+checkpoint and writes no logs. With several ranks (--nproc-per-node) each records its own steps, and rank 0 writes. Exit code
+2: refused, with every problem on stderr.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
 from megadpo.commands import command_parser
+from megadpo.config.output_files import output_problems, picture_problems
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.launcher import add_rank_options, launch, split_rank_options, world_size
 from megadpo.train.check import checked_config
@@ -49,14 +49,8 @@ def run(options: argparse.Namespace) -> int:
         for name, value in (("--steps", options.steps), ("--warmup", options.warmup))
         if value < 1
     ]
-    for name, path in (("--out", options.out), ("--trace", options.trace)):
-        if path is not None and not path.absolute().parent.is_dir():
-            problems.append(Problem(name, str(path), "a file in a folder that is there", "make the folder first"))
-    if options.out.suffix not in (".png", ".svg"):
-        problems.append(Problem("--out", str(options.out), "a name that ends in .png or .svg", "rename it"))
-    if importlib.util.find_spec("matplotlib") is None:
-        missing = "matplotlib, which is not installed"
-        problems.append(Problem("--out", str(options.out), missing, "pip install 'megadpo[report]'"))
+    problems += picture_problems("--out", options.out, [".png", ".svg"])
+    problems += output_problems("--trace", options.trace)
     if problems:
         raise ConfigError(problems)
     profile = profile_run(cfg, warmup=options.warmup, steps=options.steps, trace=options.trace)

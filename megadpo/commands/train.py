@@ -1,11 +1,11 @@
 """Train a model on preference pairs: megadpo train CONFIG [key=value ...]
 
-CONFIG is a YAML file or the name of a shipped config. The same command on CPUs and GPUs: alone, with --nproc-per-node N,
-or below torchrun (torchrun --nproc-per-node N launch/train.py CONFIG ..., or -m megadpo train CONFIG ...). A run started
-again with the same checkpointing.checkpoint_dir goes on where it stopped.
+CONFIG is a YAML file or the name of a shipped config. The command is the same on CPUs and GPUs. It runs in one process, in
+N processes with --nproc-per-node N, or under torchrun (torchrun --nproc-per-node N launch/train.py CONFIG ..., or -m megadpo
+train CONFIG ...). A run started again with the same checkpointing.checkpoint_dir continues from its newest checkpoint.
 
 Exit code 0: done; 2: refused, with every problem on stderr; 74: a checkpoint could not be saved; 75 and 143: stopped with
-a checkpoint, start it again; 130: stopped by Ctrl-C before there was anything to save; anything else: a crash. See
+a checkpoint, start it again; 130: stopped by Ctrl-C before there was anything to save; any other: a crash. See
 docs/running.md.
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from megadpo.commands import command_parser
+from megadpo.commands import command_parser, positive
 from megadpo.config.load import load_config
 from megadpo.launcher import add_rank_options, launch, split_rank_options, world_size
 from megadpo.train.check import check, checked_config
@@ -27,10 +27,10 @@ def main(arguments: Sequence[str]) -> int:
         return check(options.config, options.overrides, options.world_size)
     ranks, own = split_rank_options(arguments)
     if ranks:
-        load_config(options.config, options.overrides)  # refused here, not once a rank
+        load_config(options.config, options.overrides)  # an error is printed here, not by every rank
         return launch(ranks, ["train", *own], saves=True)
     cfg = checked_config(options.config, options.overrides, world_size())
-    from megadpo.train.command import run_training  # with torch: not for --help, nor a config that is refused
+    from megadpo.train.command import run_training  # imports torch: --help and refusals don't need it
 
     return run_training(cfg)
 
@@ -41,11 +41,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("config", help="YAML file, or the name of a shipped config such as dpo_megatron")
     parser.add_argument("overrides", nargs="*", help="key=value, e.g. dpo.max_num_steps=10")
     parser.add_argument("--check", action="store_true", help="only check; the same as megadpo check")
-    parser.add_argument("--world-size", type=int, default=None, help="with --check: the number of ranks to check for")
+    parser.add_argument("--world-size", type=positive, help="with --check: the number of ranks to check for")
     add_rank_options(parser)
     options = parser.parse_intermixed_args(arguments)
     if options.world_size is not None and not options.check:
         parser.error("--world-size goes with --check; a run takes its size from --nproc-per-node or torchrun")
-    if options.world_size is not None and options.world_size < 1:
-        parser.error(f"--world-size {options.world_size}: say how many ranks there will be, 1 or more")
     return options

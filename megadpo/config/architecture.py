@@ -1,7 +1,7 @@
-"""The neutral description of a model: what common code builds, checks and plans from.
+"""A model's description that names no family. Common code builds, checks and plans from it.
 
-megadpo/families reads it from a Hugging Face folder's config.json; nothing else asks for a family by name. What differs
-between layers is said layer by layer. Everything here can be compared and hashed, so that layers of a kind are known as such.
+megadpo/families makes it from config.json of a Hugging Face folder; no other code asks for a family by name. Each layer has
+its own description. All classes can be compared and hashed, so equal layers are easy to find.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How frequencies differ from plain RoPE's: every number of `rope_type`'s formula (model/rope.py), and None for those
-    that it has not."""
+    """How the frequencies differ from those of plain RoPE: the numbers in the formula of `rope_type` (model/rope.py). A
+    number that the formula lacks is None."""
 
     rope_type: Literal["linear", "llama3", "yarn", "longrope"]
     factor: float
@@ -26,27 +26,28 @@ class RopeScaling:
     beta_slow: float | None = None
     truncate: bool | None = None
     attention_factor: float = 1.0
-    """On cos and sin."""
+    """cos and sin are multiplied by it."""
     short_factor: tuple[float, ...] = ()
-    """longrope's divisors of the frequencies up to original_max_position_embeddings. Longer pairs are refused: the choice
-    of the others goes by the longest sequence of a batch, so a shared prompt would be turned in two ways."""
+    """longrope's divisors of the frequencies for texts up to original_max_position_embeddings. Longer pairs are refused:
+    transformers chooses the other divisors by the longest sequence of a batch, so one prompt would have two rotations."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rotary:
-    """Rotary positions: which channels of a head are turned, and how fast."""
+    """Rotary position embedding (RoPE): which channels of a head are rotated, and with which frequencies."""
 
     theta: float
     dims: int
-    """Channels that are turned, the first ones of a head."""
+    """Channels that are rotated: the first ones of a head."""
     interleaved: bool = False
-    """Pairs are neighbours, 0 and 1, 2 and 3; else channel i of the first half and channel i of the second."""
+    """True: channels 0 and 1, 2 and 3, ... are rotated together; else channel i of the first half with channel i of the
+    second."""
     scaling: RopeScaling | None = None
     """None: plain RoPE."""
 
     @property
     def longest(self) -> int | None:
-        """Tokens of the longest text for which these are the model's positions; None: there is no such limit."""
+        """The longest text in tokens for which these frequencies are the model's; None: no limit."""
         if self.scaling is None or self.scaling.rope_type != "longrope":
             return None
         return self.scaling.original_max_position_embeddings
@@ -54,16 +55,17 @@ class Rotary:
 
 @dataclass(frozen=True, kw_only=True)
 class Latent:
-    """Multi-head latent attention (arXiv 2405.04434): projections by way of a narrower vector, which has a norm."""
+    """Multi-head latent attention (arXiv 2405.04434): queries, keys and values are projected from narrower vectors
+    (latents), which have norms."""
 
     q_rank: int | None
-    """Width of the queries' vector; None: they are projected from the hidden state."""
+    """Width of the queries' latent; None: queries are projected from the hidden state."""
     kv_rank: int
-    """Of the vector of keys and values."""
+    """Width of the latent of keys and values."""
     rope_dim: int
-    """The last channels of a head, which alone are turned; of keys, they are the same in all heads."""
+    """The last channels of a head; only these are rotated. Those of the keys are the same in all heads."""
     norm_eps: float = 1e-6
-    """Of the norms of these vectors, whatever the other norms have."""
+    """Of the latents' norms. Other norms have their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,15 +79,15 @@ class Attention:
     value_dim: int
     """Channels of a value."""
     scale: float
-    """What a query times a key is multiplied by."""
+    """Factor of the product of a query and a key."""
     rotary: Rotary | None
-    """None: positions are not told apart."""
+    """None: no position embedding."""
     window: int | None = None
-    """Keys that a query sees at most, its own included; None: all."""
+    """Most keys that a query sees, including its own; None: all."""
     logit_softcap: float | None = None
     """c: scores become c * tanh(score / c)."""
     sinks: bool = False
-    """A learned number a head joins the softmax as one more score, whose value is 0."""
+    """Each head has a learned number that enters the softmax as one more score, with the value 0."""
     qkv_bias: bool = False
     """Bias of the query, key and value projections."""
     output_bias: bool = False
@@ -103,7 +105,7 @@ class Attention:
         return 2 * self.num_heads if self.output_gate else self.num_heads
 
     def weights(self, hidden: int) -> int:
-        """Of its projections, biases aside. hidden: the model's width."""
+        """Number of weights of the projections, without biases. hidden: the model's width."""
         values = self.num_heads * self.value_dim
         if self.latent is None:
             return hidden * (
@@ -156,35 +158,36 @@ class Mlp:
 
     ffn_size: int
     activation: Literal["silu", "gelu_tanh", "clamped"] = "silu"
-    """gelu_tanh: GELU in its form with tanh (Hendrycks and Gimpel 2016, arXiv 1606.08415). clamped: with the gate at most
-    `limit` and the other side between -limit and limit, gate * sigmoid(1.702 gate) * (1 + other)."""
+    """gelu_tanh: GELU by its tanh formula (Hendrycks and Gimpel 2016, arXiv 1606.08415). clamped: gate * sigmoid(1.702
+    gate) * (1 + up), after gate is cut to at most `limit`, and up to between -limit and limit."""
     limit: float | None = None
-    """Of `clamped` alone."""
+    """For `clamped` only."""
     bias: bool = False
-    """Of both projections."""
+    """Whether both projections have biases."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Router:
-    """Which experts a token goes to, those with the highest scores, and with what weights."""
+    """Chooses each token's experts, those with the highest scores, and the weights of their outputs."""
 
     scores: Literal["softmax", "softmax_of_chosen", "sigmoid"]
-    """Scores are a softmax over all experts' logits, or each logit's sigmoid. softmax_of_chosen: the logits choose, and
-    weights are a softmax over those of the chosen experts alone. Else weights are the chosen experts' scores."""
+    """softmax: over the logits of all experts. sigmoid: of each logit. For both, the weights are the scores of the chosen
+    experts. softmax_of_chosen: the scores are the logits, and the weights a softmax over the chosen ones."""
     correction_bias: bool = False
-    """A number an expert is added to scores for the choice alone. The model's folder has it; it is not trained."""
+    """Each expert has a number that is added to its score for the choice only. It is in the model's folder and not
+    trained."""
     groups: int = 1
-    """Experts stand in groups, of which a token's best `chosen_groups` count: by the sum of a group's best scores."""
+    """The experts are divided into groups. A token's experts come from the `chosen_groups` groups whose `best_of_group`
+    highest scores have the largest sum."""
     chosen_groups: int = 1
     best_of_group: int = 2
-    """How many scores of a group are added."""
     normalized: bool = False
-    """A token's weights are divided by their sum, of at least `least_sum`."""
+    """A token's weights are divided by their sum, or by `least_sum` if that is larger."""
     least_sum: float = 0.0
     factor: float = 1.0
-    """What weights are multiplied by."""
+    """The weights are multiplied by it."""
     bias: bool = False
-    """Of the logits."""
+    """Whether the logits have a bias."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,14 +197,14 @@ class Experts:
     number: int
     per_token: int
     mlp: Mlp
-    """Of each expert."""
+    """One expert."""
     router: Router
     shared_ffn_size: int | None
-    """Of the shared expert, which every token goes through; None: there is none."""
+    """Width of the shared expert, which every token goes through; None: there is none."""
     aux_loss_coef: float
-    """The model's own router_aux_loss_coef."""
+    """router_aux_loss_coef of the model's config.json."""
     shared_gate: bool = True
-    """The shared expert's output is multiplied by the sigmoid of a gate of its own."""
+    """The shared expert's output is multiplied by the sigmoid of a gate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,23 +217,23 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class Norms:
-    """RMSNorm, everywhere."""
+    """All norms are RMSNorms."""
 
     eps: float
     zero_centred: bool = False
-    """Norms multiply by 1 + their weight."""
+    """Norms multiply by 1 + weight."""
     placement: Literal["pre", "post", "sandwich"] = "pre"
-    """Of a layer's two parts: norms before each, after each and before the residual is added, or both."""
+    """pre: a norm before attention and before the MLP. post: after each, before the residual is added. sandwich: both."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A decoder, sizes in elements. There is a bias or a norm only where a field says so. Heads and their widths are the
-    same in every layer that has attention, which one has at least; so are all delta nets, all dense MLPs, and all layers
-    of experts."""
+    """A decoder; sizes in elements. Biases and norms exist only where a field says so. The number of heads and their widths
+    are the same in every layer that has attention; at least one layer has it. All delta nets are equal, and so are all dense
+    MLPs, and all layers of experts."""
 
     family: str
-    """Which of FAMILIES reads its config.json and has its weight table."""
+    """Name of the family, in FAMILIES, that reads config.json and has the weight table."""
     hf_class: str
     """Class name in config.json, e.g. LlamaForCausalLM."""
     hidden_size: int
@@ -242,14 +245,16 @@ class Architecture:
     eos_token_id: int | tuple[int, ...] | None
     pad_token_id: int | None
     torch_dtype: str | None
-    """Dtype of the stored weights, e.g. bfloat16, where config.json says."""
+    """Dtype of the stored weights, such as bfloat16, if config.json says it."""
     dropout: tuple[str, ...] = dataclasses.field(default=(), compare=False)
-    """Keys of config.json that ask for dropout, which is never applied: log-probabilities are compared."""
+    """Keys of config.json that ask for dropout. It is never applied, since log-probabilities are compared."""
+    media_tokens: tuple[int, ...] = dataclasses.field(default=(), compare=False)
+    """Ids of tokens for which a vision-language model inserts an image or a video."""
     embedding_multiplier: float = 1.0
     embedding_multiplier_rounded: bool = False
-    """To the weights' dtype, before it multiplies."""
+    """Whether the multiplier is first rounded to the weights' dtype."""
     residual_multiplier: float = 1.0
-    """Of what each part of a layer adds to the residual stream."""
+    """Factor of the outputs of attention and MLP before they are added to the residual stream."""
     logit_divisor: float = 1.0
     logit_softcap: float | None = None
     """c: the head's logits become c * tanh(logit / c)."""
@@ -260,27 +265,27 @@ class Architecture:
 
     @property
     def attention(self) -> Attention:
-        """The first one, for the sizes, which all have in common."""
+        """The first one, for sizes that are the same in all layers that have attention."""
         return self.attentions[0]
 
     @property
     def attentions(self) -> tuple[Attention, ...]:
-        """The kinds there are, in the order of the layers."""
+        """The different kinds of attention, in the order of the layers."""
         return tuple(dict.fromkeys(one.attention for one in self.layers if isinstance(one.attention, Attention)))
 
     @property
     def delta_net(self) -> DeltaNet | None:
-        """Of the layers that have one; None where all have attention."""
+        """Of the layers that have one; None if all layers have attention."""
         return next((one.attention for one in self.layers if isinstance(one.attention, DeltaNet)), None)
 
     @property
     def mlp(self) -> Mlp | None:
-        """Of the dense layers; None where every layer has experts."""
+        """The MLP of the dense layers; None if every layer has experts."""
         return next((one.feed_forward for one in self.layers if isinstance(one.feed_forward, Mlp)), None)
 
     @property
     def experts(self) -> Experts | None:
-        """Of the layers that have them; None for a dense model."""
+        """The experts of the layers that have them; None for a dense model."""
         return next((one.feed_forward for one in self.layers if isinstance(one.feed_forward, Experts)), None)
 
     @property
@@ -295,12 +300,12 @@ class Architecture:
 
     @property
     def fingerprint(self) -> str:
-        """Text that tells architectures apart. The cached reference's files are named by it, so it stays the same from
-        version to version: a field that comes later has a default, and is in the text only where it differs from that."""
+        """Text that differs between architectures. The cached reference's files are named by it, so it must not change
+        between versions: a field that is added later has a default, and is in the text only if its value differs."""
         return _text(self)
 
     def with_attention(self, only: Collection[int] | None = None, **changes: Any) -> Architecture:
-        """The same with these fields in every layer's attention. only: in these layers', by number."""
+        """A copy with these fields in every layer's attention. only: numbers of the layers to change."""
         layers = list(self.layers)
         for number in range(self.num_layers) if only is None else only:
             attention = layers[number].attention
@@ -317,7 +322,7 @@ class Architecture:
         return dataclasses.replace(self, layers=tuple(layers))
 
     def with_feed_forward(self, feed_forward: Mlp | Experts, only: Collection[int] | None = None) -> Architecture:
-        """The same with this in every layer. only: in these layers, by number."""
+        """A copy with this MLP or these experts in every layer. only: numbers of the layers to change."""
         layers = list(self.layers)
         for number in range(self.num_layers) if only is None else only:
             layers[number] = dataclasses.replace(layers[number], feed_forward=feed_forward)

@@ -1,5 +1,5 @@
-"""A limit of time and memory around what a template or an expression computes: `{{ 'x' * 10**10 }}` asks for 10 GB, and
-two nested loops run for a day."""
+"""Limits the time and memory of a chat template or an interpolation. `{{ 'x' * 10**10 }}` asks for 10 GB, and two nested
+loops may run for a day."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from pathlib import Path
 from types import FrameType
 
 MOST_SECONDS = 10.0
-"""Of a processor. A template takes milliseconds."""
+"""Processor time. A template takes milliseconds."""
 MOST_BYTES = 2**30
-"""More than the process has when the block begins."""
+"""In addition to what the process has when the block begins."""
 
 
 class OverLimit(Exception):
-    """The block took more time or memory than it may. Its text says which."""
+    """The block needed more time or memory than the limit. Its text says which."""
 
 
 class _Stop(BaseException):
-    """OverLimit on its way out of the block: libraries catch every Exception of what they call."""
+    """Raised inside the block in place of OverLimit, because libraries may catch every Exception there."""
 
 
 @contextlib.contextmanager
 def bounded(*, seconds: float | None = None, more_bytes: int = MOST_BYTES) -> Iterator[None]:
-    """Raises OverLimit from the block when it has used `seconds` (None: MOST_SECONDS) of processor time, or asks for
-    `more_bytes` more memory than the process has now. Blocks inside a block count with it.
+    """Raises OverLimit from the block after `seconds` (None: MOST_SECONDS) of processor time, or when it asks for
+    `more_bytes` more memory than the process has now. A block inside a block has the outer block's limits.
 
-    The memory's limit holds for the whole process while the block runs, and needs Linux; the time's needs the main thread.
+    The memory limit holds for the whole process while the block runs, and needs Linux. The time limit needs the main
+    thread.
     """
     global _is_inside
     if _is_inside:
@@ -54,7 +55,7 @@ _is_inside = False
 @contextlib.contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
     is_main = threading.current_thread() is threading.main_thread()
-    if sys.platform == "win32" or not is_main:  # Python gives signals to no other thread
+    if sys.platform == "win32" or not is_main:  # Python handles signals in the main thread only
         yield
         return
 
@@ -62,7 +63,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
         raise _Stop(f"it takes more than {seconds:g} s of a processor")
 
     before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 1.0)  # again each second, if it came where exceptions are lost
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 1.0)  # repeated, since some code swallows the first exception
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
-"""What docs/config.md, the tables of docs/losses.md and docs/families.md and `megadpo keys` say, read off the schema and the
-variants.
+"""Makes docs/config.md, the tables in docs/losses.md and docs/families.md, and the output of `megadpo keys`, from the schema
+and the variants.
 
-A key's meaning is the string below its field, a loss's formula and source are in its docstring: one place to write each.
+A key's meaning is the string below its field. A loss's formula and source are in its docstring.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ LOSSES_BEGIN, LOSSES_END = "<!-- losses: written by megadpo keys -->", "<!-- end
 
 @dataclass(frozen=True)
 class KeyEntry:
-    """One key of a config, in words."""
+    """One key of a config, as text."""
 
     path: str
     """Dotted, as on the command line."""
     expected: str
-    """Its type and range, in words."""
+    """Its type and range."""
     default: str
     meaning: str
 
@@ -63,7 +63,7 @@ class Section:
 
 
 def sections() -> list[Section]:
-    """Every section of a config, in the schema's order, those inside behind the one that holds them."""
+    """Every section of a config in the schema's order; a section comes before those inside it."""
     return list(_sections(Config, ""))
 
 
@@ -76,7 +76,8 @@ def page() -> str:
                 (f"`{key.path.rpartition('.')[2]}`", key.expected, key.default, key.meaning) for key in section.keys
             ]
             table = _table(("key", "value", "default", "meaning"), rows)
-            parts.append("\n\n".join(filter(None, [f"## {section.path or TOP}", section.meaning, table])))
+            meaning = textwrap.fill(section.meaning, 130, break_long_words=False, break_on_hyphens=False)
+            parts.append("\n\n".join(filter(None, [f"## {section.path or TOP}", meaning, table])))
     limited = [
         (f"`{one.path}`", _accepted(one), "; ".join(filter(None, (one.why, one.fix))))
         for one in nemo_keys().values()
@@ -91,7 +92,7 @@ def page() -> str:
 
 
 def with_losses(text: str) -> str:
-    """docs/losses.md with its table of losses, which stands between two comments, written anew."""
+    """docs/losses.md with a new table of losses between its two marks."""
     rows = []
     for name in LOSSES.names():
         loss = LOSSES[name]
@@ -105,7 +106,7 @@ def with_losses(text: str) -> str:
 
 
 def with_kernels(text: str) -> str:
-    """docs/families.md with its table of attention kernels, which stands between two comments, written anew."""
+    """docs/families.md with a new table of attention kernels between its two marks."""
     kernels = [ATTENTION_KERNELS[name] for name in ATTENTION_KERNELS.names()]
     rows = [
         (words, *(kernel.computes.get(feature, "refused") for kernel in kernels))
@@ -122,7 +123,7 @@ def _between(text: str, begin: str, end: str, table: str) -> str:
 
 
 def _links(text: str) -> str:
-    """Addresses in a text as Markdown links."""
+    """The text with its addresses as Markdown links."""
     return re.sub(r"https://(\S+[^\s.,;:])", lambda found: f"[{found[1]}]({found[0]})", text)
 
 
@@ -158,7 +159,7 @@ def _default(default: object, meaning: str) -> str:
 
 
 def _yaml(value: object) -> str:
-    """A value as a YAML file has it."""
+    """A value as YAML."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, (tuple, list)):

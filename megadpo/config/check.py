@@ -1,4 +1,4 @@
-"""Whether a layout is possible: what must hold between the grid of ranks, the model's shape and the processes."""
+"""Rules of layouts: the grid of ranks must fit the model's shape and the number of processes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _LARGEST_TP = 64
 
 
 def stated_world_size(cfg: Config) -> int | None:
-    """Processes that the `cluster` section speaks of; None where it doesn't."""
+    """Processes by the `cluster` section; None if it doesn't say."""
     if cfg.cluster.gpus_per_node is None or cfg.cluster.num_nodes is None:
         return None
     return cfg.cluster.gpus_per_node * cfg.cluster.num_nodes
 
 
 def layers_per_stage(cfg: Config, num_layers: int) -> list[int] | None:
-    """Layers of each pipeline stage, first to last; None where they can't be divided so."""
+    """Layers of each pipeline stage, first to last; None if they can't be divided like this."""
     megatron = cfg.policy.megatron_cfg
     stages = megatron.pipeline_model_parallel_size
     first, last = megatron.num_layers_in_first_pipeline_stage, megatron.num_layers_in_last_pipeline_stage
@@ -47,7 +47,7 @@ def layers_per_stage(cfg: Config, num_layers: int) -> list[int] | None:
 
 
 def chunk_layers(cfg: Config, arch: Architecture) -> list[list[tuple[Layer, ...]]]:
-    """The layers of each chunk of each pipeline stage, for a layout that was checked."""
+    """[stage][chunk] -> layers, for a layout that was checked."""
     counts = layers_per_stage(cfg, arch.num_layers)
     assert counts is not None, "check_layout accepts only layers that can be divided"
     chunks, first = cfg.policy.megatron_cfg.virtual_pipeline_model_parallel_size, 0
@@ -60,16 +60,13 @@ def chunk_layers(cfg: Config, arch: Architecture) -> list[list[tuple[Layer, ...]
 
 
 def micro_batch_multiple(cfg: Config) -> int:
-    """What the micro-batches of a data-parallel rank must be a multiple of: with a virtual pipeline, its stages."""
+    """The number of micro-batches of a data-parallel rank is a multiple of this: with a virtual pipeline, of its stages."""
     megatron = cfg.policy.megatron_cfg
     return megatron.pipeline_model_parallel_size if megatron.virtual_pipeline_model_parallel_size > 1 else 1
 
 
 def check_layout(cfg: Config, arch: Architecture | None, world_size: int | None) -> list[Problem]:
-    """Every problem of running `cfg` on a model of shape `arch` in `world_size` processes.
-
-    What is None is not checked. Empty list: the layout is possible.
-    """
+    """Every problem of running `cfg` on a model of shape `arch` in `world_size` processes. What is None is not checked."""
     return find_problems(Known(cfg=cfg, arch=arch, world_size=world_size))
 
 
@@ -118,7 +115,8 @@ def _pipeline_stages(known: Known) -> Iterator[Problem]:
 
 
 def _two_uneven_stages(megatron: MegatronConfig) -> Iterator[Problem]:
-    """megatron-core divides by the stages in between, none (get_transformer_layer_offset in transformer_layer.py)."""
+    """megatron-core would divide by the number of inner stages, which is 0 (transformer_layer.py,
+    get_transformer_layer_offset)."""
     first, last = megatron.num_layers_in_first_pipeline_stage, megatron.num_layers_in_last_pipeline_stage
     virtual = megatron.virtual_pipeline_model_parallel_size > 1
     if virtual and megatron.pipeline_model_parallel_size == 2 and first is not None and last is not None:
@@ -130,7 +128,8 @@ def _two_uneven_stages(megatron: MegatronConfig) -> Iterator[Problem]:
 
 @rule
 def _recomputation(known: Known) -> Iterator[Problem]:
-    """What the granularity gives no effect; megatron-core refuses the numbers too (transformer_config.py:1180)."""
+    """Refuses options without effect under the granularity. megatron-core refuses the numbers too
+    (transformer_config.py:1180)."""
     megatron, usual = known.cfg.policy.megatron_cfg, MegatronConfig()
     if not megatron.activation_checkpointing:
         return
@@ -179,7 +178,7 @@ def _fits_the_model(known: Known) -> Iterator[Problem]:
 def _tensor_parallel(cfg: Config, arch: Architecture) -> Iterator[Problem]:
     where = f"{_MEG}.tensor_model_parallel_size"
     tp = cfg.policy.megatron_cfg.tensor_model_parallel_size
-    # of a layer of experts they cut the shared expert; check_moe.py has the rules of the others
+    # in a layer with experts, tensor parallelism cuts the shared expert; check_moe.py has rules for the others
     dense, shared = 0 if arch.mlp is None else arch.mlp.ffn_size, arch.experts and arch.experts.shared_ffn_size
     divided = {
         "attention heads": arch.attention.num_heads,
@@ -227,7 +226,7 @@ def _pipeline_parallel(cfg: Config, arch: Architecture) -> Iterator[Problem]:
 
 
 def _virtual_pipeline(cfg: Config, arch: Architecture) -> Iterator[Problem]:
-    """Chunks of a stage are of equal size, an uneven first or last stage's too (megatron-core's rule)."""
+    """All chunks of a stage have equal size, also those of an uneven first or last stage (megatron-core's rule)."""
     stages = layers_per_stage(cfg, arch.num_layers)
     chunks = cfg.policy.megatron_cfg.virtual_pipeline_model_parallel_size
     if stages is None or all(layers % chunks == 0 for layers in stages):
@@ -241,7 +240,7 @@ def _virtual_pipeline(cfg: Config, arch: Architecture) -> Iterator[Problem]:
 
 
 def _uniform_recomputation(cfg: Config, arch: Architecture) -> Iterator[Problem]:
-    """megatron-core goes past the end of a chunk whose layers don't divide (transformer_block.py, `uniform`)."""
+    """If the groups don't divide a chunk's layers, megatron-core reads past its end (transformer_block.py, `uniform`)."""
     megatron, stages = cfg.policy.megatron_cfg, layers_per_stage(cfg, arch.num_layers)
     size, full = megatron.recompute_num_layers, megatron.recompute_granularity == "full"
     if not megatron.activation_checkpointing or not full or megatron.recompute_method != "uniform" or stages is None:
@@ -273,7 +272,7 @@ def _sequence_length(cfg: Config, arch: Architecture) -> Iterator[Problem]:
     ]
     if limits and longest > min(limits):
         expected = (
-            f"at most {min(limits)}: in a batch with a longer text the model's longrope turns every text otherwise"
+            f"at most {min(limits)}: in a batch with a longer text the model's longrope rotates every text differently"
         )
         yield Problem(where, longest, expected, f"set it to {min(limits)} or less")
 

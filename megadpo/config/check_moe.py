@@ -1,4 +1,4 @@
-"""Experts: what must hold between their options and layout, the model and the processes."""
+"""Rules of experts: their options must fit the model and the number of processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a text of `data.train_data_path` or `data.val_data_paths` names: a file, a folder, or a dataset of the hub."""
+"""Parses a text of `data.train_data_path` or `data.val_data_paths`: a file, a folder, or a hub data set."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
-"""Kinds of files, by their ends."""
+"""Endings of data files."""
 COMPRESSIONS = (".gz", ".zst")
 """May follow the suffix of a text file."""
 
@@ -17,13 +17,13 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True)
 class DataSource:
-    """A source of rows, taken apart."""
+    """A source of rows."""
 
     path: str
     """A file, a folder, or a hub name."""
     subset: str | None = None
     split: str | None = None
-    """None where none is said: then it is train, as in NeMo RL."""
+    """None: train, as in NeMo RL."""
 
     def __str__(self) -> str:
         subset = f":{self.subset}" if self.subset else ""
@@ -41,7 +41,8 @@ class DataSource:
 
 
 def parse_source(text: str) -> DataSource:
-    """`path`, `folder[:subset][@split]` or `org/name[:subset][@split]`. A text that ends like a file is that file."""
+    """Parses `path`, `folder[:subset][@split]` or `org/name[:subset][@split]`. A text with the ending of a data file is that
+    file."""
     if file_suffix(text) is not None:
         return DataSource(text)
     match = _DATASET.fullmatch(text)
@@ -49,7 +50,7 @@ def parse_source(text: str) -> DataSource:
 
 
 def file_suffix(path: str) -> str | None:
-    """The end that says what kind of file it is, compression taken off: `.jsonl` of `pairs.jsonl.gz`. None: unknown."""
+    """The ending without compression, such as `.jsonl` of `pairs.jsonl.gz`; None if it is not in FILE_SUFFIXES."""
     name = path.lower()
     for compression in COMPRESSIONS:
         name = name.removesuffix(compression)

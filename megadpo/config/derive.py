@@ -1,4 +1,4 @@
-"""Values that follow from other values where a file leaves them out or says null."""
+"""Fills in values that a file leaves out, or sets to null, from other values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ _MEG = "policy.megatron_cfg"
 
 
 def derive(tree: Tree) -> set[str]:
-    """Fill `tree` in place and return the paths filled. A missing source is skipped: the reader reports it."""
+    """Fills `tree` in place and returns the filled paths. A value whose source is missing stays out: the reader reports
+    the source."""
     for path in _NULL_IS_DEFAULT:
         if get(tree, path) is None:
             drop(tree, path)
@@ -51,7 +52,7 @@ def _pad_multiple(tree: Tree) -> int:
 
 
 def _fp8_tokens(tree: Tree) -> int:
-    """Tokens of a rank are a multiple of this."""
+    """The tokens of a rank must be a multiple of this."""
     if get(tree, f"{_MEG}.fp8_cfg.enabled") is not True:
         return 1
     return FP8_TOKENS.get(get(tree, f"{_MEG}.fp8_cfg.fp8_recipe", Fp8Config.fp8_recipe), 1)
@@ -62,7 +63,7 @@ def _bf16(tree: Tree) -> bool:
 
 
 def _reference_mode(tree: Tree) -> str | None:
-    """With LoRA a reference costs nothing."""
+    """With LoRA the default is adapter_off, because it needs no memory."""
     if get(tree, f"{_MEG}.peft.enabled") is not True or get(tree, "dpo.reference.model_name") is not None:
         return None
     return "adapter_off"
@@ -83,7 +84,7 @@ _DERIVED: dict[str, Callable[[Tree], Any]] = {
     f"{_MEG}.scheduler.end_weight_decay": _copy_of(f"{_MEG}.optimizer.weight_decay"),
 }
 
-# Left out by writing null, as in NeMo RL's files: the default is taken.
+# null means the default, as in NeMo RL's files.
 _NULL_IS_DEFAULT = (
     "policy.logprob_chunk_size",
     "policy.freeze",

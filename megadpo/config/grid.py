@@ -1,7 +1,7 @@
-"""The grid of ranks: the sizes of a parallel layout, and one rank's place in it. Pure arithmetic.
+"""The grid of ranks: the sizes of a parallel layout, and one rank's place in it.
 
-Ranks are numbered as megatron-core numbers them by default: tensor - context - data - pipeline, the first one changing
-fastest. Experts divide the same ranks of a stage otherwise: expert tensor - expert - expert data.
+Ranks have megatron-core's default order: tensor - context - data - pipeline; tensor changes fastest. For experts the same
+ranks of a stage have the order expert tensor - expert - expert data.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from megadpo.config.schema import Config
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Sizes of the parallel dimensions, and a rank in them. Raises ValueError for a rank outside of the world."""
+    """Sizes of the parallel dimensions, and one rank. Raises ValueError for a rank outside the world."""
 
     tensor: int = 1
     context: int = 1
-    """Ranks that share out the tokens of each micro-batch."""
+    """Ranks that divide the tokens of each micro-batch."""
     data: int = 1
-    """Copies of the model: ranks that share out the micro-batches of a global batch."""
+    """Copies of the model: ranks that divide the micro-batches of a global batch."""
     pipeline: int = 1
     virtual_pipeline: int = 1
     """Model chunks of each pipeline stage."""
     expert: int = 1
-    """Ranks that share out the experts of a layer."""
+    """Ranks that divide the experts of a layer."""
     expert_tensor: int = 1
-    """Ranks that cut each expert."""
+    """Ranks that divide the matrices of each expert."""
     rank: int = 0
-    """World rank whose place in the grid the properties below give."""
+    """World rank. Properties such as tp_rank are for this rank."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -37,7 +37,7 @@ class Grid:
 
     @classmethod
     def of(cls, cfg: Config, world_size: int | None = None) -> Grid:
-        """The config's grid in a world of `world_size` ranks; None: of one copy of the model. Raises as `over` does."""
+        """The config's grid in a world of `world_size` ranks; None: with one copy of the model. Raises as `over` does."""
         megatron = cfg.policy.megatron_cfg
         one_copy = cls(
             tensor=megatron.tensor_model_parallel_size,
@@ -50,8 +50,7 @@ class Grid:
         return one_copy if world_size is None else one_copy.over(world_size)
 
     def over(self, world_size: int) -> Grid:
-        """The same sizes in a world of `world_size` ranks: `data` is what remains. Raises ValueError where it doesn't
-        divide."""
+        """The same sizes in a world of `world_size` ranks; `data` follows. Raises ValueError if they don't divide it."""
         if world_size < 1 or world_size % self.model_ranks:
             raise ValueError(
                 f"world size {world_size} is not a multiple of tensor x context x pipeline = {self.model_ranks}"
@@ -59,7 +58,7 @@ class Grid:
         return dataclasses.replace(self, data=world_size // self.model_ranks)
 
     def __str__(self) -> str:
-        """The sizes that are not 1; tensor, pipeline and data always."""
+        """Sizes above 1; also tensor, pipeline and data."""
         sizes = {"tensor": self.tensor, "context": self.context, "pipeline": self.pipeline, "data": self.data}
         text = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 or name != "context")
         also = {
@@ -70,11 +69,11 @@ class Grid:
         return ", ".join([text, *(f"{name} {size}" for name, size in also.items() if size > 1)])
 
     def at(self, rank: int) -> Grid:
-        """The same grid, seen from world rank `rank`."""
+        """The same grid for world rank `rank`."""
         return dataclasses.replace(self, rank=rank)
 
     def stage(self, number: int) -> Grid:
-        """The same grid, seen from the first rank of pipeline stage `number`."""
+        """The same grid for the first rank of pipeline stage `number`."""
         return self.at(number * self.stage_ranks)
 
     @property
@@ -136,9 +135,9 @@ class Grid:
         return self.rank % self.stage_ranks // (self.expert * self.expert_tensor)
 
     def is_first_chunk(self, chunk: int) -> bool:
-        """Whether this rank's chunk number `chunk` is where the model begins."""
+        """Whether this rank's chunk number `chunk` is the model's first."""
         return self.pp_rank == 0 and chunk == 0
 
     def is_last_chunk(self, chunk: int) -> bool:
-        """Whether this rank's chunk number `chunk` is where the model ends."""
+        """Whether this rank's chunk number `chunk` is the model's last."""
         return self.pp_rank == self.pipeline - 1 and chunk == self.virtual_pipeline - 1

@@ -1,5 +1,5 @@
-"""`${...}` in a config: filled in by OmegaConf as NeMo RL does, with what comes from the environment remembered, so that
-no file holds it."""
+"""Resolves `${...}` in a config with OmegaConf, as NeMo RL does. Values of environment variables are remembered, so that
+they are written to no file."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from megadpo.config.problems import ConfigError, Problem, first_line
 
 _DEEPEST = 64
 _OPEN, _CLOSE = "\ue000", "\ue001"
-"""Private characters around the name of a variable, while its place in a text is looked for."""
+"""Private-use characters. They mark the name of a variable while its place in a text is searched."""
 
 _SHORTEST_HIDDEN = 4
-"""Characters of a value that is looked for inside of words: each "no" of a report is not a variable's."""
+"""Shorter values are not replaced inside a text: "no" in a sentence is hardly a variable's value."""
 
 
 @dataclass(frozen=True)
 class FromEnvironment:
-    """A value that holds one of an environment variable."""
+    """A value that contains the value of an environment variable."""
 
     value: Any
     text: str
-    """What stands for it in a file: with `${oc.env:NAME}`, which is the same value in the same environment."""
+    """The text for files: with `${oc.env:NAME}`, which gives the same value in the same environment."""
 
 
 Environment = Mapping[str, FromEnvironment]
-"""By the path of the key; items of lists as path[0]."""
+"""Path of the key -> value. An item of a list has a path such as `path[0]`."""
 
 
 def resolve(tree: dict[str, Any], problems: list[Problem]) -> tuple[dict[str, Any], dict[str, FromEnvironment]]:
-    """A plain copy of `tree` with every `${...}` filled in, and which values hold environment variables. What can't be
-    filled in is added to `problems` and left out. Raises ConfigError for one without end."""
+    """A plain copy of `tree` with every `${...}` resolved, and the values that contain environment variables. A value that
+    can't be resolved is added to `problems` and left out. Raises ConfigError for endless ones."""
     reading = _Interpolation(problems)
     try:
         with bounded():
@@ -88,8 +88,8 @@ class _Interpolation:
         return f"{_OPEN}{name}{words}{_CLOSE}"
 
     def _text(self, node: Any, key: Any) -> str:
-        """The value at `key`, with the names of variables for their values; as the file has it, where something was
-        computed from them."""
+        """The value at `key` with variables' names in place of their values. If something was computed from a variable:
+        the text of the config file."""
         self._names_instead = True
         try:
             text = node[key]
@@ -103,13 +103,13 @@ class _Interpolation:
 
 
 def escaped(text: str) -> str:
-    """A text as a config holds it, where `${` stands for itself."""
+    """The text as a config file must write it, so that `${` is no interpolation."""
     return text.replace("${", "\\${")
 
 
 def hidden(value: Any, environment: Environment, path: str = "") -> Any:
-    """`value`, a resolved tree, as files hold it: with `escaped` texts, and for what is an environment variable's value
-    the name of that. So is every other text that is the same as one of those: keys may take a value from another."""
+    """A resolved tree as it is written to files: texts are `escaped`, and values from environment variables are replaced by
+    the variables' names. So is every other text that equals one of these values, since one key may copy another's."""
     if path in environment:
         return environment[path].text
     if isinstance(value, dict):
@@ -122,7 +122,7 @@ def hidden(value: Any, environment: Environment, path: str = "") -> Any:
 
 
 def hidden_words(words: str, environment: Environment) -> str:
-    """Words of a report, with the names of variables for their values."""
+    """A text in which values from environment variables are replaced by the variables' names."""
     for one in environment.values():
         if isinstance(one.value, str) and len(one.value) >= _SHORTEST_HIDDEN:
             words = words.replace(one.value, one.text)
@@ -151,4 +151,4 @@ _ARITHMETIC = {
     "div": _of_numbers(lambda a, b: a / b),
     "max": _of_numbers(lambda a, b: max(a, b)),
 }
-"""NeMo RL's, as in ${mul:${policy.max_total_sequence_length},2}."""
+"""NeMo RL's resolvers, as in ${mul:${policy.max_total_sequence_length},2}."""

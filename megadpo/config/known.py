@@ -1,8 +1,8 @@
-"""What is known of a run, and every problem that follows from it.
+"""Rules, and what they may use: all that is known of a run at a time.
 
-A rule says what must hold between values. The rules of this room are in the modules that load.py imports; a variant
-brings its own (variants.py). All are asked in the same way: with the config alone when it is read, and with the model's
-architecture, the number of processes and the machine where these are known.
+A rule says what must hold between values. The rules of this room are in the modules that load.py imports; a variant has
+its own (variants.py). Rules run when the config is read, with the config alone, and again when the model's architecture,
+the number of processes and the machine are known.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from megadpo.config.variants import KINDS, option_fields
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a variant may ask of the machine that a run is on."""
+    """The machine of a run, as variants see it."""
 
     device: Literal["cpu", "cuda"]
     compute_capability: tuple[int, int] | None = None
-    """Of the GPU, e.g. (9, 0) for Hopper."""
+    """Of the GPU, such as (9, 0) for Hopper."""
     cuda_version: tuple[int, int] | None = None
-    """That torch was built for."""
+    """The version that torch was built for."""
     why_missing: Callable[[str], str | None] = lambda name: None
-    """Why a Python package such as transformer_engine, or MIXED_PRODUCTS, can't be used; None where it can."""
+    """Why a Python package such as transformer_engine, or MIXED_PRODUCTS, can't be used; None if it can."""
 
 
 INSTALL = "install the 'gpu' extra (pip install megadpo[gpu], see docs/gpu.md)"
 MIXED_PRODUCTS = "products of bfloat16 matrices in float32"
-"""torch multiplies bfloat16 matrices into a float32 one, and adds to it, without rounding in between."""
+"""torch can multiply bfloat16 matrices into a float32 one, and add the product to one, without rounding it first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """What is known when a variant or a rule is asked for problems. None: not known, and what depends on it is not judged."""
+    """What a variant or a rule may use to find problems. None: not known yet; then it finds no problem that needs it."""
 
     cfg: Config
     arch: Architecture | None = None
@@ -50,7 +50,7 @@ class Known:
 
     @property
     def device(self) -> Literal["auto", "cpu", "cuda"]:
-        """Of the run. auto: not known."""
+        """The run's device. auto: not known."""
         return self.cfg.policy.device if self.machine is None else self.machine.device
 
 
@@ -59,15 +59,15 @@ _RULES: list[Rule] = []
 
 
 def rule(holds: Rule) -> Rule:
-    """Decorator: register a rule. It yields a Problem for everything that doesn't hold, as far as `known` says."""
+    """Decorator: registers a rule, which yields a Problem for everything in `known` that doesn't hold."""
     _RULES.append(holds)
     return holds
 
 
 def find_problems(known: Known, unread: frozenset[str] = frozenset()) -> list[Problem]:
-    """Every rule that is broken, the variants' own included.
+    """The problems that all rules find, also those of variants.
 
-    unread: keys that hold a stand-in, since their value could not be read. A rule ends where it reads one of them.
+    unread: keys whose value could not be read; the config has a placeholder there. A rule stops when it reads one.
     """
     if unread:
         guarded: Any = _Guard(known.cfg, "", unread)
@@ -77,7 +77,7 @@ def find_problems(known: Known, unread: frozenset[str] = frozenset()) -> list[Pr
 
 
 class _Unread(Exception):
-    """A rule reads a value that could not be read."""
+    """A rule has asked for a value that could not be read."""
 
 
 def _until_unread(problems: Iterator[Problem]) -> Iterator[Problem]:
@@ -88,12 +88,12 @@ def _until_unread(problems: Iterator[Problem]) -> Iterator[Problem]:
 
 
 class _Guard:
-    """A section of a config that raises _Unread where a value is asked for that could not be read."""
+    """Wraps a section of a config, and raises _Unread for a value that could not be read."""
 
     def __init__(self, section: Any, path: str, unread: frozenset[str]) -> None:
         self._section, self._path, self._unread = section, path, unread
 
-    @property  # type: ignore[misc]  # what asks for the section's type gets that
+    @property  # type: ignore[misc]  # isinstance() sees the section's own type
     def __class__(self) -> Any:
         return type(self._section)
 
@@ -115,7 +115,7 @@ class _Guard:
 
 
 class _GuardedOptions(Mapping[str, Any]):
-    """Options of variants, which are keys of the section `path`."""
+    """The same for options of variants, which are keys of the section `path`."""
 
     def __init__(self, options: Mapping[str, Any], path: str, unread: frozenset[str]) -> None:
         self._options, self._path, self._unread = options, path, unread

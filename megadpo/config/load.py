@@ -1,4 +1,4 @@
-"""The config's way in and out: load_config, build_config, as_dict, save_resolved."""
+"""Reads a config, and writes the resolved one."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from megadpo.config import check, check_moe, rules_optimizer, rules_peft, rules_
 from megadpo.config.derive import derive
 from megadpo.config.interpolation import Environment, hidden
 from megadpo.config.known import Known, find_problems
-from megadpo.config.nemo_rl.translate import Heard, nemo_keys, nemo_paths, translate
-from megadpo.config.no_effect import idle_notes
-from megadpo.config.precedence import give_way
+from megadpo.config.nemo_rl.translate import NemoFindings, nemo_keys, nemo_paths, translate
+from megadpo.config.no_effect import no_effect_notes
+from megadpo.config.precedence import drop_contradicted
 from megadpo.config.problems import ConfigError, Problem, covered
 from megadpo.config.reader import Reader, dotted_paths, keys_of
 from megadpo.config.schema import Config
@@ -26,19 +26,18 @@ from megadpo.config.variants import import_plugins, option_fields
 from megadpo.files.atomic import write_then_rename
 
 Purpose = Literal["train", "evaluate"]
-"""What the config is for: train needs data.train_data_path, evaluate needs data.val_data_paths."""
+"""train needs data.train_data_path, evaluate needs data.val_data_paths."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, purpose: Purpose = "train") -> Config:
     """Read a YAML file with `defaults:`, `${...}` and `a.b=c` overrides into a checked Config.
 
-    Order: defaults, file, overrides, interpolation, what the overrides outdo in other keys, NeMo RL's spellings, derived
-    values, types, rules.
-    Raises ConfigError with every problem found.
+    Order: defaults, file, overrides, interpolation, values of the file that contradict an override (precedence.py), NeMo
+    RL's keys, derived values, types, rules. Raises ConfigError with every problem found.
     """
     problems: list[Problem] = []
     tree, environment = read_tree(path, overrides, problems)
-    notes = give_way(tree, overrides)
+    notes = drop_contradicted(tree, overrides)
     return _build(tree, problems, notes, purpose, environment)
 
 
@@ -48,14 +47,14 @@ def build_config(tree: Mapping[str, Any], *, purpose: Purpose = "train") -> Conf
 
 
 def as_dict(cfg: Config) -> dict[str, Any]:
-    """The resolved config as plain dicts, lists and scalars: what YAML and loggers take. No file may set the rest."""
+    """The resolved config as plain dicts, lists and scalars, without fields that are no keys."""
     keys = keys_of(type(cfg))
     return {name: value for name, value in _plain(cfg).items() if name in keys}
 
 
 def as_written(cfg: Config) -> dict[str, Any]:
-    """`as_dict` as files and loggers get it: `${oc.env:NAME}` for values from the environment, and `\\${` for `${` in a
-    text."""
+    """`as_dict` for files and loggers: with `${oc.env:NAME}` for values from the environment, and `\\${` for `${` in
+    texts."""
     written: dict[str, Any] = hidden(as_dict(cfg), cfg.environment)
     return written
 
@@ -67,9 +66,9 @@ def resolved_text(cfg: Config) -> str:
 
 
 def save_resolved(cfg: Config, path: str | Path, chosen: Mapping[str, str] | None = None) -> None:
-    """Write the resolved config as YAML, complete or not at all; load_config reads it back as an equal Config.
+    """Writes the resolved config as YAML, complete or not at all. load_config reads it back as an equal Config.
 
-    chosen: what `auto` came to on this machine, by name; written as comments.
+    chosen: name -> what `auto` has chosen on this machine; written as comments.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -87,19 +86,19 @@ def _build(
 ) -> Config:
     unreadable = {problem.where for problem in problems}
     plugins = tree.get("plugins")
-    if isinstance(plugins, list):  # first: they add keys to the schema
+    if isinstance(plugins, list):  # first, because they add keys to the schema
         import_plugins([name for name in plugins if isinstance(name, str)])
     paths = frozenset(dotted_paths(Config))
-    heard = Heard(problems, notes=notes)
-    unreadable |= translate(tree, paths, heard) | translate_losses(tree, problems, heard.notes)
+    found = NemoFindings(problems, notes=notes)
+    unreadable |= translate(tree, paths, found) | translate_losses(tree, problems, found.notes)
     derived = derive(tree)
     reader = Reader(paths | nemo_paths())
     cfg = reader.section(Config, tree, "")
     if "policy.model_name" in unreadable | reader.bad:
-        # The tokenizer's name follows the model's: it is not missing on its own.
+        # The tokenizer's name is derived from the model's: don't report it too.
         unreadable |= {"policy.tokenizer", "policy.tokenizer.name"}
-    # One mistake, one problem: what failed before (its ${...}, say) is not called missing as well, and a value that
-    # follows from a wrong one is not called wrong as well.
+    # One mistake gives one problem: a value whose ${...} failed is not also reported as missing, and a value that is
+    # derived from a wrong one is not also reported as wrong.
     problems += [
         _with_reason(one)
         for one in reader.problems
@@ -110,14 +109,16 @@ def _build(
     problems += [one for one in _missing_data(cfg, purpose) if not covered(one.where, bad)]
     if problems:
         raise ConfigError(problems)
-    notes = [*heard.all_notes(), *idle_notes(cfg)]
     return dataclasses.replace(
-        cfg, notes=tuple(notes), environment=environment or {}, refused_with_experts=tuple(heard.of_experts)
+        cfg,
+        notes=(*found.all_notes(), *no_effect_notes(cfg)),
+        environment=environment or {},
+        refused_with_experts=tuple(found.with_experts),
     )
 
 
 def _with_reason(problem: Problem) -> Problem:
-    """With why a value of NeMo RL's is not among those of the schema."""
+    """Adds the reason why the schema lacks a value that NeMo RL has."""
     key = nemo_keys().get(problem.where)
     return problem if key is None else dataclasses.replace(problem, expected=f"{problem.expected} ({key.why})")
 

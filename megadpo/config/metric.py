@@ -1,4 +1,4 @@
-"""The metrics of the objective, and the texts of `checkpointing.metric_name` and `checkpoint_must_save_by`."""
+"""The metrics of the objective. Parses `checkpointing.metric_name` and `checkpoint_must_save_by`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Metric(NamedTuple):
     """A metric of megadpo/objective/dpo.py: a mean over pairs."""
 
     higher_is_better: bool | None
-    """None: neither direction is better in itself."""
+    """None: neither is better."""
     needs_rewards: bool = False
-    """Not measured if the loss needs a reference and there is none."""
+    """It is not measured if the loss needs a reference and there is none."""
 
 
 METRICS: dict[str, Metric] = {
@@ -38,7 +38,7 @@ _ALIASES = {"accuracy": "rewards/accuracies"} | {
 
 
 class MetricName(NamedTuple):
-    """A metric as it is logged: `prefix`/`metric`."""
+    """A logged metric: `prefix`/`metric`."""
 
     prefix: str
     """train or validation-<name>."""
@@ -52,7 +52,7 @@ class MetricName(NamedTuple):
 
 
 def parse_metric_name(text: str, val_names: Collection[str]) -> MetricName:
-    """Understand a metric name; `val_names` are the validation sets there are.
+    """Parses a metric name. `val_names`: the names of all validation sets.
 
     Forms: `validation-<name>_<metric>` or `validation-<name>/<metric>`, with or without NeMo RL's `val:` before it, and
     `train:<metric>`, `train_<metric>` or `train/<metric>`. Metrics: METRICS and NeMo RL's names for the same.
@@ -63,7 +63,7 @@ def parse_metric_name(text: str, val_names: Collection[str]) -> MetricName:
         rest = rest[len("val:") :]
     elif rest.startswith("train:"):
         rest = "train/" + rest[len("train:") :]
-    # The longest name first: one set's name may begin with another's.
+    # Longest name first, because one set's name may begin with another's.
     prefixes = ["train"] + [f"validation-{name}" for name in sorted(val_names, key=len, reverse=True)]
     for prefix in prefixes:
         if rest.startswith(prefix) and rest[len(prefix) : len(prefix) + 1] in ("_", "/"):

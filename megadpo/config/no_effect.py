@@ -1,4 +1,4 @@
-"""Options that other options, or the model, leave without effect: accepted, since files carry them along, with a note."""
+"""Options without effect, because of other options or the model. They are accepted, with a note: files often have them."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ _OPT = f"{_MEG}.optimizer"
 _SCHED = f"{_MEG}.scheduler"
 
 
-def idle_notes(cfg: Config) -> list[str]:
-    """One line for each option that is not at its default and can change nothing in this config.
+def no_effect_notes(cfg: Config) -> list[str]:
+    """One line for each option that is not at its default and has no effect in this config.
 
-    Settings of a part that is switched off as a whole (`wandb_enabled: false`, `checkpointing.enabled: false`) get no
-    line: they count once it is switched on.
+    There is no line for settings of a part that is switched off as a whole (`wandb_enabled: false`,
+    `checkpointing.enabled: false`).
     """
     usual = Config(policy=PolicyConfig(model_name="", tokenizer=TokenizerConfig(name="")))
     notes = []
-    for path, reason in _idle(cfg):
+    for path, reason in _without_effect(cfg):
         value = value_at(cfg, path)
         if value != value_at(usual, path):
             notes.append(f"{path}: {value!r} has no effect: {reason}")
     return notes
 
 
-def _idle(cfg: Config) -> Iterator[tuple[str, str]]:
-    """Each option without effect in `cfg`, and why."""
+def _without_effect(cfg: Config) -> Iterator[tuple[str, str]]:
+    """(path, reason) of each option without effect in `cfg`."""
     for kind in KINDS:
         if kind.notes_unread:
             yield from ((where, f"{kind.field} is {value_at(cfg, kind.field)}") for where, _, _ in kind.unread(cfg))
@@ -63,7 +63,7 @@ def _idle(cfg: Config) -> Iterator[tuple[str, str]]:
 
 
 def dropout_notes(arch: Architecture) -> list[str]:
-    """One note of the dropout that the model's config.json asks for."""
+    """A note if the model's config.json asks for dropout."""
     if not arch.dropout:
         return []
     keys = " and ".join(arch.dropout)
@@ -74,8 +74,8 @@ _MODULES = ("moe", "shared_experts")
 
 
 def without_experts(cfg: Config, *archs: Architecture) -> Config:
-    """`cfg` with what it says about experts at its defaults, and one note of that, where none of the run's models, the
-    policy and the reference, has any; else `cfg`."""
+    """If none of `archs` (policy and reference) has experts: `cfg` with all options of experts at their defaults, and a note.
+    Else `cfg`."""
     if any(arch.experts is not None for arch in archs):
         return cfg
     given, usual = cfg.policy.megatron_cfg, MegatronConfig()

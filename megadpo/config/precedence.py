@@ -1,4 +1,4 @@
-"""What the command line says wins over what the file says about the same thing in another key."""
+"""An override on the command line wins over another key of the file that says the same thing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _OPT = f"{_MEG}.optimizer"
 _SCHED = f"{_MEG}.scheduler"
 _CHUNKS = tuple(f"{_MEG}.{name}" for name in ("fused_linear_logprobs_chunk_size", "linear_ce_fusion_chunk_size"))
 
-# key -> the keys that say the same in other words
+# key -> other keys with the same meaning
 _SAME: dict[str, tuple[str, ...]] = {
     f"{_OPT}.weight_decay": (f"{_SCHED}.start_weight_decay", f"{_SCHED}.end_weight_decay"),
     "policy.max_grad_norm": (f"{_OPT}.clip_grad",),
@@ -31,23 +31,23 @@ def _above(limit: object, value: object) -> bool:
     return isinstance(limit, (int, float)) and isinstance(value, (int, float)) and value > limit
 
 
-# key of the file -> whether its value can't stand beside the command line's; otherwise: when they differ
+# key of the file -> whether its value contradicts that of the command line; for other keys: if the values differ
 _CLASHES: dict[str, Callable[[Any, Any], bool]] = {
     f"{_OPT}.bf16": lambda precision, bf16: bool(bf16) != (precision == "bfloat16"),
     "data.max_input_seq_length": _above,
 }
 
 
-def give_way(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Take out of `tree` what the command line's `overrides` say otherwise in another key; a note for each."""
-    said = [one.partition("=")[0].lstrip("+").strip() for one in overrides if not one.startswith("~")]
+def drop_contradicted(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Removes from `tree` the values that contradict an override of another key. Returns a note for each."""
+    overridden = [one.partition("=")[0].lstrip("+").strip() for one in overrides if not one.startswith("~")]
     notes = []
     for winner, others in _SAME.items():
-        if not _is_said(winner, said):
+        if not _overridden(winner, overridden):
             continue
         for other in others:
             mine, theirs = get(tree, winner), get(tree, other)
-            if theirs is None or _is_said(other, said) or not _clash(tree, winner, other):
+            if theirs is None or _overridden(other, overridden) or not _clash(tree, winner, other):
                 continue
             drop(tree, other)
             notes.append(f"{other}: {theirs!r} of the file gives way to {winner}: {mine!r} of the command line")
@@ -56,11 +56,11 @@ def give_way(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
 
 def _clash(tree: dict[str, Any], winner: str, other: str) -> bool:
     if winner.endswith(".weight_decay") and get(tree, f"{_SCHED}.weight_decay_incr_style", "constant") != "constant":
-        return False  # start and end decide
+        return False  # start and end are used, and weight_decay is not
     mine, theirs = get(tree, winner), get(tree, other)
     return _CLASHES[other](mine, theirs) if other in _CLASHES else bool(mine != theirs)
 
 
-def _is_said(path: str, said: list[str]) -> bool:
-    """Whether the command line sets `path`, a section that holds it, or something in it."""
-    return any(one == path or path.startswith(f"{one}.") or one.startswith(f"{path}.") for one in said)
+def _overridden(path: str, overridden: list[str]) -> bool:
+    """Whether the command line sets `path`, a section around it, or a key in it."""
+    return any(one == path or path.startswith(f"{one}.") or one.startswith(f"{path}.") for one in overridden)

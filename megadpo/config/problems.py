@@ -1,4 +1,4 @@
-"""What a user is told when a config or a data file is refused: every problem at once, each with its fix."""
+"""Errors for users: a config or a data file is refused with all its problems at once, each with a fix."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Problem:
     """One refusal."""
 
     where: str
-    """Dotted config field, or file:line."""
+    """Dotted config key, or file:line."""
     value: object
-    """What was found there."""
+    """The refused value."""
     expected: str
-    """What would have been accepted."""
+    """What would be accepted."""
     fix: str
-    """What to do about it."""
+    """What the user can do."""
 
     def __str__(self) -> str:
         shown = " ".join(repr(self.value).split())
@@ -37,7 +37,7 @@ class Problem:
 
 
 class UserError(Exception):
-    """Something the user can put right. Carries every problem found, not only the first."""
+    """An error that the user can correct, with every problem found."""
 
     def __init__(self, problems: Problem | Iterable[Problem]) -> None:
         self.problems: list[Problem] = [problems] if isinstance(problems, Problem) else list(problems)
@@ -58,12 +58,12 @@ class DataError(UserError):
 
 
 class SaveError(Exception):
-    """A checkpoint could not be written; complete ones are untouched. Its text says what, where, and how much room it
-    takes."""
+    """A checkpoint could not be written; complete ones are untouched. The text says why, where, and how many bytes it
+    needs."""
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, short enough for a Problem: its first line, or its name where it says nothing."""
+    """The first line of another library's error, or the error's class if it has no text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -73,14 +73,14 @@ def covered(path: str, paths: frozenset[str]) -> bool:
 
 
 class Attempts:
-    """Several things that may each be refused, so that the user hears of all of them at once."""
+    """Collects the problems of several steps, to report all of them at once."""
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []
         self._kind: type[UserError] = ConfigError
 
     def __call__(self, make: Callable[[], Made]) -> Made | None:
-        """What `make` gives; None where it raises a UserError, whose problems are kept."""
+        """The result of `make()`; None if it raises a UserError, whose problems are kept."""
         try:
             return make()
         except UserError as error:
@@ -90,6 +90,6 @@ class Attempts:
             return None
 
     def refuse(self) -> None:
-        """Raises a UserError, of the first one's class, with every problem kept; does nothing where there is none."""
+        """Raises a UserError of the first one's class with all problems, if there are any."""
         if self.problems:
             raise self._kind(self.problems)

@@ -1,4 +1,4 @@
-"""Turns a plain mapping into a dataclass by its annotations, collecting every problem on the way."""
+"""Reads a plain mapping into a dataclass by its annotations, and collects every problem."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ Section = TypeVar("Section")
 
 @dataclasses.dataclass
 class Reader:
-    """One reading: remembers what was wrong and where."""
+    """Reads one config and keeps its problems."""
 
     known_paths: frozenset[str]
-    """Every key there is, for the nearest known name of an unknown one."""
+    """All keys, to suggest one for an unknown key."""
     problems: list[Problem] = dataclasses.field(default_factory=list)
     bad: set[str] = dataclasses.field(default_factory=set)
     """Paths whose value could not be read; the result holds the default there."""
 
     def section(self, cls: type[Section], raw: object, path: str) -> Section:
-        """Read dataclass `cls` from mapping `raw`. What is missing or wrong gets its default, or a blank."""
+        """Reads dataclass `cls` from mapping `raw`. A missing or wrong value becomes the default, or a blank one."""
         if not isinstance(raw, Mapping):
             fix = "write its keys below it, or leave the section out"
             self._problem(path, raw, "a section (keys with values)", fix)
@@ -59,7 +59,7 @@ class Reader:
         return cls(**values)
 
     def value(self, annotation: Any, raw: object, where: str) -> Any:
-        """Read one value by its annotation; on a problem the result is meaningless and `bad` holds `where`."""
+        """Reads one value by its annotation. On a problem the result has no meaning, and `where` is in `bad`."""
         options, bounds = unwrap(annotation)
         if type(None) in options:
             if raw is None:
@@ -124,7 +124,7 @@ class Reader:
         return value
 
     def _blank(self, annotation: Any, where: str) -> Any:
-        """Stands for a value that could not be read, so that reading goes on."""
+        """A placeholder for a value that could not be read, so that the rest can be read."""
         option = unwrap(annotation)[0][0]
         if dataclasses.is_dataclass(option):
             return Reader(self.known_paths).section(option, {}, where)  # type: ignore[arg-type]
@@ -136,7 +136,7 @@ class Reader:
         near_section = difflib.get_close_matches(name, siblings, n=1, cutoff=0.7)
         meant = name in names_elsewhere() and isinstance(value, Mapping) and not names_elsewhere().keys() & value.keys()
         if isinstance(value, Mapping) and value and not (meant or near_section or name in self._sections):
-            for key, one in value.items():  # somebody else's section: each of its keys has a place of its own
+            for key, one in value.items():  # another trainer's section: its keys may have different places here
                 self._unknown(f"{where}.{key}", one, [])
             return
         nearest = nearest_name(where, siblings, self.known_paths)
@@ -157,7 +157,7 @@ class Reader:
 
 
 def nearest_name(where: str, siblings: list[str], known_paths: frozenset[str]) -> str | None:
-    """The dotted name that the writer of unknown key `where` most likely meant, or None."""
+    """The dotted key that was most likely meant by the unknown key `where`, or None."""
     section, _, name = where.rpartition(".")
     elsewhere = names_elsewhere().get(name)
     if elsewhere in known_paths:
@@ -169,12 +169,12 @@ def nearest_name(where: str, siblings: list[str], known_paths: frozenset[str]) -
     for path in known_paths:
         leaves.setdefault(path.rpartition(".")[2], []).append(path)
     near = difflib.get_close_matches(name, sorted(leaves), n=1, cutoff=0.8)
-    # a name that several sections have, such as name or enabled, says nothing about which is meant
+    # not for a name that several sections have, such as name or enabled: it is unclear which is meant
     return leaves[near[0]][0] if near and len(leaves[near[0]]) == 1 else None
 
 
 def dotted_paths(cls: type, prefix: str = "") -> Iterator[str]:
-    """Every key of dataclass `cls`, sections included, as dotted paths."""
+    """The dotted paths of all keys of dataclass `cls`, also of sections."""
     for name, key in keys_of(cls).items():
         yield f"{prefix}{name}"
         below = section_of(key.annotation)
@@ -183,13 +183,13 @@ def dotted_paths(cls: type, prefix: str = "") -> Iterator[str]:
 
 
 def section_of(annotation: Any) -> type | None:
-    """The dataclass of a key that is a section; None for a value."""
+    """The dataclass of a section; None for the annotation of a value."""
     option = unwrap(annotation)[0][0]
     return option if dataclasses.is_dataclass(option) else None  # type: ignore[return-value]
 
 
 def _not_text(value: str) -> str | None:
-    """What neither a path nor UTF-8 can hold, if it is in `value`."""
+    """A character in `value` that paths or UTF-8 can't contain; None if there is none."""
     if "\0" in value:
         return "the character NUL"
     half = next((character for character in value if "\ud800" <= character <= "\udfff"), None)
@@ -209,15 +209,15 @@ def _type_fix(kind: type, raw: object, where: str) -> str:
 
 @functools.cache
 def names_elsewhere() -> dict[str, str]:
-    """What other trainers call a key, and our key: the table other_trainers.yaml."""
+    """Another trainer's name of a key -> our key, from other_trainers.yaml."""
     text = Path(__file__).with_name("other_trainers.yaml").read_text(encoding="utf-8")
-    table = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # in C where it is: ten times as fast
+    table = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # the C loader is ten times as fast
     return {name: key for key, names in table.items() for name in names}
 
 
 def keys_of(cls: type) -> dict[str, Key]:
-    """The keys of a section, in the schema's order: the fields of its dataclass, and the options of the variants that
-    one of its fields holds."""
+    """The keys of a section in the schema's order: the fields of its dataclass, and in place of a field that holds options
+    of variants, these options."""
     keys: dict[str, Key] = {}
     holders = option_fields(cls)
     for name, (annotation, field) in _fields(cls).items():
@@ -228,5 +228,5 @@ def keys_of(cls: type) -> dict[str, Key]:
 @functools.cache
 def _fields(cls: Any) -> dict[str, tuple[Any, dataclasses.Field[Any]]]:
     hints = typing.get_type_hints(cls, include_extras=True)
-    # compare=False marks what the loader adds and no file may set.
+    # compare=False marks fields that the loader fills and a file can't set.
     return {field.name: (hints[field.name], field) for field in dataclasses.fields(cls) if field.compare}

@@ -1,4 +1,4 @@
-"""A folder that a model or a tokenizer is read from holds ordinary files: libraries open what is in it."""
+"""Checks that a folder of a model or a tokenizer has only ordinary files, because libraries open every file there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megadpo.files.regular import not_regular
 
 def require_regular_files(folder: Path, field: str) -> None:
     """Raises ConfigError, naming `field`, for each pipe, socket or device in `folder`, and in hf/ and model/ of a Megatron
-    checkpoint: to read one may never end. What is no folder is somebody else's problem."""
+    checkpoint: reading one might never end. Does nothing if `folder` is no folder."""
     try:
         parts = [part for part in (folder, folder / "hf", folder / "model") if part.is_dir()]
         found = [one for part in parts for one in not_regular(part)]

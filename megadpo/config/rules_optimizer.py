@@ -1,4 +1,4 @@
-"""What must hold between the fields of optimizer, schedule and number formats."""
+"""Rules of optimizer, schedule and precision."""
 
 from __future__ import annotations
 

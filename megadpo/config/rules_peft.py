@@ -1,4 +1,4 @@
-"""What must hold between LoRA and the other fields. Which layers it names is held against the model in lora/targets.py."""
+"""Rules of LoRA. lora/targets.py checks the names of layers against the model."""
 
 from __future__ import annotations
 

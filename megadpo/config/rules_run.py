@@ -1,4 +1,4 @@
-"""What must hold between the fields of loss, data, kernels, checkpoints and cluster."""
+"""Rules of loss, data, kernels, checkpoints and cluster."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _input_length(known: Known) -> Iterator[Problem]:
 
 
 SHORTEST_LIMIT = 3
-"""BOS, one prompt token, one answer token: what a cut leaves at least."""
+"""BOS, one prompt token, one answer token: truncation leaves at least these."""
 
 
 @rule
@@ -60,12 +60,12 @@ def _shortest_limit(known: Known) -> Iterator[Problem]:
         if value < SHORTEST_LIMIT:
             expected = f"at least {SHORTEST_LIMIT}: BOS, a prompt token and an answer token"
             yield Problem(where, value, expected, "raise it")
-            return  # the second follows the first
+            return  # the second is derived from the first
 
 
 @rule
 def _pack_budget(known: Known) -> Iterator[Problem]:
-    # A pair is never split. Whether each one fits, both answers together, is checked when the data is read.
+    # A pair is never split. When the data is read, each pair is checked with both answers.
     packing = known.cfg.policy.sequence_packing
     longest = min(known.cfg.data.max_input_seq_length, known.cfg.policy.max_total_sequence_length)
     if packing.enabled and packing.train_mb_tokens < longest:

@@ -1,6 +1,6 @@
-"""The whole config: one dataclass for each YAML section, attribute access as in YAML.
+"""The schema of the config: one dataclass for each YAML section.
 
-Names and defaults are NeMo RL's where it has the key; those of the losses' options are TRL's.
+A key that NeMo RL has too has its name and default. Options of losses have TRL's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megadpo.config.variants import FORMATS, LOGGERS, LOSSES, OneOf, OptionsOf
 
 
 def user_cache_dir() -> str:
-    """$XDG_CACHE_HOME/megadpo, or ~/.cache/megadpo with the ~ still in it."""
+    """$XDG_CACHE_HOME/megadpo, or ~/.cache/megadpo; the ~ is not expanded."""
     return os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "megadpo")
 
 
@@ -27,14 +27,14 @@ class ReferenceConfig:
     """`dpo.reference`: the frozen model that the policy is compared with."""
 
     mode: Literal["resident", "cached", "adapter_off", "none"] = "resident"
-    """resident: a sharded copy beside the policy. cached: its log-probabilities of every pair, computed before training
-    and kept in a file (docs/reference.md). adapter_off: with LoRA, the policy itself without its adapters. none: no reference
-    at all, for losses that read none (docs/losses.md) and for preference_loss_weight 0 (SFT). Left out or null, with LoRA and
-    no model_name: adapter_off."""
+    """resident: a second model in memory, sharded like the policy. cached: its log-probabilities of every pair, computed
+    before training and kept in a file (docs/reference.md). adapter_off: with LoRA, the policy without its adapters. none: no
+    reference, for losses that read none (docs/losses.md) and for preference_loss_weight 0 (SFT). Left out or null, with LoRA
+    and no model_name: adapter_off."""
     model_name: PathText | None = None
-    """Hugging Face folder or hub name, or Megatron checkpoint folder. null: what the policy started from."""
+    """Hugging Face folder or hub name, or Megatron checkpoint folder. null: the policy's starting model."""
     adapter: PathText | None = None
-    """Folder of a PEFT adapter that the reference has, such as the one that SFT made and peft.init_from starts from."""
+    """Folder of a PEFT adapter for the reference, such as one from SFT with which peft.init_from starts the policy."""
     cache_dir: PathText | None = None
     """With mode cached: the folder of the log-probabilities. null: checkpointing.checkpoint_dir/reference."""
 
@@ -46,9 +46,9 @@ class DpoConfig:
     max_num_epochs: PositiveInt = 1
     """Passes over the training pairs."""
     max_num_steps: PositiveInt | None = None
-    """Stop after this many optimizer steps even inside an epoch. null: the epochs decide."""
+    """Stop after this many optimizer steps, also inside an epoch. null: after max_num_epochs."""
     val_period: CountOrZero = 25
-    """Validate every this many steps; 0: never on the way."""
+    """Steps between validations; 0: no validation between the first and the last step."""
     val_batches: CountOrZero = 8
     """Global batches per validation set; 0 (or NeMo RL's -1): the whole set."""
     val_global_batch_size: PositiveInt = 8
@@ -63,7 +63,7 @@ class DpoConfig:
     """Seed of the data order and of every random number of the run."""
 
     reference_policy_kl_penalty: PositiveFloat = 0.05
-    """Beta of the DPO loss: the weight of staying near the reference."""
+    """Beta of the DPO loss: the higher, the closer the policy stays to the reference."""
     preference_average_log_probs: bool = False
     """Means of log-probabilities over an answer's tokens in the preference loss and the rewards, instead of sums."""
     sft_average_log_probs: bool = False
@@ -74,17 +74,17 @@ class DpoConfig:
     """Coefficient of the SFT loss on the chosen answer."""
 
     loss_type: Annotated[str, OneOf(LOSSES)] = "sigmoid"
-    """The preference loss, by TRL's names: docs/losses.md has each one's formula and source. sigmoid is DPO's."""
+    """The preference loss, by TRL's names; docs/losses.md has their formulas and sources. sigmoid is DPO's loss."""
     ld_alpha: Annotated[float, Range(ge=0, le=1)] | None = None
-    """Length-desensitised preferences: the weight, in the preference loss, of an answer's tokens behind the length of the
-    shorter answer. null: 1. Source: LD-DPO, Liu et al. 2024, https://arxiv.org/abs/2409.06411."""
+    """Length desensitisation: in the preference loss, tokens of an answer beyond the shorter answer's length have this
+    weight. null: 1. Source: LD-DPO, Liu et al. 2024, https://arxiv.org/abs/2409.06411."""
     use_weighting: bool = False
-    """Each pair's preference loss times how likely the policy finds its two answers, beside what it would sample itself.
-    Costs a projection more onto the vocabulary. Source: WPO, Zhou et al. 2024, https://arxiv.org/abs/2406.11827."""
+    """Weight each pair's preference loss by how likely its two answers are for the policy, compared with what it would
+    sample. Costs another projection onto the vocabulary. Source: WPO, Zhou et al. 2024, https://arxiv.org/abs/2406.11827."""
     loss_options: Annotated[Mapping[str, Any], OptionsOf(LOSSES)] = field(default_factory=LOSSES.defaults)
     """Options of the losses, by name; in a file they are keys of `dpo`."""
     on_nonfinite_loss: Literal["stop", "skip"] = "stop"
-    """A NaN or infinite loss: stop and name the pairs of the batch, or skip the update and count it."""
+    """With a NaN or infinite loss: stop and name the pairs of the batch, or skip the update and count it."""
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
 
     @property
@@ -115,36 +115,37 @@ class DataConfig:
     """Validation sets, {name: a path as in train_data_path, or a list of them}. A single one is taken as {default: it}.
     null: no validation."""
     holdout: Annotated[float, Range(gt=0, lt=1)] | None = None
-    """Share of the training prompts whose pairs are not trained on, but are the validation set `holdout`."""
+    """Share of the training prompts whose pairs are the validation set `holdout` instead of being trained on."""
     drop_last: bool = True
-    """What an epoch has left when its global batches are full. true: is left out (with shuffle other pairs each time).
-    false: is a smaller global batch, the mean over its own pairs."""
+    """Pairs at the end of an epoch that don't fill a global batch. true: they are left out (with shuffle, other pairs in
+    each epoch). false: they are a smaller global batch, whose loss is the mean over its pairs."""
     dataset_name: Annotated[str, OneOf(FORMATS)] | None = None
-    """The format of the rows, by NeMo RL's names (docs/data.md shows each). null: that of a source's first good row.
+    """The format of the rows, by NeMo RL's names (docs/data.md shows each). null: the format of a source's first valid row.
     HelpSteer3 and Tulu3Preference without a train_data_path are read from the hub."""
     format_options: Annotated[Mapping[str, Any], OptionsOf(FORMATS)] = field(default_factory=FORMATS.defaults)
     """Options of the formats, by name (docs/data.md); in a file they are keys of `data`."""
     loss_on: Literal["last_turn", "differing_turns"] = "last_turn"
-    """Of an answer with several turns. last_turn: the loss is on the assistant's last one, as in NeMo RL. differing_turns:
-    on each of the assistant's turns that is not the same in the other answer, at the same place."""
+    """For an answer of several turns. last_turn: the assistant's last turn is in the loss, as in NeMo RL. differing_turns:
+    every assistant turn that differs from the turn at the same place of the other answer."""
     on_bad_row: Literal["refuse", "drop"] = "refuse"
-    """A row that can't be used (a tie, equal answers, an empty answer, messages that the template refuses, ...): refuse
-    the source and name it, or leave it out and count it."""
+    """With a row that can't be used (a tie, equal answers, an empty answer, messages that the template refuses, ...): refuse
+    the source and name the row, or leave it out and count it."""
     max_input_seq_length: PositiveInt = 1024
     """Most tokens in prompt + one answer. Left out or null: policy.max_total_sequence_length, and at most that."""
     shuffle: bool = True
-    """A new order each epoch, decided by dpo.seed and the epoch. false: file order."""
+    """true: a new order in each epoch, from dpo.seed and the epoch. false: file order."""
     group_prompts: bool = True
-    """Pairs with the same prompt go into one pack where they can, and their prompt and each distinct answer are computed
-    once. false: each pair alone. Loss and gradients are the same. Counts with policy.sequence_packing.share_prompt."""
+    """Put pairs with the same prompt into one pack where possible, and compute the prompt and each distinct answer once.
+    false: each pair alone. Loss and gradients are the same. Needs policy.sequence_packing.share_prompt."""
     num_workers: CountOrZero = 1
-    """0: batches are packed when they are asked for. 1: ahead of time, in a background thread. More change nothing."""
+    """0: batches are packed when they are needed. 1: ahead of time, in a background thread. A larger number is the same
+    as 1."""
     on_too_long: Literal["refuse", "drop", "truncate"] = "refuse"
-    """A pair longer than the limit: refuse the file, drop the pair and count it, or cut it and count it: the prompt from the
-    left (BOS stays), and only then the answers from the right."""
+    """With a pair over the limit: refuse the file, drop the pair and count it, or truncate it and count it. The prompt is
+    truncated first, at its left (BOS stays), then the answers at their right."""
     cache_dir: PathText | None = field(default_factory=user_cache_dir)
-    """Folder for token ids, made once and then mapped into memory; ~ is the home folder. Left out:
-    $XDG_CACHE_HOME/megadpo or ~/.cache/megadpo. null: every process tokenises for itself, into its own memory."""
+    """Folder for token ids, which are made once and mapped into memory; ~ is the home folder. Left out:
+    $XDG_CACHE_HOME/megadpo or ~/.cache/megadpo. null: each process tokenises into its own memory."""
     num_tokenize_workers: PositiveInt | None = None
     """Processes that tokenise what is not in the cache. null: one for each CPU core this process may use. Files of a few
     thousand pairs are tokenised in one process anyway."""
@@ -156,7 +157,7 @@ class DataConfig:
 
     @property
     def train_shares(self) -> tuple[float, ...] | None:
-        """The share (0..1) of each of train_paths; None where there are no weights, or only one path."""
+        """The share (0..1) of each of train_paths; None without weights, or with one path."""
         if not isinstance(self.train_data_path, dict) or len(self.train_data_path) < 2:
             return None
         total = sum(self.train_data_path.values())
@@ -175,27 +176,27 @@ class CheckpointingConfig:
     enabled: bool = True
     """false: nothing is saved, and nothing resumed."""
     checkpoint_dir: PathText = "results/dpo"
-    """Holds step_<N>/ folders. A run started again here resumes from the newest complete one."""
+    """Folder of the checkpoints step_<N>/. A run that starts here again resumes from the newest complete one."""
     metric_name: str | None = None
-    """What makes a checkpoint good: `validation-<name>_loss`, NeMo RL's `val:validation-<name>_loss`, `train:loss`.
+    """Metric that ranks checkpoints: `validation-<name>_loss`, NeMo RL's `val:validation-<name>_loss`, `train:loss`.
     null: the newest are the best."""
     higher_is_better: bool = False
-    """Of metric_name: true for accuracies and margins, false for losses."""
+    """For metric_name: true for accuracies and margins, false for losses."""
     keep_top_k: PositiveInt | None = None
-    """Best checkpoints to keep, the newest always among the kept. null: all."""
+    """Keep this many best checkpoints, and the newest. null: all."""
     save_period: PositiveInt = 50
-    """Save every this many steps, and at the end."""
+    """Steps between checkpoints. The last step is always saved."""
     on_damage: Literal["stop", "previous"] = "stop"
-    """Where the newest checkpoint is not as it was written: refuse, naming its damaged files, or rename it to
-    step_<N>.damaged and go on from the newest whole one before it."""
+    """If the newest checkpoint is damaged: stop and name its damaged files, or rename it to step_<N>.damaged and resume from
+    the newest undamaged one before it."""
     async_save: bool = False
-    """Write a checkpoint's files beside the next steps: the step that saves only copies the state, to as much memory of the
-    host as the rank's part takes, which is kept for the next save. A stop and the end of the run wait for it. NeMo RL's
-    policy.megatron_cfg.checkpoint.async_save and checkpointing.is_async are read as this."""
+    """Write a checkpoint's files during the next steps. The step that saves only copies the rank's state to host memory,
+    which is kept for the next save. A stop and the end of the run wait for the files. NeMo RL's
+    policy.megatron_cfg.checkpoint.async_save and checkpointing.is_async mean the same."""
     checkpoint_must_save_by: str | None = None
     """DD:HH:MM:SS after the start: save, then stop. null: no limit."""
     save_optimizer: bool = True
-    """false: weights only, to export or to start another run from; no run resumes from them."""
+    """false: weights only, for an export or as another run's starting model. A run can't resume from them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +206,7 @@ class LoggerConfig:
     log_dir: PathText = "logs"
     """Folder of metrics.jsonl and config.yaml."""
     monitor_gpus: bool = False
-    """Log utilisation, memory and power of the first node's GPUs at each step, by NVML (docs/metrics.md)."""
+    """Log utilisation, memory and power of the first node's GPUs at each step, with NVML (docs/metrics.md)."""
     loggers: Annotated[Mapping[str, Any], OptionsOf(LOGGERS)] = field(default_factory=LOGGERS.defaults)
     """`<name>_enabled` and `<name>` of every logger of megadpo/train/loggers."""
 
@@ -217,12 +218,12 @@ class LoggerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """`cluster`. torchrun decides the world; these, where set, must agree with it."""
+    """`cluster`. torchrun decides the number of processes. If these keys are set, they must agree with it."""
 
     gpus_per_node: PositiveInt | None = None
-    """null: as many ranks a node as torchrun starts."""
+    """Ranks per node. null: as torchrun says."""
     num_nodes: PositiveInt | None = None
-    """null: as many nodes as torchrun joins."""
+    """Nodes. null: as torchrun says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,8 +239,8 @@ class Config:
     plugins: tuple[PathText, ...] = ()
     """Python files or modules that add variants: losses, model families, formats, loggers, kernels. They are executed."""
     notes: tuple[str, ...] = field(default=(), compare=False)
-    """Not a YAML key: what the loader accepted although it has no effect here, one line each, for rank 0 to print."""
+    """Not a YAML key: a line for each key that was accepted without effect, for rank 0 to print."""
     environment: Environment = field(default_factory=dict, compare=False, repr=False)
-    """Not a YAML key: which values hold environment variables (`${oc.env:NAME}`), and how files name them."""
+    """Not a YAML key: the values that contain environment variables (`${oc.env:NAME}`), and their text for files."""
     refused_with_experts: tuple[Problem, ...] = field(default=(), compare=False)
-    """Not a YAML key: what the file says that only a model with experts refuses."""
+    """Not a YAML key: problems of the file for a model with experts only."""

@@ -13,16 +13,16 @@ Init = Literal["xavier", "kaiming", "normal", "zero"]
 
 @dataclass(frozen=True, kw_only=True)
 class PeftConfig:
-    """`policy.megatron_cfg.peft`: train adapters on the linear layers, W x + scale * B A x, and leave W as it is."""
+    """`policy.megatron_cfg.peft`: adapters on the linear layers, W x + scale * B A x, where only A and B are trained."""
 
     enabled: bool = False
-    """true: LoRA. Every weight of the model is frozen; the adapters alone have gradients and optimizer state."""
+    """true: LoRA. Every weight of the model is frozen; only adapters have gradients and optimizer state."""
     target_modules: tuple[Text, ...] = ()
-    """Linear layers, by megatron-core's names (linear_qkv, linear_proj, linear_fc1, linear_fc2: one A for all in it) or the
-    Hugging Face model's (q_proj, ...: an A for each), or whole paths, with wildcards: "*.layers.0.*.linear_qkv". []: all, by
-    megatron-core's names; [all-linear]: all, by Hugging Face's."""
+    """Linear layers that get an adapter: megatron-core's names (linear_qkv, linear_proj, linear_fc1, linear_fc2; one A for
+    all parts of a fused layer), the Hugging Face model's names (q_proj, ...; one A each), or whole paths with wildcards, such
+    as "*.layers.0.*.linear_qkv". []: all, by megatron-core's names; [all-linear]: all, by Hugging Face's."""
     exclude_modules: tuple[Text, ...] = ()
-    """Layers that get none, by the same names."""
+    """Linear layers without an adapter, by the same names."""
     dim: PositiveInt = 8
     """Rank: rows of A and columns of B."""
     alpha: PositiveFloat = 32.0
@@ -30,20 +30,20 @@ class PeftConfig:
     use_rslora: bool = False
     """true: the scale is alpha / sqrt(dim) (Kalajdzievski 2023, arXiv 2312.03732)."""
     dropout: Proportion = 0.0
-    """Share of numbers that are set to 0 in training."""
+    """Share of values that are set to 0 in training."""
     dropout_position: Literal["pre", "post"] = "post"
     """pre: of the adapter's input, as in PEFT. post: of its output."""
     lora_A_init_method: Init = "xavier"  # noqa: N815  NeMo RL's name
-    """Where A begins. xavier: normal. kaiming: uniform, PEFT's way. normal: of standard deviation 0.2."""
+    """Initial values of A. xavier: normal. kaiming: uniform, as in PEFT. normal: with standard deviation 0.2."""
     lora_B_init_method: Init = "zero"  # noqa: N815
-    """Where B begins. zero: the first step's model is the model without adapters."""
+    """Initial values of B. zero: at the first step the model computes the same as without adapters."""
     lora_dtype: Precision | None = None
-    """Dtype of A and B, and of the products with them. null: policy.precision."""
+    """Dtype of A and B, and of their products. null: policy.precision."""
     init_from: Text | None = None
     """Folder of a PEFT adapter to start from: adapter_config.json and adapter_model.safetensors. Its targets, rank and
-    alpha must be the ones here."""
+    alpha must be those of this section."""
 
     @property
     def scale(self) -> float:
-        """What B A x is multiplied by."""
+        """The factor of B A x."""
         return self.alpha / (math.sqrt(self.dim) if self.use_rslora else self.dim)

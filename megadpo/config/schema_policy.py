@@ -17,19 +17,19 @@ class TokenizerConfig:
     name: PathText
     """Hugging Face folder or hub name. Left out or null: policy.model_name."""
     chat_template: str | None = "default"
-    """default: the tokenizer's own, where it has one. null: none, plain text. Else Jinja text or a .jinja file."""
+    """default: the tokenizer's own, if it has one. null: none, plain text. Else Jinja text or a .jinja file."""
     chat_template_kwargs: dict[str, Any] | None = None
-    """Given to the template, e.g. {enable_thinking: false}."""
+    """Variables of the template, such as {enable_thinking: false}."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SequencePackingConfig:
-    """`policy.sequence_packing`: micro-batches are packs of pairs under a token budget."""
+    """`policy.sequence_packing`: micro-batches are packs of pairs with a limited number of tokens."""
 
     enabled: bool = True
-    """false: micro-batches of exactly train_micro_batch_size pairs, however long."""
+    """false: micro-batches of exactly train_micro_batch_size pairs of any length."""
     share_prompt: bool = True
-    """Compute a pair's prompt once for both answers. false: prompt and answer as two sequences. Same loss."""
+    """Compute a pair's prompt once for both answers. false: two sequences of prompt and answer. The loss is the same."""
     train_mb_tokens: PositiveInt = 2048
     """Most tokens in a pack. Left out or null: 2 x max_total_sequence_length, the longest pair there can be."""
 
@@ -44,28 +44,29 @@ class PolicyConfig:
     train_global_batch_size: PositiveInt = 128
     """Pairs per optimizer step, over all data-parallel ranks; with dpo.loss_type plackett_luce rankings."""
     train_micro_batch_size: PositiveInt = 2
-    """Pairs per micro-batch when sequence packing is off; with packing train_mb_tokens decides."""
+    """Pairs per micro-batch without sequence packing. (With it, train_mb_tokens limits a micro-batch.)"""
     max_total_sequence_length: PositiveInt = 1024
-    """Most tokens in prompt + one answer; what happens to longer pairs: data.on_too_long."""
+    """Most tokens in prompt + one answer. data.on_too_long says what happens to longer pairs."""
     precision: Precision = "bfloat16"
     """Dtype of weights and activations; main parameters and optimizer state are float32."""
     max_grad_norm: FloatOrZero = 1.0
     """Gradients are scaled down to this norm; 0 or null: no clipping."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where there is one."""
+    """auto: cuda if the machine has a GPU."""
     attention_kernel: Annotated[str, OneOf(ATTENTION_KERNELS, ("auto",))] = "auto"
-    """cpu: CPUs. sdpa: everywhere. varlen: torch's flash attention, transformer_engine: its fused one, both on CUDA in
-    bfloat16. auto: varlen where it can run, cpu on a CPU, else sdpa."""
+    """cpu: for CPUs. sdpa: for every device. varlen: torch's flash attention; flash3: its version 3, if flash_attn_3 is
+    installed; transformer_engine: its fused attention (cuDNN's); these three on CUDA in bfloat16. auto: varlen where it can
+    run, cpu on a CPU, else sdpa."""
     sequence_packing: SequencePackingConfig = field(default_factory=SequencePackingConfig)
     make_sequence_length_divisible_by: PositiveInt = 1
     """A pack is padded to a multiple of this. Left out, null or 1: context_parallel_size, with sequence_parallel times
     tensor_model_parallel_size."""
     logprob_chunk_size: PositiveInt = 1024
-    """Answer tokens projected onto the vocabulary at a time. null: 1024."""
+    """Answer tokens that are projected onto the vocabulary at a time. null: 1024."""
     logprob_kernel: Annotated[str, OneOf(LOGPROB_KERNELS, ("auto",))] = "auto"
-    """The head. auto: triton where it can run (CUDA), which takes blocks of the vocabulary with as many logits, else
-    torch."""
+    """The head, which computes log-probabilities. torch: chunks of tokens. triton (CUDA): blocks of the vocabulary, with
+    as many logits at a time. auto: triton where it can run, else torch."""
     freeze: tuple[Text, ...] = ()
-    """Weights to leave as they are: shell patterns on their Hugging Face names, {a..b} for a range of numbers, e.g.
+    """Weights that are not trained: shell patterns of their Hugging Face names, with {a..b} for a range of numbers, such as
     [model.embed_tokens.weight, "model.layers.{0..3}.*"]. They get no gradients and no optimizer state."""
     megatron_cfg: MegatronConfig = field(default_factory=MegatronConfig)

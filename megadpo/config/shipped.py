@@ -1,7 +1,4 @@
-"""The files that come with the package: configs by name, launch files.
-
-In a checkout they stand beside the package, where README.md shows them; a wheel has them inside it (setup.py).
-"""
+"""Finds the configs and launch files that come with the package: beside it in a checkout, inside it in a wheel (setup.py)."""
 
 from __future__ import annotations
 
@@ -13,18 +10,18 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def shipped_folder(name: Literal["configs", "launch"]) -> Path:
-    """configs or launch."""
+    """The folder configs or launch."""
     inside = _PACKAGE / name
     return inside if inside.is_dir() else _PACKAGE.parent / name
 
 
 def shipped_configs() -> dict[str, Path]:
-    """The shipped configs by name, such as dpo_megatron and losses/simpo."""
+    """Name -> file of the shipped configs, such as dpo_megatron and losses/simpo."""
     folder = shipped_folder("configs")
     return {path.relative_to(folder).as_posix()[: -len(".yaml")]: path for path in sorted(folder.rglob("*.yaml"))}
 
 
 def find_config(path: str | Path) -> Path:
-    """The file that `path` means: itself, or the shipped config of that name where there is no such file."""
+    """The file `path`; if there is none, the shipped config of that name."""
     path = Path(path)
     return path if os.path.exists(path) else shipped_configs().get(str(path), path)

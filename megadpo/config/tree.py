@@ -1,5 +1,5 @@
-"""A config as one plain mapping, the tree: from YAML files with `defaults:`, command-line overrides and `${...}`
-(OmegaConf, as NeMo RL)."""
+"""Reads a config as one plain mapping, the tree: YAML files with `defaults:`, command-line overrides and `${...}` (OmegaConf,
+as in NeMo RL)."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ _REPLACE = "_override_"
 def read_tree(
     path: str | Path, overrides: Sequence[str], problems: list[Problem]
 ) -> tuple[dict[str, Any], dict[str, FromEnvironment]]:
-    """Read `path`, merge it over its `defaults:`, apply the overrides, resolve every interpolation; and which values hold
-    environment variables.
+    """Reads `path`, merges it over its `defaults:`, applies the overrides, and resolves every interpolation. Also returns
+    the values that contain environment variables.
 
-    Raises ConfigError where there is nothing to go on with (no file, no YAML, a cycle); everything else is added to
-    `problems`.
+    Raises ConfigError if nothing can be read (no file, no YAML, a cycle). Other problems are added to `problems`.
     """
     tree = _read_with_defaults(find_config(path), ())
     for override in overrides:
@@ -35,7 +34,7 @@ def read_tree(
 
 
 def get(tree: dict[str, Any], path: str, default: object = None) -> Any:
-    """The value at a dotted path, or `default` where any part of it is absent."""
+    """The value at a dotted path, or `default` if a part of the path is absent."""
     node: Any = tree
     for name in path.split("."):
         if not isinstance(node, dict) or name not in node:
@@ -45,7 +44,7 @@ def get(tree: dict[str, Any], path: str, default: object = None) -> Any:
 
 
 def put(tree: dict[str, Any], path: str, value: object) -> None:
-    """Set a dotted path, making sections; does nothing where a section is something else."""
+    """Sets a dotted path, and creates its sections. Does nothing if one of them is not a section."""
     *above, last = path.split(".")
     node = tree
     for name in above:
@@ -57,7 +56,7 @@ def put(tree: dict[str, Any], path: str, value: object) -> None:
 
 
 def drop(tree: dict[str, Any], path: str) -> None:
-    """Remove a dotted path where it is there."""
+    """Removes a dotted path if it exists."""
     *above, last = path.split(".")
     node = get(tree, ".".join(above)) if above else tree
     if isinstance(node, dict):
@@ -65,7 +64,7 @@ def drop(tree: dict[str, Any], path: str) -> None:
 
 
 def _read_with_defaults(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
-    """One file merged over its defaults. `below`: the files on the way here, to find a cycle."""
+    """One file merged over its defaults. `below`: the files that led here, to find a cycle."""
     content = _content(path, below)
     here = path.resolve()
     if here in below:
@@ -92,13 +91,13 @@ def _read_with_defaults(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _parent(child: Path, name: str) -> Path:
-    """The file that a config's `defaults` names: beside it, or the shipped config of that name."""
+    """The file that a config's `defaults` names: relative to the config, or else the shipped config of that name."""
     beside = child.parent / os.path.expanduser(name)
     return beside if os.path.exists(beside) else shipped_configs().get(name, beside)
 
 
 def _bad_markers(tree: dict[str, Any], where: str) -> Iterator[Problem]:
-    """Each `_override_` that says neither true nor false."""
+    """A problem for each `_override_` that is neither true nor false."""
     for key, value in tree.items():
         if isinstance(value, dict):
             marker = value.get(_REPLACE, True)
@@ -140,7 +139,8 @@ def _read_yaml(path: Path, content: bytes) -> dict[str, Any]:
 
 
 def _merge(base: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
-    """`child` over `base`: sections merge, all else is replaced; `_override_: true` in a section replaces it whole."""
+    """`child` over `base`. Sections are merged, other values replaced. `_override_: true` in a section replaces the
+    section."""
     merged = dict(base)
     for key, value in child.items():
         if isinstance(value, dict):
@@ -154,7 +154,7 @@ def _merge(base: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
 
 
 def apply_override(tree: dict[str, Any], override: str, problems: list[Problem]) -> None:
-    """Apply `a.b=c`; Hydra's `+a.b=c` and `++a.b=c` mean the same, since the schema knows the keys; `~a.b` removes."""
+    """Applies `a.b=c`. Hydra's `+a.b=c` and `++a.b=c` mean the same here, since the schema has all keys. `~a.b` removes."""
     form = "key=value, as policy.precision=float32"
     name, equals, text = override.partition("=")
     sign = next((one for one in ("++", "+", "~") if name.startswith(one)), "")
@@ -183,7 +183,7 @@ def apply_override(tree: dict[str, Any], override: str, problems: list[Problem])
 
 
 def _override_value(name: str, override: str, text: str, problems: list[Problem]) -> Any:
-    """What `text` means as YAML; anything with a problem."""
+    """The value of `text` as YAML. With a problem the result has no meaning."""
     try:
         bad = [Problem(f"command line: {name}", *words) for _, *words in bad_places(text)]
         tree = OmegaConf.to_container(OmegaConf.from_dotlist([] if bad else [f"value={text}"]), resolve=False)
@@ -196,7 +196,7 @@ def _override_value(name: str, override: str, text: str, problems: list[Problem]
 
 
 def _remove(tree: dict[str, Any], path: list[str], override: str, value: object, *, has_value: bool) -> list[Problem]:
-    """Delete the key at `path`, which must hold `value` where one is given, as in Hydra."""
+    """Deletes the key at `path`. If a value is given, the key must have it, as in Hydra."""
     holder: Any = tree
     for part in path[:-1]:
         holder = holder.get(part) if isinstance(holder, dict) else None

@@ -1,4 +1,4 @@
-"""TRL's way to write several losses: lists `loss_type` and `loss_weights` of the same length."""
+"""Translates TRL's form of several losses: lists `loss_type` and `loss_weights` of the same length."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _TYPES, _WEIGHTS, _SFT = "dpo.loss_type", "dpo.loss_weights", "dpo.sft_loss_weig
 
 
 def translate_losses(tree: dict[str, Any], problems: list[Problem], notes: list[str]) -> set[str]:
-    """Rewrite the lists in `tree` in place; `sft` among them becomes dpo.sft_loss_weight. Returns the keys that a refused
+    """Replaces the lists in `tree`, in place. `sft` among them becomes dpo.sft_loss_weight. Returns the keys that a refused
     list would have set."""
     types, weights = get(tree, _TYPES), get(tree, _WEIGHTS)
     if not isinstance(types, list) and not isinstance(weights, list):

@@ -1,4 +1,4 @@
-"""Types of the config fields: the ranges that the reader checks, and what a type is called in a message."""
+"""Types of config keys: ranges that the reader checks, and how messages describe a type."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ class Range:
 
 @dataclass(frozen=True)
 class NotEmpty:
-    """Marks a string that must hold something other than blanks."""
+    """Marks a string that must not be blank."""
 
 
 @dataclass(frozen=True)
 class FitsPath:
-    """Marks a string that names a file or folder: short enough for one, and for what is written below it."""
+    """Marks a string that names a file or folder, and limits its length."""
 
     most_bytes: int = 3000
-    """Linux takes 4,095, with what is below."""
+    """Linux allows 4,095, including what is written below a folder."""
     most_name_bytes: int = 255
 
     def holds(self, value: str) -> bool:
-        """True when a file system takes it."""
+        """True if a file system accepts it."""
         names = os.fsencode(value).split(b"/")
         return sum(len(name) + 1 for name in names) <= self.most_bytes and max(map(len, names)) <= self.most_name_bytes
 
@@ -59,20 +59,20 @@ class FitsPath:
 PositiveInt = Annotated[int, Range(ge=1)]
 CountOrZero = Annotated[int, Range(ge=0)]
 Seed = Annotated[int, Range(ge=0, le=2**31 - 1)]
-"""Random generators take 32 bits, and each rank adds a little to it."""
+"""Random generators take 32 bits, and each rank adds a small number to the seed."""
 PositiveFloat = Annotated[float, Range(gt=0)]
 FloatOrZero = Annotated[float, Range(ge=0)]
 Proportion = Annotated[float, Range(ge=0, lt=1)]
 Text = Annotated[str, NotEmpty()]
 PathText = Annotated[str, NotEmpty(), FitsPath()]
-"""A path, or the name of a model or a data set, which may be a path."""
+"""A path, or a name of a model or data set, which may be a path."""
 
 Precision = Literal["bfloat16", "float32"]
 """NeMo RL's names. float16 is not offered: it needs a loss scaler, which bfloat16 makes unnecessary."""
 
 
 def describe(annotation: Any) -> str:
-    """A type in a user's words."""
+    """A type in words, for messages."""
     options, bounds = unwrap(annotation)
     words = [_describe_one(option, bounds) for option in options if option is not type(None)]
     return " or ".join(words + (["null"] if type(None) in options else []))
@@ -97,12 +97,12 @@ def _describe_one(option: Any, bounds: list[Any]) -> str:
 
 
 def literal_text(value: object) -> str:
-    """A value as a YAML file has it."""
+    """A value as YAML."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def unwrap(annotation: Any) -> tuple[list[Any], list[Any]]:
-    """(alternatives, bounds) of an annotation: Annotated and unions taken apart, None last."""
+    """(alternatives, bounds) of an annotation with Annotated and unions; None is the last alternative."""
     bounds: list[Any] = []
     if get_origin(annotation) is Annotated:
         annotation, *bounds = get_args(annotation)

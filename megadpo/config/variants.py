@@ -1,14 +1,13 @@
-"""Variants: what a run picks by name, each in one file that brings its options, its rules and its refusals.
+"""Variants: parts of a run that the config chooses by name. Each is one file with its options, rules and refusals.
 
-A kind of variant (losses, model families, attention kernels, ...) is a `Variants`: the package whose files hold them. The
-files are found and imported at the first question, so a variant is added by adding a file there, or by a file anywhere
-that the config names in `plugins`. The schema, docs/config.md, the config check and every refusal read the register:
-there is no second list of names.
+A kind of variant (losses, model families, attention kernels, ...) is a `Variants` object, with the package of its files. The
+files are imported when they are first needed. To add a variant, add a file to the package, or name a file anywhere in the
+config key `plugins`. The schema, docs/config.md, the config check and all refusals read this register; there is no second
+list of names.
 
-A variant is a dataclass whose fields are its options (docs below the fields, as in the schema), or a module-level object
-without options. It may have `problems(known)`, which yields a Problem for everything that it can't do, as far as `known`
-says: of the config alone, and with the model's architecture, the number of processes and the machine where these are
-known.
+A variant is a dataclass whose fields are its options (with docs below the fields, as in the schema), or a module-level
+object without options. It may have `problems(known)`, which yields a Problem for everything that it can't do, from what is
+known (known.py): the config alone, or also the model's architecture, the number of processes and the machine.
 """
 
 from __future__ import annotations
@@ -38,9 +37,9 @@ class Key:
     default: Any
     """dataclasses.MISSING: required."""
     owner: type
-    """The class whose source says below the field what the key means."""
+    """The class whose source has the key's meaning below the field."""
     meaning: str | None = None
-    """What it means, where no field says so."""
+    """The meaning, for a key without a field."""
 
 
 class Variants(Generic[V]):
@@ -49,9 +48,9 @@ class Variants(Generic[V]):
     def __init__(
         self, what: str, package: str, *, field: str = "", options: str = "", notes_unread: bool = False
     ) -> None:
-        """what: a variant in words, e.g. "loss". package: whose modules hold variants; a single module will do.
-        field: the config key that names the chosen one. options: the schema's field that holds their options.
-        notes_unread: an option that the chosen variant doesn't read is noted, since files carry it along; else refused."""
+        """what: the kind's name in messages, such as "loss". package: the package or module with the variants.
+        field: the config key that chooses one. options: the schema's field that holds their options.
+        notes_unread: whether an option that the chosen variant doesn't read gives a note. Else it is refused."""
         self.what = what
         self.field = field
         self.notes_unread = notes_unread
@@ -63,7 +62,7 @@ class Variants(Generic[V]):
         self._loaded = False
 
     def add(self, name: str) -> Callable[[V], V]:
-        """Decorator: register a variant. Raises ValueError where the name is taken."""
+        """Decorator: registers a variant. Raises ValueError if the name is taken."""
 
         def register(variant: V) -> V:
             if name in self._variants:
@@ -75,12 +74,12 @@ class Variants(Generic[V]):
         return register
 
     def remove(self, name: str) -> None:
-        """Forget a variant: for tests, which add their own."""
+        """Removes a variant. For tests, which add their own."""
         del self._variants[name]
         self._keys = None
 
     def names(self) -> tuple[str, ...]:
-        """Every name: those of a package's files in alphabetical order, those of one file as they stand there."""
+        """All names: of a package in alphabetical order, of a single module in the order of its source."""
         return tuple(self._all())
 
     def __iter__(self) -> Iterator[V]:
@@ -93,11 +92,11 @@ class Variants(Generic[V]):
         return self._all()[name]
 
     def configured(self, name: str, options: Mapping[str, Any]) -> Any:
-        """The variant `name`, made with those of `options` that are its own."""
+        """The variant `name` with its options, taken from `options`."""
         variant: Any = self[name]
         own = {key: options[key] for key in variant_options(variant) if key in options}
         made = variant(**own) if isinstance(variant, type) else variant
-        return made.made_of(options) if hasattr(made, "made_of") else made  # a variant that consists of others
+        return made.made_of(options) if hasattr(made, "made_of") else made  # for a variant that combines others
 
     def keys(self) -> dict[str, Key]:
         """The keys that the variants add to a section: every option of every variant.
@@ -105,7 +104,7 @@ class Variants(Generic[V]):
         Variants that share an option inherit it from one class. Raises ValueError where two declare it.
         """
         if self._keys is None:
-            variants = self._all()  # first: registering a variant forgets the keys
+            variants = self._all()  # first, because registering a variant resets the keys
             keys: dict[str, Key] = {}
             for name, variant in variants.items():
                 for option, key in self._keys_of(name, variant).items():
@@ -123,23 +122,23 @@ class Variants(Generic[V]):
         return [name for name, variant in self._all().items() if option in variant_options(variant)]
 
     def chosen(self, cfg: Any) -> Any | None:
-        """The variant that the config names, with its options; None where it names none, or leaves the choice (auto)."""
+        """The variant that the config names, with its options; None if it names none (auto)."""
         name = value_at(cfg, self.field)
         return self.configured(name, self._given(cfg)) if name in self else None
 
     def unread(self, cfg: Any) -> Iterator[tuple[str, Any, list[str]]]:
-        """(path, value, the variants that read it) of each option that isn't at its default and that the chosen variant
-        hasn't got."""
+        """(path, value, names of the variants that read it) of each option that isn't at its default and that the chosen
+        variant doesn't have."""
         chosen = self.chosen(cfg)
-        if chosen is None:  # any of them may be used
+        if chosen is None:  # every variant may be used
             return
         for name, value in self._given(cfg).items():
             if value != self.keys()[name].default and not hasattr(chosen, name):
                 yield f"{self._section}.{name}", value, self.readers(name)
 
     def problems(self, known: Any) -> Iterator[Problem]:
-        """What the variant that would run refuses, and options that it doesn't read; known: a Known (known.py). Where any
-        may run, since the config names none and none has a priority: what each refuses, once."""
+        """The refusals of the variant that would run, and options that it doesn't read. If every variant may run (the config
+        names none, and none has a priority): the refusals of all, each once. known: a Known (known.py)."""
         found = [problem for variant in self._may_run(known) for problem in _problems_of(variant, known)]
         yield from dict.fromkeys(found)
         if self.notes_unread:
@@ -149,10 +148,8 @@ class Variants(Generic[V]):
             yield Problem(where, value, expected, f"remove it, or set {self.field}: {' or '.join(readers)}")
 
     def choose(self, known: Any) -> Any:
-        """The variant that runs, with its options: the one that the config names. With auto, of those that have a
-        `priority` the highest one that has no problem with being chosen here.
-
-        Raises ConfigError with what it refuses."""
+        """The variant that runs, with its options: the one that the config names. With auto: the one with the highest
+        `priority` that doesn't refuse to be chosen here. Raises ConfigError with its refusals."""
         if problems := list(self.problems(known)):
             raise ConfigError(problems)
         return self._would_run(known)
@@ -186,33 +183,33 @@ class Variants(Generic[V]):
 
     def _all(self) -> dict[str, V]:
         if not self._loaded:
-            self._loaded = True  # first: a file of the package may ask while it is imported
+            self._loaded = True  # first, because a module of the package may call this while it is imported
             package = importlib.import_module(self._package)
             for module in pkgutil.iter_modules(getattr(package, "__path__", ())):
                 importlib.import_module(f"{self._package}.{module.name}")
-            if hasattr(package, "__path__"):  # by name: which file was imported first is chance
+            if hasattr(package, "__path__"):  # sorted, because some module may have been imported before the others
                 self._variants = dict(sorted(self._variants.items()))
         return self._variants
 
 
 class SwitchedVariants(Variants[V]):
-    """Variants of which a run may have several: `<name>_enabled` switches one on, the section `<name>` holds its options.
+    """Variants that a run may have several of. `<name>_enabled` switches one on; the section `<name>` has its options.
 
-    A variant is a dataclass; the first line of its docstring says what switching it on does.
+    A variant is a dataclass. The first line of its docstring is the meaning of `<name>_enabled`.
     """
 
     def __init__(self, what: str, package: str, *, section: str, options: str) -> None:
-        """section: the path of the section that holds the switches and the variants' sections. options: the schema's
-        field for both in that section."""
+        """section: the path of the section with the switches and the variants' sections. options: the schema's field in
+        that section for both."""
         super().__init__(what, package, options=options)
         self._section = section
 
     def enabled(self, options: Mapping[str, Any]) -> list[Any]:
-        """The variants that are switched on, with their options; options: what the schema's field holds."""
+        """The variants that are switched on, with their options. options: the value of the schema's field."""
         return [options[name] for name in self.names() if options[f"{name}_enabled"]]
 
     def problems(self, known: Any) -> Iterator[Problem]:
-        """What those refuse that are switched on; known: a Known (known.py)."""
+        """The refusals of the variants that are switched on. known: a Known (known.py)."""
         for variant in self.enabled(self._given(known.cfg)):
             yield from _problems_of(variant, known)
 
@@ -227,7 +224,7 @@ class SwitchedVariants(Variants[V]):
 
 @dataclass(frozen=True)
 class OneOf:
-    """Marks a text that names a variant of a kind, or one of `others`."""
+    """Marks a text that must be a variant's name, or one of `others`."""
 
     kind: Variants[Any]
     others: tuple[str, ...] = ()
@@ -238,13 +235,13 @@ class OneOf:
 
 @dataclass(frozen=True)
 class OptionsOf:
-    """Marks a field of a section that holds the options of a kind's variants: in a file they are keys of the section."""
+    """Marks a field that holds the options of a kind's variants. In a file they are keys of the section."""
 
     kind: Variants[Any]
 
 
 def variant_options(variant: Any) -> dict[str, Key]:
-    """The options of a variant; of one that is no dataclass, none."""
+    """The options of a variant; empty if it is no dataclass."""
     if not isinstance(variant, type) or not dataclasses.is_dataclass(variant):
         return {}
     hints = get_type_hints(variant, include_extras=True)
@@ -256,7 +253,7 @@ def variant_options(variant: Any) -> dict[str, Key]:
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
-    """The default of a dataclass's field, made where a factory makes it; dataclasses.MISSING for a required one."""
+    """The default of a dataclass's field, or the result of its factory; dataclasses.MISSING for a required field."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
@@ -267,7 +264,7 @@ def _problems_of(variant: Any, known: Any) -> Iterator[Problem]:
 
 
 class Lazy:
-    """A module that is imported when it is first used: formulas need torch, checking a config doesn't."""
+    """A module that is imported at its first use. (Formulas need torch; a config check must not import it.)"""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -277,15 +274,15 @@ class Lazy:
 
 
 def import_plugins(names: Sequence[str]) -> None:
-    """Import Python files (by path) and modules (by dotted name) that add variants, each once.
+    """Imports Python files (by path) and modules (by dotted name) that add variants, each once. They are executed.
 
-    Raises ConfigError naming every one that can't be imported. What they contain is executed.
+    Raises ConfigError with all that can't be imported.
     """
     problems = []
     for name in names:
         try:
             _import_plugin(name)
-        except Exception as error:  # whatever somebody else's code raises
+        except Exception as error:  # a plugin may raise any exception
             fix = "correct the name, or the file"
             expected = f"a Python file or module that can be imported ({type(error).__name__}: {error})"
             problems.append(Problem("plugins", name, expected, fix))
@@ -313,7 +310,7 @@ def _import_plugin(name: str) -> None:
 
 
 def value_at(cfg: Any, path: str) -> Any:
-    """The value of a dotted key, an option of a variant included. Raises AttributeError for one that isn't there."""
+    """The value of a dotted key, also of a variant's option. Raises AttributeError for an unknown key."""
     for name in path.split("."):
         holders = option_fields(cfg.__class__)
         held = next((getattr(cfg, field) for field, kind in holders.items() if name in kind.keys()), None)  # noqa: SIM118
@@ -323,7 +320,7 @@ def value_at(cfg: Any, path: str) -> Any:
 
 @functools.cache
 def option_fields(section: Any) -> dict[str, Variants[Any]]:
-    """The fields of a section that hold options of variants, and their kinds."""
+    """Field -> kind, for the fields of a section that hold options of variants."""
     if not dataclasses.is_dataclass(section):
         return {}
     hints = get_type_hints(section, include_extras=True)
@@ -356,4 +353,4 @@ LAYER_IMPLEMENTATIONS: Variants[Any] = Variants(
 KINDS: tuple[Variants[Any], ...] = (
     *(LOSSES, FORMATS, ATTENTION_KERNELS, LOGPROB_KERNELS, LAYER_IMPLEMENTATIONS, OPTIMIZERS, LOGGERS),
 )
-"""Every kind whose variants a config key names and that have problems."""
+"""Every kind that a config key chooses from."""

@@ -1,4 +1,4 @@
-"""The text of a YAML file -> plain data, and what YAML would read as something else than it looks like."""
+"""Parses YAML text into plain data, and finds places where YAML reads something else than the text seems to say."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from omegaconf.errors import OmegaConfBaseException
 from megadpo.config.problems import first_line
 
 MOST_BYTES = 4 * 2**20
-"""Of a config file."""
+"""Limit on the size of a config file."""
 _MOST_VALUES = 100_000
-"""That a file may stand for: nine lines of ten aliases each stand for 10**9."""
+"""Limit on the values of a file with its aliases expanded. (Nine lines of ten aliases each expand to 10**9.)"""
 
 UNREADABLE = (
     yaml.YAMLError,
@@ -26,11 +26,11 @@ UNREADABLE = (
     TypeError,
     RecursionError,
 )
-"""What `bad_places` and `parsed` raise for text that is no YAML, or whose values are not of the types that they name
-(`!!float x` a ValueError, `!!bool x` a KeyError, `!!timestamp x` an AttributeError)."""
+"""What `bad_places` and `parsed` raise for text that is no YAML, or has a value that is not of its tag's type (`!!float x`
+raises ValueError, `!!bool x` KeyError, `!!timestamp x` AttributeError)."""
 
 Place = tuple[int, str, str, str]
-"""(line, what is there, expected, fix)."""
+"""(line, value, expected, fix)."""
 
 
 def parsed(text: str) -> Any:
@@ -38,12 +38,12 @@ def parsed(text: str) -> Any:
     try:
         # OmegaConf's loader refuses duplicate keys and reads 5e-6 as a number.
         return OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
-    except (OSError, AssertionError):  # what it says of a file, or a text in it, that is neither a mapping nor a list
+    except (OSError, AssertionError):  # OmegaConf raises these for a scalar
         return yaml.safe_load(text)
 
 
 def reason(error: Exception) -> str:
-    """What is wrong, of one of UNREADABLE."""
+    """What is wrong. error: one of UNREADABLE."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
     what = getattr(error, "problem", None) or first_line(error)
@@ -52,8 +52,8 @@ def reason(error: Exception) -> str:
 
 
 def bad_places(text: str) -> list[Place]:
-    """An alias that contains itself, aliases that stand for too much, and keys that are not the text they look like.
-    Raises UNREADABLE."""
+    """Aliases that contain themselves or expand to too many values, and keys that YAML doesn't read as text. Raises
+    UNREADABLE."""
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     if root is None:
         return []
@@ -65,7 +65,7 @@ def _endless(root: yaml.Node) -> Iterator[Place]:
     open_nodes: set[int] = set()
 
     def size(node: yaml.Node) -> int:
-        """Values that the node stands for, with each alias as often as it is used."""
+        """Number of values of the node, with its aliases expanded."""
         if id(node) in open_nodes:
             raise _ContainsItself(node.start_mark.line + 1)
         if id(node) not in sizes:
@@ -99,8 +99,8 @@ def _children(node: yaml.Node) -> Iterator[yaml.Node]:
 
 
 def _bad_keys(root: yaml.Node) -> Iterator[Place]:
-    """Keys that YAML takes for something else than text: `no: norwegian.jsonl` would be named False, and of `1: a` and
-    `01: b` only one be left."""
+    """Keys that YAML doesn't read as text: the key of `no: norwegian.jsonl` would be False, and `1: a` and `01: b` would be
+    one key."""
     nodes, seen = [root], set()
     while nodes:
         node = nodes.pop()

@@ -1,1 +1,1 @@
-"""The demo's world: sums whose right answer can be checked, a model small enough to train in minutes, and its score."""
+"""The demo: sums whose answers can be checked, a model that trains in minutes, and its score."""

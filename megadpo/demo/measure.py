@@ -1,4 +1,4 @@
-"""How good is a model at the held-out sums? Scored by transformers alone, so that it also checks the export."""
+"""Scores a model on the held-out sums. It uses only transformers, so it also checks the export."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ ANSWER_TOKENS = 40  # a worked answer has up to 27
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """What one model makes of the held-out pairs."""
+    """The score of one model on the held-out pairs."""
 
     preference_accuracy: float
-    """Share of pairs whose chosen answer the model itself finds more likely than the rejected one; 0 to 1."""
+    """Share (0..1) of pairs whose chosen answer is more likely for the model than the rejected one."""
     mean_margin: float
     """Mean of log p(chosen) - log p(rejected), sums over the answer's tokens, in nats."""
     right_answers: float
-    """Share of questions whose greedy answer ends in the right sum; 0 to 1."""
+    """Share (0..1) of questions whose greedy answer ends with the right sum."""
     example: str
     """The greedy answer to the first question that needs a carry."""
     margins: list[float]
@@ -64,7 +64,7 @@ def answer_logps(model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]]) -
     position = torch.arange(longest)
     lengths = torch.tensor([len(row) for row in rows])
     is_answer = (position >= torch.tensor(starts)[:, None]) & (position < lengths[:, None])
-    logits = model(ids).logits[:, :-1]  # causal, so what stands after the answer has no effect on it
+    logits = model(ids).logits[:, :-1]  # causal: padding after the answer has no effect
     token_logps = -F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
     return (token_logps * is_answer[:, 1:]).sum(dim=1)
 

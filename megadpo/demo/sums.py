@@ -1,7 +1,7 @@
-"""Questions and worked answers: sums of two two-digit numbers, added column by column.
+"""Questions and worked answers: sums of two two-digit numbers, column by column.
 
-A careless pupil wrote the answers that the model is first trained on. He forgets to carry in most sums that need it
-(17 + 25 = 32), so the model learns his slip. Preference pairs then set the right answer against the slip.
+The model is first trained on answers of a pupil who forgets to carry in most sums that need it (17 + 25 = 32), so it
+learns this mistake. The preference pairs then have the right answer as chosen and the mistake as rejected.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 FORGETS_TO_CARRY = 0.7
-"""Share of the pupil's sums with a carry in which he forgets it."""
+"""Share of the sums with a carry in which the pupil forgets it."""
 
 Sum = tuple[int, int]
 
@@ -23,7 +23,7 @@ def question(a: int, b: int) -> str:
 
 
 def worked_answer(a: int, b: int, *, slip: bool = False) -> str:
-    """The sum in columns, the last number being the result. A slip forgets the carry, or invents one."""
+    """The sum in columns; the last number is the result. With a slip the carry is forgotten, or invented."""
     units = a % 10 + b % 10
     carry = int(units >= 10) ^ int(slip)
     tens = a // 10 + b // 10 + carry
@@ -34,7 +34,7 @@ def worked_answer(a: int, b: int, *, slip: bool = False) -> str:
 
 
 def pupils_answer(a: int, b: int, rng: random.Random) -> str:
-    """Right, but for the carries that the pupil forgets."""
+    """The right answer, except for carries that the pupil forgets."""
     needs_carry = a % 10 + b % 10 >= 10
     return worked_answer(a, b, slip=needs_carry and rng.random() < FORGETS_TO_CARRY)
 
@@ -46,7 +46,7 @@ def is_right(a: int, b: int, answer: str) -> bool:
 
 
 def split_sums(*, held_out: int, seed: int) -> tuple[list[Sum], list[Sum]]:
-    """(training, held out), shuffled. 17 + 25 and 25 + 17 are the same sum and stay on the same side."""
+    """(training, held out), shuffled. 17 + 25 and 25 + 17 are the same sum, so they are in the same list."""
     sums = [(a, b) for a in range(10, 100) for b in range(a, 100)]
     rng = random.Random(seed)
     rng.shuffle(sums)
@@ -57,7 +57,7 @@ def split_sums(*, held_out: int, seed: int) -> tuple[list[Sum], list[Sum]]:
 
 
 def write_warm_up(path: Path, sums: Iterable[Sum], *, seed: int) -> None:
-    """Pairs for supervised training: chosen is what the pupil wrote. Rejected has no part in that loss."""
+    """Pairs for supervised training: chosen is the pupil's answer. That loss doesn't use rejected."""
     rng = random.Random(seed)
     rows = [{"prompt": question(a, b), "chosen": pupils_answer(a, b, rng), "rejected": "?"} for a, b in sums]
     _write_jsonl(path, rows)

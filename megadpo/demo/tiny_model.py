@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-VOCABULARY_TOKENS = 320  # divides by the tensor-parallel sizes that the demo is run with
+VOCABULARY_TOKENS = 320  # a multiple of the demo's tensor-parallel sizes
 
 
 def make_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE that keeps every digit a token of its own, so that a column is a token."""
+    """Byte-level BPE with each digit as a token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,5 +1,5 @@
-"""Model families, a file each: how config.json is read, what a layer is made of, what its weights are called, what is
-refused. FAMILIES (config/variants.py) finds the files; nothing here needs torch."""
+"""Model families, one file each: how config.json is read, the parts of a layer, the names of weights, and refusals. FAMILIES
+(config/variants.py) finds the files. Nothing here imports torch."""
 
 from megadpo.families.reading import parse_architecture, read_architecture
 from megadpo.families.weight_table import WeightEntry, WeightTable, weight_table

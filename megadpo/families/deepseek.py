@@ -25,7 +25,7 @@ _DEFAULTS = Family.defaults | {
 
 @FAMILIES.add("deepseek_v2")
 class DeepseekV2(LatentFamily):
-    """A softmax over all experts. A group of experts counts by its best one."""
+    """The router is a softmax over all experts. A group's score is that of its best expert."""
 
     classes = ("DeepseekV2ForCausalLM",)
     defaults = _DEFAULTS | {
@@ -45,7 +45,7 @@ class DeepseekV2(LatentFamily):
     }
 
     def read(self, config: HfConfig) -> Architecture:
-        config.refuse("rope_interleave", "true: transformers turns neighbouring channels", RESTORE, unless=(True,))
+        config.refuse("rope_interleave", "true: transformers rotates neighbouring channels", RESTORE, unless=(True,))
         config.refuse("norm_topk_prob", "false: transformers never divides by the sum", RESTORE)
         config.refuse("scoring_func", "softmax", RESTORE, unless=("softmax",))
         return super().read(config)
@@ -67,7 +67,7 @@ class DeepseekV2(LatentFamily):
 
 @FAMILIES.add("deepseek_v3")
 class DeepseekV3(LatentFamily):
-    """The layers that predict several tokens (MTP), which files have behind the others, are carried along untrained."""
+    """Multi-token-prediction layers (MTP), which files have after the others, are kept but not trained."""
 
     classes = ("DeepseekV3ForCausalLM",)
     also_called: ClassVar[tuple[str, ...]] = ("kimi_k2",)

@@ -1,4 +1,4 @@
-"""ERNIE 4.5: Llama whose rotary positions turn neighbouring channels."""
+"""ERNIE 4.5: Llama with RoPE on pairs of neighbouring channels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megadpo.families.rope import read_rope
 
 @FAMILIES.add("ernie4_5")
 class Ernie45(Family):
-    """Embedding and head are one, unless config.json says otherwise."""
+    """Embedding and head are tied unless config.json says otherwise."""
 
     classes = ("Ernie4_5ForCausalLM",)
     defaults = Family.defaults | {

@@ -1,4 +1,4 @@
-"""ERNIE 4.5 with experts: chosen by softmax and a bias, beside an expert that every token goes through."""
+"""ERNIE 4.5 with experts: a softmax router with a correction bias, and a shared expert."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXPERTS = (*expert_rows(), correction_bias_row(f"mlp.{BIAS}", OneRow(), also=f"m
 
 @FAMILIES.add("ernie4_5_moe")
 class Ernie45Moe(Ernie45):
-    """Layers that predict several tokens (mtp) are carried along untrained."""
+    """Multi-token-prediction layers (mtp) are kept but not trained."""
 
     classes = ("Ernie4_5_MoeForCausalLM",)
     defaults = Ernie45.defaults | {

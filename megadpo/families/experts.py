@@ -1,4 +1,4 @@
-"""Layers of experts: what config.json says of them, and which tensors they are."""
+"""Layers with experts: reads their keys in config.json, and has their weight rows."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def read_experts(
     shared_ffn_size: int | None = None,
     shared_gate: bool = True,
 ) -> Experts:
-    """The experts that `config` names, with this shared one, if any. count, chosen, ffn: the keys of their sizes. router:
-    None for a softmax, normalized or not by norm_topk_prob."""
-    # transformers 5 writes Qwen3-MoE's and Mixtral's count as num_local_experts, the hub has num_experts for Qwen3-MoE
+    """The experts of `config`, with this shared expert, if any. count, chosen, ffn: keys of their number, the number per token
+    and their width. router: None for a softmax, normalised or not by norm_topk_prob."""
+    # transformers 5 writes num_local_experts for Qwen3-MoE and Mixtral; the hub has num_experts for Qwen3-MoE
     if "num_local_experts" in config.raw:
         count = "num_local_experts"
     number, per_token = config.size(count, most=MOST_EXPERTS), config.size(chosen)
-    if per_token > number and config.get(count) == number:  # else the count itself is the problem
+    if per_token > number and config.get(count) == number:  # else the count has been reported
         config.report(chosen, per_token, f"at most {count} ({number})")
     if router is None:
-        # a softmax over all experts, divided by the sum of the chosen ones, is the softmax over those
+        # a softmax over all experts, divided by the sum over the chosen ones, is the softmax over the chosen ones
         router = Router(scores="softmax_of_chosen" if config.get("norm_topk_prob") else "softmax")
     if per_token == 1 and (router.normalized or router.scores == "softmax_of_chosen"):
         expected = "at least 2, or norm_topk_prob false: the weight of a single expert is always 1"
@@ -49,7 +49,7 @@ def read_experts(
 
 
 def refuse_dense_layers(config: HfConfig) -> None:
-    """Qwen's keys of layers without experts among the others."""
+    """Refuses Qwen's keys for layers without experts."""
     fix = "choose a model with experts in every layer"
     config.refuse("decoder_sparse_step", "1: experts in every layer", fix, unless=(1,))
     config.refuse("mlp_only_layers", "no layer: experts in every layer", fix)
@@ -58,8 +58,8 @@ def refuse_dense_layers(config: HfConfig) -> None:
 def expert_rows(
     block: str = "mlp", gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
 ) -> tuple[Row, ...]:
-    """A layer of experts after its attention, by the Hugging Face names of the block and of an expert's projections.
-    The stacked tensors and the router's other name are transformers 5's own, the same in every family."""
+    """The rows of a layer's experts, with Hugging Face's names of the block and of an expert's projections. The names of
+    stacked tensors and the router's second name are transformers 5's, the same in every family."""
     expert, local, stack = f"{block}.experts.{{e}}.", "mlp.experts.local_experts.{e}.", "mlp.experts.experts."
     router = f"{block}.gate.weight"
     return (
@@ -75,7 +75,7 @@ def expert_rows(
 
 
 def shared_expert_rows(block: str) -> tuple[Row, ...]:
-    """The shared expert, by the Hugging Face name of its block."""
+    """The shared expert's rows. block: its Hugging Face name."""
     return (
         Row("mlp.shared_experts.linear_fc1.weight", GatedMLP(),
             {f"{block}.gate_proj.weight": "sh", f"{block}.up_proj.weight": "sh"}),
@@ -84,7 +84,7 @@ def shared_expert_rows(block: str) -> tuple[Row, ...]:
 
 
 def correction_bias_row(hf: str, layout: TensorLayout | None = None, also: str = "") -> Row:
-    """The router's correction bias, by its Hugging Face name. layout: None for [n] on disk. also: transformers 5's own
-    name of it."""
+    """The router's correction bias. hf: its Hugging Face name. layout: None for [n] on disk. also: its name in transformers
+    5."""
     return Row("mlp.router.expert_bias", layout or Replicated(), {hf: "1n" if layout else "n"}, frozen=True,
                also={hf: also} if also else {})  # fmt: skip

@@ -1,4 +1,4 @@
-"""What every model family shares: how its config.json is read, and what its weights are called."""
+"""The base of the model families: reads config.json, and has the weight rows of a Llama-shaped model."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from megadpo.families.rows import ATTENTION, EMBEDDING, FINAL_NORM, HEAD, MLP, R
 class Family:
     """Base of the families: a Llama-shaped model. `@FAMILIES.add(name)` registers a subclass under its model_type.
 
-    A family says what differs: class names, defaults, `read` for the facts of its layers and for what it refuses, `layer`
-    and the three rows around the layers for its weights. An instance holds nothing.
+    A family overrides what differs: class names, defaults, `read` (facts of its layers, and refusals), `layer` and the three
+    rows outside the layers (its weights). An instance has no state.
     """
 
     classes: ClassVar[tuple[str, ...]]
-    """Class names under `architectures` in config.json; the first is meant where a file names none."""
+    """Class names under `architectures` in config.json. The first is taken if a file names none."""
     also_called: ClassVar[tuple[str, ...]] = ()
-    """Other model_types that files of these classes have."""
+    """Other model_types of these classes."""
     defaults: ClassVar[dict[str, Any]] = {
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
     }
-    """What transformers takes where config.json has no such key."""
+    """transformers' values for keys that config.json lacks."""
     activation: ClassVar[tuple[str, tuple[str, ...]]] = ("hidden_act", ("silu", "swish"))
     """The key of the MLP's activation, and its names there."""
     biases: ClassVar[tuple[str, ...]] = ("attention_bias", "mlp_bias")
-    """Keys of biases that the family hasn't got: true is refused."""
+    """Keys of biases that the family doesn't have: true is refused."""
     prefix: ClassVar[str] = ""
     """What the names of all tensors of `layer`, `embedding`, `final_norm` and `head` begin with on disk, before these."""
     layer_types: ClassVar[tuple[str, ...]] = ("full_attention", "sliding_attention")
@@ -40,11 +40,11 @@ class Family:
     head: ClassVar[Row] = HEAD
 
     def read(self, config: HfConfig) -> Architecture:
-        """The model that `config` describes. Problems are noted in `config`; the result counts only where there are none."""
+        """The model that `config` describes. Problems are added to `config`; the result is valid only without problems."""
         hidden = config.size("hidden_size")
         layers = config.size("num_hidden_layers", most=MOST_LAYERS)
         heads, ffn, vocabulary = map(config.size, ("num_attention_heads", "intermediate_size", "vocab_size"))
-        # null key-value heads mean "no grouping" to transformers, a null head size that the heads share the width
+        # in transformers, null key-value heads mean as many as heads, and a null head size means hidden size / heads
         groups = heads if config.get("num_key_value_heads") is None else config.size("num_key_value_heads")
         length = config.size("max_position_embeddings")
         head_dim = self.head_dim(config, hidden, heads)
@@ -85,7 +85,7 @@ class Family:
         return max(1, hidden // heads)
 
     def rotary(self, config: HfConfig, head_dim: int, length: int) -> Rotary:
-        """The rotation of every layer. length: max_position_embeddings."""
+        """The RoPE of every layer. length: max_position_embeddings."""
         return read_rope(config, head_dim, length)
 
     def on_disk(self, name: str) -> str:
@@ -103,7 +103,7 @@ class Family:
         return ATTENTION + MLP
 
     def refuse_quantised(self, config: HfConfig) -> None:
-        """Weights in forms that the family can't read."""
+        """Refuses quantised weights that the family can't read."""
         config.refuse("quantization_config", "none", AS_FLOATS)
 
     def _refuse_uncomputed(self, config: HfConfig) -> None:

@@ -32,7 +32,7 @@ _SANDWICHED = (
 
 @FAMILIES.add("gemma")
 class Gemma(Family):
-    """`gelu` in its files means the form with tanh, to transformers too."""
+    """`gelu` in its files means the tanh form, as in transformers."""
 
     classes = ("GemmaForCausalLM",)
     defaults = _DEFAULTS | {"num_key_value_heads": 16}
@@ -53,7 +53,7 @@ class Gemma(Family):
 
 @FAMILIES.add("gemma2")
 class Gemma2(Gemma):
-    """Norms before and after each part of a layer; soft-caps on scores and logits; a window in every second layer."""
+    """Norms before and after attention and MLP; soft-caps of scores and logits; a window in every second layer."""
 
     classes = ("Gemma2ForCausalLM",)
     defaults = _DEFAULTS | {
@@ -81,7 +81,7 @@ class Gemma2(Gemma):
         return with_windows(config, arch, usual=lambda number: self.slides(config, number))
 
     def slides(self, config: HfConfig, number: int) -> bool:
-        """Whether layer `number`, from 0, has the window where the file has no `layer_types`."""
+        """Whether layer `number`, from 0, has the window, for files without `layer_types`."""
         return number % 2 == 0
 
     def layer(self, arch: Architecture, number: int) -> tuple[Row, ...]:
@@ -90,7 +90,7 @@ class Gemma2(Gemma):
 
 @FAMILIES.add("gemma3_text")
 class Gemma3Text(Gemma2):
-    """Norms of queries and keys in the place of Gemma 2's soft-caps, and another rotation under windows."""
+    """Norms of queries and keys instead of Gemma 2's soft-caps, and another RoPE in layers with windows."""
 
     classes = ("Gemma3ForCausalLM",)
     defaults = _DEFAULTS | {
@@ -118,8 +118,8 @@ class Gemma3Text(Gemma2):
         return self._of_kind(config, "full_attention", head_dim, length)
 
     def _of_kind(self, config: HfConfig, kind: str, head_dim: int, length: int) -> Rotary:
-        """Of layers of this kind. In transformers 4's spelling rope_scaling and rope_theta are the full layers', and
-        rope_local_base_freq is the others'."""
+        """The RoPE of layers of this kind. In transformers 4's form rope_scaling and rope_theta are for full attention, and
+        rope_local_base_freq is for sliding attention."""
         spelling, given = given_rope(config)
         theta = {"rope_theta": config.get("rope_theta" if kind == "full_attention" else "rope_local_base_freq")}
         if spelling == "rope_scaling":

@@ -1,4 +1,5 @@
-"""GLM-4: biases on queries, keys and values, half of each head turned by neighbouring channels, MLPs joined on disk."""
+"""GLM-4: biases of queries, keys and values; RoPE on half of each head, on pairs of neighbouring channels; gate and up
+projection in one tensor on disk."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ class Glm(Family):
 
 @FAMILIES.add("glm4")
 class Glm4(Glm):
-    """GLM-4-0414 and GLM-Z1: norms after attention and MLP as well."""
+    """GLM-4-0414 and GLM-Z1: also norms after attention and MLP."""
 
     classes = ("Glm4ForCausalLM",)
 

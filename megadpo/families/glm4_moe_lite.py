@@ -1,4 +1,4 @@
-"""GLM-4.7-Flash: GLM-4.5's router behind latent attention."""
+"""GLM-4.7-Flash: latent attention, and GLM-4.5's router."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megadpo.families.reading import RESTORE, HfConfig
 
 @FAMILIES.add("glm4_moe_lite")
 class Glm4MoeLite(DeepseekV3):
-    """mlp_layer_types says which layers are dense: the first one, if it says nothing."""
+    """mlp_layer_types says which layers are dense; without it, only the first."""
 
     classes = ("Glm4MoeLiteForCausalLM",)
     also_called = ()

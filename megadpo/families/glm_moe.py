@@ -1,4 +1,4 @@
-"""GLM-4.5, 4.5-Air, 4.6 and 4.7: a router of sigmoids, an expert that every token goes through, dense layers first."""
+"""GLM-4.5, 4.5-Air, 4.6 and 4.7: a sigmoid router, a shared expert, and dense layers first."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXPERTS = (
 
 
 def sigmoid_router(config: HfConfig) -> Router:
-    """DeepSeek-V3's, by its keys."""
+    """DeepSeek-V3's router, by its keys in config.json."""
     return Router(
         scores="sigmoid",
         correction_bias=True,
@@ -32,7 +32,7 @@ def sigmoid_router(config: HfConfig) -> Router:
 
 @FAMILIES.add("glm4_moe")
 class Glm4Moe(Family):
-    """The layers that predict several tokens (MTP), which files have behind the others, are carried along untrained."""
+    """Multi-token-prediction layers (MTP), which files have after the others, are kept but not trained."""
 
     classes = ("Glm4MoeForCausalLM",)
     defaults = Family.defaults | {

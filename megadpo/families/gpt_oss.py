@@ -1,4 +1,4 @@
-"""gpt-oss: sinks and biases in attention, a window in every second layer, experts with a clamped gate, MXFP4 on the hub."""
+"""gpt-oss: attention with sinks and biases, a window in every second layer, clamped experts, which the hub has in MXFP4."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _YARN = {
 
 @FAMILIES.add("gpt_oss")
 class GptOss(Family):
-    """Experts in MXFP4 are read as bfloat16, which holds them exactly, and written in bfloat16."""
+    """Experts in MXFP4 are read as bfloat16, which is exact, and written as bfloat16."""
 
     classes = ("GptOssForCausalLM",)
     biases = ("mlp_bias",)

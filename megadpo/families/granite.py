@@ -30,7 +30,7 @@ SHARED_EXPERT = (
 
 @FAMILIES.add("granite")
 class Granite(Family):
-    """Of embeddings, of attention's scores, of what is added to the residual stream, and a divisor of logits."""
+    """Multipliers of embeddings, of attention scores and of what is added to the residual stream, and a divisor of logits."""
 
     classes = ("GraniteForCausalLM",)
     defaults = Family.defaults | {
@@ -53,7 +53,7 @@ class Granite(Family):
 
 @FAMILIES.add("granitemoe")
 class GraniteMoe(Granite):
-    """Experts in every layer; a folder holds all of a layer in two tensors."""
+    """Experts in every layer; a folder has all experts of a layer in two tensors."""
 
     classes = ("GraniteMoeForCausalLM",)
     defaults = Granite.defaults | {"num_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.001}
@@ -69,7 +69,7 @@ class GraniteMoe(Granite):
         return super().read(config).with_feed_forward(experts)
 
     def shared_ffn_size(self, config: HfConfig) -> int | None:
-        """Of the expert that every token goes through; None: there is none."""
+        """Width of the shared expert; None: there is none."""
         return None
 
     def layer(self, arch: Architecture, number: int) -> tuple[Row, ...]:
@@ -79,7 +79,7 @@ class GraniteMoe(Granite):
 
 @FAMILIES.add("granitemoeshared")
 class GraniteMoeShared(GraniteMoe):
-    """With an expert that every token goes through, if config.json gives it a size."""
+    """With a shared expert, if config.json has its size."""
 
     classes = ("GraniteMoeSharedForCausalLM",)
     defaults = GraniteMoe.defaults | {"shared_intermediate_size": 0}

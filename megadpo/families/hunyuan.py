@@ -1,4 +1,4 @@
-"""Hunyuan's dense models: Llama with norms of queries and keys after they were turned, and a RoPE stretched for good."""
+"""Hunyuan's dense models: Llama with norms of queries and keys after RoPE, and a RoPE with a larger base."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _UNUSED = {"factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
 
 @FAMILIES.add("hunyuan_v1_dense")
 class HunYuanDenseV1(Family):
-    """With `alpha`, RoPE's base is stretched the same for every length (NTK)."""
+    """With `alpha`, RoPE's base is enlarged, equally for all lengths (NTK)."""
 
     classes = ("HunYuanDenseV1ForCausalLM",)
     defaults = Family.defaults | {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5}
 
     def read(self, config: HfConfig) -> Architecture:
-        config.refuse("use_cla", "false: layers with keys and values of their own", "choose a model without it")
+        config.refuse("use_cla", "false: each layer has its own keys and values", "choose a model without it")
         config.refuse("use_qk_norm", "true", RESTORE, unless=(None, True))
         return super().read(config).with_attention(qk_norm="head_after_rope")
 
@@ -32,7 +32,7 @@ class HunYuanDenseV1(Family):
         spelling, given = given_rope(config)
         if not given.get("alpha") or given.get("rope_type", given.get("type")) != "dynamic":
             return read_rope(config, head_dim, length)
-        # transformers reads none of the other numbers then
+        # then transformers reads none of the other numbers
         said = {key: value for key, value in given.items() if key not in _UNUSED | {"alpha", "type", "rope_type"}}
         plain = read_rope(config, head_dim, length, said=(spelling, said))
         return Rotary(theta=plain.theta * given["alpha"] ** (head_dim / (head_dim - 2)), dims=plain.dims)

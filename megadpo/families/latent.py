@@ -1,5 +1,5 @@
-"""What families with multi-head latent attention share (DeepSeek-V2, arXiv 2405.04434): what config.json says of it, and
-which tensors it has."""
+"""The base of families with multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): its keys in config.json, and its
+weight rows."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _QUERIES_OF_A_LATENT = (
 
 
 class LatentFamily(Family):
-    """Base of these families: some dense layers, then layers of experts, with one that every token goes through. The norms of
-    latents have an epsilon of 1e-6 whatever rms_norm_eps says, as in transformers."""
+    """Base of these families: some dense layers, then layers with experts and a shared expert. The norms of latents always
+    have an epsilon of 1e-6, as in transformers."""
 
     expert_rows: ClassVar[tuple[Row, ...]] = (*expert_rows(), *shared_expert_rows("mlp.shared_experts"))
 
@@ -74,7 +74,7 @@ class LatentFamily(Family):
 
     def rotary(self, config: HfConfig, head_dim: int, length: int) -> Rotary:
         width, interleaved = config.get("qk_rope_head_dim"), bool(config.get("rope_interleave"))
-        sound = isinstance(width, int) and 0 < width < head_dim  # else head_dim has noted it
+        sound = isinstance(width, int) and 0 < width < head_dim  # else head_dim has reported it
         return read_rope(config, width if sound else 2, length, interleaved=interleaved)
 
     def carried(self, arch: Architecture) -> tuple[str, ...]:
@@ -88,12 +88,12 @@ class LatentFamily(Family):
 
 
 def _scale_of_yarn(config: HfConfig) -> float:
-    """(0.1 mscale_all_dim ln(factor) + 1)^2, in scaled RoPE (transformers' yarn_apply_mscale)."""
+    """(0.1 mscale_all_dim ln(factor) + 1)^2 for a scaled RoPE, else 1 (transformers' yarn_apply_mscale)."""
     _, given = given_rope(config)
     weight, factor = given.get("mscale_all_dim"), given.get("factor")
     scaled = given.get("rope_type", given.get("type", "default")) != "default"
     if (
         not scaled or not weight or not isinstance(factor, (int, float)) or factor <= 1
-    ):  # read_rope has noted other types
+    ):  # read_rope has reported other types
         return 1.0
     return float(0.1 * weight * math.log(factor) + 1.0) ** 2

@@ -1,7 +1,7 @@
-"""How the tensors of a Hugging Face folder lie inside one tensor of megatron-core, whole or as one rank's shard.
+"""Layouts: how Hugging Face tensors are placed in one tensor of megatron-core, or in one rank's shard of it.
 
-A layout lists rectangles of the Hugging Face tensors, and the place of each in the Megatron shard. Both
-directions copy the same rectangles (model/weights/load.py), so what is read is what is written back.
+A layout lists rectangles of the Hugging Face tensors, and the place of each in the Megatron shard. Reading and writing copy
+the same rectangles (model/weights/load.py), so an export gives back what was read.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class TensorLayout:
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def local_shape(self, shapes: Sequence[Shape], tp_size: int) -> Shape:
-        """Shape of one rank's shard; ValueError where it does not divide."""
+        """Shape of one rank's shard. Raises ValueError if the ranks don't divide it."""
         shape = self.full_shape(shapes)
         if self.sharded_dim is None:
             return shape
@@ -50,7 +50,7 @@ class Replicated(TensorLayout):
 
 
 class OneRow(TensorLayout):
-    """The same on every rank: the row of a matrix [1, n] on disk."""
+    """The same on every rank; on disk it is a matrix [1, n]."""
 
     def full_shape(self, shapes: Sequence[Shape]) -> Shape:
         return shapes[0][1:]
@@ -92,17 +92,17 @@ class GatedMLP(TensorLayout):
 
 
 class GroupedQKV(TensorLayout):
-    """Query, key and value projection in one, KV group by KV group: [queries of group 0, key 0, value 0, queries of
-    group 1, ...]; other sources likewise, of which each group has an equal part. Rank r holds the r-th block of these rows.
-    With more ranks than KV heads a block is part of a group (attention.py of megatron-core,
-    get_query_key_value_tensors), so it is cut out of the rows, not out of the groups.
+    """Query, key and value projection in one, KV group by KV group: [queries of group 0, key 0, value 0, queries of group 1,
+    ...]. Other sources likewise: each group has an equal part of each. Rank r has the r-th block of these rows. With more
+    ranks than KV heads a block is a part of a group (megatron-core: attention.py, get_query_key_value_tensors), so rows are
+    divided, not groups.
     """
 
     sharded_dim = 0
 
     def rectangles(self, shapes: Sequence[Shape], groups: int, tp_rank: int, tp_size: int) -> list[Rectangle]:
         shard = _share(self.full_shape(shapes)[0], tp_rank, tp_size)
-        rectangles, start = ([], 0)  # `start`: of the run of rows at hand, in the whole tensor
+        rectangles, start = ([], 0)  # `start`: first of the present rows in the whole tensor
         for group in range(groups):
             for source, shape in enumerate(shapes):
                 rows = _share(shape[0], group, groups)

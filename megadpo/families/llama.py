@@ -1,4 +1,4 @@
-"""Llama, versions 2 and 3, and its look-alikes: neither biases nor other norms than a layer's two."""
+"""Llama, versions 2 and 3, and models with the same layers: no biases, and two norms in a layer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megadpo.families.family import Family
 
 @FAMILIES.add("llama")
 class Llama(Family):
-    """Queries share keys and values only where config.json says so."""
+    """Grouped-query attention only if config.json says so."""
 
     classes = ("LlamaForCausalLM",)
     defaults = Family.defaults | {"max_position_embeddings": 2048}

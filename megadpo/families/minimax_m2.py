@@ -1,4 +1,4 @@
-"""MiniMax-M2: a router of sigmoids, half of each head turned, norms of all heads of queries and keys together."""
+"""MiniMax-M2: a sigmoid router, RoPE on half of each head, and norms over all heads of queries and of keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mistral and Ministral: Llama with windows of keys, in every layer or in some."""
+"""Mistral and Ministral: Llama with sliding windows in all or some layers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from megadpo.families.windows import with_windows
 
 @FAMILIES.add("mistral")
 class Mistral(Family):
-    """A window in every layer, or in those that layer_types says: transformers' Auto classes then take it for a
-    Ministral."""
+    """A window in every layer, or in those of layer_types. (With layer_types, transformers' Auto classes load it as a
+    Ministral.)"""
 
     classes = ("MistralForCausalLM",)
     defaults = Family.defaults | {
@@ -27,6 +27,6 @@ class Mistral(Family):
 
 @FAMILIES.add("ministral")
 class Ministral(Mistral):
-    """The same under a name of its own."""
+    """The same with another name."""
 
     classes = ("MinistralForCausalLM",)

@@ -1,16 +1,16 @@
-"""Mistral Small 3.1 and 3.2: a Mistral beside a vision tower, trained on texts."""
+"""Mistral Small 3.1 and 3.2: a Mistral and a vision tower. Only the Mistral is trained."""
 
 from __future__ import annotations
 
 from megadpo.config.architecture import Architecture
 from megadpo.config.variants import FAMILIES
 from megadpo.families.mistral import Mistral
-from megadpo.families.reading import HfConfig
+from megadpo.families.reading import HfConfig, with_media_tokens
 
 
 @FAMILIES.add("mistral3")
 class Mistral3(Mistral):
-    """The tower's tensors stay as they are."""
+    """The tower's tensors are kept unchanged."""
 
     classes = ("Mistral3ForConditionalGeneration",)
     defaults = Mistral.defaults | {
@@ -24,13 +24,14 @@ class Mistral3(Mistral):
         "rope_theta": 1e9,
         "sliding_window": None,
         "tie_word_embeddings": True,
+        "image_token_index": 10,
     }
     prefix = "language_model."
 
     def read(self, config: HfConfig) -> Architecture:
         text = config.of_text()
         text.refuse("model_type", "mistral or ministral", "choose a model with a Mistral for texts", unless=_TEXTS)
-        return super().read(text)
+        return with_media_tokens(super().read(text), config)
 
     def carried(self, arch: Architecture) -> tuple[str, ...]:
         return ("vision_tower.*", "multi_modal_projector.*")

@@ -13,7 +13,7 @@ from megadpo.families.windows import window
 
 @FAMILIES.add("mixtral")
 class Mixtral(Family):
-    """Experts in every layer; the weights of a token's experts sum to 1."""
+    """Experts in every layer. The weights of a token's experts have the sum 1."""
 
     classes = ("MixtralForCausalLM",)
     defaults = Family.defaults | {

@@ -1,4 +1,4 @@
-"""OLMo 2 and 3: norms after attention and MLP instead of before, and of all heads of queries and keys together."""
+"""OLMo 2 and 3: norms after attention and MLP, not before, and norms over all heads of queries and of keys."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megadpo.families.windows import having_windows, with_windows
 
 @FAMILIES.add("olmo2")
 class Olmo2(Family):
-    """Queries share keys and values only where config.json says so."""
+    """Grouped-query attention only if config.json says so."""
 
     classes = ("Olmo2ForCausalLM",)
     defaults = Family.defaults | {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5}
@@ -36,7 +36,7 @@ class Olmo2(Family):
 
 @FAMILIES.add("olmo3")
 class Olmo3(Olmo2):
-    """Windows in three of four layers. RoPE is scaled in the others only."""
+    """Windows in three of four layers. Only the others have a scaled RoPE."""
 
     classes = ("Olmo3ForCausalLM",)
     defaults = Olmo2.defaults | {"sliding_window": 4096, "rope_theta": 5e5}
@@ -50,14 +50,14 @@ class Olmo3(Olmo2):
         return self._of_kind(config, "full_attention", head_dim, length)
 
     def _of_kind(self, config: HfConfig, kind: str, head_dim: int, length: int) -> Rotary:
-        """Of layers of this kind. In transformers 4's spelling rope_scaling and rope_theta are the full layers'; the others
-        have 500000 whatever rope_theta says (transformers 5 takes it out of the config once, and then it is gone)."""
+        """The RoPE of layers of this kind. In transformers 4's form rope_scaling and rope_theta are for full attention. Sliding
+        attention always has a theta of 500000, because transformers 5 has removed rope_theta from the config by then."""
         spelling, given = given_rope(config)
         nested = {"full_attention", "sliding_attention"} & given.keys()
         if nested:
             of_kind = given.get(kind) or {}
             said: Mapping[str, Any] = {"rope_theta": 5e5, **of_kind}
-            if "truncate" in of_kind:  # transformers looks for it outside
+            if "truncate" in of_kind:  # transformers doesn't read it here
                 said = {key: value for key, value in said.items() if key != "truncate"}
             return read_rope(config, head_dim, length, said=(f"{spelling}.{kind}", said))
         if kind == "full_attention":

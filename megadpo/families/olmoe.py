@@ -1,4 +1,4 @@
-"""OLMoE: experts in every layer, and norms of all heads of queries and keys together."""
+"""OLMoE: experts in every layer, and norms over all heads of queries and of keys."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Olmoe(Family):
 
     def read(self, config: HfConfig) -> Architecture:
         config.refuse("clip_qkv", "null", "models with clip_qkv are not supported", unless=(None,))
-        fix = "models of this class with a window are not supported: transformers computes it in one kernel of several"
+        fix = "models of this class with a window are not supported: only one of transformers' kernels computes it"
         config.refuse("sliding_window", "null", fix, unless=(None,))
         arch = super().read(config).with_feed_forward(read_experts(config, ffn="intermediate_size"))
         return arch.with_attention(qk_norm="width")

@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4: Llama with its projections joined on disk, a part of each head turned, and longrope."""
+"""Phi-3 and Phi-4: Llama with joined projections on disk, RoPE on a part of each head, and longrope."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ JOINED_QKV = Row("self_attention.linear_qkv.weight", GroupedQKV(), {"self_attn.q
 
 @FAMILIES.add("phi3")
 class Phi3(Family):
-    """longrope's factors for short sequences only: longer pairs than original_max_position_embeddings are refused."""
+    """Only longrope's factors for short sequences: pairs longer than original_max_position_embeddings are refused."""
 
     classes = ("Phi3ForCausalLM",)
     defaults = Family.defaults | {

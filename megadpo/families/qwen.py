@@ -1,4 +1,4 @@
-"""Qwen2 (2.5 too) and Qwen3: one has biases on queries, keys and values, the other norms on queries and keys."""
+"""Qwen2 (and 2.5), with biases of queries, keys and values; Qwen3, with norms of queries and keys."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEFAULTS = Family.defaults | {
 
 @FAMILIES.add("qwen2")
 class Qwen2(Family):
-    """Llama with biases on queries, keys and values."""
+    """Llama with biases of queries, keys and values."""
 
     classes = ("Qwen2ForCausalLM",)
     defaults = DEFAULTS
@@ -34,7 +34,7 @@ class Qwen2(Family):
 
 @FAMILIES.add("qwen3")
 class Qwen3(Family):
-    """Llama with a norm on each head of queries and keys."""
+    """Llama with a norm of each head of queries and keys."""
 
     classes = ("Qwen3ForCausalLM",)
     defaults = DEFAULTS | {"head_dim": 128}

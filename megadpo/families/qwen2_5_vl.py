@@ -1,17 +1,17 @@
-"""Qwen2.5-VL: a Qwen2 beside a vision tower, trained on texts."""
+"""Qwen2.5-VL: a Qwen2 and a vision tower. Only the Qwen2 is trained."""
 
 from __future__ import annotations
 
 from megadpo.config.architecture import Architecture, Rotary
 from megadpo.config.variants import FAMILIES
 from megadpo.families.qwen import Qwen2
-from megadpo.families.reading import HfConfig
+from megadpo.families.reading import HfConfig, with_media_tokens
 from megadpo.families.rope import given_rope, read_rope
 
 
 @FAMILIES.add("qwen2_5_vl")
 class Qwen2VL(Qwen2):
-    """The tower's tensors stay as they are. Files of the hub have the text part's keys at the top."""
+    """The tower's tensors are kept unchanged. Files on the hub have the text model's keys at the top level."""
 
     classes = ("Qwen2_5_VLForConditionalGeneration",)
     defaults = Qwen2.defaults | {
@@ -19,13 +19,15 @@ class Qwen2VL(Qwen2):
         "rms_norm_eps": 1e-5,
         "rope_theta": 1e6,
         "max_window_layers": 80,
+        "image_token_id": 151655,
+        "video_token_id": 151656,
     }
 
     def read(self, config: HfConfig) -> Architecture:
-        return super().read(config.of_text())
+        return with_media_tokens(super().read(config.of_text()), config)
 
     def rotary(self, config: HfConfig, head_dim: int, length: int) -> Rotary:
-        """Plain RoPE: time, height and width, by which channels are turned under `mrope`, are one number for texts."""
+        """Plain RoPE. (`mrope` has positions of time, height and width, which are equal for text.)"""
         spelling, given = given_rope(config)
         said = {key: value for key, value in given.items() if key != "mrope_section"}
         if given.get("rope_type", given.get("type")) == "mrope":

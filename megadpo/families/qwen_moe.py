@@ -20,7 +20,7 @@ SHARED_EXPERT = (
 
 @FAMILIES.add("qwen2_moe")
 class Qwen2Moe(Family):
-    """Biases on queries, keys and values unless config.json says none; a gated expert that every token goes through."""
+    """Biases of queries, keys and values unless config.json says otherwise; a shared expert with a gate."""
 
     classes = ("Qwen2MoeForCausalLM",)
     defaults = DEFAULTS | {
@@ -40,7 +40,7 @@ class Qwen2Moe(Family):
         arch = arch.with_attention(qkv_bias=bool(config.get("qkv_bias")))
         if not config.get("use_sliding_window"):
             return arch
-        # every other layer below max_window_layers: not Qwen2's rule
+        # unlike Qwen2: every second layer below max_window_layers
         return with_windows(
             config, arch, usual=lambda number: number % 2 == 0 and number < config.get("max_window_layers")
         )
@@ -51,7 +51,7 @@ class Qwen2Moe(Family):
 
 @FAMILIES.add("qwen3_moe")
 class Qwen3Moe(Family):
-    """A norm on each head of queries and keys."""
+    """A norm of each head of queries and keys."""
 
     classes = ("Qwen3MoeForCausalLM",)
     defaults = DEFAULTS | {
@@ -65,7 +65,7 @@ class Qwen3Moe(Family):
     def read(self, config: HfConfig) -> Architecture:
         refuse_dense_layers(config)
         arch = super().read(config).with_feed_forward(read_experts(config))
-        # in every layer, whatever max_window_layers
+        # in every layer, for any max_window_layers
         size = window(config) if config.get("use_sliding_window") else None
         return arch.with_attention(qk_norm="head", window=size)
 

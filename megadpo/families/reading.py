@@ -1,7 +1,8 @@
-"""From a Hugging Face folder's config.json to the neutral description of its model, without transformers."""
+"""Reads a Hugging Face folder's config.json into an Architecture, without transformers."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,21 +14,21 @@ from megadpo.config.variants import FAMILIES
 from megadpo.files.regular import read_at_most
 
 MOST_BYTES = 16 * 2**20
-"""Of config.json."""
+"""Limit on the size of config.json."""
 MOST_SIZE = 2**31 - 1
-"""Of anything: what tensors and indices of this field are counted in."""
+"""Limit on all sizes in it."""
 MOST_LAYERS, MOST_EXPERTS = 1000, 1024
-"""Each has rows in the weight table. The largest models have 126 layers, and 512 experts."""
+"""Limits, because each layer and expert has rows in the weight table. The largest models have 126 layers and 512 experts."""
 RESTORE = "restore the model's own config.json"
 _OUTSIDE = ("tie_word_embeddings", "quantization_config", "dtype", "torch_dtype")
 OFF: tuple[object, ...] = (None, False, "", [], {})
 
 
 def read_architecture(folder: str | Path, field: str = "policy.model_name") -> Architecture:
-    """Read `folder`/config.json, in transformers 4's or 5's spelling. field: what names the folder, for messages.
+    """Read `folder`/config.json, in the form of transformers 4 or 5. field: the config key that names the folder.
 
-    Raises ConfigError with every reason why the model can't be run: folder or file missing, broken JSON, a class that
-    no family has, or a setting that this code doesn't compute.
+    Raises ConfigError with every reason why the model can't be run: a missing folder or file, broken JSON, a class that no
+    family has, or a setting that megadpo doesn't compute.
     """
     return parse_architecture(_read_json(Path(folder), field), str(Path(folder) / "config.json"))
 
@@ -43,7 +44,7 @@ def parse_architecture(raw: Mapping[str, Any], where: str = "config.json") -> Ar
         raise ConfigError(Problem(f"{where}: architectures", hf_class or raw.get("model_type"), expected, fix))
     family = FAMILIES[name]()
     config = HfConfig(raw, name, hf_class, family.defaults, where)
-    # transformers chooses the class by it
+    # transformers chooses the class by model_type
     config.refuse("model_type", f"{name}, of the class {hf_class}", RESTORE, unless=(None, name, *family.also_called))
     arch: Architecture = family.read(config)
     if config.problems:
@@ -52,7 +53,7 @@ def parse_architecture(raw: Mapping[str, Any], where: str = "config.json") -> Ar
 
 
 def _class_name(raw: Mapping[str, Any]) -> str:
-    """The model class; where config.json names none, the one its model_type belongs to."""
+    """The model class; if config.json names none, the class of its model_type."""
     named = raw.get("architectures")
     if isinstance(named, list) and named:
         return str(named[0])
@@ -61,7 +62,7 @@ def _class_name(raw: Mapping[str, Any]) -> str:
 
 
 def _read_json(folder: Path, field: str) -> dict[str, Any]:
-    """`folder`/config.json. Raises ConfigError: naming `field` where there is no such folder or file, else the file."""
+    """`folder`/config.json. Raises ConfigError: with `field` if the folder or file is missing, else with the file."""
     path = folder / "config.json"
     hint = "give a Hugging Face model folder (config.json, *.safetensors, tokenizer files)"
     if not folder.is_dir():
@@ -77,16 +78,23 @@ def _read_json(folder: Path, field: str) -> dict[str, Any]:
     return raw
 
 
-class HfConfig:
-    """config.json of one model, the defaults that transformers takes for its class, and every problem found so far.
+def with_media_tokens(arch: Architecture, config: HfConfig) -> Architecture:
+    """The text part `arch` of the vision-language model `config`, with the ids that stand for its images and videos."""
+    keys = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    ids = tuple(dict.fromkeys(config.size(key, least=0) for key in keys if config.get(key) is not None))
+    return dataclasses.replace(arch, media_tokens=ids)
 
-    A key that is absent has its default; one that is null is None.
+
+class HfConfig:
+    """config.json of one model, transformers' defaults for its class, and all problems so far.
+
+    An absent key has its default; a null key is None.
     """
 
     def __init__(
         self, raw: Mapping[str, Any], family: str, hf_class: str, defaults: Mapping[str, Any], where: str
     ) -> None:
-        """where: names the file in problems."""
+        """where: the file's name for problems."""
         self.raw = raw
         self.family = family
         self.hf_class = hf_class
@@ -95,8 +103,8 @@ class HfConfig:
         self._where = where
 
     def of_text(self) -> HfConfig:
-        """The text part of a vision-language model's config.json, where it stands apart. What both parts may say (the tied
-        head, the dtype, quantisation) counts where it is said outside."""
+        """The text part of a vision-language model's config.json, or the whole if it has none. Keys that both may have (the
+        tied head, the dtype, quantisation) are read outside the text part."""
         given = self.raw.get("text_config")
         if given is None:
             return self
@@ -115,11 +123,11 @@ class HfConfig:
         return self.raw.get(key, self._defaults.get(key))
 
     def report(self, key: str, value: object, expected: str, fix: str = RESTORE) -> None:
-        """Note a problem."""
+        """Add a problem."""
         self.problems.append(Problem(f"{self._where}: {key}", value, expected, fix))
 
     def size(self, key: str, *, least: int = 1, most: int = MOST_SIZE) -> int:
-        """A whole number from `least` to `most`; where it is none, that is noted and 1 stands for it."""
+        """A whole number from `least` to `most`. For another value a problem is added, and the result is 1."""
         value = self.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             self.report(key, value, f"a whole number from {least} to {most}")
@@ -127,7 +135,7 @@ class HfConfig:
         return value
 
     def number(self, key: str, *, zero_too: bool = False) -> float:
-        """A positive number, or 0 if `zero_too`; where it is none, that is noted and 1 stands for it."""
+        """A positive number, or 0 if `zero_too`. For another value a problem is added, and the result is 1."""
         value = self.get(key)
         sound = not isinstance(value, bool) and isinstance(value, (int, float))
         if not sound or value < 0 or (value == 0 and not zero_too):
@@ -136,6 +144,7 @@ class HfConfig:
         return float(value)
 
     def refuse(self, key: str, expected: str, fix: str, *, unless: tuple[object, ...] = OFF) -> None:
-        """Note a setting of the file that transformers would compute and this code would not."""
+        """Add a problem for a setting that transformers computes and megadpo does not, unless it has one of the values
+        `unless`."""
         if key in self.raw and self.raw[key] not in unless:
             self.report(key, self.raw[key], expected, fix)

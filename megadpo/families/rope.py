@@ -70,11 +70,11 @@ def read_rope(
     interleaved: bool = False,
     also: Mapping[str, str] | None = None,
 ) -> Rotary:
-    """From transformers 4's or transformers 5's spelling, the defaults of transformers/modeling_rope_utils.py filled in.
+    """Reads transformers 4's or transformers 5's keys, with the defaults of transformers/modeling_rope_utils.py.
 
-    said: as given_rope gives it; None: that. partial: the family's heads may be turned in part. also: other names that the
-    family has for RoPE types. `dynamic` is plain RoPE: it differs only beyond max_position_embeddings, where a run is
-    refused anyway.
+    said: the result of given_rope, or other settings in its form (default: the former). partial: whether only a part of a head
+    may be rotated. also: the family's other names of RoPE types. `dynamic` is read as plain RoPE: it differs only beyond
+    max_position_embeddings, where a run is refused.
     """
     spelling, given = given_rope(config) if said is None else said
     theta = given.get("rope_theta", config.get("rope_theta"))

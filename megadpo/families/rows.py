@@ -1,11 +1,13 @@
-"""Rows of weight tables, and those that many families share.
+"""Rows of weight tables, and the rows that many families share.
 
-A row is one parameter of a megatron-core layer and the Hugging Face tensors in it. The axes of a tensor are letters:
+A row is one parameter of a megatron-core layer and the Hugging Face tensors in it. Letters are the axes of a tensor:
 h hidden, q query heads x head dim, k KV heads x head dim, d head dim, a query heads, f feed-forward, v vocabulary, n experts,
-x feed-forward of an expert, s of the shared expert. Of latent attention: r the queries' latent, c that of keys and values,
-t the same with the turned channels of keys, u query heads x (a key's other channels and a value's), o query heads x value's.
-Of attention with an output gate: g query heads x (a query's channels and a gate's). Of a delta net: p key heads x a key's
-channels, y value heads x a value's, b value heads, e a value's channels, w width of the convolution, i twice p and y, j twice b.
+x feed-forward of an expert, s of the shared expert. For latent attention: r latent of queries, c latent of keys and values,
+t c and the rotated channels of keys, u query heads x (other channels of a key + channels of a value), o query heads x
+channels of a value.
+For attention with an output gate: g query heads x (channels of a query + channels of its gate). For a delta net: p key heads x
+channels of a key, y value heads x channels of a value, b value heads, e channels of a value, w width of the convolution,
+i twice p and y, j twice b.
 """
 
 from __future__ import annotations
@@ -18,38 +20,38 @@ from megadpo.families.layouts import Columns, GatedMLP, GroupedQKV, Replicated, 
 
 @dataclass(frozen=True)
 class Stack:
-    """The one tensor [E, ...] in which a folder holds a row's tensors of all experts."""
+    """The tensor [E, ...] in which a folder has a row's tensors for all experts."""
 
     name: str
     interleaved: bool = False
-    """The rows of an expert's tensors take turns; else they stand one tensor after another."""
+    """The rows of an expert's tensors alternate. Else one tensor follows the other."""
     transposed: bool = False
-    """Its last two axes are exchanged."""
+    """The last two axes are exchanged."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One Megatron parameter, the Hugging Face tensors in it (name: axes), and how they lie in it. Several axes for one
-    name are of several parts, which the tensor has one after another in its rows. In names, {e} is the number of an expert;
-    rows of a layer leave the layer's prefix out."""
+    """One Megatron parameter, the Hugging Face tensors in it (name: axes), and their layout. Several axes for one name mean
+    several parts, one after the other in the tensor's rows. In names, {e} is the number of an expert. Names in a layer are
+    without the layer's prefix."""
 
     megatron: str
     layout: TensorLayout
     hf: Mapping[str, str | tuple[str, ...]]
     fused: str = ""
-    """Its other name: in Transformer Engine's spec, and in checkpoints, a norm belongs to the linear that follows."""
+    """Second name, for a norm: in Transformer Engine's spec and in checkpoints it is part of the next linear layer."""
     grouped: str = ""
-    """Rows of one expert: the name in Transformer Engine's grouped experts."""
+    """For an expert: the name in Transformer Engine's grouped experts."""
     stacked: str = ""
-    """Rows of one expert: the name in checkpoints, of all experts in one tensor."""
+    """For an expert: the name in checkpoints, of one tensor for all experts."""
     hf_stacked: str = ""
-    """Rows of one expert: the tensor [E, ...] of all experts that some folders hold instead, made of `hf`'s by rows."""
+    """For an expert: the tensor [E, ...] that some folders have for all experts, with `hf`'s tensors as its rows."""
     stack: Stack | None = None
-    """Rows of one expert: where folders hold `hf`'s tensors, whose names are then of no file."""
+    """For an expert: the tensor that all folders have. Then `hf`'s names occur in no file."""
     also: Mapping[str, str] = field(default_factory=dict)
-    """A tensor of `hf`: its name in some other folders."""
+    """Tensor of `hf` -> its name in some other folders."""
     frozen: bool = False
-    """It is not trained, and stays in float32 whatever the model's dtype."""
+    """It is never trained, and is float32 for every dtype of the model."""
 
     @property
     def is_expert(self) -> bool:
@@ -62,7 +64,7 @@ HEAD = Row("output_layer.weight", Rows(), {"lm_head.weight": "vh"})
 
 
 def norm_row(megatron: str, hf: str, axes: str = "h", fused: str = "") -> Row:
-    """A norm's weight, by the two names of the norm."""
+    """The row of a norm's weight. megatron, hf: names of the norm."""
     return Row(f"{megatron}.weight", Replicated(), {f"{hf}.weight": axes}, fused=fused)
 
 

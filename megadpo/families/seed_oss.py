@@ -1,4 +1,4 @@
-"""Seed-OSS: Llama with biases on queries, keys and values."""
+"""Seed-OSS: Llama with biases of queries, keys and values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megadpo.families.rows import QKV_BIAS, Row
 
 @FAMILIES.add("seed_oss")
 class SeedOss(Family):
-    """Biases unless config.json says none."""
+    """Biases unless config.json says otherwise."""
 
     classes = ("SeedOssForCausalLM",)
     defaults = Family.defaults | {

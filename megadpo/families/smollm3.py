@@ -1,4 +1,4 @@
-"""SmolLM3: Llama with layers that have no rotary positions."""
+"""SmolLM3: Llama with some layers without RoPE."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megadpo.families.windows import with_windows
 
 @FAMILIES.add("smollm3")
 class SmolLM3(Family):
-    """Every fourth layer, or those for which no_rope_layers says 0, doesn't turn. These alone may have windows."""
+    """Every fourth layer, or those with a 0 in no_rope_layers, has no RoPE. Only these may have windows."""
 
     classes = ("SmolLM3ForCausalLM",)
     defaults = Family.defaults | {
@@ -31,7 +31,7 @@ class SmolLM3(Family):
         return arch.with_attention(only=unturned, rotary=None)
 
     def _unturned(self, config: HfConfig, layers: int) -> list[int]:
-        turned = config.get("no_rope_layers")  # 1: the layer has rotary positions
+        turned = config.get("no_rope_layers")  # 1: the layer has RoPE
         if turned is None:
             every = config.size("no_rope_layer_interval")
             return [number for number in range(layers) if (number + 1) % every == 0]

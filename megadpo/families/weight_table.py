@@ -1,7 +1,7 @@
-"""Which tensors of a Hugging Face folder make which tensor of megatron-core, for every layer of one architecture.
+"""Weight tables: which Hugging Face tensors make which megatron-core tensor, for every layer of one architecture.
 
-Each family has rows (rows.py); a table is those rows written out. It is read in both directions, and it also says which
-tensors a folder must hold and of which shape.
+A table is made from the family's rows (rows.py). It serves for reading and for writing, and has the tensors that a folder
+must have, with their shapes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from megadpo.config.architecture import Architecture, Attention, DeltaNet, Layer, Mlp
@@ -31,19 +31,17 @@ class WeightEntry:
     """Global, from 0; None outside the experts."""
     hf: tuple[str, ...]
     parts: tuple[tuple[Shape, ...], ...]
-    """Of each tensor of `hf`: the shapes of its parts, mostly one."""
+    """For each tensor of `hf` the shapes of its parts; most have one part."""
     groups: int
     """Heads by which projections in one are cut: KV heads of attention, key heads of a delta net."""
     layer_in_key: bool
-    """Checkpoints have a tensor for each layer, since layers differ; else one for all layers."""
+    """Whether checkpoints have a tensor for each layer, because layers differ; else one for all layers."""
     also: Mapping[str, str]
-    """Another name on disk of some tensors of `hf`."""
+    """Tensor of `hf` -> its other name on disk."""
     hf_stacked: str
-    """Name of the tensor of all experts that some folders hold instead of `hf`; empty: there is none."""
+    """Name of the tensor of all experts that some folders have instead of `hf`; empty if there is none."""
     stack_name: str
-    """Name of the tensor of all experts that every folder holds instead of `hf`; empty: there is none."""
-    in_base: bool = True
-    """False: no base folder has it, and whoever added the row loads and writes it (adapters)."""
+    """Name of the tensor of all experts that every folder has instead of `hf`; empty if there is none."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -53,20 +51,20 @@ class WeightEntry:
         return tuple(prefix + name.format(e=self.expert) for name in names if name)
 
     def index(self, key: str) -> tuple[int, ...]:
-        """Its place in the leading dimensions of the tensor that a checkpoint holds under `key`: layer, expert."""
+        """Its index in the leading dimensions (layer, expert) of the checkpoint's tensor `key`."""
         layer = None if key.startswith(MEGATRON_LAYER.format(i=self.layer)) else self.layer
         return tuple(number for number in (layer, self.expert) if number is not None)
 
     @property
     def extra_state_key(self) -> str | None:
-        """Key of the (empty) `_extra_state` that megatron-core's linear layers keep beside their weight."""
+        """Key of the empty `_extra_state` of a linear layer of megatron-core; None for other parameters."""
         if self.layer is None or self.row.layout.sharded_dim is None or not self.checkpoint_key.endswith(".weight"):
             return None
         return self.checkpoint_key.removesuffix("weight") + "_extra_state"
 
     @property
     def checkpoint_key(self) -> str:
-        """Of the tensor that checkpoints hold, whichever spec built the model: of all experts, and of all layers or one."""
+        """Key of the checkpoint's tensor, which has all experts, and all layers or one. The same for every layer spec."""
         keys = self.checkpoint_keys
         return keys[len(keys) // 2 - 1 if self.layer_in_key and self.layer is not None else -1]
 
@@ -92,7 +90,7 @@ class WeightEntry:
         return self.row.layout.local_shape(self.shapes, tp_size)
 
     def rectangles(self, tp_rank: int = 0, tp_size: int = 1) -> list[Rectangle]:
-        """Where the parts of the Hugging Face tensors lie in one rank's shard."""
+        """The places of the Hugging Face tensors' parts in one rank's shard."""
         flat = [part for parts in self.parts for part in parts]
         found = self.row.layout.rectangles(flat, self.groups, tp_rank, tp_size)
         if len(flat) == len(self.hf):
@@ -107,7 +105,7 @@ def _starts(parts: tuple[Shape, ...]) -> Iterator[int]:
 
 
 def _in_tensor(rectangle: Rectangle, source: int, first_row: int) -> Rectangle:
-    """`rectangle` of a part, as one of the tensor in whose rows the part begins at `first_row`."""
+    """`rectangle` of a part as a rectangle of its tensor, in which the part begins at row `first_row`."""
     rows, *others = rectangle.source_index
     return Rectangle(source, (slice(rows.start + first_row, rows.stop + first_row), *others), rectangle.shard_index)
 
@@ -122,64 +120,55 @@ class WeightTable:
     """Every weight of one architecture, in the order of the forward pass."""
 
     entries: tuple[WeightEntry, ...]
-    """Those that the model's folder holds."""
+    """The weights in the model's folder."""
     num_layers: int
     num_experts: int
     by_name: Mapping[str, WeightEntry] = field(repr=False)
-    """Megatron name (either of the two) -> entry; the tied copy of the embedding and added rows included."""
+    """Megatron name (either of the two) -> entry; the tied copy of the embedding included."""
     carried: tuple[str, ...]
-    """Shell patterns of tensors that the folder may hold too, which go into exports as they are."""
+    """Shell patterns of other tensors in the folder, which exports keep unchanged."""
     tied: tuple[str, str] | None
-    """Of a model whose embedding is its head too: the Hugging Face names of both. Its folder needs the first only."""
+    """For tied embeddings: the Hugging Face names of embedding and head. A folder needs only the first."""
 
     def stack_shape(self, entry: WeightEntry) -> Shape:
-        """Sizes of the leading dimensions of the tensor that checkpoints hold of `entry`: layers, experts."""
+        """Sizes of the leading dimensions (layers, experts) of the checkpoint's tensor of `entry`."""
         layers = () if entry.layer is None or entry.layer_in_key else (self.num_layers,)
         return layers if entry.expert is None else (*layers, self.num_experts)
 
     @property
     def stacks(self) -> dict[str, str]:
-        """Tensors of one expert that folders hold in a stack of all experts' -> the stack's name."""
+        """Tensor of one expert -> the tensor of all experts in which folders have it."""
         return {name: entry.stack_name for entry in self.entries if entry.stack_name for name in entry.hf}
 
     @property
     def hf_shapes(self) -> dict[str, Shape]:
-        """Every tensor that the folder must hold, those of `stacks` inside others."""
+        """Name -> shape of every tensor that the folder must have; those of `stacks` are inside others."""
         return {name: shape for entry in self.entries for name, shape in zip(entry.hf, entry.shapes, strict=True)}
 
 
-def weight_table(
-    arch: Architecture, added: Sequence[Row] = (), added_sizes: Mapping[str, int] | None = None
-) -> WeightTable:
-    """The table of `arch.family`, written out for its layers and sizes.
-
-    added: rows of every layer whose parameters are in no base folder, such as adapters' (LoRA). added_sizes: their axes,
-    beside those of rows.py.
-    """
+def weight_table(arch: Architecture) -> WeightTable:
+    """The table of `arch.family`, written out for its layers and sizes."""
     family = FAMILIES[arch.family]()
-    sizes, layers = {"h": arch.hidden_size, "v": arch.vocab_size, "1": 1}, range(arch.num_layers)
-    of_layer = functools.cache(lambda layer: {**sizes, **_layer_sizes(layer), **(added_sizes or {})})
-
-    def rows_of(number: int, rows: Iterable[Row]) -> Iterator[WeightEntry]:
-        for row in rows:
-            yield from _layer_entries(arch, row, number, of_layer(arch.layers[number]))
-
+    sizes = {"h": arch.hidden_size, "v": arch.vocab_size, "1": 1}
+    of_layer = functools.cache(lambda layer: sizes | _layer_sizes(layer))
     entries = [_entry(arch, family.embedding, sizes)]
-    entries += [entry for n in layers for entry in rows_of(n, family.layer(arch, n))]
+    for number, layer in enumerate(arch.layers):
+        for row in family.layer(arch, number):
+            entries += _layer_entries(arch, row, number, of_layer(layer))
     entries.append(_entry(arch, family.final_norm, sizes))
     if not arch.tie_word_embeddings:
         entries.append(_entry(arch, family.head, sizes))
-    beside = [dataclasses.replace(entry, in_base=False) for n in layers for entry in rows_of(n, added)]
+    in_no_folder = []
     tied = None
     if arch.tie_word_embeddings:
         tied = family.on_disk(next(iter(family.embedding.hf))), family.on_disk(next(iter(family.head.hf)))
         # The last pipeline stage holds a copy of the embedding, which no checkpoint and no export has.
-        beside.append(_entry(arch, dataclasses.replace(family.head, hf=family.embedding.hf), sizes))
+        in_no_folder.append(_entry(arch, dataclasses.replace(family.head, hf=family.embedding.hf), sizes))
     return WeightTable(
         entries=tuple(entries),
         num_layers=arch.num_layers,
         num_experts=arch.experts.number if arch.experts else 0,
-        by_name={name: entry for entry in (*entries, *beside) for name in entry.names},
+        by_name={name: entry for entry in (*entries, *in_no_folder) for name in entry.names},
         carried=family.carried(arch),
         tied=tied,
     )

@@ -1,4 +1,4 @@
-"""Windows of keys, in every layer or by `layer_types`."""
+"""Sliding windows, in every layer or by `layer_types`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from megadpo.families.reading import HfConfig
 
 
 def window(config: HfConfig) -> int | None:
-    """Keys that a query sees at most; None: all."""
+    """Most keys that a query sees; None: all."""
     return None if config.get("sliding_window") is None else config.size("sliding_window")
 
 
 def sliding_layers(config: HfConfig, layers: int, usual: Callable[[int], bool]) -> list[int]:
-    """The numbers of the layers that have the window, from 0: those that `layer_types` calls sliding_attention, or without
-    it those for which `usual`."""
+    """Numbers of the layers with the window, from 0: those with sliding_attention in `layer_types`; without it those for
+    which usual(number)."""
     types = config.get("layer_types")
     if types is None:
         return [number for number in range(layers) if usual(number)]
@@ -32,8 +32,8 @@ def having_windows(arch: Architecture) -> list[int]:
 
 
 def with_windows(config: HfConfig, arch: Architecture, usual: Callable[[int], bool]) -> Architecture:
-    """`arch` with the window of `sliding_window` in its sliding layers; without `layer_types` those for which `usual`,
-    if there is a window."""
+    """`arch` with the window `sliding_window` in its sliding layers: by `layer_types`, or else by usual(number), if there is
+    a window."""
     size = window(config)
     sliding = sliding_layers(config, arch.num_layers, lambda number: size is not None and usual(number))
     if sliding and size is None:

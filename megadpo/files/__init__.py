@@ -1,1 +1,2 @@
-"""How files are written and read, whatever is in them. Imports no other room."""
+"""Writes and reads files of any content: write-then-rename, lines of JSON, checks for ordinary files. Imports no other
+room."""

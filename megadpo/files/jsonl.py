@@ -1,6 +1,6 @@
-"""Lines of JSON: files with one object a line, plain or compressed with gzip or Zstandard.
+"""JSON Lines: files with one JSON object on each line, plain or compressed with gzip or Zstandard.
 
-A file is read in memory bounded by MAX_LINE_BYTES, however large it is and whatever is in it.
+MAX_LINE_BYTES limits the memory for a file of any size and content.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any, BinaryIO, Literal, TypeAlias, cast
 from megadpo.files.regular import require_regular
 
 MAX_LINE_BYTES = 64 * 2**20
-"""A longer line is cut: it is a file without line ends, or no row that a model could train on."""
+"""A longer line is cut: its file has no line ends, or no model could train on this row."""
 
 UNREADABLE = (OSError, EOFError, zlib.error)
-"""What opening or reading a missing, cut off or damaged file raises."""
+"""What opening or reading a missing, truncated or damaged file raises."""
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _ZSTD_PIECE_BYTES = 2**11
-"""Of what is compressed, at a time. Four bytes may stand for 128 KiB: a piece for 64 MiB."""
+"""Compressed bytes that are read at a time. Four bytes may expand to 128 KiB, so a piece to 64 MiB."""
 
 LineReason: TypeAlias = Literal["line_too_long", "broken_utf8", "broken_json", "not_an_object"]
 
@@ -40,7 +40,7 @@ class Line:
 
 
 class LineError(ValueError):
-    """Why a line is no JSON object. Its text is what the line holds; its cause is the decoder's error, if there was one."""
+    """A line is no JSON object. The text says what it is; the cause is the decoder's error, if there was one."""
 
     def __init__(self, reason: LineReason, found: str) -> None:
         super().__init__(found)
@@ -48,7 +48,7 @@ class LineError(ValueError):
 
 
 def open_bytes(path: Path) -> BinaryIO:
-    """The file's bytes, uncompressed where its name ends in .gz or .zst. Opening and reading raise UNREADABLE; so do pipes
+    """The file's bytes, uncompressed if its name ends in .gz or .zst. Opening and reading raise UNREADABLE, also for pipes
     and devices."""
     require_regular(path)
     name = path.name.lower()
@@ -75,7 +75,7 @@ def read_lines(path: Path) -> Iterator[Line]:
 
 
 def read_object(line: Line, **options: Any) -> dict[str, Any]:
-    """The JSON object of a line. options: for json.loads, whose hooks refuse more by a ValueError. Raises LineError."""
+    """The JSON object of a line. options: for json.loads; its hooks may raise ValueError. Raises LineError."""
     if line.is_cut:
         raise LineError("line_too_long", f"a line of more than {MAX_LINE_BYTES // 2**20} MiB")
     try:
@@ -92,8 +92,8 @@ def read_object(line: Line, **options: Any) -> dict[str, Any]:
 
 
 def to_line(value: object) -> bytes:
-    """A value as one line of JSON, with its end: in UTF-8, or in ASCII with \\u escapes for text that UTF-8 can't hold
-    (half characters). Raises TypeError and ValueError for what JSON can't hold."""
+    """A value as one line of JSON with its line end: in UTF-8, or in ASCII with \\u escapes if UTF-8 can't encode it (half of
+    a surrogate pair). Raises TypeError and ValueError for values that JSON doesn't have."""
     try:
         return json.dumps(value, ensure_ascii=False).encode("utf-8") + b"\n"
     except UnicodeEncodeError:
@@ -101,15 +101,15 @@ def to_line(value: object) -> bytes:
 
 
 def type_name(value: object) -> str:
-    """The type of a JSON value as JSON calls it."""
+    """JSON's name for the type of a value."""
     return {type(None): "null", dict: "object", list: "list", bool: "boolean"}.get(type(value), type(value).__name__)
 
 
 class _ZstdFile(io.RawIOBase):
-    """The content of Zstandard frames end to end. zstandard's own reader takes a frame that is cut off for whole."""
+    """The content of all Zstandard frames of a file. (zstandard's own reader doesn't notice a truncated frame.)"""
 
     def __init__(self, path: Path) -> None:
-        import zstandard  # a tenth of a second that other files need not wait for
+        import zstandard  # here, because it takes a tenth of a second
 
         self._file = path.open("rb")
         self._new_frame = zstandard.ZstdDecompressor().decompressobj

@@ -1,4 +1,4 @@
-"""Opening what must be an ordinary file: a named pipe would be waited for without end, and /dev/zero has none."""
+"""Opens only ordinary files: reading a named pipe may wait for ever, and /dev/zero has no end."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _KINDS = {
 
 
 def require_regular(path: Path) -> None:
-    """Raises OSError where `path` is neither an ordinary file nor a folder, nor a link to one; also where nothing is
-    there, and where no path can be so: with a NUL in it, or too long."""
+    """Raises OSError if `path` is neither an ordinary file nor a folder, nor a link to one; also if it doesn't exist or is
+    an invalid path (too long, or with NUL)."""
     try:
         kind = _KINDS.get(stat.S_IFMT(path.stat().st_mode))
     except ValueError as error:  # a NUL
@@ -27,7 +27,7 @@ def require_regular(path: Path) -> None:
 
 
 def read_at_most(path: Path, most_bytes: int) -> bytes:
-    """The content of an ordinary file. Raises OSError; also for one of more than `most_bytes`."""
+    """The content of an ordinary file. Raises OSError, also for a file of more than `most_bytes`."""
     require_regular(path)
     with path.open("rb") as file:
         content = file.read(most_bytes + 1)
@@ -37,14 +37,14 @@ def read_at_most(path: Path, most_bytes: int) -> bytes:
 
 
 def not_regular(folder: Path) -> list[tuple[Path, str]]:
-    """What lies in `folder` itself and is no ordinary file, folder, or link to one, with what it is. Raises OSError."""
+    """(path, kind) of each entry directly in `folder` that is no ordinary file, folder, or link to one. Raises OSError."""
     found = []
     with os.scandir(folder) as entries:
         for entry in entries:
             try:
                 require_regular(Path(entry.path))
             except FileNotFoundError:
-                continue  # a link to nothing: who needs the file says so
+                continue  # a broken link: code that needs the file reports it
             except OSError as error:
                 found.append((Path(entry.path), str(error.strerror)))
     return sorted(found)

@@ -1,16 +1,16 @@
-"""The adapters of one linear layer on one rank: y = scale * B A x beside W x, in every layout.
+"""The adapters of one linear layer on one rank: they add y = scale * B A x to W x, in every layout.
 
-Shapes: x [..., in], A [r, in], B [rows of one Hugging Face module, r]; T tokens. What is cut over the tensor-parallel ranks:
+Shapes: x [..., in], A [r, in], B [rows of one Hugging Face module, r]; T tokens. Tensor parallelism divides:
 
 | layer           | A          | B       | between the two                                             |
 |-----------------|------------|---------|-------------------------------------------------------------|
 | column-parallel | whole      | by rows | A x is the same on every rank; its gradient is summed       |
 | row-parallel    | by columns | whole   | A x is a sum over the ranks                                 |
 
-Under sequence parallelism the half that is whole sees this rank's tokens only: A x [T/tp, r] is gathered, or scattered after
-the sum, and the gradient of that half is summed over the ranks when gradients are finalised (`sequence_parallel`).
-Experts: their dispatcher gathers tokens and sums outputs over the ranks that cut an expert, so nothing is done in between,
-and the gradient of the half that is whole is summed where it is used.
+With sequence parallelism the whole one of the two has only this rank's tokens: A x [T/tp, r] is gathered, or scattered after
+the sum, and the gradient of the whole one is summed over the ranks when gradients are finalised (`sequence_parallel`).
+Experts: the dispatcher gathers tokens and sums outputs over the ranks that divide an expert, so nothing is done between A
+and B, and the gradient of the whole one is summed where it is used.
 """
 
 from __future__ import annotations
@@ -35,21 +35,20 @@ from megadpo.lora.targets import Target
 
 @dataclass(frozen=True)
 class LinearCut:
-    """How a layer is cut, and this rank's place in that."""
+    """The ranks that divide a layer, and this rank's place among them."""
 
     group: dist.ProcessGroup
-    """The ranks that hold parts of the layer."""
     rank: int
     size: int
     sequence_parallel: bool
-    """Whether each of them holds a part of the tokens outside the layer; never so of experts."""
+    """Whether each rank has a part of the tokens outside the layer. Always False for experts."""
 
 
 class LinearAdapter(torch.nn.Module):
-    """Called with what goes into the layer; gives what is added to what comes out of it.
+    """Called with the layer's input; returns what is added to its output.
 
-    Parameters: `A_<module>` for each adapter, named by the first module that shares it, and `B_<module>`. They are direct
-    parameters of this module, whose call DDP waits in for a late all-gather of weights.
+    Parameters: `A_<module>` for each adapter, named after the first module that shares it, and `B_<module>`. They are direct
+    parameters of this module, because DDP waits for a late all-gather of weights in this module's call.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class LinearAdapter(torch.nn.Module):
         self.target, self.peft, self.cut = target, peft, cut
         row_parallel, expert = target.is_row_parallel, target.entry.expert is not None
         self.pieces = _pieces(target, cut)
-        """(module, rows) in the order in which they lie in this rank's part of the layer's output."""
+        """(module, rows) in the order of this rank's part of the layer's output."""
         columns = target.in_features // cut.size if row_parallel else target.in_features
         for adapter in target.adapters:
             self._add(
@@ -82,22 +81,22 @@ class LinearAdapter(torch.nn.Module):
     def _add(
         self, name: str, shape: tuple[int, int], *, cut_dim: int | None, like: tuple[torch.dtype, torch.device]
     ) -> None:
-        """A parameter with the marks that megatron-core's reductions, norm and optimizer go by."""
+        """Add a parameter with the marks that megatron-core's reductions, gradient norm and optimizer read."""
         parameter = torch.nn.Parameter(torch.empty(shape, dtype=like[0], device=like[1]))
         expert, copied = self.target.entry.expert is not None, cut_dim is None
         parameter.cut_dim = cut_dim  # type: ignore[attr-defined]
         parameter.tensor_model_parallel = expert or not copied  # type: ignore[attr-defined]
         if expert:
             parameter.allreduce = False  # type: ignore[attr-defined]
-            # of the copies on the ranks that cut the expert, one counts in the gradient norm
+            # the ranks that divide the expert have copies; only one counts in the gradient norm
             parameter.shared = copied and self.cut.rank > 0  # type: ignore[attr-defined]
         elif copied:
             parameter.sequence_parallel = self.cut.sequence_parallel  # type: ignore[attr-defined]
         self.register_parameter(name, parameter)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: the layer's (normed) input on this rank -> [..., this rank's rows], of x's dtype. Collectives: over the ranks
-        that cut the layer, those of the table above, on [T, ranks of the adapters]."""
+        """x: the layer's input (after a norm) on this rank -> [..., this rank's rows], in x's dtype. Collectives: those of the
+        table above, on [T, sum of the adapters' ranks r]."""
         adapters, dtype = self.target.adapters, x.dtype
         if self.peft.dropout_position == "pre":
             x = self._dropped(x, parted=self.target.is_row_parallel or self.cut.sequence_parallel)
@@ -126,13 +125,13 @@ class LinearAdapter(torch.nn.Module):
         return copy_to_tensor_model_parallel_region(low, group=group)
 
     def _whole_half(self, parameter: torch.Tensor, *, of_a: bool) -> torch.Tensor:
-        """Of an expert that is cut: the half that every rank holds, its gradient summed over them."""
+        """A or B; for a divided expert, if every rank has a copy, with its gradient summed over the ranks."""
         if self.sums_where_used and of_a != self.target.is_row_parallel:
             return copy_to_tensor_model_parallel_region(parameter, group=self.cut.group)
         return parameter
 
     def _in_order(self, outputs: dict[int, torch.Tensor]) -> torch.Tensor:
-        """The modules' rows where they lie in the layer's output, zeros for those without an adapter."""
+        """The modules' rows in the order of the layer's output, with zeros for modules without an adapter."""
         if len(self.pieces) == 1:
             return outputs[0]
         rows: dict[int, list[int]] = {}
@@ -147,8 +146,8 @@ class LinearAdapter(torch.nn.Module):
         )
 
     def _dropped(self, x: torch.Tensor, *, parted: bool) -> torch.Tensor:
-        """parted: each tensor-parallel rank has numbers of its own, and draws for itself; else all draw the same. Experts
-        see other tokens on every rank, and leave alone what the ranks of a layer draw together."""
+        """Dropout. parted: tensor-parallel ranks have different values, and draw different masks; else all draw the same.
+        Experts have other tokens on every rank, so they use a generator of their own."""
         if not self.training or self.peft.dropout == 0:
             return x
         if self.target.entry.expert is not None:

@@ -1,7 +1,7 @@
-"""Adapters on a model that is built: the base frozen, a LinearAdapter beside each targeted layer, run by a forward hook.
+"""Attaches adapters to a built model: freezes the base, and adds a LinearAdapter to each targeted layer with a forward hook.
 
-So megatron-core's layers, Transformer Engine's and their specs stay as they are, and a model without its adapters is the
-very model that was loaded.
+So the layers of megatron-core and Transformer Engine, and their specs, are unchanged, and a model without its adapters is
+exactly the loaded model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megadpo.model.weights.load import named_global_parameters
 from megadpo.parallel import ParallelContext
 
 TRAINED, REFERENCE = "lora", "reference_lora"
-"""Names of the modules beside a layer: the adapter that is trained, and one that the reference has."""
+"""Names of the added modules: the trained adapter, and the reference's."""
 
 
 def attach(
@@ -36,8 +36,8 @@ def attach(
     *,
     name: str = TRAINED,
 ) -> list[LinearAdapter]:
-    """Freeze this rank's chunks and put adapters with memory but no numbers on the layers that `peft` names; to be called
-    before anything allocates gradients. name: TRAINED or REFERENCE, which is frozen as well. Collectives: none."""
+    """Freeze this rank's chunks, and attach adapters without values to the layers that `peft` names. Call it before gradients
+    are allocated. name: TRAINED, or REFERENCE for frozen adapters. Collectives: none."""
     targets = {entry_name: one for one in find_targets(peft, arch) for entry_name in one.entry.names}
     made = []
     for chunk in chunks:
@@ -53,15 +53,15 @@ def attach(
     return made
 
 
-def adapters_of(model: torch.nn.Module, name: str = TRAINED) -> Iterator[tuple[str, LinearAdapter]]:
-    """(name in the model, adapter) of every adapter of that name."""
+def adapters_of(model: torch.nn.Module) -> Iterator[tuple[str, LinearAdapter]]:
+    """(name in the model, adapter) of every trained adapter."""
     for where, module in model.named_modules():
-        if isinstance(module, LinearAdapter) and f".{name}." in f".{where}.":
+        if isinstance(module, LinearAdapter) and f".{TRAINED}." in f".{where}.":
             yield where, module
 
 
 def init_adapters(adapters: Sequence[LinearAdapter], peft: PeftConfig, seed: int) -> None:
-    """The first A and B of each, the same in every layout: the whole matrix is drawn, and each rank keeps its part."""
+    """Set the initial values, which are the same in every layout: each rank draws the whole matrix and keeps its part."""
     for adapter in adapters:
         for shared in adapter.target.adapters:
             whole = _drawn(adapter, shared[0], "A", peft.lora_A_init_method, seed)
@@ -71,18 +71,18 @@ def init_adapters(adapters: Sequence[LinearAdapter], peft: PeftConfig, seed: int
 
 
 def load_a(adapter: LinearAdapter, shared: Sequence[int], whole: torch.Tensor) -> None:
-    """This rank's part of an A [r, in]."""
+    """Load this rank's part of an A [r, in]."""
     _load(adapter.get_parameter(adapter.a_name(shared)), whole, adapter.cut)
 
 
 def load_b(adapter: LinearAdapter, module: int, whole: torch.Tensor) -> None:
-    """This rank's part of the B [rows, r] of one Hugging Face module."""
+    """Load this rank's part of the B [rows, r] of one Hugging Face module."""
     _load(adapter.get_parameter(adapter.b_name(module)), whole, adapter.cut)
 
 
 @contextmanager
 def switched(off: Sequence[LinearAdapter], on: Sequence[LinearAdapter] = ()) -> Iterator[None]:
-    """Inside, the adapters `off` do nothing and `on` do; outside it is the other way round."""
+    """In this context the adapters `off` are switched off, and `on` are switched on. Outside it is the other way round."""
     for adapter in (*off, *on):
         adapter.enabled = not adapter.enabled
     try:
@@ -111,7 +111,7 @@ def _cut(target: Target, parallel: ParallelContext, chunk: Any) -> LinearCut:
 
 
 def _join(layer: torch.nn.Module, name: str, adapter: LinearAdapter, number: str) -> None:
-    """number: of the expert on this rank, in a layer that holds several (`weight0`, `weight1`, ...)."""
+    """number: of the expert on this rank, in a layer for several experts (`weight0`, `weight1`, ...); else empty."""
     if not number:
         layer.add_module(name, adapter)
         layer.register_forward_hook(_add_to_output(adapter))
@@ -128,7 +128,7 @@ def _add_to_output(adapter: LinearAdapter) -> Any:
             return output
         x = inputs[0]
         norm = getattr(layer, "layer_norm_weight", None)
-        if norm is not None:  # Transformer Engine's norm and linear layer in one don't say what lies between
+        if norm is not None:  # Transformer Engine's joined norm and linear layer doesn't return the norm's output
             centre = 1.0 if layer.config.layernorm_zero_centered_gamma else 0.0  # type: ignore[union-attr]
             x = rms_norm(x, norm, layer.eps, centre=centre)  # type: ignore[arg-type]
         return output[0] + adapter(x), *output[1:]
@@ -137,7 +137,7 @@ def _add_to_output(adapter: LinearAdapter) -> Any:
 
 
 def _add_to_grouped_output(adapters: Any) -> Any:
-    """Experts in one kernel: tokens [T, in], sorted by expert, and how many each has."""
+    """The hook of experts in one kernel. Its inputs: tokens [T, in] sorted by expert, and the number of each expert's."""
 
     def hook(layer: torch.nn.Module, inputs: tuple[Any, ...], output: tuple[torch.Tensor, Any]) -> Any:
         if not adapters[0].enabled:
@@ -157,7 +157,7 @@ def _load(parameter: torch.Tensor, whole: torch.Tensor, cut: LinearCut) -> None:
 
 
 def _drawn(adapter: LinearAdapter, module: int, half: str, method: str, seed: int) -> torch.Tensor:
-    """float32 on the CPU, by the run's seed and the Hugging Face name."""
+    """The initial matrix, float32 on the CPU. The generator's seed depends on the run's seed and the Hugging Face name."""
     target, rank = adapter.target, adapter.peft.dim
     rows, columns = (rank, target.in_features) if half == "A" else (target.out_features(module), rank)
     name = f"{seed} {target.modules[module].rpartition('.')[0]}.{target.label(module)}.lora_{half}"
@@ -165,7 +165,7 @@ def _drawn(adapter: LinearAdapter, module: int, half: str, method: str, seed: in
     whole = torch.zeros(rows, columns)
     if method == "xavier":
         whole.normal_(0.0, math.sqrt(2.0 / (rows + columns)), generator=generator)
-    elif method == "kaiming":  # a = sqrt(5): PEFT's, and torch's own of a linear layer
+    elif method == "kaiming":  # with a = sqrt(5), as in PEFT and in torch's linear layer
         whole.uniform_(-1 / math.sqrt(columns), 1 / math.sqrt(columns), generator=generator)
     elif method == "normal":
         whole.normal_(0.0, 0.2, generator=generator)

@@ -1,4 +1,4 @@
-"""A checkpoint of a LoRA run: whose adapters are in it, and reading them in one process, without a model."""
+"""Reads a checkpoint of a LoRA run in one process, without a model: its settings, its base model and its adapters."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from megadpo.model.source import ModelSource, resolve_source, weights_fingerprin
 from megadpo.model.weights.dist_folder import MODEL_FOLDER, DistFolder
 
 BASE = "policy.model_name"
-"""Among the data settings of a checkpoint: the fingerprint of the base's weights."""
+"""Key of the base model's fingerprint in a checkpoint's data settings."""
 
 
 @dataclass(frozen=True)
 class LoraCheckpoint:
-    """The adapters of <checkpoint_dir>/step_<N>, and what they are of."""
+    """The adapters of <checkpoint_dir>/step_<N>, and their base model."""
 
     folder: Path
     peft: PeftConfig
@@ -41,7 +41,7 @@ class LoraCheckpoint:
 
     @classmethod
     def open(cls, folder: str | Path | None) -> LoraCheckpoint | None:
-        """None for a folder that holds a whole model. Raises ConfigError for a damaged record."""
+        """None for a folder with a whole model. Raises ConfigError for a damaged record."""
         folder = Path(folder or "")
         try:
             record = json.loads((folder / INFO_FILE).read_text(encoding="utf-8"))
@@ -68,16 +68,15 @@ class LoraCheckpoint:
 
     @property
     def not_to_train(self) -> Problem:
-        """For who wants to train from it as from a model."""
+        """The problem if it is named as a model to train."""
         expected = "a whole model to train; this checkpoint holds adapters of one"
         fix = "export it, with --merge, or name its base and give the export to policy.megatron_cfg.peft.init_from"
         return Problem("policy.model_name", str(self.folder), expected, fix)
 
     def base_source(self, named: str | None = None) -> ModelSource:
-        """Where the base is: `named`, or where the run had it. Raises ConfigError where it has other weights now, and where
-        they are quantised."""
+        """The base model: `named`, or the run's own. Raises ConfigError if its weights are now others, or quantised."""
         source = resolve_source(named or self.base, "the base of the adapters")
-        read_architecture(source.hf_files, "the base of the adapters")  # which refuses a quantised one
+        read_architecture(source.hf_files, "the base of the adapters")  # refuses quantised weights
         if weights_fingerprint(source, every_tensor=True) != self.base_fingerprint:
             expected = f"the model that the adapters in {self.folder} were trained on, with the weights that it had"
             raise ConfigError(
@@ -99,7 +98,7 @@ class LoraCheckpoint:
                     yield name, a, torch.cat([read(target, f"B_{target.label(part)}") for part in parts])
 
     def peft_tensors(self) -> dict[str, torch.Tensor]:
-        """By PEFT's names; an A that modules share, once for each."""
+        """The tensors by PEFT's names. An A that modules share occurs once for each module."""
         found: dict[str, torch.Tensor] = {}
         for module, a, b in self.tensors():
             found |= {tensor_name(module, "A"): a.clone(), tensor_name(module, "B"): b}

@@ -1,5 +1,5 @@
-"""A checkpoint of a LoRA run to Hugging Face's formats, in one process: an adapter for PEFT, or a whole model with W + scale
-* B A in the place of W."""
+"""Exports a checkpoint to Hugging Face's formats, in one process. A LoRA run's becomes an adapter for PEFT, or a whole model
+with W + scale * B A in place of W."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from megadpo.model.weights.convert import (
 )
 from megadpo.model.weights.dist_folder import DistFolder
 from megadpo.model.weights.hf_folder import HfWeights
-from megadpo.model.weights.hf_writer import MAX_FILE_BYTES, TensorSpec, write_hf_weights
+from megadpo.model.weights.hf_writer import TensorSpec, write_hf_weights
 from megadpo.model.weights.load import to_hf
 
 
@@ -43,28 +43,27 @@ def export(
     merge: bool = False,
     base: str | None = None,
     dtype: torch.dtype | None = None,
-    max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Write the checkpoint `megatron` to the folder `hf`: a whole model's as that; of a run with LoRA an adapter in PEFT's
-    format, or (`merge`) the whole model with the adapters in its weights.
+    """Write the checkpoint `megatron` to the folder `hf`: a whole model; for a run with LoRA an adapter in PEFT's format, or
+    with `merge` the whole model with merged adapters.
 
-    base: where the adapters' base is now; None: where the run had it. dtype: of what is written; None: the checkpoint's own,
-    with `merge` that of the base's files. Memory: of adapters all, of the base one layer's
-    tensors. Raises ConfigError with what export_hf refuses, and where the base has other weights than it had.
+    base: the adapters' base model; None: where the run had it. dtype: of the written tensors; None: the checkpoint's, with
+    `merge` the base model's. Memory: all adapters, and the base's tensors of one layer. Raises ConfigError as export_hf
+    does, and if the base model has other weights now.
     """
     found = LoraCheckpoint.open(megatron)
     if found is None:
         if merge or base is not None:
             named, value = ("--merge", True) if merge else ("--base", base)
             raise ConfigError(Problem(named, value, "nothing for a checkpoint without adapters", "leave it out"))
-        export_hf(megatron, hf, max_file_bytes, dtype=dtype)
+        export_hf(megatron, hf, dtype=dtype)
         return
     if problems := target_problems(hf) + source_problems(found.folder):
         raise ConfigError(problems)
     verify(found.folder)
     with written_aside(hf) as folder:
         if merge:
-            _write_merged(found, found.base_source(base), folder, dtype, max_file_bytes)
+            _write_merged(found, found.base_source(base), folder, dtype)
         else:
             _write_adapter(found, folder, base or found.base, dtype)
 
@@ -76,18 +75,16 @@ def _write_adapter(found: LoraCheckpoint, folder: Path, base: str, dtype: torch.
     files = found.folder / HF_FOLDER
     for path in sorted(files.rglob("*")):
         name = path.relative_to(files).as_posix()
-        # not config.json: transformers would take the folder for a whole model's
+        # not config.json: with it transformers would load the folder as a whole model
         if path.is_file() and (name in (*TOKENIZER_FILES, CARD_FILE) or name.startswith(f"{TEMPLATES_FOLDER}/")):
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(path.read_bytes())
 
 
-def _write_merged(
-    found: LoraCheckpoint, source: ModelSource, folder: Path, dtype: torch.dtype | None, max_file_bytes: int
-) -> None:
+def _write_merged(found: LoraCheckpoint, source: ModelSource, folder: Path, dtype: torch.dtype | None) -> None:
     table = weight_table(found.arch)
     if table.stacks:
-        expected = "a base that holds each expert's tensors by themselves, and none in MXFP4"
+        expected = "a base model with separate tensors for each expert, and none in MXFP4"
         raise ConfigError(Problem("--merge", True, expected, "leave it out: the adapter needs no merging"))
     adapters = {f"{module}.weight": (a, b) for module, a, b in found.tensors()}
     specs, groups = _of_hf(source.hf_files, table) if source.megatron is None else _of_megatron(source.megatron, table)
@@ -102,13 +99,13 @@ def _write_merged(
 
     tensors = ({name: merged(name, weight) for name, weight in group.items()} for group in groups)
     others, their_tensors = carried_tensors(source.hf_files)
-    write_hf_weights(folder, [*specs, *others], itertools.chain(tensors, their_tensors), max_file_bytes)
+    write_hf_weights(folder, [*specs, *others], itertools.chain(tensors, their_tensors))
     copy_hf_files(found.folder / HF_FOLDER, folder)
     correct_dtype(folder / "config.json", specs)
 
 
 Stream = tuple[list[TensorSpec], Iterator[Mapping[str, torch.Tensor]]]
-"""What will come, and the Hugging Face tensors of one entry of the weight table after the other."""
+"""The tensors' specs, and an iterator over the Hugging Face tensors of each entry of the weight table."""
 
 
 def _of_hf(folder: Path, table: WeightTable) -> Stream:

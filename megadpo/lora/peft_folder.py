@@ -1,7 +1,7 @@
-"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors, read and written.
+"""Reads and writes adapters in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
-A tensor is called base_model.model.<Hugging Face module>.lora_A.weight [r, in] or .lora_B.weight [rows, r]; a model that runs
-it computes W x + scale * B A x (peft 0.21, tuners/lora/layer.py).
+Names of tensors: base_model.model.<Hugging Face module>.lora_A.weight [r, in] and .lora_B.weight [rows, r]. The model computes
+W x + scale * B A x (peft 0.21, tuners/lora/layer.py).
 """
 
 from __future__ import annotations
@@ -31,9 +31,12 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _MUST_BE: dict[str, tuple[tuple[Any, ...], str]] = {
     "peft_type": (("LORA",), "another kind of adapter can't be trained here"),
-    "use_dora": ((None, False), "DoRA is not offered: under tensor parallelism its norm needs B A whole in every step"),
+    "use_dora": (
+        (None, False),
+        "DoRA is not supported: with tensor parallelism its norm needs the whole B A in every step",
+    ),
     "bias": ((None, "none"), "biases are frozen with the model"),
-    "modules_to_save": ((None, []), "no module is trained whole beside the adapters"),
+    "modules_to_save": ((None, []), "only adapters are trained, no whole modules"),
     "rank_pattern": ((None, {}), "all adapters have one rank"),
     "alpha_pattern": ((None, {}), "all adapters have one alpha"),
     "fan_in_fan_out": ((None, False), "the supported models' layers are linear, not convolutions"),
@@ -44,17 +47,17 @@ _MUST_BE: dict[str, tuple[tuple[Any, ...], str]] = {
 
 @dataclass(frozen=True)
 class PeftFolder:
-    """An adapter that was found to be one of a model's shape."""
+    """An adapter that fits a model's shape."""
 
     folder: Path
     field: str
-    """The config's, for messages."""
+    """The config key that names it, for messages."""
     peft: PeftConfig
-    """Its rank and scale, and its modules as targets, each with an A of its own."""
+    """Its rank and scale, and its modules as targets, each with its own A."""
 
     def load(self, adapters: Sequence[LinearAdapter]) -> None:
-        """Each rank reads the matrices of its adapters and keeps its part. Raises ConfigError where modules whose A here is
-        one have different ones there."""
+        """Load the adapters; each rank reads the matrices and keeps its part. Raises ConfigError if modules that share one A
+        here have different ones in the folder."""
         with safe_open(self.folder / WEIGHTS_FILE, "pt", device="cpu") as handle:
             for adapter in adapters:
                 target = adapter.target
@@ -77,8 +80,8 @@ def tensor_name(module: str, half: str) -> str:
 
 
 def read_peft(folder: str | Path, field: str, arch: Architecture) -> PeftFolder:
-    """The adapter in `folder`, by its config and the headers of its tensors. Raises ConfigError with every reason why it is
-    none of a model of this shape. Collectives: none."""
+    """The adapter in `folder`; reads its config and the headers of its tensors. Raises ConfigError with every reason why it
+    doesn't fit a model of this shape. Collectives: none."""
     folder = Path(folder)
     config = _read_config(folder, field)
     problems = [
@@ -111,8 +114,8 @@ def read_peft(folder: str | Path, field: str, arch: Architecture) -> PeftFolder:
 
 
 def folder_problems(cfg: Config, arch: Architecture) -> list[Problem]:
-    """What is wrong with `peft.init_from`, which must be of the adapters that the config names, and with
-    `dpo.reference.adapter`; empty where nothing is. `lora_problems` has found nothing."""
+    """Problems of `peft.init_from`, whose adapters must be those that the config names, and of `dpo.reference.adapter`.
+    `lora_problems` must have found nothing."""
     problems: list[Problem] = []
     peft, start = cfg.policy.megatron_cfg.peft, f"{PEFT}.init_from"
     named_by = {start: peft.init_from if peft.enabled else None, "dpo.reference.adapter": cfg.dpo.reference.adapter}
@@ -138,8 +141,8 @@ def write_peft(
     base: str,
     arch: Architecture,
 ) -> None:
-    """Write the two files. tensors: by `tensor_name`. modules: the Hugging Face modules that have adapters. base: name or
-    folder of the model that they are of."""
+    """Write the two files. tensors: by `tensor_name`. modules: the Hugging Face modules with adapters. base: name or folder
+    of the base model."""
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -163,14 +166,14 @@ def write_peft(
 
 
 def adapter_fingerprint(folder: str | Path) -> str:
-    """sha256 of an adapter's two files, to tell it from others."""
+    """sha256 of an adapter's two files."""
     files = (Path(folder) / name for name in (CONFIG_FILE, WEIGHTS_FILE))
     return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
 
 
 def _shortest(modules: list[str], arch: Architecture) -> list[str]:
-    """The last parts of the modules' names where these name the same modules in the model, and no others; else all of
-    each."""
+    """The last parts of the modules' names, if they mean the same modules of the model and no others; else the whole
+    names."""
     last = sorted({module.rpartition(".")[2] for module in modules})
     meant = {m for entry in linear_entries(arch) for m in hf_modules(entry) if m.rpartition(".")[2] in last}
     return last if meant == set(modules) else modules
@@ -201,7 +204,7 @@ def _read_shapes(folder: Path, field: str) -> dict[str, tuple[int, ...]]:
 def _tensor_problems(
     folder: Path, shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
 ) -> list[Problem]:
-    """At most one of a kind: another base's adapter has all of its tensors wrong."""
+    """At most one problem of each kind: in an adapter of another model all tensors are wrong."""
     file = folder / WEIGHTS_FILE
     other = "name the adapter of this model"
     problems = []

@@ -1,4 +1,4 @@
-"""Adapters in checkpoints: their tensors under names and numbers of the whole model, so that any layout reads them."""
+"""Adapters in checkpoints. Tensors have names and numbers of the whole model, so any layout can read them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from megadpo.lora.targets import Target, megatron_module
 
 
 def sharded_adapters(model: Sequence[Any], grid: Grid) -> dict[str, dict[str, ShardedTensor]]:
-    """Of each of this rank's chunks: name in the chunk -> its part of the whole tensor. The experts of a layer are one
-    tensor, along dim 0."""
+    """For each of this rank's chunks: name in the chunk -> its part of the whole tensor. The experts of a layer are stacked
+    along dim 0."""
     return {f"model{number}": _of_chunk(chunk, grid) for number, chunk in enumerate(model)}
 
 
@@ -39,7 +39,7 @@ def _of_chunk(chunk: Any, grid: Grid) -> dict[str, ShardedTensor]:
 
 
 def checkpoint_key(target: Target, name: str) -> str:
-    """decoder.layers.0.self_attention.linear_qkv.lora.A_q_proj; of experts, without their number."""
+    """Such as decoder.layers.0.self_attention.linear_qkv.lora.A_q_proj; for experts without their number."""
     return f"{layer_key(target)}.{TRAINED}.{name}"
 
 
@@ -49,5 +49,5 @@ def layer_key(target: Target) -> str:
 
 
 def index_of(target: Target) -> tuple[int, ...]:
-    """Its place in the leading dimensions of that tensor."""
+    """Its index in the leading dimensions of that tensor."""
     return () if target.entry.expert is None else (target.entry.expert,)

@@ -1,12 +1,12 @@
-"""Which linear layers get adapters: the names of a config, matched against the weight table. No torch.
+"""Finds the linear layers that get adapters: matches the config's names with the weight table. No torch.
 
-A target is one linear layer of megatron-core, in which several Hugging Face modules may lie (q_proj, k_proj and v_proj in
-linear_qkv). Each of those modules has a B of its own. Named by Hugging Face's names each has an A of its own too; named by
-megatron-core's, all modules of the layer share one A, which is one adapter on the fused matrix: its B is theirs, one below
-the other. So both kinds export to PEFT exactly, a shared A being written once for each module.
+A target is one linear layer of megatron-core. It may have several Hugging Face modules (linear_qkv has q_proj, k_proj and
+v_proj). Each module has its own B. With Hugging Face's names in the config each has its own A too. With megatron-core's
+names all modules of the layer share one A: that is one adapter on the fused matrix, whose B has the modules' rows. Both
+kinds are exported to PEFT exactly; a shared A is written once for each module.
 
-A module that is itself several matrices one below the other (qkv_proj) counts here as so many modules of one name: parts
-with an A in common and a B each, which are one B in PEFT's format.
+A module with several matrices (qkv_proj) counts as several modules of one name: they share an A, and have one B each, which
+are joined in PEFT's format.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Target:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The Hugging Face modules in the layer: model.layers.0.self_attn.q_proj; one of several parts once for each."""
+        """The Hugging Face modules in the layer (model.layers.0.self_attn.q_proj). A module appears once for each of its
+        matrices."""
         return _part_modules(self.entry)
 
     @property
@@ -57,18 +58,18 @@ class Target:
         return [part[0] for parts in self.entry.parts for part in parts][module]
 
     def rectangles(self, rank: int, ranks: int) -> list[Rectangle]:
-        """Where the modules' rows lie in the layer, of the rank among the ranks that cut it; `source` is the module."""
+        """Where the modules' rows lie in this rank's part of the layer; `source` is the module's number."""
         flat = [part for parts in self.entry.parts for part in parts]
         return self.entry.row.layout.rectangles(flat, self.entry.groups, rank, ranks)
 
     def elements(self, rank: int, ranks: int) -> int:
-        """Numbers in the adapters of rank `rank` on each of the `ranks` that cut the layer."""
+        """How many parameters the adapters (of LoRA rank `rank`) have on each of the `ranks` processes that share the layer."""
         a = len(self.adapters) * rank * self.in_features
         b = rank * sum(self.out_features(module) for adapter in self.adapters for module in adapter)
         return a // ranks + b if self.is_row_parallel else a + b // ranks
 
     def label(self, module: int) -> str:
-        """q_proj; of one of several parts with its number."""
+        """The module's last name (q_proj), with a number where several matrices have that name."""
         name = self.modules[module]
         number = f"_{self.modules[:module].count(name)}" if self.modules.count(name) > 1 else ""
         return name.rpartition(".")[2] + number
@@ -83,12 +84,13 @@ def _part_modules(entry: WeightEntry) -> tuple[str, ...]:
 
 
 def megatron_module(entry: WeightEntry) -> str:
-    """decoder.layers.0.self_attention.linear_qkv; decoder.layers.0.mlp.experts.local_experts.3.linear_fc1."""
+    """The layer's name in megatron-core: decoder.layers.0.self_attention.linear_qkv, or
+    decoder.layers.0.mlp.experts.local_experts.3.linear_fc1."""
     return entry.names[0].removesuffix(".weight")
 
 
 def linear_entries(arch: Architecture) -> list[WeightEntry]:
-    """The linear layers of the decoder, in the model's order. Embedding, head and routers are none."""
+    """The decoder's linear layers that can get adapters, in the model's order: not the embedding, the head or the routers."""
     return [
         entry
         for entry in weight_table(arch).entries
@@ -97,7 +99,7 @@ def linear_entries(arch: Architecture) -> list[WeightEntry]:
 
 
 def find_targets(peft: PeftConfig, arch: Architecture) -> list[Target]:
-    """What `peft` names in a model of this shape; `lora_problems` has found nothing against it."""
+    """The layers that `peft` selects. Call it only after `lora_problems` returned nothing."""
     wanted, unwanted = _Names(peft.target_modules or ("*",)), _Names(peft.exclude_modules)
     found = []
     for entry in linear_entries(arch):
@@ -115,7 +117,7 @@ def find_targets(peft: PeftConfig, arch: Architecture) -> list[Target]:
 
 
 def lora_problems(cfg: Config, arch: Architecture) -> list[Problem]:
-    """Why `policy.megatron_cfg.peft` can't be followed on a model of this shape; empty where it can."""
+    """The errors in `policy.megatron_cfg.peft` for a model of this architecture."""
     peft = cfg.policy.megatron_cfg.peft
     if not peft.enabled:
         return []
@@ -135,8 +137,8 @@ def lora_problems(cfg: Config, arch: Architecture) -> list[Problem]:
 
 
 class _Names:
-    """Names of a config. Without wildcards a name is the end of a path (q_proj, self_attn.q_proj); with them, of `*`, `?` and
-    `[`, it matches the whole."""
+    """The names in a config's list. A name without wildcards (`*`, `?`, `[`) matches the end of a path (q_proj,
+    self_attn.q_proj); a name with wildcards must match the whole path."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.all_linear = ALL_LINEAR in names
@@ -149,7 +151,7 @@ class _Names:
         return any(end in self.plain for end in ends) or any(fnmatchcase(path, name) for name in self.wild)
 
     def has_whole(self, entry: WeightEntry) -> bool:
-        """Whether a megatron-core layer is named; its experts also as NeMo RL's grouped ones are, without a number."""
+        """Whether the megatron-core layer is named. An expert's layer may also be named without its number, as in NeMo RL."""
         name = megatron_module(entry)
         return self.has(name) or (entry.expert is not None and self.has(_EXPERT.sub("", name)))
 
@@ -166,7 +168,7 @@ def _nothing(field: str, name: str, entries: Sequence[WeightEntry]) -> Problem:
 
 
 def _named_twice(peft: PeftConfig, entries: Sequence[WeightEntry]) -> Iterator[Problem]:
-    """A layer by both kinds of names. A wildcard that matches both (`*`) means the whole layer."""
+    """The error for a layer named in both ways. A wildcard that matches both (`*`) is no error: it means the whole layer."""
     names = _Names(peft.target_modules)
     names.wild = []
     for entry in entries:
@@ -180,7 +182,7 @@ def _named_twice(peft: PeftConfig, entries: Sequence[WeightEntry]) -> Iterator[P
 
 
 def _in_stacks(peft: PeftConfig, targets: Sequence[Target]) -> Iterator[Problem]:
-    """Experts that folders hold in one tensor are no modules that PEFT has names for."""
+    """The error for experts whose Hugging Face model keeps them in one tensor: PEFT has no module names for them."""
     stacked = dict.fromkeys(
         "experts." + megatron_module(one.entry).rpartition(".")[2] for one in targets if one.entry.stack_name
     )

@@ -1,1 +1,1 @@
-"""Chat messages and the items of OpenAI's Responses API: how they are read, and how one becomes the other."""
+"""Reads chat messages and items of OpenAI's Responses API, and converts one into the other."""

@@ -1,4 +1,4 @@
-"""What the messages of all sources share: the text of their content, tool calls, and tools.
+"""Chat messages: the text of their content, tool calls, and tools.
 
 A chat message is {role, content, reasoning_content?, tool_calls?, tool_call_id?, name?}, as in OpenAI's chat completions
 (https://platform.openai.com/docs/api-reference/chat) and in the chat templates of transformers.
@@ -15,13 +15,13 @@ from megadpo.files.jsonl import type_name
 ChatMessage: TypeAlias = dict[str, Any]
 
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text"}
-"""Kinds of content parts that hold text: {type: the key of its text}."""
+"""Content parts with text: type -> the key of the text."""
 
 _MOST_CHARS = 60
 
 
 class MessageError(ValueError):
-    """What can't be part of a chat message. Its text says where and what."""
+    """A value that can't be part of a chat message. The text says where and what it is."""
 
     def __init__(
         self,
@@ -38,8 +38,8 @@ class MessageError(ValueError):
 
 
 def text_of(content: object, where: str, parts: Mapping[str, str] = TEXT_PARTS, separator: str = "") -> str:
-    """The content of a message as one string: a string, nothing, or a list of strings and text parts. Raises
-    MessageError for a part of another kind."""
+    """A message's content as one string. The content is a string, null, or a list of strings and text parts. Raises
+    MessageError for other parts."""
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list):
@@ -48,7 +48,7 @@ def text_of(content: object, where: str, parts: Mapping[str, str] = TEXT_PARTS, 
 
 
 def part_text(part: object, where: str, parts: Mapping[str, str] = TEXT_PARTS) -> str:
-    """The text of one part of a content. Raises MessageError for a part of another kind."""
+    """The text of one part of a content. Raises MessageError for another kind of part."""
     kind = part.get("type") if isinstance(part, Mapping) else type_name(part)
     text = part.get(parts.get(str(kind))) if isinstance(part, Mapping) else part
     if not isinstance(text, str):
@@ -57,8 +57,8 @@ def part_text(part: object, where: str, parts: Mapping[str, str] = TEXT_PARTS) -
 
 
 def arguments_of(arguments: object, where: str) -> dict[str, Any]:
-    """The arguments of a tool call as an object: transformers' templates expect one, and would quote JSON text a second
-    time. Raises MessageError for what is neither an object nor JSON text of one."""
+    """The arguments of a tool call as an object. (transformers' templates expect an object; they would quote JSON text
+    again.) Raises MessageError for a value that is neither an object nor JSON text of an object."""
     value = arguments
     if isinstance(arguments, str):
         try:
@@ -71,8 +71,8 @@ def arguments_of(arguments: object, where: str) -> dict[str, Any]:
 
 
 def tool_call(function: Mapping[str, Any], call_id: object, where: str, *, for_template: bool = True) -> ChatMessage:
-    """A call of {name, arguments} as an entry of `tool_calls`. for_template: with its arguments as an object; else as
-    text, which is what servers take. Raises MessageError."""
+    """A call {name, arguments} as an entry of `tool_calls`. for_template: its arguments are an object; else text, for
+    servers. Raises MessageError."""
     arguments = function.get("arguments")
     if for_template:
         arguments = arguments_of(arguments, where)
@@ -84,8 +84,8 @@ def tool_call(function: Mapping[str, Any], call_id: object, where: str, *, for_t
 
 
 def tool(given: object, where: str, *, for_template: bool = True) -> dict[str, Any]:
-    """A tool of either API as {type: function, function: {name, description, parameters}}; without for_template also
-    `strict`, which is for servers. Raises MessageError for a tool that is no function."""
+    """A tool of either API as {type: function, function: {name, description, parameters}}; without for_template, for
+    servers, also with `strict`. Raises MessageError for a tool that is no function."""
     function = given.get("function", given) if isinstance(given, Mapping) else None
     is_function = isinstance(given, Mapping) and given.get("type") == "function"
     if not is_function or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):

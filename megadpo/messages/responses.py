@@ -1,7 +1,7 @@
-"""Items of OpenAI's Responses API -> chat messages, and back.
+"""Converts items of OpenAI's Responses API to chat messages, and back.
 
-Items of the types reasoning, message and function_call, up to the next turn of somebody else, are one message of the
-assistant. A function_call_output is a message of the role `tool`. Chat messages among the items are read too.
+Consecutive items of the types reasoning, message and function_call are one message of the assistant. A
+function_call_output is a message of the role `tool`. Chat messages among the items are read too.
 Source of both forms: https://platform.openai.com/docs/guides/migrate-to-responses
 """
 
@@ -19,8 +19,8 @@ _REASONING_PARTS = {"summary_text": "text", "reasoning_text": "text", "text": "t
 
 
 def to_messages(items: Sequence[object], name: str, *, keep_reasoning: bool = True) -> tuple[list[ChatMessage], int]:
-    """The items as messages for a chat template, and how many reasoning items had no text. `name` is what errors call
-    the list. Raises MessageError for the first item that chat messages can't hold."""
+    """The items as messages for a chat template, and the number of reasoning items without text. `name`: of the list, for
+    errors. Raises MessageError for the first item that can't become a chat message."""
     reader = ItemReader(keep_reasoning=keep_reasoning)
     for number, item in enumerate(items):
         reader.add(item, f"{name}[{number}]")
@@ -28,11 +28,11 @@ def to_messages(items: Sequence[object], name: str, *, keep_reasoning: bool = Tr
 
 
 class ItemReader:
-    """Takes items one by one; `messages` are those read so far.
+    """Reads items one by one; `messages` are the messages so far.
 
-    for_template: as chat templates take messages: arguments of calls are objects, `developer` (OpenAI's newer name of
-    the system role, which most templates would leave out) is `system`, a tool's answer has the tool's name. Else as
-    servers take them: arguments are text, roles stay, and content may hold images.
+    for_template: messages for chat templates: arguments of calls are objects, `developer` (OpenAI's newer name of the
+    system role, which most templates ignore) becomes `system`, and a tool's answer has the tool's name. Else for servers:
+    arguments are text, roles are unchanged, and content may have images.
     """
 
     def __init__(self, *, keep_reasoning: bool = True, for_template: bool = True) -> None:
@@ -45,7 +45,7 @@ class ItemReader:
         self._function_names: dict[str, str] = {}
 
     def add(self, item: object, where: str) -> None:
-        """Raises MessageError for an item that chat messages can't hold."""
+        """Raises MessageError for an item that can't become a chat message."""
         if not isinstance(item, Mapping):
             raise MessageError(where, item, f"of type {type_name(item)}")
         kind = item.get("type") or ("message" if "role" in item else None)
@@ -118,11 +118,11 @@ class ItemReader:
         if self._for_template or not isinstance(content, list):
             return {"content": text_of(content, where, _ITEM_PARTS)}
         parts = [_server_part(part, f"{where}[{number}]") for number, part in enumerate(content)]
-        is_text = all(part["type"] == "text" for part in parts)  # one string then: some templates take no lists
+        is_text = all(part["type"] == "text" for part in parts)  # then one string: some templates accept no list
         return {"content": "".join(part["text"] for part in parts) if is_text else parts}
 
     def _assistant(self, *, new: bool) -> ChatMessage:
-        """The assistant message to write to; a new one if none is open or `new`."""
+        """The assistant message that items are added to; a new one if none is open, or if `new`."""
         if self._open is None or new:
             self._open = {"role": "assistant", "content": ""}
             self.messages.append(self._open)
@@ -134,15 +134,15 @@ class ItemReader:
 
 
 def _server_part(part: object, where: str) -> dict[str, Any]:
-    """A part of a content as servers take it: text or an image."""
+    """A part of a content for servers: text or an image."""
     if isinstance(part, Mapping) and part.get("type") == "input_image" and isinstance(part.get("image_url"), str):
         return {"type": "image_url", "image_url": {"url": part["image_url"]}}
     return {"type": "text", "text": part_text(part, where, _ITEM_PARTS)}
 
 
 def to_items(message: Mapping[str, Any], status: str) -> list[dict[str, Any]]:
-    """A server's chat message as items: its reasoning, its text (empty where there is no call either), its calls. Raises
-    ValueError for another content than text and for calls of something else than functions."""
+    """A server's chat message as items: its reasoning, its text (also if both text and calls are missing), its calls. Raises
+    ValueError if the content is not text, or if a call is not of a function."""
     items: list[dict[str, Any]] = []
     reasoning = message.get("reasoning") or message.get("reasoning_content")
     if reasoning:
@@ -166,5 +166,5 @@ def to_items(message: Mapping[str, Any], status: str) -> list[dict[str, Any]]:
 
 
 def new_id(prefix: str) -> str:
-    """A random name for an item or a response, as OpenAI's servers make them."""
+    """A random id for an item or a response, in the form of OpenAI's servers."""
     return f"{prefix}_{uuid.uuid4().hex}"

@@ -1,1 +1,1 @@
-"""Layer spec, packed attention, log-probability head; one weight table per Hugging Face family."""
+"""The model: what all families have in common. Decoder layers, attention of packs, heads, experts, weights."""

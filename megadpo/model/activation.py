@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -11,62 +12,47 @@ from torch.nn import functional as F
 from megadpo.config.architecture import Mlp
 
 ALPHA = 1.702
-"""Of the sigmoid that gates a clamped MLP, as gpt-oss has it and megatron-core's quick_gelu."""
+"""Factor inside the sigmoid of a clamped MLP, as in gpt-oss and megatron-core's quick_gelu."""
+
+_GELU = functools.partial(F.gelu, approximate="tanh")
+_GELU_BACKWARD = functools.partial(torch.ops.aten.gelu_backward.grad_input, approximate="tanh")
 
 
-class _SwiGlu(torch.autograd.Function):
-    """For CPUs. Keeps its input only, and writes both halves of its gradient into one tensor: left to autograd, each half's
-    gradient becomes a full-size tensor of its own, and the step takes ten times as long."""
+class _Glu(torch.autograd.Function):
+    """function(gate) * linear. Saves only its input, and writes both halves of its gradient into one tensor.
+    (autograd would make a full-size tensor for each half, and the step would take ten times as long.)"""
 
     @staticmethod
-    def forward(ctx, x):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, function, function_backward):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x)
+        ctx.functions = function, function_backward
         gate, linear = x.chunk(2, dim=-1)
-        return F.silu(gate).mul_(linear)
+        return function(gate).mul_(linear)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         (x,) = ctx.saved_tensors
+        function, function_backward = ctx.functions
         gate, linear = x.chunk(2, dim=-1)
         d_x = torch.empty_like(x)
         d_gate, d_linear = d_x.chunk(2, dim=-1)
-        torch.ops.aten.silu_backward.grad_input(grad * linear, gate, grad_input=d_gate)
-        torch.mul(F.silu(gate), grad, out=d_linear)
-        return d_x
+        function_backward(grad * linear, gate, grad_input=d_gate)
+        torch.mul(function(gate), grad, out=d_linear)
+        return d_x, None, None
 
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
     """x [..., 2F], gate then linear -> silu(gate) * linear [..., F], same dtype (Shazeer 2020, arXiv 2002.05202)."""
-    return _SwiGlu.apply(x)
-
-
-class _GatedGelu(torch.autograd.Function):
-    """As _SwiGlu, with GELU in its form with tanh."""
-
-    @staticmethod
-    def forward(ctx, x):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x)
-        gate, linear = x.chunk(2, dim=-1)
-        return F.gelu(gate, approximate="tanh").mul_(linear)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        (x,) = ctx.saved_tensors
-        gate, linear = x.chunk(2, dim=-1)
-        d_x = torch.empty_like(x)
-        d_gate, d_linear = d_x.chunk(2, dim=-1)
-        torch.ops.aten.gelu_backward.grad_input(grad * linear, gate, approximate="tanh", grad_input=d_gate)
-        torch.mul(F.gelu(gate, approximate="tanh"), grad, out=d_linear)
-        return d_x
+    return _Glu.apply(x, F.silu, torch.ops.aten.silu_backward.grad_input)
 
 
 def geglu(x: torch.Tensor) -> torch.Tensor:
     """x [..., 2F], gate then linear -> gelu(gate) * linear [..., F], same dtype (Shazeer 2020, arXiv 2002.05202)."""
-    return _GatedGelu.apply(x)
+    return _Glu.apply(x, _GELU, _GELU_BACKWARD)
 
 
 class _ClampedGlu(torch.autograd.Function):
-    """As _SwiGlu: its input is all that is kept."""
+    """The clamped MLP's activation. Saves only its input, as _Glu does."""
 
     @staticmethod
     def forward(ctx, x, limit):  # type: ignore[no-untyped-def]
@@ -92,9 +78,9 @@ class _ClampedGlu(torch.autograd.Function):
 
 
 def gated(mlp: Mlp) -> type[MegatronModule]:
-    """The activation of a gated MLP, a module without weights: x [..., 2F], gate then linear -> [..., F], same dtype.
+    """The activation of a gated MLP, as a module without weights: x [..., 2F], gate then linear -> [..., F], same dtype.
 
-    megatron-core builds it with `config=`; from 0.17 on it accepts nothing but a module."""
+    megatron-core builds it with `config=`; from 0.17 on it must be a module."""
     functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "silu": swiglu,
         "gelu_tanh": geglu,
@@ -102,7 +88,7 @@ def gated(mlp: Mlp) -> type[MegatronModule]:
     }
     function = functions[mlp.activation]
 
-    class Gated(MegatronModule):  # whose sharded_state_dict megatron-core asks for
+    class Gated(MegatronModule):  # megatron-core calls its sharded_state_dict
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return function(x)
 

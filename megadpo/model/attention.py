@@ -1,4 +1,4 @@
-"""Attention of a packed batch inside megatron-core's SelfAttention: rotation by position, then a kernel over segments."""
+"""Attention of a packed batch inside megatron-core's SelfAttention: RoPE by positions, then a kernel over segments."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from megadpo.model.rope import Rotation
 
 
 def once(batch: PackedBatch, key: Hashable, make: Callable[[], Any]) -> Any:
-    """make(), kept with the micro-batch `batch`: made once for all chunks of a stage, and for policy and reference.
+    """The result of make(), cached in the micro-batch `batch` for all chunks of a stage, and for policy and reference.
 
-    key: what it depends on besides the batch."""
+    key: everything else that it depends on."""
     if key not in batch.made:
         batch.made[key] = make()
     return batch.made[key]
@@ -36,21 +36,21 @@ def once(batch: PackedBatch, key: Hashable, make: Callable[[], Any]) -> Any:
 
 @dataclass
 class PackContext(PackedSeqParams):
-    """What every layer needs of a pack; travels where megatron-core passes its `packed_seq_params`."""
+    """What every layer needs of a pack. It is passed as megatron-core's `packed_seq_params`."""
 
     rotations: Mapping[Rotary, Rotation] = field(default_factory=dict)
     kernel: AttentionKernel | None = None
-    plans: Mapping[int | None, Any] = field(default_factory=dict)  # the kernel's, by window
-    delta_plan: DeltaPlan | None = None  # of a model with delta nets
-    routing: Any = None  # what layers of experts need of the pack (model/moe.py)
-    context_group: dist.ProcessGroup | None = None  # the ranks that hold the other parts of the pack; None: it is whole
+    plans: Mapping[int | None, Any] = field(default_factory=dict)  # window -> the kernel's plan
+    delta_plan: DeltaPlan | None = None  # for delta nets
+    routing: Any = None  # for layers of experts (model/moe.py)
+    context_group: dist.ProcessGroup | None = None  # ranks with the other parts of the pack; None: this is all of it
     keep_gathered: bool = False  # see model/context.py
 
 
 class PackedAttention(torch.nn.Module):
-    """megatron-core's `core_attention` for packs, of one kind. RoPE is applied here, from per-token positions computed once a
-    micro-batch: megatron-core's own packed form recomputes cos and sin, and waits for the host, in every layer. So are
-    those norms of queries and keys for which it has no place."""
+    """megatron-core's `core_attention` for packs. It also applies RoPE, with cos and sin that are computed once for each
+    micro-batch. (megatron-core's packed form computes them in every layer and waits for the host.) And it applies the
+    norms of queries and keys for which megatron-core has no place."""
 
     def __init__(self, *, kind: Attention, config: TransformerConfig, pg_collection: Any, **_: Any) -> None:
         super().__init__()
@@ -59,14 +59,14 @@ class PackedAttention(torch.nn.Module):
             heads = (kind.num_heads, kind.num_kv_heads) if kind.qk_norm == "width" else (1, 1)
             self.q_layernorm, self.k_layernorm = (RMSNorm(config, count * kind.head_dim, self.eps) for count in heads)
         self.softmax_offset: torch.nn.Parameter | None = None
-        """The sinks of this rank's heads [H]."""
+        """[H], the attention sinks of this rank's heads."""
         if kind.sinks:
             sinks = kind.num_heads // pg_collection.tp.size()
             device = torch.cuda.current_device()
             self.softmax_offset = torch.nn.Parameter(torch.zeros(sinks, dtype=config.params_dtype, device=device))
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
-        """As megatron-core asks its modules: which part of which tensors this rank has."""
+        """The parts of tensors that this rank has, in megatron-core's form."""
         state, axes = self.state_dict(prefix="", keep_vars=True), {"softmax_offset": 0}
         sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(state, prefix, axes, sharded_offsets)
         return sharded
@@ -100,7 +100,7 @@ class PackedAttention(torch.nn.Module):
         return self.attend(query, key, value, pack)
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: PackContext) -> torch.Tensor:
-        """As forward, of queries and keys that are normed and turned."""
+        """As forward, for queries and keys after norms and RoPE."""
         kind, plan = self.kind, pack.plans[self.kind.window]
         assert pack.kernel is not None
         asked: dict[str, Any] = {"scale": kind.scale, "softcap": kind.logit_softcap, "sinks": self.softmax_offset}
@@ -155,12 +155,12 @@ class GatedSelfAttention(SelfAttention):
 
 
 class PackTransformerLayer(TransformerLayer):
-    """megatron-core's layer on packs: hands the pack's routing to experts, for which megatron-core passes nothing but
-    `padding_mask` on."""
+    """megatron-core's layer for packs. It passes the pack's routing to the experts as `padding_mask`, the only argument that
+    megatron-core passes on to them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # torch.enable_grad by default: a norm there would keep its input in evaluation and in recomputed passes
+        # by default torch.enable_grad: then a norm there would save its input in evaluation and in recomputed passes
         self.bias_dropout_add_exec_handler = contextlib.nullcontext
 
     def forward(self, *args: Any, packed_seq_params: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Builds the policy or the reference of a run, on this rank's slice of the layout."""
+"""Builds this rank's part of the policy or the reference."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from megadpo.parallel import ParallelContext, machine
 def build_model(
     arch: Architecture, policy: PolicyConfig, parallel: ParallelContext, *, frozen: bool
 ) -> list[PairModel]:
-    """The chunks of this rank's stage (one, without a virtual pipeline), on its device, with memory for their weights
-    but nothing in them yet.
+    """The chunks of this rank's stage (one, without a virtual pipeline) on its device. Their weights are allocated, but not
+    loaded.
 
-    `frozen` (the reference): no gradients are ever asked of it, so it has no recomputation and no gradient buffers.
-    Collectives: megatron-core's sum of tied embeddings over the embedding group at construction. Raises ConfigError where
-    this machine can't run what the config asks for.
+    frozen: for the reference, which has no gradients: no recomputation and no gradient buffers. Collectives:
+    megatron-core's sum of tied embeddings over the embedding group at construction. Raises ConfigError if this machine
+    can't run the config's layers or kernels.
     """
     device, megatron = parallel.device, policy.megatron_cfg
     known = Known(cfg=Config(policy=policy), arch=arch, machine=machine(device))
@@ -70,7 +70,7 @@ def build_model(
 
 
 def load_balance(arch: Architecture, policy: PolicyConfig, parallel: ParallelContext) -> LoadBalance | None:
-    """The load-balancing loss of `arch`'s experts; None for a dense model."""
+    """The load-balancing loss for the experts of `arch`; None for a dense model."""
     if arch.experts is None:
         return None
     megatron = policy.megatron_cfg
@@ -80,31 +80,33 @@ def load_balance(arch: Architecture, policy: PolicyConfig, parallel: ParallelCon
 
 
 def mark_expert_parameters(model: torch.nn.Module) -> None:
-    """Tell DDP and the optimizer which parameters are reduced over the ranks that hold the same expert.
+    """Mark the experts' parameters for DDP and the optimizer: their gradients are reduced over the ranks with the same
+    expert.
 
-    layers.py does so with `expert_model_parallel_size` > 1 only. With 1, experts under tensor parallelism that does not
-    cut them (expert_tensor_parallel_size 1) would keep the gradient of their own rank's tokens: replicas drift apart.
-    The mark as a shard makes every rank's experts count in the gradient norm, not those of tensor-parallel rank 0.
+    megatron-core's layers.py does so only with `expert_model_parallel_size` > 1. With 1, and experts that tensor
+    parallelism doesn't cut (expert_tensor_parallel_size 1), each rank would keep the gradient of its own tokens, and the
+    copies would drift apart. The mark as a shard makes the experts of every rank count in the gradient norm, not only
+    those of tensor-parallel rank 0.
     """
     for module in model.modules():
         if isinstance(module, MoELayer):
             for parameter in module.experts.parameters():
                 parameter.allreduce = False
                 parameter.tensor_model_parallel = True
-                # megatron-core marks biases, whose gradients it would add up over ranks that hold other experts
+                # megatron-core marks biases; it would sum their gradients over ranks with other experts
                 parameter.sequence_parallel = False
 
 
 def is_expert(parameter: torch.nn.Parameter) -> bool:
-    """Whether it is one expert's (or this rank's part of one), by the mark above."""
+    """Whether it is a parameter of an expert (or this rank's part of one), by the mark above."""
     return not getattr(parameter, "allreduce", True)
 
 
 def mark_sharded_parameters(model: torch.nn.Module) -> None:
-    """Tell megatron-core which parameters are tensor-parallel shards and not copies.
+    """Mark the parameters that are tensor-parallel shards, not copies.
 
-    layers.py sets these marks only while it initialises weights (`perform_initialization`), which is off here. Without
-    them the gradient norm counts one rank's shard as the whole parameter, and clips by the wrong number.
+    megatron-core's layers.py sets these marks only when it initialises weights (`perform_initialization`), which is off
+    here. Without them the gradient norm would count one rank's shard as the whole parameter, and clipping would be wrong.
     """
     for module in model.modules():
         if isinstance(module, RowParallelLinear):

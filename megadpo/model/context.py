@@ -1,8 +1,8 @@
 """Context parallelism: each rank's tokens are the queries, and keys and values are gathered from all ranks.
 
-One all-gather a layer, of keys and values together, and one reduce-scatter of their gradients. What comes gathered is
-not kept for the backward pass, where it would be as large on every rank as without context parallelism: it is gathered
-a second time there.
+Each layer has one all-gather, of keys and values together, and one reduce-scatter of their gradients. Gathered keys and
+values are not kept for the backward pass, because on every rank they are as large as without context parallelism. The
+backward pass gathers them again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megadpo.model.kernels import AttentionKernel
 
-# torch 2.13 renames them, and warns of the old names; the container's older torch has only those
+# torch 2.13 has new names and warns about the old ones; the container's torch has only the old ones
 _gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter_into = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
@@ -32,10 +32,10 @@ def attend_over_context(
 ) -> torch.Tensor:
     """q [t, H, D], k [t, G, D] and v [t, G, E] of this rank's tokens -> [t, H, E], attending to the keys of all ranks.
 
-    plan: of segments whose keys stand in gathered order, rank after rank. keep_gathered: keep what was gathered until
-    the backward pass, which follows at once where attention is being recomputed. asked: `attend`'s scale, softcap and
+    plan: for segments whose keys are in gathered order, rank after rank. keep_gathered: keep gathered keys and values for
+    the backward pass; for recomputed attention, whose backward pass follows at once. asked: `attend`'s scale, softcap and
     sinks. Collectives over `group`: an all-gather of [t, G, D + E] in forward; in backward a reduce-scatter and, unless
-    kept, the same all-gather again.
+    they were kept, the same all-gather.
     """
     joined = torch.cat((k, v), dim=-1)
     widths = k.shape[-1], v.shape[-1]
@@ -55,8 +55,8 @@ def attend_over_context(
 
 
 def sum_over_context(partial: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The sum of every rank's `partial`, on every rank. Each rank then computes the same loss from it, so a rank's part
-    gets the gradient as it is. Collectives: an all-reduce over `group` in forward, none in backward."""
+    """The sum of `partial` over the ranks, on every rank. The gradient of `partial` is that of the sum, unchanged, because
+    every rank computes the same loss from the sum. Collectives: an all-reduce over `group` in forward, none in backward."""
     total: torch.Tensor = _Sum.apply(partial, group)
     return total
 
@@ -83,7 +83,8 @@ class _Gather(torch.autograd.Function):
 
 
 class _PreparedAgain:
-    """Stands for a layer's gathered keys and values between forward and backward: holds this rank's part only."""
+    """Replaces a layer's gathered keys and values between forward and backward. It holds only this rank's part, and gathers
+    again in backward."""
 
     def __init__(
         self, local: torch.Tensor, widths: tuple[int, int], group: dist.ProcessGroup, kernel: AttentionKernel, plan: Any
@@ -100,7 +101,7 @@ class _PreparedAgain:
         self._storages = {x.untyped_storage().data_ptr(): which for which, x in enumerate(prepared)}
 
     def pack(self, saved: torch.Tensor) -> Any:
-        """What autograd keeps instead of a tensor: for prepared keys or values, or a view of them, its place there."""
+        """What autograd saves instead of `saved`: for prepared keys or values, or a view of them, only its place there."""
         which = self._storages.get(saved.untyped_storage().data_ptr())
         return saved if which is None else (which, saved.size(), saved.stride(), saved.storage_offset())
 
@@ -118,12 +119,12 @@ class _PreparedAgain:
 
     def drop(self) -> None:
         self.prepared = None
-        del self.local  # the graph may live on for a while
+        del self.local  # the graph may exist for longer
 
 
 class _FetchBeforeBackward(torch.autograd.Function):
-    """The identity. Its backward runs before the kernel's: every rank gathers there, whatever its kernel kept, so that
-    all ranks meet in the same collective."""
+    """The identity. Its backward runs before the kernel's and gathers on every rank, also where the kernel saved nothing
+    that needs it. So all ranks take part in the collective."""
 
     @staticmethod
     def forward(ctx, out, again):  # type: ignore[no-untyped-def]
@@ -140,7 +141,7 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, partial, group):  # type: ignore[no-untyped-def]
         total = partial.clone()
-        if total.numel():  # no pairs: the same on every rank
+        if total.numel():  # every rank has the same number of pairs
             dist.all_reduce(total, group=group)
         return total
 

@@ -1,7 +1,7 @@
-"""The decoder's layers: which module stands at which place of megatron-core's transformer layer.
+"""The decoder's layers: the module at each place of megatron-core's transformer layer.
 
-Every choice is explicit. megatron-core's own spec helpers pick by what is installed (apex's FusedLayerNorm, for one,
-which refuses RMSNorm), and behaviour must not depend on that.
+Every choice is explicit. megatron-core's own helpers choose by what is installed (for example apex's FusedLayerNorm, which
+refuses RMSNorm), and behaviour must not depend on that.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from megadpo.model.norm import ResidualAdd
 
 @dataclass(frozen=True)
 class LayerModules:
-    """The classes that an implementation (model/layers/) makes a layer of."""
+    """The classes of a layer implementation (model/layers/)."""
 
     norm: Any
     """RMSNorm."""
@@ -44,9 +44,9 @@ class LayerModules:
     """The column-parallel linear layer."""
     row: Any
     norm_column: Any = None
-    """Norm and column-parallel linear layer in one, `layer_norm_weight` and `weight`; None: they are two modules."""
+    """Norm and column-parallel linear layer in one, with `layer_norm_weight` and `weight`; None: they are two modules."""
     grouped_column: Any = None
-    """All experts of a rank in one: `weight0`, `weight1`, ...; None where there is none."""
+    """One layer for all experts of a rank, with `weight0`, `weight1`, ...; None: there is none."""
     grouped_row: Any = None
 
 
@@ -59,8 +59,8 @@ def block_spec(
     pp_rank: int,
     vp_stage: int | None,
 ) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage, or of its model chunk `vp_stage` where it has several, and the final norm (built
-    where the model ends). balance: of the model's layers of experts; None for a dense model."""
+    """The layers of this pipeline stage, or of its model chunk `vp_stage` if it has several, and the final norm (which only
+    the model's last chunk builds). balance: for layers with experts; None for a dense model."""
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     first = get_transformer_layer_offset(config, vp_stage, pp_rank)
     specs = {layer: _layer_spec(arch, layer, config, modules, balance) for layer in set(arch.layers)}
@@ -71,8 +71,8 @@ def block_spec(
 def _layer_spec(
     arch: Architecture, layer: Layer, config: TransformerConfig, modules: LayerModules, balance: LoadBalance | None
 ) -> ModuleSpec:
-    """Parameters have the names of Transformer Engine's fused modules in checkpoints, so that layers of either
-    implementation read them."""
+    """In checkpoints parameters have the names of Transformer Engine's fused modules, so both implementations can read
+    them."""
     mlp, before = layer.feed_forward, arch.norms.placement != "post"
     dense = isinstance(mlp, Mlp)
     joined = before and modules.norm_column is not None
@@ -88,11 +88,11 @@ def _layer_spec(
     return ModuleSpec(
         module=PackTransformerLayer,
         submodules=TransformerLayerSubmodules(
-            # Two projections read what a latent attention's norm gives, so it is a module of its own.
+            # In latent attention two projections read the norm's output, so the norm is a module of its own.
             input_layernorm=modules.norm if before and (latent or not joined) else IdentityOp,
             self_attention=_attention(layer.attention, modules, first),
             self_attn_bda=add,
-            # Experts see the normed tokens through the router too, so their norm is always a module of its own.
+            # The router reads the norm's output too, so before experts the norm is always a module of its own.
             pre_mlp_layernorm=modules.norm if before and not (joined and dense) else IdentityOp,
             mlp=ModuleSpec(module=MLP, submodules=_mlp(mlp, first, modules.row))
             if isinstance(mlp, Mlp)
@@ -133,18 +133,18 @@ def _residual_add(arch: Architecture, config: TransformerConfig, modules: LayerM
 
 
 def _mlp(mlp: Mlp, first: Any, second: Any) -> MLPSubmodules:
-    # the activation is built where `use_te_activation_func` says so, see transformer_config.py
+    # the activation is built if `use_te_activation_func` is set (transformer_config.py)
     return MLPSubmodules(linear_fc1=first, linear_fc2=second, activation_func=gated(mlp))
 
 
 def _experts(
     of: Experts, config: TransformerConfig, modules: LayerModules, balance: LoadBalance | None
 ) -> MoESubmodules:
-    """The router and the experts: in one grouped kernel, or one by one, which are always megatron-core's own."""
+    """The router and the experts: in one grouped kernel, or one by one (then always megatron-core's own layers)."""
     assert balance is not None
     experts = ModuleSpec(module=SequentialMLP, submodules=_mlp(of.mlp, ColumnParallelLinear, ExpertRow))
     if config.moe_grouped_gemm:
-        linears = MLPSubmodules(linear_fc1=modules.grouped_column, linear_fc2=modules.grouped_row)
+        linears = _mlp(of.mlp, modules.grouped_column, modules.grouped_row)
         experts = ModuleSpec(module=TEGroupedMLP, submodules=linears)
     return MoESubmodules(
         router=functools.partial(PackRouter, router=of.router, balance=balance),

@@ -1,6 +1,6 @@
-"""Weights that training leaves as they are: `policy.freeze`, patterns on Hugging Face names, and `freeze_moe_router`.
+"""Freezes weights: by `policy.freeze`, patterns of Hugging Face names, and by `freeze_moe_router`.
 
-What is frozen has requires_grad False, and that is where all others look."""
+A frozen weight has requires_grad False; all other code asks for that."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ from megadpo.model.weights.load import named_global_parameters
 
 FIELD = "policy.freeze"
 _MOST_PATTERNS = 10_000
-"""That one of the config stands for; the largest models have a few hundred layers."""
+"""Limit on the patterns that one text of the config expands to. The largest models have a few hundred layers."""
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 def freeze(chunks: Sequence[torch.nn.Module], patterns: Sequence[str], arch: Architecture) -> None:
-    """Take the gradients off every parameter of this rank's chunks that `patterns` name; to be called before anything
-    allocates gradients. `freeze_problems` has found none. Collectives: none."""
+    """Freeze every parameter of this rank's chunks that `patterns` name. Call it before gradients are allocated.
+    `freeze_problems` must have found nothing. Collectives: none."""
     if not patterns:
         return
     table = weight_table(arch)
     names = {name for pattern in patterns for name in _matched(pattern, table)}
     for chunk in chunks:
         for name, parameter in named_global_parameters(chunk):
-            # The last stage's copy of tied embeddings goes by the embedding's name too.
+            # The last stage's copy of tied embeddings has the embedding's Hugging Face name too.
             if table.by_name[name].hf[0] in names:
                 parameter.requires_grad_(False)
 
 
 def freeze_routers(chunk: torch.nn.Module) -> None:
-    """Take the gradients off the weights of routers."""
+    """Freeze the weights of routers."""
     for module in chunk.modules():
         if isinstance(module, TopKRouter):
             module.requires_grad_(False)
 
 
 def freeze_problems(patterns: Sequence[str], arch: Architecture) -> list[Problem]:
-    """Why `patterns` can't be followed on a model of this shape; empty where they can."""
+    """Why `patterns` can't be used on a model of this shape; empty if they can."""
     if not patterns:
         return []
     too_many = [pattern for pattern in patterns if count(pattern) > _MOST_PATTERNS]
@@ -65,7 +65,7 @@ def freeze_problems(patterns: Sequence[str], arch: Architecture) -> list[Problem
 
 
 def count(pattern: str) -> int:
-    """How many patterns `expand` would give, or about; a number that is too long to be one counts as 10**9."""
+    """About how many patterns `expand` would give. A number of more than 9 digits counts as 10**9."""
     sizes = [
         10**9 if max(map(len, ends)) > 9 else max(0, int(ends[1]) - int(ends[0]) + 1)
         for ends in _RANGE.findall(pattern)
@@ -74,7 +74,7 @@ def count(pattern: str) -> int:
 
 
 def expand(pattern: str) -> list[str]:
-    """The shell patterns in `pattern`: `{4..7}`, as in bash, stands for each whole number from 4 to 7."""
+    """The shell patterns that `pattern` means. `{4..7}` is each whole number from 4 to 7, as in bash."""
     found = _RANGE.search(pattern)
     if found is None:
         return [pattern]
@@ -99,7 +99,7 @@ def _nothing(pattern: str, arch: Architecture, table: WeightTable) -> Problem:
 
 
 def _torn(frozen: set[str], table: WeightTable) -> Iterator[tuple[str, str]]:
-    """(expected, fix) for each kind of parameter that `frozen` names in part: it can only be frozen whole."""
+    """(expected, fix) for each kind of parameter that `frozen` has only a part of. Parameters can only be frozen whole."""
     seen = set()
     for entry in table.entries:
         kind = entry.row.megatron
@@ -119,8 +119,8 @@ def _torn(frozen: set[str], table: WeightTable) -> Iterator[tuple[str, str]]:
 
 
 def _torn_experts(frozen: set[str], table: WeightTable) -> Iterator[tuple[str, str]]:
-    """The experts of a layer are one tensor in checkpoints, optimizer state included, which megatron-core refuses to
-    save with parts missing."""
+    """The same for experts: in checkpoints the optimizer state of a layer's experts is one tensor, and megatron-core refuses
+    to save it with missing parts."""
     experts: dict[tuple[str, int | None], list[WeightEntry]] = {}
     for entry in table.entries:
         if entry.expert is not None:
@@ -131,7 +131,7 @@ def _torn_experts(frozen: set[str], table: WeightTable) -> Iterator[tuple[str, s
             kind = entries[0].hf[0].replace("experts.0.", "experts.{e}.")
             expected = f"all experts of a layer or none; {kind} leaves {', '.join(map(str, left))} to train"
             yield expected, "name every expert of the layer (experts.*), or freeze other weights"
-            return  # once: the other layers' and projections' are mostly of the same pattern
+            return  # once: other layers and projections mostly have the same problem
 
 
 def _bias_of(entry: WeightEntry, table: WeightTable) -> WeightEntry | None:

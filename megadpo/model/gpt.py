@@ -1,4 +1,4 @@
-"""The model of a run: megatron-core's GPTModel from a pack of pairs to log-probabilities of answers."""
+"""The model: megatron-core's GPTModel, from a pack of pairs to log-probabilities of answers."""
 
 from __future__ import annotations
 
@@ -30,23 +30,22 @@ from megadpo.parallel import ParallelContext
 
 @dataclass(frozen=True, kw_only=True)
 class ModelParts:
-    """What the chunks of a model are made of, and share."""
+    """What all chunks of a model share."""
 
     layers: LayerModules
     kernel: AttentionKernel
     rotaries: Mapping[Rotary, RotaryTable]
-    """One for each kind of rotary positions in the model."""
+    """For each kind of RoPE in the model."""
     head: LogpsHead
     logprob_chunk_tokens: int
     balance: LoadBalance | None
-    """Of the layers of experts: one for all chunks, since it knows layers by their number in the model. None: a dense
-    model."""
+    """For layers with experts; None for a dense model. One for all chunks: it knows layers by their number in the model."""
     frozen: bool
-    """No gradients are ever asked of it: the reference, which runs before the policy does."""
+    """True for the reference: no gradients. It runs before the policy."""
 
 
 class PairModel(GPTModel):
-    """One pipeline stage, or one of its chunks. The last one ends in log-probabilities, not logits."""
+    """One pipeline stage, or one chunk of it. The last one's output is log-probabilities, not logits."""
 
     def __init__(
         self,
@@ -67,7 +66,7 @@ class PairModel(GPTModel):
             pre_process=parallel.grid.is_first_chunk(chunk),
             post_process=parallel.grid.is_last_chunk(chunk),
             share_embeddings_and_output_weights=arch.tie_word_embeddings,
-            position_embedding_type="none",  # PackedAttention rotates by the pack's own positions
+            position_embedding_type="none",  # PackedAttention applies RoPE
             vp_stage=vp_stage,
         )
         self.rotaries, self.kernel, self.head, self.balance = parts.rotaries, parts.kernel, parts.head, parts.balance
@@ -77,19 +76,20 @@ class PairModel(GPTModel):
         self.comes_last = not parts.frozen and chunk == parallel.grid.virtual_pipeline - 1
         """No other chunk of this rank runs on a micro-batch after this one."""
         self.gives_likeness = False
-        """Whether to give each answer's likeness to what the model would sample itself, for dpo.use_weighting."""
+        """Whether the output also has, for dpo.use_weighting, how likely each answer is compared with the model's own
+        samples."""
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
-        """T tokens -> hidden states [T, 1, h] for the next stage ([T/tp, 1, h] under sequence parallelism), or, on
-        the last stage, logps [K] float32 of the batch's answers.
+        """T tokens -> hidden states [T, 1, h] for the next stage ([T/tp, 1, h] with sequence parallelism); on the last
+        stage: logps [K] float32 of the batch's answers.
 
-        With the batch's `token_weights` or `gives_likeness` logps are [K, 2] or [K, 3] instead: the weighted sum first
-        (with token_weights), then the sum over all tokens, then (with gives_likeness, without gradient) the sum of
+        With the batch's `token_weights` or `gives_likeness` logps are [K, 2] or [K, 3]: first the weighted sum (with
+        token_weights), then the sum over all tokens, then (with gives_likeness, without gradient) the sum of
         log p(token) - log sum_v p(v)^2.
 
-        Under context parallelism `batch` is this rank's part, T counts its tokens, and logps are of the whole answers.
-        Collectives: megatron-core's over the tensor-parallel group and, for experts, theirs; with context parallelism
-        those of model/context.py; one all-gather of [2, A] on the last stage.
+        With context parallelism `batch` is this rank's part, T counts its tokens, and logps are of the whole answers.
+        Collectives: megatron-core's over the tensor-parallel group and those of experts; with context parallelism those
+        of model/context.py; one all-gather of [2, A] on the last stage.
         """
         context = self._context(batch)
         hidden = None
@@ -101,7 +101,7 @@ class PairModel(GPTModel):
                     multiplier = torch.tensor(multiplier, dtype=hidden.dtype).item()
                 hidden = hidden * multiplier
         if hidden is not None and self.training and self.config.recompute_granularity is not None:
-            # Recomputation asks its input, not its weights, whether a gradient is wanted; frozen embeddings want none.
+            # Recomputation runs backward only if its input needs a gradient. With frozen embeddings it would not.
             hidden.requires_grad_()
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=context)
         return self._answer_logps(hidden, batch) if self.post_process else hidden
@@ -129,7 +129,7 @@ class PairModel(GPTModel):
             delta_plan=None if self.arch.delta_net is None else plan_of(self.arch.delta_net),
         )
         if self.comes_last:
-            batch.made.clear()  # nobody comes for it any more; backward passes keep what they need
+            batch.made.clear()  # not needed any more; backward passes keep what they need
         if batch.part is not None:
             context.context_group = self.pg_collection.cp
             context.keep_gathered = _recomputes_all_attention(self.config)
@@ -138,14 +138,14 @@ class PairModel(GPTModel):
         return context
 
     def _answer_logps(self, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        """Keep the predicting positions, then project: nothing of size tokens x vocabulary."""
+        """Selects the predicting positions first, then projects them: no tensor has the size tokens x vocabulary."""
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
             whole = gather_from_sequence_parallel_region(hidden, group=group)
         else:
             whole = copy_to_tensor_model_parallel_region(hidden, group=group)
         for hook in self.output_layer._forward_pre_hooks.values():
-            # Its weight is used without calling it, and DDP waits for the weight's all-gather in a hook of the call.
+            # The weight is used without calling its layer. DDP waits for the weight's all-gather in a hook of that call.
             hook(self.output_layer, ())
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         weight = self.output_layer.weight if weight is None else weight

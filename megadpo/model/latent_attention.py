@@ -1,8 +1,8 @@
-"""Multi-head latent attention of packed batches: keys and values of all heads, and mostly queries too, are made of narrow
-latents (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+"""Multi-head latent attention of packed batches: keys and values of all heads, and in most models queries too, are
+projected from narrow latents (DeepSeek-V2, arXiv 2405.04434, section 2.1).
 
-megatron-core's own MLASelfAttention knows positions by the place in a sequence, not by token, and takes one epsilon for
-all norms. Parameters are called as there.
+megatron-core's MLASelfAttention takes positions from the place in a sequence, not per token, and has one epsilon for all
+norms. Parameters have its names.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from megadpo.model.attention import PackContext, PackedAttention
 
 
 class ReplicatedLinear(torch.nn.Module):
-    """x [..., inputs] @ weight^T, the whole weight on every tensor-parallel rank. Under sequence parallelism each sees its
-    own tokens, and the weight is marked, so that megatron-core sums its gradient over the ranks."""
+    """x [..., inputs] @ weight^T; every tensor-parallel rank has the whole weight. With sequence parallelism each rank has
+    its own tokens, and the weight is marked so that megatron-core sums its gradient over the ranks."""
 
     def __init__(self, config: TransformerConfig, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -39,8 +39,8 @@ class ReplicatedLinear(torch.nn.Module):
 
 
 class LatentAttention(MegatronModule):
-    """In the place of megatron-core's SelfAttention. The last channels of a head are turned by position; in keys these are
-    the same for all heads, and come from the hidden state as the latent does."""
+    """Replaces megatron-core's SelfAttention. RoPE rotates the last channels of a head. For keys these are the same in all
+    heads, and are projected from the hidden state together with the latent."""
 
     def __init__(
         self,
@@ -88,10 +88,10 @@ class LatentAttention(MegatronModule):
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: None, *, packed_seq_params: PackContext, **_: Any
     ) -> tuple[torch.Tensor, None]:
-        """hidden_states [t, 1, h] -> the same shape, and no bias. t: this rank's tokens under sequence parallelism.
+        """hidden_states [t, 1, h] -> the same shape, and no bias. t: this rank's tokens with sequence parallelism.
 
-        Collectives over the tensor-parallel group: those of the linear layers; for the keys' turned channels an all-gather
-        in forward and a reduce-scatter in backward under sequence parallelism, else an all-reduce in backward. Under context
+        Collectives over the tensor-parallel group: those of the linear layers; for the keys' rotated channels an all-gather
+        in forward and a reduce-scatter in backward with sequence parallelism, else an all-reduce in backward. With context
         parallelism those of model/context.py.
         """
         query = self._queries(hidden_states, packed_seq_params)

@@ -1,8 +1,8 @@
-"""manifest.json of a checkpoint folder: the size and checksums of every file in it, by which damage is seen and named.
+"""manifest.json of a checkpoint folder: the size and checksums of every file, to find damaged files.
 
-Checksums are XXH3's of 64 bits, one for each block of a file, so that who reads a part of a file can verify that part.
-The manifest ends in a checksum of its own text. megadpo.json says whether there is one: checkpoints of megadpo up to
-0.1 have none. Checksums find damage, not ill will: whoever changes a file can change them too.
+Each block of a file has a 64-bit XXH3 checksum, so a part of a file can be verified alone. The manifest ends with a
+checksum of its own text. megadpo.json says whether there is a manifest: checkpoints of megadpo up to 0.1 have none.
+Checksums don't protect against an attacker, who can change them too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HF_TOKENIZER, AS_TRAINED = "hf_tokenizer", "as trained"
 FORMAT = 1
 BLOCK_BYTES = 16 * 2**20
 _READ_BYTES = 2**18
-"""Stays in a core's cache between reading and hashing."""
+"""So small that it stays in a core's cache between reading and hashing."""
 
 _MOST_THREADS = 8
 Given = TypeVar("Given")
@@ -35,20 +35,20 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class FileProof:
-    """What a file must be."""
+    """The size and checksums of one file."""
 
     size: int
     """Bytes."""
     xxh3: tuple[str, ...]
-    """Of each BLOCK_BYTES, and of the rest; of nothing, for an empty file."""
+    """Of each block of BLOCK_BYTES, the last one shorter. An empty file has one, of no bytes."""
 
 
 Manifest = Mapping[str, FileProof]
-"""Path in the folder, with slashes -> proof; every file but the manifest itself."""
+"""Path in the folder, with slashes -> proof, for every file except the manifest."""
 
 
 def prove(folder: Path, files: Iterable[Path]) -> dict[str, FileProof]:
-    """The proofs of `files`, which lie in `folder`, as they are now."""
+    """The present proofs of `files`, which are in `folder`."""
     sizes = {file: file.stat().st_size for file in files}
     blocks = [(file, number) for file, size in sizes.items() for number in range(_blocks(size))]
     checksums: dict[Path, list[str]] = {file: [] for file in sizes}
@@ -60,8 +60,8 @@ def prove(folder: Path, files: Iterable[Path]) -> dict[str, FileProof]:
 
 
 def write_manifest(folder: Path, known: Manifest | None = None) -> None:
-    """Write the manifest of a folder that is otherwise finished, and wait for the disk. known: of files whose writers
-    have proved them; the others are read here."""
+    """Write the manifest of a folder whose other files are finished, and wait for the disk. known: proofs that the files'
+    writers have made; other files are read here."""
     files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
     files.pop(MANIFEST_FILE, None)
     known = known or {}
@@ -75,8 +75,8 @@ def write_manifest(folder: Path, known: Manifest | None = None) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of `folder`; None for a checkpoint of a version that wrote none. Raises ConfigError where it is
-    damaged, or gone."""
+    """The manifest of `folder`; None for a checkpoint of a version that wrote none. Raises ConfigError if it is damaged or
+    missing."""
     file = folder / MANIFEST_FILE
     try:
         content = file.read_bytes()
@@ -91,7 +91,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     text = content[: -len(_sealed(b"}"))] + b"}"
     try:
         if content != _sealed(text):
-            raise ValueError("another text than its checksum is of")
+            raise ValueError("its checksum is that of another text")
         saved = json.loads(text)
         if (saved["format"], saved["block_bytes"]) != (FORMAT, BLOCK_BYTES):
             expected = f"manifest format {FORMAT}"
@@ -108,10 +108,10 @@ def damages(
     *,
     part: tuple[int, int] = (0, 1),
 ) -> list[Problem]:
-    """A problem for each file that is not as it was written.
+    """A problem for each damaged file.
 
-    chosen: file -> numbers of the blocks to read; sizes are looked at in every file. None: all blocks. part: (rank, ranks)
-    where ranks share the work, each a run of the blocks.
+    chosen: file -> numbers of the blocks to read; None: all blocks. The sizes of all files are checked. part: (rank,
+    ranks) if ranks divide the work.
     """
     if chosen is None:
         chosen = {name: range(len(proof.xxh3)) for name, proof in manifest.items()}
@@ -129,15 +129,15 @@ def damages(
 
 
 def damage_of(folder: Path, manifest: Manifest, name: str) -> Problem | None:
-    """That of one file, if it has one."""
+    """The problem of one file, if it is damaged."""
     proof = manifest[name]
     blocks = (_wrong_block(folder, name, proof, number) for number in range(len(proof.xxh3)))
     return _wrong_size(folder, name, proof) or next((problem for problem in blocks if problem), None)
 
 
 def verify(folder: Path, choose: Callable[[str], bool] = lambda name: True) -> bool:
-    """Hold the files of a checkpoint folder against its manifest: all that `choose` says, by their path in it, and the
-    sizes of the others. Returns whether there is a manifest. Raises ConfigError naming every damaged file."""
+    """Verify the files of a checkpoint folder: those for whose path `choose` is true, and the sizes of the others. Returns
+    whether there is a manifest. Raises ConfigError with every damaged file."""
     manifest = read_manifest(folder)
     if manifest is None:
         return False
@@ -148,12 +148,12 @@ def verify(folder: Path, choose: Callable[[str], bool] = lambda name: True) -> b
 
 
 def small_files(name: str) -> bool:
-    """For `verify`: what is read of a checkpoint before its tensors."""
+    """For `verify`: the files that are read before the tensors."""
     return not name.startswith(("model/", "rng/"))
 
 
 def checkpoint_before(folder: Path) -> Path | None:
-    """The checkpoint of the run that was written before the one in `folder`; None where there is none left."""
+    """The run's checkpoint before the one in `folder`; None if there is none."""
     steps = [(number, path) for path in folder.parent.glob("step_*") if (number := step_number(path)) is not None]
     here = step_number(folder) or 0
     earlier = [(number, path) for number, path in steps if number < here and (path / INFO_FILE).is_file()]
@@ -167,7 +167,7 @@ def step_number(folder: Path) -> int | None:
 
 
 def no_manifest(folder: Path) -> str:
-    """What is said of a checkpoint that has none."""
+    """The warning for a checkpoint without a manifest."""
     return f"{folder} is of a version of megadpo that wrote no {MANIFEST_FILE}: its files can't be verified"
 
 
@@ -221,14 +221,14 @@ def _checksum(block: tuple[Path, int]) -> str:
 
 
 def _in_threads(function: Callable[[Given], Made], given: list[Given]) -> list[Made]:
-    """In as many threads as this rank has cores to itself: reading and hashing hold no lock of Python's."""
+    """Maps in threads, as many as this rank has cores. (Reading and hashing release Python's lock.)"""
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     with ThreadPoolExecutor(max(1, min(cores, _MOST_THREADS))) as threads:
         return list(threads.map(function, given))
 
 
 def _sealed(text: bytes) -> bytes:
-    """A JSON object with the checksum of its text as a last entry."""
+    """The JSON object with the checksum of its text as last entry."""
     return text[:-1] + f', "above": "{xxhash.xxh3_64_hexdigest(text[:-1])}"}}\n'.encode()
 
 

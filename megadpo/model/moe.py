@@ -1,7 +1,7 @@
-"""Layers of experts on packs: megatron-core's router, dispatchers and experts, with padding kept out of all three.
+"""Layers with experts for packs: megatron-core's router, dispatchers and experts, without padding tokens.
 
-megatron-core's `padding_mask` keeps padding out of its load-balancing loss only; the experts still compute it. Here a
-`Routing` travels in its place, and the router sends padding to no expert.
+megatron-core's `padding_mask` only keeps padding out of the load-balancing loss; the experts still compute it. Here a
+`Routing` is passed in its place, and the router sends padding to no expert.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from megadpo.parallel import send
 
 @dataclass(frozen=True)
 class Routing:
-    """What the layers of experts need of one micro-batch. t: tokens of this rank, filled up."""
+    """What layers with experts need of one micro-batch. t: tokens of this rank, with padding."""
 
     real: torch.Tensor
     """[t] bool: False for padding."""
     num_real: int
-    """How many of them are real, known without waiting for the GPU."""
+    """Number of real tokens, known without waiting for the GPU."""
     sets: TokenSets | None
-    """What the load-balancing loss is over; None: there is none."""
+    """Token sets of the load-balancing loss; None: there is no such loss."""
 
 
 def plan_routing(batch: PackedBatch, config: TransformerConfig, balance: LoadBalance | None) -> Routing:
-    """The routing of `batch` on this rank, once a micro-batch.
+    """The routing of `batch` on this rank; made once for each micro-batch.
 
     balance: None for a model that is not being trained. Collectives: with the 'allgather' dispatcher, the maximum of one
-    number over the ranks that share experts: it wants as many tokens from each, and packs differ in length. The answer
-    is waited for.
+    number over the ranks that share experts, for which the host waits. (That dispatcher needs the same number of tokens on
+    each rank, but packs differ in length.)
     """
     groups = get_default_pg_collection()
     shards = groups.tp.size() if config.sequence_parallel else 1
@@ -75,7 +75,7 @@ def most_tokens(local: int, group: dist.ProcessGroup, device: torch.device) -> i
 
 
 class PackRouter(TopKRouter):
-    """megatron-core's top-k router with formulas of ours, since it knows fewer; padding goes to no expert."""
+    """megatron-core's top-k router with our formulas, since it lacks some. Padding goes to no expert."""
 
     expert_bias: torch.nn.Parameter | None
 
@@ -88,26 +88,27 @@ class PackRouter(TopKRouter):
         balance: LoadBalance,
         **further: Any,
     ) -> None:
-        """further: what newer versions of megatron-core hand over."""
+        """further: arguments of newer versions of megatron-core."""
         super().__init__(config, pg_collection, **further)
         self.router, self.balance = router, balance
         if router.correction_bias:
-            # Not under megatron-core's moe_router_enable_expert_bias, which changes it after every step. A parameter, so
-            # that it is loaded and saved like others.
+            # Not with megatron-core's moe_router_enable_expert_bias, which would change it after every step. It is a
+            # parameter, so that it is loaded and saved like others.
             bias = torch.zeros(self.num_experts, dtype=torch.float32, device=torch.cuda.current_device())
             del self.expert_bias
             self.expert_bias = torch.nn.Parameter(bias, requires_grad=False)
-        # moe_utils.py:1192 uses the name on any machine, although the import that defines it needs Transformer Engine
+        # moe_utils.py:1192 uses the name always, but defines it only with Transformer Engine
         if not hasattr(moe_utils, "te_general_gemm"):
             moe_utils.te_general_gemm = None
 
     def routing(self, logits: torch.Tensor, padding_mask: Routing | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """logits [t, 1, E] -> weights [t, E] in the router's dtype, and which experts each token goes to [t, E] bool."""
+        """logits [t, 1, E] -> weights [t, E] in the router's dtype, and whether each token goes to each expert [t, E]
+        bool."""
         routing = padding_mask
         assert isinstance(routing, Routing)
         logits = logits.flatten(0, -2)
         probs, chosen = expert_weights(logits, self.router, self.topk, self.expert_bias)
-        # Without gradients it is the first pass of a recomputed layer: the second one counts.
+        # Without gradients this is the first pass of a recomputed layer; only the second one counts.
         if self.training and routing.sets is not None and torch.is_grad_enabled():
             probs = self.balance.attach(
                 probs,
@@ -121,8 +122,8 @@ class PackRouter(TopKRouter):
 
 
 class ExpertRow(RowParallelLinear):
-    """An expert's second projection. Dispatchers reduce over ranks. megatron-core leaves it to them where there are several;
-    one rank's reduction gives back its input as it is, to which no bias can be added in place."""
+    """An expert's second projection. It never reduces over ranks, since the dispatcher does. (With one rank megatron-core's
+    layer would reduce itself; the result is then its input tensor, to which a bias can't be added in place.)"""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -132,9 +133,9 @@ class ExpertRow(RowParallelLinear):
 def expert_weights(
     logits: torch.Tensor, router: Router, topk: int, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits [t, E], bias [E] float32 or None -> weights [t, E] of their dtype, 0 for experts that a token doesn't go to, and
-    which it goes to [t, E] bool. By config/architecture.py's Router. Sources: Switch Transformers (arXiv 2101.03961) for
-    softmax, DeepSeek-V3 (arXiv 2412.19437, eq. 12-16) for sigmoids, groups and the bias."""
+    """logits [t, E], bias [E] float32 or None -> weights [t, E] of the logits' dtype, 0 for experts that a token doesn't go
+    to; and whether it goes there [t, E] bool. router: see config/architecture.py. Sources: Switch Transformers (arXiv
+    2101.03961) for softmax, DeepSeek-V3 (arXiv 2412.19437, eq. 12-16) for sigmoids, groups and the bias."""
     if router.scores == "sigmoid":
         scores = torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
     elif router.scores == "softmax":
@@ -156,7 +157,7 @@ def expert_weights(
 
 
 def _in_best_groups(choice: torch.Tensor, router: Router) -> torch.Tensor:
-    """`choice` [t, E], with -inf for the experts of groups that are not among a token's best."""
+    """`choice` [t, E], with -inf for experts outside a token's best groups."""
     grouped = choice.unflatten(-1, (router.groups, -1))
     best = grouped.topk(router.best_of_group, dim=-1).values.sum(dim=-1).topk(router.chosen_groups, dim=-1).indices
     kept = torch.zeros(grouped.shape[:2], dtype=torch.bool, device=choice.device).scatter(1, best, True)
@@ -164,8 +165,8 @@ def _in_best_groups(choice: torch.Tensor, router: Router) -> torch.Tensor:
 
 
 class PackAlltoAll(MoEAlltoAllTokenDispatcher):
-    """megatron-core's dispatcher, told how many rows go to experts: it takes every token for a real one, and sorts as many
-    rows (0.17 and newer, and its fused kernel)."""
+    """megatron-core's dispatcher with the right number of rows: it would count padding too (0.17 and newer, and its fused
+    kernel)."""
 
     num_real_rows: int
 
@@ -177,11 +178,11 @@ class PackAlltoAll(MoEAlltoAllTokenDispatcher):
 
 
 class PackMoELayer(MoELayer):
-    """megatron-core's layer of experts for packs whose lengths differ between the ranks that share the experts."""
+    """megatron-core's layer with experts, for packs whose lengths differ between the ranks that share the experts."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if type(self.token_dispatcher) is MoEAlltoAllTokenDispatcher:  # megatron-core builds it by name
+        if type(self.token_dispatcher) is MoEAlltoAllTokenDispatcher:  # megatron-core takes no class for it
             self.token_dispatcher.__class__ = PackAlltoAll
 
     def forward(
@@ -195,7 +196,7 @@ class PackMoELayer(MoELayer):
         return mix(hidden_states), None
 
     def _mix(self, hidden: torch.Tensor, *, routing: Routing) -> torch.Tensor:
-        """megatron-core's steps, on as many tokens as `routing` has."""
+        """megatron-core's steps, with padding up to the number of tokens of `routing`."""
         tokens = hidden.shape[0]
         shared = self.shared_experts_compute(hidden)
         filled = F.pad(hidden, (0, 0, 0, 0, 0, routing.real.numel() - tokens))

@@ -1,17 +1,17 @@
-"""The load-balancing loss of layers of experts: what it is over, its weight, and its value for the log.
+"""The load-balancing loss of layers with experts.
 
-Over a set of tokens, for one layer (Fedus et al. 2021, arXiv 2101.03961, eq. 4-6, for top-k routing as megatron-core's
+For one layer and one set of tokens (Fedus et al. 2021, arXiv 2101.03961, eq. 4-6, for top-k routing as in megatron-core's
 switch_load_balancing_loss_func):
 
-    loss = E * sum over experts e of f_e * P_e        1 where every expert gets as much as any other
+    loss = E * sum over experts e of f_e * P_e        1 if all experts get equal shares
 
-E experts; f_e the share of the set's choices (k a token) that fell on e; P_e the mean over the set of the softmax over
-all experts. The sets, and their weights in the mean over the global batch:
+E: number of experts. f_e: share of the set's choices (k for each token) that are expert e. P_e: mean over the set of the
+softmax over all experts. The sets of tokens, and their weights in the mean over the global batch:
 
-    aux_loss      the real tokens of a micro-batch, weighted by their number: as megatron-core under per-token loss
-    seq_aux_loss  each answer with its prompt, weighted by the pairs it is in: the same whatever shares a micro-batch
+    aux_loss      the real tokens of a micro-batch, weighted by their number, as in megatron-core with per-token loss
+    seq_aux_loss  each answer with its prompt, weighted by the number of its pairs; independent of the micro-batches
 
-To the gradient of the DPO loss it adds that of coefficient * (sum over layers of the mean). Padding is in no set.
+Its gradient, that of coefficient * (sum over layers of the mean), is added to the DPO loss's. Padding is in no set.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ Kind = Literal["none", "aux_loss", "seq_aux_loss"]
 
 @dataclass(frozen=True)
 class TokenSets:
-    """The sets of one micro-batch that the loss is over. Q sets, t tokens of this rank."""
+    """The token sets of one micro-batch. Q sets, t tokens of this rank."""
 
     members: torch.Tensor
     """[Q, t] float32: 1 where the token is in the set."""
     sizes: torch.Tensor
-    """[Q] float32: tokens in the set, over all ranks that hold the micro-batch."""
+    """[Q] float32: tokens of the set, over all ranks with parts of the micro-batch."""
     weights: torch.Tensor
-    """[Q] float32: what a set counts; divided by the sum over the global batch it gives the mean."""
+    """[Q] float32: weight of the set. The mean divides by the sum of the weights over the global batch."""
 
 
 class LoadBalance:
-    """The load-balancing loss of one model chunk: options, and sums over the micro-batches of a global batch."""
+    """The load-balancing loss: its options, and sums over the micro-batches of a global batch."""
 
     def __init__(self, kind: Kind, coefficient: float, layers: Sequence[int], device: torch.device) -> None:
-        """layers: the numbers of those that have experts, from 0."""
+        """layers: numbers of the layers with experts, from 0."""
         self.kind = kind
         self.coefficient = coefficient
         self.layers = tuple(layers)
@@ -57,12 +57,14 @@ class LoadBalance:
         return self.kind != "none" and self.coefficient > 0
 
     def start(self, *, num_tokens: int, num_pairs: int) -> None:
-        """Before the micro-batches of a global batch: its real tokens and pairs over all ranks. Clears the sums."""
+        """Call it before the micro-batches of a global batch, with its real tokens and pairs over all ranks. Clears the
+        sums."""
         self._sums.zero_()
         self._total_weight = float(num_tokens if self.kind == "aux_loss" else 2 * num_pairs)
 
     def sets(self, batch: PackedBatch) -> TokenSets:
-        """The sets of a whole micro-batch: members [Q, tokens of the whole run], on the CPU, not yet cut over ranks."""
+        """The sets of a whole micro-batch: members [Q, tokens of the whole run], on the CPU, before they are cut for
+        ranks."""
         ranges: list[tuple[tuple[int, int], ...]] = [((0, batch.num_tokens),)] if batch.num_tokens else []
         if self.kind == "seq_aux_loss":
             ranges = answer_sequences(batch.run_segments, batch.num_tokens)
@@ -88,10 +90,10 @@ class LoadBalance:
         layer_number: int,
         group: dist.ProcessGroup,
     ) -> torch.Tensor:
-        """`probs` [t, E] as they are; adds the gradient of this layer's loss, from `logits` [t, E], in the backward pass.
+        """Returns `probs` [t, E] unchanged. The backward pass adds the gradient of this layer's loss, from `logits` [t, E].
 
-        group: ranks that hold parts of this micro-batch. Each computes its own tokens' part of P_e, so that the parts
-        of the loss, and of its gradient, add up over the ranks. Collectives: one all-reduce of [Q, E] over `group`.
+        group: ranks with parts of this micro-batch. Each computes its own tokens' part of P_e, so the loss and its gradient
+        are sums over the ranks. Collectives: one all-reduce of [Q, E] over `group`.
         """
         assert self._total_weight is not None, "LoadBalance.start comes before the first micro-batch"
         scores = torch.softmax(logits, dim=-1, dtype=torch.float32)
@@ -103,8 +105,8 @@ class LoadBalance:
     def reduced(self) -> torch.Tensor:
         """[layers] float64: the mean over the global batch, without the coefficient; 0 for layers without experts.
 
-        Collectives: one all-reduce over the world, where the loss is on: tensor- and context-parallel ranks hold parts
-        of a micro-batch, data-parallel ranks other micro-batches, pipeline ranks other layers.
+        Collectives: if the loss is on, one all-reduce over the world. Tensor- and context-parallel ranks have parts of a
+        micro-batch, data-parallel ranks other micro-batches, pipeline ranks other layers.
         """
         if self.enabled:
             dist.all_reduce(self._sums)
@@ -125,14 +127,14 @@ def balance_loss(scores: torch.Tensor, sets: TokenSets, *, topk: int, group: dis
 
 
 def answer_sequences(segments: Sequence[Segment], num_tokens: int) -> list[tuple[tuple[int, int], ...]]:
-    """The ranges of each answer with its prompt: those of segments whose tokens no other segment sees."""
+    """The ranges of each answer with its prompt. (Answers are the segments that no other segment sees.)"""
     seen = {keys for segment in segments for keys in segment.keys[:-1]}
     return [s.keys for s in segments if (s.query_start, s.query_end) not in seen and s.query_end <= num_tokens]
 
 
 def balance_metrics(balances: Iterable[LoadBalance], *, per_layer: bool) -> dict[str, float]:
-    """`moe_aux_loss`, the mean over the layers of experts, and (per_layer) `moe_aux_loss_layer_<n>`, n from 0; empty where the
-    loss is off. All ranks call it. Collectives: an all-reduce a chunk. One wait for the device a chunk."""
+    """`moe_aux_loss`, the mean over the layers with experts, and (per_layer) `moe_aux_loss_layer_<n>`, n from 0; empty if the
+    loss is off. All ranks call it. Collectives: an all-reduce for each of `balances`. Waits for the device as often."""
     on = [balance for balance in balances if balance.enabled]
     if not on:
         return {}
@@ -145,8 +147,8 @@ def balance_metrics(balances: Iterable[LoadBalance], *, per_layer: bool) -> dict
 
 
 class _Attach(torch.autograd.Function):
-    """The identity on `x`, with a gradient of 1 for `loss`. megatron-core's MoEAuxLossAutoScaler does the same with a
-    scale kept in the class, which its schedules set."""
+    """The identity of `x`; the gradient of `loss` is 1. (megatron-core's MoEAuxLossAutoScaler does the same with a scale that
+    its schedules set.)"""
 
     @staticmethod
     def forward(ctx, x, loss):  # type: ignore[no-untyped-def]

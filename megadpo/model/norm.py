@@ -1,4 +1,4 @@
-"""Norms, and what adds a part of a layer to the residual stream."""
+"""Norms, and the residual addition of families that need another than megatron-core's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 
 class _RmsNorm(torch.autograd.Function):
-    """One number a row is kept besides the input; torch's own, on CPUs, keeps three tensors of the input's size."""
+    """Saves its input and one number for each row. (On CPUs torch's own saves three tensors of the input's size.)"""
 
     @staticmethod
     def forward(ctx, x, weight, eps):  # type: ignore[no-untyped-def]
@@ -39,10 +39,10 @@ class _RmsNorm(torch.autograd.Function):
 
 class RMSNorm(torch.nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019, eq. 4); with
-    `layernorm_zero_centered_gamma` times 1 + weight, a sum in float32.
+    `layernorm_zero_centered_gamma` times (1 + weight), a sum in float32.
 
-    megatron-core's own WrappedTorchNorm refuses sequence parallelism; here the weight is marked instead, so that
-    `finalize_model_grads` sums its gradient over the tensor-parallel ranks, each of which sees only its own tokens.
+    megatron-core's WrappedTorchNorm refuses sequence parallelism. Here the weight is marked, so that
+    `finalize_model_grads` sums its gradient over the tensor-parallel ranks, since each has only its own tokens.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
@@ -61,10 +61,10 @@ class RMSNorm(torch.nn.Module):
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, centre: float) -> torch.Tensor:
-    """RMSNorm's forward with a weight [hidden] of whoever's, to which `centre` is added in float32."""
+    """RMSNorm's forward with any weight [hidden], to which `centre` is added in float32."""
     if centre:
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + centre
-    if x.is_cuda:  # one fused kernel, which wants one dtype
+    if x.is_cuda:  # one fused kernel; it needs equal dtypes
         return F.rms_norm(x.to(weight.dtype), (x.shape[-1],), weight, eps).to(x.dtype)
     normed: torch.Tensor = _RmsNorm.apply(x, weight, eps)
     return normed
@@ -78,11 +78,12 @@ def norm_of_all_heads(
     eps: float,
     group: dist.ProcessGroup,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """RMSNorm of a token's queries of all heads together, and of its keys; the mean square is over every rank's heads.
+    """RMSNorm over all heads of a token together: of its queries, and of its keys. The mean square is over all ranks' heads.
 
-    query [T, H, D] and key [T, G, D] of this rank's heads; weights of all heads. Every rank keeps whole weights, of which it
-    uses its heads' part: by their names megatron-core sums the gradients over the ranks. With more ranks than key heads
-    several ranks have the same one. Collectives: an all-reduce of [T, 2] over `group`, forward and backward.
+    query [T, H, D] and key [T, G, D] of this rank's heads; weights of all heads. Every rank has the whole weights and uses
+    its heads' part; megatron-core knows the weights by their names, and sums their gradients over the ranks. With more
+    ranks than key heads several ranks have the same head. Collectives: an all-reduce of [T, 2] over `group`, forward and
+    backward.
     """
     both, weights, ranks = (query, key), (query_weight, key_weight), group.size()
     wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in both]
@@ -99,8 +100,8 @@ def norm_of_all_heads(
 
 
 class ResidualAdd(torch.nn.Module):
-    """residual + multiplier * norm(x), where megatron-core has its dropout: for families that norm what a part of a layer
-    gives, or weigh it."""
+    """residual + multiplier * norm(x), in place of megatron-core's dropout and addition. For families with a norm after
+    attention and MLP, or with a factor."""
 
     def __init__(self, config: TransformerConfig, norm: Any, multiplier: float) -> None:
         """norm: the class of the norm; None: there is none."""
@@ -109,7 +110,7 @@ class ResidualAdd(torch.nn.Module):
         self.multiplier = multiplier
 
     def forward(self, training: bool, fused: bool) -> Any:
-        """megatron-core's way to call it: what it returns takes ((x, bias), residual, dropout)."""
+        """Called by megatron-core. Returns a function of ((x, bias), residual, dropout)."""
         return self._add
 
     def _add(self, x_and_bias: Any, residual: torch.Tensor, dropout: float) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""Rotary position embedding: the frequencies each Hugging Face family asks for, and their application.
+"""Rotary position embedding (RoPE): its frequencies, and the rotation.
 
-Frequencies are computed in float32 as transformers does, so that logps agree to float32 rounding.
+Frequencies are computed in float32 as in transformers, so that log-probabilities agree up to float32 rounding.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megadpo.config.architecture import RopeScaling, Rotary
 
 
 def inverse_frequencies(rotary: Rotary) -> tuple[torch.Tensor, float]:
-    """theta_i of the rotation by position x theta_i, [dims/2] float32 on the CPU, and the factor on cos and sin.
+    """theta_i, [dims/2] float32 on the CPU: channel pair i is rotated by position x theta_i. And the factor of cos and sin.
 
     RoFormer (arXiv 2104.09864) eq. 15 for plain RoPE; position interpolation (arXiv 2306.15595) for 'linear';
     Llama 3.1's frequency-dependent interpolation for 'llama3'; YaRN (arXiv 2309.00071) eq. 17-23 for 'yarn';
@@ -37,7 +37,7 @@ def inverse_frequencies(rotary: Rotary) -> tuple[torch.Tensor, float]:
 
 
 def _llama3(plain: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
-    """Wavelengths beyond the original context are stretched by `factor`, short ones kept, the rest blended."""
+    """Long wavelengths are multiplied by `factor`, short ones kept, those between interpolated."""
     old_length, low, high = scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor
     assert old_length is not None and low is not None and high is not None
     wavelength = 2 * math.pi / plain
@@ -55,7 +55,7 @@ def _yarn(plain: torch.Tensor, rotary: Rotary, scaling: RopeScaling) -> torch.Te
     assert old_length is not None and scaling.beta_fast is not None and scaling.beta_slow is not None
 
     def dimension_of(rotations: float) -> float:
-        """The dimension that makes `rotations` full turns over the original context."""
+        """The dimension that makes `rotations` full rotations over the original context."""
         return dim * math.log(old_length / (rotations * 2 * math.pi)) / (2 * math.log(rotary.theta))
 
     low, high = dimension_of(scaling.beta_fast), dimension_of(scaling.beta_slow)
@@ -72,21 +72,21 @@ class RotaryTable:
     """The rotation at given positions."""
 
     def __init__(self, rotary: Rotary, device: torch.device, *, fused: bool = False) -> None:
-        """fused: by Transformer Engine's kernel, which needs CUDA, and has no factor on cos and sin (YaRN's): with one,
-        torch's operations do it."""
+        """fused: use Transformer Engine's kernel, which needs CUDA. It has no factor of cos and sin (YaRN's); with one,
+        torch's operations are used."""
         inverse, self.factor = inverse_frequencies(rotary)
         self.interleaved = rotary.interleaved
         self.fused = fused and self.factor == 1.0 and not self.interleaved
         self.key = (rotary, self.fused)
-        """Tables of one key turn alike."""
+        """Tables with equal keys give equal rotations."""
         self.inverse = inverse.to(device)
 
     @torch.no_grad()
     def __call__(self, positions: torch.Tensor, dtype: torch.dtype) -> Rotation:
-        """positions [T] int64 -> what turns tokens at these positions, the angles in float32 whatever the dtype."""
+        """positions [T] int64 -> the rotation of tokens at these positions. Angles are float32 for every dtype."""
         angles = positions.to(torch.float32)[:, None] * self.inverse[None, :]
         if self.fused:
-            # One sequence of T tokens: the kernel then takes row i of the angles for token i.
+            # Said to be one sequence of T tokens, so that the kernel takes row i of the angles for token i.
             return FusedRotation(torch.cat([angles, angles], dim=-1)[:, None, None, :], _one_sequence(positions))
         cos, sin = angles.cos() * self.factor, angles.sin() * self.factor
         return PlainRotation(cos[:, None, :].to(dtype), sin[:, None, :].to(dtype), self.interleaved)
@@ -98,17 +98,17 @@ def _one_sequence(tokens: torch.Tensor) -> torch.Tensor:
 
 
 class Rotation(Protocol):
-    """Turns x [T, H, D] by the positions of its tokens; shared by all layers of a micro-batch."""
+    """Rotates x [T, H, D] by the positions of its tokens. All layers of a micro-batch share it."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
 class PlainRotation:
-    """By torch's operations, on any device: the halves (x1, x2) become (x1 cos - x2 sin, x2 cos + x1 sin)."""
+    """With torch's operations, on any device: the halves (x1, x2) become (x1 cos - x2 sin, x2 cos + x1 sin)."""
 
     cos: torch.Tensor
-    """[T, 1, D/2], constants as sin is: no gradient flows to them."""
+    """[T, 1, D/2], without gradient, as sin."""
     sin: torch.Tensor
     interleaved: bool = False
 
@@ -119,10 +119,10 @@ class PlainRotation:
 
 @dataclass(frozen=True)
 class FusedRotation:
-    """By one kernel of Transformer Engine's, forward and backward."""
+    """With one kernel of Transformer Engine, forward and backward."""
 
     angles: torch.Tensor
-    """[T, 1, 1, D] float32, both halves alike."""
+    """[T, 1, 1, D] float32; both halves are equal."""
     cu_seqlens: torch.Tensor
     """[0, T] int32."""
 
@@ -133,7 +133,7 @@ class FusedRotation:
 
 
 class _Rotate(torch.autograd.Function):
-    """The gradient of a turn is the turn back, so only cos and sin are kept."""
+    """The gradient of a rotation is the inverse rotation, so only cos and sin are saved."""
 
     @staticmethod
     def forward(ctx, x, cos, sin, interleaved):  # type: ignore[no-untyped-def]
@@ -148,7 +148,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: int, interleaved: bool) -> torch.Tensor:
-    """cos and sin [T, 1, dims/2]; channels from dims on stay as they are."""
+    """cos and sin [T, 1, dims/2]. Channels from dims on are copied."""
     turned, dims = torch.empty(x.shape, dtype=x.dtype, device=x.device), 2 * cos.shape[-1]
     if interleaved:
         pairs = [[tensor[..., first:dims:2] for first in (0, 1)] for tensor in (x, turned)]

@@ -1,4 +1,4 @@
-"""What `policy.model_name` may name: a Hugging Face folder, a hub name, or a Megatron checkpoint folder."""
+"""Finds the files of a model: a Hugging Face folder, a hub name, or a Megatron checkpoint folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megadpo.model.manifest import INFO_FILE, MANIFEST_FILE, small_files, verify
 
 _TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")
 _SMALL_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "README.md", *_TERMS)
-"""Of a hub model; checkpoints keep its card and terms of use."""
+"""Files of a hub model without weights. Checkpoints keep its card and terms of use."""
 
 _SAMPLES, _SAMPLE_BYTES = 32, 2048
 _TENSOR_SAMPLES, _TENSOR_SAMPLE_BYTES = 2, 1024
@@ -23,20 +23,20 @@ _TENSOR_SAMPLES, _TENSOR_SAMPLE_BYTES = 2, 1024
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model's files are."""
+    """The folders of a model."""
 
     hf_files: Path
-    """config.json and tokenizer files; the weights too where `megatron` is None."""
+    """Has config.json and tokenizer files, and if `megatron` is None the weights."""
     megatron: Path | None
-    """Checkpoint folder (holding model/ and hf/) with the weights, or None."""
+    """Checkpoint folder (with model/ and hf/) that has the weights, or None."""
 
 
 def resolve_source(name: str, field: str, *, weights: bool = True) -> ModelSource:
-    """Find the folder that `name` means. A hub name is downloaded, or found in the hub's local cache; weights: with
-    its safetensors.
+    """Find the model `name`. A hub name is downloaded, or found in the hub's local cache. weights: whether its safetensors
+    are downloaded too.
 
-    Raises ConfigError naming `field` where there is no such folder or model, and naming each damaged file of a Megatron
-    checkpoint that is read before its tensors.
+    Raises ConfigError with `field` if there is no such folder or model, and with each damaged file of a Megatron checkpoint
+    that is read before its tensors.
     """
     folder = Path(name)
     require_regular_files(folder, field)
@@ -54,7 +54,7 @@ def resolve_source(name: str, field: str, *, weights: bool = True) -> ModelSourc
 
 
 def reference_source(cfg: Config, policy_source: ModelSource, *, weights: bool = True) -> ModelSource:
-    """Where the reference's weights are: `dpo.reference.model_name`, or what the policy started from. weights: as in
+    """The reference's model: `dpo.reference.model_name`, or the policy's starting model. weights: as in
     `resolve_source`."""
     if cfg.dpo.reference.model_name is None:
         return policy_source
@@ -62,11 +62,10 @@ def reference_source(cfg: Config, policy_source: ModelSource, *, weights: bool =
 
 
 def weights_fingerprint(source: ModelSource, *, every_tensor: bool = False) -> str:
-    """sha256 over the sizes of the weight files and a few bytes from all over each: what tells the models of one
-    architecture apart, without reading them. The same for a copy of the folder, whatever its name.
+    """sha256 of the sizes of the weight files and of samples of their bytes. It differs between models of one architecture,
+    and is the same for a copy of the folder under any name. Only the samples are read.
 
-    every_tensor: and a few bytes of each tensor, since a run that trains routers, norms or a few layers only may change
-    none of the others.
+    every_tensor: also sample each tensor, because a run that trains only routers, norms or a few layers changes no others.
     """
     files = source.hf_files.glob("*.safetensors") if source.megatron is None else source.megatron.glob("model/*.distcp")
     inside = _tensors_by_file(source.megatron / "model") if every_tensor and source.megatron is not None else {}
@@ -88,8 +87,8 @@ def weights_fingerprint(source: ModelSource, *, every_tensor: bool = False) -> s
 
 
 def _tensors_of_file(path: Path) -> Iterator[tuple[int, int]]:
-    """Where each tensor of a safetensors file begins, and its bytes. None of a broken file: loading it says what is
-    wrong. Source of the format: https://github.com/huggingface/safetensors#format."""
+    """(start, length) in bytes of each tensor of a safetensors file. Empty for a broken file; loading it reports the
+    problem. Format: https://github.com/huggingface/safetensors#format."""
     try:
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
@@ -102,7 +101,7 @@ def _tensors_of_file(path: Path) -> Iterator[tuple[int, int]]:
 
 
 def _tensors_by_file(folder: Path) -> dict[str, list[tuple[int, int]]]:
-    """The same of each file of a Megatron folder, by its name."""
+    """File name -> the same for each file of a Megatron folder."""
     from megadpo.model.weights.safe_files import read_metadata
 
     found: dict[str, list[tuple[int, int]]] = {}
@@ -112,7 +111,7 @@ def _tensors_by_file(folder: Path) -> dict[str, list[tuple[int, int]]]:
 
 
 def tokenizer_source(cfg: Config, source: ModelSource) -> Path | str:
-    """The tokenizer's folder or hub name: by default the model's own, which a Megatron folder keeps in hf/."""
+    """The tokenizer's folder or hub name: by default the model's own, in a Megatron folder's hf/."""
     name = cfg.policy.tokenizer.name
     return source.hf_files if name == cfg.policy.model_name else name
 
@@ -123,7 +122,7 @@ def _from_hub(name: str, field: str, expected: str, weights: bool) -> Path:
     try:
         patterns = [*_SMALL_FILES, *(["*.safetensors"] if weights else [])]
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises a dozen kinds: the model can't be fetched, whichever it is
+    except Exception as error:  # the hub client raises many kinds
         reason = first_line(error)
         fix = "correct the name, log in with `hf auth login`, or download the model and name its folder"
         raise ConfigError([Problem(field, name, f"{expected}; the hub says: {reason}", fix)]) from error

@@ -1,4 +1,4 @@
-"""The run's config and a Hugging Face architecture, said in megatron-core's words."""
+"""Makes megatron-core's TransformerConfig from the run's config and the architecture."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def transformer_config(
     layers: LayerImplementation,
     recompute: bool = True,
 ) -> TransformerConfig:
-    """The TransformerConfig of `arch` under `policy`; `recompute=False` for a model that never sees a backward."""
+    """The TransformerConfig of `arch` under `policy`. recompute: False for a model without backward passes."""
     megatron = policy.megatron_cfg
     dtype, attention = DTYPES[policy.precision], arch.attention
     config = TransformerConfig(
@@ -56,40 +56,42 @@ def transformer_config(
         sequence_parallel=megatron.sequence_parallel,
         context_parallel_size=megatron.context_parallel_size,
         **_pipeline(megatron, dtype),
-        moe_token_dispatcher_type="alltoall",  # variable_seq_lengths insists on it, for dense models too
+        moe_token_dispatcher_type="alltoall",  # variable_seq_lengths needs it, also for dense models
         **_experts(arch, policy, layers),
         perform_initialization=False,  # every weight comes from a file
         transformer_impl="transformer_engine" if layers.name == "transformer_engine" else "local",
-        # Of megatron-core's own linear layers; Transformer Engine's fuse without apex (model/layers/).
+        # For megatron-core's own linear layers. Transformer Engine's layers need no apex for it (model/layers/).
         gradient_accumulation_fusion=has_apex_kernel(known) and megatron.gradient_accumulation_fusion is not False,
         **_float8(policy),
-        masked_softmax_fusion=False,  # attention is ours
+        masked_softmax_fusion=False,  # not used: megadpo has its own attention
         # The loss is a sum over pairs already divided by the global batch: megatron-core must not divide again by
         # micro-batches or data-parallel ranks. See train/step.py.
         calculate_per_token_loss=True,
         **(_recompute(policy) if recompute else {}),
     )
     if arch.experts is not None:
-        # Set after megatron-core's check, which refuses 'allgather' for packs of different lengths: model/moe.py brings
-        # them to one length around the experts.
+        # Set after megatron-core's check, which refuses 'allgather' for packs of different lengths. model/moe.py pads them
+        # to one length for the experts.
         config.moe_token_dispatcher_type = megatron.moe_token_dispatcher_type
     return config
 
 
 def _activation(arch: Architecture, *, fused: bool, on_cuda: bool) -> dict[str, Any]:
-    """Of gated MLPs. megatron-core's fused kernels are compiled for GPUs; on CPUs the spec brings its own
-    (model/activation.py), and what is said here is not used, but checked. megatron-core knows its kernels by the gate's
-    function: F.gelu stands for the form with tanh there (fused_bias_geglu.py)."""
+    """Options for gated MLPs. On GPUs megatron-core's fused kernels are used; on CPUs the layer spec has its own
+    (model/activation.py), and megatron-core only checks these options. It chooses its kernel by the gate's function:
+    F.gelu means the tanh form there (fused_bias_geglu.py). Its kernel of clamped gates clamps before it adds the bias, so
+    on GPUs they use the spec's too."""
     mlp = arch.mlp if arch.experts is None else arch.experts.mlp
     assert mlp is not None
+    own = fused and (not on_cuda or mlp.activation == "clamped")
     options: dict[str, Any] = {
-        "bias_activation_fusion": fused and on_cuda,
-        "use_te_activation_func": fused and not on_cuda,
+        "bias_activation_fusion": fused and not own,
+        "use_te_activation_func": own,
         "activation_func": F.silu,
     }
     if mlp.activation == "gelu_tanh":
         options["activation_func"] = F.gelu if fused else functools.partial(F.gelu, approximate="tanh")
-    if mlp.activation == "clamped" and not options["use_te_activation_func"]:
+    if mlp.activation == "clamped" and not own:
         options |= {
             "activation_func": quick_gelu,
             "activation_func_clamp_value": mlp.limit,
@@ -99,8 +101,8 @@ def _activation(arch: Architecture, *, fused: bool, on_cuda: bool) -> dict[str, 
 
 
 def _dense_ffn_size(arch: Architecture) -> int:
-    """Of the dense layers. megatron-core builds an MLP's second projection by the config alone; experts have their own size
-    there, and where there are only experts this one is used for nothing."""
+    """MLP width of the dense layers. (megatron-core takes the second projection's size from the config. Experts have their
+    own field; without dense layers this value is not used.)"""
     if arch.mlp is not None:
         return arch.mlp.ffn_size
     assert arch.experts is not None
@@ -113,10 +115,10 @@ def _pipeline(megatron: MegatronConfig, dtype: torch.dtype) -> dict[str, Any]:
         "pipeline_model_parallel_size": stages,
         "pipeline_dtype": dtype if stages > 1 else None,
         "virtual_pipeline_model_parallel_size": chunks if chunks > 1 else None,
-        # Batched sends and receives between the same two ranks pair up wrongly in the interleaved schedule.
+        # In the interleaved schedule, batched sends and receives between the same two ranks would be paired wrongly.
         "overlap_p2p_comm": chunks > 1,
         "batch_p2p_comm": chunks == 1,
-        "batch_p2p_sync": False,  # it stops the host at every transfer, for a bug of older PyTorch's
+        "batch_p2p_sync": False,  # it makes the host wait at every transfer, for a bug in older PyTorch
         "num_layers_in_first_pipeline_stage": megatron.num_layers_in_first_pipeline_stage,
         "num_layers_in_last_pipeline_stage": megatron.num_layers_in_last_pipeline_stage,
         "variable_seq_lengths": stages > 1,  # packs differ in length
@@ -124,13 +126,13 @@ def _pipeline(megatron: MegatronConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _float8(policy: PolicyConfig) -> dict[str, Any]:
-    """Which layers: all linear ones of the decoder. megatron-core enters the recipe around each layer."""
+    """float8 for all linear layers of the decoder; megatron-core enters the recipe around each layer."""
     fp8 = policy.megatron_cfg.fp8_cfg
     return {"fp8": fp8.fp8, "fp8_recipe": fp8.fp8_recipe} if fp8.enabled else {}
 
 
 def _experts(arch: Architecture, policy: PolicyConfig, layers: LayerImplementation) -> dict[str, Any]:
-    """The experts of `arch`. Load balancing and padding are model/moe.py's."""
+    """Options for the experts. model/moe.py does load balancing and padding."""
     megatron, experts = policy.megatron_cfg, arch.experts
     if experts is None:
         return {}

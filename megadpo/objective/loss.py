@@ -1,4 +1,4 @@
-"""What the preference losses are made of: their inputs, and the options and rules that several of them share.
+"""The inputs of the preference losses, and the options and checks that several of them share.
 
 Shapes: P pairs. All log-probabilities are in nats; p, r, s, w and l as in losses.py.
 """
@@ -28,16 +28,16 @@ MAX_EXPONENT = 80.0
 
 @dataclass(frozen=True)
 class PairFacts:
-    """What the data says about P pairs beside their tokens. Every field is [P], or None where it says nothing."""
+    """The data of P pairs other than their tokens. Every field is [P], or None if the data doesn't have it."""
 
     weights: Tensor | None = None
-    """Of each pair's loss."""
+    """The weight of each pair's loss."""
     reward_gaps: Tensor | None = None
     """Reward of the chosen answer minus that of the rejected one."""
     chosen_answers: Tensor | None = None
     """int64: pairs with the same number have the same chosen answer."""
     ranking_shares: Tensor | None = None
-    """data/batches/rankings.py `ranking_shares`."""
+    """The result of `ranking_shares` in data/batches/rankings.py."""
 
 
 NOTHING = PairFacts()
@@ -56,7 +56,7 @@ class PairScores:
     reference_chosen_logps: Tensor | None
     reference_rejected_logps: Tensor | None
     chosen_tokens: Tensor
-    """Of the chosen answer, in the loss."""
+    """How many tokens of the chosen answer are in the loss."""
     rejected_tokens: Tensor
     facts: PairFacts = NOTHING
 
@@ -82,14 +82,14 @@ class Loss:
     reads_rewards: ClassVar[bool] = False
     """Whether it needs the rewards of both answers."""
     ranks: ClassVar[bool] = False
-    """Whether it is a loss of rankings: global batches then count rankings, and hold each whole."""
+    """Whether it is a loss of rankings. Global batches then count rankings and never split one."""
 
     def pair_losses(self, scores: PairScores, beta: float) -> Tensor:
         """[P] losses of P pairs, with gradient. No collectives."""
         raise NotImplementedError
 
     def problems(self, known: Known) -> Iterator[Problem]:
-        """What is wrong between this loss and the rest of the config."""
+        """The errors of this loss together with the rest of the config."""
         dpo = known.cfg.dpo
         fix = f"add {self.settings()}"
         if not self.reads_reference and dpo.reference.mode != "none":
@@ -101,7 +101,7 @@ class Loss:
 
     @classmethod
     def settings(cls) -> str:
-        """What the command line needs beside dpo.loss_type."""
+        """The settings that this loss needs on the command line in addition to dpo.loss_type."""
         needed = ["dpo.reference.mode=none"] * (not cls.reads_reference)
         return " ".join(needed + ["dpo.preference_average_log_probs=true"] * cls.needs_average)
 

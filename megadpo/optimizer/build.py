@@ -11,7 +11,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
 from megadpo.config.schema_policy import PolicyConfig
-from megadpo.optimizer.step import use_our_norm
+from megadpo.optimizer.step import use_our_norm_and_scale
 
 
 def wrap_for_training(chunks: Sequence[MegatronModule], policy: PolicyConfig) -> list[DistributedDataParallel]:
@@ -43,8 +43,8 @@ def build_optimizer(
     """
     optimizer = policy.megatron_cfg.optimizer
     optimizer.kind.install(device.type)
-    use_our_norm()
-    return get_megatron_optimizer(
+    use_our_norm_and_scale()
+    built = get_megatron_optimizer(
         OptimizerConfig(
             optimizer=optimizer.optimizer,
             lr=optimizer.lr,
@@ -60,6 +60,10 @@ def build_optimizer(
         list(chunks),
         use_gloo_process_groups=device.type == "cuda",  # as in parallel/groups.py; the planner has none
     )
+    for group in built.param_groups if device.type == "cpu" else ():
+        if "fused" in group:  # torch's AdamW, SGD: one pass over the memory, without copies of whole tensors
+            group["fused"] = True
+    return built
 
 
 def build_scheduler(optimizer: MegatronOptimizer, policy: PolicyConfig, total_steps: int) -> OptimizerParamScheduler:

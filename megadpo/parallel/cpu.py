@@ -19,7 +19,7 @@ _enabled = False
 
 
 class _NoStream:
-    """Stands for a CUDA stream or event: on a CPU everything has already happened when it is asked."""
+    """Replaces a CUDA stream or event. On a CPU an operation is done when its call returns, so nothing waits."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -28,12 +28,12 @@ class _NoStream:
         return lambda *_, **__: None
 
     def record_event(self, *_: Any) -> _NoStream:
-        """token_dispatcher.py:895 waits for what it gets here."""
+        """token_dispatcher.py:895 waits for the event that this returns."""
         return _NoStream()
 
 
 class _NoFloat8:
-    """Stands for Transformer Engine's FP8GlobalStateManager."""
+    """Replaces Transformer Engine's FP8GlobalStateManager."""
 
     @staticmethod
     def is_fp8_enabled() -> bool:
@@ -54,8 +54,8 @@ def enable_cpu() -> None:
     _redirect_type_names()
     _redirect_streams()
     _redirect_rng()
-    # fusions/fused_bias_swiglu.py and others compile with torch.compile at first use: without a GPU that costs a
-    # C++ compiler and minutes, for functions that eager mode computes as well.
+    # fusions/fused_bias_swiglu.py and others call torch.compile at first use, which on a CPU needs a C++ compiler and
+    # takes minutes. Eager mode gives the same results.
     torch.compiler.set_stance("force_eager")
     _patch_megatron_modules()
     _redirect_uneven_collectives()
@@ -80,8 +80,8 @@ def _redirect_devices() -> None:
 
         return call
 
-    # `with torch.device(...)`, which transformers loads under, knows its functions by identity, and lists them when first
-    # used: they have to be listed before they are replaced
+    # transformers loads models inside `with torch.device(...)`. That context recognises torch's factory functions by
+    # identity, from a list that it makes at first use. So make the list before they are replaced.
     _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, redirected(getattr(torch, name)))
@@ -125,7 +125,7 @@ def _redirect_streams() -> None:
 
 
 def _redirect_rng() -> None:
-    """CUDA generator state stands for the CPU's: tensor_parallel/random.py (tracker, activation recomputation)."""
+    """Functions of the CUDA generator act on the CPU's: tensor_parallel/random.py (tracker, activation recomputation)."""
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
     for module in (torch.cuda, torch.cuda.random):
         module.get_rng_state = lambda *_, **__: torch.get_rng_state()  # type: ignore[attr-defined]
@@ -133,21 +133,21 @@ def _redirect_rng() -> None:
 
 
 def _patch_megatron_modules() -> None:
-    """What megatron-core took by name at import, and so has to be replaced in its own modules."""
+    """Names that megatron-core's modules imported: replacing them where they are defined would not reach these modules."""
     from megatron.core.tensor_parallel import random as mcore_random
     from megatron.core.transformer.moe import token_dispatcher
 
-    # random.py:589-687 asks Transformer Engine about float8 whenever a layer norm is recomputed; on a CPU there is none.
+    # random.py:589-687 asks Transformer Engine about float8 whenever a layer norm is recomputed.
     mcore_random.FP8GlobalStateManager = _NoFloat8
     for name in ("activation_recompute_forward", "fp8_autocast"):
         setattr(mcore_random, name, lambda *_, **__: contextlib.nullcontext())
 
-    # random.py:41-110 reaches for torch.cuda.default_generators and torch._C._cuda_setRNGState.
+    # random.py:41-110 uses torch.cuda.default_generators and torch._C._cuda_setRNGState.
     mcore_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     mcore_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
 
-    # token_dispatcher.py:876-889 turns split sizes into numpy arrays as it copies them off the GPU; left as tensors,
-    # torch's all_to_all_single refuses them.
+    # token_dispatcher.py:876-889 makes numpy arrays of split sizes while it copies them off the GPU.
+    # torch's all_to_all_single takes no tensors there.
     def split_sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
@@ -155,8 +155,8 @@ def _patch_megatron_modules() -> None:
 
 
 def _redirect_uneven_collectives() -> None:
-    """mappings.py:150 and :200 gather and scatter as many rows as each rank has (experts cut by tensor parallelism get
-    different numbers of tokens from each rank); gloo wants equal shapes in all_gather and in reduce_scatter."""
+    """mappings.py:150 and :200 gather and scatter a different number of rows on each rank (with expert tensor parallelism
+    each rank has its own number of tokens). gloo's all_gather and reduce_scatter take equal shapes only."""
     from megatron.core.tensor_parallel import mappings
 
     even_gather, even_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim

@@ -23,9 +23,9 @@ def setup_device(requested: str, *, tensor_parallel: int = 1) -> torch.device:
     asked for and CUDA is present (megatron-core then uses CUDA tensors of its own; hide the GPUs from the process
     instead), or where the environment chooses Transformer Engine's attention.
     """
-    # Kernels then start in the order of their calls. Backward counts on it where a collective is to run beside a product
-    # (megatron-core: tensor_parallel/layers.py:525-560; Transformer Engine: module/base.py:1080), and without it both only
-    # warn that the two may follow each other. CUDA reads it when it starts.
+    # With 1, kernels start in the order of their calls. The backward pass needs that order to run a collective at the same
+    # time as a matrix product (megatron-core: tensor_parallel/layers.py:525-560; Transformer Engine: module/base.py:1080);
+    # without it both libraries warn that the two may run one after the other. CUDA reads the variable when it starts.
     if tensor_parallel > 1:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # megatron-core asserts this of every model it builds (language_module.py `_set_attention_backend`), and sets them
@@ -51,20 +51,20 @@ def setup_device(requested: str, *, tensor_parallel: int = 1) -> torch.device:
         return torch.device("cpu")
     number, visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     processes = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), number + 1)
-    if processes > visible:  # on every rank of the node, or the others would wait for this one
+    if processes > visible:  # every rank of the node must refuse, or the others would wait for this one
         expected = f"at most the {visible} GPUs that each process sees"
         fix = f"torchrun --nproc-per-node {visible}, or show them all in CUDA_VISIBLE_DEVICES"
         raise ConfigError([Problem("processes on this node", processes, expected, fix)])
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)
-    # float32 is float32: NVIDIA's containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, and products would keep 10 bits
+    # NVIDIA's containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE: float32 products would have 10 bits of mantissa
     torch.set_float32_matmul_precision("highest")
     return device
 
 
 @functools.cache
 def machine(device: torch.device) -> Machine:
-    """What variants may ask of this machine, whose rank works on `device`. A device without values is taken for a CPU."""
+    """This machine, for a rank on `device`. The meta device counts as a CPU."""
     if device.type != "cuda":
         return Machine(device="cpu", why_missing=why_missing)
     major, minor = (torch.version.cuda or "0.0").split(".")[:2]
@@ -80,7 +80,7 @@ def machine(device: torch.device) -> Machine:
 def why_missing(name: str) -> str | None:
     """Why the Python package `name`, or MIXED_PRODUCTS, can't be used; None where it can.
 
-    Importing is the only test: a build for another torch or without its CUDA libraries is found, and fails to load.
+    The package is imported: one built for another torch, or without its CUDA libraries, is found but fails to load.
     """
     if name == MIXED_PRODUCTS:
         there = multiplies_into_float32(torch.device("cuda"))
@@ -101,10 +101,9 @@ def why_missing(name: str) -> str | None:
 
 
 def multiplies_into_float32(device: torch.device) -> bool:
-    """Whether torch multiplies bfloat16 matrices into a float32 one on this device, and adds to it, unrounded between.
-
-    CUDA builds do from 2.10 on (https://github.com/pytorch/pytorch/pull/167931); others refuse. Waits for the device.
-    """
+    """Whether torch on this device multiplies bfloat16 matrices into a float32 one, and adds the product to one, without
+    rounding it to bfloat16 first. CUDA builds do from 2.10 on (https://github.com/pytorch/pytorch/pull/167931). Waits for
+    the device."""
     a = torch.ones(16, 16, device=device, dtype=torch.bfloat16)
     b = a.clone().fill_diagonal_(256.0)
     total = torch.full((16, 16), 2.0**-10, device=device)
@@ -117,7 +116,7 @@ def multiplies_into_float32(device: torch.device) -> bool:
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A CPU tensor on `device`, without waiting for it: a copy out of memory that isn't pinned waits for the GPU."""
+    """Copy a CPU tensor to `device` without waiting. (A copy from memory that isn't pinned would wait for the GPU.)"""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)  # the caching allocator keeps it until the copy is done

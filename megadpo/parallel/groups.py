@@ -15,7 +15,7 @@ from megadpo.config.grid import Grid
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """This rank's place in the grid of ranks, and the groups it talks in."""
+    """This rank's place in the grid of ranks, and its process groups."""
 
     grid: Grid
     device: torch.device
@@ -24,7 +24,9 @@ class ParallelContext:
     dp_group: dist.ProcessGroup
     cp_group: dist.ProcessGroup
     etp_group: dist.ProcessGroup
-    """The ranks that cut an expert."""
+    """The ranks that share each expert's matrices (expert tensor parallel)."""
+    host_group: dist.ProcessGroup
+    """All ranks, with gloo: for numbers on the host, so that they don't wait for the GPU."""
 
     @property
     def rank(self) -> int:
@@ -35,13 +37,17 @@ class ParallelContext:
         return self.grid.world_size
 
     def total_from_last_stage(self, tensor: torch.Tensor) -> None:
-        """Sum `tensor` in place over the data-parallel ranks of the last stage, for every rank of the world. Every
-        context-parallel rank has the same number, which counts once.
-
-        One all-reduce over dp, one broadcast over pp; the other stages' values don't count.
-        """
+        """Sum the last stage's `tensor` over its data-parallel ranks, and write the sum into `tensor` on every rank. Equal
+        values of context-parallel ranks count once. Collectives: an all-reduce over dp, a broadcast over pp."""
         dist.all_reduce(tensor, group=self.dp_group)
         self.broadcast_from_last_stage(tensor)
+
+    def largest(self, number: int) -> int:
+        """The largest `number` of any rank, on every rank. One all-reduce on the host: it waits for the other ranks to call
+        it, and not for what is queued on the GPU."""
+        found = torch.tensor([number], dtype=torch.int64)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.host_group)
+        return int(found.item())
 
     def broadcast_from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
         """Give every pipeline stage the last stage's `tensor` (same shape everywhere). One broadcast over pp."""
@@ -51,17 +57,17 @@ class ParallelContext:
         return tensor
 
 
-def initialize(sizes: Grid, device: torch.device, timeout_s: float = 1800.0) -> ParallelContext:
+def initialize(sizes: Grid, device: torch.device) -> ParallelContext:
     """Join the world that torchrun describes in the environment (or a world of one) and make every group.
 
-    sizes: `data` and `rank` don't count; they come from the world. Raises ValueError where the other sizes don't divide
-    the world. Collectives: those of group creation, on all ranks.
+    sizes: `data` and `rank` are ignored; the world gives them. Raises ValueError where the other sizes don't divide the
+    world. Collectives: those of group creation, on all ranks.
     """
+    timeout = datetime.timedelta(minutes=30)
     if not dist.is_initialized():
         if "RANK" not in os.environ:
             os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
         backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        timeout = datetime.timedelta(seconds=timeout_s)
         if os.environ["WORLD_SIZE"] == "1" and "MASTER_ADDR" not in os.environ:
             store = dist.HashStore()
             dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1, device_id=own)
@@ -71,13 +77,15 @@ def initialize(sizes: Grid, device: torch.device, timeout_s: float = 1800.0) -> 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=grid.tensor,
         pipeline_model_parallel_size=grid.pipeline,
-        # None, not 1: megatron-core takes any number for the interleaved schedule
+        # None, not 1: with any number megatron-core takes the interleaved schedule
         virtual_pipeline_model_parallel_size=grid.virtual_pipeline if grid.virtual_pipeline > 1 else None,
         context_parallel_size=grid.context,
         expert_model_parallel_size=grid.expert,
         expert_tensor_parallel_size=grid.expert_tensor,
         create_gloo_process_groups=device.type == "cuda",  # on a CPU the groups are gloo already
     )
+    world = dist.group.WORLD
+    assert world is not None
     return ParallelContext(
         grid=grid,
         device=device,
@@ -86,6 +94,7 @@ def initialize(sizes: Grid, device: torch.device, timeout_s: float = 1800.0) -> 
         dp_group=parallel_state.get_data_parallel_group(),
         cp_group=parallel_state.get_context_parallel_group(),
         etp_group=parallel_state.get_expert_tensor_parallel_group(),
+        host_group=dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else world,
     )
 
 

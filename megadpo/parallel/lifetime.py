@@ -1,4 +1,4 @@
-"""Which signals ask a rank to stop, and what happens to it when its launcher ends."""
+"""The signals that ask a rank to stop, and the end of a rank whose launcher has ended."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def end_with_launcher() -> None:
-    """In a rank that torchrun or megadpo/launcher.py started: have the kernel send it SIGTERM when that ends, however it
-    ends. Without it the ranks of a launcher that was killed would work on.
+    """Ask the kernel to send this rank SIGTERM when its launcher (torchrun or megadpo/launcher.py) ends, even if that was
+    killed. Otherwise the ranks would go on without it.
 
-    Strictly, when the parent's thread that started this process ends. Linux only; elsewhere nothing happens. Raises
-    OSError where the kernel refuses.
+    The kernel watches the thread that started this process. Linux only; elsewhere nothing happens. Raises OSError where
+    the kernel refuses.
     """
     parent = os.getppid()
     if not under_torchrun() or sys.platform != "linux":
@@ -28,5 +28,5 @@ def end_with_launcher() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:  # it ended before the kernel was told
+    if os.getppid() != parent:  # it ended before the kernel was asked
         os.kill(os.getpid(), signal.SIGTERM)

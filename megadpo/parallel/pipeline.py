@@ -24,13 +24,12 @@ def run_pipeline(
 
     forward_step(iterator, chunk) -> (output, function of the last stage's output), as megatron-core wants it. Each chunk
     gets an iterator of its own over the same micro-batches; the last chunk's function sees them in order. Interleaved,
-    their number must be a multiple of the pipeline stages. Returns what that function returned, on the last stage; an
-    empty list elsewhere. Collectives: the pipeline's sends and receives, the chunks' own, and when gradients are
-    computed their reductions.
+    their number must be a multiple of the pipeline stages. Returns that function's results on the last stage, an empty
+    list elsewhere. Collectives: the pipeline's sends and receives, those of the chunks, and reductions of gradients.
     """
     config = get_model_config(chunks[0])
     hold_back = None if forward_only else _reductions_to_hold_back(chunks)
-    # megatron-core enters no_sync in a forward-only run too, and leaves it to the garbage collector to come out again.
+    # In a forward-only run megatron-core enters no_sync too, and only the garbage collector leaves it again.
     config.no_sync_func = hold_back
     transfers: dict[str, Any] = {}
     if config.pipeline_model_parallel_size > 1:
@@ -50,8 +49,8 @@ def run_pipeline(
 
 
 def _reductions_to_hold_back(chunks: Sequence[Any]) -> Any:
-    """`no_sync` of DDP-wrapped chunks that reduce gradients during the backward pass: only the last micro-batch may.
-    The schedules take one function, and only the interleaved one a list."""
+    """`no_sync` of DDP-wrapped chunks that reduce gradients during the backward pass: only the last micro-batch's may
+    be reduced. The schedules take one function; the interleaved one also takes a list."""
     if not chunks[0].ddp_config.overlap_grad_reduce:
         return None
     return chunks[0].no_sync if len(chunks) == 1 else [chunk.no_sync for chunk in chunks]

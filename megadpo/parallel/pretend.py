@@ -1,7 +1,7 @@
-"""A pretend world: one process plays one rank of any layout, with groups that talk to nobody and tensors without memory.
+"""A pretend world: one process acts as one rank of any layout, without other processes and without memory for tensors.
 
-Every collective returns at once and changes nothing, and every tensor of megatron-core's lands on the meta device, so
-that a rank of a 512-rank layout of a 70B model is built, and its forward and backward walked through, on a laptop.
+Collectives return at once and change nothing, and megatron-core makes its tensors on the meta device. So a laptop can
+build a rank of a 512-rank layout of a 70B model, and run its forward and backward.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ META = torch.device("meta")
 
 @contextlib.contextmanager
 def pretend_rank(grid: Grid) -> Iterator[ParallelContext]:
-    """The context of the rank that `grid` speaks of; its device is meta. No process is started, nothing is sent.
+    """The context of the grid's rank, on the meta device. No process is started, nothing is sent.
 
-    Raises RuntimeError inside a real world. Where there is no
-    CUDA, megatron-core stays redirected to the CPU afterwards (parallel/cpu.py); everything else is restored.
+    Raises RuntimeError inside a real world. Without CUDA, megatron-core stays redirected to the CPU afterwards
+    (parallel/cpu.py); everything else is restored.
     """
-    # registers the "fake" backend; torch ships it for its own tests of distributed code, and nothing else offers one
+    # registers the "fake" backend, which torch ships for its own tests
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():
@@ -42,14 +42,14 @@ def pretend_rank(grid: Grid) -> Iterator[ParallelContext]:
         dist.init_process_group("fake", store=FakeStore(), rank=grid.rank, world_size=grid.world_size)
         try:
             parallel = initialize(grid, META)
-            model_parallel_cuda_manual_seed(0)  # layers take their generator's state even where nothing is drawn
+            model_parallel_cuda_manual_seed(0)  # layers read the generator's state even if they draw no random number
             yield parallel
         finally:
             destroy()
 
 
 def gather_buffers() -> list[torch.Tensor]:
-    """What megatron-core has made for gathered tokens, and keeps for the next time."""
+    """megatron-core's buffers of gathered tokens, which it makes once and uses again."""
     return list(parallel_state.get_global_memory_buffer().buffer.values())
 
 

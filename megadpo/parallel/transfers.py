@@ -1,4 +1,4 @@
-"""What pipeline stages send each other, in shapes that both sides know."""
+"""Sends and receives between pipeline stages that both know the shapes."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 
 class KnownShapes(P2PCommunicator):
-    """megatron-core's sends and receives, without the shapes that it sends ahead of them where packs differ in length:
-    to read one it stops the host until the GPU has nothing left to do (p2p_communication.py `_communicate_shapes`). The
-    stages of a pipeline have the same micro-batches, so each knows what comes: the hidden states of the next one."""
+    """megatron-core's sends and receives, without messages about shapes. For packs of different lengths megatron-core
+    sends each shape ahead of its tensor, and the host waits for the GPU to read it (p2p_communication.py
+    `_communicate_shapes`). Here every stage has the same micro-batches, so each knows the shape that comes next."""
 
     def __init__(self, config: ModelParallelConfig, tokens: Sequence[int], chunks: int) -> None:
-        """tokens: of each micro-batch on this rank. chunks: of the model, on each stage. For one run of the schedule."""
+        """For one run of the schedule. tokens: of each micro-batch on this rank. chunks: model chunks of each stage."""
         super().__init__(parallel_state.get_pipeline_model_parallel_group(), config)
         turns = [(number, 0) for number in range(len(tokens))]
         if chunks > 1:
             turns = get_schedule_table(len(tokens), chunks, config.microbatch_group_size_per_vp_stage)
-        # Backward takes the micro-batches in forward's order, and chunks from the last to the first. Between the two ends
-        # of the pipeline nothing is sent after the chunk that ends the model or, in backward, begins it.
+        # Backward takes the micro-batches in forward's order, and chunks from the last to the first. The last stage sends
+        # nothing on to the first after the model's last chunk, nor back after its first chunk.
         around = [number for number, chunk in turns if chunk < chunks - 1]
         along = [number for number, _ in turns]
         stage, stages = self.pp_group.rank(), self.pp_group.size()
@@ -44,7 +44,7 @@ class KnownShapes(P2PCommunicator):
 
 
 def pipeline_groups() -> ProcessGroupCollection:
-    """The groups that megatron-core's schedules take for themselves where they make the communicator."""
+    """The groups that the schedules need beside a communicator. (Without one they look these up themselves.)"""
     groups = ProcessGroupCollection()
     groups.tp = parallel_state.get_tensor_model_parallel_group()
     groups.pp = parallel_state.get_pipeline_model_parallel_group()

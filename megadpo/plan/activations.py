@@ -65,11 +65,13 @@ class Estimate:
         return Activations(gathered, saved, saved + transient)
 
     def _head(self) -> int:
-        """Logits and their gradients, and the weight's gradient. Without the fused head the latter is first float32."""
+        """Logits and their gradients, and the weight's gradient, which the head of torch adds to DDP's buffer."""
         rows, width, vocabulary = self.cfg.policy.logprob_chunk_size, self.width, self.arch.vocab_size // self.tp
         answers = self.pack.answer_tokens // self.megatron.context_parallel_size
         if self.cfg.policy.logprob_kernel == "torch":
-            return vocabulary * self.arch.hidden_size * (4 + width) + min(rows, answers) * vocabulary * (4 + width)
+            tied_here = self.arch.tie_word_embeddings and self.megatron.pipeline_model_parallel_size == 1
+            unread = 0 if tied_here else vocabulary * self.arch.hidden_size * width
+            return unread + min(rows, answers) * vocabulary * (4 + width)
         logits = min(1 << 27, min(rows, answers) * vocabulary)  # MOST_LOGITS of model/heads/triton
         return answers * self.arch.hidden_size * 4 + vocabulary * self.arch.hidden_size * width + logits * (4 + width)
 

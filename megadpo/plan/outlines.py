@@ -50,7 +50,6 @@ def fusions_of(device_type: str) -> Iterator[None]:
         _replaced(mlp, "bias_swiglu_impl", lambda x, bias, *_: _FusedSwiGlu.apply(x, None)),
         _replaced(mlp, "bias_geglu_impl", lambda x, bias, *_: _FusedSwiGlu.apply(x, None)),
         _replaced(mlp, "weighted_bias_swiglu_impl", lambda x, bias, weights, *_: _FusedSwiGlu.apply(x, weights)),
-        _replaced(mlp, "weighted_bias_quick_geglu_impl", lambda x, bias, weights, *_: _FusedSwiGlu.apply(x, weights)),
     ):
         yield
 

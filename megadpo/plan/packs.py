@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from megadpo.config.problems import ConfigError, Problem
 from megadpo.config.schema import Config
 from megadpo.data.batches.deal import Deal, deal_batch
 from megadpo.data.batches.groups import PairGroups, deal_groups
+from megadpo.data.batches.rankings import first_of_rankings
 from megadpo.data.batches.work import WorkModel, query_keys
 
 Lengths = npt.NDArray[np.int64]
@@ -58,7 +60,9 @@ class Pack:
 class Workload:
     """The work of a step, from global batches that are dealt to data-parallel ranks as in training."""
 
-    pairs_per_batch: int
+    pairs_per_batch: float
+    """A mean if batches consist of rankings."""
+    rankings_per_batch: int | None
     micro_batches: int
     """Largest number of micro-batches of a rank in a step."""
     batches: int
@@ -111,22 +115,27 @@ def texts(cfg: Config, pairs: PairGroups) -> Lengths:
 def workload(cfg: Config, arch: Architecture, pairs: PairGroups, said: str, *, dp: int) -> Workload:
     """The first global batches, in the order of `pairs`, dealt out as in training.
 
-    Raises ConfigError if there is no whole global batch, or if a pair is longer than a pack.
+    Raises ConfigError if there is no whole global batch, or if a pair or ranking is longer than a pack.
     """
-    size, packing = cfg.policy.train_global_batch_size, cfg.policy.sequence_packing
-    if len(pairs) < size:
-        fix = "lower policy.train_global_batch_size, or add pairs"
-        raise ConfigError(Problem("data.train_data_path", f"{len(pairs)} pairs", f"one global batch of {size}", fix))
-    tokens = packed_lengths(pairs_alone(pairs), share_prompt=shares_prompt(cfg))
-    if packing.enabled and tokens.max() > pack_tokens(cfg):
-        fix = f"raise it to {tokens.max()} or more, or shorten the pairs"
-        where = "policy.sequence_packing.train_mb_tokens"
-        raise ConfigError(Problem(where, packing.train_mb_tokens, f"at least a pair's {tokens.max()} tokens", fix))
-    multiple, batches = cfg.policy.make_sequence_length_divisible_by, min(len(pairs) // size, MOST_BATCHES)
+    size, by_rankings = cfg.policy.train_global_batch_size, cfg.dpo.loss.ranks
+    unit = "ranking" if by_rankings else "pair"
+    starts = first_of_rankings(pairs.prompts) if by_rankings else np.arange(len(pairs))
+    if len(starts) < size:
+        fix = f"lower policy.train_global_batch_size, or add {unit}s"
+        where = "data.train_data_path"
+        raise ConfigError(Problem(where, f"{len(starts)} {unit}s", f"one global batch of {size}", fix))
+    alone = texts(cfg, pairs) if by_rankings else pairs_alone(pairs)
+    longest = int(packed_lengths(alone, share_prompt=shares_prompt(cfg)).max())
+    if cfg.policy.sequence_packing.enabled and longest > pack_tokens(cfg):
+        where, given = "policy.sequence_packing.train_mb_tokens", cfg.policy.sequence_packing.train_mb_tokens
+        fix = f"raise it to {longest} or more, or shorten the {unit}s"
+        raise ConfigError(Problem(where, given, f"at least a {unit}'s {longest} tokens", fix))
+    multiple, batches = cfg.policy.make_sequence_length_divisible_by, min(len(starts) // size, MOST_BATCHES)
+    ends = np.append(starts, len(pairs))[::size][: batches + 1]
     padded = most = 0
     packs: list[Lengths] = []
-    for start in range(0, batches * size, size):
-        batch = pairs.at(np.arange(start, start + size))
+    for start, end in pairwise(ends):
+        batch = pairs.at(np.arange(start, end))
         ranks = _dealt(cfg, arch, batch, dp)
         most = max([most, *(len(rank) for rank in ranks)])
         for members in (members for rank in ranks for members in rank):
@@ -135,7 +144,14 @@ def workload(cfg: Config, arch: Architecture, pairs: PairGroups, said: str, *, d
             padded += max(-(-filled // multiple), 1) * multiple
             packs.append(pack)
     total = dataclasses.replace(Pack.of(cfg, _stacked(packs)), tokens=padded)
-    return Workload(pairs_per_batch=size, micro_batches=most, batches=batches, total=total, said=said)
+    return Workload(
+        pairs_per_batch=int(ends[-1]) / batches if by_rankings else size,
+        rankings_per_batch=size if by_rankings else None,
+        micro_batches=most,
+        batches=batches,
+        total=total,
+        said=said,
+    )
 
 
 def _dealt(cfg: Config, arch: Architecture, batch: PairGroups, dp: int) -> Deal:
@@ -150,6 +166,7 @@ def _dealt(cfg: Config, arch: Architecture, batch: PairGroups, dp: int) -> Deal:
             budget_tokens=pack_tokens(cfg),
             work_model=model,
             micro_batch_multiple=multiple,
+            whole=cfg.dpo.loss.ranks,
         )
     lengths = pairs_alone(batch)
     return deal_batch(
@@ -201,7 +218,8 @@ def stated_pairs(cfg: Config, stated: Sequence[int] | None) -> tuple[PairGroups,
         if prompt + max(answers) > longest:
             expected = f"prompt + answer of at most {longest} tokens (policy.max_total_sequence_length)"
             raise ConfigError(Problem("--lengths", ",".join(map(str, stated)), expected, "state shorter ones"))
-    return all_pairs(stated, cfg.policy.train_global_batch_size), said
+    unit = math.comb(len(stated) - 1, 2) if cfg.dpo.loss.ranks else 1
+    return all_pairs(stated, unit * cfg.policy.train_global_batch_size), said
 
 
 def all_pairs(row: Sequence[int], at_least: int) -> PairGroups:

@@ -9,14 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from megadpo.config.architecture import Architecture, Attention, DeltaNet, Experts, Latent, Layer, Mlp
 from megadpo.config.grid import Grid
-from megadpo.config.schema import Config
 from megadpo.config.schema_megatron import MegatronConfig
-from megadpo.families import weight_table
-from megadpo.lora.targets import find_targets
+from megadpo.optimizer.size import optimizer_bytes_per_element
 
 
 @dataclass(frozen=True)
@@ -252,46 +249,3 @@ def static_bytes(
 
 def _bytes(chunks: Sequence[Chunk], width: int) -> int:
     return sum(one.elements * (4 if one.wide else width) for chunk in chunks for one in chunk)
-
-
-def optimizer_bytes_per_element(megatron: MegatronConfig, bf16: bool) -> int:
-    """Bytes of the float32 main parameter (only for bfloat16 weights), and of Adam's two moments or SGD's momentum. The
-    precision-aware optimizer stores only the 2 bytes of a main parameter that the bfloat16 weight lacks
-    (`store_param_remainders`)."""
-    kind = megatron.optimizer.kind
-    aware = getattr(kind, "use_precision_aware_optimizer", False)
-    return int(kind.state_bytes) + ((2 if aware else 4) if bf16 else 0)
-
-
-@dataclass(frozen=True)
-class CheckpointBytes:
-    """Bytes of the tensors of one checkpoint."""
-
-    weights: int
-    """Also the size of an export: with LoRA, of an adapter."""
-    with_optimizer: int
-
-
-def checkpoint_bytes(arch: Architecture, cfg: Config) -> CheckpointBytes:
-    """Weights as wide as they are trained, and what the optimizer keeps of each weight that `policy.freeze` leaves to
-    train, for patterns that `freeze_problems` has found nothing against; with LoRA the adapters alone. Padding is not
-    written; the distributed optimizer writes float32 weights once more, as its main parameters."""
-    from megadpo.model.freeze import expand  # torch
-
-    peft = cfg.policy.megatron_cfg.peft
-    plain = [one for pattern in cfg.policy.freeze for one in expand(pattern)]
-    bf16, weights, trained = cfg.policy.precision == "bfloat16", 0, 0
-    if peft.enabled:
-        bf16 = (peft.lora_dtype or cfg.policy.precision) == "bfloat16"
-        trained = sum(target.elements(peft.dim, 1) for target in find_targets(peft, arch))
-        weights = trained * (2 if bf16 else 4)
-    else:
-        for entry in weight_table(arch).entries:
-            for name, shape in zip(entry.hf, entry.shapes, strict=True):
-                weights += math.prod(shape) * (2 if bf16 and not entry.row.frozen else 4)
-                frozen = entry.row.frozen or any(fnmatchcase(name, one) for one in plain)
-                trained += 0 if frozen else math.prod(shape)
-    each = optimizer_bytes_per_element(cfg.policy.megatron_cfg, bf16)
-    if not bf16 and cfg.policy.megatron_cfg.optimizer.use_distributed_optimizer:
-        each += 4
-    return CheckpointBytes(weights, weights + trained * each)

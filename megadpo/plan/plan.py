@@ -20,17 +20,11 @@ from megadpo.optimizer.slices import most_copied
 from megadpo.plan.flops import stage_flops
 from megadpo.plan.memory import GIB, Assumptions, Gpu, memory_limit
 from megadpo.plan.packs import Workload, full_pack, pack_tokens, workload
-from megadpo.plan.parameters import (
-    CheckpointBytes,
-    Chunk,
-    StaticBytes,
-    checkpoint_bytes,
-    stage_buffers,
-    static_bytes,
-)
+from megadpo.plan.parameters import Chunk, StaticBytes, stage_buffers, static_bytes
 from megadpo.plan.schedule import Slots, alive, slots
 
 if TYPE_CHECKING:
+    from megadpo.checkpoint.size import CheckpointBytes
     from megadpo.plan.trace import StageTrace
 
 
@@ -137,6 +131,7 @@ def check_job(job: Job) -> list[Problem]:
 def make_plan(job: Job) -> Plan:
     """Makes the plan. Raises ConfigError with every problem of the layout. Too little memory is not an error here: see
     `too_large`."""
+    from megadpo.checkpoint.size import checkpoint_bytes  # torch and megatron-core
     from megadpo.model.freeze import freeze_problems
 
     problems = check_job(job) + freeze_problems(job.cfg.policy.freeze, job.arch) + lora_problems(job.cfg, job.arch)
@@ -193,7 +188,7 @@ def optimizer_temporaries(job: Job, shards: tuple[int, int], chunks: Sequence[Ch
         return most_copied(kind.copied_bytes, max(shards), largest)
     narrow = job.bf16 and not megatron.distributed_data_parallel_config.grad_reduce_in_fp32
     copies = 4 * sum(shards) if narrow else 0
-    if not isinstance(kind, Adam) or kind.adam_impl == "transformer_engine":
+    if not isinstance(kind, Adam) or kind.adam_impl in ("transformer_engine", "triton"):
         return copies
     return copies + (4 * max(shards) if job.gpu is not None else 8 * largest)
 

@@ -12,7 +12,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from megadpo.config.problems import ConfigError, Problem
 from megadpo.plan.memory import GIB, memory_limit
 from megadpo.plan.plan import Job, Plan, StagePlan
 from megadpo.plan.suggest import Suggestion
@@ -58,6 +57,7 @@ def _of_layout(plan: Plan) -> dict[str, Any]:
         "lengths": plan.work.said,
         "pack_tokens": plan.pack_tokens,
         "pairs_per_step": plan.work.pairs_per_batch,
+        "rankings_per_step": plan.work.rankings_per_batch,
         "tokens_per_step": plan.work.tokens_per_step,
         "flops_per_step": plan.flops_per_step,
         "micro_batches": plan.work.micro_batches,
@@ -89,9 +89,10 @@ def print_plan(plan: Plan, console: Console) -> None:
     if job.gpu is not None:
         limit, fullest = memory_limit(job.gpu, job.assumed), plan.peak_bytes
         console.print(f"Most memory of a rank: {fullest / GIB:.1f} of {limit / GIB:.1f} GiB ({fullest / limit:.0%}).")
+    rankings = "" if work.rankings_per_batch is None else f"{work.rankings_per_batch} rankings, "
     console.print(
-        f"A step: {work.pairs_per_batch} pairs, {work.tokens_per_step:,.0f} tokens, {plan.flops_per_step / 1e15:.3g} PFLOP, "
-        f"{work.micro_batches} micro-batches for each rank ({work.said})."
+        f"A step: {rankings}{work.pairs_per_batch:g} pairs, {work.tokens_per_step:,.0f} tokens, "
+        f"{plan.flops_per_step / 1e15:.3g} PFLOP, {work.micro_batches} micro-batches for each rank ({work.said})."
     )
     console.print(
         f"Pipeline: {plan.slots.idle} of {plan.slots.busy + plan.slots.idle} slots of a stage are idle (bubble "
@@ -192,26 +193,8 @@ def _ranks(plan: Plan, stage: int, copy: int) -> str:
     return str(first) if together == 1 else f"{first}-{first + together - 1}"
 
 
-def check_picture(path: Path) -> list[Problem]:
-    """Why `draw` could not write `path`."""
-    problems = []
-    if path.suffix not in (".svg", ".png"):
-        problems.append(Problem("--picture", str(path), "a name that ends in .svg or .png", "rename it"))
-    if not path.absolute().parent.is_dir():
-        problems.append(Problem("--picture", str(path), "a file in an existing folder", "create the folder"))
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        fix = "pip install matplotlib, or leave --picture out: the layout is also printed as text"
-        problems.append(Problem("--picture", str(path), f"matplotlib to be installed ({error})", fix))
-    return problems
-
-
 def draw(plan: Plan, path: Path) -> None:
     """Draws a box for each rank, coloured by its stage's memory. A thick line is the end of a node."""
-    problems = check_picture(path)
-    if problems:
-        raise ConfigError(problems)
     from matplotlib import colormaps, rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

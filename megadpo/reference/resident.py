@@ -29,12 +29,12 @@ class ResidentReference:
         return [weighted_logps(one) for one in self.outputs(micro_batches)]
 
     def outputs(self, micro_batches: Sequence[PackedBatch]) -> list[torch.Tensor]:
-        """What the model gives for each micro-batch (PairModel.forward). Stages and collectives as in `logps`."""
+        """The model's output for each micro-batch (PairModel.forward). Stages and collectives as in `logps`."""
         return answer_logps(self.model, micro_batches, self.parallel)
 
 
 class SwitchedReference(ResidentReference):
-    """The policy itself, its adapters switched off (LoRA), and another adapter on where the reference has one: no second
+    """The policy with its adapters switched off (LoRA), and the reference's own adapters on if it has some. No second
     model."""
 
     def __init__(
@@ -44,13 +44,13 @@ class SwitchedReference(ResidentReference):
         off: Sequence[LinearAdapter],
         on: Sequence[LinearAdapter] = (),
     ) -> None:
-        """off: those in training. on: the reference's own, which are off between calls."""
+        """off: the trained adapters. on: the reference's own adapters, which are off between calls."""
         super().__init__(model, parallel)
         self.off, self.on = off, on
 
     def outputs(self, micro_batches: Sequence[PackedBatch]) -> list[torch.Tensor]:
         last = self.model[-1]
-        last.comes_last = False  # the policy's own pass comes after, and uses what was made for this one
+        last.comes_last = False  # the policy's pass comes later and uses the same cached values
         try:
             with switched(self.off, self.on):
                 return super().outputs(micro_batches)
@@ -62,8 +62,8 @@ class SwitchedReference(ResidentReference):
 def answer_logps(
     model: Sequence[PairModel], micro_batches: Sequence[PackedBatch], parallel: ParallelContext
 ) -> list[torch.Tensor]:
-    """What the chunks of `model` give for each micro-batch (PairModel.forward), in evaluation mode, through the pipeline
-    schedule. Stages and collectives as in ResidentReference.logps."""
+    """The output of `model` for each micro-batch (PairModel.forward), in evaluation mode, through the pipeline schedule.
+    Stages and collectives as in ResidentReference.logps."""
     was_training = model[0].training
     for chunk in model:
         chunk.eval()
@@ -78,5 +78,5 @@ def answer_logps(
 
 
 def weighted_logps(found: torch.Tensor) -> torch.Tensor:
-    """[K] sums for the preference loss, out of what a model gave (PairModel.forward)."""
+    """[K] sums for the preference loss, from a model's output (PairModel.forward)."""
     return found if found.dim() == 1 else found[:, 0]

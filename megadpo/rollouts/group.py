@@ -46,7 +46,7 @@ def group_by_input(rollouts: Iterable[Rollout], how: str = "by input") -> Groupi
     return Grouping([Group(group[0].where, group) for group in groups], how, [])
 
 
-def group_by_task(rollouts: list[Rollout], how: str = "by _ng_task_index") -> Grouping:
+def group_by_task(rollouts: list[Rollout]) -> Grouping:
     """A group for each task (`_ng_task_index`) and prompt. Every rollout must have a task index."""
     groups = _gathered(((rollout.agent, rollout.task, rollout.prompt), rollout) for rollout in rollouts)
     firsts_of_task: dict[Hashable, list[Rollout]] = {}
@@ -62,7 +62,7 @@ def group_by_task(rollouts: list[Rollout], how: str = "by _ng_task_index") -> Gr
         Group(f"{group[0].where} (task {group[0].task!r})", group, len(firsts_of_task[_task_of(group[0])]) > 1)
         for group in groups
     ]
-    return Grouping(named, how, split)
+    return Grouping(named, "by _ng_task_index", split)
 
 
 def _task_of(rollout: Rollout) -> Hashable:

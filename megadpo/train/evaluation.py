@@ -65,9 +65,9 @@ class Evaluator:
         self._load_policy(cfg, inputs)
 
     def turn_to(self, cfg: Config) -> None:
-        """Go on with another policy of the same architecture; `cfg` is the first one's but for policy.model_name.
+        """Load another policy of the same architecture. `cfg` differs from the first config only in policy.model_name.
 
-        Raises ConfigError for one of another architecture. Collectives: those of loading weights.
+        Raises ConfigError for another architecture. Collectives: those of loading weights.
         """
         inputs = self._open(cfg)
         if inputs.arch != self._arch:

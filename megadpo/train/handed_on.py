@@ -87,8 +87,8 @@ def tokenizer_notes(cfg: Config, hf_files: Path, tokenizer: PreTrainedTokenizerB
 
 
 def old_tokenizer_notes(checkpoint: Path) -> list[str]:
-    """One line if a run's checkpoint may hold another tokenizer, template or EOS than it was trained with: it doesn't say
-    that its hf/ has those of training, as newer ones do, and its config sets others than the starting model's."""
+    """One line if a checkpoint's hf/ may have another tokenizer, template or EOS than the run was trained with. So it is for
+    older checkpoints, without the entry HF_TOKENIZER, whose config sets others than those of the starting model."""
     try:
         if json.loads((checkpoint / INFO_FILE).read_bytes()).get(HF_TOKENIZER) == AS_TRAINED:
             return []

@@ -118,7 +118,7 @@ def open_run_inputs(
             attempt(lambda: _read_rows(cfg, paths.values()))
     datasets = loaders = None
     if arch is not None and tokenizer is not None:
-        datasets = attempt(lambda: _datasets(cfg, paths, tokenizer, arch.vocab_size, sets))
+        datasets = attempt(lambda: _datasets(cfg, paths, tokenizer, arch, sets))
         if datasets is not None:
             loaders = attempt(lambda: _loaders(cfg, arch, datasets, pad_token_id(tokenizer), grid or Grid()))
     if datasets is not None and reference_arch is not None and reference != source:
@@ -134,11 +134,11 @@ def _datasets(
     cfg: Config,
     paths: Mapping[str, str | Sequence[str]],
     tokenizer: PreTrainedTokenizerBase,
-    vocab_size: int,
+    arch: Architecture,
     sets: Collection[str] | None,
 ) -> dict[str, OpenedPairs]:
     """The sets that are asked for, with HOLDOUT taken out of TRAIN where the config says so."""
-    datasets = load_datasets(cfg, paths, tokenizer, vocab_size)
+    datasets = load_datasets(cfg, paths, tokenizer, arch)
     if cfg.data.holdout is not None and TRAIN in datasets:
         datasets[TRAIN], datasets[HOLDOUT] = hold_out(datasets[TRAIN], cfg.data.holdout)
     return {name: pairs for name, pairs in datasets.items() if sets is None or name in sets}

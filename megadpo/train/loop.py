@@ -43,7 +43,7 @@ def _train(run: Run, logger: MetricsLogger, progress: ProgressLine, stop: StopWa
     while position.step < run.total_steps:
         for batch in run.inputs.train_loader.batches(position.epoch, position.batch):
             outcome = run.trainer.step(batch)
-            exit_code = stop.agreed()  # waits for the GPU, so that the step's time includes its queued update
+            exit_code = stop.agreed()
             ended = time.perf_counter()
             record = step_record(batch, outcome, position, ended - started)
             logged = record | run.watch.read()
@@ -77,7 +77,7 @@ def _train(run: Run, logger: MetricsLogger, progress: ProgressLine, stop: StopWa
 
 def step_record(batch: GlobalBatch, outcome: StepOutcome, before: TrainingPosition, seconds: float) -> dict[str, float]:
     """The metrics that one step logs. `seconds`: the time since the end of the step before, or of the validation and save
-    after that step."""
+    after that step. On a GPU a step ends with its update queued; so each step's time holds the update before it."""
     return {
         "epoch": before.epoch,
         **{f"train/{name}": value for name, value in outcome.metrics.items()},

@@ -14,8 +14,7 @@ class MetricSums:
     """Collects `name -> (sum, count)`; the result is `name -> total sum / total count`.
 
     A mean of micro-batch means is wrong if the micro-batches have different numbers of pairs; the total sum over the total
-    count is exact for every split. Sums are fp64 scalars on the device. `add` and `pack` don't wait for the device;
-    `reduce` and `means` wait once each.
+    count is exact for every split. Sums are fp64 scalars on the device. Only `means` waits for the device, once.
 
         sums = MetricSums(device)
         for micro_batch in ...:
@@ -29,6 +28,9 @@ class MetricSums:
         self._sums: dict[str, Tensor] = {}
         # A count may be a Python number. It stays on the host until `pack`, which saves a small copy for each metric
         self._counts: dict[str, Tensor | float] = {}
+        self._checksum = 0.0
+        self._checks: Tensor | None = None
+        """[2] after `reduce`: the sum of all ranks' checksums, and how many ranks there are."""
 
     def add(self, values: Mapping[str, tuple[Tensor | float, Tensor | float]]) -> None:
         """Add scalar sums and counts of one micro-batch. No host synchronisation."""
@@ -63,24 +65,27 @@ class MetricSums:
         all_reduce: sums an fp64 tensor in place over the group; it is called once. Every rank of the group must have
             collected the same names, or pass the same `names`.
 
-        The tensor also has a checksum of the names and a 1. If a rank has other names, a loss would be added to an
-        accuracy; then it raises RuntimeError. Reading the checksum waits for the device.
+        The tensor also has a checksum of the names and a 1, which `means` reads: if a rank has other names, a loss would be
+        added to an accuracy.
         """
         names = self.names() if names is None else sorted(names)
-        checksum = float(zlib.crc32("\n".join(names).encode()))
-        ends = torch.stack([self._scalar(checksum), self._scalar(1.0)])
-        packed = torch.cat([self.pack(names), ends])
+        self._checksum = float(zlib.crc32("\n".join(names).encode()))
+        packed = torch.cat([self.pack(names), torch.stack([self._scalar(self._checksum), self._scalar(1.0)])])
         all_reduce(packed)
-        # The checksums are integers below 2^32, so their sum over up to 2^21 ranks is exact in fp64
-        checksum_sum, ranks = packed[-2:].tolist()
-        if checksum_sum != checksum * ranks:
-            raise RuntimeError(f"the ranks of the group collected different metrics; this one has {names}")
+        self._checks = packed[-2:]
         self._sums = {name: packed[i] for i, name in enumerate(names)}
         self._counts = {name: packed[len(names) + i] for i, name in enumerate(names)}
 
     def means(self) -> dict[str, float]:
-        """name -> sum / count, sorted by name; nan if the count is 0. One copy from the device."""
-        names, values = self.names(), self.pack().tolist()
+        """name -> sum / count, sorted by name; nan if the count is 0. One copy from the device. Raises RuntimeError if the
+        ranks that `reduce` added up had collected different metrics."""
+        names, packed = self.names(), self.pack()
+        values = (packed if self._checks is None else torch.cat([packed, self._checks])).tolist()
+        if self._checks is not None:
+            # The checksums are integers below 2^32, so their sum over up to 2^21 ranks is exact in fp64
+            *values, checksum_sum, ranks = values
+            if checksum_sum != self._checksum * ranks:
+                raise RuntimeError(f"the ranks of the group collected different metrics; this one has {names}")
         pairs = zip(values[: len(names)], values[len(names) :], strict=True)
         return {name: total / count if count else math.nan for name, (total, count) in zip(names, pairs, strict=True)}
 

@@ -1,4 +1,4 @@
-"""The policy's model: its weights loaded, what is not trained frozen, and with LoRA its adapters."""
+"""Builds the policy: loads its weights, freezes what is not trained, and with LoRA attaches adapters."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from megadpo.train.reference import build_reference, reference_adapters
 def build_policy(
     cfg: Config, inputs: RunInputs, parallel: ParallelContext, *, resumes: bool
 ) -> tuple[list[PairModel], ResidentReference | None]:
-    """The policy's chunks on this rank, and the reference that is in memory beside it or in it; None: there is none, or its
+    """The policy's chunks on this rank, and the reference in memory. The latter is None if there is none, or if its
     log-probabilities come with the data.
 
-    resumes: a checkpoint's weights come later; of a run with LoRA those are the adapters, and the base is loaded here.
-    Collectives: those of build_model and load_weights.
+    resumes: whether the weights are loaded from a checkpoint later. (With LoRA these are the adapters; the base model is
+    loaded here.) Collectives: those of build_model and load_weights.
     """
     arch, peft, mode = inputs.arch, cfg.policy.megatron_cfg.peft, cfg.dpo.reference.mode
-    # before the policy, so that the two don't load at once
+    # before the policy, so that not both are being loaded at the same time
     reference = build_reference(cfg, inputs, parallel) if mode == "resident" else None
     policy = build_model(arch, cfg.policy, parallel, frozen=False)
     freeze(policy, cfg.policy.freeze, arch)

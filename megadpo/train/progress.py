@@ -12,7 +12,6 @@ import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -84,7 +83,7 @@ class ProgressLine:
         self.message(f"{self._step_of_total(step)}  {'  '.join(fields)}  validation {name}  {seconds:.1f} s")
 
     def message_at_end(self, text: str) -> None:
-        """Print why the run ends when this is closed, below everything."""
+        """Prints `text` when this is closed, below everything."""
         self._last_text = text
 
     def message(self, text: str) -> None:
@@ -145,11 +144,11 @@ class TimeLeft:
         return max(self._total_steps - step, 0) * sum(self._durations_s) / len(self._durations_s)
 
 
-def print_banner(rows: Sequence[tuple[str, str]], file: TextIO | None = None) -> None:
-    """Prints (name, value) rows as plain text. file: default stdout."""
+def print_banner(rows: Sequence[tuple[str, str]]) -> None:
+    """Prints (name, value) rows as plain text on stdout."""
     width = max(len(name) for name, _ in rows)
     lines = ["megadpo", *(f"  {name:<{width}}  {value}" for name, value in rows)]
-    print("\n".join(lines), file=file or sys.stdout, flush=True)
+    print("\n".join(lines), flush=True)
 
 
 def _stdout_console() -> Console:

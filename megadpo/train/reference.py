@@ -44,8 +44,8 @@ def build_reference(cfg: Config, inputs: RunInputs, parallel: ParallelContext) -
 def reference_adapters(
     model: Sequence[PairModel], arch: Architecture, cfg: Config, parallel: ParallelContext
 ) -> list[LinearAdapter]:
-    """The adapters of `dpo.reference.adapter` on `model`, loaded; empty where it names none. Off where the model is the
-    policy, which has others. Raises ConfigError for a folder that is no adapter of it."""
+    """The adapters of `dpo.reference.adapter`, loaded and attached to `model`; empty if it names none. They are off if the
+    model is the policy, which has its own. Raises ConfigError if the folder is no adapter of this model."""
     named = cfg.dpo.reference.adapter
     if named is None:
         return []

@@ -48,8 +48,8 @@ def banner_rows(run: Run, chosen: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def closing_words(cfg: Config, last_step: int, *, done_before: bool = False) -> list[str]:
-    """What a run says that has come to its end: what was saved, where, and how to export it. done_before: it had come to
-    its end before it was started. Rank 0."""
+    """The last lines of a finished run: what was saved, where, and how to export it. done_before: the run was finished
+    already when it was started. Rank 0 only."""
     saving = cfg.checkpointing
     lines = [f"finished: {last_step:,} steps; metrics in {cfg.logger.log_dir}"]
     if done_before:

@@ -1,4 +1,4 @@
-"""When and how a run saves: at once, or beside the next steps (`checkpointing.async_save`)."""
+"""Saves a run: at once, or during the next steps (`checkpointing.async_save`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megadpo.checkpoint import Save, TrainingPosition, begin_save, delete_unfinished, prune_checkpoints
@@ -23,15 +22,15 @@ from megadpo.train.resume import require_owner
 from megadpo.train.setup import Run
 
 BACKGROUND_NICE = 10
-"""How much less of a core's time threads that write get than the next steps, where both want the same core."""
+"""Added to the niceness of threads that write, so that the next steps come first on a shared core."""
 
 
 class Saver:
-    """Saves a run. At most one checkpoint is on its way. All ranks call each method together."""
+    """Saves a run. At most one checkpoint is being written at a time. All ranks call each method together."""
 
     def __init__(self, run: Run, progress: ProgressLine) -> None:
         self.newest_step = run.position.step
-        """Of the newest complete checkpoint of this run; what it started from, before there is one."""
+        """Step of this run's newest complete checkpoint; before the first, the step that the run started from."""
         self._run = run
         self._progress = progress
         self._folder = Path(run.cfg.checkpointing.checkpoint_dir)
@@ -43,16 +42,16 @@ class Saver:
             delete_unfinished(self._folder)
 
     def look(self, position: TrainingPosition) -> None:
-        """After each step: a checkpoint that every rank has written gets its name; in place of one that failed, which is
-        said, `position` is saved. Collectives: while one is on its way an all-reduce of a number, at its end those of
-        `Save.finish`. Raises SaveError as `save` does."""
+        """Call it after each step. A checkpoint that every rank has written gets its name. If it failed, that is printed, and
+        `position` is saved instead. Collectives: while a checkpoint is being written an all-reduce of a number, at its end
+        those of `Save.finish`. Raises SaveError as `save` does."""
         if self._writing is not None and self._is_written_everywhere() and not self._finish():
             self._begin(position)
 
     def save(self, position: TrainingPosition, *, wait: bool) -> None:
-        """Save `position`, and prune. With async_save its files are written beside the next steps, unless `wait`; one that
-        is still on its way is waited for first. Raises SaveError on every rank where it can't be saved: with async_save
-        after a second attempt, and at once where another run owns the folder."""
+        """Save `position`, and prune. With async_save its files are written during the next steps, unless `wait`; an earlier
+        checkpoint that is still being written is waited for first. Raises SaveError on every rank if it can't be saved: with
+        async_save after a second attempt, but at once if another run owns the folder."""
         if self._writing is not None and (wait or self._saving_step != position.step):
             self._finish()
         if self._writing is not None or self.newest_step == position.step:
@@ -62,7 +61,7 @@ class Saver:
             self._begin(position)
 
     def end(self) -> None:
-        """Wait for the checkpoint on its way, if there is one. Raises SaveError as `save` does."""
+        """Wait for the checkpoint that is being written, if there is one. Raises SaveError as `save` does."""
         if self._writing is not None:
             self._finish()
 
@@ -90,18 +89,16 @@ class Saver:
             self._may_try_again(error)
             return self._begin(position)
         write = save.write if self._copies is None else partial(_with_less_priority, save.write)
-        thread = threading.Thread(target=write, daemon=True)  # a run that crashes doesn't wait for it
+        thread = threading.Thread(target=write, daemon=True)  # so that a crashed run doesn't wait for it
         thread.start()
         self._writing = save, thread
 
     def _is_written_everywhere(self) -> bool:
         assert self._writing is not None
-        written = torch.tensor([not self._writing[1].is_alive()], dtype=torch.int32, device=self._run.parallel.device)
-        dist.all_reduce(written, op=dist.ReduceOp.MIN)
-        return bool(written.item())
+        return not self._run.parallel.largest(self._writing[1].is_alive())
 
     def _finish(self) -> bool:
-        """Whether there is a checkpoint now. A failure that is not to be tried again is raised."""
+        """True if the checkpoint is complete, False if it may be tried again. Raises SaveError for the final failure."""
         assert self._writing is not None
         (save, thread), self._writing = self._writing, None
         thread.join()
@@ -122,7 +119,7 @@ class Saver:
         return True
 
     def _may_try_again(self, error: SaveError) -> None:
-        """Once, with async_save. Raises `error` where not."""
+        """Returns if the save may be tried again: once, with async_save. Else raises `error`."""
         self._refuse_another_run()
         if self._copies is None or self._has_failed:
             raise error
@@ -134,7 +131,8 @@ class Saver:
             require_owner(self._folder, self._run.owner)
 
     def _refuse_another_run(self) -> None:
-        """Raises SaveError, in the same words on every rank. Collectives: a broadcast of a pickled object."""
+        """Raises the same SaveError on every rank if another run owns the folder. Collectives: a broadcast of a pickled
+        object."""
         words: list[str | None] = [None]
         try:
             self._require_owner()
@@ -146,7 +144,8 @@ class Saver:
 
 
 def _with_less_priority(function: Callable[[], None]) -> None:
-    """Call it in this thread, which ends then. (On Linux threads have priorities, and hand them on to those they start.)"""
+    """Lower this thread's priority, then call `function`. (On Linux threads have priorities, and threads that they start
+    inherit them.)"""
     if sys.platform == "linux":
         thread = threading.get_native_id()
         os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + BACKGROUND_NICE)

@@ -19,6 +19,7 @@ from megadpo.config.schema import Config
 from megadpo.data.batches.loader import GlobalBatch
 from megadpo.optimizer.build import build_optimizer, build_scheduler, wrap_for_training
 from megadpo.parallel import ParallelContext
+from megadpo.train.disk_space import require_space
 from megadpo.train.handed_on import own_files
 from megadpo.train.inputs import RunInputs, open_run_inputs
 from megadpo.train.policy import build_policy
@@ -80,6 +81,8 @@ def prepare(cfg: Config, parallel: ParallelContext) -> Run:
     resume, notes = find_resume(cfg, pairs, settings, parallel)
     if resume is not None and resume.position.step >= total_steps:
         raise RunFinished(resume.position.step, [*notes, *changes(cfg, resume)])
+    step = 0 if resume is None else resume.position.step
+    notes += require_space(cfg, inputs.arch, parallel, step=step, total_steps=total_steps)
 
     if cfg.dpo.reference.mode == "cached":  # before the policy is built, so that only one model is in memory
         inputs, lines = attach_logps(cfg, inputs, parallel, total_steps)

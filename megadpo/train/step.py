@@ -25,7 +25,7 @@ from megadpo.model.gpt import PairModel
 from megadpo.model.moe_balance import balance_metrics
 from megadpo.objective.dpo import LossOutput, dpo_loss, metric_names
 from megadpo.objective.loss import PairFacts
-from megadpo.optimizer.step import guarded_step
+from megadpo.optimizer.step import gradient_norm, update
 from megadpo.parallel import ParallelContext, run_pipeline
 from megadpo.reference import ResidentReference, answer_logps, weighted_logps
 from megadpo.train.metrics import MetricSums
@@ -98,8 +98,8 @@ class Trainer:
         """Trains on one global batch. Raises NonFiniteLoss if the config says stop; the weights are then unchanged.
 
         Collectives: those of the models and the pipeline, gradient reduction over dp, one all-reduce of the metrics over
-        dp and one broadcast over pp. Waits for the device three times after the last micro-batch: twice for the metrics,
-        once for the gradient norm.
+        dp and one broadcast over pp. Waits for the device after the last micro-batch, for the gradient norm; the metrics,
+        read next, are done by then. The update is queued when this returns.
         """
         for chunk in self.policy:
             chunk.zero_grad_buffer()
@@ -109,13 +109,14 @@ class Trainer:
         if self.balance is not None:
             self.balance.start(num_tokens=batch.num_tokens, num_pairs=batch.num_pairs)
         sums = self._forward_backward(batch)
+        grad_norm = gradient_norm(self.optimizer)
         metrics = sums.means()
         if self.balance is not None:
             metrics |= balance_metrics([self.balance], per_layer=self.log_balance_per_layer)
         lr = self.optimizer.param_groups[0]["lr"]
-        grad_norm, updated = math.nan, False
-        if math.isfinite(metrics["loss"]):
-            grad_norm, updated = guarded_step(self.optimizer)
+        updated = math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)
+        if updated:
+            update(self.optimizer, grad_norm)
         if not updated and self.cfg.on_nonfinite_loss == "stop":
             raise NonFiniteLoss(
                 f"loss {metrics['loss']}, gradient norm {grad_norm} on the pairs {batch.pair_indices} (rows of the "

@@ -6,9 +6,6 @@ import signal
 import time
 from types import FrameType
 
-import torch
-import torch.distributed as dist
-
 from megadpo.parallel import ParallelContext
 from megadpo.parallel.lifetime import STOP_SIGNALS
 
@@ -42,12 +39,11 @@ class StopWatcher:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def agreed(self) -> int | None:
-        """The exit code if the run must stop, else None; the same on every rank. One all-reduce of one number."""
+        """The exit code if the run must stop, else None; the same on every rank. Collectives: `ParallelContext.largest`, so
+        that an update that is queued on the GPU goes on meanwhile."""
         late = self._deadline is not None and time.monotonic() >= self._deadline
         reason = 2 if self._signalled_at_s is not None else 1 if late else 0
-        shared = torch.tensor([reason], dtype=torch.int32, device=self._parallel.device)
-        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-        return {0: None, 1: EXIT_OUT_OF_TIME, 2: EXIT_INTERRUPTED}[int(shared.item())]
+        return {0: None, 1: EXIT_OUT_OF_TIME, 2: EXIT_INTERRUPTED}[self._parallel.largest(reason)]
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now_s = time.monotonic()

@@ -1,4 +1,4 @@
-"""What a step did to the machine: the most memory of a rank, and with logger.monitor_gpus what the GPUs are doing."""
+"""The machine's metrics of a step: the peak memory of a rank and, with logger.monitor_gpus, the GPUs' load, memory, power."""
 
 from __future__ import annotations
 
@@ -7,34 +7,32 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megadpo.parallel import ParallelContext
 
 GIB = 2**30
 PEAK = "machine/peak_memory_gib"
 GPU_NUMBERS = ("utilization", "memory_gib", "power_w")
-"""Of each GPU, as machine/gpu_<n>_<number>."""
+"""The metrics of each GPU; their full names are machine/gpu_<n>_<name>."""
 
 
 class MachineWatch:
-    """Reads the machine after each step. All ranks make one, and call `read` together."""
+    """Reads the machine's metrics after each step. Every rank makes one, and all call `read` together."""
 
     def __init__(self, parallel: ParallelContext, *, monitor_gpus: bool) -> None:
         """monitor_gpus: read the GPUs that the first rank's process sees, on CUDA. Raises NVML's errors."""
-        self._device = parallel.device
+        self._parallel = parallel
         watched = monitor_gpus and parallel.rank == 0 and parallel.device.type == "cuda"
         self._gpus = _gpus() if watched else []
 
     def read(self) -> dict[str, float | None]:
-        """The numbers of the step that ended, by their full names. Collectives: a maximum of one number over the world.
+        """The metrics of the step that ended, by their full names. Collectives: `ParallelContext.largest`.
 
-        The peak is of the rank that had most: torch's allocations since the last call, where it starts again; on a CPU
-        the process' resident memory since it began.
+        The peak is that of the rank with the highest. On a GPU it is the most that torch allocated since the last call, which
+        resets it. On a CPU it is the process' highest resident memory since it began.
         """
-        peak = torch.tensor([_peak_bytes(self._device)], dtype=torch.int64, device=self._device)
-        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-        found: dict[str, float | None] = {PEAK: int(peak.item()) / GIB}
+        peak = self._parallel.largest(_peak_bytes(self._parallel.device))
+        found: dict[str, float | None] = {PEAK: peak / GIB}
         for number, handle in enumerate(self._gpus):
             found |= {f"machine/gpu_{number}_{name}": value for name, value in _gpu_numbers(handle).items()}
         return found
@@ -49,7 +47,7 @@ def _peak_bytes(device: torch.device) -> int:
 
 
 def _gpus() -> list[Any]:
-    """NVML's handles of the GPUs that this process sees (CUDA_VISIBLE_DEVICES), in its order."""
+    """NVML's handles of the GPUs that this process sees (CUDA_VISIBLE_DEVICES), in the order in which it sees them."""
     import pynvml
 
     pynvml.nvmlInit()
@@ -58,13 +56,14 @@ def _gpus() -> list[Any]:
 
 
 def _gpu_numbers(handle: Any) -> dict[str, float | None]:
-    """Percent of the last moments in which a kernel ran, GiB in use by anybody, watts. None: the GPU doesn't say."""
+    """The values of GPU_NUMBERS: percent of the sample time in which a kernel ran, GiB in use by all processes, watts. None
+    where the GPU doesn't report a value."""
     import pynvml
 
     def ask(question: Callable[[], float]) -> float | None:
         try:
             return question()
-        except pynvml.NVMLError:  # a number that this GPU hasn't got, or a GPU that fell off; the step says so itself
+        except pynvml.NVMLError:  # the GPU doesn't have this metric, or was lost: then the next step fails anyway
             return None
 
     answers = (

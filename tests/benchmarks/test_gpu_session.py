@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_head, gpu_tests
+from benchmarks import gpu_head, gpu_kernels, gpu_tests
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TESTS = """
@@ -92,7 +92,7 @@ def session(tmp_path):
             *arguments,
         ]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-        scripts = ("gpu_machine", "gpu_te.py", "gpu_head", "gpu_tests", "four.json", "8b.json")
+        scripts = ("gpu_machine", "gpu_te.py", "gpu_kernels.py", "gpu_head", "gpu_tests", "four.json", "8b.json")
         asked = [next((name for name in scripts if name in line), None) for line in log.read_text().splitlines()]
         return done, [name for name in asked if name]
 
@@ -101,12 +101,12 @@ def session(tmp_path):
 
 def test_the_first_hour_runs_every_part_and_goes_on_where_it_stopped(session, tmp_path):
     done, asked = session("first")
-    assert asked == ["gpu_machine", "gpu_te.py", "gpu_head", "four.json", "gpu_tests"], done.stderr
+    assert asked == ["gpu_machine", "gpu_te.py", "gpu_kernels.py", "gpu_head", "four.json", "gpu_tests"], done.stderr
     assert done.returncode == 1 and "te FAILED with code 1" in done.stdout
     assert json.loads((tmp_path / "out" / "check.json").read_text()) == {"gpu": "none"}
     lines = [json.loads(line) for line in (tmp_path / "out" / "session.jsonl").read_text().splitlines()]
     assert [(one["part"], one["rc"]) for one in lines] == [
-        ("check", 0), ("te", 1), ("head", 3), ("four", 0), ("test", 0)
+        ("check", 0), ("te", 1), ("kernels", 0), ("head", 3), ("four", 0), ("test", 0)
     ]  # fmt: skip
     following = done.stdout.split("== next")[1].splitlines()[1:]
     assert [line.split()[-1] for line in following] == [
@@ -115,6 +115,7 @@ def test_the_first_hour_runs_every_part_and_goes_on_where_it_stopped(session, tm
         "trl8b",
         "8b",
         "alike",
+        "ours8b",
         "trl",
         "1b",
         "fp8",
@@ -142,7 +143,19 @@ def test_the_head_goes_on_with_the_sizes_that_are_missing(tmp_path, capsys):
     assert [one["mark"] for one in json.loads(out.read_text() or "{}")["results"]] == ["measured before"]
 
 
+def test_the_table_of_kernels_has_who_ran_and_why_the_others_did_not(tmp_path, capsys):
+    out = tmp_path / "kernels.json"
+    assert gpu_kernels.main(["--smoke", "--minutes", "-1", "--out", str(out)]) == 3
+    assert gpu_kernels.main(["--smoke", "--out", str(out)]) == 0
+    lines = json.loads(out.read_text())["lines"]
+    ran = [name for name, line in lines.items() if "both_ms" in line]
+    assert len(ran) == 1 and ran[0].endswith(", sdpa") and len(lines) == 1 + 3 + 3
+    assert all("not_run" in line for name, line in lines.items() if name not in ran)
+    said = capsys.readouterr().out
+    assert "flash3 | | not run" in said and "adam, triton | | not run: needs a GPU" in said
+
+
 def test_every_script_says_what_it_wants_without_a_gpu():
-    for script in ("gpu_te.py", "gpu_tests.py"):
+    for script in ("gpu_te.py", "gpu_tests.py", "gpu_kernels.py"):
         command = [sys.executable, str(REPOSITORY / "benchmarks" / script), "--help"]
         assert subprocess.run(command, capture_output=True, timeout=120).returncode == 0

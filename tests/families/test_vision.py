@@ -38,11 +38,27 @@ def test_tied_embeddings_are_said_outside():
 
 
 @pytest.mark.parametrize(
+    ("name", "said", "tokens"),
+    [
+        ("Qwen2_5_VL", {}, (151655, 151656)),
+        ("Qwen2_5_VL", {"image_token_id": 5, "video_token_id": None}, (5,)),
+        ("Gemma3", {}, (262144,)),
+        ("Mistral3", {}, (10,)),
+        ("Mistral3", {"image_token_index": 7}, (7,)),
+    ],
+)
+def test_what_stands_for_images_is_known(name, said, tokens):
+    """By the file, or by the class's own default."""
+    assert of(name, text_config=TEXT, **said).media_tokens == tokens
+
+
+@pytest.mark.parametrize(
     ("name", "said", "where"),
     [
         ("Mistral3", {"text_config": {**TEXT, "model_type": "ministral3"}}, "config.json: text_config: model_type"),
         ("Mistral3", {"text_config": {**TEXT, "attention_bias": True}}, "config.json: text_config: attention_bias"),
         ("Mistral3", {"text_config": 3}, "config.json: text_config"),
+        ("Mistral3", {"text_config": TEXT, "image_token_index": "a"}, "config.json: image_token_index"),
         ("Mistral3", {"text_config": TEXT, "quantization_config": {"bits": 4}}, "quantization_config"),
         ("Gemma3", {"text_config": {"final_logit_softcapping": 2.0}}, "final_logit_softcapping"),
         ("Qwen2_5_VL", {"text_config": {**TEXT, "rope_scaling": {"type": "su"}}}, "rope_type"),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from megadpo.files.atomic import write_then_rename
+from megadpo.files.atomic import delete_left_over, in_use, write_then_rename
 
 
 def test_a_reader_sees_the_old_content_until_all_is_written(tmp_path: Path) -> None:
@@ -55,6 +59,45 @@ def test_two_writers_at_once_do_not_mix(tmp_path: Path) -> None:
             two.write_text("two")
         assert target.read_text() == "two"
     assert target.read_text() == "one" and os.listdir(tmp_path) == ["a"]
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from megadpo.files.atomic import in_use, write_then_rename
+with write_then_rename(Path(sys.argv[1])) as partial:
+    partial.mkdir()
+    with in_use(partial):
+        (partial / "half").touch()
+        print("writing", flush=True)
+        time.sleep(60)
+"""
+
+
+def test_what_a_killed_writer_left_is_deleted_and_what_is_being_written_is_not(tmp_path: Path) -> None:
+    target = tmp_path / "export[1]"
+    others = [tmp_path / f".{name}.0123456789ab.partial" for name in ("export1", "export[1].old", "other")]
+    for folder in others:
+        folder.mkdir()
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(target)], stdout=subprocess.PIPE)
+    assert writer.stdout is not None and writer.stdout.readline() == b"writing\n"
+    (left,) = delete_left_over(target)
+    assert (left / "half").exists()
+    writer.kill()
+    writer.wait()
+    assert left.exists() and delete_left_over(target) == []
+    assert sorted(tmp_path.iterdir()) == sorted(others)
+
+
+def test_a_file_system_without_locks_deletes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    left = tmp_path / ".a.0123456789ab.partial"
+    left.mkdir()
+    with in_use(left):
+        assert delete_left_over(tmp_path / "a") == [left] and left.exists()
 
 
 @pytest.mark.parametrize(("durable", "order"), [(True, ["fsync a", "rename", "fsync folder"]), (False, ["rename"])])

@@ -19,7 +19,7 @@ PROMISED = {
     "a checkpoint": True,
     "`config.yaml` of a run": True,
     "an export, an import": True,
-    "pairs, and what was left out of them": True,
+    "pairs, and the rollouts that were left out": True,
     "a collected rollout": True,
     "`metrics.jsonl`": False,
     "an evaluation": False,

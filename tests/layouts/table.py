@@ -24,20 +24,21 @@ _HEAD = f"""# Every pair of layouts against one process
 Written by `{COMMAND}`; change `tests/layouts/options.py` or `models.py` and run it again, not this page. A test of
 `make test` fails where this page and the code disagree.
 
-A number is the largest relative difference between a run laid out so and a run of one process: every metric of
+A number is the largest relative difference between a run in this layout and a run of one process, over every metric of
 `metrics.jsonl` in each of three steps, a validation after the second, the gradient norm, and every rank's part of the
-weights after the third, copies included. float32 on CPUs, {LAYERS} layers, each run in the fewest processes in which its
-options mean something. At most {TOLERANCE:.0e} passes. Relative to what:
+weights after the third, copies included. float32 on CPUs, {LAYERS} layers, each run with the fewest processes in which its
+options have an effect. At most {TOLERANCE:.0e} passes. The differences are relative to:
 
-- a metric: that metric's value of one process. A reward or a margin starts at 0 and is beta times a difference of
-  log-probabilities: its rounding is theirs, so it is held against beta x |logps of the chosen answers|;
-- a weight: the 2-norm of the difference over the 2-norm of the part that the rank holds;
-- the number of pairs, the learning rate, the epoch and the number of tokens are equal exactly (tokens: not where prompts
-  stop being shared, which computes more of them). The accuracy of step 1, where every margin is 0 but for the last bit,
-  and timings are not compared.
+- for a metric: its value in one process. A reward or a margin starts at 0 and is beta times a difference of
+  log-probabilities, with their rounding, so its difference is relative to beta x |logps of the chosen answers|;
+- for a weight: the 2-norm of the rank's part (the difference is a 2-norm too).
+
+The number of pairs, the learning rate, the epoch and the number of tokens are equal exactly (tokens: unless the layout doesn't
+share prompts, which computes more of them). Timings are not compared, nor the accuracy of step 1, where every margin is 0 except
+for rounding.
 
 **R1** and so on: refused by the config check (`launch/train.py --check`, and every start before any process group is
-made), for the reason of that number below. **{TWICE}**: the two are different values of one key. The diagonal is the
+made), for the reason with that number below. **{TWICE}**: the two are different values of one key. The diagonal is the
 option alone.
 """
 
@@ -70,9 +71,9 @@ def render(results: Mapping[str, Proved], impossible: Sequence[Sequence[Problem]
     lines += ["", "## Reasons", "", *(f"- **R{number}** {_escaped(r)}" for number, r in enumerate(reasons, start=1))]
     lines += [
         "",
-        "## Can't be laid out",
+        "## Impossible layouts",
         "",
-        "Each is refused at the key that is named, which expects what follows.",
+        "Each is refused with the named key and the expected value.",
         "",
     ]
     refusals = [_refusal(i, problems) for i, problems in zip(IMPOSSIBLE, impossible, strict=True)]

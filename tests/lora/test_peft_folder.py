@@ -107,7 +107,7 @@ BROKEN = {
     "no weights": (lambda f: (f / WEIGHTS_FILE).unlink(), "a folder with adapter_model.safetensors"),
     "cut short": (lambda f: (f / WEIGHTS_FILE).write_bytes(b"\x00"), "a folder with adapter_model.safetensors"),
     "another kind": (lambda f: edit(f, peft_type="IA3"), "another kind of adapter"),
-    "DoRA": (lambda f: edit(f, use_dora=True), "DoRA is not offered"),
+    "DoRA": (lambda f: edit(f, use_dora=True), "DoRA is not supported"),
     "biases": (lambda f: edit(f, bias="all"), "biases are frozen"),
     "whole modules": (lambda f: edit(f, modules_to_save=["lm_head"]), "no module is trained whole"),
     "ranks by name": (lambda f: edit(f, rank_pattern={"q_proj": 2}), "one rank"),

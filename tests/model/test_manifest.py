@@ -109,8 +109,10 @@ def test_only_the_chosen_blocks_are_read_and_every_size_is_looked_at(small):
     folder, manifest = small
     (folder / "a").write_bytes((folder / "a").read_bytes()[:-1] + b"!")
     (folder / "model/c").unlink()
-    assert named(folder, damages(folder, manifest, {"a": [0, 1], "b": [1]})) == {"model/c": "no such file"}
-    assert named(folder, damages(folder, manifest, {"a": [2]})).keys() == {"a", "model/c"}
+    (folder / "model/empty").write_bytes(b"x")
+    sizes = {"model/c": "no such file", "model/empty": "1 bytes"}
+    assert named(folder, damages(folder, manifest, {"a": [0, 1], "b": [1]})) == sizes
+    assert named(folder, damages(folder, manifest, {"a": [2]})).keys() == {"a", *sizes}
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 9])

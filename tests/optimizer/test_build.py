@@ -86,7 +86,12 @@ def test_machines_without_cuda_or_transformer_engine_are_told_why():
 
 @pytest.mark.parametrize("name", ["adam", "sgd"])
 def test_every_option_of_the_optimizer_reaches_megatron_core(name, monkeypatch):
-    monkeypatch.setattr(build, "get_megatron_optimizer", lambda config, chunks, **_: (config, chunks))
+    groups = [{"fused": None, "lr": 1.0}, {"lr": 1.0}]
+
+    def get_optimizer(config, chunks, **_):
+        return SimpleNamespace(config=config, chunks=chunks, param_groups=groups)
+
+    monkeypatch.setattr(build, "get_megatron_optimizer", get_optimizer)
     common = {"lr": 3e-4, "min_lr": 2e-5, "weight_decay": 0.03, "use_distributed_optimizer": False, "optimizer": name}
     own = {
         "sgd": {"sgd_momentum": 0.6},
@@ -101,8 +106,10 @@ def test_every_option_of_the_optimizer_reaches_megatron_core(name, monkeypatch):
     options = common | own[name]
     policy = dataclasses.replace(policy_of("x", **options), max_grad_norm=0.7, precision="float32")
     monkeypatch.setattr("megatron.core.optimizer.OptimizerConfig.__post_init__", lambda self: None)
-    config, chunks = build.build_optimizer(["chunk"], policy, torch.device("cpu"))
-    assert chunks == ["chunk"]
+    built = build.build_optimizer(["chunk"], policy, torch.device("cpu"))
+    config = built.config
+    assert built.chunks == ["chunk"]
+    assert groups == [{"fused": True, "lr": 1.0}, {"lr": 1.0}]  # on a CPU, where the optimizer has it
     dtypes = {"exp_avg_dtype": torch.bfloat16, "exp_avg_sq_dtype": torch.float32}
     wanted = options | (dtypes if name == "adam" else {})
     assert {name: getattr(config, name) for name in wanted} == wanted

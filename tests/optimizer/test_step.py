@@ -1,4 +1,4 @@
-"""The guarded step clips gradients wherever the optimizer keeps them, by a norm that is right for tensors of any length."""
+"""An update clips gradients wherever the optimizer keeps them, by a norm that is right for tensors of any length."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from megadpo.optimizer import step
-from megadpo.optimizer.step import guarded_step
+from megadpo.optimizer.step import gradient_norm, update
 from megadpo.parallel.cpu import enable_cpu
 
 
 class OnePart:
-    """What guarded_step uses of megatron-core's optimizers, around one parameter."""
+    """What the two use of megatron-core's optimizers, around one parameter."""
 
     def __init__(self, parameter, *, decoupled, clip_grad=1.0):
         self.parameter = parameter
@@ -35,26 +35,25 @@ class OnePart:
 
 
 @pytest.mark.parametrize("decoupled", [False, True])
-@pytest.mark.parametrize("value", [3.0, float("nan"), float("-inf")])
-def test_clips_and_steps_or_leaves_everything(decoupled, value):
+def test_clips_and_steps(decoupled):
     if not torch.cuda.is_available():
         enable_cpu()
     parameter = torch.nn.Parameter(torch.zeros(4))
-    setattr(parameter, "decoupled_grad" if decoupled else "grad", torch.full((4,), value))
+    setattr(parameter, "decoupled_grad" if decoupled else "grad", torch.full((4,), 3.0))
     part = OnePart(parameter, decoupled=decoupled)
-    norm, updated = guarded_step(part)
-    assert updated == part.stepped == (value == 3.0)
-    if updated:
-        left = parameter.decoupled_grad if decoupled else parameter.grad
-        assert norm == 6.0
-        torch.testing.assert_close(left.norm(), torch.tensor(1.0), rtol=1e-5, atol=0)
+    assert gradient_norm(part) == 6.0 and not part.stepped
+    update(part, 6.0)
+    left = parameter.decoupled_grad if decoupled else parameter.grad
+    torch.testing.assert_close(left.norm(), torch.tensor(1.0), rtol=1e-5, atol=0)
+    assert part.stepped
 
 
 def test_without_a_limit_gradients_stay_as_they_are():
     parameter = torch.nn.Parameter(torch.zeros(4))
     parameter.grad = torch.full((4,), 3.0)
     part = OnePart(parameter, decoupled=False, clip_grad=0.0)
-    assert guarded_step(part) == (6.0, True) and part.stepped
+    update(part, gradient_norm(part))
+    assert part.stepped
     assert parameter.grad.tolist() == [3.0] * 4
 
 

@@ -15,7 +15,7 @@ from megadpo.config.load import load_config
 from megadpo.config.schema import Config
 from megadpo.data.batches.cut import context_part
 from megadpo.data.batches.loader import GlobalBatch
-from megadpo.optimizer.step import guarded_step
+from megadpo.optimizer.step import gradient_norm, update
 from megadpo.parallel import initialize, setup_device
 from megadpo.plan.packs import Lengths
 from megadpo.plan.trace import LiveBytes, empty_pack
@@ -79,7 +79,7 @@ def parameters(chunks: Any) -> list[torch.nn.Parameter]:
 def static(path: str, overrides: list[str]) -> dict[str, Any]:
     """Parameters and bytes of this rank after a step on zero gradients, which makes Adam's state."""
     _, parallel, trainer = build(path, overrides)
-    guarded_step(trainer.optimizer)
+    update(trainer.optimizer, gradient_norm(trainer.optimizer))
     weights = parameters(trainer.model)
     reference = trainer.reference
     assert reference is not None

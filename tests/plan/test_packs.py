@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from megadpo.config.grid import Grid
 from megadpo.config.load import load_config
+from megadpo.config.problems import ConfigError
 from megadpo.data.batches.pack import pack_pairs
 from megadpo.data.pairs import TokenizedPair
-from megadpo.plan.inputs import choose_pairs
+from megadpo.plan.inputs import architectures, choose_pairs
 from megadpo.plan.packs import Pack, all_pairs, full_pack, pack_tokens, packed_lengths, workload
 from megadpo.plan.trace import empty_pack
 from megadpo.train.inputs import TRAIN, open_run_inputs
@@ -79,10 +80,16 @@ def test_a_pack_of_groups_is_counted_as_it_is_computed(groups, window):
         assert counted.query_keys(limit) == sum(seen)
 
 
-@pytest.mark.parametrize("group_prompts", [True, False])
-def test_a_workload_is_what_the_loader_deals(tmp_path, group_prompts):
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["policy.train_global_batch_size=24", "data.group_prompts=true"],
+        ["policy.train_global_batch_size=24", "data.group_prompts=false"],
+        ["policy.train_global_batch_size=4", "dpo.loss_type=plackett_luce"],  # rankings of six pairs
+    ],
+)
+def test_a_workload_is_what_the_loader_deals(tmp_path, overrides):
     path = ranked_pairs(tmp_path / "ranked.jsonl", prompts=20, answers=4, seed=0)
-    overrides = ["policy.train_global_batch_size=24", f"data.group_prompts={str(group_prompts).lower()}"]
     data = {"train_data_path": str(path)}
     config = make_config(
         tmp_path, make_model(tmp_path / "model"), data=data, policy={"sequence_packing": {"train_mb_tokens": 260}}
@@ -90,14 +97,17 @@ def test_a_workload_is_what_the_loader_deals(tmp_path, group_prompts):
     cfg = load_config(config, overrides)
     inputs = open_run_inputs(cfg, Grid(data=2), sets=[TRAIN], weights=False)
     pairs, said = choose_pairs(cfg, None)
-    assert said.endswith("120 pairs of 20 prompts" if group_prompts else "120 pairs")
+    assert said.endswith("120 pairs of 20 prompts" if cfg.data.group_prompts else "120 pairs")
     work = workload(cfg, inputs.arch, pairs, said, dp=2)
     loader = inputs.train_loader
     deals = [deal for _, deal in loader.deals(0)]
-    assert work.batches == len(deals) == 5
+    assert work.batches == len(deals) == 5 and work.pairs_per_batch == 24
     assert work.micro_batches == max(len(rank) for deal in deals for rank in deal)
     packs = [
-        loader.pack(positions[numbers]) for positions, deal in loader.deals(0) for rank in deal for numbers in rank
+        loader.pack(positions[numbers], positions)
+        for positions, deal in loader.deals(0)
+        for rank in deal
+        for numbers in rank
     ]
     assert work.total.tokens == sum(len(pack.tokens) for pack in packs)
     assert work.total.answer_tokens == sum(int(pack.answer_tokens.sum()) for pack in packs)
@@ -105,3 +115,16 @@ def test_a_workload_is_what_the_loader_deals(tmp_path, group_prompts):
     assert work.total.query_keys() == seen - sum(
         p * (p + 1) // 2 for p in (len(pack.tokens) - pack.num_tokens for pack in packs)
     )
+
+
+def test_stated_rankings_are_counted_whole(tmp_path):
+    sizes = {"max_total_sequence_length": 400, "sequence_packing": {"train_mb_tokens": 1000}}
+    path = write_case(tmp_path / "case", SMALL, **sizes)
+    cfg = load_config(path, ["dpo.loss_type=plackett_luce"])
+    arch, _ = architectures(cfg)
+    pairs, said = choose_pairs(cfg, "100,50,50,50")
+    work = workload(cfg, arch, pairs, said, dp=1)
+    assert (work.rankings_per_batch, work.pairs_per_batch, work.batches) == (8, 24, 1)
+    assert work.total.tokens == 8 * 250 and work.micro_batches == 2
+    with pytest.raises(ConfigError, match="at least a ranking's 1100 tokens"):
+        workload(cfg, arch, choose_pairs(cfg, "100,250,250,250,250")[0], said, dp=1)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megadpo.commands import main
+from megadpo.config.load import load_config
 from megadpo.plan.memory import GPUS, Assumptions, memory_limit, parse_assumptions
+from megadpo.plan.parameters import Parameter
+from megadpo.plan.plan import optimizer_temporaries
 from tests.plan.cases import LLAMA_30M, write_case
 
 MEG = "policy.megatron_cfg"
+AWARE = "use_precision_aware_optimizer=true"
 
 
 @pytest.fixture
@@ -92,3 +97,25 @@ def test_a_plan_says_what_a_step_and_a_checkpoint_take(small, capsys, tmp_path):
     shown = capsys.readouterr().out
     assert "1 of 3 slots" in shown and "GiB weights only" in shown and "stage 1  4 layers" in shown
     assert (tmp_path / "layout.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("overrides", "bytes_an_element"),
+    [
+        ([], 4),
+        (["adam_impl=transformer_engine"], 0),
+        ([AWARE], 0),
+        ([AWARE, "exp_avg_dtype=bfloat16"], 4 + 2),
+        ([AWARE, "exp_avg_dtype=bfloat16", "exp_avg_sq_dtype=bfloat16"], 8 + 2),
+    ],
+)
+def test_what_the_optimizers_step_takes_for_a_moment(overrides, bytes_an_element, tmp_path):
+    """Of one parameter, 100M elements of it on this rank: torch's AdamW, and FusedAdam a slice at a time."""
+    path = write_case(tmp_path / "case", LLAMA_30M, device="auto")
+    cfg = load_config(path, [f"{MEG}.optimizer.{one}" for one in overrides])
+    job = SimpleNamespace(cfg=cfg, bf16=True, gpu="h100")
+    whole = Parameter(200_000_000, shared_embedding=False, expert=False, trainable=True)
+    assert optimizer_temporaries(job, (100_000_000, 0), [[whole]]) == bytes_an_element * 100_000_000
+    if "exp_avg_sq_dtype=bfloat16" in overrides:
+        small = [Parameter(1_000_000, shared_embedding=False, expert=False, trainable=True)] * 200
+        assert optimizer_temporaries(job, (100_000_000, 0), [small]) == 500_000_000 + 2_000_000

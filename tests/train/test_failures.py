@@ -46,7 +46,7 @@ def spoiled_config(model, tmp_path):
 
 
 def test_check_exits_2(spoiled_config):
-    for overrides, words in (([], BAD_ROWS), (["--world-size", "0"], ["--world-size 0"])):
+    for overrides, words in (([], BAD_ROWS), (["--world-size", "0"], ["--world-size: 0: must be"])):
         check = [sys.executable, "launch/train.py", spoiled_config, "--check", *overrides]
         done = subprocess.run(check, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
         assert done.returncode == 2 and all(word in done.stderr for word in words), done.stderr

@@ -121,7 +121,7 @@ def test_a_run_saves_by_its_period_at_its_end_and_where_it_is_stopped(stopped_at
 
 
 def test_a_steps_time_goes_from_end_to_end_without_validation_and_saving(monkeypatch):
-    """On a GPU the update is only queued when the trainer returns; agreeing whether to stop waits for it."""
+    """On a GPU the update is only queued when a step ends, and is in the next one's time, which begins there."""
     now_s, records = [0.0], []
 
     def takes(seconds, result=None):

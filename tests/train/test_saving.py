@@ -62,8 +62,6 @@ class Saves:
 class OneRank:
     """In place of torch.distributed."""
 
-    ReduceOp = SimpleNamespace(MIN=None)
-    all_reduce = staticmethod(lambda tensor, op: None)
     broadcast_object_list = staticmethod(lambda words, src: None)
 
 
@@ -80,7 +78,7 @@ def made(tmp_path, monkeypatch):
         run = SimpleNamespace(
             cfg=SimpleNamespace(checkpointing=CheckpointingConfig(**options)),
             owner=claim(tmp_path),
-            parallel=SimpleNamespace(rank=0, device="cpu"),
+            parallel=SimpleNamespace(rank=0, largest=lambda number: number),
             position=at(0),
             ranking_metric="validation-a/loss",
             inputs=SimpleNamespace(source=SimpleNamespace(hf_files="files")),

@@ -1,4 +1,4 @@
-"""NeMo RL's keys in terms of this project's: refused or noted by the table keys.yaml, or translated."""
+"""Translates NeMo RL's keys into megadpo's. Those in the table keys.yaml are refused, or noted as without effect."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ def _section_keys() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class NemoKey:
-    """A line of keys.yaml."""
+    """An entry of keys.yaml."""
 
     path: str
-    """Ends in `.*` where it stands for the keys of a section that have no line of their own."""
+    """A path that ends in `.*` means the keys of a section that have no own entry."""
     why: str
     fix: str = ""
     accepted: tuple[object, ...] | None = None
-    """The values that are not refused. None: every value, or with `in_schema` those of the schema."""
+    """The accepted values. None: all, or with `in_schema` those of the schema."""
     in_schema: bool = False
     """megadpo has the key."""
     experts: bool = False
     """Only models with experts refuse it."""
     refused: tuple[object, ...] = ()
-    """With `experts` and `in_schema`: the values that the schema has not."""
+    """With `experts` and `in_schema`: values that the schema lacks."""
 
     def problem(self, value: object) -> Problem | None:
-        """The refusal of `value`; None where it is accepted."""
+        """The refusal of `value`; None if it is accepted."""
         if self.in_schema:
             listed = isinstance(value, str) and value in self.refused
             return Problem(self.path, value, f"another value ({self.why})", self.fix) if listed else None
@@ -60,9 +60,9 @@ class NemoKey:
 
 @functools.cache
 def nemo_keys() -> dict[str, NemoKey]:
-    """The table, by path."""
+    """Path -> entry of keys.yaml."""
     text = Path(__file__).with_name("keys.yaml").read_text(encoding="utf-8")
-    table = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # in C where it is: ten times as fast
+    table = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # the C loader is ten times as fast
     keys: dict[str, NemoKey] = {}
     _collect({name: one for name, one in table.items() if not name.startswith("_")}, "", keys)
     return keys
@@ -85,7 +85,7 @@ def _collect(section: Mapping[str, Any], prefix: str, keys: dict[str, NemoKey]) 
 
 
 def nemo_paths() -> frozenset[str]:
-    """Every key that is translated or in the table, for the nearest name of an unknown one."""
+    """Every key that is translated or in the table, to suggest one for an unknown key."""
     return frozenset(path for path in nemo_keys() if not path.endswith(".*")) | {
         f"data.{section}.{key}" for section in _SECTIONS for key in _section_keys()
     }
@@ -93,70 +93,69 @@ def nemo_paths() -> frozenset[str]:
 
 @functools.cache
 def _sections() -> frozenset[str]:
-    """Every section that holds a key of the table."""
+    """Every section with a key of the table."""
     return frozenset(path[:dot] for path in nemo_keys() for dot, letter in enumerate(path) if letter == ".")
 
 
 @dataclass
-class Heard:
-    """What there is to say about the keys of a file."""
+class NemoFindings:
+    """Refusals and notes about the keys of a file."""
 
     problems: list[Problem]
-    """Refusals."""
-    of_experts: list[Problem] = field(default_factory=list)
-    """Refusals if the model turns out to have experts."""
+    with_experts: list[Problem] = field(default_factory=list)
+    """Refusals for a model with experts only."""
     notes: list[str] = field(default_factory=list)
-    idle: dict[str, list[str]] = field(default_factory=dict)
-    """Keys that are accepted without effect and say something, by the reason why."""
+    no_effect: dict[str, list[str]] = field(default_factory=dict)
+    """Reason -> keys without effect that ask for something."""
 
     def all_notes(self) -> list[str]:
-        """The notes; one names every key without effect."""
-        if not self.idle:
+        """The notes. One of them names all keys without effect."""
+        if not self.no_effect:
             return self.notes
-        folded = "; ".join(f"{', '.join(paths)} ({why})" for why, paths in self.idle.items())
+        folded = "; ".join(f"{', '.join(paths)} ({why})" for why, paths in self.no_effect.items())
         return [*self.notes, f"NeMo RL's keys without effect here: {folded}"]
 
 
-def translate(tree: dict[str, Any], schema_paths: frozenset[str], heard: Heard) -> set[str]:
-    """Rewrite `tree` in place so that it holds this project's keys only, and unknown ones.
+def translate(tree: dict[str, Any], schema_paths: frozenset[str], found: NemoFindings) -> set[str]:
+    """Rewrites `tree` in place: NeMo RL's keys become megadpo's or go; unknown keys stay.
 
-    heard takes refusals and notes. Returns the keys that a refused section would have set: their values must not be
-    judged.
+    Refusals and notes are added to `found`. Returns the keys that a refused section would have set: they must not be
+    reported as missing.
     """
-    _balancing_coefficient(tree, heard)
-    _async_save(tree, heard)
-    _strip(tree, "", schema_paths, heard)
-    _head_chunk(tree, heard.problems)
-    _other_values(tree, heard.notes)
+    _balancing_coefficient(tree, found)
+    _async_save(tree, found)
+    _strip(tree, "", schema_paths, found)
+    _head_chunk(tree, found.problems)
+    _other_values(tree, found.notes)
     data = tree.get("data")
-    return _translate_data(data, heard.problems, heard.notes) if isinstance(data, dict) else set()
+    return _translate_data(data, found.problems, found.notes) if isinstance(data, dict) else set()
 
 
-def _strip(node: dict[str, Any], prefix: str, schema_paths: frozenset[str], heard: Heard) -> None:
-    """Take the table's keys out of a section, each with its refusal or note."""
+def _strip(node: dict[str, Any], prefix: str, schema_paths: frozenset[str], found: NemoFindings) -> None:
+    """Removes the table's keys from a section, each with its refusal or note."""
     for name, value in list(node.items()):
         path = f"{prefix}{name}"
         key = nemo_keys().get(path)
         if key is not None:
             refusal = key.problem(value)
             if refusal is not None:
-                (heard.of_experts if key.experts else heard.problems).append(refusal)
+                (found.with_experts if key.experts else found.problems).append(refusal)
             elif key.accepted is None and not key.in_schema and _says_something(value):
-                heard.idle.setdefault(key.why, []).append(path)
+                found.no_effect.setdefault(key.why, []).append(path)
             if refusal is not None or value is None or not key.in_schema:
                 del node[name]
         elif isinstance(value, dict):
             others = nemo_keys().get(f"{path}.*")
             own = nemo_keys().keys() | _sections()
             without_effect = [str(one) for one in value if f"{path}.{one}" not in own and _says_something(value[one])]
-            _strip(value, f"{path}.", schema_paths, heard)
+            _strip(value, f"{path}.", schema_paths, found)
             if others is not None and without_effect:
-                heard.idle.setdefault(others.why, []).append(f"{path}.{{{', '.join(without_effect)}}}")
+                found.no_effect.setdefault(others.why, []).append(f"{path}.{{{', '.join(without_effect)}}}")
             if others is not None or (not value and path in _sections() and path not in schema_paths):
                 del node[name]
         elif path in _sections() and path not in schema_paths:
             if value is not None:
-                heard.problems.append(Problem(path, value, "a section or null", "set it to null"))
+                found.problems.append(Problem(path, value, "a section or null", "set it to null"))
             del node[name]
 
 
@@ -165,19 +164,19 @@ def _says_something(value: object) -> bool:
     return value not in (None, False, "", "none", "disabled", {}, [])
 
 
-def _balancing_coefficient(tree: dict[str, Any], heard: Heard) -> None:
-    """The one override of config.json that has a key here."""
+def _balancing_coefficient(tree: dict[str, Any], found: NemoFindings) -> None:
+    """router_aux_loss_coef is the only override of config.json that has a key here."""
     overrides, path = get(tree, "policy.hf_config_overrides"), f"{_MEG}.moe_aux_loss_coeff"
     if not isinstance(overrides, dict) or "router_aux_loss_coef" not in overrides:
         return
     coefficient = overrides.pop("router_aux_loss_coef")
     if get(tree, path) is None:
         put(tree, path, coefficient)
-        heard.notes.append(f"policy.hf_config_overrides.router_aux_loss_coef: read as {path}: {coefficient}")
+        found.notes.append(f"policy.hf_config_overrides.router_aux_loss_coef: read as {path}: {coefficient}")
 
 
-def _async_save(tree: dict[str, Any], heard: Heard) -> None:
-    """NeMo RL has it in a section of Megatron's and in one of its other backend's."""
+def _async_save(tree: dict[str, Any], found: NemoFindings) -> None:
+    """NeMo RL has this key in a section for Megatron and in one for its other backend."""
     ours = "checkpointing.async_save"
     for path in (f"{_MEG}.checkpoint.async_save", "checkpointing.is_async"):
         value = get(tree, path)
@@ -185,17 +184,17 @@ def _async_save(tree: dict[str, Any], heard: Heard) -> None:
         if value is not None and get(tree, ours) is None:
             put(tree, ours, value)
             if _says_something(value):
-                heard.notes.append(f"{path}: read as {ours}: {value}")
+                found.notes.append(f"{path}: read as {ours}: {value}")
 
 
 def _other_values(tree: dict[str, Any], notes: list[str]) -> None:
-    """Values that are written otherwise here, or that stand for one of this project's that gives the same numbers."""
-    for path in ("dpo.val_batches", "dpo.val_period"):  # -1: the whole set, and never
+    """Values that megadpo writes in another way, and values that are replaced by one with the same result."""
+    for path in ("dpo.val_batches", "dpo.val_period"):  # -1 means the whole set, or never
         if get(tree, path) == -1:
             put(tree, path, 0)
     if get(tree, "policy.max_grad_norm", 0) is None:
         put(tree, "policy.max_grad_norm", 0.0)
-    if get(tree, "policy.make_sequence_length_divisible_by") == 1:  # nothing asked; NeMo RL: the other back end's tp
+    if get(tree, "policy.make_sequence_length_divisible_by") == 1:  # no limit; NeMo RL sets its other backend's tp here
         drop(tree, "policy.make_sequence_length_divisible_by")
     dispatcher = f"{_MEG}.moe_token_dispatcher_type"
     if get(tree, dispatcher) == "flex":
@@ -203,14 +202,14 @@ def _other_values(tree: dict[str, Any], notes: list[str]) -> None:
         notes.append(f"{dispatcher}: alltoall for flex, whose DeepEP and HybridEP are not among the dependencies")
     if get(tree, f"{_MEG}.fp8_cfg.enabled") is False:
         drop(tree, f"{_MEG}.fp8_cfg.fp8_recipe")
-    if get(tree, f"{_MEG}.peft.lora_dtype") == "None":  # Python's, in all of its files
+    if get(tree, f"{_MEG}.peft.lora_dtype") == "None":  # so in all of NeMo RL's files
         drop(tree, f"{_MEG}.peft.lora_dtype")
     _precision_aware(tree, notes)
 
 
 def _precision_aware(tree: dict[str, Any], notes: list[str]) -> None:
-    """With moments in float32 this optimizer computes what the plain one does, in less memory; a checkpoint of its state
-    isn't proved to resume, and NeMo RL's files ask for both."""
+    """With float32 moments the precision-aware optimizer computes the same numbers in less memory. It is switched off if
+    checkpoints save the optimizer, because a resume from its state is not proved. NeMo RL's files ask for both."""
     optimizer = get(tree, f"{_MEG}.optimizer", {})
     saves = get(tree, "checkpointing.enabled", True) and get(tree, "checkpointing.save_optimizer", True)
     if not saves or not isinstance(optimizer, dict) or optimizer.get("use_precision_aware_optimizer") is not True:
@@ -237,11 +236,11 @@ def _head_chunk(tree: dict[str, Any], problems: list[Problem]) -> None:
 
 
 def _translate_data(data: dict[str, Any], problems: list[Problem], notes: list[str]) -> set[str]:
-    """Rewrite the section `data` in place with this project's keys; unknown keys stay for the reader to report.
+    """Rewrites the section `data` in place with megadpo's keys; unknown keys stay for the reader to report.
 
-    NeMo RL's newer form has `train:`, `validation:` and `default:` sections; in both forms the names HelpSteer3 and
-    Tulu3Preference alone mean a dataset of the hub. Returns the keys that a refused section would have set: their values
-    must not be judged.
+    NeMo RL's newer form has `train:`, `validation:` and `default:` sections. In both forms the names HelpSteer3 and
+    Tulu3Preference without a path mean a hub data set. Returns the keys that a refused section would have set: they must
+    not be reported as missing.
     """
     unset: set[str] = set()
     default = _section(data, "default", problems)
@@ -273,7 +272,7 @@ def _translate_data(data: dict[str, Any], problems: list[Problem], notes: list[s
 
 
 def _dataset_sections(data: dict[str, Any], name: str, problems: list[Problem]) -> dict[str, dict[str, Any]]:
-    """Key -> dataset section: one, or each of a list, whose pairs are joined as in NeMo RL."""
+    """Key -> dataset section, of one section or of a list of them. (Their pairs are joined, as in NeMo RL.)"""
     raw = data.get(name)
     if isinstance(raw, list) and raw and all(isinstance(one, dict) for one in raw):
         return {f"data.{name}[{number}]": one for number, one in enumerate(data.pop(name))}
@@ -301,7 +300,7 @@ def _take_common_keys(
     seen: dict[str, tuple[object, str]],
     problems: list[Problem],
 ) -> None:
-    """Moves the format and the field names of a section up to `data`, where they hold for every source."""
+    """Moves the format and the field names of a section to `data`, where they are valid for every source."""
     for key in ("dataset_name", *FORMATS.keys()):
         mine = section.get(key)
         if mine is None or (key == "dataset_name" and mine not in FORMATS):
@@ -316,7 +315,7 @@ def _take_common_keys(
 
 
 def _source(section: dict[str, Any], where: str, problems: list[Problem], notes: list[str]) -> str | None:
-    """The source that a dataset section names, as train_data_path writes it; None with a problem."""
+    """The source that a dataset section names, in train_data_path's syntax; None with a problem."""
     name = section.get("dataset_name")
     if name is not None and name not in FORMATS:
         fix = "use one of these formats: give the file, folder or hub name as data_path and its format as dataset_name"
@@ -355,12 +354,12 @@ def _source(section: dict[str, Any], where: str, problems: list[Problem], notes:
 
 
 def _hub_dataset(name: object) -> Any:
-    """The data set of the hub that a format is known for, or None."""
+    """The hub data set that a format is named after, or None."""
     return FORMATS[name].hub if isinstance(name, str) and name in FORMATS else None
 
 
 def _hub_dataset_alone(data: dict[str, Any]) -> None:
-    """`dataset_name: HelpSteer3` and no path: the hub's dataset, and its validation split where nothing else is said."""
+    """`dataset_name: HelpSteer3` without a path means the hub data set, and its validation split unless another is given."""
     hub = _hub_dataset(data.get("dataset_name"))
     if hub is None or data.get("train_data_path") is not None:
         return

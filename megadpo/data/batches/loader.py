@@ -28,7 +28,7 @@ from megadpo.data.batches.deal import Deal, deal_batch
 from megadpo.data.batches.groups import PairGroups, deal_groups
 from megadpo.data.batches.mixture import mixed_order, refuse_empty_sets
 from megadpo.data.batches.pack import PackedBatch, pack_pairs
-from megadpo.data.batches.rankings import ranking_shares, refuse_no_rankings, refuse_no_rewards
+from megadpo.data.batches.rankings import first_of_rankings, ranking_shares, refuse_no_rankings, refuse_no_rewards
 from megadpo.data.batches.work import WorkModel
 from megadpo.data.chosen import ChosenPairs
 from megadpo.data.pairs import OpenedPairs
@@ -261,7 +261,7 @@ class GlobalBatchLoader:
         """The positions in `order` as global batches. The last one may be smaller."""
         starts, size = np.arange(len(order)), self.options.global_batch_size
         if self.options.by_rankings and self.groups is not None:
-            starts = np.flatnonzero(np.diff(self.groups.prompts[order], prepend=-1))
+            starts = first_of_rankings(self.groups.prompts[order])
         return np.split(order, starts[size::size]) if len(order) else []
 
     def batches(self, epoch: int, start_batch: int = 0) -> Iterator[GlobalBatch]:

@@ -1,8 +1,8 @@
-"""The order of an epoch that has its share of each of several data sets.
+"""The order of an epoch with a fixed share of each of several data sets.
 
-An epoch is as many pairs as there are in all sets. Each set gives its share of them, exact to a pair, spread evenly over the
-epoch. A set's pairs are drawn in passes: each once before any is drawn again; a pass goes on in the next epoch. So the
-order of an epoch depends only on (seed, epoch), and a run resumes where it was.
+An epoch has as many pairs as all sets together. Each set gives its share of them, exact up to one pair, spread evenly over
+the epoch. A set's pairs are taken in passes: each pair once before any is taken again. A pass continues in the next epoch.
+So the order of an epoch depends only on (seed, epoch), and a run can resume in it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megadpo.data.pairs import Ints
 
 
 def refuse_empty_sets(pairs: ChosenPairs) -> None:
-    """Raises DataError for sets without pairs: they can't give their share. Happens where all prompts are held out."""
+    """Raises DataError for sets without pairs, which can't give their share. (All of their prompts may be held out.)"""
     sizes = np.bincount(pairs.of_set, minlength=len(pairs.sets))
     empty = [one.report.path for one, size in zip(pairs.sets, sizes, strict=True) if not size]
     if empty:
@@ -28,7 +28,8 @@ def refuse_empty_sets(pairs: ChosenPairs) -> None:
 
 
 def counts_of(shares: Sequence[float], total: int) -> Ints:
-    """int64 [sets]: `total` pairs by the shares, whose sum is 1; what rounding down leaves goes to the largest remainders."""
+    """int64 [sets]: `total` pairs divided by the shares, whose sum is 1. Pairs left by rounding down go to the sets with the
+    largest remainders."""
     exact = np.asarray(shares) * total
     counts: Ints = np.floor(exact).astype(np.int64)
     most = np.argsort(counts - exact, kind="stable")[: total - int(counts.sum())]
@@ -41,8 +42,8 @@ def mixed_order(
 ) -> Ints:
     """int64 [total]: positions in the order of the epoch.
 
-    of_set: the set of each position, int64 [N]. seed: of the passes' orders; None: the data sets' own order. prompts: int64
-    [N], where pairs of one prompt are to follow each other within their set.
+    of_set: int64 [N], the set of each position. seed: for the order of each pass; None: the data sets' own order. prompts:
+    int64 [N] if pairs with the same prompt must be consecutive within their set.
     """
     counts = counts_of(shares, total)
     drawn, times = [], []

@@ -1,7 +1,7 @@
 """What some losses need of the data: rewards of both answers, or rankings.
 
 A ranking is a prompt with a pair for every two of its answers that are not equally good. Its loss (plackett_luce) needs all
-of its answers side by side, so that a ranking is never split over packs or global batches.
+of its answers together, so a ranking is never split over packs or global batches.
 """
 
 from __future__ import annotations
@@ -15,9 +15,14 @@ from megadpo.data.pairs import Ints, OpenedPairs
 from megadpo.data.sources import MOST_PROBLEMS
 
 
+def first_of_rankings(prompts: Ints) -> Ints:
+    """The index of each ranking's first pair. prompts: [N], those of one ranking are next to each other."""
+    return np.flatnonzero(np.diff(prompts, prepend=-1))
+
+
 def ranking_shares(groups: PairGroups, positions: Ints, batch: Ints) -> npt.NDArray[np.float32]:
-    """float32 [P] for the pairs at `positions`, with all pairs of their rankings: (pairs / rankings of the global batch
-    `batch`) / pairs with the same chosen answer. A mean over the pairs of the batch is then a mean over its rankings."""
+    """float32 [P] for the pairs at `positions`, which have all pairs of their rankings: (pairs / rankings of the global batch
+    `batch`) / pairs with the same chosen answer. With it a mean over the batch's pairs is a mean over its rankings."""
     _, which, counts = np.unique(groups.answers[positions, 0], return_inverse=True, return_counts=True)
     pairs_per_ranking = len(batch) / len(np.unique(groups.prompts[batch]))
     shares: npt.NDArray[np.float32] = (pairs_per_ranking / counts[which]).astype(np.float32)
@@ -35,7 +40,7 @@ def refuse_no_rewards(dataset: OpenedPairs, loss_type: str) -> None:
 
 
 def refuse_no_rankings(dataset: OpenedPairs, groups: PairGroups, budget_tokens: int) -> None:
-    """Raises DataError for prompts whose pairs are no ranking or don't fit into a pack, and for pairs with weights."""
+    """Raises DataError for prompts whose pairs are no ranking or don't fit into one pack, and for pairs with weights."""
     tokens, _ = groups.totals(np.arange(len(dataset)), groups.prompts, groups.num_prompts, None)
     problems: list[Problem] = []
     for number, positions in enumerate(groups.members()):
@@ -59,7 +64,7 @@ def refuse_no_rankings(dataset: OpenedPairs, groups: PairGroups, budget_tokens: 
 
 
 def _unranked(answers: Ints) -> str | None:
-    """Why the pairs int64 [P, 2] of (better, worse) answers are not every pair of a ranking; None: they are."""
+    """Why the pairs int64 [P, 2] of (better, worse) answers are not all pairs of a ranking; None if they are."""
     pairs = {(better, worse) for better, worse in answers.tolist()}
     if len(pairs) < len(answers):
         return "a pair that is there twice"

@@ -22,11 +22,12 @@ from megadpo.data.tokens.workers import usable_cores
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from megadpo.config.architecture import Architecture
     from megadpo.config.schema import Config
 
 
 def load_datasets(
-    cfg: Config, paths: Mapping[str, str | Sequence[str]], tokenizer: PreTrainedTokenizerBase, vocab_size: int
+    cfg: Config, paths: Mapping[str, str | Sequence[str]], tokenizer: PreTrainedTokenizerBase, arch: Architecture
 ) -> dict[str, OpenedPairs]:
     """Name -> pairs of each set, whose sources are one or several, mapped from `data.cache_dir`. Sources that are not there
     yet are tokenised first.
@@ -35,7 +36,7 @@ def load_datasets(
     """
     cache = None if cfg.data.cache_dir is None else TokenCache(cfg.data.cache_dir)
     workers = cfg.data.num_tokenize_workers or usable_cores()
-    settings = DataSettings.from_config(cfg)
+    settings = DataSettings.from_config(cfg, arch.media_tokens)
     opened: dict[str, PairDataset] = {}
     problems: list[Problem] = []
     sources = {name: [given] if isinstance(given, str) else given for name, given in paths.items()}
@@ -46,8 +47,8 @@ def load_datasets(
             problems += error.problems
             continue
         largest = opened[path].max_token_id
-        if largest >= vocab_size:
-            expected = f"token ids below the model's vocabulary of {vocab_size}"
+        if largest >= arch.vocab_size:
+            expected = f"token ids below the model's vocabulary of {arch.vocab_size}"
             problems.append(Problem(path, largest, expected, "use the tokenizer of this model (policy.tokenizer.name)"))
     if problems:
         raise DataError(problems)

@@ -57,9 +57,11 @@ class DataSettings:
     dataset_name: str | None = None
     loss_on: LossOn = "last_turn"
     on_bad_row: OnBadRow = "refuse"
+    media_tokens: tuple[int, ...] = ()
+    """Architecture's: rows with one of these ids are refused."""
 
     @classmethod
-    def from_config(cls, cfg: Config) -> DataSettings:
+    def from_config(cls, cfg: Config, media_tokens: tuple[int, ...] = ()) -> DataSettings:
         """The settings of a run. `data.max_input_seq_length` can only lower the limit."""
         return cls(
             max_total_sequence_length=min(cfg.policy.max_total_sequence_length, cfg.data.max_input_seq_length),
@@ -70,6 +72,7 @@ class DataSettings:
             dataset_name=cfg.data.dataset_name,
             loss_on=cfg.data.loss_on,
             on_bad_row=cfg.data.on_bad_row,
+            media_tokens=media_tokens,
         )
 
     def pair_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> PairTokenizer:
@@ -79,6 +82,7 @@ class DataSettings:
             chat_template=self.chat_template,
             chat_template_kwargs=self.chat_template_kwargs,
             loss_on=self.loss_on,
+            media_tokens=self.media_tokens,
         )
 
     def text(self, encoder: PairTokenizer) -> str:

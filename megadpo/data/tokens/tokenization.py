@@ -71,12 +71,14 @@ class PairTokenizer:
         chat_template: str | None = OWN_TEMPLATE,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         loss_on: LossOn = "last_turn",
+        media_tokens: tuple[int, ...] = (),
     ) -> None:
         self.tokenizer = tokenizer
         self.eos_token_id = require_eos(tokenizer)
         self.chat_template = resolve_chat_template(tokenizer, chat_template)
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.loss_on = loss_on
+        self.media_tokens = media_tokens
         variables = frozenset() if self.chat_template is None else template_variables(self.chat_template)
         self._reads_tools = "tools" in variables
         self._check_kwargs(variables)
@@ -204,7 +206,7 @@ class PairTokenizer:
             rejected, rejected_mask, rejected_apart = self._answer(text, 1, prompt, ids[rows[2 * count + number]])
             masks, read = (chosen_mask, rejected_mask), text.pair
             pair = TokenizedPair(read.place.row, prompt, chosen, rejected, *masks, read.weight, read.rewards)
-            problem = _token_problem(read, pair)
+            problem = _token_problem(read, pair) or self._media_problem(read, pair)
             counts["tokenized_apart"] += problem is None and (chosen_apart or rejected_apart)
             yield problem or pair
 
@@ -231,6 +233,21 @@ class PairTokenizer:
         if all(piece.in_loss for piece in pieces):
             return ids, None, apart
         return ids, np.repeat(np.array([piece.in_loss for piece in pieces]), lengths), apart
+
+    def _media_problem(self, pair: PreferencePair, tokenized: TokenizedPair) -> Problem | None:
+        """The error for a text with the token of an image or a video: the text model can't compute it."""
+        if not self.media_tokens:
+            return None
+        ids = np.concatenate([tokenized.prompt_ids, tokenized.chosen_ids, tokenized.rejected_ids])
+        found = ids[np.isin(ids, self.media_tokens)]
+        if len(found) == 0:
+            return None
+        return Problem(
+            where=str(pair.place),
+            value=f"the token {self.tokenizer.convert_ids_to_tokens(int(found[0]))!r}, which stands for an image or video",
+            expected="text alone: this model's text part is trained",
+            fix="remove the row, or the token from its texts",
+        )
 
     def _ids(self, texts: list[str], *, special_tokens: bool) -> list[TokenIds]:
         encoded = self.tokenizer(

@@ -1,7 +1,7 @@
-"""The model's end: log-probabilities of given tokens against a vocabulary shard, without a tokens x vocabulary tensor.
+"""Heads: log-probabilities of given tokens from hidden states and a vocabulary shard, without a tokens x vocabulary tensor.
 
-A head is one file or folder here, or in a file that the config names in `plugins`: `@LOGPROB_KERNELS.add(name)` on a
-LogpsHead. It is read whenever a config is checked, so it imports torch when it first runs.
+A head is one file or folder here, or a file that the config names in `plugins`: `@LOGPROB_KERNELS.add(name)` on a
+LogpsHead. Every config check imports it, so it must import torch only when it first runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megadpo.config.variants import Lazy
 if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
-else:  # a config is checked without torch; a file torch.py in this folder would take the place of this name
+else:  # a config is checked without torch. No file here may be called torch.py: it would hide this name
     torch, dist = Lazy("torch"), Lazy("torch.distributed")
 
 
@@ -25,10 +25,10 @@ class LogpsHead:
 
     name: str
     priority: ClassVar[int | None] = None
-    """With logprob_kernel auto the head with the highest that can run here does. None: by its name only."""
+    """logprob_kernel auto takes the head with the highest priority that can run here. None: it must be named."""
 
     def problems(self, known: Known) -> Iterator[Problem]:
-        """Why it can't run."""
+        """Reasons why it can't run."""
         yield from ()
 
     def __call__(
@@ -42,22 +42,21 @@ class LogpsHead:
         chunk_tokens: int,
         softcap: float | None = None,
     ) -> torch.Tensor:
-        """log softmax(logits)[target], for each row: logits = hidden @ full_weight^T, or with a softcap c
+        """log softmax(logits)[target] of each row; logits = hidden @ full_weight^T, or with a softcap c
         c tanh(hidden @ full_weight^T / c).
 
-        hidden [A, h], the same on every rank of `group`; weight [V/tp, h], this rank's rows of the output matrix, the
-        first being token `vocab_start`; targets [A] int64 in the full vocabulary. Returns [A] in nats, float32 (float64
-        for float64 input), the same on every rank. About `chunk_tokens` x V/tp logits exist at a time, in forward and
-        backward. Collectives: one all-gather of [2, A] over `group` in forward, none in backward: the gradient of
-        `hidden` is this shard's share, to be summed over the group by whatever made `hidden` whole (the backward of
-        megatron-core's copy_to or gather_from region).
+        hidden [A, h], the same on every rank of `group`. weight [V/tp, h]: this rank's rows of the output matrix; the first
+        is for token `vocab_start`. targets [A] int64 in the full vocabulary. Returns [A] in nats, float32 (float64 for
+        float64 input), the same on every rank. About `chunk_tokens` x V/tp logits exist at a time, in forward and
+        backward. Collectives: one all-gather of [2, A] over `group` in forward, none in backward: the gradient of `hidden`
+        is this shard's part, which the backward of megatron-core's copy_to or gather_from region sums over the group.
         """
         raise NotImplementedError
 
 
 def combine_shards(parts: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-sum-exp and target's logit over the whole vocabulary, each [A], from this shard's parts [2, A]: its own
-    log-sum-exp, and the target's logit or 0 where another shard holds it. Collectives: one all-gather over `group`."""
+    """Log-sum-exp over the whole vocabulary, and the target's logit, each [A]. parts [2, A]: this shard's log-sum-exp, and
+    the target's logit, or 0 if another shard has it. Collectives: one all-gather over `group`."""
     if dist.get_world_size(group) == 1:
         return parts[0], parts[1]
     # One collective for all chunks: log-sum-exp is associative, so shards combine afterwards.
@@ -70,9 +69,9 @@ def combine_shards(parts: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch
 def log_sum_squares(
     hidden: torch.Tensor, weight: torch.Tensor, *, group: dist.ProcessGroup, chunk_tokens: int
 ) -> torch.Tensor:
-    """log of the sum over the vocabulary of squared probabilities, [A], without gradient: how likely two tokens drawn
-    from softmax(hidden @ full_weight^T) are the same. Arguments and chunks as of a head's call, with one projection more.
-    Collectives: one all-gather of [2, A] over `group`."""
+    """log of the sum over the vocabulary of squared probabilities, [A], without gradient: the log-probability that two tokens
+    drawn from softmax(hidden @ full_weight^T) are equal. Arguments and chunks as in a head's call. Costs one more
+    projection. Collectives: one all-gather of [2, A] over `group`."""
     with torch.no_grad():
         parts = hidden.new_empty((2, hidden.shape[0]), dtype=torch.promote_types(hidden.dtype, torch.float32))
         for start in range(0, hidden.shape[0], chunk_tokens):
@@ -87,9 +86,9 @@ def log_sum_squares(
 
 
 def sum_per_answer(token_logps: torch.Tensor, answer_tokens: torch.Tensor) -> torch.Tensor:
-    """token_logps [A] in answer order, answer_tokens [K] int64 with sum A -> [K] sums of the same dtype, in a fixed order
-    of addition (an index_add would make a resumed GPU run differ in the last bits). Added up in float64: on a CPU the
-    kernel adds one token after the other, and in float32 an answer of 32,768 tokens would be 0.03 nats off."""
+    """token_logps [A] in answer order, answer_tokens [K] int64 with sum A -> [K] sums of the same dtype. The order of addition
+    is fixed (with index_add a resumed GPU run would differ in the last bits). It adds in float64: on a CPU the kernel adds
+    token by token, and in float32 the sum of 32,768 tokens would be wrong by 0.03 nats."""
     if answer_tokens.numel() == 0:
         return token_logps.sum()[None][:0]
     sums = torch.segment_reduce(token_logps.double(), "sum", lengths=answer_tokens, unsafe=True)

@@ -1,9 +1,9 @@
-"""Attention over segments, by interchangeable kernels held to one float64 reference in the tests.
+"""Attention over segments, by interchangeable kernels. Tests compare each with one float64 reference.
 
-A kernel is one file here, or in a file that the config names in `plugins`: `@ATTENTION_KERNELS.add(name)` on an
-AttentionKernel. It makes a plan from a pack's segments once a micro-batch and window, and every layer calls it with q, k,
-v and what the model's attention asks for. Its file is read whenever a config is checked, so it imports torch when it
-first runs.
+A kernel is one file here, or a file that the config names in `plugins`: an AttentionKernel with
+`@ATTENTION_KERNELS.add(name)`. It makes a plan from a pack's segments, once for each micro-batch and window; every layer calls it
+with q, k, v and the features of the model's attention. Its file is imported whenever a config is checked, so it must not import
+torch before its first use.
 
 Shapes: T query tokens, K key tokens, H query heads, G key heads (G divides H), D channels of a head of queries and keys,
 E of a head of values.
@@ -40,9 +40,9 @@ class AttentionKernel:
 
     name: str
     priority: ClassVar[int | None] = None
-    """With attention_kernel auto the kernel with the highest that can run here does. None: by its name only."""
+    """`attention_kernel: auto` chooses the kernel with the highest priority that can run. None: auto never chooses it."""
     only_on: ClassVar[Literal["cpu", "cuda"] | None] = None
-    """None: it runs on any device."""
+    """The only device on which it runs; None: any."""
     only_bfloat16: ClassVar[bool] = False
     package: ClassVar[str | None] = None
     """A Python package that it needs besides torch."""
@@ -52,15 +52,14 @@ class AttentionKernel:
         "softcap": "a soft-cap on scores",
         "value_width": "values of another width than keys",
     }
-    """What a model's attention may ask for and not every kernel computes: name -> in words."""
+    """Features of a model's attention that not every kernel computes: name -> description."""
     computes: ClassVar[Mapping[str, str]] = {}
-    """Those of FEATURES that it computes, exactly and with exact gradients -> how, for docs/families.md. It refuses the
-    others."""
+    """The FEATURES that it computes, exactly and with exact gradients -> how, for docs/families.md. It refuses the others."""
     most_width: ClassVar[int | None] = None
-    """Of a head, in channels; None: any."""
+    """The largest head, in channels; None: any."""
 
     def problems(self, known: Known) -> Iterator[Problem]:
-        """Why it can't run, or not this model."""
+        """Why it can't run here, or not with this model."""
         field, device, policy = ATTENTION_KERNELS.field, known.device, known.cfg.policy
         if self.only_on is not None and device not in ("auto", self.only_on):
             others = [kernel.name for kernel in ATTENTION_KERNELS if kernel.only_on in (None, device)]
@@ -76,7 +75,7 @@ class AttentionKernel:
             yield from self._lacking(known, known.arch)
 
     def _lacking(self, known: Known, arch: Architecture) -> Iterator[Problem]:
-        """What the model's attention has and this kernel doesn't compute."""
+        """The features of the model's attention that this kernel doesn't compute."""
         longest = known.cfg.policy.max_total_sequence_length
         asked = {name for one in arch.attentions for name in asked_of(one, longest)}
         features = [name for name in self.FEATURES if name in asked]
@@ -91,28 +90,29 @@ class AttentionKernel:
 
     @classmethod
     def can(cls, features: Iterable[str], width: int) -> bool:
-        """Whether it computes all of these, at this width of heads."""
+        """Whether it computes all of these features, with heads of this width."""
         return set(features) <= set(cls.computes) and (cls.most_width is None or width <= cls.most_width)
 
     @classmethod
     def may_run(cls, known: Known) -> bool:
-        """As far as the device and the precision go."""
+        """Whether device and precision allow it."""
         on_device = cls.only_on is None or known.device in ("auto", cls.only_on)
         return on_device and (not cls.only_bfloat16 or known.cfg.policy.precision == "bfloat16")
 
     def plan(
         self, segments: tuple[Segment, ...], device: torch.device, dtype: torch.dtype, window: int | None = None
     ) -> Any:
-        """What depends on the segments and the window alone: made once a micro-batch, for all layers of that window.
+        """Everything that depends only on the segments and the window. Made once for each micro-batch, and used by all layers
+        with that window.
 
-        window: keys that a query sees at most, its own included; None: all before it."""
+        window: the most keys that a query sees, including its own; None: all up to its own."""
         raise NotImplementedError
 
     def prepare(self, k: Tensor, v: Tensor, plan: Any) -> tuple[Tensor, Tensor]:
-        """k [K, G, D] and v [K, G, E] as `attend` takes them; cheap to do again. No collectives.
+        """k [K, G, D] and v [K, G, E] in the form that `attend` takes; cheap to repeat. No collectives.
 
-        K is T, or under context parallelism the tokens of all ranks: k and v are then views of one tensor, and may hold
-        keys that no segment of this rank sees."""
+        K is T, or under context parallelism the tokens of all ranks. Then k and v are views of one tensor, and may have keys
+        that no segment of this rank sees."""
         return k, v
 
     def attend(
@@ -128,14 +128,14 @@ class AttentionKernel:
     ) -> Tensor:
         """q [T, H, D], k and v from `prepare` -> [T, H, E]. No collectives.
 
-        scale: of the scores; None: D^-0.5. softcap: None for none. sinks [H]: None for none; their gradient is summed in
-        float32 (float64 for float64). What `computes` leaves out is never passed."""
+        scale: factor of the scores; None: D^-0.5. softcap, sinks [H]: None if the model has none; the gradient of sinks is
+        summed in float32 (float64 for float64). Features that are not in `computes` are never passed."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class RaggedPlan:
-    """Segments as cumulative lengths; `key_index` is None where the keys are the flat run itself, or under context
+    """Segments as cumulative lengths. `key_index` is None if the segments' keys are the flat sequence itself, or under context
     parallelism its first tokens."""
 
     cu_seqlens_q: Tensor  # [segments + 1] int32
@@ -153,7 +153,7 @@ class RaggedPlan:
 
 
 def asked_of(attention: Attention, longest: int) -> set[str]:
-    """Those of FEATURES that `attention` asks for: a window only where sequences of `longest` tokens would notice it."""
+    """The FEATURES that `attention` has. A window counts only if it is smaller than the longest sequence."""
     asked = {
         "window": attention.window is not None and attention.window < longest,
         "sinks": attention.sinks,
@@ -171,8 +171,8 @@ class RaggedKernel(AttentionKernel):
     def plan(
         self, segments: tuple[Segment, ...], device: torch.device, dtype: torch.dtype, window: int | None = None
     ) -> RaggedPlan:
-        """Built on the CPU and sent over in one copy a tensor, through pinned memory: nothing waits for the device. Keys
-        before the first query's window are left out; the kernel cuts the others."""
+        """Built on the CPU and copied from pinned memory, one copy for each tensor, without waiting for the device. Keys before
+        the window of a segment's first query are left out; the kernel masks the others."""
         window = reached(segments, window)
         if window is not None:
             segments = tuple(segment.rows(0, segment.query_tokens, window) for segment in segments)
@@ -196,34 +196,34 @@ class RaggedKernel(AttentionKernel):
         )
 
     def prepare(self, k: Tensor, v: Tensor, plan: RaggedPlan) -> tuple[Tensor, Tensor]:
-        """-> [key_tokens, G, D] and [key_tokens, G, E]; shared prompts appear once a segment that sees them."""
+        """-> [key_tokens, G, D] and [key_tokens, G, E]. A shared prompt is there once for each segment that sees it."""
         if plan.key_index is None:
             return k[: plan.key_tokens], v[: plan.key_tokens]
         return k.index_select(0, plan.key_index), v.index_select(0, plan.key_index)
 
 
 def reached(segments: tuple[Segment, ...], window: int | None) -> int | None:
-    """`window`, or None where it keeps no query of `segments` from a key."""
+    """`window`, or None if it masks no key of `segments`."""
     return window if window is not None and any(segment.key_tokens > window for segment in segments) else None
 
 
 def with_sinks(out: Tensor, log_sum: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """A softmax's output [H, n, E] and log-sum-exp of scores [H, n] -> both with sinks [H] in its denominator.
+    """The output [H, n, E] and log-sum-exp of scores [H, n] of a softmax -> both with sinks [H] in the denominator.
 
-    A kernel's own backward, called with these two, gives the gradients of q, k and v: it computes the probabilities as
-    exp(score - log-sum-exp), and needs the output for the sum of gradient times output alone."""
+    A kernel's own backward, called with these two, gives the right gradients of q, k and v: it computes the probabilities as
+    exp(score - log-sum-exp), and uses the output only for the sum of gradient times output."""
     total = torch.logaddexp(log_sum, sinks.to(log_sum.dtype)[:, None])
     return (out * (log_sum - total).exp()[..., None]).to(out.dtype), total
 
 
 def sinks_gradient(grad: Tensor, out: Tensor, log_sum: Tensor, sinks: Tensor) -> Tensor:
-    """d loss / d sinks [H], in log_sum's dtype; grad [H, n, E] of `out`, which is from `with_sinks` as log_sum [H, n] is.
-    A sink has the probability exp(sink - log_sum) and the value 0."""
+    """d loss / d sinks [H], in log_sum's dtype. grad [H, n, E] is the gradient of `out`; `out` and log_sum [H, n] are from
+    `with_sinks`. A sink has the probability exp(sink - log_sum) and the value 0."""
     along = (grad.to(log_sum.dtype) * out).sum(-1)
     return -((sinks.to(log_sum.dtype)[:, None] - log_sum).exp() * along).sum(-1)
 
 
 def widened(x: Tensor, width: int) -> Tensor:
-    """x [.., D] with zero channels up to `width`: as keys and queries they add nothing to a score, as values they are
-    outputs of zero."""
+    """x [.., D], padded with zero channels to `width`. In queries and keys they add nothing to a score; in values they give
+    outputs of 0."""
     return x if x.shape[-1] == width else torch.nn.functional.pad(x, (0, width - x.shape[-1]))

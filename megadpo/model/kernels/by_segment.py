@@ -1,7 +1,7 @@
-"""Attention one segment after another: the run of them as one autograd function, and its exact, written-out form.
+"""Attention one segment after another, in one autograd function for all segments; and an exact attention that stores scores.
 
-Outputs go straight to their place in the run, and keys that several segments see are joined anew in backward and not
-kept: for a shared prompt, joined keys and values are as large as everything else that attention keeps.
+Outputs are written directly to their place. Keys that several segments see are joined again in backward and not kept: with
+shared prompts, joined keys and values are as large as everything else that attention keeps.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ else:
     torch = Lazy("torch")
 
 FEWEST_ROWS, MOST_ROWS = 128, 512
-"""Of a segment longer than its window, taken together: each part sees its own rows and a window of keys before them."""
+"""Rows in one part of a segment that is longer than its window. A part sees its own rows and a window of keys before them."""
 MOST_SCORES = 1 << 24
-"""Computed at a time where they are written out: 64 MiB in float32."""
+"""The most scores that WrittenOut stores at a time: 64 MiB in float32."""
 
 
 def pieces_of(segments: tuple[Segment, ...], window: int | None) -> tuple[int | None, tuple[Segment, ...]]:
-    """The window, None where no query notices it, and the segments; those longer than it cut into parts of rows with the
-    keys that they reach, so that work and masks grow with the tokens times the window."""
+    """The window (None if it masks nothing) and the segments. Those longer than the window are cut into parts of rows with only
+    the keys that the rows see, so work and masks grow with tokens times window."""
     window = reached(segments, window)
     if window is None:
         return None, segments
@@ -47,7 +47,7 @@ def _in_parts(segment: Segment, window: int, rows: int) -> Iterator[Segment]:
 
 
 def seen(n: int, m: int, window: int | None, device: torch.device) -> Tensor:
-    """[n, m] bool: which of m keys each of n queries sees, the last query all but those beyond its window."""
+    """[n, m] bool: which of the m keys each of the n queries sees. The last query's own key is the last one."""
     mask = torch.ones(n, m, dtype=torch.bool, device=device).tril_(m - n)
     return mask if window is None else mask.triu_(m - n - window + 1)
 
@@ -60,7 +60,7 @@ class Piece:
     keys: tuple[slice, ...]
     window: int | None
     mask: Tensor | None = None
-    """[n, m] for kernels that want one; None also for a plain causal square."""
+    """[n, m] for kernels that need one; None also for a plain causal square."""
 
     @classmethod
     def of(cls, segment: Segment, window: int | None, mask: Tensor | None = None) -> Piece:
@@ -69,7 +69,7 @@ class Piece:
 
 
 class Gradients(NamedTuple):
-    """Of a piece's queries, keys and values, each as the tensor is."""
+    """The gradients of a piece's queries, keys and values, each with its tensor's shape and dtype."""
 
     q: Tensor
     k: Tensor
@@ -85,13 +85,13 @@ class OnePiece(Protocol):
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, piece: Piece
     ) -> Gradients:
-        """From the gradient of the output, and what `forward` gave or `with_sinks` made of it."""
+        """The gradients, from that of the output. out, log_sum: the result of `forward`, or of `with_sinks` for it."""
 
 
 def attend_by_segment(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, pieces: tuple[Piece, ...], one: OnePiece
 ) -> Tensor:
-    """q [T, H, D], k [K, G, D], v [K, G, E], sinks [H] -> [T, H, E]. The pieces' queries are the run's, each once."""
+    """q [T, H, D], k [K, G, D], v [K, G, E], sinks [H] -> [T, H, E]. Each query is in exactly one piece."""
     attended: Tensor = _segment_attention().apply(q, k, v, sinks, pieces, one)
     return attended
 
@@ -109,7 +109,7 @@ def _forward(ctx, q, k, v, sinks, pieces, one):  # type: ignore[no-untyped-def]
         outputs[:, :, piece.queries] = attended
         log_sums.append(log_sum)
     if v.untyped_storage().data_ptr() != k.untyped_storage().data_ptr():
-        v = v.contiguous()  # values are a view of the whole projection, which would stay in memory with them
+        v = v.contiguous()  # values are a view of the whole QKV projection, which would stay in memory with them
     ctx.save_for_backward(q, k, v, sinks, out, *log_sums)
     ctx.pieces, ctx.one = pieces, one
     return out
@@ -147,8 +147,8 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 @functools.cache
 def _segment_attention() -> Any:
-    """The autograd function of the two, made at first use: its base class is torch's, and a config is checked without
-    torch."""
+    """The autograd function of `_forward` and `_backward`. Made at first use, because its base class is torch's, and a config
+    is checked without torch."""
     members = {"forward": staticmethod(_forward), "backward": staticmethod(_backward)}
     return type("SegmentAttention", (torch.autograd.Function,), members)
 
@@ -159,13 +159,14 @@ def _heads_first(x: Tensor) -> Tensor:
 
 
 def _joined(x: Tensor, parts: tuple[slice, ...]) -> Tensor:
-    """The rows `parts` of x [1, G, T, D], in order; a view where there is one part."""
+    """The rows `parts` of x [1, G, T, D], in order; a view if there is only one part."""
     return x[:, :, parts[0]] if len(parts) == 1 else torch.cat([x[:, :, part] for part in parts], dim=2)
 
 
 @dataclass(frozen=True)
 class WrittenOut:
-    """Scores made by a matrix product, some rows at a time, and made again in backward. Softmax in float32 at least."""
+    """Attention that stores the scores, some rows at a time, and computes them again in backward. The softmax is in float32 at
+    least."""
 
     scale: float
     softcap: float | None = None
@@ -203,8 +204,8 @@ class WrittenOut:
         return Gradients(d_q, d_k[None].to(k.dtype), d_v[None].to(v.dtype))
 
     def _scores(self, query: Tensor, key: Tensor, piece: Piece, rows: slice, keys: int) -> tuple[Tensor, Tensor | None]:
-        """[G, heads x rows, keys up to the last row's] with -inf where a query doesn't look, and under a softcap the
-        derivative by the scores before it."""
+        """[G, heads x rows, keys up to the last row's] scores, -inf for keys that a query doesn't see; and with a softcap its
+        derivative."""
         scores, slope = (query @ key.mT).to(_wide(query)).mul_(self.scale), None
         if self.softcap is not None:
             tanh = scores.div_(self.softcap).tanh_()
@@ -216,7 +217,8 @@ class WrittenOut:
 
 
 def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, int]]:
-    """Rows of queries [1, H, n, D] with few enough scores, and how many keys [1, G, m, D] are up to the last row's."""
+    """Blocks of rows of the queries [1, H, n, D] with at most MOST_SCORES scores, and for each block how many of the keys
+    [1, G, m, D] its last row sees."""
     (heads, n), m = q.shape[1:3], k.shape[2]
     size = max(1, MOST_SCORES // (heads * m))
     for first in range(0, n, size):

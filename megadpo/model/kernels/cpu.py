@@ -1,4 +1,4 @@
-"""torch's flash attention for CPUs, one call a segment."""
+"""torch's flash attention for CPUs, one call for each segment."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ else:
 
 @dataclass(frozen=True)
 class _Flash:
-    """What F.scaled_dot_product_attention calls on a CPU. It wants one width of queries, keys and values."""
+    """The operation that F.scaled_dot_product_attention calls on a CPU. Queries, keys and values must have one width."""
 
     scale: float | None
     """None: torch's default."""
@@ -60,7 +60,7 @@ def _widened(*tensors: Tensor) -> list[Tensor]:
 
 @ATTENTION_KERNELS.add("cpu")
 class CpuKernel(AttentionKernel):
-    """The fastest and leanest on a CPU, in any floating dtype."""
+    """The kernel for CPUs with the least time and memory, in any floating dtype."""
 
     name, priority, only_on = "cpu", 1, "cpu"
     computes: ClassVar[Mapping[str, str]] = {
@@ -73,7 +73,7 @@ class CpuKernel(AttentionKernel):
         self, segments: tuple[Segment, ...], device: torch.device, dtype: torch.dtype, window: int | None = None
     ) -> tuple[Piece, ...]:
         window, segments = pieces_of(segments, window)
-        masks: dict[tuple[int, int], Tensor] = {}  # parts of a segment are of a few shapes
+        masks: dict[tuple[int, int], Tensor] = {}  # parts of segments have only a few shapes
         pieces = []
         for segment in segments:
             n, m = segment.query_tokens, segment.key_tokens
@@ -96,7 +96,7 @@ class CpuKernel(AttentionKernel):
     ) -> Tensor:
         assert softcap is None, "`computes` has no softcap"
         if scale is None and q.shape[2] != v.shape[2]:
-            scale = q.shape[2] ** -0.5  # torch's own default goes by the width with channels of zero
+            scale = q.shape[2] ** -0.5  # torch's default would depend on the padded width
         return attend_by_segment(q, k, v, sinks, plan, _Flash(scale))
 
 

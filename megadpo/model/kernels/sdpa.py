@@ -1,5 +1,5 @@
-"""torch's scaled_dot_product_attention, one call a segment: on any device and in any dtype, float32 on GPUs above all.
-What it has no argument for is written out."""
+"""torch's scaled_dot_product_attention, one call for each segment: on any device and in any dtype, mainly for float32 on GPUs.
+Softcap and sinks, for which it has no argument, are computed by WrittenOut."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ else:
 
 @dataclass(frozen=True)
 class SdpaPlan:
-    """The flat run of keys cut at every border of a range of keys; segments name their pieces."""
+    """The flat sequence of keys, cut at every border of a segment's range of keys; a segment's keys are a list of pieces."""
 
     window: int | None
     segments: tuple[Segment, ...]
     piece_lengths: list[int]
     pieces: list[list[int]]  # per segment, the key pieces in order
-    masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # [n, m] bool, True = seen; made when asked for
+    masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # [n, m] bool, True = seen; made at first use
 
     def mask(self, segment: Segment, device: torch.device) -> Tensor | None:
-        """None for a plain causal square."""
+        """The segment's mask; None for a plain causal square."""
         n, m = segment.query_tokens, segment.key_tokens
         if n == m and (self.window is None or m <= self.window):
             return None
@@ -44,7 +44,7 @@ class SdpaPlan:
 
 @ATTENTION_KERNELS.add("sdpa")
 class SdpaKernel(AttentionKernel):
-    """Loops over segments. Gradients of keys shared by several segments add up through `split`."""
+    """Loops over segments. The backward of `split` adds the gradients of keys that several segments see."""
 
     name, priority = "sdpa", 0
     computes: ClassVar[Mapping[str, str]] = {

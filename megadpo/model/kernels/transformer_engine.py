@@ -19,8 +19,9 @@ else:
 
 @ATTENTION_KERNELS.add("transformer_engine")
 class TransformerEngineKernel(RaggedKernel):
-    """`padding_causal_bottom_right` covers plain packing and shared prompts alike (cuDNN 9.7 or newer, sm_90). In packed
-    form 2.11 has no fused attention with sinks (dot_product_attention/utils.py, "Filter: Softmax type")."""
+    """Transformer Engine's DotProductAttention. The mask `padding_causal_bottom_right` is right for packs with and without
+    shared prompts (cuDNN 9.7 or newer, sm_90). In packed form 2.11 has no fused attention with sinks
+    (dot_product_attention/utils.py, "Filter: Softmax type")."""
 
     name = package = "transformer_engine"
     most_width = 256
@@ -77,8 +78,8 @@ def _module(heads: int, groups: int, width: int, value_width: int, mask: str, sc
 
 
 def _no_unfused() -> torch.nn.Module:
-    """Takes the place of the backend that DotProductAttention falls back to without a word where no fused kernel fits:
-    it pads every segment to the longest, keeps all scores, and waits for the GPU at every segment."""
+    """Replaces the backend that DotProductAttention uses silently if no fused kernel fits: that one pads every segment to the
+    longest, keeps all scores, and waits for the GPU at every segment."""
 
     class NoUnfused(torch.nn.Module):
         def forward(self, *_: Any, **__: Any) -> NoReturn:

@@ -22,7 +22,8 @@ else:
 class VarlenKernel(RaggedKernel):
     """window (-1, 0): everything to the left, nothing to the right, aligned at the bottom right as flash does."""
 
-    name, priority, most_width = "varlen", 2, 256
+    name, most_width = "varlen", 256
+    priority: ClassVar[int | None] = 2
     computes: ClassVar[Mapping[str, str]] = {
         "window": "flash attention's own",
         "sinks": "from the log-sum-exp of scores",

@@ -1,7 +1,7 @@
-"""Whose modules a decoder layer is made of: megatron-core's own, or Transformer Engine's fused ones.
+"""Implementations of decoder layers: megatron-core's own modules, or Transformer Engine's fused ones.
 
-An implementation is one file here, or in a file that the config names in `plugins`: `@LAYER_IMPLEMENTATIONS.add(name)` on
-a LayerImplementation. It is read whenever a config is checked, so it imports its modules when a model is built.
+An implementation is one file here, or a file that the config names in `plugins`: `@LAYER_IMPLEMENTATIONS.add(name)` on a
+LayerImplementation. Every config check imports it, so it must import its modules only when a model is built.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ class LayerImplementation:
 
     name: str
     priority: ClassVar[int | None] = None
-    """With transformer_impl auto the implementation with the highest that can run here does. None: by its name only."""
+    """transformer_impl auto takes the implementation with the highest priority that can run here. None: it must be named."""
     fuses_rope: ClassVar[bool] = False
-    """Whether `apply_rope_fusion` has a kernel."""
+    """Whether it has a kernel for `apply_rope_fusion`."""
 
     def problems(self, known: Known) -> Iterator[Problem]:
-        """Why it can't run, and what it can't do of what the config asks."""
+        """Reasons why it can't run, and settings of the config that it can't do."""
         raise NotImplementedError
 
     def reason(self, known: Known) -> str:
-        """Why it was chosen, in words for the banner."""
+        """Why it was chosen, for the banner."""
         if known.cfg.policy.megatron_cfg.transformer_impl != "auto":
             return f"asked for by {LAYER_IMPLEMENTATIONS.field}"
         return self.reason_of_auto(known)
@@ -43,21 +43,21 @@ class LayerImplementation:
         raise NotImplementedError
 
     def modules(self, *, fuse_weight_gradient: bool) -> LayerModules:
-        """What a layer is made of. fuse_weight_gradient: add weight gradients to the gradient buffer in the kernel that
-        computes them."""
+        """The modules of a layer. fuse_weight_gradient: the kernel that computes a weight's gradient adds it to the gradient
+        buffer."""
         raise NotImplementedError
 
     def fuses_weight_gradient(self, megatron: MegatronConfig) -> bool:
-        """`gradient_accumulation_fusion`: as asked, or wherever these modules have a kernel for it."""
+        """The value of `gradient_accumulation_fusion`; for null, whether these modules have a kernel for it."""
         return False
 
     def groups_experts(self, megatron: MegatronConfig) -> bool:
-        """`moe_grouped_gemm`: as asked, or wherever these modules run a rank's experts in one kernel."""
+        """The value of `moe_grouped_gemm`; for null, whether these modules have one kernel for a rank's experts."""
         return False
 
 
 def has_apex_kernel(known: Known) -> bool:
-    """Whether apex's kernel is there, without which megatron-core's own linear layers refuse to fuse weight gradients."""
+    """Whether apex's kernel is installed, which megatron-core's own linear layers need to fuse weight gradients."""
     machine = known.machine
     if machine is None or machine.device != "cuda":
         return False

@@ -1,4 +1,4 @@
-"""megatron-core's own modules: on CPUs and GPUs alike."""
+"""megatron-core's own modules, for CPUs and GPUs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @LAYER_IMPLEMENTATIONS.add("local")
 class LocalLayers(LayerImplementation):
-    """Tensor-parallel linear layers of megatron-core, with norm and activation of ours."""
+    """megatron-core's tensor-parallel linear layers, with megadpo's norm and activation."""
 
     name, priority = "local", 0
 

@@ -1,7 +1,7 @@
-"""Transformer Engine's modules: norm and linear in one kernel, fused weight gradients, float8.
+"""Transformer Engine's modules: norm and linear layer in one kernel, fused weight gradients, float8.
 
-The embedding, the head and attention stay as with the local layers: the head takes its weight and no logits are made,
-and attention is PackedAttention over the run's kernel.
+Embedding, head and attention are those of the local layers: the head reads its weight and makes no logits tensor, and
+attention is PackedAttention with the run's kernel.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class TransformerEngineLayers(LayerImplementation):
 
 
 def why_not_transformer_engine(known: Known) -> str | None:
-    """What keeps its layers from being used; None where nothing known does."""
+    """Why its layers can't be used; None if no reason is known."""
     policy, megatron = known.cfg.policy, known.cfg.policy.megatron_cfg
     if known.device == "cpu":
         return "no CUDA device" if known.machine is not None else "policy.device cpu"
@@ -71,13 +71,13 @@ def why_not_transformer_engine(known: Known) -> str | None:
 
 
 def without_float8(reason: str) -> Problem:
-    """Where other layers run, for this reason."""
+    """The problem of float8 with other layers, which are used for `reason`."""
     expected = f"false: float8 needs Transformer Engine's layers, which don't run here: {reason}"
     return Problem(_FP8, True, expected, f"set it to false, or change the other; on a machine with CUDA, {INSTALL}")
 
 
 def _float8_problems(known: Known) -> Iterator[Problem]:
-    """Where these layers run: what of float8 this config, this model and this GPU don't allow."""
+    """With these layers: why this config, this model or this GPU don't allow float8."""
     policy, megatron = known.cfg.policy, known.cfg.policy.megatron_cfg
     recipe, multiple = megatron.fp8_cfg.fp8_recipe, policy.make_sequence_length_divisible_by
     shards = megatron.context_parallel_size * (megatron.tensor_model_parallel_size if megatron.sequence_parallel else 1)
@@ -94,7 +94,7 @@ def _float8_problems(known: Known) -> Iterator[Problem]:
 
 
 def _no_float8(fp8: Fp8Config, machine: Machine) -> str | None:
-    """Why this GPU has no float8 of this recipe; None where it has, or isn't known."""
+    """Why this GPU can't do float8 with this recipe; None if it can, or if the GPU isn't known."""
     if machine.compute_capability is not None and machine.compute_capability < (9, 0):
         return f"its compute capability {'.'.join(map(str, machine.compute_capability))} is older than Hopper's 9.0"
     if fp8.fp8_recipe == "blockwise" and machine.cuda_version is not None and machine.cuda_version < (12, 9):
@@ -103,8 +103,8 @@ def _no_float8(fp8: Fp8Config, machine: Machine) -> str | None:
 
 
 def _float8_shape(megatron: MegatronConfig, arch: Architecture) -> Iterator[Problem]:
-    """Every matrix that float8 can't take: its sides, as each tensor-parallel rank holds them, are multiples of 16, or
-    of 128 where scales are blockwise."""
+    """A problem if float8 can't be used for a matrix: on each tensor-parallel rank its sides must be multiples of 16, or of
+    128 for blockwise scales."""
     if arch.experts is not None or arch.mlp is None:
         expected = f"false for {arch.hf_class}: layers of experts have not been run in float8"
         yield Problem(_FP8, True, expected, "set it to false")
@@ -146,10 +146,10 @@ def te_modules() -> LayerModules:
 
 
 def with_fused_weight_gradient(module: type) -> type:
-    """`module`, adding weight gradients to the gradient buffer in the kernel that computes them.
+    """`module` with a kernel that adds weight gradients to the gradient buffer.
 
-    A switch of the module's own config: megatron-core's output layer, which shares the run's, would refuse it without
-    apex, although our head never calls that layer.
+    The option is set in the module's own copy of the config: megatron-core's output layer, which has the run's config,
+    would refuse it without apex, although our head never calls that layer.
     """
 
     class Fused(module):

@@ -1,5 +1,5 @@
-"""Tensors of a model folder that nothing here computes with, such as a vision tower's: checkpoints keep them, exports have them
-as they are."""
+"""Tensors of a model folder that megadpo doesn't use, such as a vision tower's. Checkpoints and exports keep them
+unchanged."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from megadpo.model.weights.hf_folder import DTYPES, INDEX_FILE, SINGLE_FILE, HfW
 from megadpo.model.weights.hf_writer import TensorSpec, write_hf_weights
 
 FOLDER = "carried"
-"""Beside config.json in a checkpoint's hf/: these tensors in Hugging Face files."""
+"""Folder in a checkpoint's hf/ with these tensors as Hugging Face files."""
 
 
 def keep_carried(source: str | Path, target: str | Path) -> None:
-    """Write the tensors that the model folder `source` carries to `target`, hf/ of a checkpoint; nothing where there are none.
+    """Write these tensors of the model folder `source` to `target`, a checkpoint's hf/. Writes nothing if there are none.
     Memory: one tensor."""
     specs, tensors = carried_tensors(source)
     if specs:
@@ -26,7 +26,7 @@ def keep_carried(source: str | Path, target: str | Path) -> None:
 
 
 def carried_tensors(source: str | Path) -> tuple[list[TensorSpec], Iterator[dict[str, torch.Tensor]]]:
-    """What the model folder `source` carries, a Hugging Face folder or hf/ of a checkpoint; read one by one."""
+    """These tensors of `source`, a Hugging Face folder or a checkpoint's hf/, read one by one."""
     source = Path(source)
     if (source / FOLDER).is_dir():
         weights = HfWeights.open(source / FOLDER)

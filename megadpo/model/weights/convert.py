@@ -1,7 +1,7 @@
-"""Whole folders: Hugging Face -> Megatron checkpoint -> Hugging Face, streaming, in one process and without a model.
+"""Converts folders: Hugging Face -> Megatron checkpoint -> Hugging Face, tensor by tensor, in one process, without a model.
 
-A Megatron checkpoint folder holds `model/` (dist_checkpointing), `hf/` (the Hugging Face folder's other files,
-verbatim) and `megadpo.json`. Both directions write beside the target and rename, so that it is complete or absent.
+A Megatron checkpoint folder has `model/` (dist_checkpointing), `hf/` (copies of the Hugging Face folder's other files) and
+`megadpo.json`. The target is written under another name and renamed, so it is complete or absent.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.families import WeightEntry, WeightTable, read_architecture, weight_table
-from megadpo.files.atomic import write_then_rename
+from megadpo.files.atomic import delete_left_over, in_use, write_then_rename
 from megadpo.model.manifest import INFO_FILE, MANIFEST_FILE, damages, no_manifest, read_manifest, write_manifest
 from megadpo.model.weights.carried import carried_tensors, keep_carried
 from megadpo.model.weights.dist_folder import (
@@ -52,33 +52,31 @@ CARD_FILE = "README.md"
 
 
 def is_megatron_folder(folder: str | Path) -> bool:
-    """Whether the folder is a Megatron checkpoint of this project (as opposed to a Hugging Face folder), if a damaged
-    one."""
+    """Whether the folder is a Megatron checkpoint of megadpo, possibly a damaged one, and not a Hugging Face folder."""
     return any((Path(folder) / name).is_file() for name in (INFO_FILE, MANIFEST_FILE))
 
 
 def write_info(folder: str | Path, dtype: torch.dtype, step: int) -> None:
-    """Write megadpo.json and manifest.json, which make `folder`, finished but for them, a Megatron checkpoint folder.
-    step: optimizer steps so far."""
+    """Write megadpo.json and manifest.json, the last files of a Megatron checkpoint folder. step: optimizer steps so far."""
     info = {"format": FORMAT, "dtype": dtype_name(dtype), "step": step, "manifest": True}
     (Path(folder) / INFO_FILE).write_text(json.dumps(info) + "\n", encoding="utf-8")
     write_manifest(Path(folder))
 
 
 def keep_hf_files(source: str | Path, target: str | Path, own_files: Mapping[str, bytes] | None = None) -> None:
-    """What hf/ of a checkpoint, `target`, holds of the model folder `source`: `copy_hf_files`, and the tensors that go through
-    untouched (carried.py)."""
+    """Fill a checkpoint's hf/, `target`, from the model folder `source`: `copy_hf_files`, and tensors that megadpo doesn't
+    use (carried.py)."""
     copy_hf_files(source, target, own_files)
     keep_carried(source, target)
 
 
 def copy_hf_files(source: str | Path, target: str | Path, own_files: Mapping[str, bytes] | None = None) -> None:
-    """Copy everything of a Hugging Face folder except weights (and hidden files) to `target`, byte for byte. Left out: a
-    link out of the folder, whose file is not the model's to hand on.
+    """Copy all files of a Hugging Face folder except weights and hidden files to `target`, byte for byte. A link to a file
+    outside the folder is left out, because that file may not be part of the model.
 
-    own_files: name -> content of files to write instead of the folder's. With a tokenizer among them none of the folder's
-    tokenizer files is copied; with a card the folder's cards stay beside it, README.md as README.base.md, README.base.md
-    as README.base.base.md.
+    own_files: name -> content of files that replace the folder's. If they include a tokenizer, none of the folder's
+    tokenizer files is copied. If they include a card, the folder's cards are renamed: README.md to README.base.md,
+    README.base.md to README.base.base.md.
     """
     source, target, own_files = Path(source), Path(target), own_files or {}
     for path in _other_files(source):
@@ -96,11 +94,10 @@ def copy_hf_files(source: str | Path, target: str | Path, own_files: Mapping[str
 
 
 def linked_out(folder: str | Path) -> list[Problem]:
-    """The links out of a Hugging Face folder among the files that a checkpoint needs; `copy_hf_files` leaves them out."""
+    """A problem for each file that a checkpoint needs and that is a link out of the folder. (`copy_hf_files` leaves these
+    out.)"""
     folder = Path(folder)
-    expected = (
-        "a file of the model folder: checkpoints keep a copy, and links out of the folder are not followed for it"
-    )
+    expected = "a file in the model folder: checkpoints keep a copy, and links out of the folder are not copied"
     return [
         Problem(str(path), f"a link to {path.resolve()}", expected, f"cp --remove-destination {path.resolve()} {path}")
         for path in _other_files(folder)
@@ -117,7 +114,8 @@ def _other_files(folder: Path) -> Iterator[Path]:
 
 
 def _leads_out(path: Path, folder: Path) -> bool:
-    """Not so in the hub's cache, where a model's files are links from snapshots/<commit>/ to its blobs/."""
+    """Whether it is a link out of the folder. In the hub's cache, links from snapshots/<commit>/ to the model's blobs/ are
+    allowed."""
     true, inside = path.resolve(), [folder.resolve()]
     if inside[0].parent.name == "snapshots":
         inside.append(inside[0].parents[1] / "blobs")
@@ -125,11 +123,10 @@ def _leads_out(path: Path, folder: Path) -> bool:
 
 
 def import_hf(hf: str | Path, megatron: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write the Hugging Face folder `hf` as a Megatron checkpoint folder `megatron`, in `dtype` or the files' own.
+    """Write the Hugging Face folder `hf` as a Megatron checkpoint folder `megatron`, in `dtype`, or by default in the files'.
 
-    Memory: the tensors of one layer and the mapped Hugging Face tensors being copied. Collectives: none, and no world
-    is needed.
-    Raises ConfigError with every problem of the folder, or where `megatron` exists and isn't empty.
+    Memory: the tensors of one layer and the mapped Hugging Face tensors being copied. Needs no process groups. Raises
+    ConfigError with every problem of the folder, or if `megatron` exists and isn't empty.
     """
     table = weight_table(read_architecture(hf, "HF_FOLDER"))
     weights = HfWeights.open(hf, table)
@@ -145,12 +142,12 @@ def import_hf(hf: str | Path, megatron: str | Path, dtype: torch.dtype | None = 
 def export_hf(
     megatron: str | Path, hf: str | Path, max_file_bytes: int = MAX_FILE_BYTES, *, dtype: torch.dtype | None = None
 ) -> None:
-    """Write the Megatron checkpoint folder `megatron` as a Hugging Face folder `hf`, every tensor bit for bit, or rounded
-    to `dtype`.
+    """Write the Megatron checkpoint folder `megatron` as a Hugging Face folder `hf`, with the same bits, or rounded to
+    `dtype`.
 
     Weights go to model.safetensors, or to files of at most `max_file_bytes` and an index; tied embeddings are written
-    once. Memory: one Megatron tensor, and one saved shard of it twice. Collectives: none, and no world is needed.
-    Raises ConfigError where `megatron` is no complete checkpoint or damaged, or `hf` exists and isn't empty.
+    once. Memory: one Megatron tensor, and one saved shard of it twice. Needs no process groups. Raises ConfigError if
+    `megatron` is not a complete undamaged checkpoint, or if `hf` exists and isn't empty.
     """
     megatron = Path(megatron)
     if problems := target_problems(hf) + source_problems(megatron):
@@ -188,7 +185,7 @@ def export_hf(
 
 
 def source_problems(megatron: Path) -> list[Problem]:
-    """Why `megatron` is no Megatron checkpoint folder; empty where it is one."""
+    """Why `megatron` is no Megatron checkpoint folder; empty if it is one."""
     if is_megatron_folder(megatron):
         return []
     fix = "give a folder that megadpo import or a training run has finished writing"
@@ -202,7 +199,7 @@ Held = tuple[WeightEntry, Region]
 
 
 def _as_written(held: Iterable[Held]) -> Iterator[list[Held]]:
-    """One by one, but those of all experts that folders hold in one tensor together."""
+    """Groups of what becomes one tensor: single entries, and the entries of all experts whose folders stack them."""
     for name, group in itertools.groupby(held, key=lambda one: one[0].stack_name):
         if name:
             yield list(group)
@@ -215,12 +212,12 @@ def _written_dtype(entry: WeightEntry, region: Region, dtype: torch.dtype | None
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As in config.json: bfloat16."""
+    """The name in config.json, such as bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """The dtype of this name; ValueError for one that safetensors files of models don't have."""
+    """The dtype of this name. Raises ValueError for one that models' safetensors files don't have."""
     for dtype in DTYPES.values():
         if dtype_name(dtype) == name:
             return dtype
@@ -228,8 +225,8 @@ def dtype_named(name: str) -> torch.dtype:
 
 
 def _planned_tensors(weights: HfWeights, table: WeightTable, dtype: torch.dtype | None) -> Iterator[PlannedTensor]:
-    """The experts stacked into one tensor per parameter, and the layers too where they are alike, megatron-core's default;
-    a file for each layer and each end."""
+    """As in megatron-core's default, the experts of a parameter are stacked into one tensor, and so are equal layers. Each
+    layer has a file, and so have embedding and head."""
     names: dict[str, list[str]] = {}
     for entry in table.entries:
         names.setdefault(entry.checkpoint_key, []).extend(entry.hf)
@@ -246,7 +243,7 @@ def _planned_tensors(weights: HfWeights, table: WeightTable, dtype: torch.dtype 
 
 
 def _empty_objects(table: WeightTable) -> Iterator[str]:
-    """Each linear layer's `_extra_state`, under ShardedObject.unique_key of megatron-core's mapping.py."""
+    """The key of each linear layer's `_extra_state`: ShardedObject.unique_key in megatron-core's mapping.py."""
     for entry in table.entries:
         if entry.extra_state_key is not None:
             index, sizes = entry.index(entry.checkpoint_key) or (0,), table.stack_shape(entry) or (1,)
@@ -262,8 +259,8 @@ def _read(weights: HfWeights, entry: WeightEntry, dtype: torch.dtype) -> torch.T
 
 
 def correct_dtype(config: Path, specs: list[TensorSpec]) -> None:
-    """Say the weights' dtype in config.json where it says another, and no quantisation, since they are written without;
-    leave the file alone where it says neither."""
+    """Correct config.json if it has another dtype than the written weights, or a quantisation (weights are written without
+    one)."""
     raw: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
     written = {dtype_name(spec.dtype) for spec in specs}
     wrong = [key for key in ("dtype", "torch_dtype") if raw.get(key) not in (None, *written)]
@@ -276,7 +273,7 @@ def correct_dtype(config: Path, specs: list[TensorSpec]) -> None:
 
 
 def target_problems(folder: str | Path) -> list[Problem]:
-    """Why nothing can be written to `folder`; empty where something can."""
+    """Why `folder` can't be written; empty if it can."""
     folder = Path(folder)
     if (folder.is_dir() and not any(folder.iterdir())) or not folder.exists():
         return []
@@ -285,8 +282,11 @@ def target_problems(folder: str | Path) -> list[Problem]:
 
 @contextlib.contextmanager
 def written_aside(target: str | Path) -> Iterator[Path]:
-    """`write_then_rename` of a folder. Raises ConfigError where there is no place for it."""
+    """`write_then_rename` of a folder, after `delete_left_over` of it; what stays is logged. Raises ConfigError if it can't
+    be created."""
     target = Path(target).absolute()
+    for path in delete_left_over(target):
+        LOG.warning(f"{path}: another process writes there now, or was killed: then delete it")
     with write_then_rename(target) as aside:
         try:
             aside.mkdir(parents=True)
@@ -294,4 +294,5 @@ def written_aside(target: str | Path) -> Iterator[Path]:
             raise ConfigError(
                 Problem(str(target), str(error), "a place that can be written", "name another")
             ) from error
-        yield aside
+        with in_use(aside):
+            yield aside

@@ -1,7 +1,7 @@
-"""The weights in a folder of megatron-core's dist_checkpointing (torch_dist), tensor by tensor, in one process.
+"""Reads and writes the weights in a folder of megatron-core's dist_checkpointing (torch_dist), in one process.
 
-The format is torch.distributed.checkpoint's with GPTModel.sharded_state_dict()'s keys. Tensors are read and written
-here one at a time and without a model: megatron-core's own load and save want all of them in memory, and a world.
+The format is that of torch.distributed.checkpoint, with the keys of GPTModel.sharded_state_dict(). Tensors are read and
+written one by one, without a model. (megatron-core's load and save need all of them in memory, and process groups.)
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ class Region:
 
     key: str
     index: tuple[int, ...]
-    """Its place in the leading dimensions, where the stored tensor is that of all layers, all experts, or both."""
+    """Its index in the leading dimensions, if the stored tensor has all layers, all experts, or both."""
     shape: Shape
-    """Of the parameter, without those dimensions."""
+    """Shape of the parameter, without these dimensions."""
     dtype: torch.dtype
 
 
 class DistFolder:
-    """Reads single tensors of a dist_checkpointing folder, whatever layout saved them."""
+    """Reads single tensors of a dist_checkpointing folder of any layout."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Reads the metadata only. Raises ConfigError where the folder is none, or not finished."""
+        """Reads only the metadata. Raises ConfigError if the folder is another one, or not finished."""
         self.folder = Path(folder)
         metadata = read_metadata(self.folder)
         self._reader = MetadataGiven(self.folder, metadata)
@@ -67,7 +67,7 @@ class DistFolder:
         }
 
     def find(self, entries: Iterable[WeightEntry]) -> list[Region]:
-        """Where each entry lies. Raises ConfigError naming every tensor that is missing or of another shape."""
+        """The place of each entry. Raises ConfigError with every tensor that is missing or has another shape."""
         regions: list[Region] = []
         problems: list[Problem] = []
         for entry in entries:
@@ -84,8 +84,8 @@ class DistFolder:
         return regions
 
     def _find(self, entry: WeightEntry) -> Region | None:
-        """megatron-core stacks the layers into one tensor, or (`non_homogeneous_layers`) keys them one by one; the
-        experts of a layer are always stacked."""
+        """megatron-core stacks the layers into one tensor, or (`non_homogeneous_layers`) has a key for each. The experts of a
+        layer are always stacked."""
         for key in entry.checkpoint_keys:
             stored = self._tensors.get(key)
             if stored is None:
@@ -96,16 +96,16 @@ class DistFolder:
         return None
 
     def region(self, key: str, index: tuple[int, ...]) -> Region:
-        """Where the tensor `key` lies, at `index` of its leading dimensions. Raises ConfigError where there is none."""
+        """The place of the tensor `key`, at `index` of its leading dimensions. Raises ConfigError if there is none."""
         stored = self._tensors.get(key)
         if stored is None:
             raise ConfigError(Problem(str(self.folder), "no such tensor", key, FIX))
         return Region(key, index, tuple(stored.size[len(index) :]), stored.properties.dtype)
 
     def read(self, region: Region) -> torch.Tensor:
-        """The whole parameter, in memory of its own. Memory: that, and (in torch.load) one saved shard of it twice.
+        """The whole parameter, as a new tensor. Memory: that, and (in torch.load) one saved shard of it twice.
 
-        Raises ConfigError where a file is missing, cut short or broken.
+        Raises ConfigError if a file is missing, truncated or broken.
         """
         where = f"{self.folder}: {region.key}"
         target = torch.empty(region.shape, dtype=region.dtype)
@@ -124,8 +124,8 @@ class DistFolder:
 
 
 def blocks_with(keys: Collection[str], checkpoint: Path, manifest: Manifest) -> dict[str, list[int]]:
-    """For manifest.damages: of the tensors' files, the blocks that hold a part of the tensors `keys`; of the others, all.
-    Raises ConfigError for a damaged .metadata, which says where they are."""
+    """File -> numbers of its blocks, for manifest.damages: in tensor files the blocks with parts of the tensors `keys`; in
+    other files all blocks. Raises ConfigError for a damaged .metadata, which has the tensors' places."""
     if damage := damage_of(checkpoint, manifest, f"{MODEL_FOLDER}/{METADATA_FILE}"):
         raise ConfigError(damage)
     blocks = {name: set(range(len(p.xxh3))) for name, p in manifest.items() if not name.endswith(TENSOR_SUFFIX)}
@@ -138,7 +138,7 @@ def blocks_with(keys: Collection[str], checkpoint: Path, manifest: Manifest) -> 
 
 
 class _OneTensor(DefaultLoadPlanner):
-    """Sends what is read into one tensor."""
+    """Reads into one tensor."""
 
     def __init__(self, target: torch.Tensor) -> None:
         super().__init__()
@@ -151,27 +151,27 @@ class _OneTensor(DefaultLoadPlanner):
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A chunk to be written. All in the shapes of the checkpoint, the dimension of the layers included."""
+    """A chunk to be written. Shapes are those of the checkpoint, with the dimension of layers."""
 
     key: str
     size: Shape
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
     offset: tuple[int, ...]
     chunk: Shape
     dtype: torch.dtype
     file: int
-    """Chunks with the same number share a file, and memory while it is written."""
+    """Chunks with the same number are in one file, and are in memory together while it is written."""
     read: Callable[[], torch.Tensor]
-    """Gives the chunk (in any shape of as many elements) when its turn has come."""
+    """Returns the chunk, in any shape with as many elements; called when it is written."""
 
 
 def write_dist_folder(folder: str | Path, tensors: Iterable[PlannedTensor], empty_objects: Iterable[str]) -> None:
     """Write a checkpoint that `megatron.core.dist_checkpointing.load` reads in any layout. Collectives: none.
 
-    empty_objects: keys (of one layer each) of the ShardedObjects that a model asks for and that hold None.
-    Memory: the tensors of one file. Raises what reading and writing raise.
+    empty_objects: keys (each for one layer) of ShardedObjects with the value None that a model asks for. Memory: the
+    tensors of one file. Raises what reading and writing raise.
     """
-    # Here, because importing megatron-core takes seconds that reading does without.
+    # Imported here, because it takes seconds and reading doesn't need it.
     from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
     folder = Path(folder)
@@ -182,7 +182,7 @@ def write_dist_folder(folder: str | Path, tensors: Iterable[PlannedTensor], empt
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist says so
             dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
-    except CheckpointException as error:  # a BaseException around the cause, which is what a caller can understand
+    except CheckpointException as error:  # a BaseException around the cause
         raise error.failures[0][0] from None
     torch.save({}, folder / COMMON_FILE)
     save_config(CheckpointingConfig("torch_dist"), str(folder))
@@ -215,7 +215,7 @@ class _StreamingPlanner(DefaultSavePlanner):
 
 
 class _FilePerNumber(dcp.FileSystemWriter):
-    """torch's writer holds every tensor of a file until the file is closed, and makes one file of a process's plan."""
+    """Writes a file for each number. (torch's writer makes one file for a process, with all its tensors in memory.)"""
 
     def __init__(self, folder: Path, file_of: Callable[[dcp_planner.WriteItem], int]) -> None:
         super().__init__(folder)

@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face folder: which file holds which tensor, and reading parts of them."""
+"""Reads the weights of a Hugging Face folder: finds the file of each tensor, and reads parts of tensors."""
 
 from __future__ import annotations
 
@@ -22,33 +22,34 @@ SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ROWS_COMPARED = 4096
 HARMLESS_ENDINGS = ("rotary_emb.inv_freq", "attn.masked_bias")
-"""What transformers passes over too: buffers that its old versions saved beside the weights, computed and never learnt."""
+"""Buffers that old versions of transformers saved with the weights. They are computed, not trained, and transformers ignores
+them too."""
 
 _ASK_AGAIN = "download or copy the folder again"
 
 
 class Sliceable(Protocol):
-    """A tensor, or safetensors' PySafeSlice, which reads only what is asked of it."""
+    """A tensor, or safetensors' PySafeSlice, which reads only the indexed part."""
 
     def __getitem__(self, index: tuple[slice, ...]) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a file's header says of one tensor."""
+    """One tensor, by its file's header."""
 
     file: Path
     shape: Shape
     dtype: str
-    """safetensors' name of it, such as BF16."""
+    """safetensors' name, such as BF16."""
     inside: Inside | None = None
-    """Where it is, if it is no tensor of the file but a part of one."""
+    """Its place, if it is only a part of a tensor of the file."""
 
 
 @dataclass(frozen=True)
 class Inside:
-    """One expert's part of a tensor [E, ...] of all experts: every `step`th row from `first_row` on. Or a tensor of another
-    name."""
+    """One expert's part of a tensor [E, ...] of all experts: every `step`th row from `first_row` on. With expert None: the
+    whole tensor `name`."""
 
     name: str
     expert: int | None
@@ -57,11 +58,11 @@ class Inside:
     transposed: bool = False
     """Its rows are the last axis."""
     scales: StoredTensor | None = None
-    """Of a tensor in MXFP4: its blocks' exponents."""
+    """For a tensor in MXFP4: the exponents of its blocks."""
 
 
 class _Part:
-    """Slices of such a part, read from the file's tensor."""
+    """Reads slices of such a part from the file's tensor."""
 
     def __init__(self, whole: Any, inside: Inside, rows: int, scales: Any = None) -> None:
         self._whole, self._inside, self._rows, self._scales = whole, inside, rows, scales
@@ -86,8 +87,8 @@ class _Part:
 
 
 def from_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """blocks uint8 [R, B, 16], two numbers of 4 bits in each, the lower first; scales uint8 [R, B], the exponent of 2 that
-    32 numbers share, plus 127 -> bfloat16 [R, 32 B], which holds all of them exactly (OCP Microscaling Formats v1.0, 5.3)."""
+    """blocks uint8 [R, B, 16], each with two 4-bit numbers, the lower bits first; scales uint8 [R, B]: 127 + the exponent of 2
+    for 32 numbers -> bfloat16 [R, 32 B], which is exact (OCP Microscaling Formats v1.0, 5.3)."""
     numbers = torch.stack((blocks & 15, blocks >> 4), -1).flatten(1)
     table = torch.tensor(_FP4 + tuple(-x for x in _FP4), dtype=torch.bfloat16)
     exponents = (scales.to(torch.int32) - 127).repeat_interleave(32, 1)
@@ -95,23 +96,23 @@ def from_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""By exponent and mantissa; with the highest bit set, their negatives."""
+"""4-bit numbers by exponent and mantissa. With the highest bit set they are negative."""
 
 
 @dataclass(frozen=True)
 class HfWeights:
-    """The safetensors files of a folder, by their headers; no tensor is read before it is asked for."""
+    """The safetensors files of a folder, by their headers. A tensor is read only when it is used."""
 
     folder: Path
     tensors: Mapping[str, StoredTensor] = field(repr=False)
 
     @classmethod
     def open(cls, folder: str | Path, table: WeightTable | None = None) -> HfWeights:
-        """Read every file's header. Raises ConfigError naming every file that is missing, broken or cut short.
+        """Read every file's header. Raises ConfigError with every file that is missing, broken or truncated.
 
-        table: of the model; tensors of all experts of a layer are then looked at as the experts' own, one by one. The
-        hub's folders and save_pretrained's hold those; transformers 5 keeps the others in memory, and writes them with
-        save_original_format=False.
+        table: the model's. Then a tensor of all experts of a layer appears as one tensor for each expert. (Folders of the
+        hub and of save_pretrained have single experts; transformers 5 has all experts in one tensor in memory, and writes
+        them so with save_original_format=False.)
         """
         folder = Path(folder)
         tensors: dict[str, StoredTensor] = {}
@@ -128,8 +129,8 @@ class HfWeights:
         return cls(folder, tensors if table is None else _as_in_table(tensors, table))
 
     def problems(self, table: WeightTable) -> list[Problem]:
-        """Every difference between these tensors and what `table` wants: missing, of another shape, unused; and a head
-        that is not the embedding where it should be."""
+        """Every difference between these tensors and those of `table`: missing, of another shape, unused; and a head that
+        differs from the embedding although they are tied."""
         wanted, stacks = table.hf_shapes, table.stacks
         missing = dict.fromkeys(stacks.get(name, name) for name in wanted if name not in self.tensors)
         problems = [_missing(self.folder, name) for name in missing]
@@ -150,14 +151,14 @@ class HfWeights:
         return problems + self._untied_head(table)
 
     def carried(self, table: WeightTable) -> list[str]:
-        """The tensors that go into exports as they are."""
+        """The tensors that exports keep unchanged (carried.py)."""
         wanted = table.hf_shapes
         found = (name for name in self.tensors if any(fnmatchcase(name, one) for one in table.carried))
         return [name for name in found if name not in wanted]
 
     def _untied_head(self, table: WeightTable) -> list[Problem]:
-        """A tied model's folder may hold its head too, if that is the embedding: transformers leaves the two apart where
-        their numbers differ. Reads both, a few rows at a time."""
+        """The folder of a tied model may have a head too, if it equals the embedding. (transformers doesn't tie them if they
+        differ.) Reads both, a few rows at a time."""
         if table.tied is None or not self.tensors.keys() >= set(table.tied):
             return []
         embedding, head = (self.tensors[name] for name in table.tied)
@@ -173,7 +174,7 @@ class HfWeights:
         return [Problem(f"{head.file}: {table.tied[1]}", "another tensor", expected, fix)]
 
     def dtype(self, names: Sequence[str]) -> torch.dtype:
-        """The dtype that holds all of these tensors exactly (theirs, in every ordinary folder)."""
+        """The dtype that can hold all of these tensors exactly; usually it is their dtype."""
         dtype = DTYPES[self.tensors[names[0]].dtype]
         for name in names[1:]:
             dtype = torch.promote_types(dtype, DTYPES[self.tensors[name].dtype])
@@ -183,8 +184,8 @@ class HfWeights:
     def slices(self, names: Sequence[str]) -> Iterator[list[Sliceable]]:
         """Slices of these tensors, valid inside the block.
 
-        The files are mapped anew for each call: mapped pages that were touched count as this process's memory until
-        the mapping ends, so that a handle kept open would in the end hold the whole file.
+        Each call maps the files again. Pages that were read count as this process's memory until the mapping ends, so an
+        open file would in the end take its whole size.
         """
         with contextlib.ExitStack() as stack:
             stored = [self.tensors[name] for name in names]
@@ -208,8 +209,8 @@ class HfWeights:
 
 
 def _as_in_table(tensors: dict[str, StoredTensor], table: WeightTable) -> dict[str, StoredTensor]:
-    """`tensors` by the table's names: those with another name under the first, those of all experts as the experts' own,
-    as far as their shapes allow."""
+    """`tensors` by the table's names: a tensor with an alternative name gets the first one, and a tensor of all experts
+    becomes one for each expert, if its shape fits."""
     apart = dict(tensors)
     for entry in table.entries:
         for name, other in entry.also.items():
@@ -220,7 +221,7 @@ def _as_in_table(tensors: dict[str, StoredTensor], table: WeightTable) -> dict[s
             _take_apart(apart, tensors, entry, table.num_experts)
         whole = tensors.get(entry.hf_stacked)
         if whole is None or whole.shape != (table.num_experts, *entry.full_shape):
-            continue  # one of another shape stays, and is named as unused
+            continue  # a tensor of another shape stays, and is reported as unused
         apart.pop(entry.hf_stacked, None)
         first_row = 0
         for name, part in zip(entry.hf, entry.shapes, strict=True):
@@ -233,7 +234,7 @@ def _as_in_table(tensors: dict[str, StoredTensor], table: WeightTable) -> dict[s
 def _take_apart(
     apart: dict[str, StoredTensor], tensors: Mapping[str, StoredTensor], entry: WeightEntry, experts: int
 ) -> None:
-    """The tensors of one expert's `entry` into `apart`, out of the folder's stack of them, which may be in MXFP4."""
+    """Adds the tensors of one expert's `entry` to `apart`. They are in a tensor of all experts, possibly in MXFP4."""
     stack, shape = entry.row.stack, entry.full_shape
     assert stack is not None
     whole, scales = tensors.get(entry.stack_name), tensors.get(f"{entry.stack_name}_scales")
@@ -246,7 +247,7 @@ def _take_apart(
         if scales.shape != wanted[:3] or scales.dtype != "U8" or (whole is not None and whole.dtype != "U8"):
             return
     if whole is None or whole.shape != wanted:
-        return  # one of another shape stays, and is named as unused
+        return  # a tensor of another shape stays, and is reported as unused
     for name in (form.name, f"{entry.stack_name}_scales"):
         apart.pop(name, None)
     dtype = whole.dtype if form.scales is None else "BF16"
@@ -258,7 +259,7 @@ def _take_apart(
 
 
 def _indexed_names(folder: Path) -> dict[str, list[str] | None]:
-    """File name -> the tensors that the index says are in it; None: all that it has. Order of choice: transformers'."""
+    """File name -> its tensors by the index; None: all of its tensors. A single file comes first, as in transformers."""
     if (folder / SINGLE_FILE).exists():
         return {SINGLE_FILE: None}
     if (folder / INDEX_FILE).exists():

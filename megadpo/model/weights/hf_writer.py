@@ -1,7 +1,7 @@
-"""Writing a Hugging Face folder's weights, tensor by tensor.
+"""Writes a Hugging Face folder's weights, tensor by tensor.
 
-safetensors' own save wants all tensors of a file in memory at once; a file may be 5 GB.
-Format: https://huggingface.co/docs/safetensors (8 bytes of header length, JSON header, the tensors one after another).
+safetensors' save needs all tensors of a file in memory, and a file may have 5 GB.
+Format: https://huggingface.co/docs/safetensors (8 bytes with the header's length, JSON header, then the tensors).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megadpo.families.layouts import Shape
 from megadpo.model.weights.hf_folder import DTYPES, INDEX_FILE, SINGLE_FILE
 
 MAX_FILE_BYTES = 5 * 10**9
-"""transformers' default shard size up to version 4; its 5 GB are 10^9 bytes each."""
+"""transformers' default shard size up to version 4: 5 GB of 10^9 bytes."""
 _HEADER_ALIGNMENT_BYTES = 8
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -45,8 +45,7 @@ def write_hf_weights(
 ) -> None:
     """Write `specs` to model.safetensors, or to files of at most `max_file_bytes` and their index.
 
-    tensors: the same tensors in groups, in any order that lists a file's tensors one after another where possible;
-    only one group is in memory at a time.
+    tensors: the same tensors in groups. One group is in memory at a time.
     """
     files = _plan_files(list(specs), max_file_bytes)
     weight_map = {spec.name: file for file, members in files.items() for spec in members}
@@ -66,7 +65,7 @@ def write_hf_weights(
                 raise ValueError(f"{name}: planned {spec}, got {tuple(tensor.shape)} {tensor.dtype}")
             with (folder / weight_map[name]).open("r+b") as stream:
                 stream.seek(offsets[name])
-                # The tensor's own memory: numpy has no bfloat16, so the bytes are looked at as such.
+                # As bytes, without a copy: numpy has no bfloat16.
                 stream.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         del group, tensor  # before the next group is read
     if planned:
@@ -74,7 +73,7 @@ def write_hf_weights(
 
 
 def _plan_files(specs: list[TensorSpec], max_file_bytes: int) -> dict[str, list[TensorSpec]]:
-    """File name -> its tensors, filled in order; a tensor larger than the limit has a file of its own."""
+    """File name -> its tensors, in order. A tensor over the limit has its own file."""
     groups: list[list[TensorSpec]] = [[]]
     size = 0
     for spec in specs:
@@ -89,10 +88,10 @@ def _plan_files(specs: list[TensorSpec], max_file_bytes: int) -> dict[str, list[
 
 
 def _write_header(stream: BinaryIO, members: list[TensorSpec], offsets: dict[str, int]) -> None:
-    """Write the header, note where each tensor's bytes begin in the file, and give the file its full length."""
+    """Write the header, add each tensor's position in the file to `offsets`, and give the file its full length."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts, position = {}, 0
-    # Wide dtypes first, as safetensors' own save does: every tensor begins at a multiple of its item size.
+    # Wide dtypes first, as in safetensors' save: so every tensor begins at a multiple of its item size.
     for spec in sorted(members, key=lambda spec: -spec.dtype.itemsize):
         starts[spec.name] = position
         ends = [position, position + spec.num_bytes]

@@ -1,4 +1,4 @@
-"""Hugging Face weights into the parameters of a megatron-core model, each rank reading only its own slices; and back."""
+"""Loads Hugging Face weights into a megatron-core model, where each rank reads only its slices; and converts them back."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from megadpo.config.architecture import Architecture
 from megadpo.config.grid import Grid
 from megadpo.config.problems import ConfigError
 from megadpo.families.layouts import Shape
-from megadpo.families.weight_table import MEGATRON_LAYER, WeightEntry, WeightTable, weight_table
+from megadpo.families.weight_table import MEGATRON_LAYER, WeightEntry, weight_table
 from megadpo.model.weights.hf_folder import HfWeights, Sliceable
 
 _LAYER_NAME = re.compile(re.escape(MEGATRON_LAYER).replace(r"\{i\}", r"(\d+)") + "(.*)")
 _EXPERT_NAME = re.compile(r"(mlp\.experts\.(?:local_experts\.|linear_fc[12]\.weight))(\d+)(.*)")
-"""An expert's number in megatron-core's sequential or Transformer Engine's grouped experts."""
+"""Matches the number of an expert, in megatron-core's sequential or Transformer Engine's grouped experts."""
 
 
 def load_shard(
     shard: torch.Tensor, entry: WeightEntry, sources: Sequence[Sliceable], rank: int = 0, size: int = 1
 ) -> None:
-    """Hugging Face -> Megatron: copy the part of `sources` (in the order of `entry.hf`) that rank `rank` of `size` holds
-    into `shard` (any device), casting to its dtype."""
+    """Hugging Face -> Megatron: copy the part of `sources` (in the order of `entry.hf`) for rank `rank` of `size` into
+    `shard` (on any device), cast to its dtype."""
     for rectangle in entry.rectangles(rank, size):
         shard[rectangle.shard_index].copy_(sources[rectangle.source][rectangle.source_index])
 
 
 def to_hf(entry: WeightEntry, full: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Megatron -> Hugging Face: the tensors of `entry.hf` out of the whole one. Views where the rows adjoin."""
+    """Megatron -> Hugging Face: the tensors of `entry.hf`, from the whole parameter. Views if their rows are adjacent."""
     parts: list[list[torch.Tensor]] = [[] for _ in entry.hf]
     for rectangle in sorted(entry.rectangles(), key=lambda one: one.source_index[0].start or 0):
         parts[rectangle.source].append(full[rectangle.shard_index])
@@ -39,7 +39,7 @@ def to_hf(entry: WeightEntry, full: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def stored_shapes(entry: WeightEntry, experts: int) -> dict[str, Shape]:
-    """The tensors that a folder holds of `entry`, or of all `experts` of it."""
+    """Name -> shape of the tensors that a folder has for `entry`; for a stacked entry, the one of all `experts`."""
     if entry.row.stack is None:
         return dict(zip(entry.hf, entry.shapes, strict=True))
     shape = entry.full_shape
@@ -47,7 +47,7 @@ def stored_shapes(entry: WeightEntry, experts: int) -> dict[str, Shape]:
 
 
 def to_stored(entries: Sequence[WeightEntry], tensors: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Megatron -> the tensors that a folder holds: of one entry and its whole tensor, or of one for each expert."""
+    """Megatron -> the tensors of a folder: from one entry and its whole tensor, or from one for each expert."""
     stack = entries[0].row.stack
     if stack is None:
         (entry,), (full,) = entries, tensors
@@ -67,20 +67,15 @@ def to_stored(entries: Sequence[WeightEntry], tensors: Iterable[torch.Tensor]) -
 
 
 def load_hf_weights(
-    model_chunks: Sequence[torch.nn.Module],
-    arch: Architecture,
-    folder: str | Path,
-    place: Grid,
-    table: WeightTable | None = None,
+    model_chunks: Sequence[torch.nn.Module], arch: Architecture, folder: str | Path, place: Grid
 ) -> None:
-    """Load every parameter of this rank's model chunks from a Hugging Face folder, casting to the parameter's dtype.
+    """Load every parameter of this rank's model chunks from a Hugging Face folder, cast to the parameter's dtype.
 
-    table: of `arch`; None: its own. Parameters of rows that were added to it are left as they are.
-    Collectives: none. Memory beyond the parameters: the mapped pages of the tensors in one parameter.
-    Raises ConfigError with every problem of the folder, not only those of this rank's slices: all ranks of a run
-    refuse together. Raises ValueError where the model is not one of `arch` at `place`.
+    Collectives: none. Memory besides the parameters: the mapped pages of one parameter's tensors. Raises ConfigError with
+    every problem of the folder, not only those of this rank's slices, so all ranks refuse together. Raises ValueError if
+    the model is not one of `arch` at `place`.
     """
-    table = table or weight_table(arch)
+    table = weight_table(arch)
     weights = HfWeights.open(folder, table)
     problems = weights.problems(table)
     if problems:
@@ -90,8 +85,6 @@ def load_hf_weights(
             entry = table.by_name.get(name)
             if entry is None:
                 raise ValueError(f"the weight table of family {arch.family} has no row for parameter {name}")
-            if not entry.in_base:
-                continue
             rank, size = place.tp_rank, place.tensor
             if entry.expert is not None:
                 rank, size = place.etp_rank, place.expert_tensor
@@ -104,8 +97,8 @@ def load_hf_weights(
 
 
 def named_global_parameters(chunk: torch.nn.Module, first_expert: int = 0) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """The parameters of a GPTModel (or of wrappers around it), layers numbered over the whole model from 0, and
-    experts over the whole layer, `first_expert` being this rank's first."""
+    """The parameters of a GPTModel (or of wrappers around it). In their names layers are numbered over the whole model from
+    0, and experts over the whole layer; `first_expert` is this rank's first."""
     while isinstance(wrapped := getattr(chunk, "module", None), torch.nn.Module):
         chunk = wrapped  # DDP's and Float16Module's wrappers
     for name, parameter in chunk.named_parameters():

@@ -1,7 +1,7 @@
-"""Reading the pickles of a checkpoint as data: whatever a file asks for beyond that is refused, and nothing of it runs.
+"""Reads the pickles of a checkpoint as data only. A file that asks for anything else is refused, and none of it is executed.
 
-torch's own readers call `pickle.load` on .metadata, and on objects among the tensors; a pickle can name any function of
-any installed module, and its arguments.
+torch's readers call `pickle.load` on .metadata and on objects among the tensors. A pickle can call any function of any
+installed module.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _METADATA_CLASSES = {
     f"{_DCP}.planner": {"BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
     _MEGATRON: {"MCoreMetadata", "MCoreSavePlan"},  # versions before 0.16 wrote them
     "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},  # by name; raises KeyError for what is none
+    "torch.serialization": {"_get_layout"},  # a layout by its name; raises KeyError for another name
     "pathlib": {"PosixPath"},
-    "pathlib._local": {"PosixPath"},  # Python 3.13's name of it
+    "pathlib._local": {"PosixPath"},  # its name in Python 3.13
 }
 _RNG_CLASSES: list[Any] = [
     np.ndarray,
@@ -46,7 +46,7 @@ _RNG_CLASSES: list[Any] = [
     np.dtypes.UInt32DType,
     *((np.zeros(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
 ]
-"""What NumPy's state is made of, under the names of NumPy 1 and 2."""
+"""Classes of NumPy's random-number state, with their names in NumPy 1 and 2."""
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -55,12 +55,12 @@ class _MetadataUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs: nothing of it was run")
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs; none of it was executed")
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """What and where the tensors of a dist_checkpointing folder are. Raises ConfigError for a file that is absent,
-    broken, or asks for anything but the classes that such a file is made of."""
+    """Shapes, dtypes and places of the tensors of a dist_checkpointing folder. Raises ConfigError for a file that is absent
+    or broken, or asks for other classes than such a file needs."""
     file = folder / METADATA_FILE
     try:
         with file.open("rb") as stream:
@@ -72,26 +72,26 @@ def read_metadata(folder: Path) -> Metadata:
         for place in metadata.storage_data.values():
             if PurePosixPath(place.relative_path).name != place.relative_path:
                 raise ValueError(f"it names {place.relative_path!r}, which is no file of this folder")
-    except Exception as error:  # a broken pickle raises anything: it runs as far as it goes
+    except Exception as error:  # a broken pickle may raise any exception
         raise _refusal(file, error, f"a checkpoint of megatron-core, with a file {METADATA_FILE}") from error
     metadata.storage_meta = metadata.storage_meta or dcp.metadata.StorageMeta()
     return metadata
 
 
 class MetadataGiven(dcp.FileSystemReader):
-    """torch's reader of the tensors, with metadata that `read_metadata` has read."""
+    """torch's reader of tensors, with the metadata from `read_metadata`."""
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
         super().__init__(folder)
         self._metadata = metadata
 
-    def read_metadata(self) -> Metadata:  # without torch's **kwargs, by which it finds more to unpickle
+    def read_metadata(self) -> Metadata:  # without torch's **kwargs, so that torch looks for no other file to unpickle
         return self._metadata
 
 
 def read_data(file: Path | IO[bytes], name: str | Path) -> Any:
-    """What torch.save wrote, on the CPU: numbers, texts, tensors, and lists, tuples and dicts of such (and NumPy's
-    random-number state). name: of the file, for messages. Raises ConfigError for a file that is absent, broken or holds
+    """Reads a file of torch.save to the CPU: numbers, texts, tensors, lists, tuples and dicts of these, and NumPy's
+    random-number state. name: the file's name for messages. Raises ConfigError for a file that is absent or broken, or has
     anything else."""
     try:
         with torch.serialization.safe_globals(_RNG_CLASSES):
@@ -102,7 +102,7 @@ def read_data(file: Path | IO[bytes], name: str | Path) -> Any:
 
 def _refusal(file: Path | str, error: Exception, expected: str) -> ConfigError:
     said = str(error)
-    if "WeightsUnpickler error:" in said:  # torch's advice around it is to load without this care
+    if "WeightsUnpickler error:" in said:  # drop torch's advice to load without this check
         said = said.partition("WeightsUnpickler error:")[2]
     reason = (said.strip().splitlines() or [""])[0].partition(" Please use")[0]
     return ConfigError(Problem(str(file), f"{type(error).__name__}: {reason}", expected, FIX))

@@ -1,4 +1,5 @@
-"""AdamW: chooses torch's or Transformer Engine's FusedAdam, and makes megatron-core use it."""
+"""AdamW: chooses torch's or Transformer Engine's FusedAdam, or that one's state with our step, and makes megatron-core use
+it."""
 
 from __future__ import annotations
 
@@ -15,11 +16,13 @@ from megadpo.optimizer.slices import in_slices
 if TYPE_CHECKING:
     import torch
 
+    from megadpo.optimizer import one_pass
     from megadpo.parallel import device as device_room
 else:  # a config is checked without torch
     torch, device_room = Lazy("torch"), Lazy("megadpo.parallel.device")
+    one_pass = Lazy("megadpo.optimizer.one_pass")  # which imports Triton
 
-AdamName = Literal["transformer_engine", "torch"]
+AdamName = Literal["transformer_engine", "triton", "torch"]
 _OPT = "policy.megatron_cfg.optimizer"
 
 
@@ -34,9 +37,10 @@ class Adam:
     """Decay of Adam's second moment."""
     adam_eps: PositiveFloat = 1e-8
     """Added to the root of Adam's second moment."""
-    adam_impl: Literal["auto", "transformer_engine", "torch"] = "auto"
-    """The implementation: Transformer Engine's FusedAdam, or torch's. auto: FusedAdam on CUDA if it can be imported. A run
-    must resume with the one that saved it."""
+    adam_impl: Literal["auto", "transformer_engine", "triton", "torch"] = "auto"
+    """The implementation: Transformer Engine's FusedAdam, torch's, or FusedAdam's state with a step of ours that reads and
+    writes everything once (triton; for use_precision_aware_optimizer in bfloat16). auto: FusedAdam on CUDA if it can be
+    imported. A run must resume with the one that saved it; transformer_engine and triton count as one."""
     use_precision_aware_optimizer: bool = False
     """Moments in the dtypes below, and float32 weights stored as bfloat16 weights plus the missing bits. It is Transformer
     Engine's FusedAdam, on CUDA only, with the distributed optimizer."""
@@ -60,6 +64,8 @@ class Adam:
     @property
     def copied_bytes(self) -> int:
         """Bytes per parameter that FusedAdam copies while it updates a slice: each bfloat16 moment as float32."""
+        if self.adam_impl == "triton":
+            return 0
         return sum(4 for name in (self.exp_avg_dtype, self.exp_avg_sq_dtype) if name == "bfloat16")
 
     @property
@@ -84,7 +90,8 @@ class Adam:
     def choose(self, device_type: str) -> tuple[AdamName, str]:
         """The implementation on this machine, and why. `problems` has refused impossible choices before."""
         if self.adam_impl != "auto":
-            return self.adam_impl, f"set by {_OPT}.adam_impl"
+            how = ", its step in one pass by Triton" if self.adam_impl == "triton" else ""
+            return self.adam_impl, f"set by {_OPT}.adam_impl{how}"
         if device_type != "cuda":
             return "torch", "no CUDA device"
         missing = device_room.why_missing("transformer_engine")
@@ -99,8 +106,11 @@ class Adam:
         yield from self._precision_aware(known)
         yield from self._state()
         on_cpu = known.cfg.policy.device == "cpu"
-        if self.adam_impl == "transformer_engine" and on_cpu:
+        if self.adam_impl in ("transformer_engine", "triton") and on_cpu:
             yield Problem(f"{_OPT}.adam_impl", self.adam_impl, "torch or auto on policy.device cpu", "set it to auto")
+        if self.adam_impl == "triton" and not (self.needs_fused and known.cfg.policy.precision == "bfloat16"):
+            expected = "transformer_engine or auto unless use_precision_aware_optimizer in bfloat16, without offload"
+            yield Problem(f"{_OPT}.adam_impl", "triton", expected, "set it to auto")
         if self.adam_impl == "torch" and self.needs_fused:
             fix = f"set it to auto, or {_OPT}.use_precision_aware_optimizer: false"
             expected = "transformer_engine or auto: use_precision_aware_optimizer is part of its FusedAdam"
@@ -112,9 +122,12 @@ class Adam:
         """What these options need and the machine lacks."""
         has_cuda = machine.device == "cuda"
         lacks = machine.why_missing("transformer_engine") if has_cuda else "no CUDA device"
-        if self.adam_impl == "transformer_engine" and lacks is not None:
+        if self.adam_impl in ("transformer_engine", "triton") and lacks is not None:
             expected = f"torch or auto: Transformer Engine can't be used here: {lacks}"
             yield Problem(f"{_OPT}.adam_impl", self.adam_impl, expected, f"set it to auto, or {INSTALL}")
+        elif self.adam_impl == "triton" and (lacks := machine.why_missing("triton")) is not None:
+            expected = f"transformer_engine or auto: Triton can't be used here: {lacks}"
+            yield Problem(f"{_OPT}.adam_impl", self.adam_impl, expected, "set it to auto, or pip install triton")
         where = f"{_OPT}.use_precision_aware_optimizer"
         if self.use_precision_aware_optimizer and not has_cuda:
             yield Problem(where, True, "false on a machine without CUDA, which its kernels need", "set it to false")
@@ -177,8 +190,9 @@ def use_adam(name: AdamName, copied_bytes: int = 0) -> None:
     else:
         from transformer_engine.pytorch.optimizers import FusedAdam
 
-        mcore_optimizer.Adam = distrib_optimizer.Adam = in_slices(FusedAdam, copied_bytes)
-    is_te = name == "transformer_engine"
+        changed = one_pass.in_one_pass(FusedAdam) if name == "triton" else in_slices(FusedAdam, copied_bytes)
+        mcore_optimizer.Adam = distrib_optimizer.Adam = changed
+    is_te = name != "torch"
     mcore_optimizer.USING_PYTORCH_OPTIMIZER = not is_te
     distrib_optimizer.HAVE_APEX_OR_TE = is_te
     distrib_optimizer.USING_TE_OPTIMIZER = is_te

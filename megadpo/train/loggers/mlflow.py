@@ -1,4 +1,4 @@
-"""MLflow: a tracking server, or a folder; <log_dir>/mlflow_run_id, the id under which a resumed run goes on."""
+"""MLflow: a tracking server, or a folder; and <log_dir>/mlflow_run_id, the id that a resumed run uses again."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from megadpo.train.loggers.base import LoggedRun, Logger, Number
 
 RUN_ID_FILE = "mlflow_run_id"
 _MOST_PARAMS, _LONGEST_PARAM = 100, 6000
-"""Of one request, and characters of a value: MLflow's limits."""
+"""MLflow's limits: parameters in one request, and characters of a value."""
 
 
 @LOGGERS.add("mlflow")
 @dataclass(frozen=True, kw_only=True)
 class MLflow(Logger):
-    """Log to MLflow as well, by logger.mlflow."""
+    """Also log to MLflow, with the options in logger.mlflow."""
 
     key = "mlflow"
     package = "mlflow"
@@ -30,21 +30,20 @@ class MLflow(Logger):
     experiment_name: Text | None = None
     """null: Default."""
     run_name: Text | None = None
-    """null: MLflow makes one up."""
+    """null: MLflow chooses one."""
     run_id: Text | None = None
-    """Go on with this run of the tracking server. null: a new one, or on a resume the one that log_dir remembers."""
+    """Continue this run of the tracking server. null: a new run; a resumed run continues the one stored in log_dir."""
     tracking_uri: Text | None = None
     """A server's address, or a folder. null: the environment's MLFLOW_TRACKING_URI, else mlflow in logger.log_dir."""
     artifact_location: Text | None = None
-    """Of an experiment that is made new. null: the server's default."""
+    """For a new experiment. null: the server's default."""
 
     def open(self, run: LoggedRun) -> MLflowRun:
         return MLflowRun(self, run)
 
 
 class MLflowRun:
-    """A run of MLflow's. A resumed run goes on under the same id; steps done again are there twice, and MLflow's charts
-    show the later value."""
+    """An MLflow run. A resumed run uses the same id. Repeated steps are logged twice; MLflow's charts show the later value."""
 
     def __init__(self, options: MLflow, run: LoggedRun) -> None:
         from mlflow.exceptions import MlflowException
@@ -71,7 +70,7 @@ class MLflowRun:
         id_file.write_text(self._id + "\n")
 
     def _begin(self, options: MLflow, known_id: str | None) -> str:
-        """The id of the run, which is running from here on."""
+        """Starts the run and returns its id."""
         if known_id is not None:
             self._client.update_run(known_id, status="RUNNING")
             return known_id

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 
+from megadpo.config.architecture import Architecture
 from megadpo.config.problems import DataError
 from megadpo.config.schema import Config
 from megadpo.data.pairs import PairDataset
@@ -132,11 +133,17 @@ def test_the_config_decides(tmp_path: Path) -> None:
         loss_on="differing_turns",
         on_bad_row="drop",
     )
+    arch = cast(Architecture, Section(vocab_size=10**6, media_tokens=()))
     path = write_rows(tmp_path / "p.jsonl", [{"q": "the " * 50, "good": "yes", "bad": "no"}])
-    pairs = load_datasets(cast(Config, cfg), {"train": str(path)}, tiny_tokenizer(), 10**6)["train"]
+    pairs = load_datasets(cast(Config, cfg), {"train": str(path)}, tiny_tokenizer(), arch)["train"]
     assert pairs[0].longest_sequence_tokens == 32 and pairs.report.with_chat_template
     assert pairs.fingerprint == open_dataset(path, tiny_tokenizer(), settings).fingerprint
     assert len(list((tmp_path / "cache").glob("*/header.json"))) == 1
+    cfg.data.on_bad_row = "refuse"
+    for wrong, words in (({"vocab_size": 2}, "vocabulary of 2"), ({"media_tokens": (3,)}, "stands for an image")):
+        other = cast(Architecture, Section(**{**vars(arch), **wrong}))
+        with pytest.raises(DataError, match=words):  # of its own cache, where the pairs of another model are
+            load_datasets(cast(Config, cfg), {"train": str(path)}, tiny_tokenizer(), other)
 
 
 TURNS = [

@@ -66,6 +66,18 @@ def test_plain_text_written_out() -> None:
     assert done.chosen_ids.tolist() == [is_, the, EOS] and done.rejected_ids.tolist() == [is_, EOS, the, EOS]
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_the_token_of_an_image_typed_as_text_is_named(place: int) -> None:
+    """In a prompt or an answer, where a vision-language model's text part is trained."""
+    texts = [" the sum", " is", " the"]
+    texts[place] += " <|im_start|> that"
+    pair, tokenizer = text_pair(*texts), tiny_tokenizer()
+    image = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    (problem,) = PairTokenizer(tokenizer, media_tokens=(9999, image)).encode([pair]).problems
+    assert problem.where == str(pair.place) and "the token '<|im_start|>'" in problem.value
+    assert encode(tokenizer, pair, media_tokens=(9999,)) and encode(tokenizer, pair)
+
+
 def test_an_answer_that_merges_with_the_prompt_is_tokenised_apart_and_counted() -> None:
     tokenizer = tiny_tokenizer(adds_bos=True)
     left, right = merges(tokenizer)[0]  # "t" and "h", that stand as one token

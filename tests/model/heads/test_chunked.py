@@ -62,6 +62,31 @@ def test_logps_and_gradients_equal_log_softmax(world_size, chunk_tokens, softcap
     torch.testing.assert_close(torch.cat([r[2] for r in results]), want_weight, rtol=1e-11, atol=1e-12)
 
 
+def with_a_gradient_buffer(tied):
+    """What autograd and DDP's buffer get, for a weight whose buffer has ones already."""
+    hidden, weight, targets, upstream = make_inputs()
+    weight.requires_grad_()
+    weight.main_grad = torch.ones_like(weight)
+    weight.grad_added_to_main_grad, weight.zero_out_wgrad = False, tied
+    seen = []
+    weight.register_hook(seen.append)
+    options = {"vocab_start": 0, "group": dist.group.WORLD, "chunk_tokens": 7}
+    logps = TorchHead()(hidden.requires_grad_(), weight, targets, **options)
+    logps.backward(upstream)
+    return hidden.grad, weight.main_grad - 1, weight.grad_added_to_main_grad, [grad is None for grad in seen]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_weights_gradient_is_added_to_ddps_buffer(tied):
+    """DDP then adds no other: it is told so, or, where the embedding gives one too, it gets none of the head."""
+    ((grad_hidden, added, told, seen),) = run_distributed(with_a_gradient_buffer, 1, tied)
+    _, want_hidden, want_weight = written_out(None)
+    torch.testing.assert_close(grad_hidden, want_hidden, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(added, want_weight, rtol=1e-11, atol=1e-12)
+    assert told is not tied and seen == ([True] if tied else [False])
+
+
 def in_bfloat16():
     """One target's gradient is 256 times the others'. Logits are 0, so that each row's share is half its gradient."""
     hidden = torch.ones(257, 1, dtype=torch.bfloat16, requires_grad=True)

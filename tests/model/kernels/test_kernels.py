@@ -16,7 +16,7 @@ from megadpo.config.variants import ATTENTION_KERNELS
 from megadpo.data.batches.cut import context_part
 from megadpo.data.batches.pack import Segment, pack_pairs
 from megadpo.data.pairs import TokenizedPair
-from megadpo.model.kernels import RaggedKernel
+from megadpo.model.kernels import RaggedKernel, flash3
 from megadpo.model.kernels.cpu import CpuKernel
 from megadpo.model.kernels.sdpa import SdpaKernel
 from megadpo.model.kernels.varlen import _wants_to_be_told
@@ -191,6 +191,15 @@ def test_auto_is_the_first_that_can_run(machine, precision, name):
         ("cpu", GPU, {}, "needs cpu"),
         ("varlen", GPU, {"precision": "float32"}, "such as sdpa"),
         ("transformer_engine", BARE_GPU, {}, "transformer_engine is not installed"),
+        ("flash3", Machine(device="cpu"), {}, "needs cuda"),
+        ("flash3", GPU, {"precision": "float32"}, "such as sdpa"),
+        ("flash3", BARE_GPU, {}, "flash_attn_interface is not installed"),
+        (
+            "flash3",
+            Machine(device="cuda", compute_capability=(10, 0)),
+            {},
+            "needs compute capability 9.0, and this GPU has 10.0",
+        ),
         ("varlen", None, {"device": "cpu"}, "on the device cpu"),
         ("cpu", None, {"device": "cuda"}, "on the device cuda"),
         ("transformer_engine", None, {"precision": "float32"}, "such as sdpa"),
@@ -203,6 +212,18 @@ def test_a_kernel_says_why_it_cannot_run(kernel, machine, options, why):
     assert problem.where == "policy.attention_kernel" and why in problem.expected and "auto" in problem.fix
     with pytest.raises(ConfigError, match="policy.attention_kernel"):
         ATTENTION_KERNELS.choose(known)
+
+
+def test_flash3_takes_torchs_place_for_it_when_it_first_plans(monkeypatch):
+    from torch.nn import attention
+
+    activated = []
+    monkeypatch.setattr(attention, "activate_flash_attention_impl", activated.append)
+    kernel = ATTENTION_KERNELS.choose(known_of("flash3", Machine(device="cuda", compute_capability=(9, 0))))
+    assert activated == [] and attention.list_flash_attention_impls().count("FA3") == 1
+    for _ in range(2):
+        kernel.plan(PART, torch.device("cpu"), torch.bfloat16)
+    assert activated == ["FA3"]
 
 
 @pytest.mark.parametrize("groups", [2, 8])
@@ -247,13 +268,32 @@ def test_varlen_asks_for_fewer_heads_of_keys_where_torch_wants_to_be_told(heads,
     assert given == [(heads, (-1, 0), told), (heads, (-1, 0))]
 
 
+FUSED = ["varlen", "transformer_engine", "flash3"]
+
+
+@pytest.fixture(autouse=True)
+def torchs_own_flash_attention_afterwards():
+    yield
+    if flash3._activate.cache_info().currsize:
+        torch.nn.attention.restore_flash_attention_impl(_raise_warn=False)
+        flash3._activate.cache_clear()
+
+
+def need(name):
+    if name == "transformer_engine":
+        pytest.importorskip("transformer_engine.pytorch")
+    if name == "flash3":
+        pytest.importorskip("flash_attn_interface")
+        if torch.cuda.get_device_capability()[0] != 9:
+            pytest.skip("needs compute capability 9.0")
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["varlen", "transformer_engine"])
+@pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize("share_prompt", [True, False])
 @pytest.mark.parametrize(("heads", "groups", "dim"), [(8, 8, 64), (16, 4, 128)])
 def test_fused_kernels_against_float64(name, share_prompt, heads, groups, dim):
-    if name == "transformer_engine":
-        pytest.importorskip("transformer_engine.pytorch")
+    need(name)
     lengths = [(500, 60, 75), (130, 40, 52), (333, 210, 17)]
     batch = pack_pairs(random_pairs(lengths), share_prompt=share_prompt, pad_to_multiple=8, pad_token_id=0)
     device = torch.device("cuda")
@@ -282,15 +322,17 @@ FUSED_CASES = [({"window": 100}, 128), ({"window": 100, "sinks": True, "scale": 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["varlen", "transformer_engine"])
+@pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize(("asked", "value_width"), FUSED_CASES)
 @pytest.mark.parametrize("share_prompt", [True, False])
 def test_fused_kernels_with_what_models_ask_for(name, asked, value_width, share_prompt):
-    if name == "transformer_engine":
-        pytest.importorskip("transformer_engine.pytorch")
+    need(name)
     asked, device, generator = dict(asked), torch.device("cuda"), torch.Generator("cuda").manual_seed(0)
     kernel = ATTENTION_KERNELS.configured(name, {})
-    if "sinks" in asked and "sinks" not in kernel.computes:
+    needed = {name for name in ("window", "sinks") if name in asked} | (
+        {"value_width"} if value_width != 128 else set()
+    )
+    if not needed <= set(kernel.computes):
         pytest.skip("refused")
     lengths = [(500, 60, 75), (130, 40, 52), (333, 210, 17)]
     batch = pack_pairs(random_pairs(lengths), share_prompt=share_prompt, pad_to_multiple=8, pad_token_id=0)
@@ -314,10 +356,9 @@ def test_fused_kernels_with_what_models_ask_for(name, asked, value_width, share_
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["varlen", "transformer_engine"])
+@pytest.mark.parametrize("name", FUSED)
 def test_fused_kernels_with_more_keys_than_queries(name):
-    if name == "transformer_engine":
-        pytest.importorskip("transformer_engine.pytorch")
+    need(name)
     device, generator = torch.device("cuda"), torch.Generator("cuda").manual_seed(0)
 
     def random(*shape):

@@ -12,9 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from megadpo.config.grid import Grid
 from megadpo.config.problems import ConfigError
-from megadpo.families import read_architecture, weight_table
-from megadpo.families.layouts import Columns
-from megadpo.families.rows import Row
+from megadpo.families import read_architecture
 from megadpo.model.weights import load_hf_weights
 from megadpo.model.weights.hf_folder import HfWeights
 from megadpo.model.weights.load import named_global_parameters
@@ -95,18 +93,6 @@ def test_experts_of_a_rank(tmp_path, case, stacked):
     assert torch.equal(model.get_parameter(f"{layer}local_experts.1.linear_fc1.weight"), full)
     assert torch.equal(model.get_parameter(f"{layer}linear_fc1.weight1"), full)
     assert torch.equal(model.get_parameter(f"{layer}local_experts.1.linear_fc2.weight"), want[down][:, ffn // 2 :])
-
-
-def test_parameters_of_added_rows_are_left_alone(folders):
-    arch = read_architecture(folders["llama"])
-    row = Row("mlp.linear_fc2.lora_a", Columns(), {"mlp.down_proj.lora_A.weight": "rf"})
-    names = [f"decoder.layers.0.mlp.linear_fc2.{last}" for last in ("lora_a", "weight")]
-    model = Stub({names[0]: torch.full((2, 20), 7.0), names[1]: torch.zeros(24, 20)})
-    table = weight_table(arch, (row,), {"r": 2})
-    load_hf_weights([model], arch, folders["llama"], Grid(tensor=2), table)
-    assert model.get_parameter(names[0]).eq(7).all() and not model.get_parameter(names[1]).eq(0).any()
-    with pytest.raises(ValueError, match="no row for parameter decoder.layers.0.mlp.linear_fc2.lora_a"):
-        load_hf_weights([model], arch, folders["llama"], Grid(tensor=2))
 
 
 def test_wrappers_are_looked_through():

@@ -1,14 +1,14 @@
-"""The head for GPUs: matrix products on blocks of the vocabulary, one fused pass over each block.
+"""The head for GPUs: matrix products on blocks of the vocabulary, and one fused pass over each block.
 
-Blocks are cut from the vocabulary, with all answer tokens in each, and not from the tokens: then a block's rows of the
-weight's gradient come out of one product and need no accumulator of the weight's size in float32.
+Each block has a part of the vocabulary and all answer tokens. So one product gives a block's rows of the weight's gradient,
+and no float32 accumulator of the weight's size is needed (as with chunks of tokens).
 
 Costs, with A answer tokens, this rank's V rows of the weight, hidden size h and blocks of C columns:
 
     forward    one product of 2 A V h operations; A V float32 logits written and read once
-    backward   three such products; logits written and read again, their gradients in the hidden dtype likewise; the
-               gradient of `hidden` read and written V / C times in float32
-    memory     A C float32 and A C of the hidden dtype, with A C at most MOST_LOGITS, and A h float32: whatever V is
+    backward   three such products; logits, and their gradients in the hidden dtype, written and read once; the gradient
+               of `hidden` read and written V / C times in float32
+    memory     A C float32 and A C of the hidden dtype, with A C at most MOST_LOGITS, and A h float32; independent of V
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ else:  # Triton is imported when the head first runs
     fused = Lazy("megadpo.model.heads.triton.fused")
 
 MOST_LOGITS = 1 << 27
-"""Logits that exist at a time: 512 MiB in float32, beside 256 MiB of gradients in bfloat16."""
+"""Most logits at a time: 512 MiB in float32, and 256 MiB for their gradients in bfloat16."""
 COLUMN_MULTIPLE = 128
-"""Blocks are whole tiles of a matrix product, and no thinner than one."""
+"""Columns of a block are a multiple of this tile size."""
 
 
 @LOGPROB_KERNELS.add("triton")
 class TritonHead(LogpsHead):
-    """For bfloat16 and float32, with logits in float32 throughout. Never waits for the device."""
+    """For bfloat16 and float32; logits are float32. Never waits for the device."""
 
     name, priority = "triton", 1
 
@@ -49,13 +49,13 @@ class TritonHead(LogpsHead):
                     yield Problem(field, self.name, f"auto or torch without {needed}: {reason}", fix)
 
     def __call__(self, hidden, weight, targets, *, vocab_start, group, chunk_tokens, softcap=None):  # type: ignore[no-untyped-def]
-        """At most MOST_LOGITS and at most chunk_tokens x V/tp logits exist at a time (or COLUMN_MULTIPLE a token, where
-        that is more). Raises ValueError for another dtype, or hidden and weight of two."""
+        """At most MOST_LOGITS and at most chunk_tokens x V/tp logits exist at a time (or COLUMN_MULTIPLE for each token, if
+        that is more). Raises ValueError for another dtype, or two different ones."""
         columns = block_columns(hidden.shape[0], weight.shape[0], chunk_tokens)
         return fused.logps(hidden, weight, targets - vocab_start, group, columns, softcap)
 
 
 def block_columns(rows: int, vocab: int, chunk_tokens: int) -> int:
-    """Rows of the weight that are projected at a time, for `rows` tokens: as many as memory allows, in whole tiles."""
+    """Rows of the weight in a block, for `rows` tokens: as many as the memory limits allow, in whole tiles."""
     most = min(MOST_LOGITS, chunk_tokens * vocab) // max(rows, 1)
     return min(vocab, max(1, most // COLUMN_MULTIPLE) * COLUMN_MULTIPLE)

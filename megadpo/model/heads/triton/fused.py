@@ -1,7 +1,7 @@
-"""The fused head's products and its two passes over a block of logits, each one read (and one write) of it, in Triton.
+"""The fused head: matrix products, and two Triton kernels that each read a block of logits once (and write it once).
 
-Written apart from torch's operations because a softmax built from those reads and writes the block five times over.
-With TRITON_INTERPRET=1 set before Triton is imported, the kernels run on a CPU, slowly, as the tests do.
+A softmax of torch's operations would read and write the block five times. With TRITON_INTERPRET=1 set before Triton is
+imported, the kernels run on a CPU, slowly; tests do so.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 from megadpo.model.heads import combine_shards
 
 BLOCK_COLUMNS = 4096
-"""Columns that one step of a kernel holds: 16 float32 a thread with 8 warps, which is four loads of 16 bytes."""
+"""Columns of one step of a kernel: 16 float32 for each thread with 8 warps, in four loads of 16 bytes."""
 WARPS = 8
 
 
@@ -28,7 +28,8 @@ def _capped(x, CAP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
 
 @triton.jit
 def _fold(logits, targets, top, total, target_logit, begin, columns, BLOCK: tl.constexpr, CAP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
-    """One program a row: running maximum, sum of exponentials relative to it, and the target's logit if it is here."""
+    """One program for each row: updates its maximum, the sum of exponentials relative to it, and the target's logit if it is
+    in this block."""
     row = tl.program_id(0).to(tl.int64)  # row x columns can pass 2^31
     start = logits + row * columns
     best = tl.load(top + row)
@@ -50,7 +51,7 @@ def _fold(logits, targets, top, total, target_logit, begin, columns, BLOCK: tl.c
 
 @triton.jit
 def _differentiate(logits, out, targets, log_sum, grad, begin, columns, BLOCK: tl.constexpr, CAP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
-    """One program a row and BLOCK columns: d logp / d logit = 1[column = target] - softmax, times the row's gradient."""
+    """One program for each row and BLOCK columns: (1[column = target] - softmax) times the row's gradient."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
@@ -72,11 +73,11 @@ def fold_block(
     target_logit: torch.Tensor,
     softcap: float | None = None,
 ) -> None:
-    """Take a block of logits into each row's running figures, in place.
+    """Update each row's running numbers with a block of logits, in place.
 
-    logits [A, C], contiguous: columns `begin` to `begin + C` of this shard; targets [A] int64, counted from the shard's
-    first row, outside [0, V/tp) where another shard has it. top, total, target_logit: [A] float32, at first -inf, 0, 0;
-    after all blocks log-sum-exp is top + log(total). softcap: logits become softcap x tanh(logit / softcap) first.
+    logits [A, C], contiguous: columns `begin` to `begin + C` of this shard. targets [A] int64, counted from the shard's
+    first row; outside [0, V/tp) if another shard has the target. top, total, target_logit: [A] float32, at first -inf, 0,
+    0; after all blocks log-sum-exp is top + log(total). softcap: logits are first softcap x tanh(logit / softcap).
     """
     rows, columns = logits.shape
     _fold[(rows,)](
@@ -93,10 +94,10 @@ def differentiate_block(
     grad: torch.Tensor,
     softcap: float | None = None,
 ) -> None:
-    """Write the gradient of sum(grad x logps) by the logits of a block into `out`.
+    """Write the gradient of sum(grad x logps) with respect to a block's logits into `out`.
 
-    logits, targets, begin, softcap: as in `fold_block`; out: [A, C] in any floating dtype, may be `logits` itself; log_sum, grad:
-    [A] float32, the log of the partition sum over the whole vocabulary and what each row's logp is weighted by.
+    logits, targets, begin, softcap: as in `fold_block`. out: [A, C] of any floating dtype; may be `logits`. log_sum [A]
+    float32: log-sum-exp over the whole vocabulary. grad [A] float32: the gradient of each row's logp.
     """
     rows, columns = logits.shape
     grid = (rows, triton.cdiv(columns, BLOCK_COLUMNS))
@@ -115,8 +116,8 @@ def logps(
 ) -> torch.Tensor:
     """LogpsHead.__call__, on blocks of `columns` rows of the weight.
 
-    local: targets [A] counted from the shard's first row. Raises ValueError for a dtype that isn't bfloat16 or float32,
-    or hidden and weight of two."""
+    local: targets [A] counted from the shard's first row. Raises ValueError for a dtype that isn't bfloat16 or float32, or
+    two different ones."""
     if hidden.dtype not in (torch.bfloat16, torch.float32) or weight.dtype != hidden.dtype:
         raise ValueError(
             f"hidden {hidden.dtype} and weight {weight.dtype}: expected bfloat16 or float32, both the same"
