@@ -8,9 +8,10 @@ from megadpo.config.variants import FAMILIES
 from megadpo.families.delta_net import DeltaNetFamily
 from megadpo.families.experts import expert_rows, read_experts
 from megadpo.families.qwen_moe import SHARED_EXPERT
-from megadpo.families.reading import RESTORE, HfConfig
+from megadpo.families.reading import RESTORE, HfConfig, with_media_tokens
 
 _TOWER = "model.visual.*"
+_MEDIA = {"image_token_id": 248056, "video_token_id": 248057}
 
 
 def _beside_tower(name: str) -> str:
@@ -38,9 +39,10 @@ class Qwen35Vision(Qwen35):
     """The tower's tensors stay as they are."""
 
     classes = ("Qwen3_5ForConditionalGeneration",)
+    defaults = Qwen35.defaults | _MEDIA
 
     def read(self, config: HfConfig) -> Architecture:
-        return super().read(config.of_text())
+        return with_media_tokens(super().read(config.of_text()), config)
 
     def on_disk(self, name: str) -> str:
         return _beside_tower(name)
@@ -81,9 +83,10 @@ class Qwen35MoeVision(Qwen35Moe):
     """The tower's tensors stay as they are."""
 
     classes = ("Qwen3_5MoeForConditionalGeneration",)
+    defaults = Qwen35Moe.defaults | _MEDIA
 
     def read(self, config: HfConfig) -> Architecture:
-        return super().read(config.of_text())
+        return with_media_tokens(super().read(config.of_text()), config)
 
     def on_disk(self, name: str) -> str:
         return _beside_tower(name)

@@ -45,6 +45,9 @@ def test_the_defaults_of_its_classes():
     assert elements(NEXT) == 79_674_391_296  # 80B, without the layer that predicts several tokens
     assert parse_architecture(MOE).experts.router.scores == "softmax_of_chosen"
     assert parse_architecture(DENSE).mlp.ffn_size == 12288
+    vision = parse_architecture({"architectures": ["Qwen3_5ForConditionalGeneration"], "text_config": {}})
+    assert vision.layers == parse_architecture(DENSE).layers and vision.media_tokens == (248056, 248057)
+    assert "model.language_model.layers.0.linear_attn.A_log" in weight_table(vision).hf_shapes
 
 
 def test_layers_are_said_by_name_or_by_interval():
