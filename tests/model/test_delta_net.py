@@ -62,10 +62,10 @@ def test_a_checkpoint_is_read_and_written_in_another_layout(case, tmp_path):
     folder, checkpoint, again = make_case(tmp_path / "hf", case), tmp_path / "megatron", tmp_path / "again"
     import_hf(folder, checkpoint)
     (again / "model").mkdir(parents=True)
-    copy_hf_files(folder, again / "hf")
-    write_info(again, torch.float32, step=0)
     places = str(folder), str(checkpoint), str(again / "model")
     assert run_distributed(loaded_and_saved, 2, *places, init_process_group=False) == [[], []]
+    copy_hf_files(folder, again / "hf")
+    write_info(again, torch.float32, step=0)
     export_hf(again, tmp_path / "back")
     got, want = read_tensors(tmp_path / "back"), read_tensors(folder)
     assert got.keys() == want.keys() and all(torch.equal(got[name], one) for name, one in want.items())
