@@ -24,9 +24,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
 
-from megadpo.config.architecture import Architecture, Attention, Experts, Layer, Mlp
+from megadpo.config.architecture import Architecture, Attention, DeltaNet, Experts, Layer, Mlp
 from megadpo.model.activation import gated
-from megadpo.model.attention import JoinedSelfAttention, PackedAttention, PackTransformerLayer
+from megadpo.model.attention import GatedSelfAttention, JoinedSelfAttention, PackedAttention, PackTransformerLayer
+from megadpo.model.delta_net import GatedDeltaNet
 from megadpo.model.latent_attention import LatentAttention
 from megadpo.model.moe import ExpertRow, PackMoELayer, PackRouter
 from megadpo.model.moe_balance import LoadBalance
@@ -81,11 +82,13 @@ def _layer_spec(
     them."""
     mlp, before = layer.feed_forward, arch.norms.placement != "post"
     dense = isinstance(mlp, Mlp)
-    joined, latent = before and modules.norm_column is not None, layer.attention.latent is not None
+    joined = before and modules.norm_column is not None
+    latent = isinstance(layer.attention, Attention) and layer.attention.latent is not None
     first = modules.norm_column if joined else modules.column
     names = {}
     if before and not joined and not latent:
-        names["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
+        projection = "linear_in_proj" if isinstance(layer.attention, DeltaNet) else "linear_qkv"
+        names["input_layernorm."] = f"self_attention.{projection}.layer_norm_"
     if before and not joined and dense:
         names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     add = _residual_add(arch, config, modules)
@@ -109,18 +112,22 @@ def _layer_spec(
     )
 
 
-def _can_join(kind: Attention, config: TransformerConfig) -> bool:
+def _can_join(kind: Attention | DeltaNet, config: TransformerConfig) -> bool:
     """With fewer heads of keys than ranks, megatron-core gathers the projection before it is taken apart."""
+    if isinstance(kind, DeltaNet):
+        return False
     return kind.turns_projection and kind.num_kv_heads >= config.tensor_model_parallel_size
 
 
-def _attention(kind: Attention, modules: LayerModules, first: Any, *, joined: bool) -> Any:
+def _attention(kind: Attention | DeltaNet, modules: LayerModules, first: Any, *, joined: bool) -> Any:
+    if isinstance(kind, DeltaNet):
+        return ModuleSpec(module=GatedDeltaNet, params={"kind": kind, "column": first, "row": modules.row})
     if kind.latent is not None:
         classes = {"norm": modules.norm, "column": modules.column, "row": modules.row}
         return ModuleSpec(module=LatentAttention, params={"kind": kind, **classes})
     qk_norm = modules.norm if kind.qk_norm == "head" else IdentityOp
     return ModuleSpec(
-        module=JoinedSelfAttention if joined else SelfAttention,
+        module=GatedSelfAttention if kind.output_gate else JoinedSelfAttention if joined else SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=first,

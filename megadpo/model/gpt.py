@@ -14,11 +14,12 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megadpo.config.architecture import Architecture, Rotary
+from megadpo.config.architecture import Architecture, DeltaNet, Rotary
 from megadpo.data.batches.pack import PackedBatch
 from megadpo.model.attention import PackContext, once
 from megadpo.model.context import sum_over_context
 from megadpo.model.decoder import LayerModules, block_spec
+from megadpo.model.delta_rule import DeltaPlan, plan_delta
 from megadpo.model.heads import LogpsHead, log_sum_squares, sum_per_answer
 from megadpo.model.kernels import AttentionKernel
 from megadpo.model.moe import plan_routing
@@ -128,12 +129,18 @@ class PairModel(GPTModel):
             return once(batch, (table.key, "cos and sin"), lambda: table.cos_sin(batch.positions))
 
         joined = self.rotaries if self.joined_qkv else {}
+
+        def plan_of(delta_net: DeltaNet) -> DeltaPlan:
+            back, device = delta_net.conv_width - 1, batch.tokens.device
+            return once(batch, ("delta", back), lambda: plan_delta(batch.segments, device, back))
+
         context = PackContext(
             qkv_format="thd",
             rotations={rotary: rotation(table) for rotary, table in self.rotaries.items()},
             cos_sin={rotary: cos_sin(table) for rotary, table in joined.items()},
             kernel=kernel,
             plans={window: plan(window) for window in self.windows},
+            delta_plan=None if self.arch.delta_net is None else plan_of(self.arch.delta_net),
         )
         if self.comes_last:
             batch.made.clear()  # not needed any more; backward passes keep what they need

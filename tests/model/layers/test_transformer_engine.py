@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from megadpo.config.schema_megatron import MegatronConfig
 from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
+from tests.families.cases import make_case
 from tests.helpers import te_stand_ins
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import make_config, make_model, read_metrics, train
@@ -93,9 +94,9 @@ def assert_same(results):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", ["llama", "qwen2", "qwen3", "mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("case", ["llama", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_5"])
 def test_hugging_face_weights_give_the_same_model(case, tmp_path):
-    make_hf_folder(tmp_path, case)
+    (make_case if case == "qwen3_5" else make_hf_folder)(tmp_path, case)
     assert_same(run_distributed(both_implementations, 1, str(tmp_path), 1, True, init_process_group=False))
 
 
