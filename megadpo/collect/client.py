@@ -21,7 +21,7 @@ import tenacity
 from megadpo.collect.secret import Secret
 
 MOST_BODY_BYTES = 64 * 2**20
-"""Of an answer, uncompressed: as much as a line of a file may have."""
+"""The most bytes of an answer, uncompressed: as many as a line of a file may have."""
 
 _CONNECT_S = 10.0
 _LONGEST_WAIT_S = 60.0
@@ -150,7 +150,7 @@ class JsonClient:
         return hidden
 
     async def _whole_answer(self, method: str, path: str, body: Any) -> httpx.Response:
-        """With its body, uncompressed, in memory: at most MOST_BODY_BYTES. Raises RolloutFailure for more."""
+        """The answer with its uncompressed body. Raises RolloutFailure if the body has more than MOST_BODY_BYTES."""
         async with self._http.stream(method, path, json=body) as response:
             content = bytearray()
             async for piece in response.aiter_bytes():

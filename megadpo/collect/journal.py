@@ -47,11 +47,11 @@ class JournalEntry(NamedTuple):
     answer: bytes
     """Equal for equal answers (sampling.py)."""
     temperature: float | None
-    """As sent; None: not sent."""
+    """The temperature that was sent; None: none was."""
 
     @classmethod
     def of(cls, row: Body, offset: int, length: int) -> JournalEntry:
-        """Of a finished rollout. Raises KeyError, TypeError, ValueError and AttributeError for what is none."""
+        """The entry of a finished rollout. Raises KeyError, TypeError, ValueError or AttributeError if the row is not one."""
         temperature = row.get("responses_create_params", {}).get("temperature")
         answer = answer_digest(row.get("response", {}).get("output"))
         return cls(offset, length, float(row["reward"]), answer, None if temperature is None else float(temperature))

@@ -104,6 +104,12 @@ class Attention:
         """Heads that the queries' projection gives, gates counted."""
         return 2 * self.num_heads if self.output_gate else self.num_heads
 
+    @property
+    def turns_projection(self) -> bool:
+        """Whether RoPE is all that stands between the projection of queries and keys and attention."""
+        plain = self.qk_norm == "none" and self.latent is None and not self.output_gate
+        return plain and self.rotary is not None
+
     def weights(self, hidden: int) -> int:
         """Number of weights of the projections, without biases. hidden: the model's width."""
         values = self.num_heads * self.value_dim

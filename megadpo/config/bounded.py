@@ -14,7 +14,7 @@ from types import FrameType
 MOST_SECONDS = 10.0
 """Processor time. A template takes milliseconds."""
 MOST_BYTES = 2**30
-"""In addition to what the process has when the block begins."""
+"""The most memory in addition to what the process has when the block begins."""
 
 
 class OverLimit(Exception):

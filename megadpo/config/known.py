@@ -26,7 +26,7 @@ class Machine:
 
     device: Literal["cpu", "cuda"]
     compute_capability: tuple[int, int] | None = None
-    """Of the GPU, such as (9, 0) for Hopper."""
+    """The GPU's, such as (9, 0) for Hopper."""
     cuda_version: tuple[int, int] | None = None
     """The version that torch was built for."""
     why_missing: Callable[[str], str | None] = lambda name: None

@@ -26,8 +26,8 @@ UNREADABLE = (
     TypeError,
     RecursionError,
 )
-"""What `bad_places` and `parsed` raise for text that is no YAML, or has a value that is not of its tag's type (`!!float x`
-raises ValueError, `!!bool x` KeyError, `!!timestamp x` AttributeError)."""
+"""The exceptions of `bad_places` and `parsed` for text that is not YAML, or has a value that is not of its tag's type (`!!float
+x` raises ValueError, `!!bool x` KeyError, `!!timestamp x` AttributeError)."""
 
 Place = tuple[int, str, str, str]
 """(line, value, expected, fix)."""

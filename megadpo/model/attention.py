@@ -20,7 +20,7 @@ from megadpo.config.architecture import Attention, Rotary
 from megadpo.data.batches.pack import PackedBatch
 from megadpo.model.context import attend_over_context
 from megadpo.model.delta_rule import DeltaPlan
-from megadpo.model.kernels import AttentionKernel
+from megadpo.model.kernels import AttentionKernel, RaggedPlan
 from megadpo.model.norm import RMSNorm, norm_of_all_heads
 from megadpo.model.rope import Rotation
 
@@ -39,6 +39,7 @@ class PackContext(PackedSeqParams):
     """What every layer needs of a pack. It is passed as megatron-core's `packed_seq_params`."""
 
     rotations: Mapping[Rotary, Rotation] = field(default_factory=dict)
+    cos_sin: Mapping[Rotary, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # for joined attention
     kernel: AttentionKernel | None = None
     plans: Mapping[int | None, Any] = field(default_factory=dict)  # window -> the kernel's plan
     delta_plan: DeltaPlan | None = None  # for delta nets
@@ -52,8 +53,12 @@ class PackedAttention(torch.nn.Module):
     micro-batch. (megatron-core's packed form computes them in every layer and waits for the host.) And it applies the
     norms of queries and keys for which megatron-core has no place."""
 
-    def __init__(self, *, kind: Attention, config: TransformerConfig, pg_collection: Any, **_: Any) -> None:
+    def __init__(
+        self, *, kind: Attention, config: TransformerConfig, pg_collection: Any, joined: bool = False, **_: Any
+    ) -> None:
+        """joined: `forward` gets the whole projection, three times."""
         super().__init__()
+        self.joined, self.groups = joined, kind.num_kv_heads // pg_collection.tp.size()
         self.kind, self.tp_group, self.eps = kind, pg_collection.tp, config.layernorm_epsilon
         if kind.qk_norm in ("head_after_rope", "width"):
             heads = (kind.num_heads, kind.num_kv_heads) if kind.qk_norm == "width" else (1, 1)
@@ -83,12 +88,15 @@ class PackedAttention(torch.nn.Module):
     ) -> torch.Tensor:
         """query [T, H, D], key [T, G, D] and value [T, G, E], heads local to the tensor-parallel rank -> [T, H * E].
 
-        T counts this rank's tokens. Collectives: under context parallelism those of model/context.py; for norms over all
-        heads an all-reduce of [T, 2] over the tensor-parallel group, forward and backward.
+        joined: each of the three is the projection [T, (H + 2G) D] instead. T counts this rank's tokens. Collectives: under
+        context parallelism those of model/context.py; for norms over all heads an all-reduce of [T, 2] over the
+        tensor-parallel group, forward and backward.
         """
         pack = packed_seq_params
         assert isinstance(pack, PackContext) and pack.kernel is not None, "the model was called without a PackContext"
         assert attention_mask is None and attention_bias is None, "segments are the mask"
+        if self.joined:
+            return self._attend_joined(query, pack)
         if self.kind.qk_norm == "width":
             weights = self.q_layernorm.weight, self.k_layernorm.weight
             query, key = norm_of_all_heads(query, key, *weights, self.eps, self.tp_group)
@@ -99,13 +107,40 @@ class PackedAttention(torch.nn.Module):
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         return self.attend(query, key, value, pack)
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: PackContext) -> torch.Tensor:
-        """As forward, for queries and keys after norms and RoPE."""
+    def _attend_joined(self, mixed: torch.Tensor, pack: PackContext) -> torch.Tensor:
+        from megadpo.model.qkv import split_and_turn  # which imports Triton
+
+        rotary, plan = self.kind.rotary, pack.plans[self.kind.window]
+        assert rotary is not None
+        gathers = plan if isinstance(plan, RaggedPlan) and pack.context_group is None else None
+        query, key, value = split_and_turn(
+            mixed,
+            *pack.cos_sin[rotary],
+            gathers,
+            groups=self.groups,
+            width=self.kind.head_dim,
+            interleaved=rotary.interleaved,
+        )
+        return self.attend(query, key, value, pack, is_prepared=gathers is not None)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pack: PackContext,
+        *,
+        is_prepared: bool = False,
+    ) -> torch.Tensor:
+        """As forward, for queries and keys after norms and RoPE. is_prepared: keys and values are as the kernel's
+        `prepare` gives them."""
         kind, plan = self.kind, pack.plans[self.kind.window]
         assert pack.kernel is not None
         asked: dict[str, Any] = {"scale": kind.scale, "softcap": kind.logit_softcap, "sinks": self.softmax_offset}
         if pack.context_group is None:
-            out = pack.kernel.attend(query, *pack.kernel.prepare(key, value, plan), plan, **asked)
+            if not is_prepared:
+                key, value = pack.kernel.prepare(key, value, plan)
+            out = pack.kernel.attend(query, key, value, plan, **asked)
         else:
             out = attend_over_context(
                 pack.kernel,
@@ -152,6 +187,14 @@ class GatedSelfAttention(SelfAttention):
     def _apply_output_gate(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """In their own dtype, as transformers does; megatron-core compiles it, for each number of tokens anew."""
         return x * gate.reshape(x.shape).sigmoid()
+
+
+class JoinedSelfAttention(SelfAttention):
+    """megatron-core's, whose projection goes on to PackedAttention whole: it makes queries, keys and values of it."""
+
+    def get_query_key_value_tensors(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        mixed, _bias = self.linear_qkv(hidden_states)
+        return mixed, mixed, mixed
 
 
 class PackTransformerLayer(TransformerLayer):

@@ -47,6 +47,7 @@ def build_model(
     rotaries = {attention.rotary for attention in arch.attentions if attention.rotary is not None}
     parts = ModelParts(
         layers=layers.modules(fuse_weight_gradient=with_gradients and layers.fuses_weight_gradient(megatron)),
+        joined_qkv=megatron.fused_single_qkv_rope,
         kernel=ATTENTION_KERNELS.choose(known),
         rotaries={one: RotaryTable(one, device, fused=fused) for one in rotaries},
         head=LOGPROB_KERNELS.choose(known),

@@ -119,8 +119,8 @@ def _torn(frozen: set[str], table: WeightTable) -> Iterator[tuple[str, str]]:
 
 
 def _torn_experts(frozen: set[str], table: WeightTable) -> Iterator[tuple[str, str]]:
-    """The same for experts: in checkpoints the optimizer state of a layer's experts is one tensor, and megatron-core refuses
-    to save it with missing parts."""
+    """The same for layers of which only some experts are frozen: in checkpoints the optimizer state of a layer's experts is one
+    tensor, and megatron-core refuses to save it with missing parts."""
     experts: dict[tuple[str, int | None], list[WeightEntry]] = {}
     for entry in table.entries:
         if entry.expert is not None:

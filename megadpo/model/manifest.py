@@ -40,7 +40,7 @@ class FileProof:
     size: int
     """Bytes."""
     xxh3: tuple[str, ...]
-    """Of each block of BLOCK_BYTES, the last one shorter. An empty file has one, of no bytes."""
+    """The checksum of each block of BLOCK_BYTES; the last block may be shorter. An empty file has one empty block."""
 
 
 Manifest = Mapping[str, FileProof]

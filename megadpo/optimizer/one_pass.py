@@ -1,8 +1,8 @@
-"""Transformer Engine's FusedAdam with a step that reads and writes everything once, by a Triton kernel.
+"""Transformer Engine's FusedAdam with a step in which a Triton kernel reads and writes everything once.
 
-For bfloat16 weights whose float32 form is the weight and a 16-bit remainder. With a float32 gradient and bfloat16 moments
-that is 20 bytes per parameter. FusedAdam before 2.13 takes 60: it copies each moment to float32, updates the copy, rounds
-it to a second copy, and copies that back (slices.py says where). From 2.13 on it takes 20 as well.
+It is for bfloat16 weights with a 16-bit remainder; both together are the float32 weight. With a float32 gradient and bfloat16
+moments it moves 20 bytes per parameter. FusedAdam before 2.13 moves 60: it copies each moment to float32, updates the copy,
+rounds it to a second copy, and copies that back (see slices.py). From 2.13 on it moves 20 as well.
 
 State, its names and dtypes, and so checkpoints, are FusedAdam's. The formula and its order are those of
 `AdamFunctorMasterParamRemainder` in TransformerEngine/common/multi_tensor/adam.cu, in float32. Products and sums are not
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 BLOCK = 2048
-"""Elements of one program: 8 a thread, which is one load of 16 bytes of bfloat16, or two of float32."""
+"""Elements of one program: 8 for each thread, which loads 16 bytes of bfloat16 at once, or of float32 twice."""
 WARPS = 8
 
 
 @triton.jit
 def _load(pointer, index, inside):  # type: ignore[no-untyped-def]
-    """float32, from float32 or from bfloat16's bits."""
+    """Loads float32, from float32 or from bfloat16's bits."""
     x = tl.load(pointer + index, mask=inside, other=0)
     if pointer.dtype.element_ty == tl.int16:
         x = (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
@@ -38,8 +38,8 @@ def _load(pointer, index, inside):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _store(pointer, index, x, inside):  # type: ignore[no-untyped-def]
-    """As float32, or as bfloat16's bits: to the nearest, ties to even, as torch rounds. The interpreter's own conversion
-    cuts digits off."""
+    """Stores float32, or bfloat16's bits, rounded to the nearest, ties to even, as torch rounds. (The interpreter's own
+    conversion truncates.)"""
     if pointer.dtype.element_ty == tl.int16:
         bits = x.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -52,9 +52,9 @@ def _update(  # type: ignore[no-untyped-def]
     grad, weight, remainder, exp_avg, exp_avg_sq, count, lr, beta1, beta2, eps, decay, unbias1, unbias2,
     BLOCK: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
-    """Elements `program x BLOCK` and on. weight and remainder: int16, the bits of the float32 weight, of which the upper half
-    is rounded up where the lower one begins with 1. The others: float32, or int16 for bfloat16's bits."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # can pass 2^31
+    """Updates the BLOCK elements from `program x BLOCK` on. weight and remainder: int16, the two halves of the float32 weight's
+    bits; the upper half is one higher if the lower one begins with 1. The others: float32, or int16 for bfloat16's bits."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # can be larger than 2^31
     inside = index < count
     g = _load(grad, index, inside)
     upper = tl.load(weight + index, mask=inside, other=0).to(tl.int32)
@@ -110,17 +110,17 @@ def update(
 
 
 def _in_float32(number: float) -> float:
-    """As the kernel gets it: FusedAdam's bias correction is a power of that, in float64."""
+    """The number that the kernel gets. FusedAdam computes the bias correction from it, in float64."""
     return ctypes.c_float(number).value
 
 
 def in_one_pass(fused: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """The class FusedAdam (`fused`) with this step. It keeps its name: checkpoints have it, and either reads the other's."""
+    """FusedAdam (`fused`) with this step. The class keeps its name, which is in checkpoints, so each reads the other's."""
     return type(fused.__name__, (_InOnePass, fused), {"__module__": fused.__module__})
 
 
 class _InOnePass:
-    """Mixin; it comes before FusedAdam in the list of base classes. For FusedAdam with remainders, as AdamW."""
+    """Mixin, to be named before FusedAdam in the base classes. For FusedAdam with remainders, as AdamW."""
 
     param_groups: list[dict[str, Any]]
     state: dict[torch.Tensor, dict[str, torch.Tensor]]
@@ -129,8 +129,8 @@ class _InOnePass:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One launch per parameter. As FusedAdam, counts steps in each group with parameters, and leaves those without a
-        gradient as they are."""
+        """One launch for each parameter. Like FusedAdam, counts the steps of each group that has parameters, and doesn't change
+        parameters without a gradient."""
         assert self.adam_w_mode == 1, "the decay is AdamW's"
         for group in self.param_groups:
             if not group["params"]:

@@ -40,7 +40,7 @@ class Job:
     """None: for CPUs, without a memory limit."""
     assumed: Assumptions
     pairs: PairGroups
-    """In the order of the first epoch."""
+    """The pairs in the order of the first epoch."""
     said: str
     """The origin of the lengths."""
 

@@ -231,7 +231,7 @@ class _Search:
         return static, static + used[0].buffers + max(training, optimizer_temporaries(job, shards, [held]))
 
     def _adapters(self, job: Job, grid: Grid, layers: int) -> list[Parameter]:
-        """The same of adapters, taken to be as many in each layer."""
+        """The parameters of the adapters as two, like `_parameters`. It assumes the same number of adapters in each layer."""
         peft, found = job.cfg.policy.megatron_cfg.peft, [0.0, 0.0]
         for target in find_targets(peft, job.arch):
             expert = target.entry.expert is not None

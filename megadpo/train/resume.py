@@ -34,7 +34,7 @@ SEEN_WITHIN_S = 30.0
 """The longest time in which a network file system shows a new file on another node."""
 REFERENCE = "dpo.reference"
 _OF_ADAPTERS = ("target_modules", "exclude_modules", "dim", "alpha", "use_rslora", "lora_dtype")
-"""Of `peft`: what decides which adapters there are, and what they mean."""
+"""The keys of `peft` that decide which adapters there are, and what their weights mean."""
 
 
 def find_resume(
@@ -193,7 +193,7 @@ def _reference_fingerprint(cfg: Config, reference: ModelSource) -> str | None:
 
 
 def _listed(value: Any) -> Any:
-    """As a JSON file gives it back."""
+    """The value after writing it to JSON and reading it back."""
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from megadpo.config.load import load_config
+
 
 @pytest.mark.parametrize(
     ("given", "paths", "shares"),
@@ -17,6 +19,14 @@ import pytest
 def test_training_sets(given, paths, shares, config):
     data = config(data={"train_data_path": given}).data
     assert (data.train_paths, data.train_shares) == (paths, shares)
+
+
+@pytest.mark.parametrize("given", ["{c: 0.5, d: 0.5}", "[c, d]", "c"])
+def test_the_command_lines_sets_replace_the_files(given, write):
+    path = write("c.yaml", "policy: {model_name: x}\ndata: {train_data_path: {a: 0.7, b: 0.3}}\n")
+    data = load_config(path, [f"data.train_data_path={given}"]).data
+    assert data.train_paths == (["c"] if given == "c" else ["c", "d"])
+    assert data.train_shares == ((0.5, 0.5) if given.startswith("{") else None)
 
 
 @pytest.mark.parametrize(

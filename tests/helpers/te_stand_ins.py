@@ -42,6 +42,7 @@ class StandInColumn(_EmptyState, ColumnParallelLinear):
         tp_comm_buffer_name=None,
         tp_group=None,
         stride=1,
+        name=None,
     ):
         assert not gather_output and not skip_weight_param_allocation
         super().__init__(
@@ -83,6 +84,7 @@ class StandInRow(_EmptyState, RowParallelLinear):
         is_expert,
         tp_comm_buffer_name=None,
         tp_group=None,
+        name=None,
     ):
         super().__init__(
             input_size,
@@ -113,6 +115,7 @@ class StandInGrouped(torch.nn.Module):
         is_expert,
         tp_comm_buffer_name=None,
         pg_collection=None,
+        name=None,
     ):
         super().__init__()
         assert is_expert and not bias

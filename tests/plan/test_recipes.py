@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from megadpo.commands import main
+from megadpo.config.architecture import Architecture
 from megadpo.config.load import load_config
-from megadpo.families import parse_architecture
+from megadpo.config.problems import ConfigError
+from megadpo.families import WeightEntry, parse_architecture, weight_table
 from megadpo.lora.targets import find_targets
 from megadpo.train.check import checked_config
 
@@ -89,7 +91,121 @@ MIXTRAL_8X22B = {
     "tie_word_embeddings": False,
     "sliding_window": None,
 }
-# recipe -> model, its parameters as published, ranks, GPU
+GEMMA3_27B = {
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "model_type": "gemma3",
+    "image_token_index": 262144,
+    "text_config": {
+        "model_type": "gemma3_text",
+        "hidden_size": 5376,
+        "num_hidden_layers": 62,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 16,
+        "head_dim": 128,
+        "intermediate_size": 21504,
+        "query_pre_attn_scalar": 168,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+}
+GLM_4_5_AIR = {
+    "architectures": ["Glm4MoeForCausalLM"],
+    "model_type": "glm4_moe",
+    "hidden_size": 4096,
+    "num_hidden_layers": 46,
+    "num_attention_heads": 96,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "attention_bias": True,
+    "use_qk_norm": False,
+    "partial_rotary_factor": 0.5,
+    "rope_theta": 1000000,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 128,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "num_nextn_predict_layers": 1,
+    "vocab_size": 151552,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+}
+GPT_OSS_120B = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "hidden_size": 2880,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "attention_bias": True,
+    "intermediate_size": 2880,
+    "num_local_experts": 128,
+    "num_experts_per_tok": 4,
+    "swiglu_limit": 7.0,
+    "sliding_window": 128,
+    "layer_types": ["sliding_attention", "full_attention"] * 18,
+    "rope_theta": 150000,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+    "vocab_size": 201088,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+    "quantization_config": {"quant_method": "mxfp4"},
+}
+DEEPSEEK_V3 = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "hidden_size": 7168,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "attention_bias": False,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "first_k_dense_replace": 3,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "num_nextn_predict_layers": 1,
+    "rope_theta": 10000,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 40,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+    },
+    "vocab_size": 129280,
+    "max_position_embeddings": 163840,
+    "tie_word_embeddings": False,
+}
+# recipe -> model, its parameters, ranks, GPU
 RECIPES = {
     "dpo_megatron.yaml": (LLAMA_8B, 8_030_261_248, 8, "h100"),
     "dpo_llama-3.3-70b.yaml": (LLAMA_70B, 70_553_706_496, 32, "h100"),
@@ -97,9 +213,31 @@ RECIPES = {
     "dpo_qwen3-30b-a3b.yaml": (QWEN3_30B_A3B, 30_532_122_624, 16, "h100"),
     "dpo_mixtral-8x22b.yaml": (MIXTRAL_8X22B, 140_630_071_296, 64, "h100"),
     "dpo_qwen2.5-32b_32k.yaml": (QWEN_32B, 32_763_876_352, 16, "h100"),
+    "dpo_gemma-3-27b.yaml": (GEMMA3_27B, 27_009_346_304, 16, "h100"),  # without the vision tower
+    "dpo_glm-4.5-air.yaml": (GLM_4_5_AIR, 106_852_251_264, 64, "h100"),  # without the MTP layer
+    "dpo_gpt-oss-120b.yaml": (GPT_OSS_120B, 116_829_156_672, 64, "h100"),
+    "dpo_deepseek-v3.yaml": (DEEPSEEK_V3, 671_026_419_200, 256, "h200"),  # without the MTP layer
     "dpo_lora_llama-3.1-8b.yaml": (LLAMA_8B, 8_030_261_248, 1, "a10"),
     "dpo_lora_llama-3.3-70b.yaml": (LLAMA_70B, 70_553_706_496, 8, "h100"),
 }
+# what docs/planning.md says of other GPUs
+ELSEWHERE = [
+    ("dpo_gemma-3-27b.yaml", 8, "h200", []),
+    ("dpo_glm-4.5-air.yaml", 32, "h200", []),
+    (
+        "dpo_deepseek-v3.yaml",
+        256,
+        "h100",
+        [
+            "pipeline_model_parallel_size=8",
+            "num_layers_in_first_pipeline_stage=6",
+            "num_layers_in_last_pipeline_stage=7",
+            "expert_model_parallel_size=32",
+            "recompute_granularity=full",
+            "optimizer.adam_impl=transformer_engine",
+        ],
+    ),
+]
 WITHOUT_A_WORLD = {"demo.yaml", "demo_sft.yaml", "first_run.yaml"}  # make demo runs two of them
 
 
@@ -127,30 +265,47 @@ def test_recipe_passes_its_plan(name, tmp_path, capsys):
     shares = math.prod(grid[f"{name}_parallel"] for name in ("tensor", "context", "pipeline"))
     assert shares * grid["data_parallel"] == ranks
     assert max(stage["peak_bytes"] for stage in plan["stages"]) < 0.95 * plan["memory_limit_bytes"]
-    assert on_all_ranks(plan, model, adapters_on_a_rank(name, model)) == parameters
+    arch = parse_architecture(model)
+    entries = weight_table(arch).entries
+    assert sum(math.prod(shape) for one in entries for shape in one.shapes) == parameters
+    assert sum(stage["parameters"] for stage in plan["stages"]) == of_first_ranks(entries, grid) + adapters(name, arch)
     assert (CONFIGS / name).read_text().count(f"--world-size {ranks}") == 1
 
 
-def adapters_on_a_rank(name: str, model: dict[str, Any]) -> int:
+@pytest.mark.parametrize(("name", "ranks", "gpu", "overrides"), ELSEWHERE)
+def test_it_fits_elsewhere_too(name, ranks, gpu, overrides, tmp_path, capsys):
+    folder = write_model(tmp_path / "model", RECIPES[name][0])
+    arguments = [str(CONFIGS / name), "--world-size", str(ranks), "--gpu", gpu, "--json"]
+    changed = [f"policy.megatron_cfg.{one}" for one in overrides]
+    assert main(["plan", *arguments, f"policy.model_name={folder}", *changed]) == 0
+    text = (CONFIGS / name).read_text()
+    assert all(" ".join(one.split("=")) in text for one in overrides)  # as its comment has them
+
+
+def of_first_ranks(entries: Sequence[WeightEntry], grid: dict[str, int]) -> int:
+    """Parameters of the first rank of every stage together: of experts its share, of what tensor parallelism cuts its part."""
+    dense = experts = 0
+    for one in entries:
+        cut = 1 if one.row.layout.sharded_dim is None else grid["tensor_parallel"]
+        if one.expert is None:
+            dense += math.prod(one.full_shape) // cut
+        else:
+            assert grid["expert_tensor_parallel"] == 1
+            experts += math.prod(one.full_shape)
+    return dense + experts // grid["expert_parallel"]
+
+
+def adapters(name: str, arch: Architecture) -> int:
     """Of a recipe with LoRA, on each rank of its one stage."""
     megatron = load_config(str(CONFIGS / name)).policy.megatron_cfg
-    targets = find_targets(megatron.peft, parse_architecture(model)) if megatron.peft.enabled else []
+    targets = find_targets(megatron.peft, arch) if megatron.peft.enabled else []
     return sum(one.elements(megatron.peft.dim, megatron.tensor_model_parallel_size) for one in targets)
 
 
-def on_all_ranks(plan: dict[str, Any], model: dict[str, Any], adapters: int) -> int:
-    """Parameters of one copy of the model, from those of each stage's first rank less its adapters. Experts are shared
-    out over expert ranks; norms (2 a layer and one at the end, and those of queries and keys) and routers are on every
-    tensor rank."""
-    grid, hidden, layers = plan["layout"], model["hidden_size"], model["num_hidden_layers"]
-    held = sum(stage["parameters"] - adapters for stage in plan["stages"])
-    experts = model.get("num_experts", model.get("num_local_experts", 0))
-    channels = model.get("moe_intermediate_size", model["intermediate_size"])
-    of_experts = 3 * hidden * channels * layers * experts
-    mine = of_experts // (grid["expert_parallel"] * grid["expert_tensor_parallel"])
-    qk_norms = 2 * model["head_dim"] if "head_dim" in model else 0
-    everywhere = (2 * layers + 1) * hidden + layers * (qk_norms + experts * hidden)
-    return (held - mine) * grid["tensor_parallel"] - (grid["tensor_parallel"] - 1) * everywhere + of_experts
+def test_deepseek_v3_in_float8_is_refused_by_name(tmp_path):
+    folder = write_model(tmp_path / "model", {**DEEPSEEK_V3, "quantization_config": {"quant_method": "fp8"}})
+    with pytest.raises(ConfigError, match="quantization_config.*bfloat16"):
+        checked_config(str(CONFIGS / "dpo_deepseek-v3.yaml"), [f"policy.model_name={folder}"], 256)
 
 
 def test_70b_on_512_ranks_takes_seconds(tmp_path, capsys):

@@ -45,7 +45,7 @@ class PreferencePair:
     weight: float = 1.0
     """The pair's loss is multiplied by this."""
     rewards: tuple[float, float] = (math.nan, math.nan)
-    """Of the chosen and of the rejected answer, where the row has them."""
+    """Rewards of the chosen and the rejected answer; NaN if the row has none."""
 
 
 @dataclass(frozen=True)

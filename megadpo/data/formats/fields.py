@@ -18,7 +18,7 @@ from megadpo.data.sources import Place
 Messages = tuple[Message, ...]
 
 _REWARD_FIELDS = (("chosen_reward", "rejected_reward"), ("score_chosen", "score_rejected"))
-"""As NeMo Aligner calls them, and as UltraFeedback's pairs do."""
+"""The names in NeMo Aligner's and in UltraFeedback's pairs."""
 _MEDIA_FIELDS = ("image", "images", "video", "videos", "audio")
 
 

@@ -64,9 +64,9 @@ class CpuKernel(AttentionKernel):
 
     name, priority, only_on = "cpu", 1, "cpu"
     computes: ClassVar[Mapping[str, str]] = {
-        "window": "some rows of a segment at a time, over the keys that they reach",
+        "window": "a block of rows at a time, with only the keys in its window",
         "sinks": "from the log-sum-exp of scores",
-        "value_width": "the narrower ones with channels of zero",
+        "value_width": "padded with zero channels",
     }
 
     def plan(

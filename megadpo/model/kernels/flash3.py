@@ -1,4 +1,4 @@
-"""Flash attention 3, for Hopper, in the place of torch's own version 2 (torch.nn.attention's activate_flash_attention_impl)."""
+"""Flash attention 3, for Hopper, instead of torch's own version 2 (torch.nn.attention's activate_flash_attention_impl)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PACKAGE = "flash_attn_interface"
 
 @ATTENTION_KERNELS.add("flash3")
 class Flash3Kernel(VarlenKernel):
-    """varlen's calls, which torch then sends to version 3: all of this process's flash attention."""
+    """Makes the same calls as varlen; torch then uses version 3 for all flash attention of this process."""
 
     name = "flash3"
     priority: ClassVar[int | None] = None
@@ -40,7 +40,7 @@ class Flash3Kernel(VarlenKernel):
             return
         lacks = machine.why_missing(PACKAGE)
         if lacks is None and "FA3" not in attention.list_flash_attention_impls():
-            lacks = "this torch has no place for it; 2.11 and newer have"
+            lacks = "this torch doesn't support it; 2.11 and newer do"
         if lacks is None and machine.compute_capability is not None and machine.compute_capability[0] != 9:
             lacks = (
                 f"it needs compute capability 9.0, and this GPU has {'.'.join(map(str, machine.compute_capability))}"

@@ -48,10 +48,10 @@ class SdpaKernel(AttentionKernel):
 
     name, priority = "sdpa", 0
     computes: ClassVar[Mapping[str, str]] = {
-        "window": "some rows of a segment at a time, over the keys that they reach",
-        "sinks": "written out, with scores of some rows at a time",
-        "softcap": "written out, with scores of some rows at a time",
-        "value_width": "as they are",
+        "window": "a block of rows at a time, with only the keys in its window",
+        "sinks": "stores the scores of some rows at a time",
+        "softcap": "stores the scores of some rows at a time",
+        "value_width": "directly",
     }
 
     def plan(

@@ -25,7 +25,7 @@ class TransformerEngineKernel(RaggedKernel):
 
     name = package = "transformer_engine"
     most_width = 256
-    computes: ClassVar[Mapping[str, str]] = {"window": "fused attention's own", "value_width": "as they are"}
+    computes: ClassVar[Mapping[str, str]] = {"window": "fused attention's own", "value_width": "directly"}
 
     def __init__(self) -> None:
         self._modules: dict[tuple[int, int, int, int, float | None], torch.nn.Module] = {}

@@ -1,4 +1,4 @@
-"""torch's own flash attention over ragged segments (torch.nn.attention.varlen)."""
+"""torch's own flash attention over segments of different lengths (torch.nn.attention.varlen)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ else:
 
 @ATTENTION_KERNELS.add("varlen")
 class VarlenKernel(RaggedKernel):
-    """window (-1, 0): everything to the left, nothing to the right, aligned at the bottom right as flash does."""
+    """Without a window its window_size is (-1, 0): all keys to the left, none to the right. Flash attention aligns at the bottom
+    right."""
 
     name, most_width = "varlen", 256
     priority: ClassVar[int | None] = 2
     computes: ClassVar[Mapping[str, str]] = {
         "window": "flash attention's own",
         "sinks": "from the log-sum-exp of scores",
-        "value_width": "the narrower ones with channels of zero",
+        "value_width": "padded with zero channels",
     }
 
     def attend(
@@ -44,7 +45,7 @@ class VarlenKernel(RaggedKernel):
         assert softcap is None, "`computes` has no softcap"
         if sinks is None and q.shape[2] == v.shape[2]:
             out = varlen.varlen_attn(q, k, v, *_ends(plan), **_options(q, k, plan, scale))
-            assert isinstance(out, torch.Tensor)  # a tuple only where the log-sum-exp is asked for
+            assert isinstance(out, torch.Tensor)  # a tuple only with return_aux
             return out
         attended: Tensor = _around_flash().apply(q, k, v, sinks, plan, q.shape[2] ** -0.5 if scale is None else scale)
         return attended
@@ -55,13 +56,13 @@ def _ends(plan: RaggedPlan) -> tuple[Any, ...]:
 
 
 def _options(q: Tensor, k: Tensor, plan: RaggedPlan, scale: float | None) -> dict[str, Any]:
-    grouped: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] and _wants_to_be_told() else {}
+    grouped: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] and _has_enable_gqa() else {}
     return {"window_size": plan.window_size, **grouped, **({} if scale is None else {"scale": scale})}
 
 
 @functools.cache
-def _wants_to_be_told() -> bool:
-    """Whether fewer heads of keys have to be asked for. torch 2.11 takes them as they are."""
+def _has_enable_gqa() -> bool:
+    """Whether fewer heads of keys than of queries need `enable_gqa`. torch 2.11 doesn't have it and takes them anyway."""
     return "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
 
 
@@ -82,7 +83,7 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     q, k, v, sinks, out, log_sum = ctx.saved_tensors
     width = max(q.shape[2], v.shape[2])
     window = ctx.plan.window_size
-    random = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the state of a dropout that isn't
+    random = torch.zeros(2, dtype=torch.uint64, device=q.device)  # state of dropout, which is off
     found = torch.ops.aten._flash_attention_backward(
         *(widened(x, width) for x in (grad, q, k, v, out)),
         log_sum,
@@ -103,7 +104,7 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 @functools.cache
 def _around_flash() -> Any:
-    """The autograd function of the two, for what flash attention has no argument for: it keeps tensors as they were
-    before channels of zero, and with sinks the output and log-sum-exp that their denominator makes."""
+    """The autograd function of `_forward` and `_backward`, for values of another width and for sinks, for which flash attention
+    has no arguments. It saves the tensors without padding, and the output and log-sum-exp with sinks."""
     members = {"forward": staticmethod(_forward), "backward": staticmethod(_backward)}
     return type("AroundFlash", (torch.autograd.Function,), members)

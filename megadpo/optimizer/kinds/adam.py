@@ -1,5 +1,4 @@
-"""AdamW: chooses torch's or Transformer Engine's FusedAdam, or that one's state with our step, and makes megatron-core use
-it."""
+"""AdamW: chooses torch's, Transformer Engine's FusedAdam, or FusedAdam with our step, and makes megatron-core use it."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from megadpo.parallel import device as device_room
 else:  # a config is checked without torch
     torch, device_room = Lazy("torch"), Lazy("megadpo.parallel.device")
-    one_pass = Lazy("megadpo.optimizer.one_pass")  # which imports Triton
+    one_pass = Lazy("megadpo.optimizer.one_pass")  # it imports Triton
 
 AdamName = Literal["transformer_engine", "triton", "torch"]
 _OPT = "policy.megatron_cfg.optimizer"

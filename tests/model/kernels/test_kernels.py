@@ -19,7 +19,7 @@ from megadpo.data.pairs import TokenizedPair
 from megadpo.model.kernels import RaggedKernel, flash3
 from megadpo.model.kernels.cpu import CpuKernel
 from megadpo.model.kernels.sdpa import SdpaKernel
-from megadpo.model.kernels.varlen import _wants_to_be_told
+from megadpo.model.kernels.varlen import _has_enable_gqa
 
 LENGTHS = [(5, 3, 4), (1, 1, 2), (9, 7, 1)]
 PART = (  # what one context-parallel rank holds: queries of 4 segments over keys gathered from two ranks, [0, 640)
@@ -246,7 +246,7 @@ def test_varlen_keeps_the_keys_that_it_is_given(groups):
 
 
 @pytest.mark.parametrize(("heads", "told"), [(2, True), (8, None)])
-def test_varlen_asks_for_fewer_heads_of_keys_where_torch_wants_to_be_told(heads, told, monkeypatch):
+def test_varlen_asks_for_fewer_heads_of_keys_where_torch_has_enable_gqa(heads, told, monkeypatch):
     from torch.nn.attention import varlen
 
     kernel, given = ATTENTION_KERNELS.configured("varlen", {}), []
@@ -261,10 +261,10 @@ def test_varlen_asks_for_fewer_heads_of_keys_where_torch_wants_to_be_told(heads,
         return q
 
     for function in (newer, older):
-        _wants_to_be_told.cache_clear()
+        _has_enable_gqa.cache_clear()
         monkeypatch.setattr(varlen, "varlen_attn", function)
         kernel.attend(torch.empty(320, 8, 64), *torch.empty(2, plan.key_tokens, heads, 64), plan)
-    _wants_to_be_told.cache_clear()
+    _has_enable_gqa.cache_clear()
     assert given == [(heads, (-1, 0), told), (heads, (-1, 0))]
 
 
