@@ -108,7 +108,7 @@ class Attention:
     def turns_projection(self) -> bool:
         """Whether RoPE is all that stands between the projection of queries and keys and attention."""
         plain = self.qk_norm == "none" and self.latent is None and not self.output_gate
-        return self.rotary is not None and plain
+        return plain and self.rotary is not None
 
     def weights(self, hidden: int) -> int:
         """Number of weights of the projections, without biases. hidden: the model's width."""

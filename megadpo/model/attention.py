@@ -155,14 +155,6 @@ class PackedAttention(torch.nn.Module):
         return out.reshape(query.shape[0], -1)
 
 
-class JoinedSelfAttention(SelfAttention):
-    """megatron-core's, whose projection goes on to PackedAttention whole: it makes queries, keys and values of it."""
-
-    def get_query_key_value_tensors(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
-        mixed, _bias = self.linear_qkv(hidden_states)
-        return mixed, mixed, mixed
-
-
 class GatedSelfAttention(SelfAttention):
     """megatron-core's, with an output gate beside each head's query, as the projection has them in a model's folder.
     megatron-core's own order is all queries of a group and then all gates, and where there are more tensor-parallel ranks
@@ -195,6 +187,14 @@ class GatedSelfAttention(SelfAttention):
     def _apply_output_gate(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """In their own dtype, as transformers does; megatron-core compiles it, for each number of tokens anew."""
         return x * gate.reshape(x.shape).sigmoid()
+
+
+class JoinedSelfAttention(SelfAttention):
+    """megatron-core's, whose projection goes on to PackedAttention whole: it makes queries, keys and values of it."""
+
+    def get_query_key_value_tensors(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        mixed, _bias = self.linear_qkv(hidden_states)
+        return mixed, mixed, mixed
 
 
 class PackTransformerLayer(TransformerLayer):

@@ -127,7 +127,7 @@ def _attention(kind: Attention | DeltaNet, modules: LayerModules, first: Any, *,
         return ModuleSpec(module=LatentAttention, params={"kind": kind, **classes})
     qk_norm = modules.norm if kind.qk_norm == "head" else IdentityOp
     return ModuleSpec(
-        module=GatedSelfAttention if kind.output_gate else JoinedSelfAttention if joined else SelfAttention,
+        module=JoinedSelfAttention if joined else GatedSelfAttention if kind.output_gate else SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=first,

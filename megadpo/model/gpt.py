@@ -125,15 +125,14 @@ class PairModel(GPTModel):
         def rotation(table: RotaryTable) -> Rotation:
             return once(batch, (table.key, dtype), lambda: table(batch.positions, dtype))
 
-        def cos_sin(table: RotaryTable) -> tuple[torch.Tensor, torch.Tensor]:
-            return once(batch, (table.key, "cos and sin"), lambda: table.cos_sin(batch.positions))
-
-        joined = self.rotaries if self.joined_qkv else {}
-
         def plan_of(delta_net: DeltaNet) -> DeltaPlan:
             back, device = delta_net.conv_width - 1, batch.tokens.device
             return once(batch, ("delta", back), lambda: plan_delta(batch.segments, device, back))
 
+        def cos_sin(table: RotaryTable) -> tuple[torch.Tensor, torch.Tensor]:
+            return once(batch, (table.key, "cos and sin"), lambda: table.cos_sin(batch.positions))
+
+        joined = self.rotaries if self.joined_qkv else {}
         context = PackContext(
             qkv_format="thd",
             rotations={rotary: rotation(table) for rotary, table in self.rotaries.items()},

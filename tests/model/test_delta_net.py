@@ -1,4 +1,4 @@
-"""Delta nets in checkpoints of other layouts and under recomputation. tests/families/test_equal.py holds them to
+"""Delta nets in checkpoints of other layouts, in runs and under recomputation. tests/families/test_equal.py holds them to
 transformers, in every layout."""
 
 from __future__ import annotations
@@ -8,8 +8,11 @@ import torch
 
 from megadpo.data.batches.pack import pack_pairs
 from megadpo.model.weights.convert import copy_hf_files, export_hf, import_hf, write_info
-from tests.families.cases import make_case
+from tests.families.cases import SIZES, make_case
 from tests.helpers.distributed import run_distributed
+from tests.helpers.overrides import DIST, PP2, TP2
+from tests.helpers.runs import VOCAB, make_config, read_metrics, train
+from tests.helpers.tiny_tokenizer import tiny_tokenizer
 from tests.model.kernels.test_kernels import random_pairs
 from tests.model.weights.hf_models import read_tensors
 
@@ -94,3 +97,23 @@ def test_gradients_are_the_same_under_recomputation(tmp_path):
         assert got.keys() == want.keys()
         for name, gradient in want.items():
             torch.testing.assert_close(got[name], gradient, rtol=1e-6, atol=1e-7, msg=name)
+
+
+@pytest.mark.distributed
+def test_a_run_goes_on_in_another_layout(tmp_path, monkeypatch):
+    """Two steps with TP2 and the distributed optimizer, the third with PP2: losses and gradient norms of one process."""
+    for name, size in {"vocab_size": VOCAB, "max_position_embeddings": 128}.items():
+        monkeypatch.setitem(SIZES, name, size)
+    model = make_case(tmp_path / "model", "qwen3_5")
+    tiny_tokenizer(vocab_size=VOCAB).save_pretrained(model)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir()
+    cut.mkdir()
+    assert run_distributed(train, 1, str(make_config(whole, model)), [], init_process_group=False) == [0]
+    config = str(make_config(cut, model, checkpointing={"enabled": True, "save_period": 2}))
+    for layout, steps in ((TP2, 2), (PP2, 3)):
+        options = [layout, DIST, f"dpo.max_num_steps={steps}"]
+        assert run_distributed(train, 2, config, options, init_process_group=False) == [0, 0]
+    for mine, theirs in zip(read_metrics(cut / "logs"), read_metrics(whole / "logs"), strict=True):
+        assert mine["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-5)
+        assert mine["train/grad_norm"] == pytest.approx(theirs["train/grad_norm"], rel=1e-4)
