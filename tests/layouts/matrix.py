@@ -14,7 +14,8 @@ from tests.layouts.models import MODELS, Model
 from tests.layouts.options import BY_NAME, MEG, OPTIONS, Option
 
 MOST_PROCESSES = 4
-CORE_SEED = 4
+CORE_SEED = 191
+"""Pairs EP with ETP on models without experts, which refuse both: so every other option is in a pair that runs."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +121,12 @@ def larger_cases() -> list[Case]:
 
 
 def core_cases() -> list[Case]:
-    """A small choice of `all_cases` for `make test`: every option with another on every model, by a fixed seed, and the
-    larger ones."""
+    """A small choice of `all_cases` for `make test`: the larger ones, and pairs with every option of a model that is in none
+    of them, by a fixed seed."""
     rng = random.Random(CORE_SEED)
     chosen: list[Case] = []
     for model in MODELS:
-        met: set[str] = set()
+        met = {option.name for case in larger_cases() if case.model is model for option in case.options}
         for option in options_of(model):
             if option.name in met:
                 continue

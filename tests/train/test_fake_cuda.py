@@ -238,7 +238,8 @@ def test_experts_wait_in_their_dispatcher_too(case, found):
     seen = found[case]
     assert not seen.error, seen.error
     dispatching = [wait for wait in seen.step_waits if wait.startswith(("token_dispatcher", "moe_utils"))]
-    assert seen.updated and len(dispatching) >= seen.micro_batches
+    # megatron-core 0.19 permutes for alltoall without a wait: it is told the number of rows
+    assert seen.updated and (len(dispatching) >= seen.micro_batches or case == "alltoall")
     balance = ["moe_balance.py:balance_metrics"]
     assert [wait for wait in seen.step_waits if wait not in dispatching] == 2 * NORM + METRICS + balance
 
