@@ -21,14 +21,16 @@ GPU_STAMP := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))
 GPU_OUT ?= benchmarks/results/gpu
 GPU_PART ?= first
 GPU_HERE = $(GPU_PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# Tests start some hundred processes that import the package: it is compiled once, whatever the environment says of that.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: demo test test-layouts test-long crash-test fuzz gpu-test gpu-bench lint clean
 
-# pip is given constraints.txt, so torch is the version named there and never just the newest.
-$(STAMP): setup.py constraints.txt
+# pip is given constraints, so torch is the version named there and never just the newest. The second file's lines are for
+# Python 3.13.
+$(STAMP): setup.py constraints.txt constraints-py313.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt -c constraints-py313.txt
 	touch $@
 
 .venv: $(STAMP)

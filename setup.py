@@ -34,7 +34,7 @@ setup(
     install_requires=[
         # The lower bound has an alpha because NVIDIA's containers carry alphas, such as 2.11.0a0+eb65b36914.nv26.02.
         "torch>=2.11.0a0,<2.14",
-        "megatron-core>=0.16.1,<0.17",
+        "megatron-core>=0.16.1,<0.20",  # on Python 3.10 and 3.11 pip takes 0.16: 0.17 needs 3.12
         "transformers>=5.17",
         "tokenizers>=0.22",
         "safetensors>=0.5",

@@ -24,6 +24,7 @@ OURS: dict[str, dict[str, Any]] = {
     "ours-torch-head": {"overrides": ("policy.logprob_kernel=torch",)},
     "ours-varlen": {"overrides": ("policy.attention_kernel=varlen",)},
     "ours-sdpa": {"overrides": ("policy.attention_kernel=sdpa",)},
+    "ours-joined-qkv": {"overrides": ("policy.megatron_cfg.fused_single_qkv_rope=true",)},
     "ours-flash3": {"overrides": ("policy.attention_kernel=flash3",)},
     "ours-te-attention": {"overrides": ("policy.attention_kernel=transformer_engine",)},
     "ours-te-layers": {"overrides": ("policy.megatron_cfg.transformer_impl=transformer_engine",)},

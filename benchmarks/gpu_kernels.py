@@ -1,9 +1,10 @@
-"""Which kernel is the fastest here? Attention of a pack, and AdamW's step, each by everything that can run:
+"""Which kernel is the fastest here? Attention of a pack, the way from projection to attention, and AdamW's step:
 
     python benchmarks/gpu_kernels.py --out kernels.json
 
 Attention: one layer of Llama-3.1-8B (32 heads of 128, 8 of them for keys and values) on packs of UltraFeedback-like pairs
-with shared prompts, forward and forward + backward, keys gathered as the model does. AdamW: 4 such layers with bfloat16
+with shared prompts, forward and forward + backward, keys gathered as the model does. Projection: from its output to what
+attention reads, by the passes that are the default, and by one kernel. AdamW: 4 such layers with bfloat16
 weights and moments, 0.87 billion parameters, and the bytes of temporary memory. `auto` follows these tables when they have
 been measured. The file is rewritten after each line; a call with the same --out goes on. `--smoke`: tiny sizes, on a CPU
 too. Exit code 1 where a kernel's output is another one's, 2 without a GPU, 3 where the time was up.
@@ -26,13 +27,15 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # run as a script, the path starts in benchmarks/
 
 from benchmarks import gpu_inputs, gpu_machine  # noqa: E402
+from megadpo.config.architecture import Rotary  # noqa: E402
 from megadpo.config.known import Known  # noqa: E402
 from megadpo.config.schema import Config  # noqa: E402
 from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig  # noqa: E402
 from megadpo.config.variants import ATTENTION_KERNELS  # noqa: E402
 from megadpo.data.batches.pack import Segment, pack_pairs  # noqa: E402
 from megadpo.data.pairs import TokenizedPair  # noqa: E402
-from megadpo.model.kernels import AttentionKernel  # noqa: E402
+from megadpo.model.kernels import AttentionKernel, RaggedKernel  # noqa: E402
+from megadpo.model.rope import RotaryTable  # noqa: E402
 from megadpo.parallel import machine  # noqa: E402
 
 ATTENTION = ("varlen", "transformer_engine", "flash3")
@@ -95,6 +98,36 @@ class Attention:
             apart = [float((mine.double() - other.double()).norm() / other.double().norm()) for mine, other in pairs]
             found |= {"apart": max(apart), "from": self.first[0], "within": max(apart) < BOUND}
         return found | backend(name)
+
+    def measure_projection(self, name: str, repeats: int) -> dict[str, Any]:
+        """Copying queries, rotating (by Transformer Engine's kernel where it is), gathering; or `fused_single_qkv_rope`."""
+        here = machine(self.device)
+        if name == "one kernel" and (self.device.type != "cuda" or here.why_missing("triton")):
+            return {"not_run": here.why_missing("triton") or "needs a GPU"}
+        plan, dtype = RaggedKernel().plan(self.segments, self.device, torch.bfloat16), self.upstream.dtype
+        has_te = self.device.type == "cuda" and here.why_missing("transformer_engine") is None
+        positions = torch.arange(self.tokens, device=self.device)
+        table = RotaryTable(Rotary(dims=WIDTH, theta=500000.0), self.device, fused=has_te)
+        mixed = torch.randn(self.tokens, (HEADS + 2 * GROUPS) * WIDTH, device=self.device, dtype=dtype)
+        mixed.requires_grad_()
+        rotation, cos_sin = table(positions, dtype), table.cos_sin(positions)
+
+        def parts() -> tuple[torch.Tensor, ...]:
+            if name == "one kernel":
+                from megadpo.model.qkv import split_and_turn
+
+                return split_and_turn(mixed, *cos_sin, plan, groups=GROUPS, width=WIDTH)
+            split = mixed.view(self.tokens, GROUPS, -1).split([HEADS // GROUPS * WIDTH, WIDTH, WIDTH], dim=2)
+            query = split[0].reshape(self.tokens, HEADS, WIDTH)
+            return rotation(query), *RaggedKernel().prepare(rotation(split[1]), split[2], plan)
+
+        grads = [torch.randn_like(part) for part in parts()]
+        return {
+            "forward_ms": gpu_machine.milliseconds(parts, self.device, repeats=repeats),
+            "both_ms": gpu_machine.milliseconds(
+                lambda: torch.autograd.grad(parts(), mixed, grads), self.device, repeats=repeats
+            ),
+        }
 
 
 def why_not(kernel: AttentionKernel, device: torch.device) -> str | None:
@@ -159,6 +192,12 @@ def work(device: torch.device, smoke: bool) -> Iterator[tuple[str, Any]]:
             yield (
                 f"attention, {pack.tokens} of {tokens} tokens, {name}",
                 lambda name=name, pack=pack: pack.measure(name, repeats),
+            )
+    for name in ("passes", "one kernel"):
+        for tokens, pack in attention.items():
+            yield (
+                f"projection, {pack.tokens} of {tokens} tokens, {name}",
+                lambda name=name, pack=pack: pack.measure_projection(name, repeats),
             )
     attention.clear()
     for name in ADAM:

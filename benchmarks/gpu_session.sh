@@ -108,10 +108,10 @@ run() {
       --trl-from "$out/trl.json" ;;
     fp8) bench fp8 360 --model llama-3.1-8b --rounds 1 --ours ours,ours-fp8,ours-fp8-tensorwise --trl "" ;;
     ours8b) bench ours8b 420 --model llama-3.1-8b --rounds 1 --trl "" --ours \
-      ours,ours-cached-8192,ours-one-pass,ours-te-attention,ours-flash3 ;;
+      ours,ours-cached-8192,ours-one-pass,ours-joined-qkv,ours-te-attention,ours-flash3 ;;
     ours)
       bench ours 420 --model llama-3.2-1b "${lengths[@]}" --trl "" --global-batch 64 --ours \
-        ours,ours-unshared,ours-lean,ours-one-pass,ours-torch-head,ours-te-attention,ours-flash3,ours-te-layers,ours-local-layers,ours-sdpa
+        ours,ours-unshared,ours-lean,ours-one-pass,ours-joined-qkv,ours-torch-head,ours-te-attention,ours-flash3,ours-te-layers,ours-local-layers,ours-sdpa
       ;;
   esac
 }

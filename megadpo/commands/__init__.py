@@ -120,12 +120,16 @@ def end_with_words(text: str, code: int) -> int:
 
 def quiet_libraries() -> None:
     """Silence warnings that users can't act on. megatron-core warns of every optional package that is not installed. torch
-    warns on every rank of a class in megatron-core's checkpoints and of collectives in its distributed optimizer."""
+    warns on every rank of a class in megatron-core's checkpoints, of how 0.19 loads them, and of collectives in its
+    distributed optimizer; built with CUDA, also of a machine without."""
     warnings.filterwarnings("ignore", module="megatron")
+    for loading in ("The argument order of load has been changed", "torch.distributed is disabled"):
+        warnings.filterwarnings("ignore", loading, UserWarning, module="torch")
     warnings.filterwarnings("ignore", "Please use DTensor instead", FutureWarning, module="torch")
     collectives = r"`torch\.distributed\._?(all_gather|reduce_scatter)_\w+` is"
     warnings.filterwarnings("ignore", collectives, FutureWarning, module="torch")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+    for name in ("megatron", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _modules() -> dict[str, str]:

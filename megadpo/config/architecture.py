@@ -96,19 +96,66 @@ class Attention:
     """RMSNorm of queries and keys: of each head before RoPE or after it, or of all heads together before it."""
     latent: Latent | None = None
     """None: queries, keys and values are projected from the hidden state."""
+    output_gate: bool = False
+    """A head's output is multiplied by the sigmoid of a gate, which is projected beside its query."""
+
+    @property
+    def query_heads(self) -> int:
+        """Heads that the queries' projection gives, gates counted."""
+        return 2 * self.num_heads if self.output_gate else self.num_heads
+
+    @property
+    def turns_projection(self) -> bool:
+        """Whether RoPE is all that stands between the projection of queries and keys and attention."""
+        plain = self.qk_norm == "none" and self.latent is None and not self.output_gate
+        return self.rotary is not None and plain
 
     def weights(self, hidden: int) -> int:
         """Number of weights of the projections, without biases. hidden: the model's width."""
         values = self.num_heads * self.value_dim
         if self.latent is None:
             return hidden * (
-                (self.num_heads + self.num_kv_heads) * self.head_dim + self.num_kv_heads * self.value_dim + values
+                (self.query_heads + self.num_kv_heads) * self.head_dim + self.num_kv_heads * self.value_dim + values
             )
         one, queries = self.latent, self.num_heads * self.head_dim
         from_hidden = queries if one.q_rank is None else one.q_rank
         keys = self.num_heads * (self.head_dim - one.rope_dim)
         made = (one.q_rank or 0) * queries + one.kv_rank * (keys + values)
         return hidden * (from_hidden + one.kv_rank + one.rope_dim + values) + made
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaNet:
+    """A gated delta net in the place of attention (arXiv 2412.06464): each head has a state of `key_dim` x `value_dim`
+    numbers, which every token writes to and reads. model/delta_net.py has the formula."""
+
+    key_heads: int
+    value_heads: int
+    """A multiple of key_heads: so many have the same queries and keys."""
+    key_dim: int
+    """Channels of a query and of a key."""
+    value_dim: int
+    conv_width: int
+    """Tokens that the convolution of queries, keys and values sees, the own one included."""
+
+    @property
+    def conv_channels(self) -> int:
+        """Of all queries, keys and values of a token."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+    @property
+    def in_channels(self) -> int:
+        """What the hidden state is projected to: those, a gate for each value, and two numbers for each value head."""
+        return self.conv_channels + self.value_heads * (self.value_dim + 2)
+
+    @property
+    def state_products(self) -> int:
+        """Multiply-adds of a token with the states: what its keys find there, what it writes, what its queries find."""
+        return 3 * self.value_heads * self.key_dim * self.value_dim
+
+    def weights(self, hidden: int) -> int:
+        """Of its projections. hidden: the model's width."""
+        return hidden * (self.in_channels + self.value_heads * self.value_dim)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,9 +215,9 @@ class Experts:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A decoder layer: attention, then an MLP or experts, with norms where `Norms` says."""
+    """A decoder layer: attention or a delta net, then an MLP or experts, with norms where `Norms` says."""
 
-    attention: Attention
+    attention: Attention | DeltaNet
     feed_forward: Mlp | Experts
 
 
@@ -188,7 +235,8 @@ class Norms:
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """A decoder; sizes in elements. Biases and norms exist only where a field says so. The number of heads and their widths
-    are the same in every layer. All dense MLPs are equal, and so are all layers of experts."""
+    are the same in every layer that has attention; at least one layer has it. All delta nets are equal, and so are all dense
+    MLPs, and all layers of experts."""
 
     family: str
     """Name of the family, in FAMILIES, that reads config.json and has the weight table."""
@@ -223,13 +271,18 @@ class Architecture:
 
     @property
     def attention(self) -> Attention:
-        """The first layer's, for sizes that are the same in all layers."""
-        return self.layers[0].attention
+        """The first one, for sizes that are the same in all layers that have attention."""
+        return self.attentions[0]
 
     @property
     def attentions(self) -> tuple[Attention, ...]:
         """The different kinds of attention, in the order of the layers."""
-        return tuple(dict.fromkeys(layer.attention for layer in self.layers))
+        return tuple(dict.fromkeys(one.attention for one in self.layers if isinstance(one.attention, Attention)))
+
+    @property
+    def delta_net(self) -> DeltaNet | None:
+        """Of the layers that have one; None if all layers have attention."""
+        return next((one.attention for one in self.layers if isinstance(one.attention, DeltaNet)), None)
 
     @property
     def mlp(self) -> Mlp | None:
@@ -247,6 +300,11 @@ class Architecture:
         return self.mlp is not None and self.experts is not None
 
     @property
+    def layers_differ(self) -> bool:
+        """Whether some layers have other parameters than others."""
+        return self.mixed or self.delta_net is not None
+
+    @property
     def fingerprint(self) -> str:
         """Text that differs between architectures. The cached reference's files are named by it, so it must not change
         between versions: a field that is added later has a default, and is in the text only if its value differs."""
@@ -256,8 +314,17 @@ class Architecture:
         """A copy with these fields in every layer's attention. only: numbers of the layers to change."""
         layers = list(self.layers)
         for number in range(self.num_layers) if only is None else only:
-            attention = dataclasses.replace(layers[number].attention, **changes)
-            layers[number] = dataclasses.replace(layers[number], attention=attention)
+            attention = layers[number].attention
+            if isinstance(attention, Attention):
+                attention = dataclasses.replace(attention, **changes)
+                layers[number] = dataclasses.replace(layers[number], attention=attention)
+        return dataclasses.replace(self, layers=tuple(layers))
+
+    def with_delta_net(self, delta_net: DeltaNet, only: Collection[int]) -> Architecture:
+        """The same with this in the place of attention in these layers, by number."""
+        layers = list(self.layers)
+        for number in only:
+            layers[number] = dataclasses.replace(layers[number], attention=delta_net)
         return dataclasses.replace(self, layers=tuple(layers))
 
     def with_feed_forward(self, feed_forward: Mlp | Experts, only: Collection[int] | None = None) -> Architecture:

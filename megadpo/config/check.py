@@ -164,7 +164,14 @@ def _overlap(known: Known) -> Iterator[Problem]:
 @rule
 def _fits_the_model(known: Known) -> Iterator[Problem]:
     if known.arch is not None:
-        for part in (_tensor_parallel, _pipeline_parallel, _virtual_pipeline, _uniform_recomputation, _sequence_length):
+        for part in (
+            _tensor_parallel,
+            _context_parallel,
+            _pipeline_parallel,
+            _virtual_pipeline,
+            _uniform_recomputation,
+            _sequence_length,
+        ):
             yield from part(known.cfg, known.arch)
 
 
@@ -176,6 +183,7 @@ def _tensor_parallel(cfg: Config, arch: Architecture) -> Iterator[Problem]:
     divided = {
         "attention heads": arch.attention.num_heads,
         "key-value heads": arch.attention.num_kv_heads,
+        "key heads of linear attention": 0 if arch.delta_net is None else arch.delta_net.key_heads,
         "MLP channels (intermediate_size)": dense,
         "channels of the shared expert": shared or 0,
         "vocabulary entries (vocab_size)": arch.vocab_size,
@@ -185,6 +193,18 @@ def _tensor_parallel(cfg: Config, arch: Architecture) -> Iterator[Problem]:
     for what, count in divided.items():
         if count % tp:
             yield Problem(where, tp, f"a divisor of the model's {count} {what}", fix)
+
+
+def _context_parallel(cfg: Config, arch: Architecture) -> Iterator[Problem]:
+    size = cfg.policy.megatron_cfg.context_parallel_size
+    if size > 1 and arch.delta_net is not None:
+        expected = (
+            f"1 for {arch.hf_class}: its linear attention goes through a text from token to token, "
+            "and a rank would wait for the ranks with the tokens before"
+        )
+        yield Problem(
+            f"{_MEG}.context_parallel_size", size, expected, "set it to 1; tensor parallelism cuts these layers"
+        )
 
 
 def _pipeline_parallel(cfg: Config, arch: Architecture) -> Iterator[Problem]:

@@ -40,6 +40,20 @@ def _reference_cache(known: Known) -> Iterator[Problem]:
 
 
 @rule
+def _joined_projection(known: Known) -> Iterator[Problem]:
+    where, machine, arch = "policy.megatron_cfg.fused_single_qkv_rope", known.machine, known.arch
+    if not known.cfg.policy.megatron_cfg.fused_single_qkv_rope:
+        return
+    if known.device == "cpu":
+        yield Problem(where, True, "false on the device cpu: its kernel is for CUDA", "set it to false")
+    elif machine is not None and (reason := machine.why_missing("triton")) is not None:
+        yield Problem(where, True, f"false without Triton: {reason}", "set it to false, or pip install triton")
+    if arch is not None and not any(one.turns_projection for one in arch.attentions):
+        expected = f"false for {arch.hf_class}: more than RoPE stands between its projections and attention"
+        yield Problem(where, True, expected, "set it to false")
+
+
+@rule
 def _input_length(known: Known) -> Iterator[Problem]:
     length, longest = known.cfg.data.max_input_seq_length, known.cfg.policy.max_total_sequence_length
     if length > longest:

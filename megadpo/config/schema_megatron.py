@@ -153,6 +153,9 @@ class MegatronConfig:
     transformer_engine (the local layers need apex's kernel for it)."""
     apply_rope_fusion: bool = True
     """true: with transformer_impl transformer_engine, RoPE by Transformer Engine's kernel. false: by torch's operations."""
+    fused_single_qkv_rope: bool = False
+    """true: one Triton kernel takes queries, keys and values out of their projection, rotates them and gathers keys, on CUDA,
+    in layers with RoPE and without norms of queries and keys. Not timed on a GPU yet."""
     bias_activation_fusion: bool = True
     """true: a SwiGLU that saves only its input; on GPUs megatron-core's compiled one. false: separate operations."""
 

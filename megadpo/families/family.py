@@ -33,6 +33,8 @@ class Family:
     """Keys of biases that the family doesn't have: true is refused."""
     prefix: ClassVar[str] = ""
     """What the names of all tensors of `layer`, `embedding`, `final_norm` and `head` begin with on disk, before these."""
+    layer_types: ClassVar[tuple[str, ...]] = ("full_attention", "sliding_attention")
+    """Names of layers under `layer_types`; others are refused."""
     embedding: ClassVar[Row] = EMBEDDING
     final_norm: ClassVar[Row] = FINAL_NORM
     head: ClassVar[Row] = HEAD
@@ -86,6 +88,11 @@ class Family:
         """The RoPE of every layer. length: max_position_embeddings."""
         return read_rope(config, head_dim, length)
 
+    def on_disk(self, name: str) -> str:
+        """What a tensor is called in folders, by its name in the rows of `layer` (behind a layer's number), `embedding`,
+        `final_norm` and `head`."""
+        return self.prefix + name
+
     def carried(self, arch: Architecture) -> tuple[str, ...]:
         """Shell patterns of tensors on disk that nothing here computes with, such as a vision tower's: folders may have them,
         and exports then have them too, as they are."""
@@ -107,12 +114,11 @@ class Family:
         for key in self.biases:
             config.refuse(key, "false", f"models with {key} are not supported")
         self.refuse_quantised(config)
-        unknown = sorted({str(kind) for kind in config.raw.get("layer_types") or ()} - _KNOWN_LAYERS)
+        unknown = sorted({str(kind) for kind in config.raw.get("layer_types") or ()} - {*self.layer_types})
         if unknown:
-            expected = "full_attention and sliding_attention only"
+            expected = f"{' and '.join(self.layer_types)} only"
             config.report("layer_types", ", ".join(unknown), expected, "choose a model with plain attention")
 
 
 AS_FLOATS = "export the model's weights in bfloat16 or float32 and train those"
-_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 _DROPOUTS = ("attention_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop")

@@ -75,9 +75,8 @@ class Glm4Moe(Family):
         return (f"model.layers.{arch.num_layers}.*",)
 
     def layer(self, arch: Architecture, number: int) -> tuple[Row, ...]:
-        layer = arch.layers[number]
-        biases = QKV_BIAS if layer.attention.qkv_bias else ()
-        norms = QK_NORM if layer.attention.qk_norm == "head" else ()
-        if isinstance(layer.feed_forward, Mlp):
+        biases = QKV_BIAS if arch.attention.qkv_bias else ()
+        norms = QK_NORM if arch.attention.qk_norm == "head" else ()
+        if isinstance(arch.layers[number].feed_forward, Mlp):
             return super().layer(arch, number) + biases + norms
         return ATTENTION + biases + norms + EXPERTS

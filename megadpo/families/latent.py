@@ -81,11 +81,10 @@ class LatentFamily(Family):
         return (f"model.layers.{arch.num_layers}.*",)
 
     def layer(self, arch: Architecture, number: int) -> tuple[Row, ...]:
-        layer = arch.layers[number]
-        latent = layer.attention.latent
+        latent, mlp = arch.attention.latent, arch.layers[number].feed_forward
         assert latent is not None
         queries = _QUERIES if latent.q_rank is None else _QUERIES_OF_A_LATENT
-        return (*_ATTENTION, *queries, *(MLP if isinstance(layer.feed_forward, Mlp) else self.expert_rows))
+        return (*_ATTENTION, *queries, *(MLP if isinstance(mlp, Mlp) else self.expert_rows))
 
 
 def _scale_of_yarn(config: HfConfig) -> float:

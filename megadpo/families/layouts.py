@@ -38,7 +38,7 @@ class TensorLayout:
         return (*shape[: self.sharded_dim], rows.stop, *shape[self.sharded_dim + 1 :])
 
     def rectangles(self, shapes: Sequence[Shape], groups: int, tp_rank: int, tp_size: int) -> list[Rectangle]:
-        """Every rectangle of the shard of `tp_rank`, in rising order within each source. `groups`: KV heads."""
+        """Every rectangle of the shard of `tp_rank`, in rising order within each source. `groups`: KV or key heads."""
         raise NotImplementedError
 
 
@@ -93,8 +93,9 @@ class GatedMLP(TensorLayout):
 
 class GroupedQKV(TensorLayout):
     """Query, key and value projection in one, KV group by KV group: [queries of group 0, key 0, value 0, queries of group 1,
-    ...]. Rank r has the r-th block of these rows. With more ranks than KV heads a block is a part of a group (megatron-core:
-    attention.py, get_query_key_value_tensors), so rows are divided, not groups.
+    ...]. Other sources likewise: each group has an equal part of each. Rank r has the r-th block of these rows. With more
+    ranks than KV heads a block is a part of a group (megatron-core: attention.py, get_query_key_value_tensors), so rows are
+    divided, not groups.
     """
 
     sharded_dim = 0

@@ -12,7 +12,7 @@ from megadpo.families.family import Family
 from megadpo.families.reading import HfConfig
 from megadpo.families.rope import given_rope, read_rope
 from megadpo.families.rows import ATTENTION, MLP, QK_NORM_OF_ALL_HEADS, Row, norm_row
-from megadpo.families.windows import with_windows
+from megadpo.families.windows import having_windows, with_windows
 
 
 @FAMILIES.add("olmo2")
@@ -44,8 +44,7 @@ class Olmo3(Olmo2):
     def read(self, config: HfConfig) -> Architecture:
         arch = with_windows(config, super().read(config), usual=lambda number: (number + 1) % 4 != 0)
         rotary = self._of_kind(config, "sliding_attention", arch.attention.head_dim, arch.max_position_embeddings)
-        sliding = [number for number, layer in enumerate(arch.layers) if layer.attention.window is not None]
-        return arch.with_attention(only=sliding, rotary=rotary)
+        return arch.with_attention(only=having_windows(arch), rotary=rotary)
 
     def rotary(self, config: HfConfig, head_dim: int, length: int) -> Rotary:
         return self._of_kind(config, "full_attention", head_dim, length)

@@ -5,6 +5,9 @@ h hidden, q query heads x head dim, k KV heads x head dim, d head dim, a query h
 x feed-forward of an expert, s of the shared expert. For latent attention: r latent of queries, c latent of keys and values,
 t c and the rotated channels of keys, u query heads x (other channels of a key + channels of a value), o query heads x
 channels of a value.
+For attention with an output gate: g query heads x (channels of a query + channels of its gate). For a delta net: p key heads x
+channels of a key, y value heads x channels of a value, b value heads, e channels of a value, w width of the convolution,
+i twice p and y, j twice b.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from megadpo.config.architecture import Architecture, Layer, Mlp
+from megadpo.config.architecture import Architecture, Attention, DeltaNet, Layer, Mlp
 from megadpo.config.variants import FAMILIES
 from megadpo.families.layouts import Rectangle, Shape
 from megadpo.families.rows import Row
@@ -33,7 +33,7 @@ class WeightEntry:
     parts: tuple[tuple[Shape, ...], ...]
     """For each tensor of `hf` the shapes of its parts; most have one part."""
     groups: int
-    """KV heads of the architecture."""
+    """Heads by which projections in one are cut: KV heads of attention, key heads of a delta net."""
     layer_in_key: bool
     """Whether checkpoints have a tensor for each layer, because layers differ; else one for all layers."""
     also: Mapping[str, str]
@@ -161,7 +161,7 @@ def weight_table(arch: Architecture) -> WeightTable:
     in_no_folder = []
     tied = None
     if arch.tie_word_embeddings:
-        tied = family.prefix + next(iter(family.embedding.hf)), family.prefix + next(iter(family.head.hf))
+        tied = family.on_disk(next(iter(family.embedding.hf))), family.on_disk(next(iter(family.head.hf)))
         # The last pipeline stage holds a copy of the embedding, which no checkpoint and no export has.
         in_no_folder.append(_entry(arch, dataclasses.replace(family.head, hf=family.embedding.hf), sizes))
     return WeightTable(
@@ -184,10 +184,11 @@ def _layer_entries(arch: Architecture, row: Row, layer: int, sizes: Mapping[str,
 def _entry(
     arch: Architecture, row: Row, sizes: Mapping[str, int], layer: int | None = None, expert: int | None = None
 ) -> WeightEntry:
-    prefix: str = FAMILIES[arch.family].prefix
+    family = FAMILIES[arch.family]()
 
     def on_disk(name: str) -> str:
-        return prefix + (name if layer is None else HF_LAYER.format(i=layer) + name.format(e=expert))
+        full: str = family.on_disk(name if layer is None else HF_LAYER.format(i=layer) + name.format(e=expert))
+        return full
 
     return WeightEntry(
         row=row,
@@ -198,22 +199,41 @@ def _entry(
             tuple(tuple(sizes[axis] for axis in part) for part in ((axes,) if isinstance(axes, str) else axes))
             for axes in row.hf.values()
         ),
-        groups=arch.attention.num_kv_heads,
-        layer_in_key=arch.mixed,
+        groups=_groups(arch.attention if layer is None else arch.layers[layer].attention),
+        layer_in_key=arch.layers_differ,
         also={on_disk(name): on_disk(other) for name, other in row.also.items()},
         hf_stacked=on_disk(row.hf_stacked) if row.hf_stacked else "",
         stack_name=on_disk(row.stack.name) if row.stack else "",
     )
 
 
+def _groups(attention: Attention | DeltaNet) -> int:
+    return attention.key_heads if isinstance(attention, DeltaNet) else attention.num_kv_heads
+
+
 def _layer_sizes(layer: Layer) -> dict[str, int]:
     """The axes of a layer that rows.py names."""
     attention, feed_forward = layer.attention, layer.feed_forward
+    sizes = _delta_net_sizes(attention) if isinstance(attention, DeltaNet) else _attention_sizes(attention)
+    if isinstance(feed_forward, Mlp):
+        return sizes | {"f": feed_forward.ffn_size}
+    shared = feed_forward.shared_ffn_size or 0
+    return sizes | {"n": feed_forward.number, "x": feed_forward.mlp.ffn_size, "s": shared}
+
+
+def _delta_net_sizes(one: DeltaNet) -> dict[str, int]:
+    keys, values = one.key_heads * one.key_dim, one.value_heads * one.value_dim
+    sizes = {"p": keys, "y": values, "b": one.value_heads, "e": one.value_dim, "w": one.conv_width}
+    return sizes | {"i": 2 * (keys + values), "j": 2 * one.value_heads}
+
+
+def _attention_sizes(attention: Attention) -> dict[str, int]:
     sizes = {
         "q": attention.num_heads * attention.head_dim,
         "k": attention.num_kv_heads * attention.head_dim,
         "d": attention.head_dim,
         "a": attention.num_heads,
+        "g": attention.query_heads * attention.head_dim,
     }
     if attention.latent is not None:
         latent, plain = attention.latent, attention.head_dim - attention.latent.rope_dim
@@ -224,7 +244,4 @@ def _layer_sizes(layer: Layer) -> dict[str, int]:
             "u": attention.num_heads * (plain + attention.value_dim),
             "o": attention.num_heads * attention.value_dim,
         }
-    if isinstance(feed_forward, Mlp):
-        return sizes | {"f": feed_forward.ffn_size}
-    shared = feed_forward.shared_ffn_size or 0
-    return sizes | {"n": feed_forward.number, "x": feed_forward.mlp.ffn_size, "s": shared}
+    return sizes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from megadpo.config.architecture import Architecture
+from megadpo.config.architecture import Architecture, Attention
 from megadpo.families.reading import HfConfig
 
 
@@ -23,6 +23,12 @@ def sliding_layers(config: HfConfig, layers: int, usual: Callable[[int], bool]) 
         config.report("layer_types", f"{len(types)} types", f"one for each of the {layers} layers")
         return []
     return [number for number, kind in enumerate(types) if kind == "sliding_attention"]
+
+
+def having_windows(arch: Architecture) -> list[int]:
+    """The numbers of the layers that have a window."""
+    kinds = [layer.attention for layer in arch.layers]
+    return [number for number, one in enumerate(kinds) if isinstance(one, Attention) and one.window is not None]
 
 
 def with_windows(config: HfConfig, arch: Architecture, usual: Callable[[int], bool]) -> Architecture:

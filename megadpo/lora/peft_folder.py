@@ -31,10 +31,7 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _MUST_BE: dict[str, tuple[tuple[Any, ...], str]] = {
     "peft_type": (("LORA",), "another kind of adapter can't be trained here"),
-    "use_dora": (
-        (None, False),
-        "DoRA is not supported: with tensor parallelism its norm needs the whole B A in every step",
-    ),
+    "use_dora": ((None, False), "DoRA is not supported: its norm needs the whole B A in every step, which ranks share"),
     "bias": ((None, "none"), "biases are frozen with the model"),
     "modules_to_save": ((None, []), "only adapters are trained, no whole modules"),
     "rank_pattern": ((None, {}), "all adapters have one rank"),

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
@@ -17,7 +19,8 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megadpo.config.architecture import Attention, Rotary
 from megadpo.data.batches.pack import PackedBatch
 from megadpo.model.context import attend_over_context
-from megadpo.model.kernels import AttentionKernel
+from megadpo.model.delta_rule import DeltaPlan
+from megadpo.model.kernels import AttentionKernel, RaggedPlan
 from megadpo.model.norm import RMSNorm, norm_of_all_heads
 from megadpo.model.rope import Rotation
 
@@ -36,8 +39,10 @@ class PackContext(PackedSeqParams):
     """What every layer needs of a pack. It is passed as megatron-core's `packed_seq_params`."""
 
     rotations: Mapping[Rotary, Rotation] = field(default_factory=dict)
+    cos_sin: Mapping[Rotary, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # for joined attention
     kernel: AttentionKernel | None = None
     plans: Mapping[int | None, Any] = field(default_factory=dict)  # window -> the kernel's plan
+    delta_plan: DeltaPlan | None = None  # for delta nets
     routing: Any = None  # for layers of experts (model/moe.py)
     context_group: dist.ProcessGroup | None = None  # ranks with the other parts of the pack; None: this is all of it
     keep_gathered: bool = False  # see model/context.py
@@ -48,8 +53,12 @@ class PackedAttention(torch.nn.Module):
     micro-batch. (megatron-core's packed form computes them in every layer and waits for the host.) And it applies the
     norms of queries and keys for which megatron-core has no place."""
 
-    def __init__(self, *, kind: Attention, config: TransformerConfig, pg_collection: Any, **_: Any) -> None:
+    def __init__(
+        self, *, kind: Attention, config: TransformerConfig, pg_collection: Any, joined: bool = False, **_: Any
+    ) -> None:
+        """joined: `forward` gets the whole projection, three times."""
         super().__init__()
+        self.joined, self.groups = joined, kind.num_kv_heads // pg_collection.tp.size()
         self.kind, self.tp_group, self.eps = kind, pg_collection.tp, config.layernorm_epsilon
         if kind.qk_norm in ("head_after_rope", "width"):
             heads = (kind.num_heads, kind.num_kv_heads) if kind.qk_norm == "width" else (1, 1)
@@ -79,12 +88,15 @@ class PackedAttention(torch.nn.Module):
     ) -> torch.Tensor:
         """query [T, H, D], key [T, G, D] and value [T, G, E], heads local to the tensor-parallel rank -> [T, H * E].
 
-        T counts this rank's tokens. Collectives: under context parallelism those of model/context.py; for norms over all
-        heads an all-reduce of [T, 2] over the tensor-parallel group, forward and backward.
+        joined: each of the three is the projection [T, (H + 2G) D] instead. T counts this rank's tokens. Collectives: under
+        context parallelism those of model/context.py; for norms over all heads an all-reduce of [T, 2] over the
+        tensor-parallel group, forward and backward.
         """
         pack = packed_seq_params
         assert isinstance(pack, PackContext) and pack.kernel is not None, "the model was called without a PackContext"
         assert attention_mask is None and attention_bias is None, "segments are the mask"
+        if self.joined:
+            return self._attend_joined(query, pack)
         if self.kind.qk_norm == "width":
             weights = self.q_layernorm.weight, self.k_layernorm.weight
             query, key = norm_of_all_heads(query, key, *weights, self.eps, self.tp_group)
@@ -95,13 +107,40 @@ class PackedAttention(torch.nn.Module):
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         return self.attend(query, key, value, pack)
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: PackContext) -> torch.Tensor:
-        """As forward, for queries and keys after norms and RoPE."""
+    def _attend_joined(self, mixed: torch.Tensor, pack: PackContext) -> torch.Tensor:
+        from megadpo.model.qkv import split_and_turn  # which imports Triton
+
+        rotary, plan = self.kind.rotary, pack.plans[self.kind.window]
+        assert rotary is not None
+        gathers = plan if isinstance(plan, RaggedPlan) and pack.context_group is None else None
+        query, key, value = split_and_turn(
+            mixed,
+            *pack.cos_sin[rotary],
+            gathers,
+            groups=self.groups,
+            width=self.kind.head_dim,
+            interleaved=rotary.interleaved,
+        )
+        return self.attend(query, key, value, pack, is_prepared=gathers is not None)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pack: PackContext,
+        *,
+        is_prepared: bool = False,
+    ) -> torch.Tensor:
+        """As forward, for queries and keys after norms and RoPE. is_prepared: keys and values are as the kernel's
+        `prepare` gives them."""
         kind, plan = self.kind, pack.plans[self.kind.window]
         assert pack.kernel is not None
         asked: dict[str, Any] = {"scale": kind.scale, "softcap": kind.logit_softcap, "sinks": self.softmax_offset}
         if pack.context_group is None:
-            out = pack.kernel.attend(query, *pack.kernel.prepare(key, value, plan), plan, **asked)
+            if not is_prepared:
+                key, value = pack.kernel.prepare(key, value, plan)
+            out = pack.kernel.attend(query, key, value, plan, **asked)
         else:
             out = attend_over_context(
                 pack.kernel,
@@ -114,6 +153,48 @@ class PackedAttention(torch.nn.Module):
                 **asked,
             )
         return out.reshape(query.shape[0], -1)
+
+
+class JoinedSelfAttention(SelfAttention):
+    """megatron-core's, whose projection goes on to PackedAttention whole: it makes queries, keys and values of it."""
+
+    def get_query_key_value_tensors(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        mixed, _bias = self.linear_qkv(hidden_states)
+        return mixed, mixed, mixed
+
+
+class GatedSelfAttention(SelfAttention):
+    """megatron-core's, with an output gate beside each head's query, as the projection has them in a model's folder.
+    megatron-core's own order is all queries of a group and then all gates, and where there are more tensor-parallel ranks
+    than groups its ranks take each other's gates (0.16.1 cuts the queries and not the gates)."""
+
+    def get_query_key_value_tensors(
+        self, hidden_states: torch.Tensor, *_: Any, output_gate: bool = False, split_qkv: bool = True, **__: Any
+    ) -> tuple[torch.Tensor, ...]:
+        """hidden_states [t, 1, h] -> query [T, 1, H, D], key and value [T, 1, G, D], gate [T, 1, H, D], heads local.
+
+        Collectives over the tensor-parallel group: those of `linear_qkv`; with more ranks than groups an all-gather of the
+        projected, and a reduce-scatter of its gradient."""
+        assert output_gate and split_qkv
+        mixed, _bias = self.linear_qkv(hidden_states)
+        group, width = self.pg_collection.tp, self.hidden_size_per_attention_head
+        groups = self.config.num_query_groups
+        per_group = self.config.num_attention_heads // groups
+        copies = max(1, group.size() // groups)  # ranks that have the same keys
+        if copies > 1:
+            mixed = all_gather_last_dim_from_tensor_parallel_region(mixed)
+            mixed = mixed.chunk(groups, dim=-1)[group.rank() // copies]
+        mixed = mixed.unflatten(-1, (-1, 2 * per_group + 2, width))
+        queries, key, value = mixed.split((2 * per_group, 1, 1), dim=3)
+        queries = queries.unflatten(3, (per_group, 2)).flatten(2, 3)
+        if copies > 1:
+            queries = queries.chunk(copies, dim=2)[group.rank() % copies]
+        query, gate = queries.unbind(3)
+        return self.q_layernorm(query), self.k_layernorm(key.squeeze(3)), value.squeeze(3), gate
+
+    def _apply_output_gate(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """In their own dtype, as transformers does; megatron-core compiles it, for each number of tokens anew."""
+        return x * gate.reshape(x.shape).sigmoid()
 
 
 class PackTransformerLayer(TransformerLayer):

@@ -19,6 +19,7 @@ from megadpo.config.schema import Config
 from megadpo.config.schema_policy import PolicyConfig
 from megadpo.config.variants import ATTENTION_KERNELS, LAYER_IMPLEMENTATIONS, LOGPROB_KERNELS
 from megadpo.model.attention import PackedAttention
+from megadpo.model.delta_net import GatedDeltaNet
 from megadpo.model.freeze import freeze_routers
 from megadpo.model.gpt import ModelParts, PairModel
 from megadpo.model.moe_balance import LoadBalance
@@ -46,6 +47,7 @@ def build_model(
     rotaries = {attention.rotary for attention in arch.attentions if attention.rotary is not None}
     parts = ModelParts(
         layers=layers.modules(fuse_weight_gradient=with_gradients and layers.fuses_weight_gradient(megatron)),
+        joined_qkv=megatron.fused_single_qkv_rope,
         kernel=ATTENTION_KERNELS.choose(known),
         rotaries={one: RotaryTable(one, device, fused=fused) for one in rotaries},
         head=LOGPROB_KERNELS.choose(known),
@@ -114,6 +116,8 @@ def mark_sharded_parameters(model: torch.nn.Module) -> None:
             shards = [(module.weight, 0), (getattr(module, "bias", None), 0)]
         elif isinstance(module, PackedAttention):
             shards = [(module.softmax_offset, 0)]
+        elif isinstance(module, GatedDeltaNet):
+            shards = [(getattr(module, name), 0) for name in module.SHARDS]
         else:
             continue
         for parameter, dim in shards:

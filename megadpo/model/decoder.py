@@ -24,9 +24,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
 
-from megadpo.config.architecture import Architecture, Attention, Experts, Layer, Mlp
+from megadpo.config.architecture import Architecture, Attention, DeltaNet, Experts, Layer, Mlp
 from megadpo.model.activation import gated
-from megadpo.model.attention import PackedAttention, PackTransformerLayer
+from megadpo.model.attention import GatedSelfAttention, JoinedSelfAttention, PackedAttention, PackTransformerLayer
+from megadpo.model.delta_net import GatedDeltaNet
 from megadpo.model.latent_attention import LatentAttention
 from megadpo.model.moe import ExpertRow, PackMoELayer, PackRouter
 from megadpo.model.moe_balance import LoadBalance
@@ -55,30 +56,39 @@ def block_spec(
     modules: LayerModules,
     balance: LoadBalance | None,
     *,
+    joined_qkv: bool,
     pp_rank: int,
     vp_stage: int | None,
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, or of its model chunk `vp_stage` if it has several, and the final norm (which only
-    the model's last chunk builds). balance: for layers with experts; None for a dense model."""
+    the model's last chunk builds). balance: for layers with experts; None for a dense model.
+    joined_qkv: attention gets the whole projection, if it can use it (`fused_single_qkv_rope`)."""
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     first = get_transformer_layer_offset(config, vp_stage, pp_rank)
-    specs = {layer: _layer_spec(arch, layer, config, modules, balance) for layer in set(arch.layers)}
+    specs = {layer: _layer_spec(arch, layer, config, modules, balance, joined_qkv) for layer in set(arch.layers)}
     layers = [specs[layer] for layer in arch.layers[first : first + count]]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=modules.norm)
 
 
 def _layer_spec(
-    arch: Architecture, layer: Layer, config: TransformerConfig, modules: LayerModules, balance: LoadBalance | None
+    arch: Architecture,
+    layer: Layer,
+    config: TransformerConfig,
+    modules: LayerModules,
+    balance: LoadBalance | None,
+    joined_qkv: bool,
 ) -> ModuleSpec:
     """In checkpoints parameters have the names of Transformer Engine's fused modules, so both implementations can read
     them."""
     mlp, before = layer.feed_forward, arch.norms.placement != "post"
     dense = isinstance(mlp, Mlp)
-    joined, latent = before and modules.norm_column is not None, layer.attention.latent is not None
+    joined = before and modules.norm_column is not None
+    latent = isinstance(layer.attention, Attention) and layer.attention.latent is not None
     first = modules.norm_column if joined else modules.column
     names = {}
     if before and not joined and not latent:
-        names["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
+        projection = "linear_in_proj" if isinstance(layer.attention, DeltaNet) else "linear_qkv"
+        names["input_layernorm."] = f"self_attention.{projection}.layer_norm_"
     if before and not joined and dense:
         names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     add = _residual_add(arch, config, modules)
@@ -87,7 +97,9 @@ def _layer_spec(
         submodules=TransformerLayerSubmodules(
             # In latent attention two projections read the norm's output, so the norm is a module of its own.
             input_layernorm=modules.norm if before and (latent or not joined) else IdentityOp,
-            self_attention=_attention(layer.attention, modules, first),
+            self_attention=_attention(
+                layer.attention, modules, first, joined=joined_qkv and _can_join(layer.attention, config)
+            ),
             self_attn_bda=add,
             # The router reads the norm's output too, so before experts the norm is always a module of its own.
             pre_mlp_layernorm=modules.norm if before and not (joined and dense) else IdentityOp,
@@ -100,17 +112,26 @@ def _layer_spec(
     )
 
 
-def _attention(kind: Attention, modules: LayerModules, first: Any) -> Any:
+def _can_join(kind: Attention | DeltaNet, config: TransformerConfig) -> bool:
+    """With fewer heads of keys than ranks, megatron-core gathers the projection before it is taken apart."""
+    if isinstance(kind, DeltaNet):
+        return False
+    return kind.turns_projection and kind.num_kv_heads >= config.tensor_model_parallel_size
+
+
+def _attention(kind: Attention | DeltaNet, modules: LayerModules, first: Any, *, joined: bool) -> Any:
+    if isinstance(kind, DeltaNet):
+        return ModuleSpec(module=GatedDeltaNet, params={"kind": kind, "column": first, "row": modules.row})
     if kind.latent is not None:
         classes = {"norm": modules.norm, "column": modules.column, "row": modules.row}
         return ModuleSpec(module=LatentAttention, params={"kind": kind, **classes})
     qk_norm = modules.norm if kind.qk_norm == "head" else IdentityOp
     return ModuleSpec(
-        module=SelfAttention,
+        module=GatedSelfAttention if kind.output_gate else JoinedSelfAttention if joined else SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=first,
-            core_attention=functools.partial(PackedAttention, kind=kind),
+            core_attention=functools.partial(PackedAttention, kind=kind, joined=joined),
             linear_proj=modules.row,
             q_layernorm=qk_norm,
             k_layernorm=qk_norm,

@@ -14,11 +14,12 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megadpo.config.architecture import Architecture, Rotary
+from megadpo.config.architecture import Architecture, DeltaNet, Rotary
 from megadpo.data.batches.pack import PackedBatch
 from megadpo.model.attention import PackContext, once
 from megadpo.model.context import sum_over_context
 from megadpo.model.decoder import LayerModules, block_spec
+from megadpo.model.delta_rule import DeltaPlan, plan_delta
 from megadpo.model.heads import LogpsHead, log_sum_squares, sum_per_answer
 from megadpo.model.kernels import AttentionKernel
 from megadpo.model.moe import plan_routing
@@ -32,6 +33,8 @@ class ModelParts:
     """What all chunks of a model share."""
 
     layers: LayerModules
+    joined_qkv: bool
+    """Attention takes its whole projection, where it can."""
     kernel: AttentionKernel
     rotaries: Mapping[Rotary, RotaryTable]
     """For each kind of RoPE in the model."""
@@ -58,7 +61,13 @@ class PairModel(GPTModel):
         super().__init__(
             config=config,
             transformer_layer_spec=block_spec(
-                arch, config, parts.layers, parts.balance, pp_rank=parallel.grid.pp_rank, vp_stage=vp_stage
+                arch,
+                config,
+                parts.layers,
+                parts.balance,
+                joined_qkv=parts.joined_qkv,
+                pp_rank=parallel.grid.pp_rank,
+                vp_stage=vp_stage,
             ),
             vocab_size=arch.vocab_size,
             max_sequence_length=arch.max_position_embeddings,
@@ -69,7 +78,7 @@ class PairModel(GPTModel):
             vp_stage=vp_stage,
         )
         self.rotaries, self.kernel, self.head, self.balance = parts.rotaries, parts.kernel, parts.head, parts.balance
-        self.arch = arch
+        self.arch, self.joined_qkv = arch, parts.joined_qkv
         self.windows = dict.fromkeys(attention.window for attention in arch.attentions)
         self.logprob_chunk_tokens = parts.logprob_chunk_tokens
         self.comes_last = not parts.frozen and chunk == parallel.grid.virtual_pipeline - 1
@@ -116,11 +125,22 @@ class PairModel(GPTModel):
         def rotation(table: RotaryTable) -> Rotation:
             return once(batch, (table.key, dtype), lambda: table(batch.positions, dtype))
 
+        def cos_sin(table: RotaryTable) -> tuple[torch.Tensor, torch.Tensor]:
+            return once(batch, (table.key, "cos and sin"), lambda: table.cos_sin(batch.positions))
+
+        joined = self.rotaries if self.joined_qkv else {}
+
+        def plan_of(delta_net: DeltaNet) -> DeltaPlan:
+            back, device = delta_net.conv_width - 1, batch.tokens.device
+            return once(batch, ("delta", back), lambda: plan_delta(batch.segments, device, back))
+
         context = PackContext(
             qkv_format="thd",
             rotations={rotary: rotation(table) for rotary, table in self.rotaries.items()},
+            cos_sin={rotary: cos_sin(table) for rotary, table in joined.items()},
             kernel=kernel,
             plans={window: plan(window) for window in self.windows},
+            delta_plan=None if self.arch.delta_net is None else plan_of(self.arch.delta_net),
         )
         if self.comes_last:
             batch.made.clear()  # not needed any more; backward passes keep what they need

@@ -84,12 +84,18 @@ class RotaryTable:
     @torch.no_grad()
     def __call__(self, positions: torch.Tensor, dtype: torch.dtype) -> Rotation:
         """positions [T] int64 -> the rotation of tokens at these positions. Angles are float32 for every dtype."""
-        angles = positions.to(torch.float32)[:, None] * self.inverse[None, :]
         if self.fused:
+            angles = positions.to(torch.float32)[:, None] * self.inverse[None, :]
             # Said to be one sequence of T tokens, so that the kernel takes row i of the angles for token i.
             return FusedRotation(torch.cat([angles, angles], dim=-1)[:, None, None, :], _one_sequence(positions))
-        cos, sin = angles.cos() * self.factor, angles.sin() * self.factor
+        cos, sin = self.cos_sin(positions)
         return PlainRotation(cos[:, None, :].to(dtype), sin[:, None, :].to(dtype), self.interleaved)
+
+    @torch.no_grad()
+    def cos_sin(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """positions [T] int64 -> [T, dims/2] float32 twice, the factor included."""
+        angles = positions.to(torch.float32)[:, None] * self.inverse[None, :]
+        return angles.cos() * self.factor, angles.sin() * self.factor
 
 
 def _one_sequence(tokens: torch.Tensor) -> torch.Tensor:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megadpo.config.architecture import Architecture, Attention, Experts, Layer, Mlp
+from megadpo.config.architecture import Architecture, Attention, DeltaNet, Experts, Layer, Mlp
 from megadpo.config.schema import Config
 from megadpo.plan.packs import Pack
+
+_CHUNK = 64  # CHUNK of model/delta_rule.py
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Estimate:
         megatron, arch, pack, width = self.megatron, self.arch, self.pack, self.width
         full = megatron.activation_checkpointing and megatron.recompute_granularity == "full"
         selective = megatron.activation_checkpointing and not full
-        whole = [self._attention(one.attention) + self._feed_forward(one.feed_forward) for one in layers]
+        whole = [self._mixer(one.attention) + self._feed_forward(one.feed_forward) for one in layers]
         again = whole if full else [0] * len(layers)
         if selective:
             again = [min(self._recomputed(one), size) for one, size in zip(layers, whole, strict=True)]
@@ -54,7 +56,7 @@ class Estimate:
         if full and megatron.recompute_method == "uniform":
             saved -= (len(layers) - -(-len(layers) // megatron.recompute_num_layers)) * self.stream
             repeated *= megatron.recompute_num_layers
-        transient = repeated + max(self._gradients(one.feed_forward) for one in layers) + self.stream
+        transient = repeated + max(self._gradients(one) for one in layers) + self.stream
         if last:
             answers = pack.answer_tokens // megatron.context_parallel_size * arch.hidden_size * width
             saved += answers
@@ -77,6 +79,22 @@ class Estimate:
         """Tokens whose keys are saved. With context parallelism a rank saves its own keys and gathers the others again."""
         return self.tokens if self.tokens < self.pack.tokens else self.pack.key_tokens(window)
 
+    def _mixer(self, one: Attention | DeltaNet) -> int:
+        return self._delta_net(one) if isinstance(one, DeltaNet) else self._attention(one)
+
+    def _delta_net(self, one: DeltaNet) -> int:
+        """Inputs of norms and linear layers, and of the convolution, its activation and the recurrence; gates in float32."""
+        values = one.value_heads * one.value_dim
+        # in float32 the gates are not copied, so that all that was projected with them stays
+        gates = one.in_channels if self.width == 4 else values
+        numbers = self.width * 3 * (one.conv_channels + values) + 4 * (gates + values + 4 * one.value_heads)
+        return 4 * self.stream + self.tokens * numbers // self.tp
+
+    def _chunks(self, one: DeltaNet) -> int:
+        """What a delta net makes anew for its backward pass (model/delta_rule.py), in float32."""
+        head = 5 * (_CHUNK + one.key_dim + one.value_dim) + 4 * one.key_dim * one.value_dim // _CHUNK
+        return 4 * self.tokens * one.value_heads * head // self.tp
+
     def _attention(self, one: Attention) -> int:
         """Inputs of norms and linear layers, rotated queries, keys and values, and the output."""
         width, tokens = self.width, self.tokens
@@ -91,6 +109,8 @@ class Estimate:
             latents = 2 * ((one.latent.q_rank or 0) + one.latent.kv_rank) + one.latent.rope_dim
             norms += latents * self.stream // self.arch.hidden_size
             attention += tokens * one.num_heads * (one.head_dim - one.latent.rope_dim) * width
+        if one.output_gate:  # the gate, its sigmoid, and the product
+            attention += 3 * tokens * one.num_heads * one.head_dim * width
         if one.qk_norm != "none":
             norms += tokens * (one.num_heads + one.num_kv_heads) * (one.head_dim * width + 4) // self.tp
         return norms + attention // self.tp
@@ -115,17 +135,18 @@ class Estimate:
         local = self.tokens // self.tp * one.per_token
         return local * self.load * self.megatron.expert_tensor_parallel_size
 
-    def _gradients(self, one: Mlp | Experts) -> int:
+    def _gradients(self, layer: Layer) -> int:
         """Gradients at the widest place of a layer."""
+        one, chunks = layer.feed_forward, self._chunks(layer.attention) if isinstance(layer.attention, DeltaNet) else 0
         if isinstance(one, Mlp):
-            return 2 * self.tokens * one.ffn_size * self.width // self.tp
-        return int(3 * self._dispatched(one) * self.arch.hidden_size * self.width)
+            return max(chunks, 2 * self.tokens * one.ffn_size * self.width // self.tp)
+        return max(chunks, int(3 * self._dispatched(one) * self.arch.hidden_size * self.width))
 
     def _recomputed(self, layer: Layer) -> int:
         """Bytes of a layer that selective recomputation does not save. It saves the inputs of its modules instead."""
         modules, one = self.megatron.recompute_modules, layer.attention
         freed = 0
-        if "core_attn" in modules:
+        if "core_attn" in modules and isinstance(one, Attention):
             # saved instead: queries, and the tensor of which queries, keys and values are views
             keys = (self._key_tokens(one.window) - self.tokens) * one.num_kv_heads * (one.head_dim + one.value_dim)
             numbers = keys - self.tokens * one.num_heads * one.head_dim

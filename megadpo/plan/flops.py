@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from megadpo.config.architecture import Architecture, Layer, Mlp
+from megadpo.config.architecture import Architecture, DeltaNet, Layer, Mlp
 from megadpo.config.check import chunk_layers
 from megadpo.config.schema import Config
 from megadpo.config.schema_megatron import MegatronConfig
@@ -33,14 +33,19 @@ class Flops:
 
 def forward_flops(arch: Architecture, pack: Pack, layers: Sequence[Layer], *, head: bool) -> Flops:
     """Operations of `layers`: 2 for each weight and token (only weights of experts that get the token); 4 x heads x head_dim
-    for each (query, key) pair; 2 x hidden x vocabulary for each ANSWER token, because only positions that predict an answer
-    are projected. Norms, rotation and softmax are left out, as usual (arXiv:2205.05198, appendix A)."""
+    for each (query, key) pair; in a delta net 6 x heads x key_dim x value_dim for each token; 2 x hidden x vocabulary for
+    each ANSWER token, because only positions that predict an answer are projected. Norms, rotation and softmax are left
+    out, as usual (arXiv:2205.05198, appendix A), and a delta net's convolution and products within its chunks."""
     projections = mlp = experts = router = attention = 0.0
     for layer, count in Counter(layers).items():
         heads, feed_forward = layer.attention, layer.feed_forward
         per_weight = 2.0 * pack.tokens * arch.hidden_size * count
         projections += 2.0 * pack.tokens * heads.weights(arch.hidden_size) * count
-        attention += 2.0 * pack.query_keys(heads.window) * heads.num_heads * (heads.head_dim + heads.value_dim) * count
+        if isinstance(heads, DeltaNet):
+            attention += 2.0 * pack.tokens * heads.state_products * count
+        else:
+            per_key = heads.num_heads * (heads.head_dim + heads.value_dim)
+            attention += 2.0 * pack.query_keys(heads.window) * per_key * count
         if isinstance(feed_forward, Mlp):
             mlp += per_weight * 3 * feed_forward.ffn_size
             continue

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megadpo.config.architecture import Architecture, Attention, Experts, Latent, Layer, Mlp
+from megadpo.config.architecture import Architecture, Attention, DeltaNet, Experts, Latent, Layer, Mlp
 from megadpo.config.grid import Grid
 from megadpo.config.schema_megatron import MegatronConfig
 from megadpo.optimizer.size import optimizer_bytes_per_element
@@ -39,7 +39,9 @@ def layer_parameters(arch: Architecture, layer: Layer, grid: Grid) -> Iterator[P
     norms = arch.norms.placement
     if norms != "post":
         yield Parameter(hidden)  # input norm
-    if one.latent is None:
+    if isinstance(one, DeltaNet):
+        yield from _delta_net(one, hidden, tp)
+    elif one.latent is None:
         yield from _attention(one, hidden, tp)
     else:
         yield from _latent_attention(one, one.latent, hidden, tp)
@@ -56,7 +58,7 @@ def layer_parameters(arch: Architecture, layer: Layer, grid: Grid) -> Iterator[P
 
 
 def _attention(one: Attention, hidden: int, tp: int) -> Iterator[Parameter]:
-    qkv = (one.num_heads + 2 * one.num_kv_heads) * one.head_dim
+    qkv = (one.query_heads + 2 * one.num_kv_heads) * one.head_dim
     if one.sinks:
         yield Parameter(one.num_heads // tp)
     if one.qk_norm in ("head_after_rope", "width"):
@@ -82,6 +84,14 @@ def _latent_attention(one: Attention, latent: Latent, hidden: int, tp: int) -> I
     yield Parameter(latent.kv_rank)  # norm
     yield Parameter(one.num_heads * (plain + one.value_dim) // tp * latent.kv_rank)
     yield Parameter(one.num_heads * one.value_dim // tp * hidden)  # attention output
+
+
+def _delta_net(one: DeltaNet, hidden: int, tp: int) -> Iterator[Parameter]:
+    yield Parameter(one.conv_channels // tp * one.conv_width)
+    yield from [Parameter(one.value_heads // tp)] * 2  # decays and their biases
+    yield Parameter(one.value_dim)  # norm
+    yield Parameter(one.in_channels // tp * hidden)
+    yield Parameter(one.value_heads * one.value_dim // tp * hidden)
 
 
 def _experts(experts: Experts, hidden: int, grid: Grid) -> Iterator[Parameter]:

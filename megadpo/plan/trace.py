@@ -199,6 +199,7 @@ def _buildable(policy: PolicyConfig) -> PolicyConfig:
         moe_grouped_gemm=False,
         transformer_impl="local",
         apply_rope_fusion=False,
+        fused_single_qkv_rope=False,
         gradient_accumulation_fusion=None,
     )
     return dataclasses.replace(policy, attention_kernel="sdpa", logprob_kernel="torch", megatron_cfg=megatron)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from megadpo.config.architecture import Architecture
 from megadpo.config.check import check_layout
 from megadpo.config.load import Purpose, load_config
 from megadpo.config.no_effect import dropout_notes, without_experts
@@ -41,7 +42,17 @@ def checked_config(path: str, overrides: Sequence[str], world_size: int | None, 
         problems += linked_out(source.hf_files)
     if problems:
         raise ConfigError(problems)
-    return dataclasses.replace(cfg, notes=(*cfg.notes, *dropout_notes(arch)))
+    return dataclasses.replace(cfg, notes=(*cfg.notes, *dropout_notes(arch), *_slow_notes(cfg, arch)))
+
+
+def _slow_notes(cfg: Config, arch: Architecture) -> list[str]:
+    """One note of what this model does more slowly on a GPU than it could."""
+    if arch.delta_net is None or cfg.policy.device == "cpu":
+        return []
+    return [
+        f"{arch.hf_class}: linear attention runs in torch's own operations, on a GPU too, where kernels made for it "
+        "would be faster; megadpo has none (docs/families.md)"
+    ]
 
 
 def check(path: str, overrides: Sequence[str], world_size: int | None) -> int:

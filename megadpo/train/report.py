@@ -81,6 +81,8 @@ def choices(run: Run) -> dict[str, str]:
         kernels.append("fused weight gradients")
     if any(table.fused for table in run.trainer.model[0].rotaries.values()):
         kernels.append("fused RoPE")
+    if policy.megatron_cfg.fused_single_qkv_rope:
+        kernels.append("queries, keys and values turned and gathered by one kernel")
     parts = getattr(run.trainer.optimizer, "chained_optimizers", [run.trainer.optimizer])
     adam = sorted({adam_name(part.optimizer) for part in parts if part.optimizer is not None})
     kind = policy.megatron_cfg.optimizer.kind

@@ -133,7 +133,28 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+DELTA_NET = {  # the norms' large epsilon keeps float32's rounding small: a state's values are, before they are normed
+    "head_dim": 16, "layer_types": ["linear_attention", "full_attention"] * 2, "rms_norm_eps": 1e-2,
+    "linear_conv_kernel_dim": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+    "linear_value_head_dim": 12,
+}  # fmt: skip
+SHARED = {"shared_expert_intermediate_size": 32}
+MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 0], "mrope_interleaved": True,
+                             "rope_theta": 1e3, "partial_rotary_factor": 0.25}}  # fmt: skip
+CASES |= {
+    "qwen3_next": ("qwen3_next", {**DELTA_NET, **EXPERTS, **SHARED}),
+    "qwen3_5": (
+        "qwen3_5_text",
+        {**DELTA_NET, **MROPE, "linear_conv_kernel_dim": 3, "linear_num_value_heads": 2},
+    ),
+    "qwen3_5_moe": (  # fewer key-value heads than tensor-parallel ranks
+        "qwen3_5_moe_text",
+        {**DELTA_NET, **MROPE, **EXPERTS, **SHARED, "num_key_value_heads": 1},
+    ),
+}
+
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+TOWER = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32}
 CASES |= {
     "mistral3": (
         "mistral3",
@@ -143,7 +164,16 @@ CASES |= {
     "qwen2_5_vl": (
         "qwen2_5_vl",
         {"text_config": {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}},
-         "vision_config": {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32}},
+         "vision_config": TOWER},
+    ),
+    "qwen3_5_vision": (
+        "qwen3_5",
+        {"text_config": {**DELTA_NET, **MROPE, **TIED},
+         "vision_config": {**TOWER, "patch_size": 4, "num_position_embeddings": 16}, **TIED},
+    ),
+    "qwen3_5_moe_vision": (
+        "qwen3_5_moe",
+        {"text_config": {**DELTA_NET, **EXPERTS, **SHARED}, "vision_config": {**TOWER, "patch_size": 4}},
     ),
     "gemma3_vision": (
         "gemma3",
@@ -178,14 +208,16 @@ def _class(config: Any) -> Any:
 def make_case(folder: Path, case: str, **changes: Any) -> Path:
     """Save a random model of `case`, with `changes` in its config, in float32. Norms, biases and the like are random too: their
     first values are all alike, and would hide which is which. So are routers' correction biases, large enough to change
-    the choice."""
+    the choice. Linear attention remembers some tokens, not the last one alone."""
     config = _config(case, **changes)
     model = _class(config)._from_config(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         corrections = [one for name, one in model.named_buffers() if name.endswith("correction_bias")]
+        decays = {id(one) for name, one in model.named_parameters() if name.endswith("A_log")}
         for parameter in (*model.parameters(), *corrections):
             mean = 1.0 if parameter.dim() == 1 and parameter.mean() > 0.5 else 0.0
+            mean = -1.0 if id(parameter) in decays else mean
             parameter.copy_(mean + torch.randn(parameter.shape, generator=generator) / 4)
     model.save_pretrained(folder)
     return folder

@@ -17,7 +17,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def takes_part(arch: Architecture, layout: dict[str, Any]) -> bool:
-    """Experts need sequence parallelism where tensor parallelism is; dense models have nothing to share out."""
+    """Experts need sequence parallelism where tensor parallelism is; dense models have nothing to share out; the states of
+    linear attention need a whole text."""
+    if arch.delta_net is not None and "context" in layout:
+        return False
     if arch.experts is not None:
         return layout.get("tensor", 1) == 1 or layout.get("sequence_parallel", False)
     return "expert" not in layout

@@ -55,6 +55,8 @@ def _features(arch: Architecture) -> Iterator[str]:
         yield {"post": "norms after each part", "sandwich": "norms before and after each part"}[arch.norms.placement]
     for attention in arch.attentions:
         yield from _of_attention(attention)
+    if arch.delta_net is not None:
+        yield "gated delta nets"
     mlp = arch.mlp or (arch.experts and arch.experts.mlp)
     if mlp and mlp.activation != "silu":
         yield {"gelu_tanh": "GELU", "clamped": "clamped gates"}[mlp.activation]
@@ -80,6 +82,8 @@ def _of_attention(one: Any) -> Iterator[str]:
         yield "biases"
     if one.qk_norm != "none":
         yield norms[one.qk_norm]
+    if one.output_gate:
+        yield "output gates"
     if one.window is not None:
         yield "windows"
     if one.sinks:

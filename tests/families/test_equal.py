@@ -18,6 +18,7 @@ from megadpo.config.schema import Config
 from megadpo.config.schema_megatron import MegatronConfig, OptimizerConfig
 from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
 from megadpo.config.variants import FAMILIES
+from megadpo.data.pairs import TokenizedPair
 from megadpo.families import WeightTable, read_architecture, weight_table
 from megadpo.model.weights.hf_folder import HfWeights
 from tests.families.cases import CASES, make_case
@@ -32,12 +33,17 @@ TOLERANCE = 1e-5
 """Relative. Of a gradient tensor that is small among the others, relative to a thousandth of the whole gradient."""
 
 
+def shared_prompts(layout: dict[str, Any]) -> tuple[bool, ...]:
+    """Both ways where tokens are laid out by them: in one process, and cut over context-parallel ranks."""
+    return (True, False) if not layout or "context" in layout else (True,)
+
+
 def weigh(logps: torch.Tensor) -> torch.Tensor:
     """A loss in which no log-probability can stand in for another."""
     return (logps * torch.linspace(-1.0, 1.5, logps.numel(), dtype=logps.dtype)).sum()
 
 
-def measured(folders: dict[str, str], layout: dict[str, Any]) -> dict[str, Any]:
+def measured(folders: dict[str, str], layout: dict[str, Any], pairs: list[TokenizedPair] = PAIRS) -> dict[str, Any]:
     """This rank's part of each case: its place, its parameters' sizes, and by `share_prompt` logps and gradients."""
     from megadpo.config.grid import Grid
     from megadpo.parallel import initialize, setup_device
@@ -45,11 +51,11 @@ def measured(folders: dict[str, str], layout: dict[str, Any]) -> dict[str, Any]:
 
     parallel = initialize(Grid(**{k: v for k, v in layout.items() if k != "sequence_parallel"}), setup_device("auto"))
     seed_everything(1, parallel)
-    cases = {case: _measured(folder, layout, parallel) for case, folder in folders.items()}
+    cases = {case: _measured(folder, layout, parallel, pairs) for case, folder in folders.items()}
     return {"place": parallel.grid, "cases": cases}
 
 
-def _measured(folder: str, layout: dict[str, Any], parallel: Any) -> dict[str, Any]:
+def _measured(folder: str, layout: dict[str, Any], parallel: Any, pairs: list[TokenizedPair]) -> dict[str, Any]:
     from megatron.core.distributed import finalize_model_grads
 
     from megadpo.data.batches.cut import context_part
@@ -84,8 +90,8 @@ def _measured(folder: str, layout: dict[str, Any], parallel: Any) -> dict[str, A
             for chunk in stage_parameters(arch, place, stage=place.pp_rank, chunks=layers)
         ],
     }
-    for share in (True, False):
-        whole = pack_pairs(PAIRS, share_prompt=share, pad_to_multiple=8, pad_token_id=0)
+    for share in shared_prompts(layout):
+        whole = pack_pairs(pairs, share_prompt=share, pad_to_multiple=8, pad_token_id=0)
         logps = _forward_backward(wrapped, context_part(whole, place.cp_rank, place.context), copies=place.data)
         first = weight_table(arch).num_experts // place.expert * place.ep_rank
         gradients = {
@@ -134,7 +140,7 @@ def gradient_errors(
     return {name: error if seen[name].all() else float("nan") for name, error in errors.items()}
 
 
-def by_transformers(folder: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def by_transformers(folder: str, pairs: list[TokenizedPair] = PAIRS) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Logps [2P], each text alone, and the gradient of `weigh` by the table's names."""
     import transformers
 
@@ -146,7 +152,7 @@ def by_transformers(folder: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]
         one = transformers.AutoModelForCausalLM
     model = one.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     sums = []
-    for pair in PAIRS:
+    for pair in pairs:
         for answer in (pair.chosen_ids, pair.rejected_ids):
             ids = torch.from_numpy(np.concatenate([pair.prompt_ids, answer])).long()[None]
             logps = model(ids).logits[0, :-1].log_softmax(-1)
@@ -190,7 +196,7 @@ def test_logps_and_gradients_are_transformers(layout: str, folders: Any, truths:
     wrong = []
     for case, folder in cases.items():
         arch, (want_logps, want) = read_architecture(folder), truths[case]
-        for share in ("True", "False"):
+        for share in map(str, shared_prompts(sizes)):
             seen = [logps for rank in ranks for logps in rank["cases"][case][share][0]]
             errors = {"logps": max(float((logps - want_logps).norm() / want_logps.norm()) for logps in seen)}
             errors |= gradient_errors(weight_table(arch), ranks, case, share, want)

@@ -130,8 +130,11 @@ def test_either_attention_kernel_under_either_layers(kernel, tmp_path):
         assert logp < 0.01 and max(gradients.values()) < 4e-2
 
 
-@pytest.mark.parametrize("options", [{"gradient_accumulation_fusion": False}, {"apply_rope_fusion": False}])
-def test_each_fusion_can_be_switched_off(options, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [{"gradient_accumulation_fusion": False}, {"apply_rope_fusion": False}, {"fused_single_qkv_rope": True}],
+)
+def test_each_fusion_can_be_switched(options, tmp_path):
     pytest.importorskip("transformer_engine.pytorch")
     folder = make_gpu_model(tmp_path / "model")
     want = float64_logps_and_gradients(folder, random_pairs(LENGTHS, VOCAB), WEIGHTS)

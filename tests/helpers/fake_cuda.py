@@ -233,6 +233,10 @@ class _Stream:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         return _waits if name in ("synchronize", "elapsed_time") else lambda *_, **__: self
 
+    def is_capturing(self) -> bool:
+        """Asked by torch's optimizers where torch was built with CUDA."""
+        return False
+
 
 def _waits(*_: Any, **__: Any) -> None:
     from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -250,6 +254,7 @@ def _install_runtime() -> None:
     cuda.get_device_capability = lambda *_: (9, 0)
     cuda.synchronize = _waits
     cuda.Stream = cuda.Event = cuda.current_stream = cuda.default_stream = _Stream
+    torch.accelerator.current_stream = _Stream
     cuda.stream = lambda *_: contextlib.nullcontext()
     cuda.empty_cache = cuda.manual_seed = cuda.manual_seed_all = lambda *_: None
     from megatron.core.tensor_parallel import random

@@ -8,7 +8,7 @@ import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 from megadpo.model.decoder import LayerModules
-from megadpo.model.norm import RMSNorm, _RmsNorm
+from megadpo.model.norm import RMSNorm, rms_norm
 
 
 class _EmptyState:
@@ -42,6 +42,7 @@ class StandInColumn(_EmptyState, ColumnParallelLinear):
         tp_comm_buffer_name=None,
         tp_group=None,
         stride=1,
+        name=None,
     ):
         assert not gather_output and not skip_weight_param_allocation
         super().__init__(
@@ -63,10 +64,10 @@ class StandInNormColumn(StandInColumn):
         super().__init__(input_size, output_size, config=config, **options)
         self.layer_norm_weight = torch.nn.Parameter(torch.ones(input_size, dtype=config.params_dtype))
         self.layer_norm_weight.sequence_parallel = config.sequence_parallel
-        self.eps = config.layernorm_epsilon
+        self.eps, self.centre = config.layernorm_epsilon, float(config.layernorm_zero_centered_gamma)
 
     def forward(self, x):
-        return super().forward(_RmsNorm.apply(x, self.layer_norm_weight, self.eps))
+        return super().forward(rms_norm(x, self.layer_norm_weight, self.eps, centre=self.centre))
 
 
 class StandInRow(_EmptyState, RowParallelLinear):
@@ -83,6 +84,7 @@ class StandInRow(_EmptyState, RowParallelLinear):
         is_expert,
         tp_comm_buffer_name=None,
         tp_group=None,
+        name=None,
     ):
         super().__init__(
             input_size,
@@ -113,6 +115,7 @@ class StandInGrouped(torch.nn.Module):
         is_expert,
         tp_comm_buffer_name=None,
         pg_collection=None,
+        name=None,
     ):
         super().__init__()
         assert is_expert and not bias

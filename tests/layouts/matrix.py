@@ -120,8 +120,8 @@ def larger_cases() -> list[Case]:
 
 
 def core_cases() -> list[Case]:
-    """A small choice of `all_cases` for `make test`: every option with another on every model, by a fixed seed; and those
-    that take more than one process alone, on one model after the other."""
+    """A small choice of `all_cases` for `make test`: every option with another on every model, by a fixed seed, and the
+    larger ones."""
     rng = random.Random(CORE_SEED)
     chosen: list[Case] = []
     for model in MODELS:
@@ -133,9 +133,4 @@ def core_cases() -> list[Case]:
             new = [case for case in found if not met & {one.name for one in case.options}]
             chosen.append(rng.choice(new or found))
             met |= {one.name for one in chosen[-1].options}
-    alone = [[case for case in single_cases(model) if case.world_size > 1] for model in MODELS]
-    return [
-        *chosen,
-        *larger_cases(),
-        *(case for turn, cases in enumerate(alone) for case in cases[turn :: len(MODELS)]),
-    ]
+    return [*chosen, *larger_cases()]

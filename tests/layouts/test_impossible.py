@@ -7,7 +7,7 @@ import pytest
 from megadpo.commands import main
 from megadpo.train import command
 from tests.layouts.impossible import IMPOSSIBLE
-from tests.layouts.matrix import all_cases, as_overrides
+from tests.layouts.matrix import as_overrides
 from tests.layouts.models import MODELS
 
 
@@ -29,15 +29,3 @@ def test_refused_by_name(one, bench, monkeypatch, capsys):
     count, *problems = printed.splitlines()
     assert count == f"refused, {len(problems)} problem(s):"
     assert all(problem.startswith(f"  {one.field}: got ") for problem in problems), printed
-
-
-def test_refused_pairs_of_the_matrix(bench, monkeypatch, capsys):
-    """Each distinct reason once."""
-    seen = set()
-    for case in all_cases():
-        reasons = tuple(map(str, bench.problems(case.model, case.overrides, case.world_size)))
-        if reasons and reasons not in seen:
-            seen.add(reasons)
-            printed = refused_start(bench, monkeypatch, capsys, case.model, case.world_size, case.overrides)
-            assert all(reason in printed for reason in reasons)
-    assert seen

@@ -1,4 +1,4 @@
-"""docs/layouts.md says what the options, the models and the config check say now."""
+"""docs/layouts.md says what the options, the models and the config check say now, and `megadpo train` refuses what it says."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 from tests.layouts.matrix import MOST_PROCESSES, all_cases
 from tests.layouts.prove import Proved
 from tests.layouts.table import COMMAND, PAGE, read, render
+from tests.layouts.test_impossible import refused_start
 
 
 def what_the_check_says(bench, ran):
@@ -49,3 +50,15 @@ def test_what_is_written_is_read_back(bench):
     assert run == "then and there"
     assert ran == {name: one.relative for name, one in results.items() if one.relative}
     assert ran[all_cases()[0].name] == pytest.approx(3e-7)
+
+
+def test_refused_pairs_of_the_matrix(bench, monkeypatch, capsys):
+    """Each distinct reason once."""
+    seen = set()
+    for case in all_cases():
+        reasons = tuple(map(str, bench.problems(case.model, case.overrides, case.world_size)))
+        if reasons and reasons not in seen:
+            seen.add(reasons)
+            printed = refused_start(bench, monkeypatch, capsys, case.model, case.world_size, case.overrides)
+            assert all(reason in printed for reason in reasons)
+    assert seen

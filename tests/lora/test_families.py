@@ -25,6 +25,7 @@ CASES = {
     "qwen3_moe": (["all-linear"], 1),
     "phi3": (["qkv_proj", "gate_up_proj", "down_proj"], 2),
     "glm4": (["all-linear"], 2),
+    "qwen3_5": (["all-linear"], 2),
 }
 
 

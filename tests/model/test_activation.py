@@ -11,8 +11,9 @@ from megatron.core.fusions.fused_bias_geglu import weighted_bias_quick_geglu_imp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
-from megadpo.config.architecture import Mlp
+from megadpo.config.architecture import Experts, Mlp, Router
 from megadpo.model.activation import gated
+from megadpo.model.decoder import LayerModules, _experts
 from megadpo.model.transformer_config import _activation
 from tests.model.test_norm import both_gradients
 
@@ -63,3 +64,20 @@ def test_megatron_cores_kernel_of_clamped_gates_clamps_before_it_adds_the_bias()
     clamped = torch.cat([x[:, :6].clamp(max=0.5), x[:, 6:].clamp(-0.5, 0.5)], dim=-1) + bias
     gate, linear = clamped.chunk(2, dim=-1)
     torch.testing.assert_close(theirs, gate * torch.sigmoid(1.702 * gate) * (1 + linear))
+
+
+def test_experts_in_one_grouped_kernel_have_the_same_gates():
+    """Without them megatron-core would take what TransformerConfig says, which stands for nothing here."""
+    of = Experts(
+        number=4,
+        per_token=2,
+        mlp=Mlp(ffn_size=6, activation="clamped", limit=0.5, bias=True),
+        router=Router(scores="softmax_of_chosen"),
+        shared_ffn_size=None,
+        aux_loss_coef=0.0,
+    )
+    modules = LayerModules(norm=None, column=None, row=None, grouped_column="first", grouped_row="second")
+    found = _experts(of, SimpleNamespace(moe_grouped_gemm=True), modules, object()).experts.submodules
+    assert (found.linear_fc1, found.linear_fc2) == ("first", "second")
+    x = torch.randn(3, 12)
+    torch.testing.assert_close(found.activation_func(config=None)(x), plain_clamped(x))

@@ -35,11 +35,13 @@ class FusedAdam(torch.optim.Optimizer):
         *,
         bias_correction=True,
         adam_w_mode=True,
+        capturable=False,
         exp_avg_dtype=torch.float32,
         exp_avg_sq_dtype=torch.float32,
     ):
         defaults = {"lr": lr, "bias_correction": bias_correction, "betas": betas, "eps": eps}
         super().__init__(params, defaults | {"weight_decay": weight_decay})
+        assert not capturable
         self.adam_w_mode = 1 if adam_w_mode else 0
         self.dtypes = {"exp_avg": exp_avg_dtype, "exp_avg_sq": exp_avg_sq_dtype}
         self.copied_at_once = []

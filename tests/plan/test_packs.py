@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -81,16 +82,20 @@ def test_a_pack_of_groups_is_counted_as_it_is_computed(groups, window):
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    ("overrides", "count", "batch_pairs"),
     [
-        ["policy.train_global_batch_size=24", "data.group_prompts=true"],
-        ["policy.train_global_batch_size=24", "data.group_prompts=false"],
-        ["policy.train_global_batch_size=4", "dpo.loss_type=plackett_luce"],  # rankings of six pairs
+        (["policy.train_global_batch_size=24", "data.group_prompts=true"], 120, 24),
+        (["policy.train_global_batch_size=24", "data.group_prompts=false"], 120, 24),
+        # one answer that is better than three: split, it would balance the ranks
+        (["policy.train_global_batch_size=3", "dpo.loss_type=plackett_luce"], 60, 9),
     ],
 )
 @pytest.mark.parametrize("begin", [0, 16])
-def test_a_workload_is_what_the_loader_deals(tmp_path, overrides, begin):
+def test_a_workload_is_what_the_loader_deals(tmp_path, overrides, count, batch_pairs, begin):
     path = ranked_pairs(tmp_path / "ranked.jsonl", prompts=20, answers=4, seed=0, begin=begin)
+    if count < 120:
+        rows = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(row for row in rows if json.loads(row)["chosen"].endswith("no0")))
     data = {"train_data_path": str(path)}
     config = make_config(
         tmp_path, make_model(tmp_path / "model"), data=data,
@@ -99,11 +104,11 @@ def test_a_workload_is_what_the_loader_deals(tmp_path, overrides, begin):
     cfg = load_config(config, overrides)
     inputs = open_run_inputs(cfg, Grid(data=2), sets=[TRAIN], weights=False)
     pairs, said = choose_pairs(cfg, None)
-    assert said.endswith("120 pairs of 20 prompts" if cfg.data.group_prompts else "120 pairs")
+    assert said.endswith(f"{count} pairs of 20 prompts" if cfg.data.group_prompts else f"{count} pairs")
     work = workload(cfg, inputs.arch, pairs, said, dp=2)
     loader = inputs.train_loader
     deals = [deal for _, deal in loader.deals(0)]
-    assert work.batches == len(deals) == 5 and work.pairs_per_batch == 24
+    assert work.batches == len(deals) == count // batch_pairs and work.pairs_per_batch == batch_pairs
     assert work.micro_batches == max(len(rank) for deal in deals for rank in deal)
     packs = [
         loader.pack(positions[numbers], positions)

@@ -39,7 +39,7 @@ def test_one_checkpoint_must_fit(tmp_path, monkeypatch):
     (problem,) = caught.value.problems
     assert (problem.where, problem.value) == ("checkpointing.checkpoint_dir", str(tmp_path))
     assert "1,400 bytes of tensors" in problem.expected and "1,399 bytes are free" in problem.expected
-    assert "save_optimizer: false saves 200 bytes" in problem.fix
+    assert "save_optimizer: false saves only 200 bytes" in problem.fix
     with pytest.raises(ConfigError) as caught:
         notes(tmp_path, monkeypatch, 199, 1)
     assert "save_optimizer" not in caught.value.problems[0].fix
@@ -59,7 +59,7 @@ def test_what_is_kept_is_noted_where_it_does_not_fit(tmp_path, monkeypatch, ther
     write_run(tmp_path, {step: {} for step in range(1, 1 + there)})
     assert notes(tmp_path, monkeypatch, 1400 * most, saves, **saving) == []
     (note,) = notes(tmp_path, monkeypatch, 1400 * most - 1, saves, **saving)
-    assert f"{most} checkpoints more" in note and f"{1400 * most:,} bytes" in note
+    assert f"{most} more checkpoints" in note and f"{1400 * most:,} bytes" in note
 
 
 def test_a_resumed_run_that_keeps_no_more_needs_one(tmp_path, monkeypatch):
@@ -104,4 +104,4 @@ def test_a_run_is_refused_before_it_loads_weights(tmp_path):
     config = make_config(tmp_path, model, checkpointing={"enabled": True})
     refused = run_distributed(train_on_a_small_disk, 2, str(config), 1000, init_process_group=False)
     assert [code for code, _ in refused] == [2, 2]
-    assert "1,000 bytes are free there" in refused[0][1] and "checkpointing.checkpoint_dir" in refused[0][1]
+    assert "1,000 bytes are free;" in refused[0][1] and "checkpointing.checkpoint_dir" in refused[0][1]

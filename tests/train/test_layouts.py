@@ -8,13 +8,14 @@ import math
 import pytest
 
 from tests.helpers.equal_runs import assert_equal_runs, run
-from tests.helpers.overrides import CP2, CP4, DIST, MEG, PP2, RECOMPUTE, SP, TP2, UNSHARED, VPP2, VPP3
+from tests.helpers.overrides import CP2, CP4, DIST, MEG, PP2, RECOMPUTE, SP, TP2, VPP2, VPP3
 from tests.helpers.runs import make_model
 
 SIX_LAYERS = {
-    "pp3_vpp2_unshared": (3, [f"{MEG}.pipeline_model_parallel_size=3", VPP2, UNSHARED]),
+    "pp3_vpp2": (3, [f"{MEG}.pipeline_model_parallel_size=3", VPP2]),
     "tp2_sp_pp2_vpp3": (4, [TP2, SP, PP2, VPP3]),
 }
+MANY_PACKS = ["policy.sequence_packing.train_mb_tokens=100", "policy.train_global_batch_size=12"]
 # dp4 leaves ranks without a pair in some micro-batches: packs of nothing but padding
 EMPTY_PACKS = ["policy.train_global_batch_size=4", "policy.sequence_packing.train_mb_tokens=200"]
 
@@ -38,36 +39,24 @@ def test_the_first_step_is_ln_2(one_process):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", [(1, [DIST]), (4, [TP2, SP, PP2])], ids=["distributed_optimizer", "tp2_sp_pp2"])
-def test_layout_equals_one_process(layout, model, one_process, tmp_path):
-    assert_equal_runs(run(tmp_path / "run", model, *layout), one_process)
+def test_the_distributed_optimizer_of_one_process(model, one_process, tmp_path):
+    assert_equal_runs(run(tmp_path / "run", model, 1, [DIST]), one_process)
 
 
 @pytest.fixture(scope="module")
 def six_layers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("six_layers")
     model = make_model(folder / "model", "llama_tied", num_hidden_layers=6)
-    return model, run(folder / "one", model, 1, [])
+    return model, run(folder / "one", model, 1, MANY_PACKS)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", SIX_LAYERS)
 def test_virtual_pipeline_with_tied_embeddings(name, six_layers, tmp_path):
+    """Several groups of micro-batches, each stage expecting the shapes of its own next one (parallel/transfers.py)."""
     model, one = six_layers
     world_size, overrides = SIX_LAYERS[name]
-    same_tokens = UNSHARED not in overrides
-    assert_equal_runs(run(tmp_path / "run", model, world_size, overrides), one, same_tokens=same_tokens)
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("stages", [2, 3])
-def test_many_packs_of_different_lengths_through_virtual_stages(stages, six_layers, tmp_path):
-    """Several groups of micro-batches, each stage expecting the shapes of its own next one (parallel/transfers.py)."""
-    model, _ = six_layers
-    small = ["policy.sequence_packing.train_mb_tokens=100", "policy.train_global_batch_size=12"]
-    one = run(tmp_path / "one", model, 1, small)
-    pipeline = [f"{MEG}.pipeline_model_parallel_size={stages}", VPP3 if stages == 2 else VPP2]
-    assert_equal_runs(run(tmp_path / "run", model, stages, [*small, *pipeline]), one)
+    assert_equal_runs(run(tmp_path / "run", model, world_size, [*MANY_PACKS, *overrides]), one)
 
 
 @pytest.mark.distributed

@@ -15,11 +15,9 @@ LAYOUTS = {
     # name: (processes, overrides)
     "recompute_experts": (1, [RECOMPUTE, SELECTIVE, f"{MEG}.recompute_modules=[moe]"]),
     "recompute_shared_experts": (1, [RECOMPUTE, SELECTIVE, f"{MEG}.recompute_modules=[shared_experts]"]),
-    "tp2_sp": (2, [TP2, SP]),
     "ep4_tp2_sp_allgather": (4, [EP4, TP2, SP, ALLGATHER]),
     "ep2_etp2_tp2_sp_distributed_optimizer": (4, [EP2, ETP2, TP2, SP, DIST]),
     "ep2_pp2_recompute": (4, [EP2, PP2, RECOMPUTE]),
-    "cp2_ep2": (2, [CP2, EP2]),
     "cp2_ep2_tp2_sp_distributed_optimizer": (4, [CP2, EP2, TP2, SP, DIST]),
     "cp2_ep4_allgather_recompute": (4, [CP2, EP4, ALLGATHER, RECOMPUTE]),
 }
@@ -27,7 +25,6 @@ LAYOUTS = {
 PER_MICRO_BATCH = [UNPACKED, f"{MEG}.moe_router_load_balancing_type=aux_loss"]
 SAME_MICRO_BATCHES = {
     "tp2_sp_ep2": (2, [TP2, SP, EP2]),
-    "ep2": (2, [EP2]),
     "ep2_pp2": (4, [EP2, PP2]),
     "cp2_ep2": (2, [CP2, EP2]),
 }

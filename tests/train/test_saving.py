@@ -177,31 +177,37 @@ def test_a_run_begins_without_what_a_killed_one_left(made):
 
 
 def slow_async(config: str, overrides: list[str]) -> tuple[int, list[int]]:
-    """Target for run_distributed: a run whose files are written while three more steps are done, and after which steps
-    there was a complete checkpoint more."""
+    """Target for run_distributed: a run whose files are written after two more steps, and after which steps there was a
+    complete checkpoint more."""
     import megadpo.checkpoint.writer as writer
     from megadpo.train import saving
 
-    steps, write_file, look = [], writer._write_file, saving.Saver.look
-    three_more = threading.Semaphore(0)
+    steps: list[int] = []
+    write_file, look, save = writer._write_file, saving.Saver.look, saving.Saver.save
+    may_write = threading.Event()
 
-    def slow(*given):
-        for _ in range(3):
-            three_more.acquire(timeout=10)
+    def later(*given):
+        assert may_write.wait(60)
         return write_file(*given)
 
-    def counted(saver, position):
-        if saver._writing is not None:
-            before = saver.newest_step
-            for _ in range(4):  # as many as there are writers, and more
-                three_more.release()
-            if position.step % 4 == 0:
-                saver._writing[1].join(20)
-            look(saver, position)
-            if saver.newest_step != before:
-                steps.append(position.step)
+    def looked(saver, position):
+        if saver._writing is None:
+            return
+        if position.step == saver._saving_step + 2:
+            may_write.set()
+            saver._writing[1].join(60)
+        before = saver.newest_step
+        look(saver, position)
+        if saver.newest_step != before:
+            steps.append(position.step)
+            may_write.clear()
 
-    writer._write_file, saving.Saver.look = slow, counted
+    def saved(saver, position, *, wait):
+        if wait:  # no step follows
+            may_write.set()
+        save(saver, position, wait=wait)
+
+    writer._write_file, saving.Saver.look, saving.Saver.save = later, looked, saved
     return train(config, overrides), steps
 
 
@@ -217,8 +223,7 @@ def test_what_is_written_later_is_what_there_was_at_its_step(layout, tmp_path):
         given = {"enabled": True, "save_period": 3, "async_save": name == "async"}
         config = make_config(folder, model, pairs=80, checkpointing=given, dpo={"max_num_steps": 8})
         results = run_distributed(target, 2, str(config), layout, init_process_group=False)
-        if name == "async":
-            assert results[0][0] == 0 and results[0][1] and results[0][1][0] > 3, "training went on meanwhile"
+        assert results == ([(0, [5, 8])] * 2 if name == "async" else [0, 0]), "training went on meanwhile"
         found = sorted(path for path in (folder / "checkpoints").glob("step_*/*/*") if "hf" not in path.parts)
         files[name] = {str(path.relative_to(folder)): path.read_bytes() for path in found}
         assert {path.parts[-3] for path in found} == {"step_3", "step_6", "step_8"}

@@ -141,8 +141,7 @@ LAUNCHERS = {"torchrun": TORCHRUN, "megadpo": OURS}
 
 FAST = {
     ("torchrun", "SIGUSR1", True),  # ends torchrun, which doesn't know it
-    ("torchrun", "SIGTERM-to-all", True),
-    ("megadpo", "SIGUSR1-to-all", True),
+    ("megadpo", "SIGTERM-to-all", True),
     ("megadpo", "ctrl-C-twice", False),
 }
 EVERY = [

@@ -8,6 +8,7 @@ token goes to, and the shared one), vocabulary V:
     each answer token   2 h V                             the head; prompt tokens are not projected
     each query-key pair 4 L H d                           scores and weighted values, for the keys that a query sees; in
                                                           layers with a window, those within it
+    instead of these,   6 V D E for each token            reading and writing the states [D, E] of a delta net's V heads
 
 A backward pass costs 2 times that; in attention kernels that recompute the scores, 2.5 times. So the true share of
 attention is up to 1/8 higher in a training step with a reference pass. Norms, softmax, padding and the optimizer are left
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megadpo.config.architecture import Architecture, Mlp
+from megadpo.config.architecture import Architecture, DeltaNet, Mlp
 
 UNITS_PER_TOKEN = 16
 """The unit of work is 1/16 of a token's cost in the layers, without attention."""
@@ -52,7 +53,10 @@ class WorkModel:
             else:
                 channels = mlp.per_token * mlp.mlp.ffn_size + (mlp.shared_ffn_size or 0)
             per_token += 2 * (one.weights(arch.hidden_size) + 3 * channels * arch.hidden_size)
-            per_query_key[one.window] += 2 * one.num_heads * (one.head_dim + one.value_dim)
+            if isinstance(one, DeltaNet):
+                per_token += 2 * one.state_products
+            else:
+                per_query_key[one.window] += 2 * one.num_heads * (one.head_dim + one.value_dim)
         return cls(
             per_token=per_token,
             per_answer_token=2 * arch.hidden_size * arch.vocab_size,

@@ -15,6 +15,7 @@ no exp(z). A query at place p of its sequence sees the keys at p - window + 1 ..
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -145,6 +146,15 @@ class RaggedPlan:
     key_tokens: int  # sum of key lengths
     key_index: Tensor | None  # [key_tokens] int64
     window: int | None = None  # None: every segment's queries see all its keys up to their own
+    query_tokens: int = 0
+
+    @functools.cached_property
+    def copies(self) -> tuple[Tensor, Tensor]:
+        """Where each token's key went: places [key_tokens] in the order of tokens, and [query_tokens + 1], where each token's
+        places begin. For plans with a key_index into their own queries' run. Without waiting for the device."""
+        assert self.key_index is not None
+        ordered, places = torch.sort(self.key_index, stable=True)
+        return places, torch.searchsorted(ordered, torch.arange(self.query_tokens + 1, device=ordered.device))
 
     @property
     def window_size(self) -> tuple[int, int]:
@@ -193,6 +203,7 @@ class RaggedKernel(AttentionKernel):
             key_tokens=sum(key_lengths),
             key_index=None if plain else parallel.send(torch.cat([torch.arange(a, b) for a, b in ranges]), device),
             window=window,
+            query_tokens=sum(query_lengths),
         )
 
     def prepare(self, k: Tensor, v: Tensor, plan: RaggedPlan) -> tuple[Tensor, Tensor]:

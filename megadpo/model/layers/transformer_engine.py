@@ -116,8 +116,13 @@ def _float8_shape(megatron: MegatronConfig, arch: Architecture) -> Iterator[Prob
         "hidden channels": arch.hidden_size,
         "MLP channels": arch.mlp.ffn_size // tp,
         "query channels": heads * width // tp,
-        "query, key and value channels": (heads + 2 * groups) * width // tp,
+        "query, key and value channels": (attention.query_heads + 2 * groups) * width // tp,
     }
+    if (delta_net := arch.delta_net) is not None:
+        sides |= {
+            "channels of linear attention's first projection": delta_net.in_channels // tp,
+            "value channels of linear attention": delta_net.value_heads * delta_net.value_dim // tp,
+        }
     odd = [f"{count} {what}" for what, count in sides.items() if count % multiple]
     if odd:
         other = ", or fp8_recipe: tensorwise" if recipe == "blockwise" else ""

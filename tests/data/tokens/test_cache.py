@@ -268,7 +268,7 @@ def _load_together(arguments: tuple[str, str, float]) -> tuple[str, int, int]:
 
 def in_processes(path: Path, folder: Path, count: int = 3) -> list[tuple[str, int, int]]:
     with ProcessPoolExecutor(count, mp_context=fork_server()) as pool:
-        return list(pool.map(_load_together, [(str(path), str(folder), 1.0)] * count))
+        return list(pool.map(_load_together, [(str(path), str(folder), 0.5)] * count))
 
 
 def test_one_process_hashes_and_builds_and_the_others_wait(path: Path, tmp_path: Path) -> None:

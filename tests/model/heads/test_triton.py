@@ -55,24 +55,25 @@ needs_interpreter = pytest.mark.skipif(why_not_interpreted() is not None, reason
 
 # Several blocks, the last one thinner; several steps of a kernel in each; a target in every place
 SMALL = Case(most_logits=23 * 256, kernel_columns=64)
+FEW = dataclasses.replace(SMALL, rows=5, most_logits=5 * 256)  # rows are alike, and the interpreter is slow
 CASES = [
     Case(),
     SMALL,
     dataclasses.replace(SMALL, dtype="bfloat16"),
     dataclasses.replace(SMALL, vocab=384),
     dataclasses.replace(SMALL, rows=1, vocab=5),
-    dataclasses.replace(SMALL, frozen="weight"),
-    dataclasses.replace(SMALL, frozen="hidden", dtype="bfloat16"),
-    dataclasses.replace(SMALL, chunk_tokens=1),
-    dataclasses.replace(SMALL, scale=20.0),  # logits of some hundreds: only a running maximum keeps them finite
-    dataclasses.replace(SMALL, softcap=3.0),
-    dataclasses.replace(SMALL, softcap=3.0, dtype="bfloat16"),
-    dataclasses.replace(SMALL, softcap=10.0, scale=2.0),
+    dataclasses.replace(FEW, frozen="weight"),
+    dataclasses.replace(FEW, frozen="hidden", dtype="bfloat16"),
+    dataclasses.replace(FEW, chunk_tokens=1),
+    dataclasses.replace(FEW, scale=20.0),  # logits of some hundreds: only a running maximum keeps them finite
+    dataclasses.replace(FEW, softcap=3.0),
+    dataclasses.replace(FEW, softcap=3.0, dtype="bfloat16"),
+    dataclasses.replace(FEW, softcap=10.0, scale=2.0),
     dataclasses.replace(SMALL, rows=0),
     dataclasses.replace(SMALL, rows=0, dtype="bfloat16"),
 ]
 SPOILED = [
-    dataclasses.replace(SMALL, spoiled=value, spoils=spoils, dtype=dtype)
+    dataclasses.replace(FEW, spoiled=value, spoils=spoils, dtype=dtype)
     for value in (math.inf, math.nan, 1e30)
     for spoils, dtype in (("hidden", "float32"), ("weight", "float32"), ("hidden", "bfloat16"))
 ]
@@ -108,8 +109,8 @@ def test_logps_and_gradients_equal_float64(tmp_path):
 @pytest.mark.distributed
 def test_the_same_over_two_shards(tmp_path):
     """A context-parallel rank may have no answer tokens at all; a row that is no number is none on either shard."""
-    odd = [dataclasses.replace(SMALL, rows=0), dataclasses.replace(SMALL, spoiled=math.nan)]
-    cases = [SMALL, dataclasses.replace(SMALL, dtype="bfloat16"), dataclasses.replace(SMALL, vocab=701), *odd]
+    odd = [dataclasses.replace(FEW, rows=0), dataclasses.replace(FEW, spoiled=math.nan)]
+    cases = [FEW, dataclasses.replace(FEW, dtype="bfloat16"), dataclasses.replace(FEW, vocab=701), *odd]
     cases = [dataclasses.replace(case, world_size=2) for case in cases]
     for found in interpreted(cases, tmp_path):
         assert all(within_bounds(case, errors) for case, errors in zip(cases, found, strict=True)), found
