@@ -3,8 +3,9 @@
     python benchmarks/groups.py --data hh_train.jsonl --trl-python trl_venv/bin/python --out groups.json
 
 A case is a K, the pairs made of it (all of them, or the best with the worst) and lengths: `hh` takes prompts and answers of
-the data, `agent` prompts of about 1,500 tokens and answers of about 150. Each case has its own file of pairs; all sides
-train on the same pairs in the same order, so the losses must be the same. Runs, clocks and memory: benchmarks/vs_trl.py.
+the data, `agent` prompts of about 1,500 tokens and answers of about 150; `turns` the same behind a first turn of about 300
+tokens, which half of the answers have in common. Each case has its own file of pairs; all sides train on the same pairs in
+the same order, so the losses must be the same. Runs, clocks and memory: benchmarks/vs_trl.py.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from benchmarks.trl_worker import Spec  # noqa: E402
 
 AGENT_TEXTS = 9
 """Prompts of the data that make one prompt of an agent: about 1,500 tokens."""
+TURN_TEXTS = 6
+"""Answers of the data that make a first turn: about 300 tokens."""
 GOALS = {("hh", 4): 3.0, ("agent", 4): 4.0, ("hh", 8): 7.0}
 """All pairs of K answers: at least so many times the pairs per second of each pair alone."""
 TRL_GOAL = 6.0
@@ -55,15 +58,20 @@ class Case:
 def rows_of(case: Case, source: list[dict[str, str]], count: int) -> list[dict[str, str]]:
     """`count` pairs. Answers of other prompts stand in for further samples: only their lengths matter here."""
     texts = [row[side].strip() for row in source for side in ("chosen", "rejected")]
-    per_prompt = AGENT_TEXTS if case.lengths == "agent" else 1
+    per_prompt = AGENT_TEXTS if case.lengths in ("agent", "turns") else 1
     rows: list[dict[str, str]] = []
     for number in range(-(-count // case.pairs_per_prompt)):
         prompt = "".join(source[(number * per_prompt + i) % len(source)]["prompt"] for i in range(per_prompt))
         answers = [texts[(number * case.answers + i) % len(texts)] for i in range(case.answers)]
-        if case.lengths == "agent":  # two texts make about 150 tokens
+        if case.lengths in ("agent", "turns"):  # two texts make about 150 tokens
             answers = [f"{text} {texts[(7 * number + 3 * i) % len(texts)]}" for i, text in enumerate(answers)]
         # A number makes them distinct, whatever the texts
         ranked = [f" {i}: {text}" for i, text in enumerate(answers)]
+        if case.lengths == "turns":
+            turns = [
+                " ".join(texts[(5 * number + 11 * one + i) % len(texts)] for i in range(TURN_TEXTS)) for one in (0, 1)
+            ]
+            ranked = [f" {turns[i // 2 % 2]}{text}" for i, text in enumerate(ranked)]
         chosen = [(ranked[0], ranked[-1])] if case.pairs == "best_worst" else list(combinations(ranked, 2))
         rows += [{"prompt": prompt, "chosen": a, "rejected": b} for a, b in chosen]
     return rows[:count]

@@ -146,6 +146,11 @@ def show_lengths(console: Console, dataset: OpenedPairs, loader: GlobalBatchLoad
             f"groups: {len(loader.groups):,} pairs of {groups.answers:,} answers to {groups.prompts:,} prompts, computed once "
             f"each: {groups.tokens:,} tokens, where pairs alone would take {groups.tokens_alone:,} ({groups.saving:.1f} times)"
         )
+        if groups.tokens_in_common:
+            share = groups.tokens_in_common / (groups.tokens + groups.tokens_in_common)
+            console.print(
+                f"answers that begin alike: {groups.tokens_in_common:,} tokens less ({share:.1%}) than each answer whole"
+            )
 
 
 def show_packs(console: Console, loader: GlobalBatchLoader, count: int) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megadpo.config.problems import DataError, Problem
-from megadpo.data.pairs import DataReport, Ints, OpenedPairs, TokenizedPair
+from megadpo.data.pairs import DataReport, Ints, OpenedPairs, TokenIds, TokenizedPair
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +80,19 @@ class ChosenPairs(OpenedPairs):
     def text_tokens(self) -> Ints:
         parts = [one.text_tokens()[self.places[self.of_set == number]] for number, one in enumerate(self.sets)]
         return np.concatenate(parts)
+
+    def text(self, number: int) -> TokenIds:
+        pair, which = divmod(number, 3)
+        found: TokenIds = self.sets[self.of_set[pair]].text(3 * int(self.places[pair]) + which)
+        return found
+
+    def first_tokens(self, texts: Ints, count: int) -> TokenIds:
+        pairs, which = np.divmod(texts, 3)
+        found = np.empty((len(texts), count), dtype=np.int32)
+        for number, one in enumerate(self.sets):
+            of_set = self.of_set[pairs] == number
+            found[of_set] = one.first_tokens(3 * self.places[pairs[of_set]] + which[of_set], count)
+        return found
 
     def source_of(self, row: int) -> str:
         firsts = _first_rows(self.sets)

@@ -100,6 +100,14 @@ class Pairs(Sequence[TokenizedPair]):
         """int64 [N, 3]: tokens of prompt, chosen and rejected."""
         raise NotImplementedError
 
+    def text(self, number: int) -> TokenIds:
+        """Text `number`, counted as in `identities`, with its loss mask: a token outside the loss is ~id, which is negative."""
+        raise NotImplementedError
+
+    def first_tokens(self, texts: Ints, count: int) -> TokenIds:
+        """int32 [texts, count]: what each of these texts, which have as many tokens at least, begins with, as `text` has it."""
+        raise NotImplementedError
+
     def packed_tokens(self, *, share_prompt: bool) -> Ints:
         """int64 [N]: tokens of each pair in a pack. A shared prompt counts once."""
         return self.text_tokens() @ np.array([1 if share_prompt else 2, 1, 1], dtype=np.int64)
@@ -156,6 +164,13 @@ class FlatPairs(Pairs):
 
     def text_tokens(self) -> Ints:
         return np.diff(self.offsets).reshape(-1, 3)
+
+    def text(self, number: int) -> TokenIds:
+        return self.tokens[self.offsets[number] : self.offsets[number + 1]]
+
+    def first_tokens(self, texts: Ints, count: int) -> TokenIds:
+        found: TokenIds = self.tokens[self.offsets[texts][:, None] + np.arange(count)]
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

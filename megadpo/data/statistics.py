@@ -61,6 +61,8 @@ class GroupCounts:
     tokens: int
     tokens_alone: int
     """Without groups, each pair with its own prompt and two answers."""
+    tokens_in_common: int
+    """Saved by computing once what answers have in common beyond the prompt."""
 
     @property
     def saving(self) -> float:
@@ -69,9 +71,9 @@ class GroupCounts:
 
 def group_counts(groups: PairGroups) -> GroupCounts:
     """Of a whole data set. A group that is split over packs takes more tokens than are counted here."""
-    tokens, _ = groups.totals(np.arange(len(groups)), np.zeros(len(groups), dtype=np.int64), 1, None)
-    alone = int(groups.prompt_tokens.sum() + groups.answer_tokens.sum())
-    return GroupCounts(groups.num_prompts, len(np.unique(groups.answers)), int(tokens[0]), alone)
+    tokens, texts = groups.tree.tokens, groups.text_tokens(groups.prompts)
+    number = groups.tree.num_answers
+    return GroupCounts(groups.num_prompts, number, tokens, groups.tokens_alone, int(texts.sum()) - tokens)
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def as_seen(pair: TokenizedPair, *, share_prompt: bool) -> list[SeenSegment]:
     """The segments of a pack that holds this pair only."""
     batch = pack_pairs([pair], share_prompt=share_prompt, pad_to_multiple=1, pad_token_id=0)
     names = ["prompt", "chosen", "rejected"] if share_prompt else ["prompt + chosen", "prompt + rejected"]
-    learned = _learned(batch, share_prompt=share_prompt)
+    learned = _learned(batch)
     ids, positions = batch.tokens.tolist(), batch.positions.tolist()
     return [
         SeenSegment(
@@ -155,12 +157,8 @@ def as_seen(pair: TokenizedPair, *, share_prompt: bool) -> list[SeenSegment]:
     ]
 
 
-def _learned(batch: PackedBatch, *, share_prompt: bool) -> set[int]:
-    """Places in the pack of the tokens in the loss: each is right after the hidden state that predicts it. The last
-    token of a shared prompt predicts the first token of each answer."""
-    starts = [segment.query_start for segment in batch.segments[1:]] if share_prompt else []
-    prompt_end = batch.segments[0].query_end
-    places = set()
-    for at, answer in zip(batch.predict_index.tolist(), batch.answer_index.tolist(), strict=True):
-        places.add(starts[answer] if share_prompt and at == prompt_end - 1 else at + 1)
-    return places
+def _learned(batch: PackedBatch) -> set[int]:
+    """Places in the pack of the tokens in the loss: each is right after the hidden state that predicts it, or the first of its
+    segment."""
+    starts = np.repeat([segment.query_start for segment in batch.segments], batch.segment_targets.numpy())
+    return set(np.maximum(batch.predict_index.numpy() + 1, starts).tolist())

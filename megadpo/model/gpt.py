@@ -180,7 +180,7 @@ class PairModel(GPTModel):
         if self.gives_likeness:
             spread = log_sum_squares(predicting, weight, group=group, chunk_tokens=self.logprob_chunk_tokens)
             summed.append(token_logps.detach() - spread)
-        sums = [sum_per_answer(one, batch.predicted_tokens) for one in summed]
+        sums = [sum_per_answer(one, batch.segment_targets, batch.paths, batch.path_segments) for one in summed]
         logps = sums[0] if len(sums) == 1 else torch.stack(sums, dim=1)
         return logps if batch.part is None else sum_over_context(logps, self.pg_collection.cp)
 

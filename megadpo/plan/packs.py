@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from megadpo.config.schema import Config
 from megadpo.data.batches.deal import Deal, deal_batch
 from megadpo.data.batches.groups import PairGroups, deal_groups
 from megadpo.data.batches.rankings import first_of_rankings
-from megadpo.data.batches.work import WorkModel, query_keys
+from megadpo.data.batches.work import WorkModel, keys_up_to
 
 Lengths = npt.NDArray[np.int64]
 """int64 [N, 1 + K]: tokens of a prompt and of its answers; 0 where it has fewer than K. A pair that shares nothing has two
@@ -34,26 +33,48 @@ class Pack:
 
     tokens: int
     answer_tokens: int
-    lengths: Lengths
-    shared: bool
-    """Prompts are computed once."""
+    segments: npt.NDArray[np.int64]
+    """int64 [S, 2]: where each segment begins and ends in its sequence, prompt + answer."""
 
     @classmethod
     def of(cls, cfg: Config, lengths: Lengths) -> Pack:
         """Counts for pairs of these lengths, without padding."""
-        shared = shares_prompt(cfg)
-        tokens = int(packed_lengths(lengths, share_prompt=shared).sum())
-        return cls(tokens, int(lengths[:, 1:].sum()), lengths, shared)
+        prompts = np.repeat(lengths[:, :1], lengths.shape[1] - 1, axis=1)
+        answers = np.stack([prompts, prompts + lengths[:, 1:]], axis=-1)[lengths[:, 1:] > 0]
+        if shares_prompt(cfg):
+            whole = np.stack([np.zeros(len(lengths), dtype=np.int64), lengths[:, 0]], axis=-1)
+            segments = np.concatenate([whole, answers])
+        else:
+            segments = answers * np.array([0, 1])
+        return cls(int(np.diff(segments).sum()), int(lengths[:, 1:].sum()), segments)
+
+    @classmethod
+    def of_pairs(cls, cfg: Config, pairs: PairGroups) -> Pack:
+        """Counts for these pairs in one micro-batch, without padding."""
+        if not groups_prompts(cfg):
+            return cls.of(cfg, pairs_alone(pairs))
+        pieces = pairs.tree.pieces(np.unique(pairs.answers).tolist())
+        found = {piece.node: (piece.start, piece.end) for path in pieces.values() for piece in path}
+        segments = np.array(list(found.values()), dtype=np.int64).reshape(-1, 2)
+        _, first = np.unique(pairs.prompts, return_index=True)
+        tokens = int(np.diff(segments).sum())
+        return cls(tokens, tokens - int(pairs.prompt_tokens[first].sum()), segments)
+
+    @classmethod
+    def together(cls, packs: Sequence[Pack], *, tokens: int) -> Pack:
+        """Several, with `tokens` in all."""
+        return cls(tokens, sum(one.answer_tokens for one in packs), np.concatenate([one.segments for one in packs]))
 
     def query_keys(self, window: int | None = None) -> int:
         """(query, key) pairs that attention computes in a layer with this window."""
-        return int(query_keys(self.lengths, share_prompt=self.shared, window=window).sum())
+        start, end = self.segments.T
+        return int((keys_up_to(end, window) - keys_up_to(start, window)).sum())
 
     def key_tokens(self, window: int | None = None) -> int:
-        """Keys of all segments: a shared prompt's count once for itself and, as far as the window reaches back, once for
-        each answer."""
-        prompts = self.lengths[:, 0] if window is None else np.minimum(self.lengths[:, 0], window - 1)
-        return self.tokens + (int((_num_answers(self.lengths) * prompts).sum()) if self.shared else 0)
+        """Keys of all segments: what several share counts once for itself and, as far as the window reaches back, once for
+        each of them."""
+        before = self.segments[:, 0]
+        return self.tokens + int((before if window is None else np.minimum(before, window - 1)).sum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +126,7 @@ def pairs_alone(pairs: PairGroups) -> Lengths:
 
 
 def texts(cfg: Config, pairs: PairGroups) -> Lengths:
-    """What packs compute for `pairs`: prompts with all of their answers where these are grouped, else each pair."""
+    """Prompts with all of their answers where pairs are grouped, else each pair."""
     if not groups_prompts(cfg):
         return pairs_alone(pairs)
     _, labels = np.unique(pairs.prompts, return_inverse=True)
@@ -124,8 +145,7 @@ def workload(cfg: Config, arch: Architecture, pairs: PairGroups, said: str, *, d
         fix = f"lower policy.train_global_batch_size, or add {unit}s"
         where = "data.train_data_path"
         raise ConfigError(Problem(where, f"{len(starts)} {unit}s", f"one global batch of {size}", fix))
-    alone = texts(cfg, pairs) if by_rankings else pairs_alone(pairs)
-    longest = int(packed_lengths(alone, share_prompt=shares_prompt(cfg)).max())
+    longest = _longest_together(cfg, pairs, by_rankings=by_rankings)
     if cfg.policy.sequence_packing.enabled and longest > pack_tokens(cfg):
         where, given = "policy.sequence_packing.train_mb_tokens", cfg.policy.sequence_packing.train_mb_tokens
         fix = f"raise it to {longest} or more, or shorten the {unit}s"
@@ -133,17 +153,15 @@ def workload(cfg: Config, arch: Architecture, pairs: PairGroups, said: str, *, d
     multiple, batches = cfg.policy.make_sequence_length_divisible_by, min(len(starts) // size, MOST_BATCHES)
     ends = np.append(starts, len(pairs))[::size][: batches + 1]
     padded = most = 0
-    packs: list[Lengths] = []
+    packs: list[Pack] = []
     for start, end in pairwise(ends):
         batch = pairs.at(np.arange(start, end))
         ranks = _dealt(cfg, arch, batch, dp)
         most = max([most, *(len(rank) for rank in ranks)])
         for members in (members for rank in ranks for members in rank):
-            pack = texts(cfg, batch.at(np.array(members, dtype=np.int64))) if members else np.zeros((0, 3), np.int64)
-            filled = int(packed_lengths(pack, share_prompt=shares_prompt(cfg)).sum())
-            padded += max(-(-filled // multiple), 1) * multiple
-            packs.append(pack)
-    total = dataclasses.replace(Pack.of(cfg, _stacked(packs)), tokens=padded)
+            packs.append(Pack.of_pairs(cfg, batch.at(np.array(members, dtype=np.int64))))
+            padded += max(-(-packs[-1].tokens // multiple), 1) * multiple
+    total = Pack.together(packs, tokens=padded)
     return Workload(
         pairs_per_batch=int(ends[-1]) / batches if by_rankings else size,
         rankings_per_batch=size if by_rankings else None,
@@ -152,6 +170,15 @@ def workload(cfg: Config, arch: Architecture, pairs: PairGroups, said: str, *, d
         total=total,
         said=said,
     )
+
+
+def _longest_together(cfg: Config, pairs: PairGroups, *, by_rankings: bool) -> int:
+    """Tokens of the largest pair or ranking in a pack."""
+    if not groups_prompts(cfg):
+        return int(packed_lengths(pairs_alone(pairs), share_prompt=shares_prompt(cfg)).max())
+    labels = np.unique(pairs.prompts, return_inverse=True)[1] if by_rankings else np.arange(len(pairs))
+    tokens, _ = pairs.totals(np.arange(len(pairs)), labels, int(labels.max()) + 1, None)
+    return int(tokens.max())
 
 
 def _dealt(cfg: Config, arch: Architecture, batch: PairGroups, dp: int) -> Deal:
@@ -177,12 +204,6 @@ def _dealt(cfg: Config, arch: Architecture, batch: PairGroups, dp: int) -> Deal:
         work=model.pair_work(lengths, share_prompt=shared),
         micro_batch_multiple=multiple,
     )
-
-
-def _stacked(packs: Sequence[Lengths]) -> Lengths:
-    """One below the other, as wide as the widest."""
-    wide = max(pack.shape[1] for pack in packs)
-    return np.concatenate([np.pad(pack, ((0, 0), (0, wide - pack.shape[1]))) for pack in packs])
 
 
 def pack_tokens(cfg: Config) -> int:
@@ -229,7 +250,7 @@ def all_pairs(row: Sequence[int], at_least: int) -> PairGroups:
     prompts = np.repeat(np.arange(-(-at_least // len(of_prompt))), len(of_prompt))
     pairs = np.tile(of_prompt, (len(prompts) // len(of_prompt), 1))
     numbers = pairs + len(answers) * prompts[:, None]
-    return PairGroups(prompts, numbers, np.full(len(prompts), prompt, dtype=np.int64), answers[pairs])
+    return PairGroups.made(prompts, numbers, np.full(len(prompts), prompt, dtype=np.int64), answers[pairs])
 
 
 def full_pack(cfg: Config, pairs: PairGroups) -> Lengths:

@@ -20,6 +20,7 @@ from megadpo.config.schema import Config
 from megadpo.config.schema_policy import PolicyConfig
 from megadpo.config.variants import OPTIMIZERS
 from megadpo.data.batches.cut import context_part
+from megadpo.data.batches.groups import PairGroups
 from megadpo.data.batches.pack import PackedBatch, pack_pairs
 from megadpo.data.pairs import TokenizedPair
 from megadpo.lora.attach import attach, switched
@@ -290,16 +291,19 @@ def empty_pack(cfg: Config, lengths: Lengths) -> PackedBatch:
     def zeros(count: int) -> Any:
         return np.zeros(count, dtype=np.int32)
 
-    pairs, prompts, answers = [], [], []
+    pairs, numbers = [], []
     for row, (prompt, *sizes) in enumerate(lengths.tolist()):
         for number, (one, other) in enumerate(pairwise(size for size in sizes if size)):
             pairs.append(TokenizedPair(row, zeros(prompt), zeros(one), zeros(other)))
-            prompts.append(row)
-            answers.append([row * len(sizes) + number, row * len(sizes) + number + 1])
+            numbers.append((row, row * len(sizes) + number, row * len(sizes) + number + 1))
+    columns = np.array(numbers, dtype=np.int64)
+    texts = np.array([(one.prompt_tokens, one.chosen_tokens, one.rejected_tokens) for one in pairs], dtype=np.int64)
     return pack_pairs(
         pairs,
         share_prompt=shares_prompt(cfg),
         pad_to_multiple=cfg.policy.make_sequence_length_divisible_by,
         pad_token_id=0,
-        same=(np.array(prompts), np.array(answers)) if shares_prompt(cfg) else None,
+        groups=PairGroups.made(columns[:, 0], columns[:, 1:], texts[:, 0], texts[:, 1:])
+        if shares_prompt(cfg)
+        else None,
     )

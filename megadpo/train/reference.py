@@ -80,10 +80,11 @@ def attach_logps(
     lines = []
     for key, loader in inputs.loaders.items():
         name, steps = ("train", total_steps) if key == TRAIN else (key, None)
-        data = {"data": loader.dataset.fingerprint, "answers": "distinct" if loader.groups else "two a pair"}
+        num_answers = int(loader.answers.max()) + 1
+        numbered = "distinct" if num_answers < loader.answers.size else "two a pair"
+        data = {"data": loader.dataset.fingerprint, "answers": numbered}
         cache = LogpsCache(folder / f"{name}-{_digest({**model, **data})}.safetensors")
         positions = positions_by_use(loader, steps)
-        num_answers = int(loader.answers.max()) + 1
         table = from_first_rank(parallel, partial(cache.read, num_answers))
         known = _known(table, loader.answers[positions])
         if known < len(positions):

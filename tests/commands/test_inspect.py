@@ -68,9 +68,20 @@ def test_what_groups_save(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     )
     assert found, out
     tokens, alone = (int(number.replace(",", "")) for number in found.groups())
-    assert 2 * tokens < alone < 3 * tokens
+    assert 2 * tokens < alone < 3 * tokens and "begin alike" not in out
     assert main(["inspect", str(config), "--batches", "1", "data.group_prompts=false"]) == 0
     assert "groups:" not in capsys.readouterr().out
+
+
+def test_what_answers_that_begin_alike_save(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = ranked_pairs(tmp_path / "ranked.jsonl", prompts=4, answers=2, seed=0, begin=16)
+    policy = {"max_total_sequence_length": 128, "train_global_batch_size": 4}
+    config = make_config(tmp_path, make_model(tmp_path / "model"), data={"train_data_path": str(path)}, policy=policy)
+    out = " ".join(shown(capsys, config, "--batches", 1).split())
+    found = re.search(r"once each: ([\d,]+) tokens, .* take ([\d,]+) .* begin alike: ([\d,]+) tokens less \(", out)
+    assert found, out
+    tokens, alone, less = (int(number.replace(",", "")) for number in found.groups())
+    assert tokens + less == alone and less >= 4 * 32  # no two pairs share anything else
 
 
 def test_without_shared_prompts_and_without_packing(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

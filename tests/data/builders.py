@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,43 @@ def tokenized_pairs(draw: st.DrawFn, max_pairs: int = 5) -> list[TokenizedPair]:
         TokenizedPair(10 + 3 * n, ids(*p), ids(*c), ids(*r), draw(loss_masks(len(c))), draw(loss_masks(len(r))))
         for n, (p, c, r) in enumerate(texts)
     ]
+
+
+def pairs_that_begin_alike(vocab: int = 50, seed: int = 0) -> list[TokenizedPair]:
+    """Of six answers to two prompts: 35 and 18 tokens that some begin with, once with a loss mask, and a pair's own 20."""
+    rng = np.random.default_rng(seed)
+
+    def text(length: int) -> TokenIds:
+        return rng.integers(1, vocab, length).astype(np.int32)
+
+    prompt, one, other, further = text(9), text(18), text(17), text(20)
+    a, b, c = (np.concatenate(parts) for parts in ((one, other, text(3)), (one, other, text(5)), (one, text(4))))
+    mask_a, mask_b, mask_c = (np.arange(len(ids)) % 7 > 1 for ids in (a, b, c))
+    return [
+        TokenizedPair(0, prompt, a, b, mask_a, mask_b),
+        TokenizedPair(1, prompt, c, text(6), mask_c, None),
+        TokenizedPair(2, text(3), np.concatenate([further, text(1)]), np.concatenate([further, text(4)])),
+    ]
+
+
+@st.composite
+def branching_pairs(draw: st.DrawFn) -> list[TokenizedPair]:
+    """All pairs of the distinct answers to each of some prompts, answers made of few long parts, so that many begin alike."""
+    parts = st.sampled_from([(letter, length) for letter in (1, 2) for length in (1, 7, 15, 16, 17, 40)])
+    answers = st.tuples(st.lists(parts, max_size=4), st.integers(3, 9), st.sampled_from([None, 2, 5]))
+    pairs: list[TokenizedPair] = []
+    for number in range(draw(st.integers(1, 3))):
+        texts = {}
+        for made_of, last, every in draw(st.lists(answers, min_size=2, max_size=5)):
+            text = ids(*(letter for letter, length in made_of for _ in range(length)), last)
+            mask = None if every is None else np.arange(len(text))[::-1] % every == 0
+            texts[(text if mask is None else np.where(mask, text, ~text)).tobytes()] = text, mask
+        prompt = ids(*range(1, 2 + draw(st.integers(0, 5))), 90 + number)
+        pairs += [
+            TokenizedPair(len(pairs) + at, prompt, one, other, one_mask, other_mask)
+            for at, ((one, one_mask), (other, other_mask)) in enumerate(combinations(texts.values(), 2))
+        ]
+    return pairs
 
 
 @st.composite

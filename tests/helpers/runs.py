@@ -46,17 +46,22 @@ def make_pairs(path: Path, count: int, seed: int = 0) -> Path:
     return path
 
 
-def ranked_pairs(path: Path, *, prompts: int, answers: int, seed: int) -> Path:
-    """All pairs of `answers` answers to each prompt."""
+def ranked_pairs(path: Path, *, prompts: int, answers: int, seed: int, begin: int = 0) -> Path:
+    """All pairs of `answers` answers to each prompt. The first three begin with the same `begin` words, and two of these with
+    as many more."""
     rng = random.Random(seed)
 
-    def text(longest: int) -> str:
-        return " ".join(rng.choice(WORDS) for _ in range(rng.randint(1, longest)))
+    def words(number: int) -> str:
+        return " ".join(rng.choice(WORDS) for _ in range(number))
 
     rows = []
     for number in range(prompts):
-        prompt = text(20) + f" {number}?"
-        texts = [f" {text(10)} no{i}" for i in range(answers)]
+        prompt = words(rng.randint(1, 20)) + f" {number}?"
+        texts = [f" {words(rng.randint(1, 10))} no{i}" for i in range(answers)]
+        if begin:
+            first, second = words(begin), words(begin)
+            common = [f" {first} {second}"] * 2 + [f" {first}"]
+            texts = [one + text for one, text in zip(common, texts, strict=False)] + texts[3:]
         rows += [{"prompt": prompt, "chosen": a, "rejected": b} for a, b in combinations(texts, 2)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

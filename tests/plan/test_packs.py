@@ -49,7 +49,7 @@ def test_keys_of_a_pack_within_a_window_are_those_of_its_segments(lengths, share
     rows = np.array(lengths, dtype=np.int64)
     pairs = [TokenizedPair(i, *(np.zeros(n, dtype=np.int32) for n in row)) for i, row in enumerate(lengths)]
     pack = pack_pairs(pairs, share_prompt=share_prompt, pad_to_multiple=1, pad_token_id=0)
-    counted = Pack(pack.num_tokens, int(rows[:, 1:].sum()), rows, share_prompt)
+    counted = Pack.of(config_with(share_prompt=share_prompt), rows)
     reached = [segment.rows(0, segment.query_tokens, window) for segment in pack.segments]
     assert counted.key_tokens(window) == sum(segment.key_tokens for segment in reached)
     seen = (min(s.key_tokens - i, window) for s in pack.segments for i in range(s.query_tokens))
@@ -90,15 +90,17 @@ def test_a_pack_of_groups_is_counted_as_it_is_computed(groups, window):
         (["policy.train_global_batch_size=3", "dpo.loss_type=plackett_luce"], 60, 9),
     ],
 )
-def test_a_workload_is_what_the_loader_deals(tmp_path, overrides, count, batch_pairs):
-    path = ranked_pairs(tmp_path / "ranked.jsonl", prompts=20, answers=4, seed=0)
+@pytest.mark.parametrize("begin", [0, 16])
+def test_a_workload_is_what_the_loader_deals(tmp_path, overrides, count, batch_pairs, begin):
+    path = ranked_pairs(tmp_path / "ranked.jsonl", prompts=20, answers=4, seed=0, begin=begin)
     if count < 120:
         rows = path.read_text().splitlines(keepends=True)
         path.write_text("".join(row for row in rows if json.loads(row)["chosen"].endswith("no0")))
     data = {"train_data_path": str(path)}
     config = make_config(
-        tmp_path, make_model(tmp_path / "model"), data=data, policy={"sequence_packing": {"train_mb_tokens": 260}}
-    )
+        tmp_path, make_model(tmp_path / "model"), data=data,
+        policy={"max_total_sequence_length": 128, "sequence_packing": {"train_mb_tokens": 300}},
+    )  # fmt: skip
     cfg = load_config(config, overrides)
     inputs = open_run_inputs(cfg, Grid(data=2), sets=[TRAIN], weights=False)
     pairs, said = choose_pairs(cfg, None)
@@ -115,7 +117,9 @@ def test_a_workload_is_what_the_loader_deals(tmp_path, overrides, count, batch_p
         for numbers in rank
     ]
     assert work.total.tokens == sum(len(pack.tokens) for pack in packs)
-    assert work.total.answer_tokens == sum(int(pack.answer_tokens.sum()) for pack in packs)
+    assert work.total.answer_tokens == sum(len(pack.targets) for pack in packs)
+    keys = sum(s.key_tokens for pack in packs for s in pack.segments if s.query_end <= pack.num_tokens)
+    assert work.total.key_tokens() == keys + sum(len(pack.tokens) - pack.num_tokens for pack in packs)
     seen = sum(s.key_tokens - i for pack in packs for s in pack.segments for i in range(s.query_tokens))
     assert work.total.query_keys() == seen - sum(
         p * (p + 1) // 2 for p in (len(pack.tokens) - pack.num_tokens for pack in packs)

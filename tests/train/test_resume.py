@@ -14,7 +14,7 @@ from megadpo.config.problems import ConfigError
 from megadpo.model.manifest import write_manifest
 from tests.helpers.distributed import run_distributed
 from tests.helpers.overrides import CP2, DIST, PP2, SP, TP2, VPP2
-from tests.helpers.runs import make_config, make_model, make_pairs, read_metrics, train, train_and_read
+from tests.helpers.runs import make_config, make_model, make_pairs, ranked_pairs, read_metrics, train, train_and_read
 
 BF16 = "policy.precision=bfloat16"
 SAVING = {"enabled": True, "save_period": 2}
@@ -29,9 +29,14 @@ CASES = {
 }
 PARTS = {"one": (1, []), "pp2_bf16_distributed_optimizer": (2, [PP2, BF16, DIST]), "pp2_vpp2": (2, [PP2, VPP2])}
 """Of those above: which one it is, where one of them fails."""
+GROUPED = ("dp2", "cp2_distributed_optimizer")
+"""Cases whose pairs have prompts in common, and answers that begin alike."""
 METRIC = "validation-a/loss"
 NAMES = ("train/loss", "train/grad_norm", "train/rewards/margins", "train/lr")
-COSINE = {"megatron_cfg": {"scheduler": {"lr_decay_style": "cosine", "lr_warmup_iters": 2, "lr_decay_iters": 8}}}
+COSINE = {
+    "max_total_sequence_length": 128,
+    "megatron_cfg": {"scheduler": {"lr_decay_style": "cosine", "lr_warmup_iters": 2, "lr_decay_iters": 8}},
+}
 
 
 def bits(folder, steps):
@@ -56,7 +61,11 @@ def test_resume_is_bit_for_bit(name, model, tmp_path):
     whole, rest = tmp_path / "whole", tmp_path / "rest"
     for folder in (whole, rest):
         folder.mkdir()
-        make_config(folder, model, policy=COSINE, checkpointing={"enabled": True, "save_period": 4})
+        data = {}
+        if name in GROUPED:
+            pairs = ranked_pairs(folder / "ranked.jsonl", prompts=14, answers=3, seed=0, begin=16)
+            data = {"train_data_path": str(pairs)}
+        make_config(folder, model, policy=COSINE, checkpointing={"enabled": True, "save_period": 4}, data=data)
     go(whole / "config.yaml", world_size, overrides, 7)
     shutil.copytree(whole / "checkpoints", rest / "checkpoints", ignore=shutil.ignore_patterns("step_7"))
     go(rest / "config.yaml", world_size, overrides, 7)  # from step 4; 5 steps an epoch: it crosses into the second

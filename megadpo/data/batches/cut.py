@@ -80,8 +80,8 @@ def context_part(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
     here[run_index] = np.arange(len(run_index))
     place = here[batch.predict_index.numpy()]
     mine = place >= 0
-    answer_index = batch.answer_index.numpy()[mine]
-    predicted = np.bincount(answer_index, minlength=batch.num_answers).astype(np.int64, copy=False)
+    segment_of = np.repeat(np.arange(len(batch.segments)), batch.segment_targets.numpy())
+    predicted = np.bincount(segment_of[mine], minlength=len(batch.segments)).astype(np.int64, copy=False)
     index = torch.from_numpy(run_index)
     return dataclasses.replace(
         batch,
@@ -90,11 +90,10 @@ def context_part(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
         segments=tuple(_local_segments(batch.segments, held, cut)),
         predict_index=torch.from_numpy(place[mine]),
         targets=torch.from_numpy(batch.targets.numpy()[mine]),
-        answer_index=torch.from_numpy(answer_index),
+        segment_targets=torch.from_numpy(predicted),
         token_weights=None if batch.token_weights is None else batch.token_weights[torch.from_numpy(mine)],
         part=ContextPart(
             run_index=index,
-            answer_tokens=torch.from_numpy(predicted),
             run_segments=batch.segments,
             run_tokens=total,
             most_work=int(cut.work.max()),

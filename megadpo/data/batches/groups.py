@@ -1,8 +1,9 @@
-"""Which pairs share their prompt, and which of their answers are the same.
+"""Which pairs share their prompt, which of their answers are the same, and what answers begin with in common.
 
-A group is one prompt, its distinct answers, and the pairs over them. In a pack the prompt and each answer of a group are
-computed once, whatever the number of pairs they are in: with all pairs of K answers, a prompt once instead of K (K - 1) / 2
-times, and an answer once instead of K - 1 times. Loss and gradients stay those of the pairs.
+A group is one prompt, its distinct answers, and the pairs over them. In a pack the prompt, each answer, and what answers
+have in common beyond the prompt (prefixes.py) are computed once, whatever the number of pairs they are in: with all pairs
+of K answers, a prompt once instead of K (K - 1) / 2 times, and an answer once instead of K - 1 times. Loss and gradients
+stay those of the pairs.
 
 Shapes: N pairs of the data set, P of them looked at.
 """
@@ -11,12 +12,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 
 from megadpo.data.batches.deal import Deal, deal_batch
+from megadpo.data.batches.prefixes import PrefixTree, with_beginnings
 from megadpo.data.batches.rebalance import BALANCE
 from megadpo.data.batches.work import WorkModel, keys_up_to
 from megadpo.data.pairs import Ints, Pairs
@@ -34,36 +36,86 @@ class PairGroups:
     answers: Ints
     """[N, 2] which chosen and which rejected answer. The same number: the same tokens and loss mask after the same
     prompt."""
-    prompt_tokens: Ints
-    """[N]"""
-    answer_tokens: Ints
-    """[N, 2]"""
+    tree: PrefixTree
+    """Of the prompts and answers, by their numbers."""
 
     @classmethod
     def of(cls, pairs: Pairs, *, share_answers: bool = True) -> PairGroups:
         """By the hashes of their texts; pack_pairs holds the texts themselves against each other. share_answers: false
-        gives each answer of each pair a number of its own."""
+        gives each answer of each pair a number of its own, and computes it whole."""
         texts, identities = pairs.text_tokens(), pairs.identities.reshape(-1, 3)
         prompts = _by_appearance(identities[:, 0])
         answers = np.arange(2 * len(prompts))
         if share_answers:
             answers = _by_appearance(np.repeat(prompts, 2), identities[:, 1:].ravel())
-        return cls(prompts, answers.reshape(-1, 2), texts[:, 0], texts[:, 1:])
+        groups = cls.made(prompts, answers.reshape(-1, 2), texts[:, 0], texts[:, 1:])
+        if not share_answers:
+            return groups
+        _, first = np.unique(answers, return_index=True)
+        return replace(groups, tree=with_beginnings(groups.tree, pairs, first // 2 * 3 + 1 + first % 2))
+
+    @classmethod
+    def made(cls, prompts: Ints, answers: Ints, prompt_tokens: Ints, answer_tokens: Ints) -> PairGroups:
+        """Answers that have no beginnings in common. prompt_tokens: [N]; answer_tokens: [N, 2]."""
+        number = int(answers.max(initial=-1)) + 1
+        roots = number + prompts
+        parents = np.full(number + int(prompts.max(initial=-1)) + 1, -1, dtype=np.int64)
+        ends = np.zeros_like(parents)
+        parents[answers] = roots[:, None]
+        ends[roots] = prompt_tokens
+        ends[answers] = prompt_tokens[:, None] + answer_tokens
+        return cls(prompts, answers, PrefixTree(number, parents, ends))
 
     @classmethod
     def alone(cls, text_tokens: Ints) -> PairGroups:
         """Pairs that share nothing. text_tokens: [N, 3], of prompt, chosen and rejected."""
         number = len(text_tokens)
         answers = np.arange(2 * number).reshape(-1, 2)
-        return cls(np.arange(number), answers, text_tokens[:, 0], text_tokens[:, 1:])
+        return cls.made(np.arange(number), answers, text_tokens[:, 0], text_tokens[:, 1:])
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def at(self, positions: Ints) -> PairGroups:
         """The pairs at `positions`, in this order, with their numbers."""
-        columns = (self.prompts, self.answers, self.prompt_tokens, self.answer_tokens)
-        return PairGroups(*(column[positions] for column in columns))
+        return PairGroups(self.prompts[positions], self.answers[positions], self.tree)
+
+    @property
+    def num_prompts(self) -> int:
+        return int(self.prompts.max(initial=-1)) + 1
+
+    @property
+    def prompts_in_common(self) -> bool:
+        return self.num_prompts < len(self)
+
+    @property
+    def tokens_alone(self) -> int:
+        """Of all pairs, each with its own prompt and two answers."""
+        return int(self.prompt_tokens.sum() + self.answer_tokens.sum())
+
+    @property
+    def prompt_tokens(self) -> Ints:
+        """[N]"""
+        return self.tree.ends[self.tree.num_answers + self.prompts]
+
+    @property
+    def answer_tokens(self) -> Ints:
+        """[N, 2]"""
+        return self.tree.ends[self.answers] - self.prompt_tokens[:, None]
+
+    @property
+    def pair_tokens(self) -> Ints:
+        """[N]: tokens of each pair in a pack of its own."""
+        tree = self.tree
+        one, other = self.answers.T
+        apart = tree.ends[one] + tree.ends[other]
+        while (differ := one != other).any():  # up to the last node that both have
+            later = tree.ends[one] >= tree.ends[other]
+            one, other = (
+                np.where(differ & moves, tree.parents[node], node) for node, moves in ((one, later), (other, ~later))
+            )
+        tokens: Ints = apart - tree.ends[one]
+        return tokens
 
     def text_tokens(self, labels: Ints) -> Ints:
         """int64 [labels, 1 + K]: tokens of the prompt and of each distinct answer of the pairs with one label [N], from 0, that
@@ -79,30 +131,33 @@ class PairGroups:
         found[of_answers, 1 + column] = self.answer_tokens.ravel()[first]
         return found
 
-    @property
-    def num_prompts(self) -> int:
-        return int(self.prompts.max(initial=-1)) + 1
-
     def totals(self, positions: Ints, labels: Ints, num_labels: int, model: WorkModel | None) -> tuple[Ints, Ints]:
         """Tokens and work, int64 [num_labels] each, of the pairs at `positions` [P]; those with the same label [P] are
         computed together. Without a model, work is tokens."""
+        label, node = self._computed(positions, labels)
+        start, end, answer = self.tree.starts(node), self.tree.ends[node], self.tree.parents[node] >= 0
         tokens, answer_tokens = np.zeros((2, num_labels), dtype=np.int64)
-        first = _first_of_each(labels, self.prompts[positions])
-        prompt, label = self.prompt_tokens[positions[first]], labels[first]
-        np.add.at(tokens, label, prompt)
-        labels = np.repeat(labels, 2)
-        first = _first_of_each(labels, self.answers[positions].ravel())
-        answer, answer_label = self.answer_tokens[positions].ravel()[first], labels[first]
-        np.add.at(answer_tokens, answer_label, answer)
-        tokens += answer_tokens
+        np.add.at(tokens, label, end - start)
         if model is None:
             return tokens, tokens
-        before = np.repeat(self.prompt_tokens[positions], 2)[first]
+        np.add.at(answer_tokens, label[answer], (end - start)[answer])
         keys = {window: np.zeros(num_labels, dtype=np.int64) for window in model.windows}
         for window, seen in keys.items():
-            np.add.at(seen, label, keys_up_to(prompt, window))
-            np.add.at(seen, answer_label, keys_up_to(before + answer, window) - keys_up_to(before, window))
+            np.add.at(seen, label, keys_up_to(end, window) - keys_up_to(start, window))
         return tokens, model.work(tokens, answer_tokens, keys)
+
+    def _computed(self, positions: Ints, labels: Ints) -> tuple[Ints, Ints]:
+        """Labels and nodes, int64 [n] each: every node that the pairs with a label need, once."""
+        label, node = np.repeat(labels, 2), self.answers[positions].ravel()
+        first = _first_of_each(label, node)
+        found = [(label[first], node[first])]
+        while len(found[-1][1]):
+            label, node = found[-1]
+            before = self.tree.parents[node]
+            found.append((label[before >= 0], before[before >= 0]))
+        label, node = (np.concatenate(columns) for columns in zip(*found, strict=True))
+        first = _first_of_each(label, node)
+        return label[first], node[first]
 
     def members_of(self, prompts: Ints) -> Ints:
         """Positions: all pairs of the first of `prompts`, then of the second, ..."""
@@ -213,22 +268,13 @@ def _split_too_long(groups: PairGroups, positions: Ints, labels: Ints, budget_to
     lengths, _ = groups.totals(positions, labels, _number_of(labels), None)
     labels, members = labels.copy(), _members(labels)
     for number in np.flatnonzero(lengths > budget_tokens).tolist():
-        label, taken, room = number, set[int](), 0
+        label, taken = number, set[int]()
         for pair in _by_answers(groups, positions, members[number]):
-            position = positions[pair]
-            new = {
-                int(answer): int(tokens)
-                for answer, tokens in zip(groups.answers[position], groups.answer_tokens[position], strict=True)
-                if int(answer) not in taken
-            }
-            if taken and sum(new.values()) > room:
+            nodes = {node for answer in groups.answers[positions[pair]].tolist() for node in groups.tree.path(answer)}
+            if taken and groups.tree.sizes(np.array(list(taken | nodes))).sum() > budget_tokens:
                 label, taken = int(labels.max()) + 1, set()
-                new = dict(zip(groups.answers[position].tolist(), groups.answer_tokens[position].tolist(), strict=True))
-            if not taken:
-                room = budget_tokens - int(groups.prompt_tokens[position])
             labels[pair] = label
-            taken |= new.keys()
-            room -= sum(new.values())
+            taken |= nodes
     return labels
 
 

@@ -3,7 +3,8 @@
 The order of an epoch depends only on (seed, epoch). So neither the number of ranks nor an interruption changes which pairs
 share a global batch. Every rank knows all lengths, computes the same deal of the whole global batch, and packs only its
 own micro-batches; nothing is communicated. Memory for each pair: 16 bytes for its length and work, and 8 bytes for the
-epoch's order. Token ids stay in the data set.
+epoch's order; where pairs share something 72 bytes more, and 16 for each beginning that answers have in common. Token ids
+stay in the data set.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ class BatchOptions:
     seed: int
     share_prompt: bool
     group_prompts: bool = False
-    """With share_prompt and budget_tokens: pairs with the same prompt go into one pack where they can, and what they share is
-    in it once (data/batches/groups.py)."""
+    """With share_prompt and budget_tokens: pairs with the same prompt go into one pack where they can, and what they share,
+    or their answers begin with, is in it once (data/batches/groups.py)."""
     pad_token_id: int
     tail_weight: float | None = None
     """As in pack_pairs. An answer's weights then depend on the other answer of its pair: pairs share prompts only."""
@@ -146,17 +147,20 @@ class GlobalBatchLoader:
         self.options = options
         self.work_model = work_model
         self.grid = grid
+        self.groups: PairGroups | None = None
+        """None: no two pairs have a prompt in common, and no two answers begin alike."""
+        if options.group_prompts and options.share_prompt and budget is not None:
+            groups = PairGroups.of(dataset, share_answers=options.tail_weight is None)
+            self.groups = groups if options.by_rankings or groups.tree.tokens < groups.tokens_alone else None
+            dataset.release()
         self.lengths = dataset.packed_tokens(share_prompt=options.share_prompt)
         """int64 [pairs]: tokens of each pair in a pack of its own."""
         self.work = self.lengths
-        """int64 [pairs]: cost of each pair, to balance the ranks."""
-        if work_model is not None:
+        """int64 [pairs]: cost of each pair, to balance the ranks. Not used with groups."""
+        if self.groups is not None:
+            self.lengths = self.groups.pair_tokens
+        elif work_model is not None:
             self.work = work_model.pair_work(dataset.text_tokens(), share_prompt=options.share_prompt)
-        self.groups: PairGroups | None = None
-        """None: pairs share nothing."""
-        if options.group_prompts and options.share_prompt and budget is not None:
-            groups = PairGroups.of(dataset, share_answers=options.tail_weight is None)
-            self.groups = groups if options.by_rankings or groups.num_prompts < len(dataset) else None
         self.answers = np.arange(2 * len(dataset)).reshape(-1, 2) if self.groups is None else self.groups.answers
         """int64 [pairs, 2]: number of the chosen and of the rejected answer in the data set."""
         self._reference_logps: npt.NDArray[np.float32] | None = None
@@ -254,7 +258,7 @@ class GlobalBatchLoader:
             total - total % self.options.global_batch_size if self.options.drop_last else total,
             epoch=epoch,
             seed=self.options.seed if self.options.shuffle else None,
-            prompts=None if self.groups is None else self.groups.prompts,
+            prompts=self.groups.prompts if self.groups is not None and self.groups.prompts_in_common else None,
         )
 
     def cut(self, order: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
@@ -334,7 +338,7 @@ class GlobalBatchLoader:
             pad_to_multiple=self.options.pad_to_multiple,
             pad_token_id=self.options.pad_token_id,
             tail_weight=self.options.tail_weight,
-            same=None if self.groups is None else (self.groups.prompts[positions], self.answers[positions]),
+            groups=None if self.groups is None else self.groups.at(positions),
         )
         if self._reference_logps is not None:
             numbers = np.empty(whole.num_answers, dtype=np.int64)

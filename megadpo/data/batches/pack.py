@@ -2,11 +2,12 @@
 
     share_prompt:  prompt | chosen | rejected            three segments; both answers see the prompt's keys
                    prompt | answer | answer | answer     pairs of one group: its prompt and each answer once
+                   prompt | begin | rest | rest | answer two answers that begin alike: what they begin with once
     else:          prompt+chosen | prompt+rejected       two segments; the prompt is computed twice
     padding:       the last segment, which sees only itself
 
-Shape letters: T tokens of the run (with padding), P pairs, K answers (2P if no pairs share one), A tokens in the loss, of
-all K answers.
+Shape letters: T tokens of the run (with padding), S segments, P pairs, K answers (2P if no pairs share one), A predicted
+tokens: those in the loss, each once for all answers that it is part of.
 With context parallelism a rank holds part of the run (data/batches/cut.py). Its tokens are queries over the keys of all
 ranks.
 """
@@ -23,6 +24,8 @@ import numpy as np
 import torch
 
 from megadpo.config.problems import DataError, Problem
+from megadpo.data.batches.groups import PairGroups
+from megadpo.data.batches.prefixes import PathPiece
 from megadpo.data.pairs import Ints, LossMask, TokenIds, TokenizedPair
 
 
@@ -31,7 +34,8 @@ class Segment:
     """Queries [query_start, query_end) of the run, and the ranges of keys that they see, in order.
 
     Causal, aligned at the bottom right: of K keys in all, the query at query_end - 1 - i sees the first K - i.
-    In a whole run the last range ends at query_end. In a part of a run, queries are places in this part, and keys are
+    In a whole run the ranges are those of the segments that its sequence goes through, prompt first, and its own: the one
+    before its own is the segment that it goes on from. In a part of a run, queries are places in this part, and keys are
     places in the all-gather of the parts: tokens of part 0, then of part 1, ..."""
 
     query_start: int
@@ -66,8 +70,6 @@ class ContextPart:
 
     run_index: torch.Tensor
     """[t] int64, ascending, on the CPU: each token's place in the whole run."""
-    answer_tokens: torch.Tensor
-    """[K] int64: tokens of each answer that this part predicts. The sum is this part's A."""
     run_segments: tuple[Segment, ...]
     """The segments of the whole run."""
     run_tokens: int
@@ -82,7 +84,7 @@ class ContextPart:
 class PackedBatch:
     """One micro-batch of P pairs, or the part of it that a context-parallel rank holds. Tensors are int64.
 
-    In a part, T and A count only its tokens. Pairs, `answer_tokens` and `num_tokens` are those of the whole micro-batch."""
+    In a part, T and A count only its tokens. S, pairs, `answer_tokens` and `num_tokens` are those of the whole micro-batch."""
 
     tokens: torch.Tensor
     """[T] token ids."""
@@ -91,16 +93,20 @@ class PackedBatch:
     segments: tuple[Segment, ...]
     """In order, without gap or overlap, from 0 to T. Padding is the last one."""
     predict_index: torch.Tensor
-    """[A] the place of the hidden state that predicts this answer token. Answer tokens outside the loss (turns of users
-    and tools) are in the run, but not here."""
+    """[A] the place of the hidden state that predicts this token. Segment by segment: the last token before a segment
+    predicts its first one. Answer tokens outside the loss (turns of users and tools) are in the run, but not here."""
     targets: torch.Tensor
-    """[A] the answer token itself."""
-    answer_index: torch.Tensor
-    """[A] ascending, in [0, K): which answer."""
+    """[A] the token itself."""
+    segment_targets: torch.Tensor
+    """[S] how many of `targets` are tokens of each segment of the whole run; sums to A."""
+    paths: torch.Tensor
+    """[sum of `path_segments`] the segments that answer 0 goes through, prompt first, then those of answer 1, ..."""
+    path_segments: torch.Tensor
+    """[K] how many segments each answer goes through."""
     answer_tokens: torch.Tensor
-    """[K] tokens per answer that are in the loss; sums to A."""
+    """[K] tokens per answer that are in the loss."""
     token_weights: torch.Tensor | None
-    """[A] float32: of each target in the preference loss (dpo.ld_alpha). None: 1."""
+    """[A] float32: of each target in the preference loss (dpo.ld_alpha). None: 1. No two answers share a target then."""
     pairs: torch.Tensor
     """[P, 2] which answer is the chosen, and which the rejected one of each pair."""
     pair_indices: torch.Tensor
@@ -148,11 +154,6 @@ class PackedBatch:
         """[T] int64 on the CPU: each token's place in the whole run."""
         return torch.arange(self.tokens.numel()) if self.part is None else self.part.run_index
 
-    @property
-    def predicted_tokens(self) -> torch.Tensor:
-        """[K] int64: tokens of each answer that are predicted here. The sum is A."""
-        return self.answer_tokens if self.part is None else self.part.answer_tokens
-
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on `device`. A copy to CUDA uses pinned memory and does not wait."""
         device = torch.device(device)
@@ -164,8 +165,7 @@ class PackedBatch:
             return tensor.to(device, non_blocking=to_cuda)
 
         tensors: dict[str, Any] = {n: move(value) for n, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        part = self.part and dataclasses.replace(self.part, answer_tokens=move(self.part.answer_tokens))
-        return dataclasses.replace(self, **tensors, part=part)
+        return dataclasses.replace(self, **tensors)
 
 
 class _FlatRun:
@@ -178,26 +178,45 @@ class _FlatRun:
         self.segments: list[Segment] = []
         self.predict_index: list[np.ndarray] = []
         self.targets: list[TokenIds] = []
+        self.segment_targets: list[int] = []
+        self.paths: list[list[int]] = []
         self.answer_tokens: list[int] = []
+        self._segment_of: dict[int, int] = {}  # node of a tree -> segment
 
-    def append(self, pieces: Sequence[TokenIds], first_position: int, seen: tuple[tuple[int, int], ...] = ()) -> int:
-        """Adds one segment of the tokens `pieces`. It sees the ranges `seen`, then itself. Returns its start."""
-        start = self.length
-        self.tokens.extend(pieces)
-        self.length += sum(len(piece) for piece in pieces)
-        self.positions.append(np.arange(first_position, first_position + self.length - start, dtype=np.int64))
+    def answer(self, prompt: TokenIds, answer: TokenIds, mask: LossMask | None, pieces: Sequence[PathPiece]) -> None:
+        """Adds an answer, which has the next number, in the `pieces` of prompt + answer; not those that are in the run."""
+        sequence = np.concatenate([prompt, answer])
+        in_loss = np.concatenate([np.zeros(len(prompt), bool), np.ones(len(answer), bool) if mask is None else mask])
+        path: list[int] = []
+        for node, start, end in pieces:
+            if node not in self._segment_of:
+                self._segment_of[node] = len(self.segments)
+                seen = self.segments[path[-1]].keys if path else ()
+                self.append(sequence[start:end], start, seen, in_loss[start:end])
+            path.append(self._segment_of[node])
+        self.paths.append(path)
+        self.answer_tokens.append(int(in_loss.sum()))
+
+    def append(
+        self,
+        tokens: TokenIds,
+        first_position: int,
+        seen: tuple[tuple[int, int], ...] = (),
+        in_loss: LossMask | None = None,
+    ) -> None:
+        """Adds one segment, which sees the ranges `seen`, then itself. in_loss: None for nothing. The token before each
+        predicts it; before the first one that is the last one seen."""
+        start, self.length = self.length, self.length + len(tokens)
+        self.tokens.append(tokens)
+        self.positions.append(np.arange(first_position, first_position + len(tokens), dtype=np.int64))
         self.segments.append(Segment(start, self.length, (*seen, (start, self.length))))
-        return start
-
-    def predict(self, answer: TokenIds, mask: LossMask | None, answer_start: int, last_prompt_token: int) -> None:
-        """Adds an answer's targets. The last prompt token predicts the first one; each answer token predicts the next."""
-        index = np.arange(answer_start - 1, answer_start - 1 + len(answer), dtype=np.int64)
-        index[0] = last_prompt_token
-        if mask is not None:
-            index, answer = index[mask], answer[mask]
+        targets = np.empty(0, dtype=np.int64) if in_loss is None else np.flatnonzero(in_loss)
+        index = start + targets - 1
+        if seen:
+            index[targets == 0] = seen[-1][1] - 1
         self.predict_index.append(index)
-        self.targets.append(answer)
-        self.answer_tokens.append(len(answer))
+        self.targets.append(tokens[targets])
+        self.segment_targets.append(len(targets))
 
 
 def pack_pairs(
@@ -207,45 +226,38 @@ def pack_pairs(
     pad_to_multiple: int,
     pad_token_id: int,
     tail_weight: float | None = None,
-    same: tuple[Ints, Ints] | None = None,
+    groups: PairGroups | None = None,
 ) -> PackedBatch:
     """Packs P >= 0 pairs, in the given order, into a run of T tokens. T is the next multiple of `pad_to_multiple`.
 
     With P = 0 the run is `pad_to_multiple` padding tokens, for a data-parallel rank that has no pair. Raises DataError if
     the prompt of a pair has no tokens, or an answer has no tokens in the loss, and ValueError for pad_to_multiple < 1.
-    same: the number of each pair's prompt, int64 [P], and of its answers, int64 [P, 2]. With share_prompt, texts with the
-    same number are in the run once, where the first pair that has them stands. None: no two pairs share one.
+    groups: with share_prompt, what these pairs have in common, which is in the run once, where the first pair that has it
+    stands. None: no two pairs have anything in common.
     tail_weight: of the tokens of an answer behind the length of the pair's shorter one, counted in the loss (dpo.ld_alpha).
-    No two pairs share an answer then.
+    No two answers have anything but their prompt in common then.
     """
     if pad_to_multiple < 1:
         raise ValueError(f"pad_to_multiple must be at least 1, got {pad_to_multiple}")
     _refuse_empty(pairs)
     run = _FlatRun()
-    answers_of_pairs = np.arange(2 * len(pairs)).reshape(-1, 2)
-    if share_prompt:
-        answers_of_pairs = _append_groups(run, pairs, same or (np.arange(len(pairs)), answers_of_pairs))
-    else:
-        for pair in pairs:
-            prompt = pair.prompt_ids
-            for answer, mask in pair.answers:
-                start = run.append([prompt, answer], 0) + len(prompt)
-                run.predict(answer, mask, start, last_prompt_token=start - 1)
+    answers_of_pairs = _append_pairs(run, pairs, _alone(pairs) if groups is None else groups, share_prompt=share_prompt)
     num_tokens = run.length
     padding = -num_tokens % pad_to_multiple if num_tokens else pad_to_multiple
     if padding:
-        run.append([np.full(padding, pad_token_id, dtype=np.int32)], 0)
+        run.append(np.full(padding, pad_token_id, dtype=np.int32), 0)
     answer_tokens = np.array(run.answer_tokens, dtype=np.int64)
     # numpy, not torch: a parallel torch operation would start OpenMP threads for the loader's thread. With more threads
     # than cores, training's own threads sleep instead of spinning at every barrier (10% of a CPU step).
-    answer_index = np.repeat(np.arange(len(answer_tokens)), answer_tokens)
     return PackedBatch(
         tokens=_join(run.tokens),
         positions=_join(run.positions),
         segments=tuple(run.segments),
         predict_index=_join(run.predict_index),
         targets=_join(run.targets),
-        answer_index=torch.from_numpy(answer_index),
+        segment_targets=torch.tensor(run.segment_targets, dtype=torch.int64),
+        paths=torch.tensor([number for path in run.paths for number in path], dtype=torch.int64),
+        path_segments=torch.tensor([len(path) for path in run.paths], dtype=torch.int64),
         answer_tokens=torch.from_numpy(answer_tokens),
         token_weights=None
         if tail_weight is None
@@ -265,28 +277,31 @@ def _known(values: Sequence[float], usual: float) -> torch.Tensor | None:
     return None if usually.all() else torch.from_numpy(found)
 
 
-def _append_groups(run: _FlatRun, pairs: Sequence[TokenizedPair], same: tuple[Ints, Ints]) -> Ints:
-    """Adds each prompt once, with its distinct answers. Returns int64 [P, 2]: which answer of the run is the chosen, and
-    which the rejected one of each pair."""
-    prompts, answers = same
+def _alone(pairs: Sequence[TokenizedPair]) -> PairGroups:
+    texts = [(pair.prompt_tokens, pair.chosen_tokens, pair.rejected_tokens) for pair in pairs]
+    return PairGroups.alone(np.array(texts, dtype=np.int64).reshape(-1, 3))
+
+
+def _append_pairs(run: _FlatRun, pairs: Sequence[TokenizedPair], groups: PairGroups, *, share_prompt: bool) -> Ints:
+    """Adds each distinct answer, group by group. Returns int64 [P, 2]: which answer of the run is the chosen, and which the
+    rejected one of each pair."""
+    pieces = groups.tree.pieces(np.unique(groups.answers).tolist())
     rows = np.empty((len(pairs), 2), dtype=np.int64)
-    groups: dict[int, list[int]] = {}
-    for number, prompt_number in enumerate(prompts.tolist()):
-        groups.setdefault(prompt_number, []).append(number)
-    for members in groups.values():
-        prompt = pairs[members[0]].prompt_ids
-        start = run.append([prompt], 0)
-        prompt_range = (start, start + len(prompt))
+    members: dict[int, list[int]] = {}
+    for number, prompt_number in enumerate(groups.prompts.tolist()):
+        members.setdefault(prompt_number, []).append(number)
+    for of_prompt in members.values():
+        prompt = pairs[of_prompt[0]].prompt_ids
         found: dict[int, tuple[int, TokenIds]] = {}  # number of the answer -> row, ids
-        for number in members:
+        for number in of_prompt:
             pair = pairs[number]
             assert np.array_equal(pair.prompt_ids, prompt), "two prompts have the same hash"
             for side, (ids, mask) in enumerate(pair.answers):
-                answer = int(answers[number, side])
+                answer = int(groups.answers[number, side])
                 if answer not in found:
                     found[answer] = len(run.answer_tokens), ids
-                    start = run.append([ids], len(prompt), seen=(prompt_range,))
-                    run.predict(ids, mask, start, last_prompt_token=prompt_range[1] - 1)
+                    whole = [PathPiece(answer, 0, len(prompt) + len(ids))]
+                    run.answer(prompt, ids, mask, pieces[answer] if share_prompt else whole)
                 rows[number, side], same_ids = found[answer]
                 assert np.array_equal(ids, same_ids), "two answers have the same hash"
     return rows

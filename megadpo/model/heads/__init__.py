@@ -85,11 +85,16 @@ def log_sum_squares(
         return parts[1] - 2 * parts[0]
 
 
-def sum_per_answer(token_logps: torch.Tensor, answer_tokens: torch.Tensor) -> torch.Tensor:
-    """token_logps [A] in answer order, answer_tokens [K] int64 with sum A -> [K] sums of the same dtype. The order of addition
-    is fixed (with index_add a resumed GPU run would differ in the last bits). It adds in float64: on a CPU the kernel adds
-    token by token, and in float32 the sum of 32,768 tokens would be wrong by 0.03 nats."""
-    if answer_tokens.numel() == 0:
+def sum_per_answer(
+    token_logps: torch.Tensor, segment_targets: torch.Tensor, paths: torch.Tensor, path_segments: torch.Tensor
+) -> torch.Tensor:
+    """token_logps [A] of the targets, and segment_targets, paths and path_segments [K] of a PackedBatch -> [K] sums over the
+    answers' tokens, of the same dtype. The order of addition is fixed (with index_add a resumed GPU run would differ in the
+    last bits). It adds in float64: on a CPU the kernel adds token by token, and in float32 the sum of 32,768 tokens would be
+    wrong by 0.03 nats."""
+    if path_segments.numel() == 0:
         return token_logps.sum()[None][:0]
-    sums = torch.segment_reduce(token_logps.double(), "sum", lengths=answer_tokens, unsafe=True)
+    of_segments = torch.segment_reduce(token_logps.double(), "sum", lengths=segment_targets, unsafe=True)
+    # Indexed, not index_select: on a GPU the gradients of a segment in several paths are then summed in a fixed order
+    sums = torch.segment_reduce(of_segments[paths], "sum", lengths=path_segments, unsafe=True)
     return sums.to(token_logps.dtype)

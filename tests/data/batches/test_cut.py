@@ -56,16 +56,20 @@ def test_every_query_is_on_one_rank_and_sees_what_it_saw(
 @given(tokenized_pairs(), st.booleans(), st.integers(1, 4))
 def test_every_answer_token_is_predicted_on_one_rank(pairs: list[TokenizedPair], share_prompt: bool, size: int) -> None:
     whole = pack(pairs, share_prompt=share_prompt, multiple=size)
-    wanted = list(zip(whole.answer_index.tolist(), whole.predict_index.tolist(), whole.targets.tolist(), strict=True))
+    wanted = list(zip(segments_of(whole), whole.predict_index.tolist(), whole.targets.tolist(), strict=True))
     found = []
     for part in parts_of(whole, size):
         places = part.run_index[part.predict_index].tolist()
-        answers = part.answer_index.tolist()
-        assert answers == sorted(answers)
-        assert part.predicted_tokens.tolist() == [answers.count(answer) for answer in range(2 * len(pairs))]
+        assert len(part.segment_targets) == len(whole.segments)
         assert part.answer_tokens.tolist() == whole.answer_tokens.tolist()  # of the whole pack: averages need it
-        found += list(zip(answers, places, part.targets.tolist(), strict=True))
+        assert part.paths.tolist() == whole.paths.tolist()
+        found += list(zip(segments_of(part), places, part.targets.tolist(), strict=True))
     assert sorted(found) == sorted(wanted)
+
+
+def segments_of(batch: PackedBatch) -> list[int]:
+    """The segment of each target."""
+    return np.repeat(np.arange(len(batch.segment_targets)), batch.segment_targets).tolist()
 
 
 @given(tokenized_pairs(), st.booleans(), st.integers(2, 4))
@@ -142,4 +146,4 @@ def test_padding_alone() -> None:
     whole = pack_pairs([], share_prompt=True, pad_to_multiple=4, pad_token_id=0)
     for part in parts_of(whole, 4):
         assert (part.num_pairs, part.num_tokens, part.tokens.numel()) == (0, 0, 1)
-        assert part.predict_index.numel() == part.predicted_tokens.numel() == 0
+        assert part.predict_index.numel() == part.segment_targets.sum() == 0

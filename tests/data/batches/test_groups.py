@@ -56,6 +56,12 @@ def loader(pairs: PairDataset, **changes: Any) -> GlobalBatchLoader:
     return GlobalBatchLoader(pairs, BatchOptions(**{**options, **changes}), **ranks)
 
 
+def named(pairs: list[TokenizedPair], prompts: np.ndarray, answers: np.ndarray) -> PairGroups:
+    """Groups by these numbers, whatever the texts are."""
+    texts = FlatPairs.of(pairs).text_tokens()
+    return PairGroups.made(prompts, answers, texts[:, 0], texts[:, 1:])
+
+
 SIZES = st.lists(st.integers(2, 5), min_size=2, max_size=8)
 
 
@@ -78,7 +84,7 @@ def test_a_group_is_in_the_run_once() -> None:
     prompt, (a, b, c) = np.array([1, 2, 3], np.int32), (np.array(x, np.int32) for x in ([4, 5], [6], [7, 8, 9]))
     pairs = [TokenizedPair(0, prompt, a, b), TokenizedPair(1, prompt, c, b), TokenizedPair(2, prompt, a, c)]
     same = np.array([0, 0, 0]), np.array([[0, 1], [2, 1], [0, 2]])
-    batch = pack_pairs(pairs, share_prompt=True, pad_to_multiple=1, pad_token_id=0, same=same)
+    batch = pack_pairs(pairs, share_prompt=True, pad_to_multiple=1, pad_token_id=0, groups=named(pairs, *same))
     assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9]
     assert batch.positions.tolist() == [0, 1, 2, 3, 4, 3, 3, 4, 5]
     assert [segment.keys for segment in batch.segments] == [
@@ -92,13 +98,13 @@ def test_a_group_is_in_the_run_once() -> None:
 def test_texts_that_differ_are_never_taken_for_one() -> None:
     pairs = grouped_pairs([2, 2])
     zeros = np.zeros(2, np.int64)
-    with pytest.raises(AssertionError, match="same hash"):
-        pack_pairs(
-            pairs, share_prompt=True, pad_to_multiple=1, pad_token_id=0, same=(zeros, np.arange(4).reshape(2, 2))
-        )
+    one_prompt = named(pairs, zeros, np.arange(4).reshape(2, 2))
+    with pytest.raises(AssertionError, match="two prompts have the same hash"):
+        pack_pairs(pairs, share_prompt=True, pad_to_multiple=1, pad_token_id=0, groups=one_prompt)
     one = [pairs[0], TokenizedPair(1, pairs[0].prompt_ids, pairs[1].chosen_ids, pairs[1].rejected_ids)]
-    with pytest.raises(AssertionError, match="same hash"):
-        pack_pairs(one, share_prompt=True, pad_to_multiple=1, pad_token_id=0, same=(zeros, np.zeros((2, 2), np.int64)))
+    one_pair = named(one, zeros, np.array([[0, 1], [0, 1]]))
+    with pytest.raises(AssertionError, match="two answers have the same hash"):
+        pack_pairs(one, share_prompt=True, pad_to_multiple=1, pad_token_id=0, groups=one_pair)
 
 
 @given(sizes=SIZES, seed=st.integers(0, 99), batch=st.integers(1, 12), ranks=st.integers(1, 4), epoch=st.integers(0, 2))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import numpy as np
 import pytest
 import torch
@@ -25,11 +27,19 @@ def visible(batch: PackedBatch, query: int) -> list[int]:
 
 
 def answers_of(batch: PackedBatch) -> list[list[tuple[list[int], int]]]:
-    """For each of the 2P answers, for each of its tokens: the tokens that its prediction sees, and the token."""
-    answers: list[list[tuple[list[int], int]]] = [[] for _ in range(2 * batch.num_pairs)]
-    for query, target, answer in zip(batch.predict_index, batch.targets, batch.answer_index, strict=True):
-        answers[int(answer)].append((batch.tokens[visible(batch, int(query))].tolist(), int(target)))
-    return answers
+    """For each answer, for each of its tokens in the loss: the tokens that its prediction sees, and the token."""
+    predicted = [
+        (batch.tokens[visible(batch, query)].tolist(), target)
+        for query, target in zip(batch.predict_index.tolist(), batch.targets.tolist(), strict=True)
+    ]
+    counts = batch.segment_targets.tolist()
+    of_segments = [predicted[end - count : end] for end, count in zip(accumulate(counts), counts, strict=True)]
+    return [[one for segment in path for one in of_segments[segment]] for path in paths_of(batch)]
+
+
+def paths_of(batch: PackedBatch) -> list[list[int]]:
+    """The segments that each answer goes through."""
+    return [path.tolist() for path in batch.paths.split(batch.path_segments.tolist())] if batch.num_answers else []
 
 
 def expected_answers(pairs: list[TokenizedPair]) -> list[list[tuple[list[int], int]]]:
@@ -54,7 +64,7 @@ def test_each_answer_token_is_predicted_from_prompt_and_answer_so_far(
 ) -> None:
     batch = pack(pairs, share_prompt=share_prompt, multiple=multiple)
     assert answers_of(batch) == expected_answers(pairs)
-    assert batch.answer_index.tolist() == sorted(batch.answer_index.tolist())
+    assert batch.segment_targets.sum() == len(batch.targets)
     assert batch.answer_tokens.tolist() == [len(answer) for answer in expected_answers(pairs)]
     assert batch.pair_indices.tolist() == [pair.index for pair in pairs]
 
@@ -116,7 +126,8 @@ def test_a_shared_pack_written_out() -> None:
     )
     assert batch.predict_index.tolist() == [2, 3, 2, 6, 7, 6, 9, 10]
     assert batch.targets.tolist() == [4, 5, 6, 9, 10, 11, 12, 13]
-    assert batch.answer_index.tolist() == [0, 0, 1, 2, 2, 3, 3, 3]
+    assert batch.segment_targets.tolist() == [0, 2, 1, 0, 2, 3, 0]
+    assert paths_of(batch) == [[0, 1], [0, 2], [3, 4], [3, 5]]
     assert batch.answer_tokens.tolist() == [2, 1, 2, 3]
     assert (batch.num_pairs, batch.num_tokens, batch.run_tokens) == (2, 12, 16)
     assert batch.segments[5].query_tokens == 3 and batch.segments[5].key_tokens == 4
@@ -125,7 +136,7 @@ def test_a_shared_pack_written_out() -> None:
 def test_all_tensors_are_int64_even_with_no_pairs() -> None:
     for batch in (pack(TWO_PAIRS), pack([], multiple=4)):
         tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
-        assert len(tensors) == 8 and {tensor.dtype for tensor in tensors} == {torch.int64}
+        assert len(tensors) == 10 and {tensor.dtype for tensor in tensors} == {torch.int64}
 
 
 def test_a_pack_of_no_pairs_is_padding_only() -> None:
@@ -174,7 +185,7 @@ def test_tokens_outside_the_loss_stand_in_the_run_and_are_not_predicted() -> Non
     batch = pack([TokenizedPair(0, ids(1), ids(4, 5, 6), ids(7), mask, None)])
     assert batch.tokens.tolist() == [1, 4, 5, 6, 7]
     assert batch.predict_index.tolist() == [1, 0] and batch.targets.tolist() == [5, 7]
-    assert batch.answer_index.tolist() == [0, 1] and batch.answer_tokens.tolist() == [1, 1]
+    assert batch.segment_targets.tolist() == [0, 1, 1] and batch.answer_tokens.tolist() == [1, 1]
 
 
 def test_a_multiple_below_one_is_refused() -> None:

@@ -142,18 +142,25 @@ def test_no_tokens_by_vocabulary_tensor():
 
 
 def test_sum_per_answer_keeps_empty_packs_differentiable():
-    logps = torch.randn(0, requires_grad=True)
-    out = sum_per_answer(logps, torch.zeros(0, dtype=torch.int64))
+    logps, none = torch.randn(0, requires_grad=True), torch.zeros(0, dtype=torch.int64)
+    out = sum_per_answer(logps, torch.zeros(1, dtype=torch.int64), none, none)
     assert out.shape == (0,)
     out.sum().backward()
-    torch.testing.assert_close(
-        sum_per_answer(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1, 2])), torch.tensor([1.0, 5.0])
-    )
+
+
+def test_answers_are_summed_over_the_segments_that_they_go_through():
+    logps = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0], requires_grad=True)
+    # prompt | begin | rest of 0 | rest of 1, none of it in the loss | answer 2
+    segments, paths = torch.tensor([0, 2, 1, 0, 2]), torch.tensor([0, 1, 2, 0, 1, 3, 0, 4])
+    out = sum_per_answer(logps, segments, paths, torch.tensor([3, 3, 2]))
+    assert out.tolist() == [7.0, 3.0, 24.0]
+    (out * torch.tensor([1.0, 10.0, 100.0])).sum().backward()
+    assert logps.grad.tolist() == [11.0, 11.0, 1.0, 100.0, 100.0]
 
 
 def test_a_long_answer_loses_nothing():
     logps = -4 * torch.rand(32768, generator=torch.Generator().manual_seed(0))
-    (total,) = sum_per_answer(logps, torch.tensor([32768]))
+    (total,) = sum_per_answer(logps, torch.tensor([0, 32768]), torch.tensor([0, 1]), torch.tensor([2]))
     exact = logps.double().sum()
     assert total == exact.float()  # one rounding; added up in float32 it is 0.03 off
 

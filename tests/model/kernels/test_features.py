@@ -17,7 +17,7 @@ from megadpo.model.kernels import AttentionKernel, by_segment
 from megadpo.model.kernels.cpu import CpuKernel
 from megadpo.model.kernels.sdpa import SdpaKernel
 from megadpo.model.kernels.varlen import VarlenKernel
-from tests.model.kernels.test_kernels import known_of, random_pairs, reference_attention
+from tests.model.kernels.test_kernels import SHARED, known_of, pack, random_pairs, reference_attention
 from tests.plan.cases import SMALL
 
 CPU = torch.device("cpu")
@@ -136,12 +136,12 @@ def kernel(request, monkeypatch):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("share_prompt", [True, False])
-def test_it_is_what_is_written_out(kernel, share_prompt, case):
+@SHARED
+def test_it_is_what_is_written_out(kernel, share, case):
     if not computes(kernel, case):
         pytest.skip("refused")
     shapes, asked, window = split_case(case)
-    batch = pack_pairs(random_pairs(), share_prompt=share_prompt, pad_to_multiple=8, pad_token_id=0)
+    batch = pack(share)
     leaves, upstream = inputs(batch.tokens.numel(), **shapes)
     got, want = (f(leaves, batch.segments, window, asked) for f in (lambda *a: call(kernel, *a), wanted))
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
@@ -152,14 +152,14 @@ def test_it_is_what_is_written_out(kernel, share_prompt, case):
 
 
 @pytest.mark.parametrize("case", ["window", "sinks", "all", "all but softcap"])
-@pytest.mark.parametrize("share_prompt", [True, False])
+@SHARED
 @pytest.mark.parametrize("size", [2, 4])
-def test_parts_over_gathered_keys_too(kernel, size, share_prompt, case):
+def test_parts_over_gathered_keys_too(kernel, size, share, case):
     """Context parallelism: each part's queries over the keys of all, in the order of the all-gather."""
     if not computes(kernel, case):
         pytest.skip("refused")
     shapes, asked, window = split_case(case)
-    batch = pack_pairs(random_pairs(), share_prompt=share_prompt, pad_to_multiple=12, pad_token_id=0)
+    batch = pack(share, 12)
     parts = [context_part(batch, rank, size) for rank in range(size)]
     order = torch.cat([part.run_index for part in parts])
     leaves, upstream = inputs(batch.tokens.numel(), **shapes)

@@ -14,12 +14,14 @@ from megadpo.config.schema import Config
 from megadpo.config.schema_policy import PolicyConfig, TokenizerConfig
 from megadpo.config.variants import ATTENTION_KERNELS
 from megadpo.data.batches.cut import context_part
+from megadpo.data.batches.groups import PairGroups
 from megadpo.data.batches.pack import Segment, pack_pairs
-from megadpo.data.pairs import TokenizedPair
+from megadpo.data.pairs import FlatPairs, TokenizedPair
 from megadpo.model.kernels import RaggedKernel, flash3
 from megadpo.model.kernels.cpu import CpuKernel
 from megadpo.model.kernels.sdpa import SdpaKernel
 from megadpo.model.kernels.varlen import _has_enable_gqa
+from tests.data.builders import pairs_that_begin_alike
 
 LENGTHS = [(5, 3, 4), (1, 1, 2), (9, 7, 1)]
 PART = (  # what one context-parallel rank holds: queries of 4 segments over keys gathered from two ranks, [0, 640)
@@ -33,6 +35,16 @@ PART = (  # what one context-parallel rank holds: queries of 4 segments over key
 def random_pairs(lengths=LENGTHS, vocab=50, seed=0):
     rng = np.random.default_rng(seed)
     return [TokenizedPair(i, *(rng.integers(0, vocab, n).astype(np.int32) for n in ns)) for i, ns in enumerate(lengths)]
+
+
+def pack(share, multiple=8):
+    """share: "prompts", nothing (""), or what answers "begin" with."""
+    pairs = pairs_that_begin_alike() if share == "begin" else random_pairs()
+    groups = PairGroups.of(FlatPairs.of(pairs)) if share == "begin" else None
+    return pack_pairs(pairs, share_prompt=bool(share), pad_to_multiple=multiple, pad_token_id=0, groups=groups)
+
+
+SHARED = pytest.mark.parametrize("share", ["prompts", "", "begin"])
 
 
 def reference_attention(q, k, v, segments, *, window=None, scale=None, softcap=None, sinks=None):
@@ -56,11 +68,11 @@ def reference_attention(q, k, v, segments, *, window=None, scale=None, softcap=N
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("share_prompt", [True, False])
+@SHARED
 @pytest.mark.parametrize(("heads", "groups"), [(2, 2), (4, 2), (4, 1)])
 @pytest.mark.parametrize("kernel", [SdpaKernel(), CpuKernel()], ids=lambda kernel: kernel.name)
-def test_kernels_equal_written_out_attention(kernel, share_prompt, heads, groups):
-    batch = pack_pairs(random_pairs(), share_prompt=share_prompt, pad_to_multiple=8, pad_token_id=0)
+def test_kernels_equal_written_out_attention(kernel, share, heads, groups):
+    batch = pack(share)
     generator = torch.Generator().manual_seed(0)
     tokens = batch.tokens.numel()
     q = torch.randn(tokens, heads, 8, dtype=torch.float64, generator=generator, requires_grad=True)
@@ -77,13 +89,13 @@ def test_kernels_equal_written_out_attention(kernel, share_prompt, heads, groups
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("share_prompt", [True, False])
+@SHARED
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("kernel", [SdpaKernel(), CpuKernel()], ids=lambda kernel: kernel.name)
-def test_parts_over_gathered_keys_equal_written_out_attention(kernel, size, share_prompt):
+def test_parts_over_gathered_keys_equal_written_out_attention(kernel, size, share):
     """Context parallelism: each part's queries over all keys, in the order of the all-gather, keys and values in one
     tensor. The gradients of keys add up over the parts."""
-    batch = pack_pairs(random_pairs(), share_prompt=share_prompt, pad_to_multiple=12, pad_token_id=0)
+    batch = pack(share, 12)
     parts = [context_part(batch, rank, size) for rank in range(size)]
     order = torch.cat([part.run_index for part in parts])
     generator = torch.Generator().manual_seed(0)
@@ -123,10 +135,10 @@ def dense_from_ragged_plan(q, k, v, segments):
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("share_prompt", [True, False])
+@SHARED
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_ragged_plan_describes_the_same_attention(size, share_prompt):
-    batch = pack_pairs(random_pairs(), share_prompt=share_prompt, pad_to_multiple=8, pad_token_id=0)
+def test_ragged_plan_describes_the_same_attention(size, share):
+    batch = pack(share)
     parts = [context_part(batch, rank, size) for rank in range(size)]
     order = torch.cat([part.run_index for part in parts])
     generator = torch.Generator().manual_seed(1)
