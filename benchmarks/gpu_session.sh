@@ -13,6 +13,7 @@
 #           beside the fastest that trl found
 #   fp8     float8 beside bfloat16, Llama-3.1-8B with as many layers as fit; needs Transformer Engine    6
 #   ours8b  Llama-3.1-8B: packs of 8,192 with a cached reference, AdamW in one pass, other attention     7
+#   8b128   Llama-3.1-8B with 128 pairs a step: AdamW's share of a step is a quarter of that with 32      7
 #   ours    which of our settings is our best, Llama-3.2-1B                                              7
 #   of `first`:
 #   check   what is installed, what the GPU is                                                           1
@@ -36,7 +37,7 @@ while (($#)); do
     --wheels) wheels=$2; shift 2 ;;
     --data) data=$2; shift 2 ;;
     --again) again=1; shift ;;
-    first | check | te | kernels | head | four | test | trl8b | 8b | alike | trl | 1b | fp8 | ours8b | ours) parts+=("$1"); shift ;;
+    first | check | te | kernels | head | four | test | trl8b | 8b | alike | trl | 1b | fp8 | ours8b | 8b128 | ours) parts+=("$1"); shift ;;
     *) echo "gpu_session.sh: unknown argument $1; see its first lines" >&2; exit 2 ;;
   esac
 done
@@ -109,6 +110,8 @@ run() {
     fp8) bench fp8 360 --model llama-3.1-8b --rounds 1 --ours ours,ours-fp8,ours-fp8-tensorwise --trl "" ;;
     ours8b) bench ours8b 420 --model llama-3.1-8b --rounds 1 --trl "" --ours \
       ours,ours-cached-8192,ours-one-pass,ours-joined-qkv,ours-te-attention,ours-flash3 ;;
+    8b128) bench 8b128 420 --model llama-3.1-8b --global-batch 128 --rounds 1 --warmup-steps 1 --steps 3 --trl "" \
+      --ours ours,ours-one-pass ;;
     ours)
       bench ours 420 --model llama-3.2-1b "${lengths[@]}" --trl "" --global-batch 64 --ours \
         ours,ours-unshared,ours-lean,ours-one-pass,ours-joined-qkv,ours-torch-head,ours-te-attention,ours-flash3,ours-te-layers,ours-local-layers,ours-sdpa
@@ -144,7 +147,7 @@ for part in "${parts[@]}"; do
 done
 
 echo "== next, in this order, one a call:"
-for part in "${first[@]}" trl8b 8b alike ours8b trl 1b fp8 ours; do
+for part in "${first[@]}" trl8b 8b alike ours8b trl 1b fp8 8b128 ours; do
   ended "$part" || echo "  benchmarks/gpu_session.sh --out $out${wheels:+ --wheels $wheels}${data:+ --data $data} $part"
 done
 exit "$failed"

@@ -134,6 +134,7 @@ def test_the_first_hour_runs_every_part_and_goes_on_where_it_stopped(session, tm
         "trl",
         "1b",
         "fp8",
+        "8b128",
         "ours",
     ]
     assert session("first")[1] == ["gpu_te.py", "gpu_head"]
