@@ -135,11 +135,6 @@ class PackedBatch:
         return self.answer_tokens.numel()
 
     @property
-    def padding_tokens(self) -> int:
-        """Of the whole run."""
-        return self.run_tokens - self.num_tokens
-
-    @property
     def run_tokens(self) -> int:
         """Tokens of the whole run, padding included."""
         return self.tokens.numel() if self.part is None else self.part.run_tokens
