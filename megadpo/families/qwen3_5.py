@@ -10,13 +10,20 @@ from megadpo.families.experts import expert_rows, read_experts
 from megadpo.families.qwen_moe import SHARED_EXPERT
 from megadpo.families.reading import RESTORE, HfConfig, with_media_tokens
 
-_TOWER = "model.visual.*"
 _MEDIA = {"image_token_id": 248056, "video_token_id": 248057}
 
 
-def _beside_tower(name: str) -> str:
-    """The name of a text model's tensor in a folder that has a tower too."""
-    return f"model.language_model.{name.removeprefix('model.')}" if name.startswith("model.") else name
+class _BesideTower(DeltaNetFamily):
+    """Comes before the text model in the list of base classes. The tower's tensors are kept unchanged."""
+
+    def read(self, config: HfConfig) -> Architecture:
+        return with_media_tokens(super().read(config.of_text()), config)
+
+    def on_disk(self, name: str) -> str:
+        return f"model.language_model.{name.removeprefix('model.')}" if name.startswith("model.") else name
+
+    def carried(self, arch: Architecture) -> tuple[str, ...]:
+        return (*super().carried(arch), "model.visual.*")
 
 
 @FAMILIES.add("qwen3_5_text")
@@ -35,20 +42,11 @@ class Qwen35(DeltaNetFamily):
 
 
 @FAMILIES.add("qwen3_5")
-class Qwen35Vision(Qwen35):
-    """The tower's tensors stay as they are."""
+class Qwen35Vision(_BesideTower, Qwen35):
+    """Qwen3.5 and a vision tower."""
 
     classes = ("Qwen3_5ForConditionalGeneration",)
     defaults = Qwen35.defaults | _MEDIA
-
-    def read(self, config: HfConfig) -> Architecture:
-        return with_media_tokens(super().read(config.of_text()), config)
-
-    def on_disk(self, name: str) -> str:
-        return _beside_tower(name)
-
-    def carried(self, arch: Architecture) -> tuple[str, ...]:
-        return (*super().carried(arch), _TOWER)
 
 
 @FAMILIES.add("qwen3_5_moe_text")
@@ -79,17 +77,8 @@ class Qwen35Moe(DeltaNetFamily):
 
 
 @FAMILIES.add("qwen3_5_moe")
-class Qwen35MoeVision(Qwen35Moe):
-    """The tower's tensors stay as they are."""
+class Qwen35MoeVision(_BesideTower, Qwen35Moe):
+    """Qwen3.5 with experts, and a vision tower."""
 
     classes = ("Qwen3_5MoeForConditionalGeneration",)
     defaults = Qwen35Moe.defaults | _MEDIA
-
-    def read(self, config: HfConfig) -> Architecture:
-        return with_media_tokens(super().read(config.of_text()), config)
-
-    def on_disk(self, name: str) -> str:
-        return _beside_tower(name)
-
-    def carried(self, arch: Architecture) -> tuple[str, ...]:
-        return (*super().carried(arch), _TOWER)

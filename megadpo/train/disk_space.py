@@ -53,7 +53,7 @@ def space_notes(saving: CheckpointingConfig, size: CheckpointBytes, saves: int) 
         return []
     return [
         f"{folder}: {more} more checkpoints ({kept}) need {more * each:,} bytes, but {free:,} bytes are free: free some space "
-        "before the disk is full, or lower checkpointing.keep_top_k"
+        "before the disk is full, or keep fewer (checkpointing.keep_top_k)"
     ]
 
 
