@@ -9,6 +9,7 @@ theirs. torchrun's table of failed ranks is printed only after a crash.
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import FrameType
 from typing import IO
 
@@ -98,7 +99,19 @@ def _signal_the_ranks_instead() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     signal.signal(signal.SIGTERM, pass_on)
     signal.signal(signal.SIGINT, pass_on)
+    ignore_at_exit([signal.SIGTERM, signal.SIGINT])
     threading.Thread(target=wait_for_usr1, daemon=True).start()
+
+
+def ignore_at_exit(numbers: Iterable[signal.Signals]) -> None:
+    """These signals no longer count once the exit code is known. Python gives every handled signal its default action back
+    while it ends, so that a second Ctrl-C would end a run that has saved with another exit code."""
+
+    def ignore() -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+
+    atexit.register(ignore)
 
 
 def under_torchrun() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 from megadpo.launcher import split_rank_options
 from tests.helpers.distributed import REPOSITORY
 from tests.helpers.runs import make_config, make_model
+from tests.helpers.signals import exit_code_when_signalled_late
 
 TORCHRUN = ("-m", "torch.distributed.run", "--local-addr", "127.0.0.1", "--nproc-per-node", "2", "launch/train.py")
 OURS = ("-m", "megadpo", "train", "--nproc-per-node", "2", "--local-addr=127.0.0.1")
@@ -31,6 +33,12 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command, cwd=REPOSITORY, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120
     )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_while_python_ends_changes_no_exit_code(number: signal.Signals) -> None:
+    setup = "from megadpo.launcher import _signal_the_ranks_instead; _signal_the_ranks_instead()"
+    assert exit_code_when_signalled_late(setup, number) == 143
 
 
 @pytest.fixture(scope="module")

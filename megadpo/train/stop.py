@@ -6,6 +6,7 @@ import signal
 import time
 from types import FrameType
 
+from megadpo.launcher import ignore_at_exit
 from megadpo.parallel import ParallelContext
 from megadpo.parallel.lifetime import STOP_SIGNALS
 
@@ -37,6 +38,7 @@ class StopWatcher:
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        ignore_at_exit(STOP_SIGNALS)
 
     def agreed(self) -> int | None:
         """The exit code if the run must stop, else None; the same on every rank. Collectives: `ParallelContext.largest`, so

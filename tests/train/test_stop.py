@@ -9,6 +9,7 @@ import pytest
 
 from tests.helpers.distributed import fork_server, run_distributed
 from tests.helpers.runs import make_config, make_model, read_metrics, train
+from tests.helpers.signals import exit_code_when_signalled_late
 
 ALIVE = 7
 
@@ -37,6 +38,12 @@ def test_only_a_later_ctrl_c_ends_the_process(first, last, window_s, code):
     process.start()
     process.join(120)
     assert process.exitcode == code
+
+
+def test_a_signal_while_python_ends_changes_no_exit_code():
+    setup = "from megadpo.train.stop import StopWatcher; StopWatcher(None, None).install()"
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    assert exit_code_when_signalled_late(setup, *numbers) == 143
 
 
 def agreed_of_ranks(late: list[bool], signalled: list[bool]) -> int | None:
