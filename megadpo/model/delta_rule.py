@@ -177,7 +177,7 @@ def _in_chunks(
     states, values, done = [], [], 0
     for step, count in enumerate(plan.steps):
         if step:
-            state = state.index_select(0, plan.origins[step - 1])
+            state = _Follow.apply(state, plan.origins[step - 1])
         chunks = slice(done, done + count)
         states.append(state)
         values.append(new[chunks] - read[chunks] @ state)
@@ -185,6 +185,26 @@ def _in_chunks(
         done += count
     out = (g.exp() * q) @ torch.cat(states) + (decay * (q @ k.mT)) @ torch.cat(values)
     return out.movedim(-2, 1).flatten(0, 1).index_select(0, plan.places).to(dtype)
+
+
+class _Follow(torch.autograd.Function):
+    """states [n, ...] and the predecessor of each chunk [m] -> the state that each chunk starts from [m, ...]."""
+
+    @staticmethod
+    def forward(ctx, states, origins):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(origins)
+        ctx.shape = states.shape
+        return states.index_select(0, origins)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return _add_rows(grad.new_zeros(ctx.shape), *ctx.saved_tensors, grad), None
+
+
+def _add_rows(sums: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Adds rows [n, ...] to the rows `index` [n] of `sums`, in place, in a fixed order: a resumed run repeats each bit. On a
+    GPU index_add_ has no such order; on a CPU index_put_ has none."""
+    return sums.index_put_((index,), rows, accumulate=True) if sums.is_cuda else sums.index_add_(0, index, rows)
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:
@@ -221,6 +241,6 @@ class _Convolution(torch.autograd.Function):
         taps = weight.to(wide).flip(-1).unbind(-1)
         d_source, d_taps = F.pad(grad * taps[0], (0, 0, 0, 1)), [(grad * source[:-1]).sum(0)]
         for tap, index in zip(taps[1:], ctx.before, strict=True):
-            d_source.index_add_(0, index, grad * tap)
+            _add_rows(d_source, index, grad * tap)
             d_taps.append((grad * source.index_select(0, index)).sum(0))
         return d_source[:-1].to(x.dtype), torch.stack(d_taps, dim=-1).flip(-1).to(weight.dtype), None

@@ -104,3 +104,23 @@ def test_a_step_is_one_batch_of_chunks():
     # 10: three chunks, then 5 and 2: two and one; 3: one chunk, then 1 and 9: one and three
     assert plan.steps == (2, 3, 2, 3, 1)
     assert [one.tolist() for one in plan.origins] == [[0, 1, 1], [0, 2], [0, 0, 1], [0]]
+
+
+@pytest.mark.gpu
+def test_a_gpu_repeats_each_bit_of_the_gradients():
+    """Eight answers go on from one prompt: their gradients meet in its last state and in its last tokens."""
+    starts = range(130, 130 + 8 * 70, 70)
+    segments = (Segment(0, 130, ((0, 130),)), *(Segment(at, at + 70, ((0, 130), (at, at + 70))) for at in starts))
+    plan, total = plan_delta(segments, torch.device("cuda"), back=3), segments[-1].query_end
+    sizes = [(K, 64), (K, 64), (K, R, 64), (K, R), (K, R), (512,)]
+    inputs = [torch.randn(total, *size, device="cuda", requires_grad=True) for size in sizes]
+    inputs.append(torch.randn(512, 4, device="cuda", requires_grad=True))
+
+    def gradients():
+        q, k, v, decay, strength, x, weight = inputs
+        out = gated_delta_rule(q, k, v, -decay.exp(), strength.sigmoid(), plan)
+        return torch.autograd.grad(out.square().sum() + causal_convolution(x, weight, plan).square().sum(), inputs)
+
+    first = gradients()
+    for _ in range(20):
+        assert all(map(torch.equal, gradients(), first))
