@@ -1,10 +1,11 @@
 """Evaluate a model on preference pairs: megadpo evaluate CONFIG [key=value ...] [--checkpoint FOLDER ...]
 
 Measures preference accuracy, margins and losses of policy.model_name (a Hugging Face folder, a hub name or a Megatron
-checkpoint, in any layout) on every set of data.val_data_paths. dpo.reference.model_name, if set, is the reference.
-Writes evaluation.json and pairs-<name>.jsonl to logger.log_dir. --checkpoint FOLDER replaces policy.model_name: FOLDER is a
-checkpoint, or a run's folder, which means all checkpoints in it. Each writes to a folder of its name in log_dir, and a table
-compares them. Runs in one process, with --nproc-per-node N, or under torchrun (-m megadpo evaluate ...).
+checkpoint, in any layout) on every set of data.val_data_paths, and on the pairs that data.holdout takes out of the training
+data. dpo.reference.model_name, if set, is the reference. Writes evaluation.json and pairs-<name>.jsonl to logger.log_dir.
+--checkpoint FOLDER replaces policy.model_name: FOLDER is a checkpoint, or a run's folder, which means all checkpoints in it.
+Each writes to a folder of its name in log_dir, and a table compares them. Runs in one process, with --nproc-per-node N, or
+under torchrun (-m megadpo evaluate ...).
 Exit code 0: done; 2: refused.
 """
 
@@ -28,7 +29,9 @@ from megadpo.train.check import checked_config
 def main(arguments: Sequence[str]) -> int:
     """Evaluate; returns the exit code. Raises UserError."""
     parser = command_parser(__name__, __doc__)
-    parser.add_argument("config", help="YAML file, or the name of a shipped config; data.train_data_path is not read")
+    parser.add_argument(
+        "config", help="YAML file, or the name of a shipped config; data.train_data_path is read only for data.holdout"
+    )
     parser.add_argument("overrides", nargs="*", help="key=value, e.g. policy.model_name=results/dpo/step_100")
     parser.add_argument(
         "--checkpoint", action="append", type=Path, default=[], metavar="FOLDER", help="may be given several times"

@@ -28,7 +28,7 @@ from megadpo.config.grid import Grid
 from megadpo.config.load import load_config
 from megadpo.config.no_effect import without_experts
 from megadpo.config.problems import ConfigError, DataError, Problem
-from megadpo.config.schema import Config
+from megadpo.config.schema import HOLDOUT, Config
 from megadpo.families import read_architecture
 
 if TYPE_CHECKING:
@@ -78,7 +78,9 @@ def show(options: argparse.Namespace, console: Console) -> None:
     from megadpo.model.source import resolve_source
     from megadpo.train import inputs
 
-    cfg = load_config(options.config, options.overrides, purpose="train" if options.set == TRAIN else "evaluate")
+    cfg = load_config(
+        options.config, options.overrides, purpose="train" if options.set in (TRAIN, HOLDOUT) else "evaluate"
+    )
     name = _set(cfg, options.set, inputs.TRAIN)
     source = resolve_source(cfg.policy.model_name, "policy.model_name", weights=False)
     arch = read_architecture(source.hf_files)

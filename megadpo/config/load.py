@@ -26,7 +26,7 @@ from megadpo.config.variants import import_plugins, option_fields
 from megadpo.files.atomic import write_then_rename
 
 Purpose = Literal["train", "evaluate"]
-"""train needs data.train_data_path, evaluate needs data.val_data_paths."""
+"""train needs data.train_data_path, evaluate a validation set."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, purpose: Purpose = "train") -> Config:
@@ -124,13 +124,14 @@ def _with_reason(problem: Problem) -> Problem:
 
 
 def _missing_data(cfg: Config, purpose: Purpose) -> list[Problem]:
-    if purpose == "train" and not any(path.strip() for path in cfg.data.train_paths):
+    reads_train = purpose == "train" or cfg.data.holdout is not None
+    if reads_train and not any(path.strip() for path in cfg.data.train_paths):
         fix = "set data.train_data_path in the file or on the command line"
         return [
             Problem("data.train_data_path", None, "a file, folder or hub name of training pairs; it is required", fix)
         ]
-    if purpose == "evaluate" and not cfg.data.val_data_paths:
-        fix = "set data.val_data_paths: {name: pairs.jsonl}"
+    if purpose == "evaluate" and not cfg.data.val_names:
+        fix = "set data.val_data_paths: {name: pairs.jsonl}, or data.holdout"
         return [Problem("data.val_data_paths", None, "one or more named sets to evaluate on", fix)]
     return []
 

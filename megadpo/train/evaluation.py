@@ -102,7 +102,7 @@ class Evaluator:
 
     def _open(self, cfg: Config) -> RunInputs:
         whole = dataclasses.replace(cfg, dpo=dataclasses.replace(cfg.dpo, val_batches=0))  # 0: every pair
-        inputs = open_run_inputs(whole, self.parallel.grid, sets=list(cfg.data.val_data_paths or {}))
+        inputs = open_run_inputs(whole, self.parallel.grid, sets=cfg.data.val_names)
         self.loaders = inputs.loaders
         self.notes = inputs.tokenizer_notes
         return inputs
@@ -160,7 +160,7 @@ def write_scores(path: Path, scores: list[PairScore]) -> None:
 
 
 def run_evaluation(configs: Sequence[Config], parallel: ParallelContext) -> int:
-    """Evaluates the policy of each config on every set of `data.val_data_paths`. Rank 0 writes and prints, and prints a table
+    """Evaluates the policy of each config on every validation set. Rank 0 writes and prints, and prints a table
     if there are several policies. The configs differ in policy.model_name and log_dir only. Returns the exit code."""
     if parallel.rank == 0:
         for cfg in configs:

@@ -64,7 +64,7 @@ def closing_words(cfg: Config, last_step: int, *, done_before: bool = False) -> 
     lines.append(f"checkpoints in {folder}: {', '.join(steps)}")
     best = ""
     if saving.metric_name is not None and len(steps) > 1:
-        best = f"; --best: by {parse_metric_name(saving.metric_name, list(cfg.data.val_data_paths or {})).key}"
+        best = f"; --best: by {parse_metric_name(saving.metric_name, cfg.data.val_names).key}"
     lines.append(f"export {steps[-1]}: megadpo export {shlex.quote(str(folder))} FOLDER{best}")
     return lines
 
