@@ -94,7 +94,7 @@ def prepare(options: argparse.Namespace) -> Job:
         raise ConfigError(Problem("policy.device", "cpu", f"auto or cuda with {what}", fix))
     arch, reference = architectures(cfg)
     cfg = without_experts(cfg, arch, reference or arch)
-    pairs, said = choose_pairs(cfg, options.lengths)
+    pairs, origin = choose_pairs(cfg, options.lengths)
     return Job(
         cfg=cfg,
         arch=arch,
@@ -103,7 +103,7 @@ def prepare(options: argparse.Namespace) -> Job:
         gpu=None if on_cpu else GPUS[options.gpu or "h100"],
         assumed=assumed,
         pairs=pairs,
-        said=said,
+        origin=origin,
     )
 
 

@@ -82,15 +82,17 @@ def without_experts(cfg: Config, *archs: Architecture) -> Config:
     names = [field.name for field in dataclasses.fields(MegatronConfig)]
     of_experts = [name for name in names if name.startswith(("moe_", "freeze_moe_"))]
     changes = {name: getattr(usual, name) for name in of_experts if getattr(given, name) != getattr(usual, name)}
-    said = [f"{name} {getattr(given, name)!r}" for name in changes]
-    said += [f"{one.where.removeprefix(f'{_MEG}.')} {one.value!r}" for one in cfg.refused_with_experts]
+    given_options = [f"{name} {getattr(given, name)!r}" for name in changes]
+    given_options += [f"{one.where.removeprefix(f'{_MEG}.')} {one.value!r}" for one in cfg.refused_with_experts]
     if given.activation_checkpointing and given.recompute_granularity == "selective":
         kept = tuple(one for one in given.recompute_modules if one not in _MODULES)
         if kept != given.recompute_modules:
-            said.append(f"recompute_modules {', '.join(one for one in given.recompute_modules if one in _MODULES)}")
+            given_options.append(
+                f"recompute_modules {', '.join(one for one in given.recompute_modules if one in _MODULES)}"
+            )
             changes |= {"recompute_modules": kept} if kept else {"activation_checkpointing": False}
-    if not said:
+    if not given_options:
         return cfg
     policy = dataclasses.replace(cfg.policy, megatron_cfg=dataclasses.replace(given, **changes))
-    note = f"{_MEG}: {', '.join(said)}: no effect: {archs[0].hf_class} has no experts"
+    note = f"{_MEG}: {', '.join(given_options)}: no effect: {archs[0].hf_class} has no experts"
     return dataclasses.replace(cfg, policy=policy, notes=(*cfg.notes, note), refused_with_experts=())

@@ -74,8 +74,8 @@ class DeltaNetFamily(Family):
 
     def rotary(self, config: HfConfig, head_dim: int, length: int) -> Rotary:
         spelling, given = given_rope(config)
-        said = {key: value for key, value in given.items() if key not in _OF_TEXTS}
-        return read_rope(config, head_dim, length, said=(spelling, said), partial=True)
+        rope = {key: value for key, value in given.items() if key not in _OF_TEXTS}
+        return read_rope(config, head_dim, length, rope=(spelling, rope), partial=True)
 
     def carried(self, arch: Architecture) -> tuple[str, ...]:
         return ("mtp.*",)

@@ -132,7 +132,7 @@ class Gemma3Text(Gemma2):
         if not isinstance(of_kind, Mapping):
             config.report(spelling, of_kind, "a JSON object")
             of_kind = {}
-        return read_rope(config, head_dim, length, said=(spelling, {**theta, **of_kind}))
+        return read_rope(config, head_dim, length, rope=(spelling, {**theta, **of_kind}))
 
     def slides(self, config: HfConfig, number: int) -> bool:
         return (number + 1) % config.size("sliding_window_pattern") != 0

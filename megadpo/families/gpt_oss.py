@@ -85,7 +85,7 @@ class GptOss(Family):
 
     def rotary(self, config: HfConfig, head_dim: int, length: int) -> Rotary:
         spelling, given = given_rope(config)
-        return read_rope(config, head_dim, length, said=(spelling, given or _YARN))
+        return read_rope(config, head_dim, length, rope=(spelling, given or _YARN))
 
     def refuse_quantised(self, config: HfConfig) -> None:
         given = config.raw.get("quantization_config")

@@ -33,8 +33,8 @@ class HunYuanDenseV1(Family):
         if not given.get("alpha") or given.get("rope_type", given.get("type")) != "dynamic":
             return read_rope(config, head_dim, length)
         # then transformers reads none of the other numbers
-        said = {key: value for key, value in given.items() if key not in _UNUSED | {"alpha", "type", "rope_type"}}
-        plain = read_rope(config, head_dim, length, said=(spelling, said))
+        rope = {key: value for key, value in given.items() if key not in _UNUSED | {"alpha", "type", "rope_type"}}
+        plain = read_rope(config, head_dim, length, rope=(spelling, rope))
         return Rotary(theta=plain.theta * given["alpha"] ** (head_dim / (head_dim - 2)), dims=plain.dims)
 
     def layer(self, arch: Architecture, number: int) -> tuple[Row, ...]:

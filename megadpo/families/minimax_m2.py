@@ -53,7 +53,7 @@ class MiniMaxM2(Family):
         turned = config.raw.get("rotary_dim")
         if turned is not None and "partial_rotary_factor" not in {*given, *config.raw}:
             given = {**given, "partial_rotary_factor": config.size("rotary_dim") / head_dim}
-        return read_rope(config, head_dim, length, said=(spelling, given), partial=True)
+        return read_rope(config, head_dim, length, rope=(spelling, given), partial=True)
 
     def layer(self, arch: Architecture, number: int) -> tuple[Row, ...]:
         return ATTENTION + QK_NORM_OF_ALL_HEADS + EXPERTS

@@ -56,10 +56,10 @@ class Olmo3(Olmo2):
         nested = {"full_attention", "sliding_attention"} & given.keys()
         if nested:
             of_kind = given.get(kind) or {}
-            said: Mapping[str, Any] = {"rope_theta": 5e5, **of_kind}
+            rope: Mapping[str, Any] = {"rope_theta": 5e5, **of_kind}
             if "truncate" in of_kind:  # transformers doesn't read it here
-                said = {key: value for key, value in said.items() if key != "truncate"}
-            return read_rope(config, head_dim, length, said=(f"{spelling}.{kind}", said))
+                rope = {key: value for key, value in rope.items() if key != "truncate"}
+            return read_rope(config, head_dim, length, rope=(f"{spelling}.{kind}", rope))
         if kind == "full_attention":
             return read_rope(config, head_dim, length)
         return Rotary(theta=5e5, dims=head_dim)

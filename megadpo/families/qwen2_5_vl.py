@@ -29,10 +29,10 @@ class Qwen2VL(Qwen2):
     def rotary(self, config: HfConfig, head_dim: int, length: int) -> Rotary:
         """Plain RoPE. (`mrope` has positions of time, height and width, which are equal for text.)"""
         spelling, given = given_rope(config)
-        said = {key: value for key, value in given.items() if key != "mrope_section"}
+        rope = {key: value for key, value in given.items() if key != "mrope_section"}
         if given.get("rope_type", given.get("type")) == "mrope":
-            said["rope_type"] = "default"
-        return read_rope(config, head_dim, length, said=(spelling, said))
+            rope["rope_type"] = "default"
+        return read_rope(config, head_dim, length, rope=(spelling, rope))
 
     def carried(self, arch: Architecture) -> tuple[str, ...]:
         return ("visual.*",)

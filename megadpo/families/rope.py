@@ -65,18 +65,18 @@ def read_rope(
     head_dim: int,
     max_position_embeddings: int,
     *,
-    said: tuple[str, Mapping[str, Any]] | None = None,
+    rope: tuple[str, Mapping[str, Any]] | None = None,
     partial: bool = False,
     interleaved: bool = False,
     also: Mapping[str, str] | None = None,
 ) -> Rotary:
     """Reads transformers 4's or transformers 5's keys, with the defaults of transformers/modeling_rope_utils.py.
 
-    said: the result of given_rope, or other settings in its form (default: the former). partial: whether only a part of a head
+    rope: the result of given_rope, or other settings in its form (default: the former). partial: whether only a part of a head
     may be rotated. also: the family's other names of RoPE types. `dynamic` is read as plain RoPE: it differs only beyond
     max_position_embeddings, where a run is refused.
     """
-    spelling, given = given_rope(config) if said is None else said
+    spelling, given = given_rope(config) if rope is None else rope
     theta = given.get("rope_theta", config.get("rope_theta"))
     theta = 10000.0 if theta is None else theta
     if isinstance(theta, bool) or not isinstance(theta, (int, float)) or theta <= 0:
@@ -105,7 +105,7 @@ def read_rope(
 def _sound_values(
     config: HfConfig, spelling: str, given: Mapping[str, Any], rope_type: object
 ) -> dict[str, Any] | None:
-    """The numbers that are said for `rope_type`; None where something is wrong with them, which is noted."""
+    """The numbers given for `rope_type`; None where something is wrong with them, which is noted."""
     if rope_type not in _KEYS:
         known = ", ".join(sorted(_KEYS))
         config.report(

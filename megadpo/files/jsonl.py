@@ -84,8 +84,8 @@ def read_object(line: Line, **options: Any) -> dict[str, Any]:
         byte = line.content[error.start]
         raise LineError("broken_utf8", f"the byte 0x{byte:02x} at column {error.start + 1}") from error
     except (ValueError, RecursionError) as error:
-        said = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
-        raise LineError("broken_json", f"broken JSON ({said})") from error
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
+        raise LineError("broken_json", f"broken JSON ({reason})") from error
     if not isinstance(value, dict):
         raise LineError("not_an_object", f"a JSON {type_name(value)}")
     return value

@@ -90,7 +90,7 @@ class Workload:
     """Number of counted global batches."""
     total: Pack
     """Their total, with padding."""
-    said: str
+    origin: str
     """The origin of the lengths, for the report."""
 
     @property
@@ -133,7 +133,7 @@ def texts(cfg: Config, pairs: PairGroups) -> Lengths:
     return pairs.text_tokens(labels)
 
 
-def workload(cfg: Config, arch: Architecture, pairs: PairGroups, said: str, *, dp: int) -> Workload:
+def workload(cfg: Config, arch: Architecture, pairs: PairGroups, origin: str, *, dp: int) -> Workload:
     """The first global batches, in the order of `pairs`, dealt out as in training.
 
     Raises ConfigError if there is no whole global batch, or if a pair or ranking is longer than a pack.
@@ -168,7 +168,7 @@ def workload(cfg: Config, arch: Architecture, pairs: PairGroups, said: str, *, d
         micro_batches=most,
         batches=batches,
         total=total,
-        said=said,
+        origin=origin,
     )
 
 
@@ -229,18 +229,18 @@ def stated_pairs(cfg: Config, stated: Sequence[int] | None) -> tuple[PairGroups,
             prompts = 1 if shares_prompt(cfg) else 2
             longest = min(longest, max((pack_tokens(cfg) - 2 * answer) // prompts + answer, answer + 1))
         stated = (max(longest - answer, 1), max(answer, 1), max(answer, 1))
-        said = (
+        origin = (
             f"no data read: every pair as long as the config allows, prompt {stated[0]} and answers {stated[1]} tokens "
             "(--lengths PROMPT,CHOSEN,REJECTED states others)"
         )
     else:
         prompt, *answers = stated
-        said = f"stated: every prompt of {prompt} tokens and its answers of {' and '.join(map(str, answers))}"
+        origin = f"stated: every prompt of {prompt} tokens and its answers of {' and '.join(map(str, answers))}"
         if prompt + max(answers) > longest:
             expected = f"prompt + answer of at most {longest} tokens (policy.max_total_sequence_length)"
             raise ConfigError(Problem("--lengths", ",".join(map(str, stated)), expected, "state shorter ones"))
     unit = math.comb(len(stated) - 1, 2) if cfg.dpo.loss.ranks else 1
-    return all_pairs(stated, unit * cfg.policy.train_global_batch_size), said
+    return all_pairs(stated, unit * cfg.policy.train_global_batch_size), origin
 
 
 def all_pairs(row: Sequence[int], at_least: int) -> PairGroups:

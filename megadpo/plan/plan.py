@@ -41,7 +41,7 @@ class Job:
     assumed: Assumptions
     pairs: PairGroups
     """The pairs in the order of the first epoch."""
-    said: str
+    origin: str
     """The origin of the lengths."""
 
     @property
@@ -138,7 +138,7 @@ def make_plan(job: Job) -> Plan:
     if problems:
         raise ConfigError(problems)
     grid = Grid.of(job.cfg, job.world_size)
-    work = workload(job.cfg, job.arch, job.pairs, job.said, dp=grid.data)
+    work = workload(job.cfg, job.arch, job.pairs, job.origin, dp=grid.data)
     flops = stage_flops(job.cfg, job.arch, job.reference, work.total)
     return Plan(
         job=job,

@@ -54,7 +54,7 @@ def _of_layout(plan: Plan) -> dict[str, Any]:
             "expert_data_parallel": plan.grid.expert_replicas,
             "sequence_parallel": plan.sequence_parallel,
         },
-        "lengths": plan.work.said,
+        "lengths": plan.work.origin,
         "pack_tokens": plan.pack_tokens,
         "pairs_per_step": plan.work.pairs_per_batch,
         "rankings_per_step": plan.work.rankings_per_batch,
@@ -92,7 +92,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     rankings = "" if work.rankings_per_batch is None else f"{work.rankings_per_batch} rankings, "
     console.print(
         f"A step: {rankings}{work.pairs_per_batch:g} pairs, {work.tokens_per_step:,.0f} tokens, "
-        f"{plan.flops_per_step / 1e15:.3g} PFLOP, {work.micro_batches} micro-batches for each rank ({work.said})."
+        f"{plan.flops_per_step / 1e15:.3g} PFLOP, {work.micro_batches} micro-batches for each rank ({work.origin})."
     )
     console.print(
         f"Pipeline: {plan.slots.idle} of {plan.slots.busy + plan.slots.idle} slots of a stage are idle (bubble "

@@ -193,7 +193,7 @@ class _Search:
         key = (grid.data, cfg.policy.make_sequence_length_divisible_by, micro_batch_multiple(cfg))
         if key not in self._dealt:
             try:
-                self._dealt[key] = workload(cfg, self.job.arch, self.job.pairs, self.job.said, dp=grid.data)
+                self._dealt[key] = workload(cfg, self.job.arch, self.job.pairs, self.job.origin, dp=grid.data)
             except ConfigError as error:  # padding leaves too little room for the longest pair
                 self.refused = self.refused or error.problems[0]
                 self._dealt[key] = None

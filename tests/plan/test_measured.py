@@ -65,7 +65,7 @@ def plan_of(path: str, overrides: list[str], world_size: int, lengths: Sequence[
             gpu=None,
             assumed=Assumptions(expert_load=1.0),
             pairs=all_pairs(lengths, cfg.policy.train_global_batch_size),
-            said="",
+            origin="",
         )
     )
 

@@ -103,9 +103,9 @@ def test_a_workload_is_what_the_loader_deals(tmp_path, overrides, count, batch_p
     )  # fmt: skip
     cfg = load_config(config, overrides)
     inputs = open_run_inputs(cfg, Grid(data=2), sets=[TRAIN], weights=False)
-    pairs, said = choose_pairs(cfg, None)
-    assert said.endswith(f"{count} pairs of 20 prompts" if cfg.data.group_prompts else f"{count} pairs")
-    work = workload(cfg, inputs.arch, pairs, said, dp=2)
+    pairs, origin = choose_pairs(cfg, None)
+    assert origin.endswith(f"{count} pairs of 20 prompts" if cfg.data.group_prompts else f"{count} pairs")
+    work = workload(cfg, inputs.arch, pairs, origin, dp=2)
     loader = inputs.train_loader
     deals = [deal for _, deal in loader.deals(0)]
     assert work.batches == len(deals) == count // batch_pairs and work.pairs_per_batch == batch_pairs
@@ -131,9 +131,9 @@ def test_stated_rankings_are_counted_whole(tmp_path):
     path = write_case(tmp_path / "case", SMALL, **sizes)
     cfg = load_config(path, ["dpo.loss_type=plackett_luce"])
     arch, _ = architectures(cfg)
-    pairs, said = choose_pairs(cfg, "100,50,50,50")
-    work = workload(cfg, arch, pairs, said, dp=1)
+    pairs, origin = choose_pairs(cfg, "100,50,50,50")
+    work = workload(cfg, arch, pairs, origin, dp=1)
     assert (work.rankings_per_batch, work.pairs_per_batch, work.batches) == (8, 24, 1)
     assert work.total.tokens == 8 * 250 and work.micro_batches == 2
     with pytest.raises(ConfigError, match="at least a ranking's 1100 tokens"):
-        workload(cfg, arch, choose_pairs(cfg, "100,250,250,250,250")[0], said, dp=1)
+        workload(cfg, arch, choose_pairs(cfg, "100,250,250,250,250")[0], origin, dp=1)

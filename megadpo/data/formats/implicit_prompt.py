@@ -27,10 +27,10 @@ def _transcripts(row: Row, place: Place, chosen: str, rejected: str) -> Preferen
             expected = "a prompt, or two transcripts of turns that begin with a blank line and 'Human:' or 'Assistant:'"
             fix = "add the prompt's field (data.prompt_key is its name), or begin the transcript's turns like this"
             problems.append(Problem(str(place), got, expected, fix))
-        elif turns[-1].role != "assistant" or not turns[-1].said.strip():
-            said = "without an answer at its end" if turns[-1].said.strip() else "empty at its end"
+        elif turns[-1].role != "assistant" or not turns[-1].words.strip():
+            problem = "without an answer at its end" if turns[-1].words.strip() else "empty at its end"
             expected, fix = "a transcript that ends with the assistant's text", "remove what follows it, or the row"
-            problems.append(Problem(str(place), f"a {name} transcript {said}", expected, fix))
+            problems.append(Problem(str(place), f"a {name} transcript {problem}", expected, fix))
     if problems:
         return problems
     shared = shared_turns(tuple(chosen_turns), tuple(rejected_turns))

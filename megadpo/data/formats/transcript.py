@@ -20,11 +20,11 @@ class Turn:
     role: str
     opening: str
     """For example a blank line and `Assistant:`. Empty if the opening is at the end of the prompt."""
-    said: str
+    words: str
 
     @property
     def text(self) -> str:
-        return self.opening + self.said
+        return self.opening + self.words
 
 
 def turns_of(text: str, *, inside_assistant: bool = False) -> list[Turn]:
@@ -46,6 +46,6 @@ def turns_of(text: str, *, inside_assistant: bool = False) -> list[Turn]:
 def messages_of(text: str, *, inside_assistant: bool = False) -> list[Message]:
     """The transcript's turns as chat messages, without surrounding white space. An empty last turn is left out."""
     turns = turns_of(text, inside_assistant=inside_assistant)
-    if turns and not turns[-1].said.strip() and turns[-1].role == "assistant":
+    if turns and not turns[-1].words.strip() and turns[-1].role == "assistant":
         turns.pop()
-    return [{"role": turn.role, "content": turn.said.strip()} for turn in turns]
+    return [{"role": turn.role, "content": turn.words.strip()} for turn in turns]

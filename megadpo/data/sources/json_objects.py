@@ -122,8 +122,8 @@ class _Text:
         return error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - _LONGEST_WORD
 
     def _broken(self, place: Place, error: Exception) -> _NotReadable:
-        said = f"{error.msg}: column {error.colno}" if _is_syntax(error) else error
-        return _NotReadable(place, broken_json(place, said))
+        reason = f"{error.msg}: column {error.colno}" if _is_syntax(error) else error
+        return _NotReadable(place, broken_json(place, reason))
 
     def _more(self) -> bool:
         """Reads on; False at the end of the file. As much again as there is, so that a long value is parsed few times."""

@@ -171,8 +171,8 @@ class PairTokenizer:
 
     def _says_nothing(self, message: Message) -> bool:
         """Whether an answer has only special tokens and white space, and calls no tool."""
-        said = str(message.get("content", "")) + str(message.get("reasoning_content", ""))
-        return not message.get("tool_calls") and self._only_special.fullmatch(said) is not None
+        text = str(message.get("content", "")) + str(message.get("reasoning_content", ""))
+        return not message.get("tool_calls") and self._only_special.fullmatch(text) is not None
 
     def _render(self, pair: PreferencePair, messages: list[Message], *, open_for_answer: bool) -> str:
         """The text of the conversation. Raises what the template raises."""

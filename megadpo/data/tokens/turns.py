@@ -68,7 +68,7 @@ def plain_pieces(pair: PreferencePair, answer: str, other: str, loss_on: LossOn)
     pieces: list[TurnPiece] = []
     for turn, in_loss in zip(turns, counted, strict=True):
         if in_loss:
-            pieces += [TurnPiece(turn.opening, False), TurnPiece(turn.said, True)]
+            pieces += [TurnPiece(turn.opening, False), TurnPiece(turn.words, True)]
         else:
             pieces.append(TurnPiece(turn.text, False))
     return _joined(pieces)

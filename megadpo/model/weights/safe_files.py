@@ -101,8 +101,8 @@ def read_data(file: Path | IO[bytes], name: str | Path) -> Any:
 
 
 def _refusal(file: Path | str, error: Exception, expected: str) -> ConfigError:
-    said = str(error)
-    if "WeightsUnpickler error:" in said:  # drop torch's advice to load without this check
-        said = said.partition("WeightsUnpickler error:")[2]
-    reason = (said.strip().splitlines() or [""])[0].partition(" Please use")[0]
+    message = str(error)
+    if "WeightsUnpickler error:" in message:  # drop torch's advice to load without this check
+        message = message.partition("WeightsUnpickler error:")[2]
+    reason = (message.strip().splitlines() or [""])[0].partition(" Please use")[0]
     return ConfigError(Problem(str(file), f"{type(error).__name__}: {reason}", expected, FIX))
