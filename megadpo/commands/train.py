@@ -17,14 +17,14 @@ from collections.abc import Sequence
 from megadpo.commands import command_parser, positive
 from megadpo.config.load import load_config
 from megadpo.launcher import add_rank_options, launch, split_rank_options, world_size
-from megadpo.train.check import check, checked_config
+from megadpo.train.check import asked_world_size, check, checked_config
 
 
 def main(arguments: Sequence[str]) -> int:
     """Check or train; returns the exit code. Raises UserError."""
     options = parse(arguments)
     if options.check:
-        return check(options.config, options.overrides, options.world_size)
+        return check(options.config, options.overrides, asked_world_size(options))
     ranks, own = split_rank_options(arguments)
     if ranks:
         load_config(options.config, options.overrides)  # an error is printed here, not by every rank
@@ -41,7 +41,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("config", help="YAML file, or the name of a shipped config such as dpo_megatron")
     parser.add_argument("overrides", nargs="*", help="key=value, e.g. dpo.max_num_steps=10")
     parser.add_argument("--check", action="store_true", help="only check; the same as megadpo check")
-    parser.add_argument("--world-size", type=positive, help="with --check: the number of ranks to check for")
+    parser.add_argument(
+        "--world-size", type=positive, help="with --check, and without the options below: the number of ranks"
+    )
     add_rank_options(parser)
     options = parser.parse_intermixed_args(arguments)
     if options.world_size is not None and not options.check:

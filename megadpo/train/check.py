@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from megadpo.config.architecture import Architecture
 from megadpo.config.check import check_layout
 from megadpo.config.load import Purpose, load_config
 from megadpo.config.no_effect import dropout_notes, warmup_notes, without_experts
-from megadpo.config.problems import Attempts, ConfigError
+from megadpo.config.problems import Attempts, ConfigError, Problem
 from megadpo.config.schema import Config
 from megadpo.families import read_architecture
 
@@ -63,6 +65,26 @@ def _slow_notes(cfg: Config, arch: Architecture) -> list[str]:
     ]
 
 
+def asked_world_size(options: argparse.Namespace) -> int | None:
+    """The ranks that a command line with --world-size and torchrun's options (`add_rank_options`) asks for: --world-size, or
+    --nnodes x --nproc-per-node; None if it says neither. Raises ConfigError if they differ, or have no number (auto, 1:4)."""
+    stated: int | None = options.world_size
+    if options.nnodes is None and options.nproc_per_node is None:
+        return stated
+    given = {"--nnodes": options.nnodes or "1", "--nproc-per-node": options.nproc_per_node or "1"}
+    unclear = {name: text for name, text in given.items() if not text.isdecimal() or int(text) == 0}
+    if unclear and stated is not None:
+        return stated
+    if unclear:
+        fix = "give the number, or --world-size"
+        raise ConfigError(Problem(name, text, "a number, to check for", fix) for name, text in unclear.items())
+    counted = math.prod(map(int, given.values()))
+    if stated not in (None, counted):
+        expected = f"{counted}, which is " + " x ".join(f"{name} {text}" for name, text in given.items())
+        raise ConfigError(Problem("--world-size", stated, expected, "leave it out"))
+    return counted
+
+
 def check(path: str, overrides: Sequence[str], world_size: int | None) -> int:
     """`megadpo check`: checks everything that does not need the weights, and downloads none. Prints a summary of the data files
     and the number of steps. Returns the exit code.
@@ -81,7 +103,9 @@ def check(path: str, overrides: Sequence[str], world_size: int | None) -> int:
     total_steps = cfg.dpo.total_steps(inputs.train_loader.batches_per_epoch)
     notes = [*cfg.notes, *warmup_notes(cfg, total_steps)]
     if inputs.source.from_hub or inputs.reference.from_hub:
-        notes.append("the hub's weights are not downloaded here; a run compares them with config.json when it loads them")
+        notes.append(
+            "the hub's weights are not downloaded here; a run compares them with config.json when it loads them"
+        )
     for line in [*notes, *inputs.reports]:
         print(line)
     print(f"{total_steps} steps; no problem found")

@@ -1,0 +1,50 @@
+"""How many ranks `megadpo check` checks for."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+from megadpo.commands import main, train
+from megadpo.config.problems import ConfigError
+from megadpo.train.check import asked_world_size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ranks"),
+    [
+        ([], None),
+        (["--rdzv-backend", "c10d"], None),
+        (["--world-size", "16"], 16),
+        (["--nproc-per-node", "8"], 8),
+        (["--nnodes=4"], 4),
+        (["--nnodes", "4", "--nproc-per-node", "8"], 32),
+        (["--nnodes", "4", "--nproc-per-node", "8", "--world-size", "32"], 32),
+        (["--nnodes", "1:4", "--nproc-per-node", "auto", "--world-size", "32"], 32),
+    ],
+)
+def test_the_number_is_that_of_the_ranks_which_would_be_started(arguments: list[str], ranks: int | None) -> None:
+    assert asked_world_size(train.parse(["demo", "--check", *arguments])) == ranks
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where", "expected"),
+    [
+        (["--nproc-per-node", "8", "--world-size", "16"], ["--world-size"], "8, which is --nnodes 1 x --nproc-per-node 8"),
+        (["--nnodes", "1:4", "--nproc-per-node", "auto"], ["--nnodes", "--nproc-per-node"], "a number, to check for"),
+        (["--nnodes", "0"], ["--nnodes"], "a number, to check for"),
+    ],
+)  # fmt: skip
+def test_two_numbers_or_none_are_refused(arguments: list[str], where: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        asked_world_size(train.parse(["demo", "--check", *arguments]))
+    assert [(one.where, one.expected) for one in refusal.value.problems] == [(name, expected) for name in where]
+
+
+@pytest.mark.parametrize("command", [["check"], ["train", "--check"]])
+def test_a_check_is_for_the_ranks_of_torchruns_options(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int | None] = []
+    module = importlib.import_module(f"megadpo.commands.{command[0]}")
+    monkeypatch.setattr(module, "check", lambda path, overrides, world_size: asked.append(world_size) or 0)
+    assert main([*command, "demo", "--nproc-per-node", "8"]) == 0 and asked == [8]
