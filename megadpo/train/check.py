@@ -52,7 +52,10 @@ def checked_config(
         problems += linked_out(source.hf_files)
     if problems:
         raise ConfigError(problems)
-    return dataclasses.replace(cfg, notes=(*cfg.notes, *dropout_notes(arch), *_slow_notes(cfg, arch)))
+    notes = [*cfg.notes, *dropout_notes(arch), *_slow_notes(cfg, arch)]
+    if purpose == "train" and cfg.checkpointing.enabled and not cfg.checkpointing.save_optimizer:
+        notes.append("checkpointing.save_optimizer: false: if this run is stopped, it can't be resumed")
+    return dataclasses.replace(cfg, notes=tuple(notes))
 
 
 def _slow_notes(cfg: Config, arch: Architecture) -> list[str]:

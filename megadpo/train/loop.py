@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 
 from megadpo.checkpoint import TrainingPosition
+from megadpo.config.schema import CheckpointingConfig
 from megadpo.data.batches.loader import GlobalBatch
 from megadpo.train.metrics_logger import MetricsLogger
 from megadpo.train.progress import ProgressLine
@@ -66,13 +67,22 @@ def _train(run: Run, logger: MetricsLogger, progress: ProgressLine, stop: StopWa
                 saver.save(position, wait=last or exit_code is not None)
                 started = time.perf_counter()
             if exit_code is not None and not last:
-                kept = f"newest checkpoint: step {saver.newest_step}; started again, it goes on from there"
-                kept = kept if saving.enabled else "checkpointing is off, nothing was saved"
+                kept = kept_words(saving, saver.newest_step)
                 progress.message_at_end(f"stopped after step {position.step}, {kept}")
                 return exit_code
             if last:
                 break
     return 0
+
+
+def kept_words(saving: CheckpointingConfig, newest_step: int) -> str:
+    """What a run that was stopped has saved, and what comes of it when the run is started again."""
+    if not saving.enabled:
+        return "checkpointing is off, nothing was saved"
+    newest = f"newest checkpoint: step {newest_step}"
+    if not saving.save_optimizer:
+        return f"{newest}; it has no optimizer state (checkpointing.save_optimizer: false), so this run can't go on from there"
+    return f"{newest}; started again, it goes on from there"
 
 
 def step_record(batch: GlobalBatch, outcome: StepOutcome, before: TrainingPosition, seconds: float) -> dict[str, float]:

@@ -54,7 +54,9 @@ def closing_words(cfg: Config, last_step: int, *, done_before: bool = False) -> 
     saving = cfg.checkpointing
     lines = [f"finished: {last_step:,} steps; metrics in {cfg.logger.log_dir}"]
     if done_before:
-        more = "raise dpo.max_num_steps or dpo.max_num_epochs to go on, name another checkpointing.checkpoint_dir to begin anew"
+        more = "name another checkpointing.checkpoint_dir to begin anew"
+        if saving.save_optimizer:
+            more = f"raise dpo.max_num_steps or dpo.max_num_epochs to go on, {more}"
         lines = [f"nothing to do: this run had finished, with step {last_step:,}; {more}"]
     if not saving.enabled:
         return [*lines, "checkpointing.enabled is false: nothing was saved"]

@@ -25,7 +25,7 @@ from megadpo.train.handed_on import own_files
 from megadpo.train.inputs import RunInputs
 from megadpo.train.policy import build_policy
 from megadpo.train.reference import attach_logps
-from megadpo.train.resume import changes, claim, data_settings, find_resume
+from megadpo.train.resume import changes, claim, data_settings, find_resume, require_optimizer
 from megadpo.train.step import Trainer
 from megadpo.train.watch import MachineWatch
 
@@ -82,6 +82,8 @@ def prepare(cfg: Config, parallel: ParallelContext) -> Run:
     resume, notes = find_resume(cfg, pairs, settings, parallel)
     if resume is not None and resume.position.step >= total_steps:
         raise RunFinished(resume.position.step, [*notes, *changes(cfg, resume)])
+    if resume is not None:
+        require_optimizer(resume)
     step = 0 if resume is None else resume.position.step
     notes += require_space(cfg, inputs.arch, parallel, step=step, total_steps=total_steps)
 
