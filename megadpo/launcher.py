@@ -32,6 +32,7 @@ _OPTIONS = {
     "--rdzv-id": "any name, the same on all",
     "--local-addr": "this node's own address",
 }
+_LAUNCHED = "MEGADPO_LAUNCHED_S"
 _OWN_WORDS = (0, 2, 74, 75, 130, 143)
 """Exit codes of ranks that said why they ended."""
 
@@ -55,6 +56,7 @@ def split_rank_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def launch(ranks: Sequence[str], command: Sequence[str], *, saves: bool) -> int:
     """Start `megadpo COMMAND` as the ranks that `ranks` (torchrun's options) asks for; returns the first failing rank's
     exit code, 128 + number for a signal, or 0. saves: the ranks answer SIGTERM by saving, and are waited for."""
+    os.environ[_LAUNCHED] = str(time.monotonic())
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
@@ -117,6 +119,12 @@ def ignore_at_exit(numbers: Iterable[signal.Signals]) -> None:
 def under_torchrun() -> bool:
     """Whether this process is a rank that torchrun, or `launch`, started."""
     return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def launched_s() -> float | None:
+    """time.monotonic() when `launch` began that started this rank; None without it. (The clock is the machine's.)"""
+    text = os.environ.get(_LAUNCHED)
+    return None if text is None else float(text)
 
 
 def world_size() -> int:

@@ -6,10 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
-from megadpo.launcher import split_rank_options
+from megadpo.launcher import launch, launched_s, split_rank_options
 from tests.helpers.distributed import REPOSITORY
 from tests.helpers.runs import make_config, make_model
 from tests.helpers.signals import exit_code_when_signalled_late
@@ -39,6 +40,15 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_signal_while_python_ends_changes_no_exit_code(number: signal.Signals) -> None:
     setup = "from megadpo.launcher import _signal_the_ranks_instead; _signal_the_ranks_instead()"
     assert exit_code_when_signalled_late(setup, number) == 143
+
+
+def test_ranks_are_told_when_the_launcher_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGADPO_LAUNCHED_S", "0")  # and is restored
+    told: list[float | None] = []
+    monkeypatch.setattr("torch.distributed.run.run", lambda options: told.append(launched_s()))
+    before_s = time.monotonic()
+    assert launch([], ["train"], saves=False) == 0
+    assert told[0] is not None and before_s <= told[0] <= time.monotonic()
 
 
 @pytest.fixture(scope="module")

@@ -12,16 +12,18 @@ docs/running.md.
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Sequence
 
 from megadpo.commands import command_parser, positive
 from megadpo.config.load import load_config
-from megadpo.launcher import add_rank_options, launch, split_rank_options, world_size
+from megadpo.launcher import add_rank_options, launch, launched_s, split_rank_options, world_size
 from megadpo.train.check import asked_world_size, check, checked_config
 
 
 def main(arguments: Sequence[str]) -> int:
     """Check or train; returns the exit code. Raises UserError."""
+    started_s = time.monotonic()  # before torch is imported, and before nodes wait for each other
     options = parse(arguments)
     if options.check:
         return check(options.config, options.overrides, asked_world_size(options))
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     cfg = checked_config(options.config, options.overrides, world_size())
     from megadpo.train.command import run_training  # imports torch: --help and refusals don't need it
 
-    return run_training(cfg)
+    return run_training(cfg, started_s=launched_s() or started_s)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 
 import pytest
 
@@ -58,7 +59,7 @@ def agreed_of_ranks(late: list[bool], signalled: list[bool]) -> int | None:
 
     parallel = initialize(Grid(), setup_device("cpu"))
     handler = signal.getsignal(signal.SIGTERM)
-    watcher = StopWatcher(parallel, must_save_by_s=0.0 if late[dist.get_rank()] else 3600.0)
+    watcher = StopWatcher(parallel, deadline_s=time.monotonic() + (0.0 if late[dist.get_rank()] else 3600.0))
     watcher.install()
     if signalled[dist.get_rank()]:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -78,6 +79,22 @@ def agreed_of_ranks(late: list[bool], signalled: list[bool]) -> int | None:
 )
 def test_every_rank_is_told_the_most_urgent_reason_of_any(late, signalled, code):
     assert run_distributed(agreed_of_ranks, 2, late, signalled, init_process_group=False) == [code, code]
+
+
+def train_when_launched_before(config: str, seconds: float) -> int:
+    """Target for run_distributed: `megadpo train` of a rank whose launcher was started so long ago."""
+    import os
+
+    os.environ["MEGADPO_LAUNCHED_S"] = str(time.monotonic() - seconds)
+    return train(config, ["checkpointing.checkpoint_must_save_by='00:01:00:00'"])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("seconds", "code"), [(3600.0, 75), (0.0, 0)])
+def test_the_time_to_save_by_counts_from_the_start_of_the_command(tmp_path, seconds, code):
+    config = make_config(tmp_path, make_model(tmp_path / "model"), checkpointing={"enabled": True})
+    assert run_distributed(train_when_launched_before, 1, str(config), seconds, init_process_group=False) == [code]
+    assert len(read_metrics(tmp_path / "logs")) == (1 if code else 3)
 
 
 def train_and_signal_in_validation(config: str, overrides: list[str], validations: int) -> int:
