@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import time
@@ -9,7 +10,7 @@ import time
 import pytest
 
 from tests.helpers.distributed import fork_server, run_distributed
-from tests.helpers.runs import make_config, make_model, read_metrics, train
+from tests.helpers.runs import evaluate, make_config, make_model, read_metrics, train, train_and_read
 from tests.helpers.signals import exit_code_when_signalled_late
 
 ALIVE = 7
@@ -79,6 +80,36 @@ def agreed_of_ranks(late: list[bool], signalled: list[bool]) -> int | None:
 )
 def test_every_rank_is_told_the_most_urgent_reason_of_any(late, signalled, code):
     assert run_distributed(agreed_of_ranks, 2, late, signalled, init_process_group=False) == [code, code]
+
+
+def train_and_signal_at_the_end(config: str) -> tuple[int, str]:
+    """Target for run_distributed: SIGTERM comes in the last step's validation; the exit code, and what was printed."""
+    from megadpo.train import loop
+
+    validate = loop.validate
+
+    def signalled(*given, **more):
+        signal.raise_signal(signal.SIGTERM)
+        return validate(*given, **more)
+
+    loop.validate = signalled
+    return train_and_read(config, [])
+
+
+@pytest.mark.distributed
+def test_a_stop_in_the_last_step_names_what_it_left_out_and_a_command_for_it(tmp_path):
+    config = make_config(
+        tmp_path,
+        make_model(tmp_path / "model"),
+        dpo={"max_num_steps": 1, "val_at_end": True},
+        checkpointing={"enabled": True},
+    )
+    [(code, printed)] = run_distributed(train_and_signal_at_the_end, 1, str(config), init_process_group=False)
+    assert code == 0 and "step 1 was not validated on held_out; this measures it: megadpo evaluate " in printed, printed
+    config, *arguments = printed.partition("megadpo evaluate ")[2].partition(" finished:")[0].split()
+    assert run_distributed(evaluate, 1, config, arguments, init_process_group=False) == [0]
+    measured = json.loads((tmp_path / "logs/step_1/evaluation.json").read_text())
+    assert measured["validation-held_out/pairs"] == 11 and "validation-held_out/rewards/margins" in measured
 
 
 def train_when_launched_before(config: str, seconds: float) -> int:
