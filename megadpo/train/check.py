@@ -48,6 +48,8 @@ def checked_config(
         # the reference runs in the policy's layout, so its shape must allow this layout too
         for one in check_layout(cfg, other, None):
             problems.append(dataclasses.replace(one, expected=f"{one.expected} (for dpo.reference.model_name)"))
+    if purpose == "evaluate":
+        problems += _adapter_of_no_reference(cfg)
     if purpose == "train" and cfg.checkpointing.enabled:
         problems += linked_out(source.hf_files)
     if problems:
@@ -56,6 +58,16 @@ def checked_config(
     if purpose == "train" and cfg.checkpointing.enabled and not cfg.checkpointing.save_optimizer:
         notes.append("checkpointing.save_optimizer: false: if this run is stopped, it can't be resumed")
     return dataclasses.replace(cfg, notes=tuple(notes))
+
+
+def _adapter_of_no_reference(cfg: Config) -> list[Problem]:
+    """A problem if an evaluation would have no reference that dpo.reference.adapter could be added to."""
+    reference = cfg.dpo.reference
+    if reference.adapter is None or reference.model_name is not None or reference.mode == "adapter_off":
+        return []
+    expected = "null without dpo.reference.model_name: an evaluation then has no reference to add it to"
+    fix = "set dpo.reference.model_name to the model that training started from, or remove the adapter"
+    return [Problem("dpo.reference.adapter", reference.adapter, expected, fix)]
 
 
 def _slow_notes(cfg: Config, arch: Architecture) -> list[str]:

@@ -1,14 +1,17 @@
-"""How many ranks `megadpo check` checks for."""
+"""What is checked at the start, and for how many ranks."""
 
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 
 import pytest
 
 from megadpo.commands import main, train
+from megadpo.config.load import Purpose
 from megadpo.config.problems import ConfigError
-from megadpo.train.check import asked_world_size
+from megadpo.train.check import asked_world_size, checked_config
+from tests.helpers.runs import make_config, make_model
 
 
 @pytest.mark.parametrize(
@@ -48,3 +51,21 @@ def test_a_check_is_for_the_ranks_of_torchruns_options(command: list[str], monke
     module = importlib.import_module(f"megadpo.commands.{command[0]}")
     monkeypatch.setattr(module, "check", lambda path, overrides, world_size: asked.append(world_size) or 0)
     assert main([*command, "demo", "--nproc-per-node", "8"]) == 0 and asked == [8]
+
+
+@pytest.mark.parametrize(
+    ("purpose", "options", "ignored"),
+    [
+        ("evaluate", [], True),
+        ("evaluate", ["dpo.reference.model_name={model}"], False),
+        ("train", [], False),
+    ],
+)
+def test_an_adapter_that_an_evaluation_would_ignore_is_refused(
+    purpose: Purpose, options: list[str], ignored: bool, tmp_path: Path
+) -> None:
+    model = make_model(tmp_path / "model")
+    overrides = [f"dpo.reference.adapter={tmp_path}", *(one.format(model=model) for one in options)]
+    with pytest.raises(ConfigError) as refusal:  # the folder has no adapter
+        checked_config(str(make_config(tmp_path, model)), overrides, 1, purpose)
+    assert any("has no reference to add it to" in one.expected for one in refusal.value.problems) == ignored
