@@ -38,7 +38,7 @@ def test_a_hub_model_is_checked_without_a_download_of_its_weights(
 def test_a_warm_up_that_outlasts_the_run_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = make_config(tmp_path, make_model(tmp_path / "model"), dpo={"max_num_steps": None})
     warmup = "policy.megatron_cfg.scheduler.lr_warmup_iters"
-    for steps, noted in ((3, False), (4, True)):
+    for steps, noted in ((4, False), (5, True)):
         assert main(["check", str(config), f"{warmup}={steps}"]) == 0
         printed = capsys.readouterr().out
-        assert (f"{warmup}: {steps}: the run ends after 4 steps" in printed) == noted, printed
+        assert (f"{warmup}: {steps}: the run ends after 5 steps" in printed) == noted, printed

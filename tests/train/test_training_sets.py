@@ -56,7 +56,12 @@ def test_a_mixture_resumes_bit_for_bit_and_not_with_other_weights(model: Path, t
 @pytest.mark.distributed
 def test_pairs_held_out_rank_checkpoints_and_are_evaluated(model: Path, tmp_path: Path) -> None:
     config = configured(tmp_path / "run", model)
-    ranked = ["checkpointing.metric_name=validation-holdout_loss", "dpo.max_num_steps=4", "dpo.val_batches=0"]
+    ranked = [
+        "checkpointing.metric_name=validation-holdout_loss",
+        "dpo.val_period=2",
+        "dpo.max_num_steps=4",
+        "dpo.val_batches=0",
+    ]
     assert go(config, *ranked).endswith("FOLDER; --best: by validation-holdout/loss")
     trained = read_metrics(config.parent / "logs")[-1]["validation-holdout/loss"]
     models = [f"policy.model_name={config.parent}/checkpoints/step_4", f"dpo.reference.model_name={model}"]
