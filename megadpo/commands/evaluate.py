@@ -24,6 +24,7 @@ from megadpo.config.problems import Attempts
 from megadpo.config.schema import Config
 from megadpo.launcher import add_rank_options, launch, split_rank_options, world_size
 from megadpo.train.check import checked_config
+from megadpo.train.refusals import before_groups
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     ranks, own = split_rank_options(arguments)
     if ranks:
         return launch(ranks, ["evaluate", *own], saves=False)
-    configs = _configs(options)
+    configs = before_groups(partial(_configs, options))
     from megadpo.train.command import run_evaluating  # imports torch: --help and refusals don't need it
 
     return run_evaluating(configs)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from megadpo.commands import command_parser
@@ -17,6 +18,7 @@ from megadpo.config.output_files import output_problems, picture_problems
 from megadpo.config.problems import ConfigError, Problem
 from megadpo.launcher import add_rank_options, launch, split_rank_options, world_size
 from megadpo.train.check import checked_config
+from megadpo.train.refusals import before_groups
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -43,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     from megadpo.parallel import destroy
     from megadpo.train.profile import draw, profile_run
 
-    cfg = checked_config(options.config, options.overrides, world_size())
+    cfg = before_groups(partial(checked_config, options.config, options.overrides, world_size()))
     problems = [
         Problem(name, value, "at least 1", "raise it")
         for name, value in (("--steps", options.steps), ("--warmup", options.warmup))

@@ -14,11 +14,13 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from megadpo.commands import command_parser, positive
 from megadpo.config.load import load_config
 from megadpo.launcher import add_rank_options, launch, launched_s, split_rank_options, world_size
 from megadpo.train.check import asked_world_size, check, checked_config
+from megadpo.train.refusals import before_groups
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -31,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     if ranks:
         load_config(options.config, options.overrides)  # an error is printed here, not by every rank
         return launch(ranks, ["train", *own], saves=True)
-    cfg = checked_config(options.config, options.overrides, world_size())
+    cfg = before_groups(partial(checked_config, options.config, options.overrides, world_size()))
     from megadpo.train.command import run_training  # imports torch: --help and refusals don't need it
 
     return run_training(cfg, started_s=launched_s() or started_s)

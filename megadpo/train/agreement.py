@@ -3,10 +3,9 @@ or settings on one node, training would hang or be wrong without an error."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import socket
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -19,8 +18,8 @@ from megadpo.config.tree import get
 from megadpo.config.types import names_files
 from megadpo.parallel import ParallelContext
 from megadpo.train.inputs import REFERENCE, TRAIN, RunInputs, open_run_inputs
+from megadpo.train.refusals import RankProblems, merged
 
-_MOST_NAMED = 3
 _ONE_CONFIG = "start every node with the same config, overrides and environment"
 
 
@@ -45,9 +44,11 @@ def open_together(cfg: Config, parallel: ParallelContext, *, sets: Collection[st
     dist.broadcast_object_list(first, src=0, group=parallel.host_group)
     problems = [*attempt.problems, *_differences(facts, *first[0])]
     found: list[Any] = [None] * parallel.world_size
-    dist.all_gather_object(found, (socket.gethostname(), problems), group=parallel.host_group)
-    if any(problems for _, problems in found):
-        raise ConfigError(_of_all([host for host, _ in found], [problems for _, problems in found]))
+    dist.all_gather_object(
+        found, RankProblems(parallel.rank, socket.gethostname(), problems), group=parallel.host_group
+    )
+    if problems := merged(found, parallel.world_size):
+        raise ConfigError(problems)
     assert inputs is not None
     return inputs
 
@@ -88,24 +89,3 @@ def _differences(mine: Mapping[str, Fact] | None, host: str, firsts: Mapping[str
         for field, (own, other) in pairs.items()
         if own.compared != other.compared
     ]
-
-
-def _of_all(hosts: Sequence[str], problems: Sequence[Sequence[Problem]]) -> list[Problem]:
-    """The problems of all ranks, each once. Those that not every rank has name the hosts."""
-    ranks: dict[str, tuple[Problem, list[int]]] = {}
-    for rank, some in enumerate(problems):
-        for one in some:
-            ranks.setdefault(str(one), (one, []))[1].append(rank)
-    return [
-        one if len(having) == len(hosts) else dataclasses.replace(one, where=f"{one.where} on {_places(hosts, having)}")
-        for one, having in ranks.values()
-    ]
-
-
-def _places(hosts: Sequence[str], ranks: Sequence[int]) -> str:
-    """Such as "node7 (rank 8)": each host with its first rank."""
-    first_of: dict[str, int] = {}
-    for rank in ranks:
-        first_of.setdefault(hosts[rank], rank)
-    named = [f"{host} (rank {rank})" for host, rank in first_of.items()]
-    return ", ".join(named[:_MOST_NAMED]) + (f" and {len(named) - _MOST_NAMED} more" if named[_MOST_NAMED:] else "")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
+
+import torch
 
 from megadpo.config.grid import Grid
 from megadpo.config.known import Known, find_problems
@@ -17,6 +20,7 @@ from megadpo.train.evaluation import run_evaluation
 from megadpo.train.loop import train
 from megadpo.train.metrics_logger import MetricsLogger
 from megadpo.train.progress import ProgressLine, print_banner
+from megadpo.train.refusals import before_groups
 from megadpo.train.report import banner_rows, choices, closing_words
 from megadpo.train.setup import RunFinished, prepare
 from megadpo.train.stop import StopWatcher
@@ -26,9 +30,7 @@ def run_evaluating(configs: Sequence[Config]) -> int:
     """Set up, evaluate each config's policy, tear down. Every rank."""
     end_with_launcher()
     cfg = configs[0]
-    device = setup_device(cfg.policy.device)
-    if problems := find_problems(Known(cfg=cfg, machine=machine(device))):
-        raise ConfigError(problems)
+    device = before_groups(partial(_checked_device, cfg))
     parallel = initialize(Grid.of(cfg), device)
     exit_code = run_evaluation(configs, parallel)
     destroy()
@@ -39,9 +41,8 @@ def run_training(cfg: Config, *, started_s: float) -> int:
     """Set up, train, tear down. Every rank. started_s: time.monotonic() when the command began, from which
     checkpointing.checkpoint_must_save_by counts."""
     end_with_launcher()
-    device = setup_device(cfg.policy.device, tensor_parallel=cfg.policy.megatron_cfg.tensor_model_parallel_size)
-    if problems := find_problems(Known(cfg=cfg, machine=machine(device))):
-        raise ConfigError(problems)
+    tensor_parallel = cfg.policy.megatron_cfg.tensor_model_parallel_size
+    device = before_groups(partial(_checked_device, cfg, tensor_parallel=tensor_parallel))
     parallel = initialize(Grid.of(cfg), device)
     first = parallel.rank == 0
     try:
@@ -71,3 +72,11 @@ def run_training(cfg: Config, *, started_s: float) -> int:
         print("\n".join(closing_words(cfg, run.total_steps)), flush=True)
     destroy()
     return exit_code
+
+
+def _checked_device(cfg: Config, *, tensor_parallel: int = 1) -> torch.device:
+    """`setup_device`. Raises ConfigError also for what this machine can't do."""
+    device = setup_device(cfg.policy.device, tensor_parallel=tensor_parallel)
+    if problems := find_problems(Known(cfg=cfg, machine=machine(device))):
+        raise ConfigError(problems)
+    return device

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from megadpo.config.grid import Grid
 from megadpo.config.schema import Config
 from megadpo.parallel import initialize, setup_device
 from megadpo.parallel.lifetime import end_with_launcher
+from megadpo.train.refusals import before_groups
 from megadpo.train.setup import prepare
 
 SHOWN = 14
@@ -70,7 +72,8 @@ def profile_run(cfg: Config, *, warmup: int, steps: int, trace: Path | None) -> 
         dpo=dataclasses.replace(cfg.dpo, max_num_steps=warmup + steps, max_num_epochs=warmup + steps),
         data=dataclasses.replace(cfg.data, val_data_paths=None),
     )
-    device = setup_device(cfg.policy.device, tensor_parallel=cfg.policy.megatron_cfg.tensor_model_parallel_size)
+    tensor_parallel = cfg.policy.megatron_cfg.tensor_model_parallel_size
+    device = before_groups(partial(setup_device, cfg.policy.device, tensor_parallel=tensor_parallel))
     run = prepare(cfg, initialize(Grid.of(cfg), device))
     batches = chain.from_iterable(map(run.inputs.train_loader.batches, count()))
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])

@@ -7,23 +7,8 @@ import shutil
 
 import pytest
 
-from megadpo.config.problems import Problem
-from megadpo.train.agreement import _of_all
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import evaluate_and_read, make_config, make_model, make_pairs, read_metrics, train_and_read
-
-
-def test_a_problem_is_there_once_with_the_hosts_that_have_it():
-    everywhere, some, one = (Problem(name, 1, "2", "change it") for name in ("a", "b", "c"))
-    hosts = ["node0", "node0", "node1", "node1", "node2", "node3"]
-    problems = _of_all(hosts, [[everywhere], [everywhere], [everywhere, some, one], *[[everywhere, some]] * 3])
-    assert [problem.where for problem in problems] == [
-        "a",
-        "b on node1 (rank 2), node2 (rank 4), node3 (rank 5)",
-        "c on node1 (rank 2)",
-    ]
-    many = _of_all([f"node{number}" for number in range(9)], [[], *[[some]] * 8])
-    assert many[0].where == "b on node1 (rank 1), node2 (rank 2), node3 (rank 3) and 5 more"
 
 
 def train_with_own(config: str, of_ranks: list[list[str]]) -> tuple[int, str]:
@@ -52,6 +37,8 @@ def config(tmp_path_factory):
         ("data.train_data_path={folder}/other.jsonl", "data.train_data_path", "other.jsonl: 40 pairs, 5 batches"),
         ("data.train_data_path={folder}/fewer.jsonl", "data.train_data_path", "fewer.jsonl: 24 pairs, 3 batches"),
         ("data.train_data_path={folder}/none.jsonl", "none.jsonl", "No such file"),
+        ("policy.model_name={folder}/none", "policy.model_name", "there is no such folder"),
+        ("policy.device=cuda", "policy.device", "a machine with CUDA"),
         ("dpo.seed=7", "dpo.seed", "got '7'; expected the same on every rank"),
     ],
 )
