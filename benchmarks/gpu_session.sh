@@ -23,8 +23,8 @@
 #   four    4 layers of Llama-3.1-8B: ours and TRL beside float64                                        2.7
 #
 # Default: first. What to run next is printed at the end. Where a command may take 10 minutes, one part a call.
-# A part that fails does not stop the next. One that came to its end is not run again in the same --out (--again: it is);
-# one that did not goes on from its file of results. --out: benchmarks/results/DATE by default. --wheels: installed into a
+# A part that fails does not stop the next. One that came to its end is not run again in the same --out with the same code
+# (--again: it is); one that did not goes on from its file of results. --out: benchmarks/results/DATE by default. --wheels: installed into a
 # folder of their own, without a network, in front of what is there. PYTHON: the interpreter (python3). LIMIT_S: seconds for
 # the whole call, wheels included (450 a part named). The exit code is 1 where a part failed.
 set -uo pipefail
@@ -46,11 +46,15 @@ limit=${LIMIT_S:-$((450 * ${#parts[@]}))}
 out=${out:-benchmarks/results/$(date +%F)}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
+code=$("$python" benchmarks/gpu_code.py) || exit 2
 left() { echo $((limit - SECONDS)); } # bash counts SECONDS from the script's start
 
 # note PART RC SECONDS: a line of session.jsonl
-note() { printf '{"part": "%s", "rc": %d, "seconds": %d, "date": "%s"}\n' "$1" "$2" "$3" "$(date -u +%FT%TZ)" >>"$out/session.jsonl"; }
-ended() { [[ -f $out/session.jsonl ]] && grep -q "\"part\": \"$1\", \"rc\": 0," "$out/session.jsonl"; }
+note() {
+  printf '{"part": "%s", "rc": %d, "seconds": %d, "date": "%s", "code": "%s"}\n' \
+    "$1" "$2" "$3" "$(date -u +%FT%TZ)" "$code" >>"$out/session.jsonl"
+}
+ended() { [[ -f $out/session.jsonl ]] && grep -q "\"part\": \"$1\", \"rc\": 0,.*\"code\": \"$code\"" "$out/session.jsonl"; }
 
 if [[ -n $wheels ]]; then
   site=$(mktemp -d)
