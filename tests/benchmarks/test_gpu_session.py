@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,7 +86,8 @@ echo "$*" >>{log}
 case "$*" in
   *import*) exit 1 ;;
   *gpu_code.py) echo "$CODE" ;;
-  *gpu_te.py*) exit 1 ;;
+  *gpu_kernels.py*) sleep "$KERNELS_S" ;;
+  *broken.whl | *gpu_te.py*) exit 1 ;;
   *gpu_head.py*) exit 3 ;;
   *gpu_machine*) echo '{{"gpu": "none"}}' ;;
 esac
@@ -99,17 +101,20 @@ def session(tmp_path):
     python.write_text(PYTHON.format(log=log))
     python.chmod(0o755)
 
-    def call(*arguments, limit_s=450, code="a"):
+    def call(*arguments, limit_s=450, code="a", out="out", killed_in=None):
+        """What came of the session, and what it asked for. killed_in: the script that it is killed in."""
         log.write_text("")
-        environment = {**os.environ, "PYTHON": str(python), "LIMIT_S": str(limit_s), "CODE": code}
-        command = [
-            "bash",
-            str(REPOSITORY / "benchmarks" / "gpu_session.sh"),
-            "--out",
-            str(tmp_path / "out"),
-            *arguments,
-        ]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        environment = {**os.environ, "PYTHON": str(python), "LIMIT_S": str(limit_s), "CODE": code, "KERNELS_S": "0"}
+        command = ["bash", str(REPOSITORY / "benchmarks" / "gpu_session.sh"), "--out", str(tmp_path / out), *arguments]
+        if killed_in is None:
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        else:
+            environment["KERNELS_S"] = "5"
+            done = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            while killed_in not in log.read_text() and done.poll() is None:
+                time.sleep(0.02)
+            done.kill()
+            done.wait()
         scripts = ("gpu_machine", "gpu_te.py", "gpu_kernels.py", "gpu_head", "gpu_tests", "four.json", "8b.json")
         asked = [next((name for name in scripts if name in line), None) for line in log.read_text().splitlines()]
         return done, [name for name in asked if name]
@@ -143,6 +148,33 @@ def test_the_first_hour_runs_every_part_and_goes_on_where_it_stopped(session, tm
     assert session("first")[1] == ["gpu_te.py", "gpu_head"]
     assert "gpu_machine" in session("first", "--again")[1]
     assert session("check", code="b")[1] == ["gpu_machine"], "another code has not run yet"
+
+
+def files_of(archive):
+    with tarfile.open(archive) as opened:
+        return {name.removeprefix("./") for name in opened.getnames()} - {"."}
+
+
+def test_a_session_goes_on_from_the_archive_of_the_one_before(session, tmp_path):
+    archive = tmp_path / "r.tgz"
+    _, asked = session("--pack", str(archive), "first", killed_in="gpu_kernels.py")
+    assert asked == ["gpu_machine", "gpu_te.py", "gpu_kernels.py"]
+    assert files_of(archive) == {"session.jsonl", "check.json", "check.log", "te.log"}
+    done, asked = session("--from", str(archive), "--pack", str(archive), "first", out="other")
+    assert asked == ["gpu_te.py", "gpu_kernels.py", "gpu_head", "four.json", "gpu_tests"], done.stderr
+    assert files_of(archive) == {one.name for one in (tmp_path / "other").iterdir()} and "four.log" in files_of(archive)
+    assert list(tmp_path.glob("*.part")) == []
+    done, asked = session("--from", str(tmp_path / "none.tgz"), "check", out="third")
+    assert (done.returncode, asked) == (2, [])
+
+
+def test_a_session_does_not_start_without_its_wheels(session, tmp_path):
+    (tmp_path / "wheels").mkdir()
+    done, asked = session("--wheels", str(tmp_path / "wheels"), "check")
+    assert (done.returncode, asked) == (2, []) and "nothing there" in done.stderr
+    (tmp_path / "wheels" / "broken.whl").touch()
+    done, asked = session("--wheels", str(tmp_path / "wheels"), "check")
+    assert (done.returncode, asked) == (2, []) and "could not be installed" in done.stderr
 
 
 def test_code_has_a_digest_that_every_change_changes(tmp_path):
