@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 
 from megadpo.config.architecture import Architecture
@@ -23,8 +24,10 @@ def checked_config(
     weights: bool = True,
 ) -> Config:
     """The config, checked with the model's config.json and the number of ranks. weights: also download a hub model's weights.
-    Raises ConfigError with every problem."""
+    Raises ConfigError with every problem. For training under tensor parallelism it sets CUDA_DEVICE_MAX_CONNECTIONS."""
     cfg = load_config(path, overrides, purpose=purpose)  # first: it needs no torch, and most refusals come from it
+    if purpose == "train" and cfg.policy.megatron_cfg.tensor_model_parallel_size > 1:
+        _start_kernels_in_order()
     from megadpo.lora.checkpoint import LoraCheckpoint
     from megadpo.lora.peft_folder import folder_problems
     from megadpo.lora.targets import lora_problems
@@ -51,6 +54,16 @@ def checked_config(
     if problems:
         raise ConfigError(problems)
     return dataclasses.replace(cfg, notes=(*cfg.notes, *dropout_notes(arch), *_slow_notes(cfg, arch)))
+
+
+def _start_kernels_in_order() -> None:
+    """With one queue, kernels start in the order of their calls. The backward pass needs that order to run a collective at the
+    same time as a matrix product (megatron-core: tensor_parallel/layers.py:525-560; Transformer Engine: module/base.py:1080);
+    without it both libraries warn that the two may run one after the other.
+
+    CUDA reads the variable when it starts, and the import of megatron-core starts it, by counting the GPUs
+    (dist_checkpointing/strategies/torch.py:64)."""
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def _slow_notes(cfg: Config, arch: Architecture) -> list[str]:
@@ -81,7 +94,9 @@ def check(path: str, overrides: Sequence[str], world_size: int | None) -> int:
     total_steps = cfg.dpo.total_steps(inputs.train_loader.batches_per_epoch)
     notes = [*cfg.notes, *warmup_notes(cfg, total_steps)]
     if inputs.source.from_hub or inputs.reference.from_hub:
-        notes.append("the hub's weights are not downloaded here; a run compares them with config.json when it loads them")
+        notes.append(
+            "the hub's weights are not downloaded here; a run compares them with config.json when it loads them"
+        )
     for line in [*notes, *inputs.reports]:
         print(line)
     print(f"{total_steps} steps; no problem found")

@@ -38,7 +38,7 @@ def run_evaluating(configs: Sequence[Config]) -> int:
 def run_training(cfg: Config) -> int:
     """Set up, train, tear down. Every rank."""
     end_with_launcher()
-    device = setup_device(cfg.policy.device, tensor_parallel=cfg.policy.megatron_cfg.tensor_model_parallel_size)
+    device = setup_device(cfg.policy.device)
     if problems := find_problems(Known(cfg=cfg, machine=machine(device))):
         raise ConfigError(problems)
     parallel = initialize(Grid.of(cfg), device)

@@ -69,7 +69,7 @@ def profile_run(cfg: Config, *, warmup: int, steps: int, trace: Path | None) -> 
         dpo=dataclasses.replace(cfg.dpo, max_num_steps=warmup + steps),
         data=dataclasses.replace(cfg.data, val_data_paths=None),
     )
-    device = setup_device(cfg.policy.device, tensor_parallel=cfg.policy.megatron_cfg.tensor_model_parallel_size)
+    device = setup_device(cfg.policy.device)
     run = prepare(cfg, initialize(Grid.of(cfg), device))
     batches = run.inputs.train_loader.batches(0)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.helpers.distributed import fork_server, run_distributed
+from tests.helpers.distributed import processes, run_distributed
 from tests.helpers.runs import make_config, make_model, read_metrics, train
 from tests.helpers.signals import exit_code_when_signalled_late
 
@@ -34,7 +34,7 @@ def signalled(first: int, last: int, window_s: float) -> None:
     ],
 )
 def test_only_a_later_ctrl_c_ends_the_process(first, last, window_s, code):
-    process = fork_server().Process(target=signalled, args=(int(first), int(last), window_s))
+    process = processes().Process(target=signalled, args=(int(first), int(last), window_s))
     process.start()
     process.join(120)
     assert process.exitcode == code
