@@ -16,7 +16,8 @@ Number = int | float | None
 
 
 class Sink(Protocol):
-    """An open logger. Both methods raise the errors of the disk or the client."""
+    """An open logger. Both methods raise the errors of the disk or the client. Those of metrics.jsonl end the run; of any
+    other logger they are printed."""
 
     def log(self, step: int, metrics: Mapping[str, Number]) -> None:
         """Writes the metrics of a step, with their full names. None: not known."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,55 @@ def test_mlflow_goes_on_with_a_run_that_is_named(tmp_path: Path, mlflow_client: 
     with MetricsLogger(logger_config(tmp_path / "logs", MLflow(run_id=run.info.run_id))) as logger:
         logger.log(1, {"train/loss": 0.5})
     assert mlflow_history(mlflow_client, run.info.run_id, "train/loss") == [(1, 0.5)]
+
+
+def test_what_mlflow_missed_in_an_outage_is_sent_later(
+    tmp_path: Path, mlflow_client: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    server, away = tmp_path / "logs" / "mlflow", tmp_path / "away"
+    with MetricsLogger(logger_config(tmp_path / "logs", MLflow())) as logger:
+        for step in range(1, 6):
+            if step == 2:
+                server.rename(away)
+            if step == 4:
+                away.rename(server)
+            logger.log(step, {"train/loss": step / 8, "train/grad_norm": float("nan")})
+    (run,) = mlflow_client.search_runs(["0"])
+    expected = [(step, step / 8) for step in range(1, 6)]
+    assert mlflow_history(mlflow_client, run.info.run_id, "train/loss") == expected
+    assert run.info.status == "FINISHED"
+    (words,) = caplog.messages
+    assert words.startswith("logger.mlflow could not log step 2 (")
+
+
+def test_an_mlflow_that_is_away_at_the_end_fails_no_run(
+    tmp_path: Path, mlflow_client: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with MetricsLogger(logger_config(tmp_path / "logs", MLflow())) as logger:
+        logger.log(1, {"train/loss": 0.5})
+        (tmp_path / "logs" / "mlflow").rename(tmp_path / "away")
+    (words,) = caplog.messages
+    assert words.startswith("logger.mlflow could not be closed (")
+
+
+def test_an_outage_of_mlflow_holds_up_the_run_a_little(
+    tmp_path: Path, mlflow_client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retries = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+    requests = []
+
+    def log_batch(self: Any, run_id: str, **given: Any) -> None:
+        requests.append(os.environ[retries])
+        time.sleep(0.1)
+        raise ConnectionError
+
+    monkeypatch.delenv(retries, raising=False)
+    with MetricsLogger(logger_config(tmp_path / "logs", MLflow())) as logger:
+        monkeypatch.setattr(type(mlflow_client), "log_batch", log_batch)
+        for step in range(1, 20):
+            logger.log(step, {"train/loss": 0.5})
+    assert requests == ["0", "0"], "for the first step and at the end"
+    assert retries not in os.environ
 
 
 @pytest.mark.parametrize(
