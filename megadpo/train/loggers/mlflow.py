@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ from megadpo.train.loggers.base import LoggedRun, Logger, Number
 
 RUN_ID_FILE = "mlflow_run_id"
 _MOST_METRICS, _MOST_PARAMS, _LONGEST_PARAM = 1000, 100, 6000
-"""MLflow's limits: metrics and parameters in one request, and characters of a parameter's value."""
+"""MLflow's limits: metrics in one request, parameters or tags in one, and characters of a parameter's value."""
 _MOST_UNSENT = 200_000
 """Values, some 5,000 steps (100 MB). If an outage is longer, the oldest are lost."""
 _WAIT_TIMES = 10
@@ -70,8 +71,7 @@ class MLflowRun:
             with _unless_set(MLFLOW_HTTP_REQUEST_MAX_RETRIES="2"):  # seven, over minutes, for a server that isn't there
                 self._client = MlflowClient(tracking_uri=address)
                 self._id = self._begin(options, options.run_id or known_id)
-                for some in _portions(sorted(_flat(run.config or {}))):
-                    self._client.log_batch(self._id, params=some)
+                self._log_config(dict(_flat(run.config or {})), run.resumed_step)
         except MlflowException as error:
             fix = f"correct logger.mlflow, or logger.mlflow_enabled: false ({first_line(error)})"
             raise ConfigError(
@@ -92,6 +92,17 @@ class MLflowRun:
             experiment = found.experiment_id
         started: str = self._client.create_run(experiment, run_name=options.run_name).info.run_id
         return started
+
+    def _log_config(self, config: Mapping[str, str], resumed_step: int) -> None:
+        """New keys become parameters. MLflow never changes a parameter, so what a resumed run changes becomes a tag."""
+        from mlflow.entities import Param, RunTag
+
+        logged = _logged_config(self._client.get_run(self._id).data)
+        for some in _portions(name for name in sorted(config) if name not in logged):
+            self._client.log_batch(self._id, params=[Param(name, config[name]) for name in some])
+        for some in _portions(name for name in sorted(config) if logged.get(name, config[name]) != config[name]):
+            tags = [RunTag(f"resumed_{resumed_step}.{name}", config[name]) for name in some]
+            self._client.log_batch(self._id, tags=tags)
 
     def log(self, step: int, metrics: Mapping[str, Number]) -> None:
         from mlflow.entities import Metric
@@ -147,9 +158,13 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
             yield f"{prefix}{name}", str(value)[:_LONGEST_PARAM]
 
 
-def _portions(params: list[tuple[str, str]]) -> Iterator[list[Any]]:
-    from mlflow.entities import Param
+def _logged_config(data: Any) -> dict[str, str]:
+    """The config as an MLflow run has it: its parameters, changed by the tags of one resume after the other."""
+    resumes = [found for tag in data.tags if (found := re.fullmatch(r"resumed_(\d+)\.(.+)", tag))]
+    resumes.sort(key=lambda found: int(found[1]))
+    return {**data.params, **{found[2]: data.tags[found[0]] for found in resumes}}
 
-    rest = iter(params)
-    while some := [Param(name, value) for name, value in islice(rest, _MOST_PARAMS)]:
+
+def _portions(names: Iterator[str]) -> Iterator[list[str]]:
+    while some := list(islice(names, _MOST_PARAMS)):
         yield some

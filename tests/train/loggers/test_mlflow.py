@@ -59,6 +59,26 @@ def test_mlflow_writes_a_run_and_goes_on_with_it_after_a_resume(tmp_path: Path, 
     assert len(mlflow_client.search_runs([experiment.experiment_id])) == 2
 
 
+def test_what_a_resumed_run_changes_is_a_tag(tmp_path: Path, mlflow_client: Any) -> None:
+    cfg = logger_config(tmp_path / "logs", MLflow())
+
+    def run(resumed_step: int, **config: Any) -> Any:
+        with MetricsLogger(cfg, resumed_step=resumed_step, run_config=config):
+            pass
+        (found,) = mlflow_client.search_runs(["0"])
+        return found.data.params, {key: value for key, value in found.data.tags.items() if "resumed" in key}
+
+    many = {f"key_{number}": 0 for number in range(150)}
+    params, tags = run(0, dpo={"seed": 42, "steps": 100}, **many)
+    assert tags == {}
+    more, tags = run(100, dpo={"seed": 42, "steps": 200}, new="x" * 7000, **many)
+    assert more == params | {"new": "x" * 6000} and tags == {"resumed_100.dpo.steps": "200"}
+    same, tags = run(1000, dpo={"seed": 42, "steps": 200}, new="x" * 7000, **many)
+    assert same == more and tags == {"resumed_100.dpo.steps": "200"}
+    _, tags = run(1100, dpo={"seed": 42, "steps": 100}, **dict.fromkeys(many, 1))
+    assert len(tags) == 152 and tags["resumed_1100.dpo.steps"] == "100" and tags["resumed_1100.key_149"] == "1"
+
+
 def test_mlflow_goes_on_with_a_run_that_is_named(tmp_path: Path, mlflow_client: Any) -> None:
     run = mlflow_client.create_run("0")
     with MetricsLogger(logger_config(tmp_path / "logs", MLflow(run_id=run.info.run_id))) as logger:
