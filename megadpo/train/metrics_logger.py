@@ -42,6 +42,8 @@ class MetricsLogger:
             raise ConfigError(problems)
         self.notes: list[str] = []
         """A line where the folder held the steps of an earlier run."""
+        self.exit_code = 0
+        """The run's, if the `with` block ends without an error: 75 or 143 after a stop. The loggers are closed with it."""
         self._sinks: list[Sink] = []
         self._last_step = resumed_step
         if not enabled:
@@ -103,7 +105,7 @@ class MetricsLogger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self.close(exit_code=0 if error is None else 1)
+            self.close(self.exit_code if error is None else 1)
         except Exception as closing_error:
             if error is None:
                 raise

@@ -23,7 +23,7 @@ class Sink(Protocol):
         """Writes the metrics of a step, with their full names. None: not known."""
 
     def close(self, exit_code: int) -> None:
-        """Closes the logger. exit_code: the run's."""
+        """Closes the logger. exit_code: the run's (docs/running.md); 1 after every error."""
 
 
 @dataclass(frozen=True)

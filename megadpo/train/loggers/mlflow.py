@@ -130,7 +130,7 @@ class MLflowRun:
             self._send()
         finally:
             with _one_short_try():
-                self._client.set_terminated(self._id, "FINISHED" if exit_code == 0 else "FAILED")
+                self._client.set_terminated(self._id, {0: "FINISHED", 1: "FAILED"}.get(exit_code, "KILLED"))
 
 
 def _one_short_try() -> contextlib.AbstractContextManager[None]:

@@ -79,6 +79,14 @@ def test_what_a_resumed_run_changes_is_a_tag(tmp_path: Path, mlflow_client: Any)
     assert len(tags) == 152 and tags["resumed_1100.dpo.steps"] == "100" and tags["resumed_1100.key_149"] == "1"
 
 
+@pytest.mark.parametrize(("exit_code", "status"), [(75, "KILLED"), (143, "KILLED"), (1, "FAILED")])
+def test_how_a_run_ended(tmp_path: Path, mlflow_client: Any, exit_code: int, status: str) -> None:
+    with MetricsLogger(logger_config(tmp_path / "logs", MLflow())) as logger:
+        logger.exit_code = exit_code
+    (run,) = mlflow_client.search_runs(["0"])
+    assert run.info.status == status
+
+
 def test_mlflow_goes_on_with_a_run_that_is_named(tmp_path: Path, mlflow_client: Any) -> None:
     run = mlflow_client.create_run("0")
     with MetricsLogger(logger_config(tmp_path / "logs", MLflow(run_id=run.info.run_id))) as logger:
