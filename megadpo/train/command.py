@@ -65,7 +65,7 @@ def run_training(cfg: Config) -> int:
             print_banner(rows)
             for note in logger.notes:
                 progress.message(note)
-        exit_code = train(run, logger, progress, stop)
+        exit_code = logger.exit_code = train(run, logger, progress, stop)
     if first and exit_code == 0:
         print("\n".join(closing_words(cfg, run.total_steps)), flush=True)
     destroy()

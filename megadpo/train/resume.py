@@ -16,11 +16,12 @@ import torch.distributed as dist
 import yaml
 
 from megadpo.checkpoint import CheckpointInfo, damages_together
-from megadpo.checkpoint.folder import move_aside, require_info, step_folders
+from megadpo.checkpoint.folder import require_info, step_folders
 from megadpo.config.load import as_written
 from megadpo.config.problems import ConfigError, Problem, SaveError, UserError
 from megadpo.config.schema import Config
 from megadpo.data.pairs import OpenedPairs
+from megadpo.files.atomic import move_aside
 from megadpo.lora.checkpoint import BASE
 from megadpo.lora.peft_folder import adapter_fingerprint
 from megadpo.model.manifest import checkpoint_before, no_manifest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -80,11 +81,15 @@ def test_every_rank_is_told_the_most_urgent_reason_of_any(late, signalled, code)
     assert run_distributed(agreed_of_ranks, 2, late, signalled, init_process_group=False) == [code, code]
 
 
-def train_and_signal_in_validation(config: str, overrides: list[str], validations: int) -> int:
-    """Target for run_distributed: SIGTERM comes to the last rank at its `validations`-th global batch of validation."""
+def train_and_signal_in_validation(config: str, overrides: list[str], validations: int, closed: Path) -> int:
+    """Target for run_distributed: SIGTERM comes to the last rank at its `validations`-th global batch of validation.
+    closed: a file for the exit code that the loggers are closed with."""
     import torch.distributed as dist
 
+    from megadpo.train.loggers.jsonl import JsonLines
     from megadpo.train.step import Trainer
+
+    JsonLines.close = lambda self, exit_code: closed.write_text(str(exit_code))
 
     evaluate, seen = Trainer.evaluate, []
 
@@ -108,8 +113,9 @@ def test_a_signal_in_validation_breaks_it_off_and_saves(tmp_path):
         dpo={"max_num_steps": 4, "val_period": 2, "val_global_batch_size": 1, "val_batches": 0},
         checkpointing={"enabled": True, "save_period": 2},
     )
-    codes = run_distributed(train_and_signal_in_validation, 2, str(config), [], 3, init_process_group=False)
-    assert codes == [143, 143]
+    closed = tmp_path / "closed"
+    codes = run_distributed(train_and_signal_in_validation, 2, str(config), [], 3, closed, init_process_group=False)
+    assert codes == [143, 143] and closed.read_text() == "143"
     assert (tmp_path / "checkpoints/step_2/megadpo.json").is_file()
     assert [(r["step"], "validation-held_out/loss" in r) for r in read_metrics(tmp_path / "logs")] == [
         (1, False),
@@ -117,5 +123,6 @@ def test_a_signal_in_validation_breaks_it_off_and_saves(tmp_path):
     ]
 
     started = ["dpo.val_at_start=true", f"checkpointing.checkpoint_dir={tmp_path / 'new'}"]
-    codes = run_distributed(train_and_signal_in_validation, 2, str(config), started, 1, init_process_group=False)
+    of = (str(config), started, 1, closed)
+    codes = run_distributed(train_and_signal_in_validation, 2, *of, init_process_group=False)
     assert codes == [143, 143] and not list((tmp_path / "new").glob("step_*"))
