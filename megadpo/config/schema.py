@@ -92,6 +92,12 @@ class DpoConfig:
         """The Loss of `loss_type` (megadpo/objective/losses.py) with its options."""
         return LOSSES.configured(self.loss_type, self.loss_options)
 
+    @property
+    def computes_preference_loss(self) -> bool:
+        """With weight 0 too, to be logged, unless it needs a reference and there is none."""
+        has_scores = self.reference.mode != "none" or not self.loss.reads_reference
+        return has_scores or self.preference_loss_weight != 0
+
     def total_steps(self, batches_per_epoch: int) -> int:
         """Optimizer steps of the whole run, given the global batches in one pass over the data."""
         by_epochs = self.max_num_epochs * batches_per_epoch

@@ -210,7 +210,7 @@ class GlobalBatchLoader:
         grid: Grid = ONE_RANK,
     ) -> GlobalBatchLoader:
         options = BatchOptions.from_config(cfg, pad_token_id=pad_token_id, training=training)
-        if cfg.dpo.loss.reads_rewards and cfg.dpo.preference_loss_weight != 0:
+        if cfg.dpo.loss.reads_rewards and cfg.dpo.computes_preference_loss:
             refuse_no_rewards(dataset, cfg.dpo.loss_type)
         return cls(dataset, options, work_model=WorkModel.of(arch), grid=grid)
 
