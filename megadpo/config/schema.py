@@ -142,8 +142,8 @@ class DataConfig:
     """true: a new order in each epoch, from dpo.seed and the epoch. false: file order."""
     group_prompts: bool = True
     """Put pairs with the same prompt into one pack where possible, and compute the prompt, each distinct answer, and what
-    answers begin with in common once. false: each pair alone. Loss and gradients are the same. Needs
-    policy.sequence_packing.share_prompt."""
+    answers begin with in common once. false: each pair alone. Loss and gradients of a global batch are the same; which pairs
+    are in it may differ, and then no run resumes with the other value. Needs policy.sequence_packing.share_prompt."""
     num_workers: CountOrZero = 1
     """0: batches are packed when they are needed. 1: ahead of time, in a background thread. A larger number is the same
     as 1."""

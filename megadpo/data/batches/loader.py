@@ -238,6 +238,15 @@ class GlobalBatchLoader:
         return self.groups.order(prompts.tolist(), self.options.global_batch_size)
 
     @property
+    def order_unit(self) -> str:
+        """What an epoch's order is an order of: it depends on nothing else but (seed, epoch), shares and batch size."""
+        if self.groups is None or not self.groups.prompts_in_common:
+            return "pairs"
+        if self.options.by_rankings:
+            return "rankings"
+        return "prompts" if self.options.shuffle else "pairs"
+
+    @property
     def mixture(self) -> list[str]:
         """A line for each set of a mixture: the pairs of it in an epoch. Empty without one."""
         if self.options.shares is None or not isinstance(self.dataset, ChosenPairs):
