@@ -21,7 +21,7 @@ from tests.model.weights.hf_models import CASES, LAYERS, MOE_CASES, make_hf_fold
 from tests.model.weights.model_worker import load_in_every_layout
 from tests.model.weights.stub import Stub
 
-LAYOUTS = [(1, 1), (2, 1), (4, 1), (2, 2)]  # (tensor, pipeline); tp 4 has more ranks than there are KV heads
+LAYOUTS = [(1, 1), (2, 1), (2, 2)]  # (tensor, pipeline)
 
 
 @pytest.fixture(scope="module")
