@@ -32,6 +32,7 @@ _OPTIONS = {
     "--rdzv-id": "any name, the same on all",
     "--local-addr": "this node's own address",
 }
+_LAUNCHED = "MEGADPO_LAUNCHED_S"
 _OWN_WORDS = (0, 2, 74, 75, 130, 143)
 """Exit codes of ranks that said why they ended."""
 
@@ -55,6 +56,7 @@ def split_rank_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def launch(ranks: Sequence[str], command: Sequence[str], *, saves: bool) -> int:
     """Start `megadpo COMMAND` as the ranks that `ranks` (torchrun's options) asks for; returns the first failing rank's
     exit code, 128 + number for a signal, or 0. saves: the ranks answer SIGTERM by saving, and are waited for."""
+    os.environ[_LAUNCHED] = str(time.monotonic())
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
@@ -64,6 +66,7 @@ def launch(ranks: Sequence[str], command: Sequence[str], *, saves: bool) -> int:
     here = ["--signals-to-handle", "SIGHUP,SIGQUIT"] if saves else []
     if saves:
         _signal_the_ranks_instead()
+    _end_while_there_is_no_rank()  # below: its thread must not get SIGUSR1 either
     try:
         run(parse_args([*ranks, *here, "-m", "megadpo", *command]))
     except ChildFailedError as error:
@@ -94,13 +97,42 @@ def _signal_the_ranks_instead() -> None:
 
     def wait_for_usr1() -> None:
         while True:
-            pass_on(signal.sigwait([signal.SIGUSR1]))
+            number = signal.sigwait([signal.SIGUSR1])
+            if _has_started_ranks():
+                pass_on(number)
+            else:
+                os.kill(os.getpid(), signal.SIGTERM)
 
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     signal.signal(signal.SIGTERM, pass_on)
     signal.signal(signal.SIGINT, pass_on)
     ignore_at_exit([signal.SIGTERM, signal.SIGINT])
     threading.Thread(target=wait_for_usr1, daemon=True).start()
+
+
+def _end_while_there_is_no_rank() -> None:
+    """From now on Ctrl-C and SIGTERM end this process at once, with code 130 or 143, if it has started no rank yet.
+
+    Until the nodes have met, which may take minutes, there is nothing to wait for. The main thread may be inside torch's store
+    then, where Python calls no signal handler; so a thread reads the signals' numbers.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing)
+
+    def watch() -> None:
+        while True:
+            for number in os.read(reading, 1):
+                if number in (signal.SIGINT, signal.SIGTERM) and not _has_started_ranks():
+                    os.write(2, f"stopped by {signal.Signals(number).name} before there was a rank\n".encode())
+                    os._exit(128 + number)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _has_started_ranks() -> bool:
+    """torch handles SIGQUIT from the moment at which it starts the ranks, so also after they have ended."""
+    return callable(signal.getsignal(signal.SIGQUIT))
 
 
 def ignore_at_exit(numbers: Iterable[signal.Signals]) -> None:
@@ -117,6 +149,12 @@ def ignore_at_exit(numbers: Iterable[signal.Signals]) -> None:
 def under_torchrun() -> bool:
     """Whether this process is a rank that torchrun, or `launch`, started."""
     return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def launched_s() -> float | None:
+    """time.monotonic() when `launch` began that started this rank; None without it. (The clock is the machine's.)"""
+    text = os.environ.get(_LAUNCHED)
+    return None if text is None else float(text)
 
 
 def world_size() -> int:

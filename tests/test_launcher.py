@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from megadpo.launcher import split_rank_options
+from megadpo import launcher
+from megadpo.launcher import launch, launched_s, split_rank_options
 from tests.helpers.distributed import REPOSITORY
 from tests.helpers.runs import make_config, make_model
 from tests.helpers.signals import exit_code_when_signalled_late
@@ -35,10 +40,76 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@contextlib.contextmanager
+def first_of_two() -> Iterator[tuple[list[str], Callable[[], None]]]:
+    """Options of the first of two nodes, and a function that returns when it waits for the other."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = free.getsockname()
+
+    def wait() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(address):
+                return
+            time.sleep(0.05)
+
+    yield ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{address[1]}"], wait
+
+
+@contextlib.contextmanager
+def second_of_two() -> Iterator[tuple[list[str], Callable[[], None]]]:
+    """The same of the second, whose main thread waits in C++."""
+    with socket.create_server(("127.0.0.1", 0)) as first, contextlib.ExitStack() as accepted:
+        first.settimeout(60)
+
+        def wait() -> None:
+            accepted.enter_context(first.accept()[0])
+
+        port = str(first.getsockname()[1])
+        yield ["--node-rank", "1", "--master-addr", "127.0.0.1", "--master-port", port], wait
+
+
+@pytest.mark.parametrize(
+    ("node", "number", "code"),
+    [
+        (first_of_two, signal.SIGUSR1, 143),
+        pytest.param(first_of_two, signal.SIGTERM, 143, marks=pytest.mark.slow),
+        pytest.param(first_of_two, signal.SIGINT, 130, marks=pytest.mark.slow),
+        (second_of_two, signal.SIGINT, 130),
+    ],
+)
+def test_a_signal_ends_a_node_that_waits_for_others(
+    node: Callable[[], contextlib.AbstractContextManager[tuple[list[str], Callable[[], None]]]],
+    number: signal.Signals,
+    code: int,
+) -> None:
+    with node() as (options, wait):
+        command = [sys.executable, "-m", "megadpo", "train", "--nnodes", "2", "--nproc-per-node", "1", *options, "demo"]
+        with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as process:
+            try:
+                wait()
+                time.sleep(1)
+                process.send_signal(number)
+                _, printed = process.communicate(timeout=20)
+            finally:
+                process.kill()
+    assert process.returncode == code and printed.endswith("before there was a rank\n"), printed
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_while_python_ends_changes_no_exit_code(number: signal.Signals) -> None:
     setup = "from megadpo.launcher import _signal_the_ranks_instead; _signal_the_ranks_instead()"
     assert exit_code_when_signalled_late(setup, number) == 143
+
+
+def test_ranks_are_told_when_the_launcher_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGADPO_LAUNCHED_S", "0")  # and is restored
+    monkeypatch.setattr(launcher, "_end_while_there_is_no_rank", lambda: None)
+    told: list[float | None] = []
+    monkeypatch.setattr("torch.distributed.run.run", lambda options: told.append(launched_s()))
+    before_s = time.monotonic()
+    assert launch([], ["train"], saves=False) == 0
+    assert told[0] is not None and before_s <= told[0] <= time.monotonic()
 
 
 @pytest.fixture(scope="module")

@@ -101,7 +101,7 @@ def load_training_state(
 
     In the same layout the next losses have the same bits. In another layout, or from a GPU to a CPU, random-number states
     start again from the seed. Collectives: those of dist_checkpointing.load. Raises ConfigError if the optimizer state is
-    of another kind or absent.
+    of another kind.
     """
     _check_optimizer(info, optimizer)
     weights = sharded_adapters(model, parallel.grid) if lora else _wanted_weights(model)
@@ -209,9 +209,6 @@ class _DataOnlyPlanner(torch_strategy.MCoreLoadPlanner):
 
 def _check_optimizer(info: CheckpointInfo, optimizer: MegatronOptimizer) -> None:
     where, here = "checkpointing.checkpoint_dir", optimizer_format(optimizer)
-    if not info.has_optimizer:
-        fix = "start in another checkpoint_dir with policy.model_name set to this folder"
-        raise ConfigError([Problem(where, str(info.path), "a checkpoint with optimizer state to resume from", fix)])
     if info.optimizer_format != here:
         fix = (
             "resume with the same optimizer, optimizer.adam_impl (AdamW: torch, FusedAdam: transformer_engine or triton) and "

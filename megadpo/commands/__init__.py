@@ -89,7 +89,10 @@ def command_parser(module: str, text: str | None) -> argparse.ArgumentParser:
     """The parser of the command in `module`, whose docstring is `text`."""
     name = module.rpartition(".")[2].rstrip("_")
     described = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(prog=f"megadpo {name}", description=text, formatter_class=described)
+    # no abbreviations: split_rank_options wouldn't know them
+    return argparse.ArgumentParser(
+        prog=f"megadpo {name}", description=text, formatter_class=described, allow_abbrev=False
+    )
 
 
 def positive(text: str) -> int:

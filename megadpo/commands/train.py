@@ -12,19 +12,21 @@ docs/running.md.
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Sequence
 
 from megadpo.commands import command_parser, positive
 from megadpo.config.load import load_config
-from megadpo.launcher import add_rank_options, launch, split_rank_options, world_size
-from megadpo.train.check import check, checked_config
+from megadpo.launcher import add_rank_options, launch, launched_s, split_rank_options, world_size
+from megadpo.train.check import asked_world_size, check, checked_config
 
 
 def main(arguments: Sequence[str]) -> int:
     """Check or train; returns the exit code. Raises UserError."""
+    started_s = time.monotonic()  # before torch is imported, and before nodes wait for each other
     options = parse(arguments)
     if options.check:
-        return check(options.config, options.overrides, options.world_size)
+        return check(options.config, options.overrides, asked_world_size(options))
     ranks, own = split_rank_options(arguments)
     if ranks:
         load_config(options.config, options.overrides)  # an error is printed here, not by every rank
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     cfg = checked_config(options.config, options.overrides, world_size())
     from megadpo.train.command import run_training  # imports torch: --help and refusals don't need it
 
-    return run_training(cfg)
+    return run_training(cfg, started_s=launched_s() or started_s)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -41,7 +43,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("config", help="YAML file, or the name of a shipped config such as dpo_megatron")
     parser.add_argument("overrides", nargs="*", help="key=value, e.g. dpo.max_num_steps=10")
     parser.add_argument("--check", action="store_true", help="only check; the same as megadpo check")
-    parser.add_argument("--world-size", type=positive, help="with --check: the number of ranks to check for")
+    parser.add_argument(
+        "--world-size", type=positive, help="with --check, and without the options below: the number of ranks"
+    )
     add_rank_options(parser)
     options = parser.parse_intermixed_args(arguments)
     if options.world_size is not None and not options.check:

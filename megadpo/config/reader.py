@@ -182,6 +182,16 @@ def dotted_paths(cls: type, prefix: str = "") -> Iterator[str]:
             yield from dotted_paths(below, f"{prefix}{name}.")
 
 
+def leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, annotation) of all keys of dataclass `cls` that are no sections."""
+    for name, key in keys_of(cls).items():
+        below = section_of(key.annotation)
+        if below is None:
+            yield f"{prefix}{name}", key.annotation
+        else:
+            yield from leaves(below, f"{prefix}{name}.")
+
+
 def section_of(annotation: Any) -> type | None:
     """The dataclass of a section; None for the annotation of a value."""
     option = unwrap(annotation)[0][0]

@@ -157,3 +157,7 @@ def _must_save_by(known: Known) -> Iterator[Problem]:
     if not known.cfg.checkpointing.enabled:
         fix = "set it to null, or checkpointing.enabled: true"
         yield Problem(where, text, "null with checkpointing.enabled false: a run that stops would begin again", fix)
+    elif not known.cfg.checkpointing.save_optimizer:
+        fix = "set it to null, or checkpointing.save_optimizer: true"
+        expected = "null with checkpointing.save_optimizer false: a run that stops can't go on from its checkpoint"
+        yield Problem(where, text, expected, fix)

@@ -201,7 +201,7 @@ class CheckpointingConfig:
     which is kept for the next save. A stop and the end of the run wait for the files. NeMo RL's
     policy.megatron_cfg.checkpoint.async_save and checkpointing.is_async mean the same."""
     checkpoint_must_save_by: str | None = None
-    """DD:HH:MM:SS after the start: save, then stop. null: no limit."""
+    """DD:HH:MM:SS after the start of the command (below torchrun: of the rank): save, then stop. null: no limit."""
     save_optimizer: bool = True
     """false: weights only, for an export or as another run's starting model. A run can't resume from them."""
 

@@ -67,6 +67,12 @@ Text = Annotated[str, NotEmpty()]
 PathText = Annotated[str, NotEmpty(), FitsPath()]
 """A path, or a name of a model or data set, which may be a path."""
 
+
+def names_files(annotation: Any) -> bool:
+    """Whether values of this type name files, folders, models or data sets."""
+    return isinstance(annotation, FitsPath) or any(names_files(one) for one in get_args(annotation))
+
+
 Precision = Literal["bfloat16", "float32"]
 """NeMo RL's names. float16 is not offered: it needs a loss scaler, which bfloat16 makes unnecessary."""
 

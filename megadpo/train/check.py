@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 
@@ -10,7 +12,7 @@ from megadpo.config.architecture import Architecture
 from megadpo.config.check import check_layout
 from megadpo.config.load import Purpose, load_config
 from megadpo.config.no_effect import dropout_notes, warmup_notes, without_experts
-from megadpo.config.problems import Attempts, ConfigError
+from megadpo.config.problems import Attempts, ConfigError, Problem
 from megadpo.config.schema import Config
 from megadpo.families import read_architecture
 
@@ -49,11 +51,26 @@ def checked_config(
         # the reference runs in the policy's layout, so its shape must allow this layout too
         for one in check_layout(cfg, other, None):
             problems.append(dataclasses.replace(one, expected=f"{one.expected} (for dpo.reference.model_name)"))
+    if purpose == "evaluate":
+        problems += _adapter_of_no_reference(cfg)
     if purpose == "train" and cfg.checkpointing.enabled:
         problems += linked_out(source.hf_files)
     if problems:
         raise ConfigError(problems)
-    return dataclasses.replace(cfg, notes=(*cfg.notes, *dropout_notes(arch), *_slow_notes(cfg, arch)))
+    notes = [*cfg.notes, *dropout_notes(arch), *_slow_notes(cfg, arch)]
+    if purpose == "train" and cfg.checkpointing.enabled and not cfg.checkpointing.save_optimizer:
+        notes.append("checkpointing.save_optimizer: false: if this run is stopped, it can't be resumed")
+    return dataclasses.replace(cfg, notes=tuple(notes))
+
+
+def _adapter_of_no_reference(cfg: Config) -> list[Problem]:
+    """A problem if an evaluation would have no reference that dpo.reference.adapter could be added to."""
+    reference = cfg.dpo.reference
+    if reference.adapter is None or reference.model_name is not None or reference.mode == "adapter_off":
+        return []
+    expected = "null without dpo.reference.model_name: an evaluation then has no reference to add it to"
+    fix = "set dpo.reference.model_name to the model that training started from, or remove the adapter"
+    return [Problem("dpo.reference.adapter", reference.adapter, expected, fix)]
 
 
 def _start_kernels_in_order() -> None:
@@ -74,6 +91,26 @@ def _slow_notes(cfg: Config, arch: Architecture) -> list[str]:
         f"{arch.hf_class}: linear attention runs in torch's own operations, on a GPU too, where kernels made for it "
         "would be faster; megadpo has none (docs/families.md)"
     ]
+
+
+def asked_world_size(options: argparse.Namespace) -> int | None:
+    """The ranks that a command line with --world-size and torchrun's options (`add_rank_options`) asks for: --world-size, or
+    --nnodes x --nproc-per-node; None if it says neither. Raises ConfigError if they differ, or have no number (auto, 1:4)."""
+    stated: int | None = options.world_size
+    if options.nnodes is None and options.nproc_per_node is None:
+        return stated
+    given = {"--nnodes": options.nnodes or "1", "--nproc-per-node": options.nproc_per_node or "1"}
+    unclear = {name: text for name, text in given.items() if not text.isdecimal() or int(text) == 0}
+    if unclear and stated is not None:
+        return stated
+    if unclear:
+        fix = "give the number, or --world-size"
+        raise ConfigError(Problem(name, text, "a number, to check for", fix) for name, text in unclear.items())
+    counted = math.prod(map(int, given.values()))
+    if stated not in (None, counted):
+        expected = f"{counted}, which is " + " x ".join(f"{name} {text}" for name, text in given.items())
+        raise ConfigError(Problem("--world-size", stated, expected, "leave it out"))
+    return counted
 
 
 def check(path: str, overrides: Sequence[str], world_size: int | None) -> int:

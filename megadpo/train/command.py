@@ -35,8 +35,9 @@ def run_evaluating(configs: Sequence[Config]) -> int:
     return exit_code
 
 
-def run_training(cfg: Config) -> int:
-    """Set up, train, tear down. Every rank."""
+def run_training(cfg: Config, *, started_s: float) -> int:
+    """Set up, train, tear down. Every rank. started_s: time.monotonic() when the command began, from which
+    checkpointing.checkpoint_must_save_by counts."""
     end_with_launcher()
     device = setup_device(cfg.policy.device)
     if problems := find_problems(Known(cfg=cfg, machine=machine(device))):
@@ -51,7 +52,7 @@ def run_training(cfg: Config) -> int:
         destroy()
         return 0
     must_save_by = cfg.checkpointing.checkpoint_must_save_by
-    stop = StopWatcher(parallel, None if must_save_by is None else parse_duration_s(must_save_by))
+    stop = StopWatcher(parallel, None if must_save_by is None else started_s + parse_duration_s(must_save_by))
     stop.install()
     chosen = choices(run)
     rows = banner_rows(run, chosen)

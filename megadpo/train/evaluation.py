@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,11 @@ from megadpo.model.gpt import PairModel
 from megadpo.objective.dpo import metric_names
 from megadpo.parallel import ParallelContext
 from megadpo.reference import ResidentReference, SwitchedReference, weighted_logps
-from megadpo.train.inputs import RunInputs, open_run_inputs
+from megadpo.train.agreement import open_together
+from megadpo.train.inputs import RunInputs
 from megadpo.train.metrics import MetricSums
 from megadpo.train.reference import build_reference, reference_adapters
-from megadpo.train.resume import require_writable
+from megadpo.train.resume import from_first_rank, require_writable
 from megadpo.train.setup import seed_everything
 from megadpo.train.step import pair_loss, whole_logps
 
@@ -102,7 +104,7 @@ class Evaluator:
 
     def _open(self, cfg: Config) -> RunInputs:
         whole = dataclasses.replace(cfg, dpo=dataclasses.replace(cfg.dpo, val_batches=0))  # 0: every pair
-        inputs = open_run_inputs(whole, self.parallel.grid, sets=cfg.data.val_names)
+        inputs = open_together(whole, self.parallel, sets=cfg.data.val_names)
         self.loaders = inputs.loaders
         self.notes = inputs.tokenizer_notes
         return inputs
@@ -162,9 +164,8 @@ def write_scores(path: Path, scores: list[PairScore]) -> None:
 def run_evaluation(configs: Sequence[Config], parallel: ParallelContext) -> int:
     """Evaluates the policy of each config on every validation set. Rank 0 writes and prints, and prints a table
     if there are several policies. The configs differ in policy.model_name and log_dir only. Returns the exit code."""
-    if parallel.rank == 0:
-        for cfg in configs:
-            require_writable(Path(cfg.logger.log_dir), "logger.log_dir")
+    for cfg in configs:
+        from_first_rank(parallel, partial(require_writable, Path(cfg.logger.log_dir), "logger.log_dir"))
     evaluator = Evaluator(configs[0], parallel)
     records: dict[str, dict[str, float | None]] = {}
     for cfg in configs:

@@ -7,9 +7,11 @@ import time
 from collections.abc import Iterator, Mapping
 
 from megadpo.checkpoint import TrainingPosition
+from megadpo.config.schema import CheckpointingConfig
 from megadpo.data.batches.loader import GlobalBatch
 from megadpo.train.metrics_logger import MetricsLogger
 from megadpo.train.progress import ProgressLine
+from megadpo.train.report import not_validated_words
 from megadpo.train.saving import Saver
 from megadpo.train.setup import Run, position_after
 from megadpo.train.step import NonFiniteLoss, StepOutcome
@@ -54,8 +56,9 @@ def _train(run: Run, logger: MetricsLogger, progress: ProgressLine, stop: StopWa
 
             last = position.step == run.total_steps
             due = last or position.step % saving.save_period == 0
+            validates = validation_due(run, position.step, last=last, save=saving.enabled and due)
             # after a signal there are 30 seconds: save at once, without validation
-            if exit_code is None and validation_due(run, position.step, last=last, save=saving.enabled and due):
+            if exit_code is None and validates:
                 position = validate(run, position, logger, progress, stop, also_log=logged)
                 exit_code = stop.agreed()
                 started = time.perf_counter()
@@ -66,13 +69,24 @@ def _train(run: Run, logger: MetricsLogger, progress: ProgressLine, stop: StopWa
                 saver.save(position, wait=last or exit_code is not None)
                 started = time.perf_counter()
             if exit_code is not None and not last:
-                kept = f"newest checkpoint: step {saver.newest_step}; started again, it goes on from there"
-                kept = kept if saving.enabled else "checkpointing is off, nothing was saved"
+                kept = kept_words(saving, saver.newest_step)
                 progress.message_at_end(f"stopped after step {position.step}, {kept}")
                 return exit_code
             if last:
+                if validates and (left_out := unmeasured_sets(run, position)):
+                    progress.message(not_validated_words(run.cfg, position.step, left_out))
                 break
     return 0
+
+
+def kept_words(saving: CheckpointingConfig, newest_step: int) -> str:
+    """What a run that was stopped has saved, and what comes of it when the run is started again."""
+    if not saving.enabled:
+        return "checkpointing is off, nothing was saved"
+    newest = f"newest checkpoint: step {newest_step}"
+    if not saving.save_optimizer:
+        return f"{newest}; it has no optimizer state (checkpointing.save_optimizer: false), so this run can't go on from there"
+    return f"{newest}; started again, it goes on from there"
 
 
 def step_record(batch: GlobalBatch, outcome: StepOutcome, before: TrainingPosition, seconds: float) -> dict[str, float]:
@@ -100,6 +114,12 @@ def validation_due(run: Run, step: int, *, last: bool, save: bool) -> bool:
     ranked_by_validation = (run.ranking_metric or "").startswith("validation")
     by_period = dpo.val_period > 0 and step % dpo.val_period == 0
     return by_period or (last and dpo.val_at_end) or (save and ranked_by_validation)
+
+
+def unmeasured_sets(run: Run, position: TrainingPosition) -> list[str]:
+    """The validation sets without a metric at `position`: a stop left them out, or came before their end."""
+    measured = {key.partition("/")[0] for key in position.metrics}
+    return [name for name in run.inputs.validation if f"validation-{name}" not in measured]
 
 
 def validate(

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,8 @@ class StepProfile:
 
 
 def profile_run(cfg: Config, *, warmup: int, steps: int, trace: Path | None) -> StepProfile:
-    """Starts a run of `cfg`, makes `warmup` steps, and records `steps` more. It saves and logs nothing, except the
-    log-probabilities of a cached reference for these steps.
+    """Starts a run of `cfg`, makes `warmup` steps, and records `steps` more, over as many epochs as they take. It saves and
+    logs nothing, except the log-probabilities of a cached reference for these steps.
 
     trace: rank 0 writes the timeline for Perfetto or chrome://tracing to this file (.json or .json.gz); None: no file.
     Collectives: the run's.
@@ -66,12 +67,12 @@ def profile_run(cfg: Config, *, warmup: int, steps: int, trace: Path | None) -> 
         cfg,
         checkpointing=dataclasses.replace(cfg.checkpointing, enabled=False),
         # a cached reference is computed before training for all pairs of these steps
-        dpo=dataclasses.replace(cfg.dpo, max_num_steps=warmup + steps),
+        dpo=dataclasses.replace(cfg.dpo, max_num_steps=warmup + steps, max_num_epochs=warmup + steps),
         data=dataclasses.replace(cfg.data, val_data_paths=None),
     )
     device = setup_device(cfg.policy.device)
     run = prepare(cfg, initialize(Grid.of(cfg), device))
-    batches = run.inputs.train_loader.batches(0)
+    batches = chain.from_iterable(map(run.inputs.train_loader.batches, count()))
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     for _ in range(warmup):
         run.trainer.step(next(batches))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -54,7 +54,9 @@ def closing_words(cfg: Config, last_step: int, *, done_before: bool = False) -> 
     saving = cfg.checkpointing
     lines = [f"finished: {last_step:,} steps; metrics in {cfg.logger.log_dir}"]
     if done_before:
-        more = "raise dpo.max_num_steps or dpo.max_num_epochs to go on, name another checkpointing.checkpoint_dir to begin anew"
+        more = "name another checkpointing.checkpoint_dir to begin anew"
+        if saving.save_optimizer:
+            more = f"raise dpo.max_num_steps or dpo.max_num_epochs to go on, {more}"
         lines = [f"nothing to do: this run had finished, with step {last_step:,}; {more}"]
     if not saving.enabled:
         return [*lines, "checkpointing.enabled is false: nothing was saved"]
@@ -68,6 +70,19 @@ def closing_words(cfg: Config, last_step: int, *, done_before: bool = False) -> 
         best = f"; --best: by {parse_metric_name(saving.metric_name, cfg.data.val_names).key}"
     lines.append(f"export {steps[-1]}: megadpo export {shlex.quote(str(folder))} FOLDER{best}")
     return lines
+
+
+def not_validated_words(cfg: Config, step: int, sets: Sequence[str]) -> str:
+    """For a stop in the last step: what is missing, and the command that measures it."""
+    words = f"stopped in the last step: step {step} was not validated on {', '.join(sets)}"
+    if not cfg.checkpointing.enabled:
+        return words
+    checkpoint = Path(cfg.checkpointing.checkpoint_dir) / f"step_{step}"
+    command = ["megadpo", "evaluate", str(Path(cfg.logger.log_dir) / "config.yaml"), "--checkpoint", str(checkpoint)]
+    reference = cfg.dpo.reference
+    if reference.mode in ("resident", "cached") and reference.model_name is None:
+        command.append(f"dpo.reference.model_name={cfg.policy.model_name}")
+    return f"{words}; this measures it: {shlex.join(command)}"
 
 
 def choices(run: Run) -> dict[str, str]:

@@ -79,6 +79,14 @@ def find_resume(
     return info, notes
 
 
+def require_optimizer(info: CheckpointInfo) -> None:
+    """Raises ConfigError if the checkpoint `info` has no optimizer state."""
+    if not info.has_optimizer:
+        expected = "a checkpoint with optimizer state to resume from; this one was saved with checkpointing.save_optimizer false"
+        fix = "start in another checkpoint_dir with policy.model_name set to this folder"
+        raise ConfigError(Problem(FIELD, str(info.path), expected, fix))
+
+
 def newest_whole(
     folder: Path, parallel: ParallelContext, *, on_damage: Literal["stop", "previous"]
 ) -> tuple[CheckpointInfo | None, list[str]]:

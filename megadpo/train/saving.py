@@ -61,9 +61,10 @@ class Saver:
             self._begin(position)
 
     def end(self) -> None:
-        """Wait for the checkpoint that is being written, if there is one. Raises SaveError as `save` does."""
+        """Wait for the checkpoint that is being written, if there is one. If it can't be saved, that is printed. Raises
+        SaveError if another run owns the folder."""
         if self._writing is not None:
-            self._finish()
+            self._finish(last=True)
 
     def _begin(self, position: TrainingPosition) -> None:
         run, saving = self._run, self._run.cfg.checkpointing
@@ -97,15 +98,16 @@ class Saver:
         assert self._writing is not None
         return not self._run.parallel.largest(self._writing[1].is_alive())
 
-    def _finish(self) -> bool:
-        """True if the checkpoint is complete, False if it may be tried again. Raises SaveError for the final failure."""
+    def _finish(self, *, last: bool = False) -> bool:
+        """True if the checkpoint is complete, False if it may be tried again. Raises SaveError for the final failure. last: it
+        is not tried again, and False if it failed."""
         assert self._writing is not None
         (save, thread), self._writing = self._writing, None
         thread.join()
         try:
             save.finish(self._require_owner)
         except SaveError as error:
-            self._may_try_again(error)
+            self._may_try_again(error, last=last)
             return False
         self._has_failed, self.newest_step = False, self._saving_step
         if self._run.parallel.rank == 0:
@@ -118,13 +120,14 @@ class Saver:
             )
         return True
 
-    def _may_try_again(self, error: SaveError) -> None:
-        """Returns if the save may be tried again: once, with async_save. Else raises `error`."""
+    def _may_try_again(self, error: SaveError, *, last: bool = False) -> None:
+        """Returns if the save may be tried again: once, with async_save. Else raises `error`. last: only prints it."""
         self._refuse_another_run()
-        if self._copies is None or self._has_failed:
+        if not last and (self._copies is None or self._has_failed):
             raise error
         self._has_failed = True
-        self._progress.message(f"NOT SAVED: step {self._saving_step}; tried again now: {error}")
+        what_now = "the run ends" if last else "tried again now"
+        self._progress.message(f"NOT SAVED: step {self._saving_step}; {what_now}: {error}")
 
     def _require_owner(self) -> None:
         if self._run.owner is not None:

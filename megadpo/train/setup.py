@@ -19,12 +19,13 @@ from megadpo.config.schema import Config
 from megadpo.data.batches.loader import GlobalBatch
 from megadpo.optimizer.build import build_optimizer, build_scheduler, wrap_for_training
 from megadpo.parallel import ParallelContext
+from megadpo.train.agreement import open_together
 from megadpo.train.disk_space import require_space
 from megadpo.train.handed_on import own_files
-from megadpo.train.inputs import RunInputs, open_run_inputs
+from megadpo.train.inputs import RunInputs
 from megadpo.train.policy import build_policy
 from megadpo.train.reference import attach_logps
-from megadpo.train.resume import changes, claim, data_settings, find_resume
+from megadpo.train.resume import changes, claim, data_settings, find_resume, require_optimizer
 from megadpo.train.step import Trainer
 from megadpo.train.watch import MachineWatch
 
@@ -74,13 +75,15 @@ def prepare(cfg: Config, parallel: ParallelContext) -> Run:
     if saves:
         finish_deletions(Path(cfg.checkpointing.checkpoint_dir))
     seed_everything(cfg.dpo.seed, parallel)
-    inputs = open_run_inputs(cfg, parallel.grid)
+    inputs = open_together(cfg, parallel)
     pairs = inputs.train_loader.dataset
     total_steps = cfg.dpo.total_steps(inputs.train_loader.batches_per_epoch)
     settings = data_settings(cfg, inputs, parallel)
     resume, notes = find_resume(cfg, pairs, settings, parallel)
     if resume is not None and resume.position.step >= total_steps:
         raise RunFinished(resume.position.step, [*notes, *changes(cfg, resume)])
+    if resume is not None:
+        require_optimizer(resume)
     step = 0 if resume is None else resume.position.step
     notes += require_space(cfg, inputs.arch, parallel, step=step, total_steps=total_steps)
 

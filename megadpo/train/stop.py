@@ -23,9 +23,10 @@ workers."""
 class StopWatcher:
     """Collects reasons to stop on each rank. `agreed` gives all ranks the same answer."""
 
-    def __init__(self, parallel: ParallelContext, must_save_by_s: float | None) -> None:
+    def __init__(self, parallel: ParallelContext, deadline_s: float | None) -> None:
+        """deadline_s: the value of time.monotonic() from which on there is a reason; None: no time limit."""
         self._parallel = parallel
-        self._deadline = None if must_save_by_s is None else time.monotonic() + must_save_by_s
+        self._deadline_s = deadline_s
         self._signalled_at_s: float | None = None
 
     def install(self) -> None:
@@ -43,7 +44,7 @@ class StopWatcher:
     def agreed(self) -> int | None:
         """The exit code if the run must stop, else None; the same on every rank. Collectives: `ParallelContext.largest`, so
         that an update that is queued on the GPU goes on meanwhile."""
-        late = self._deadline is not None and time.monotonic() >= self._deadline
+        late = self._deadline_s is not None and time.monotonic() >= self._deadline_s
         reason = 2 if self._signalled_at_s is not None else 1 if late else 0
         return {0: None, 1: EXIT_OUT_OF_TIME, 2: EXIT_INTERRUPTED}[self._parallel.largest(reason)]
 

@@ -58,6 +58,15 @@ def test_a_config_that_is_refused_is_refused_at_once(command: str) -> None:
     assert (code, heavy) == (2, []) and error.startswith("refused, 2 problem(s):\n")
 
 
+@pytest.mark.parametrize("command", ["train", "check", "evaluate", "profile"])
+def test_an_abbreviated_option_is_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The launcher, which takes torchrun's options out, would not know it: one rank would train."""
+    required = ["--out", "profile.png"] if command == "profile" else []
+    with pytest.raises(SystemExit) as end:
+        main([command, "demo", *required, "--nproc", "8"])
+    assert end.value.code == 2 and "unrecognized arguments: --nproc" in capsys.readouterr().err
+
+
 def test_an_unknown_command_and_a_config_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["chek"]) == 2
     assert "no command 'chek'; did you mean check?" in capsys.readouterr().err

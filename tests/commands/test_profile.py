@@ -34,7 +34,7 @@ def command(*arguments):
 
 @pytest.mark.distributed
 def test_it_names_the_three_largest_costs(tmp_path):
-    config = make_config(tmp_path, make_model(tmp_path / "model"))
+    config = make_config(tmp_path, make_model(tmp_path / "model"), pairs=16)  # two batches an epoch
     picture, trace = tmp_path / "profile.png", tmp_path / "trace.json.gz"
     code, printed = command(config, "--out", picture, "--trace", trace, "--warmup", 1, "--steps", 2)
     lines = printed.splitlines()

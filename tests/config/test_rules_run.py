@@ -93,6 +93,11 @@ BROKEN = [
         "null with checkpointing.enabled false",
     ),
     (
+        {"checkpointing": {"checkpoint_must_save_by": "00:01:00:00", "save_optimizer": False}},
+        "checkpointing.checkpoint_must_save_by",
+        "null with checkpointing.save_optimizer false",
+    ),
+    (
         {"checkpointing__checkpoint_must_save_by": "00:00:00:00"},
         "checkpointing.checkpoint_must_save_by",
         "more than 0",

@@ -24,7 +24,7 @@ EXPORT = "export"
 BETWEEN = "between these"
 
 POINTS = [
-    (DATA, "megadpo.train.setup", "open_run_inputs"),
+    (DATA, "megadpo.train.agreement", "open_run_inputs"),
     (CACHED_REFERENCE, "megadpo.train.setup", "attach_logps"),
     (LOADING, "megadpo.train.setup", "find_resume"),
     (LOADING, "megadpo.train.policy", "load_weights"),

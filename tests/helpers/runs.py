@@ -7,6 +7,7 @@ import io
 import json
 import random
 import shutil
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -117,9 +118,18 @@ def evaluate(config: str, overrides: list[str]) -> int:
 
 def train_and_read(config: str, overrides: list[str]) -> tuple[int, str]:
     """Target for run_distributed: the exit code, and what was printed on both streams."""
+    return _and_read(train, config, overrides)
+
+
+def evaluate_and_read(config: str, overrides: list[str]) -> tuple[int, str]:
+    """The same of `megadpo evaluate`."""
+    return _and_read(evaluate, config, overrides)
+
+
+def _and_read(command: Callable[[str, list[str]], int], config: str, overrides: list[str]) -> tuple[int, str]:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        code = train(config, overrides)
+        code = command(config, overrides)
     return code, " ".join(printed.getvalue().split())
 
 

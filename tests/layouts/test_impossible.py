@@ -15,7 +15,9 @@ def refused_start(bench, monkeypatch, capsys, model, world_size, overrides):
     """What a rank of torchrun prints that is refused; fails where it goes on to make process groups."""
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
     monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setattr(command, "run_training", lambda cfg: pytest.fail(f"{overrides} on {world_size} is let run"))
+    monkeypatch.setattr(
+        command, "run_training", lambda cfg, started_s: pytest.fail(f"{overrides} on {world_size} is let run")
+    )
     config = str(bench.config(model))
     capsys.readouterr()
     assert main(["train", config, *overrides]) == 2

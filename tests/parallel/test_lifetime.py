@@ -45,7 +45,7 @@ def test_a_rank_ends_with_its_launcher(tmp_path, monkeypatch, with_torchrun):
 @pytest.mark.parametrize(
     ("module", "run"),
     [
-        (command, lambda: command.run_training(None)),
+        (command, lambda: command.run_training(None, started_s=0.0)),
         (command, lambda: command.run_evaluating([])),
         (profile, lambda: profile.profile_run(None, warmup=1, steps=1, trace=None)),
     ],

@@ -183,7 +183,7 @@ def between_steps(run):
     from megadpo.train.saving import Saver
     from megadpo.train.stop import StopWatcher
 
-    assert StopWatcher(run.parallel, must_save_by_s=None).agreed() is None
+    assert StopWatcher(run.parallel, deadline_s=None).agreed() is None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(watch, "_peak_bytes", lambda device: 1)  # the allocator's own count, on the host
         run.watch.read()

@@ -10,7 +10,7 @@ from megadpo.checkpoint import TrainingPosition
 from megadpo.config.schema import CheckpointingConfig, DpoConfig
 from megadpo.data.batches.loader import GlobalBatch
 from megadpo.train import loop
-from megadpo.train.loop import step_record, validation_due
+from megadpo.train.loop import kept_words, step_record, validation_due
 from megadpo.train.step import NonFiniteLoss, StepOutcome
 
 
@@ -118,6 +118,19 @@ def test_a_run_saves_by_its_period_at_its_end_and_where_it_is_stopped(stopped_at
     if saves:
         assert saves[-1].metrics["train/loss"] == 0.5
         assert (saves[-1].epoch, saves[-1].batch) == divmod(last, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "newest checkpoint: step 7; started again, it goes on from there"),
+        ({"save_optimizer": False}, "this run can't go on from there"),
+        ({"enabled": False}, "nothing was saved"),
+        ({"enabled": False, "save_optimizer": False}, "nothing was saved"),
+    ],
+)
+def test_what_comes_of_a_stopped_run(options, words):
+    assert kept_words(CheckpointingConfig(**options), 7).endswith(words)
 
 
 def test_a_steps_time_goes_from_end_to_end_without_validation_and_saving(monkeypatch):

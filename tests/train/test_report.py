@@ -39,7 +39,7 @@ def test_a_run_from_its_end_to_its_export(tmp_path):
 
     weights_only = ["checkpointing.save_optimizer=false", f"checkpointing.checkpoint_dir={folder}_of_weights"]
     assert "held steps of another run" in said(config, *weights_only)
-    assert said(config, *weights_only).startswith("nothing to do: ")
+    assert "step 2; name another checkpointing.checkpoint_dir to begin anew" in said(config, *weights_only)
 
     anew = said(config, "checkpointing.enabled=false")
     assert f"logger.log_dir held steps of another run: they are in {tmp_path}/logs/metrics.superseded-" in anew

@@ -118,6 +118,27 @@ def test_resume_on_other_data_is_refused(model, tmp_path):
     assert (tmp_path / "checkpoints/step_2/megadpo.json").is_file()
 
 
+def resume_without_building(config: str, overrides: list[str]) -> tuple[int, str]:
+    """Target for run_distributed: as `train_and_read`, in a run that builds no model."""
+    from megadpo.train import setup
+
+    def build_policy(*_, **__):
+        raise AssertionError("a model is built")
+
+    setup.build_policy = build_policy
+    return train_and_read(config, overrides)
+
+
+@pytest.mark.distributed
+def test_a_checkpoint_without_optimizer_state_is_refused_before_the_model_is_built(model, tmp_path):
+    config = make_config(tmp_path, model, checkpointing={**SAVING, "save_optimizer": False}, dpo={"max_num_steps": 1})
+    [(code, printed)] = run_distributed(train_and_read, 1, str(config), [], init_process_group=False)
+    assert code == 0 and "save_optimizer: false: if this run is stopped, it can't be resumed" in printed
+    more = ["dpo.max_num_steps=2"]
+    [(code, printed)] = run_distributed(resume_without_building, 1, str(config), more, init_process_group=False)
+    assert code == 2 and "step_1'; expected a checkpoint with optimizer state" in printed, printed
+
+
 @pytest.mark.distributed
 def test_checkpoint_of_several_ranks_exports_to_hugging_face(model, tmp_path):
     import torch

@@ -154,6 +154,18 @@ def test_a_failure_is_said_at_the_next_step_and_its_weights_saved(made):
     assert (made.saves.finished, saver.newest_step) == ([3], 3)
 
 
+@pytest.mark.parametrize("failing", [{1}, {1, 2}])
+def test_a_failure_at_the_end_of_a_run_is_said_and_hides_no_other_error(made, failing):
+    saver = made.make(async_save=True)
+    made.saves.failing = failing
+    saver.save(at(2), wait=False)
+    if len(failing) > 1:
+        saver.save(at(3), wait=False)
+    saver.end()
+    assert made.said[-1] == f"NOT SAVED: step {1 + len(failing)}; the run ends: no room for number {len(failing)}"
+    assert (len(made.said), made.saves.finished) == (len(failing), [])
+
+
 @pytest.mark.parametrize("when", ["failing", "not_begun"])
 @pytest.mark.parametrize(("failing", "raises"), [({1}, False), ({1, 2}, True)])
 def test_the_last_save_is_tried_twice(made, when, failing, raises):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.distributed import processes, run_distributed
-from tests.helpers.runs import make_config, make_model, read_metrics, train
+from tests.helpers.runs import evaluate, make_config, make_model, read_metrics, train, train_and_read
 from tests.helpers.signals import exit_code_when_signalled_late
 
 ALIVE = 7
@@ -59,7 +61,7 @@ def agreed_of_ranks(late: list[bool], signalled: list[bool]) -> int | None:
 
     parallel = initialize(Grid(), setup_device("cpu"))
     handler = signal.getsignal(signal.SIGTERM)
-    watcher = StopWatcher(parallel, must_save_by_s=0.0 if late[dist.get_rank()] else 3600.0)
+    watcher = StopWatcher(parallel, deadline_s=time.monotonic() + (0.0 if late[dist.get_rank()] else 3600.0))
     watcher.install()
     if signalled[dist.get_rank()]:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -79,6 +81,52 @@ def agreed_of_ranks(late: list[bool], signalled: list[bool]) -> int | None:
 )
 def test_every_rank_is_told_the_most_urgent_reason_of_any(late, signalled, code):
     assert run_distributed(agreed_of_ranks, 2, late, signalled, init_process_group=False) == [code, code]
+
+
+def train_and_signal_at_the_end(config: str) -> tuple[int, str]:
+    """Target for run_distributed: SIGTERM comes in the last step's validation; the exit code, and what was printed."""
+    from megadpo.train import loop
+
+    validate = loop.validate
+
+    def signalled(*given, **more):
+        signal.raise_signal(signal.SIGTERM)
+        return validate(*given, **more)
+
+    loop.validate = signalled
+    return train_and_read(config, [])
+
+
+@pytest.mark.distributed
+def test_a_stop_in_the_last_step_names_what_it_left_out_and_a_command_for_it(tmp_path):
+    config = make_config(
+        tmp_path,
+        make_model(tmp_path / "model"),
+        dpo={"max_num_steps": 1, "val_at_end": True},
+        checkpointing={"enabled": True},
+    )
+    [(code, printed)] = run_distributed(train_and_signal_at_the_end, 1, str(config), init_process_group=False)
+    assert code == 0 and "step 1 was not validated on held_out; this measures it: megadpo evaluate " in printed, printed
+    config, *arguments = printed.partition("megadpo evaluate ")[2].partition(" finished:")[0].split()
+    assert run_distributed(evaluate, 1, config, arguments, init_process_group=False) == [0]
+    measured = json.loads((tmp_path / "logs/step_1/evaluation.json").read_text())
+    assert measured["validation-held_out/pairs"] == 11 and "validation-held_out/rewards/margins" in measured
+
+
+def train_when_launched_before(config: str, seconds: float) -> int:
+    """Target for run_distributed: `megadpo train` of a rank whose launcher was started so long ago."""
+    import os
+
+    os.environ["MEGADPO_LAUNCHED_S"] = str(time.monotonic() - seconds)
+    return train(config, ["checkpointing.checkpoint_must_save_by='00:01:00:00'"])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("seconds", "code"), [(3600.0, 75), (0.0, 0)])
+def test_the_time_to_save_by_counts_from_the_start_of_the_command(tmp_path, seconds, code):
+    config = make_config(tmp_path, make_model(tmp_path / "model"), checkpointing={"enabled": True})
+    assert run_distributed(train_when_launched_before, 1, str(config), seconds, init_process_group=False) == [code]
+    assert len(read_metrics(tmp_path / "logs")) == (1 if code else 3)
 
 
 def train_and_signal_in_validation(config: str, overrides: list[str], validations: int, closed: Path) -> int:
