@@ -70,6 +70,15 @@ def dropout_notes(arch: Architecture) -> list[str]:
     return [f"config.json: {keys}: no effect: dropout is never applied, since log-probabilities are compared"]
 
 
+def warmup_notes(cfg: Config, total_steps: int) -> list[str]:
+    """A note if the run ends while the learning rate still rises. A step's rate is that of the updates before it."""
+    warmup, lr = cfg.policy.megatron_cfg.scheduler.lr_warmup_iters, cfg.policy.megatron_cfg.optimizer.lr
+    if total_steps > warmup:
+        return []
+    ends = f"the run ends after {total_steps} steps, before the learning rate reaches {lr:g}"
+    return [f"{_SCHED}.lr_warmup_iters: {warmup}: {ends}; lower it, or train for more steps"]
+
+
 _MODULES = ("moe", "shared_experts")
 
 
@@ -82,17 +91,15 @@ def without_experts(cfg: Config, *archs: Architecture) -> Config:
     names = [field.name for field in dataclasses.fields(MegatronConfig)]
     of_experts = [name for name in names if name.startswith(("moe_", "freeze_moe_"))]
     changes = {name: getattr(usual, name) for name in of_experts if getattr(given, name) != getattr(usual, name)}
-    given_options = [f"{name} {getattr(given, name)!r}" for name in changes]
-    given_options += [f"{one.where.removeprefix(f'{_MEG}.')} {one.value!r}" for one in cfg.refused_with_experts]
+    unread = [f"{name} {getattr(given, name)!r}" for name in changes]
+    unread += [f"{one.where.removeprefix(f'{_MEG}.')} {one.value!r}" for one in cfg.refused_with_experts]
     if given.activation_checkpointing and given.recompute_granularity == "selective":
         kept = tuple(one for one in given.recompute_modules if one not in _MODULES)
         if kept != given.recompute_modules:
-            given_options.append(
-                f"recompute_modules {', '.join(one for one in given.recompute_modules if one in _MODULES)}"
-            )
+            unread.append(f"recompute_modules {', '.join(one for one in given.recompute_modules if one in _MODULES)}")
             changes |= {"recompute_modules": kept} if kept else {"activation_checkpointing": False}
-    if not given_options:
+    if not unread:
         return cfg
     policy = dataclasses.replace(cfg.policy, megatron_cfg=dataclasses.replace(given, **changes))
-    note = f"{_MEG}: {', '.join(given_options)}: no effect: {archs[0].hf_class} has no experts"
+    note = f"{_MEG}: {', '.join(unread)}: no effect: {archs[0].hf_class} has no experts"
     return dataclasses.replace(cfg, policy=policy, notes=(*cfg.notes, note), refused_with_experts=())

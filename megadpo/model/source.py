@@ -29,6 +29,8 @@ class ModelSource:
     """Has config.json and tokenizer files, and if `megatron` is None the weights."""
     megatron: Path | None
     """Checkpoint folder (with model/ and hf/) that has the weights, or None."""
+    from_hub: bool = False
+    """`hf_files` is a folder of the hub's cache. Without a download of the weights it may have all, some or none of them."""
 
 
 def resolve_source(name: str, field: str, *, weights: bool = True) -> ModelSource:
@@ -50,7 +52,7 @@ def resolve_source(name: str, field: str, *, weights: bool = True) -> ModelSourc
         raise ConfigError([Problem(field, name, f"{expected}; this is a file", "name the folder it is in")])
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ConfigError([Problem(field, name, f"{expected}; there is no such folder", "correct the path")])
-    return ModelSource(hf_files=_from_hub(name, field, expected, weights), megatron=None)
+    return ModelSource(hf_files=_from_hub(name, field, expected, weights), megatron=None, from_hub=True)
 
 
 def reference_source(cfg: Config, policy_source: ModelSource, *, weights: bool = True) -> ModelSource:

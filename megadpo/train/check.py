@@ -8,14 +8,22 @@ from collections.abc import Sequence
 from megadpo.config.architecture import Architecture
 from megadpo.config.check import check_layout
 from megadpo.config.load import Purpose, load_config
-from megadpo.config.no_effect import dropout_notes, without_experts
+from megadpo.config.no_effect import dropout_notes, warmup_notes, without_experts
 from megadpo.config.problems import Attempts, ConfigError
 from megadpo.config.schema import Config
 from megadpo.families import read_architecture
 
 
-def checked_config(path: str, overrides: Sequence[str], world_size: int | None, purpose: Purpose = "train") -> Config:
-    """The config, checked with the model's config.json and the number of ranks. Raises ConfigError with every problem."""
+def checked_config(
+    path: str,
+    overrides: Sequence[str],
+    world_size: int | None,
+    purpose: Purpose = "train",
+    *,
+    weights: bool = True,
+) -> Config:
+    """The config, checked with the model's config.json and the number of ranks. weights: also download a hub model's weights.
+    Raises ConfigError with every problem."""
     cfg = load_config(path, overrides, purpose=purpose)  # first: it needs no torch, and most refusals come from it
     from megadpo.lora.checkpoint import LoraCheckpoint
     from megadpo.lora.peft_folder import folder_problems
@@ -24,9 +32,9 @@ def checked_config(path: str, overrides: Sequence[str], world_size: int | None, 
     from megadpo.model.source import reference_source, resolve_source
     from megadpo.model.weights import linked_out
 
-    source = resolve_source(cfg.policy.model_name, "policy.model_name")
+    source = resolve_source(cfg.policy.model_name, "policy.model_name", weights=weights)
     arch = read_architecture(source.hf_files)
-    reference, other = reference_source(cfg, source), arch
+    reference, other = reference_source(cfg, source, weights=weights), arch
     if reference != source:
         other = read_architecture(reference.hf_files, "dpo.reference.model_name")
     cfg = without_experts(cfg, arch, other)
@@ -56,8 +64,8 @@ def _slow_notes(cfg: Config, arch: Architecture) -> list[str]:
 
 
 def check(path: str, overrides: Sequence[str], world_size: int | None) -> int:
-    """`megadpo check`: checks everything that does not need the weights. Prints a summary of the data files and the number of
-    steps. Returns the exit code.
+    """`megadpo check`: checks everything that does not need the weights, and downloads none. Prints a summary of the data files
+    and the number of steps. Returns the exit code.
 
     Raises UserError. If the config itself has problems, only these are reported, because it names all other files. Else the
     problems of model folder, layout, weight files and data are reported together.
@@ -66,11 +74,15 @@ def check(path: str, overrides: Sequence[str], world_size: int | None) -> int:
     from megadpo.train.inputs import open_run_inputs
 
     attempt = Attempts()
-    cfg = attempt(lambda: checked_config(path, overrides, world_size)) or cfg
-    inputs = attempt(lambda: open_run_inputs(cfg, thorough=True))
+    cfg = attempt(lambda: checked_config(path, overrides, world_size, weights=False)) or cfg
+    inputs = attempt(lambda: open_run_inputs(cfg, weights=False, thorough=True))
     attempt.refuse()
     assert inputs is not None
-    for line in [*cfg.notes, *inputs.reports]:
+    total_steps = cfg.dpo.total_steps(inputs.train_loader.batches_per_epoch)
+    notes = [*cfg.notes, *warmup_notes(cfg, total_steps)]
+    if inputs.source.from_hub or inputs.reference.from_hub:
+        notes.append("the hub's weights are not downloaded here; a run compares them with config.json when it loads them")
+    for line in [*notes, *inputs.reports]:
         print(line)
-    print(f"{cfg.dpo.total_steps(inputs.train_loader.batches_per_epoch)} steps; no problem found")
+    print(f"{total_steps} steps; no problem found")
     return 0

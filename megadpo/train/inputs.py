@@ -99,8 +99,8 @@ def open_run_inputs(
     """Finds the models, reads and tokenises the data, and makes loaders of this rank's part (grid None: of everything).
 
     sets: names of the sets to open; None: TRAIN and all of data.val_data_paths. weights: also download a hub model's
-    weights. thorough: compare the headers of the weight files with the model's shape, and read the rows of the data even
-    if there is no tokenizer. Raises UserError with every problem of all parts. Collectives: none.
+    weights. thorough: compare the headers of local weight files with the model's shape, and read the rows of the data even if
+    there is no tokenizer. Raises UserError with every problem of all parts. Collectives: none.
     """
     held_out = cfg.data.holdout is not None and (sets is None or HOLDOUT in sets or TRAIN in sets)
     paths: dict[str, str | Sequence[str]] = {TRAIN: cfg.data.train_paths, **(cfg.data.val_data_paths or {})}
@@ -187,10 +187,11 @@ def _require_vocabulary(cfg: Config, reference_arch: Architecture, datasets: Ite
 
 
 def _require_complete_weights(source: ModelSource, arch: Architecture) -> None:
-    """Raises ConfigError if the weight files of a Hugging Face folder lack tensors of the model. Reads only headers."""
+    """Raises ConfigError if the weight files of a Hugging Face folder lack tensors of the model. Reads only headers. The hub's
+    folders are passed over: their weights may not be there yet."""
     from megadpo.model.weights.hf_folder import HfWeights
 
-    if source.megatron is not None:
+    if source.megatron is not None or source.from_hub:
         return
     table = weight_table(arch)
     if problems := HfWeights.open(source.hf_files, table).problems(table):

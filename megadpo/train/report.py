@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megadpo.checkpoint import complete_checkpoints
 from megadpo.config.known import Known
 from megadpo.config.metric import parse_metric_name
+from megadpo.config.no_effect import warmup_notes
 from megadpo.config.schema import Config
 from megadpo.config.variants import LAYER_IMPLEMENTATIONS, LOSSES
 from megadpo.model.build import count_parameters, is_expert
@@ -43,7 +44,7 @@ def banner_rows(run: Run, chosen: Mapping[str, str]) -> list[tuple[str, str]]:
         ("reference", reference_words(cfg)),
         ("logs", cfg.logger.log_dir),
         ("checkpoints", cfg.checkpointing.checkpoint_dir if cfg.checkpointing.enabled else "none"),
-        *(("note", note) for note in (*cfg.notes, *run.notes, *inputs.reports)),
+        *(("note", note) for note in (*cfg.notes, *warmup_notes(cfg, run.total_steps), *run.notes, *inputs.reports)),
     ]
 
 

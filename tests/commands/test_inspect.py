@@ -118,6 +118,7 @@ def test_a_validation_set_comes_in_file_order_and_whole(config: Path, capsys: py
     out = shown(capsys, config, "--set", "held_out")
     assert "valid.jsonl: 11 rows, 11 pairs" in out and "held_out" not in out
     assert "one of train, held_out" in refused(capsys, config, "--set", "other")
+    assert "4 of 40 prompts" in shown(capsys, config, "--set", "holdout", "data.holdout=0.1", "data.val_data_paths=null")
 
 
 def test_refusals_name_what_is_wrong(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

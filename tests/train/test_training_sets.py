@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.distributed import run_distributed
-from tests.helpers.runs import make_config, make_model, make_pairs, read_metrics, train, train_and_read
+from tests.helpers.runs import evaluate, make_config, make_model, make_pairs, read_metrics, train, train_and_read
 
 SAVING = {"enabled": True, "save_period": 2}
 
@@ -50,6 +51,23 @@ def test_a_mixture_resumes_bit_for_bit_and_not_with_other_weights(model: Path, t
     overrides = [weights, "dpo.max_num_epochs=3", "dpo.max_num_steps=10"]
     ((code, printed),) = run_distributed(train_and_read, 1, str(parts), overrides, init_process_group=False)
     assert code == 2 and "data.train_data_path weights" in printed
+
+
+@pytest.mark.distributed
+def test_pairs_held_out_rank_checkpoints_and_are_evaluated(model: Path, tmp_path: Path) -> None:
+    config = configured(tmp_path / "run", model)
+    ranked = [
+        "checkpointing.metric_name=validation-holdout_loss",
+        "dpo.val_period=2",
+        "dpo.max_num_steps=4",
+        "dpo.val_batches=0",
+    ]
+    assert go(config, *ranked).endswith("FOLDER; --best: by validation-holdout/loss")
+    trained = read_metrics(config.parent / "logs")[-1]["validation-holdout/loss"]
+    models = [f"policy.model_name={config.parent}/checkpoints/step_4", f"dpo.reference.model_name={model}"]
+    assert run_distributed(evaluate, 1, str(config), models, init_process_group=False) == [0]
+    evaluated = json.loads((config.parent / "logs/evaluation.json").read_text())
+    assert evaluated["validation-holdout/loss"] == pytest.approx(trained, rel=1e-5)
 
 
 def test_the_rest_of_an_epoch_is_a_smaller_batch(model: Path, tmp_path: Path) -> None:
