@@ -118,8 +118,8 @@ class DataConfig:
     is train. A list: the pairs of all of them. {path: weight}: every epoch has its share of each. May be empty for
     evaluation, and with a dataset_name that stands for a dataset of the hub."""
     val_data_paths: dict[str, PathText | tuple[PathText, ...]] | None = None
-    """Validation sets, {name: a path as in train_data_path, or a list of them}. A single one is taken as {default: it}.
-    null: no validation."""
+    """Validation sets, {name: a path as in train_data_path, or a list of them}. A single one is taken as {default: it}, and
+    so is NeMo RL's val_data_path. null: no validation."""
     holdout: Annotated[float, Range(gt=0, lt=1)] | None = None
     """Share of the training prompts whose pairs are the validation set `holdout` instead of being trained on."""
     drop_last: bool = True
