@@ -46,7 +46,7 @@ def setup_device(requested: str) -> torch.device:
     processes = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), number + 1)
     if processes > visible:  # every rank of the node must refuse, or the others would wait for this one
         expected = f"at most the {visible} GPUs that each process sees"
-        fix = f"torchrun --nproc-per-node {visible}, or show them all in CUDA_VISIBLE_DEVICES"
+        fix = f"--nproc-per-node {visible}, or show them all in CUDA_VISIBLE_DEVICES"
         raise ConfigError([Problem("processes on this node", processes, expected, fix)])
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)
