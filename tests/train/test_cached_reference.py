@@ -236,9 +236,9 @@ def train_until_the_second_write(config: str, overrides: list[str]) -> int:
     written, save = [], cached.save_file
     cached.SAVE_EVERY_BATCHES = 1
 
-    def save_file(tensors: Any, path: Path) -> None:
+    def save_file(tensors: Any, path: Path, **options: Any) -> None:
         written.append(path)
-        save(tensors, path)
+        save(tensors, path, **options)
         if len(written) == 2:
             raise OSError(28, "No space left on device")
 
