@@ -1,13 +1,7 @@
 # docker build -t megadpo .
-# docker run --rm --gpus 1 --ipc=host megadpo python3 tools/demo.py --device cuda --ranks 1      # smoke test: torchrun
-# docker run --rm --gpus all --ipc=host --ulimit memlock=-1 -v /data:/data megadpo \
-#     torchrun --nproc-per-node 8 launch/train.py configs/dpo_megatron.yaml \
-#       data.train_data_path=/data/pairs.jsonl data.val_data_paths=/data/held_out.jsonl
 #
-# docker build --target test -t megadpo-test . && docker run --rm --gpus 1 --ipc=host megadpo-test      # its tests
-#
-# The image has Python 3.12, PyTorch 2.11, Transformer Engine and apex, compiled for each other. Model weights and data
-# are mounted, never built in. See docs/container.md.
+# docs/container.md has the commands that run it. The image has Python 3.12, PyTorch 2.11, Transformer Engine and apex,
+# compiled for each other. Model weights and data are mounted, never built in.
 FROM nvcr.io/nvidia/pytorch:26.02-py3 AS base
 
 # The image's own constraints would also hold back what megadpo needs newer; keep_image_packages.py keeps what matters.

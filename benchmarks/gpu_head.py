@@ -24,7 +24,7 @@ import torch.distributed as dist
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # run as a script, the path starts in benchmarks/
 
-from benchmarks import gpu_machine  # noqa: E402
+from benchmarks import gpu_code, gpu_machine  # noqa: E402
 from megadpo.config.known import Known  # noqa: E402
 from megadpo.config.problems import ConfigError  # noqa: E402
 from megadpo.config.schema import Config  # noqa: E402
@@ -118,12 +118,11 @@ def one_head(
 
 
 def earlier(path: Path | None, machine: dict[str, Any]) -> list[dict[str, Any]]:
-    """Results of a call before this one, where GPU, versions and commit are the same."""
+    """Results of a call before this one, where gpu_code.continues."""
     if path is None or not path.exists():
         return []
     content = json.loads(path.read_text(encoding="utf-8"))
-    same = all(content["machine"].get(key) == machine.get(key) for key in ("gpu", "commit", "versions"))
-    return list(content["results"]) if same else []
+    return list(content["results"]) if gpu_code.continues(content["machine"], machine) else []
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:

@@ -26,7 +26,7 @@ import torch
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # run as a script, the path starts in benchmarks/
 
-from benchmarks import gpu_inputs, gpu_machine  # noqa: E402
+from benchmarks import gpu_code, gpu_inputs, gpu_machine  # noqa: E402
 from megadpo.config.architecture import Rotary  # noqa: E402
 from megadpo.config.known import Known  # noqa: E402
 from megadpo.config.schema import Config  # noqa: E402
@@ -249,12 +249,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def earlier(path: Path | None, machine: dict[str, Any]) -> dict[str, Any]:
-    """Lines of a call before this one, where GPU, versions and commit are the same."""
+    """Lines of a call before this one, where gpu_code.continues."""
     if path is None or not path.exists():
         return {}
     content = json.loads(path.read_text(encoding="utf-8"))
-    same = all(content["machine"].get(key) == machine.get(key) for key in ("gpu", "commit", "versions"))
-    return dict(content["lines"]) if same else {}
+    return dict(content["lines"]) if gpu_code.continues(content["machine"], machine) else {}
 
 
 if __name__ == "__main__":

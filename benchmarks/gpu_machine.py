@@ -10,12 +10,12 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+from benchmarks import gpu_code
+
 PACKAGES = (
     "torch",
     "triton",
@@ -37,7 +37,7 @@ DATASHEET_BF16_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0, "B200": 22
 
 
 def machine() -> dict[str, Any]:
-    """Hardware, versions, commit and date, for a result's JSON."""
+    """Hardware, versions, code, commit and date, for a result's JSON."""
     cuda = torch.cuda.is_available()
     found: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -48,7 +48,8 @@ def machine() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith(SWITCHES)},
-        "commit": _commit(),
+        "code": gpu_code.digest(),
+        "commit": gpu_code.commit(),
     }
     if cuda:
         properties = torch.cuda.get_device_properties(0)
@@ -56,8 +57,16 @@ def machine() -> dict[str, Any]:
         found["gpu_memory_bytes"] = properties.total_memory
         found["gpu_compute_capability"] = [properties.major, properties.minor]
         found["gpu_multiprocessors"] = properties.multi_processor_count
-        found["driver"] = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+        found["driver"] = _driver()
     return found
+
+
+def _driver() -> str:
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def version(package: str) -> str | None:
@@ -134,21 +143,8 @@ def copy_rate_gbytes(device: torch.device) -> float:
     return 2 * size / milliseconds(lambda: target.copy_(source), device, repeats=10) / 1e6
 
 
-def _commit() -> str:
-    text = _output(["git", "rev-parse", "HEAD"]) or "unknown"
-    return text + (" with changes" if _output(["git", "status", "--short"]) else "")
-
-
-def _output(command: list[str]) -> str:
-    try:
-        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return ""
-    return done.stdout.strip()
-
-
 def main() -> int:
-    """`python benchmarks/gpu_machine.py`: machine and rates as JSON, measured in this process and gone with it."""
+    """`python -m benchmarks.gpu_machine`: machine and rates as JSON, measured in this process and gone with it."""
     import json
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, in calls of under 8 minutes each, with results in one folder:
 #
-#   benchmarks/gpu_session.sh [--out DIR] [--wheels DIR] [--data hh_train.jsonl] [--again] [PART ...]
+#   benchmarks/gpu_session.sh [--out DIR] [--wheels DIR] [--pack FILE.tgz] [--from FILE.tgz] [--data hh_train.jsonl]
+#                             [--again] [PART ...]
 #
 #   first   check, te, kernels, head, four, then as many GPU tests as there is time for                  7.5 minutes at most
 #   test    the GPU tests that have not passed yet (as `make gpu-test`)                                  6.5
@@ -23,18 +24,21 @@
 #   four    4 layers of Llama-3.1-8B: ours and TRL beside float64                                        2.7
 #
 # Default: first. What to run next is printed at the end. Where a command may take 10 minutes, one part a call.
-# A part that fails does not stop the next. One that came to its end is not run again in the same --out (--again: it is);
-# one that did not goes on from its file of results. --out: benchmarks/results/DATE by default. --wheels: installed into a
-# folder of their own, without a network, in front of what is there. PYTHON: the interpreter (python3). LIMIT_S: seconds for
-# the whole call, wheels included (450 a part named). The exit code is 1 where a part failed.
+# A part that fails does not stop the next. One that came to its end is not run again in the same --out with the same code
+# (--again: it is); one that did not goes on from its file of results. --out: benchmarks/results/DATE by default. --wheels:
+# installed into a folder of their own, without a network, in front of what is there; exit code 2 where that fails. --pack:
+# after each part, all of --out as one archive. --from: such an archive, unpacked into --out first. PYTHON: the interpreter
+# (python3). LIMIT_S: seconds for the whole call, wheels included (450 a part named). The exit code is 1 where a part failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-python=${PYTHON:-python3} out="" wheels="" data="" again="" parts=() first=(check te kernels head four test)
+python=${PYTHON:-python3} out="" wheels="" pack="" from="" data="" again="" parts=() first=(check te kernels head four test)
 while (($#)); do
   case $1 in
     --out) out=$2; shift 2 ;;
     --wheels) wheels=$2; shift 2 ;;
+    --pack) pack=$2; shift 2 ;;
+    --from) from=$2; shift 2 ;;
     --data) data=$2; shift 2 ;;
     --again) again=1; shift ;;
     first | check | te | kernels | head | four | test | trl8b | 8b | alike | trl | 1b | fp8 | ours8b | 8b128 | ours) parts+=("$1"); shift ;;
@@ -46,22 +50,28 @@ limit=${LIMIT_S:-$((450 * ${#parts[@]}))}
 out=${out:-benchmarks/results/$(date +%F)}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
+if [[ -n $from ]]; then tar -xzf "$from" -C "$out" || exit 2; fi
+code=$("$python" benchmarks/gpu_code.py) || exit 2
 left() { echo $((limit - SECONDS)); } # bash counts SECONDS from the script's start
 
-# note PART RC SECONDS: a line of session.jsonl
-note() { printf '{"part": "%s", "rc": %d, "seconds": %d, "date": "%s"}\n' "$1" "$2" "$3" "$(date -u +%FT%TZ)" >>"$out/session.jsonl"; }
-ended() { [[ -f $out/session.jsonl ]] && grep -q "\"part\": \"$1\", \"rc\": 0," "$out/session.jsonl"; }
+# note PART RC SECONDS: a line of session.jsonl, and then everything into the archive, which is always a whole one
+note() {
+  printf '{"part": "%s", "rc": %d, "seconds": %d, "date": "%s", "code": "%s"}\n' \
+    "$1" "$2" "$3" "$(date -u +%FT%TZ)" "$code" >>"$out/session.jsonl"
+  if [[ -n $pack ]]; then tar -czf "$pack.part" -C "$out" . && mv "$pack.part" "$pack"; fi
+}
+ended() { [[ -f $out/session.jsonl ]] && grep -q "\"part\": \"$1\", \"rc\": 0,.*\"code\": \"$code\"" "$out/session.jsonl"; }
 
 if [[ -n $wheels ]]; then
   site=$(mktemp -d)
   trap 'rm -rf "$site"' EXIT
-  if "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$wheels"/*.whl; then
-    export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
-    note wheels 0 "$SECONDS"
-  else
-    echo "gpu_session.sh: the wheels could not be installed; going on without them"
-    note wheels 1 "$SECONDS"
+  if ! compgen -G "$wheels/*.whl" >/dev/null ||
+    ! "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$wheels"/*.whl; then
+    echo "gpu_session.sh: $wheels/*.whl: nothing there, or it could not be installed" >&2
+    exit 2
   fi
+  export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+  note wheels 0 "$SECONDS"
 fi
 # Transformer Engine looks for cuDNN and cuBLAS by the loader's path; torch carries them in folders of its own.
 libraries=$("$python" -c 'import glob, sysconfig; print(":".join(glob.glob(sysconfig.get_path("purelib") + "/nvidia/*/lib")))')
@@ -146,8 +156,8 @@ for part in "${parts[@]}"; do
   fi
 done
 
-echo "== next, in this order, one a call:"
+echo "== next, in this order, one a call${pack:+, with --from and the archive of this one}:"
 for part in "${first[@]}" trl8b 8b alike ours8b trl 1b fp8 8b128 ours; do
-  ended "$part" || echo "  benchmarks/gpu_session.sh --out $out${wheels:+ --wheels $wheels}${data:+ --data $data} $part"
+  ended "$part" || echo "  benchmarks/gpu_session.sh --out $out${wheels:+ --wheels $wheels}${pack:+ --pack $pack}${data:+ --data $data} $part"
 done
 exit "$failed"

@@ -1,6 +1,6 @@
 """The tests marked gpu, several at a time, each result written as it comes: `python benchmarks/gpu_tests.py --out tests.json`.
 
-A call with the same file runs what has not passed yet, on the same commit. When --minutes are up pytest is interrupted, so
+A call with the same file runs what has not passed yet, with the same code. When --minutes are up pytest is interrupted, so
 that it prints its summary, and killed 20 s later. Tests of one xdist_group share their fixtures. Exit code 0 where all
 have passed or were skipped; 1 where one failed; 3 where some are left and none failed.
 
@@ -25,6 +25,10 @@ from typing import Any
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))  # run as a script, the path starts in benchmarks/
+
+from benchmarks import gpu_code  # noqa: E402
+
 NOTES = "MEGADPO_GPU_TESTS"
 GRACE_S = 20.0
 """From the interrupt to the kill."""
@@ -73,12 +77,12 @@ class _Controller:
             _note(**one, said=report.capstdout[-TEXT:], failed=failed)
 
 
-def earlier(path: Path, commit: str) -> dict[str, dict[str, Any]]:
-    """What passed before, on the same commit, by test."""
+def earlier(path: Path, machine: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What passed before, by test, where gpu_code.continues."""
     if not path.exists():
         return {}
     content = json.loads(path.read_text(encoding="utf-8"))
-    if content["machine"].get("commit") != commit:
+    if not gpu_code.continues(content["machine"], machine):
         return {}
     return {one["id"]: one for one in content["tests"] if one["outcome"] == "passed"}
 
@@ -108,7 +112,7 @@ def command(paths: list[str], workers: int) -> list[str]:
 
 def run(paths: list[str], path: Path, machine: dict[str, Any], limit_s: float, workers: int) -> dict[str, Any]:
     """Run what has not passed yet, and keep `path` up to date."""
-    before = earlier(path, machine.get("commit", ""))
+    before = earlier(path, machine)
     with tempfile.TemporaryDirectory() as folder:
         notes = Path(folder) / "notes.jsonl"
         env = os.environ | {NOTES: str(notes), NOTES + "_PASSED": json.dumps(list(before))}

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks import gpu_code
 from benchmarks.gpu_contenders import FLOAT8
 from benchmarks.gpu_inputs import Lengths
 from benchmarks.gpu_sides import OUT_OF_MEMORY, Outcome
@@ -61,14 +62,14 @@ def different_losses(losses: Mapping[str, list[float]], device: str) -> list[str
 
 
 def continued(path: Path | None, options: Mapping[str, str], machine: Mapping[str, Any]) -> dict[str, list[Outcome]]:
-    """Runs of an earlier call with the same settings, commit, versions and GPU, from its result file: those that came to
+    """Runs of an earlier call with the same settings, where gpu_code.continues, from its result file: those that came to
     their end, and those that ran out of memory. None where there is no such file."""
     if path is None or not path.exists():
         return {}
     earlier = json.loads(path.read_text())
     if any(earlier.get("options", {}).get(name) != options[name] for name in SAME):
         return {}
-    if any(earlier["machine"].get(name) != machine.get(name) for name in ("gpu", "commit", "versions", "environment")):
+    if not gpu_code.continues(earlier["machine"], machine):
         return {}
     runs = {name: [Outcome(**one) for one in runs] for name, runs in earlier["runs"].items()}
     kept = {name: [run for run in found if run.error in (None, OUT_OF_MEMORY)] for name, found in runs.items()}

@@ -1,6 +1,6 @@
 """Train: torchrun --nproc-per-node N launch/train.py CONFIG.yaml [key=value ...]
 
-The same as `megadpo train`. Options: python launch/train.py --help. Exit codes: docs/running.md.
+`megadpo train` under torchrun, which ends otherwise than `megadpo train --nproc-per-node N`: docs/running.md.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -45,6 +46,10 @@ def read_environment(name: str) -> tuple[str | None, bool]:
     return os.environ.get(name), torch.distributed.is_initialized()
 
 
+def has_asked_for_gpus() -> bool:
+    return "megatron.core.dist_checkpointing.strategies.torch" in sys.modules
+
+
 def test_results_come_back_in_rank_order():
     expected = [{"sum": 21, "rank": str(rank), "threads": 1} for rank in range(2)]
     assert run_distributed(f"{__name__}:add_over_ranks", 2, 10) == expected
@@ -53,6 +58,13 @@ def test_results_come_back_in_rank_order():
 def test_environment_and_a_process_group_left_to_the_target():
     result = run_distributed(read_environment, 1, "PLANTED", env={"PLANTED": "yes"}, init_process_group=False)
     assert result == [("yes", False)]
+
+
+def test_a_rank_is_not_forked_from_a_process_that_asked_for_gpus(monkeypatch):
+    """torch refuses to use a GPU in a process forked from one that counted the GPUs, as megatron-core does when imported."""
+    assert run_distributed(has_asked_for_gpus, 1, init_process_group=False) == [True]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert run_distributed(has_asked_for_gpus, 1, init_process_group=False) == [False]
 
 
 def test_a_failing_rank_ends_the_run_at_once_with_its_traceback():

@@ -108,14 +108,6 @@ def complete_checkpoints(folder: Path) -> list[CheckpointInfo]:
     return found
 
 
-def move_aside(checkpoint: Path) -> Path:
-    """Rename a damaged checkpoint, so that no run finds it; returns its new path."""
-    names = (f"{checkpoint.name}.damaged{number}" for number in ["", *range(2, 1000)])
-    aside = next(path for name in names if not (path := checkpoint.parent / name).exists())
-    os.replace(checkpoint, aside)
-    return aside
-
-
 def prune_checkpoints(
     folder: Path, *, keep_top_k: int | None, metric: str | None, higher_is_better: bool
 ) -> list[Path]:

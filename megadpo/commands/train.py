@@ -4,9 +4,9 @@ CONFIG is a YAML file or the name of a shipped config. The command is the same o
 N processes with --nproc-per-node N, or under torchrun (torchrun --nproc-per-node N launch/train.py CONFIG ..., or -m megadpo
 train CONFIG ...). A run started again with the same checkpointing.checkpoint_dir continues from its newest checkpoint.
 
-Exit code 0: done; 2: refused, with every problem on stderr; 74: a checkpoint could not be saved; 75 and 143: stopped with
-a checkpoint, start it again; 130: stopped by Ctrl-C before there was anything to save; any other: a crash. See
-docs/running.md.
+Exit code 0: done; 2: refused, with every problem on stderr; 74: a checkpoint could not be saved; 75 and 143: stopped; started
+again it goes on from the newest checkpoint, or from the beginning where none was saved; 130: stopped by Ctrl-C before there
+was anything to save; any other: a crash. docs/running.md says what to do.
 """
 
 from __future__ import annotations

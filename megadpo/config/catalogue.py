@@ -25,7 +25,12 @@ HEAD = """# Every key
 
 Written from the schema by `megadpo keys --write docs`; a test compares the two. In a terminal,
 `megadpo keys lr packing` prints the keys that have one of these words in their name or meaning. A key
-that is not here is refused, with the nearest name that is; NeMo RL's other keys are at the end of this page.
+that is not here is refused, with the nearest name that is. Accepted too are:
+
+- `defaults`: the file, or a list of the files, that this one inherits: paths, or names of shipped configs. Sections are merged,
+  other values replaced; `_override_: true` in a section replaces the inherited section.
+- `data.train`, `data.validation` and `data.default`: NeMo RL's sections of data ([data.md](data.md#folders-and-the-hub)).
+- NeMo RL's other keys, at the end of this page.
 """
 TOP = "Outside the sections"
 LIMITED_HEAD = """## NeMo RL's keys that have fewer values here
@@ -136,7 +141,8 @@ def _sections(cls: type, path: str) -> Iterator[Section]:
             inner.append((below, where))
         else:
             meaning = key.meaning or _field_docs(key.owner).get(name, "")
-            if readers := [reader for kind in option_fields(cls).values() for reader in kind.readers(name)]:
+            kinds = [kind for kind in option_fields(cls).values() if name in kind.keys()]  # noqa: SIM118  no dict
+            if readers := [reader for kind in kinds for reader in kind.readers(name)]:
                 meaning += f" Read by {', '.join(readers)}."
             keys.append(KeyEntry(where, describe(key.annotation), _default(key.default, meaning), meaning))
     meaning = _one_line(inspect.getdoc(cls) or "").removeprefix(f"`{path}`").lstrip(".: ") if path else ""

@@ -304,7 +304,7 @@ def _undivided_world(cfg: Config, world_size: int) -> Problem:
     names += ["context_parallel_size"] if megatron.context_parallel_size > 1 else []
     shown = " x ".join(str(getattr(megatron, name)) for name in names)
     expected = f"a product that divides the {world_size} processes started"
-    fix = f"start a multiple of {Grid.of(cfg).model_ranks} processes (torchrun --nproc-per-node), or lower one of them"
+    fix = f"start a multiple of {Grid.of(cfg).model_ranks} processes (--nproc-per-node), or lower one of them"
     return Problem(f"{_MEG}.{' x '.join(names)}", shown, expected, fix)
 
 

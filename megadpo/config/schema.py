@@ -92,6 +92,12 @@ class DpoConfig:
         """The Loss of `loss_type` (megadpo/objective/losses.py) with its options."""
         return LOSSES.configured(self.loss_type, self.loss_options)
 
+    @property
+    def computes_preference_loss(self) -> bool:
+        """With weight 0 too, to be logged, unless it needs a reference and there is none."""
+        has_scores = self.reference.mode != "none" or not self.loss.reads_reference
+        return has_scores or self.preference_loss_weight != 0
+
     def total_steps(self, batches_per_epoch: int) -> int:
         """Optimizer steps of the whole run, given the global batches in one pass over the data."""
         by_epochs = self.max_num_epochs * batches_per_epoch
@@ -112,8 +118,8 @@ class DataConfig:
     is train. A list: the pairs of all of them. {path: weight}: every epoch has its share of each. May be empty for
     evaluation, and with a dataset_name that stands for a dataset of the hub."""
     val_data_paths: dict[str, PathText | tuple[PathText, ...]] | None = None
-    """Validation sets, {name: a path as in train_data_path, or a list of them}. A single one is taken as {default: it}.
-    null: no validation."""
+    """Validation sets, {name: a path as in train_data_path, or a list of them}. A single one is taken as {default: it}, and
+    so is NeMo RL's val_data_path. null: no validation."""
     holdout: Annotated[float, Range(gt=0, lt=1)] | None = None
     """Share of the training prompts whose pairs are the validation set `holdout` instead of being trained on."""
     drop_last: bool = True
@@ -136,8 +142,8 @@ class DataConfig:
     """true: a new order in each epoch, from dpo.seed and the epoch. false: file order."""
     group_prompts: bool = True
     """Put pairs with the same prompt into one pack where possible, and compute the prompt, each distinct answer, and what
-    answers begin with in common once. false: each pair alone. Loss and gradients are the same. Needs
-    policy.sequence_packing.share_prompt."""
+    answers begin with in common once. false: each pair alone. Loss and gradients of a global batch are the same; which pairs
+    are in it may differ, and then no run resumes with the other value. Needs policy.sequence_packing.share_prompt."""
     num_workers: CountOrZero = 1
     """0: batches are packed when they are needed. 1: ahead of time, in a background thread. A larger number is the same
     as 1."""

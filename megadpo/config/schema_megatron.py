@@ -135,11 +135,11 @@ class MegatronConfig:
     """aux_loss: over the tokens of each micro-batch. seq_aux_loss: over each answer with its prompt. See docs/moe.md."""
     moe_aux_loss_coeff: FloatOrZero | None = None
     """Weight of each layer's load-balancing loss, which is added to the DPO loss. null: config.json's
-    router_aux_loss_coef."""
+    router_aux_loss_coef. NeMo RL's policy.hf_config_overrides.router_aux_loss_coef means the same."""
     moe_per_layer_logging: bool = False
     """Log the load-balancing loss of every layer too, as train/moe_aux_loss_layer_<n>."""
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
-    """The collective that sends tokens to their experts' ranks."""
+    """The collective that sends tokens to their experts' ranks. NeMo RL's flex is read as alltoall."""
     moe_grouped_gemm: bool | None = None
     """true: one kernel for all experts of a rank; needs Transformer Engine. false: one after the other. null: true with
     Transformer Engine's layers."""

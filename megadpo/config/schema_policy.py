@@ -62,7 +62,8 @@ class PolicyConfig:
     """A pack is padded to a multiple of this. Left out, null or 1: context_parallel_size, with sequence_parallel times
     tensor_model_parallel_size."""
     logprob_chunk_size: PositiveInt = 1024
-    """Answer tokens that are projected onto the vocabulary at a time. null: 1024."""
+    """Answer tokens that are projected onto the vocabulary at a time. null: 1024. In NeMo RL's files
+    policy.megatron_cfg.fused_linear_logprobs_chunk_size and linear_ce_fusion_chunk_size mean the same."""
     logprob_kernel: Annotated[str, OneOf(LOGPROB_KERNELS, ("auto",))] = "auto"
     """The head, which computes log-probabilities. torch: chunks of tokens. triton (CUDA): blocks of the vocabulary, with
     as many logits at a time. auto: triton where it can run, else torch."""

@@ -34,7 +34,7 @@ class ChosenPairs(OpenedPairs):
         places = [np.arange(len(one)) for one in sets] if kept is None else list(kept)
         firsts = _first_rows(sets)
         rows = [one.rows[at] + first for one, at, first in zip(sets, places, firsts, strict=True)]
-        identities = [one.identities.reshape(-1, 3)[at].ravel() for one, at in zip(sets, places, strict=True)]
+        identities = [one.identities.reshape(-1, 4)[at].ravel() for one, at in zip(sets, places, strict=True)]
         values = [one.values.reshape(-1, 3)[at].ravel() for one, at in zip(sets, places, strict=True)]
         tokens = sum(one.text_tokens()[at].sum(axis=0) for one, at in zip(sets, places, strict=True))
         digest = hashlib.sha256(b"megadpo sets 1\n")
@@ -102,11 +102,11 @@ class ChosenPairs(OpenedPairs):
 
 def hold_out(pairs: OpenedPairs, share: float) -> tuple[ChosenPairs, ChosenPairs]:
     """(the rest, the pairs that are held out): those of `share` (0..1) of the prompts, at least one. Which, is decided by a
-    hash of each prompt's tokens: the same prompts for every seed, order of the rows and number of processes.
+    hash of each whole prompt's tokens: the same prompts for every seed, order of the rows and number of processes.
 
     Raises DataError where no prompt would be left.
     """
-    prompts = pairs.identities[0::3].view(np.uint64)
+    prompts = pairs.identities[3::4].view(np.uint64)
     distinct = np.unique(prompts)
     number = max(1, round(share * len(distinct)))
     if number >= len(distinct):

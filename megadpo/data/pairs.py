@@ -38,6 +38,8 @@ class TokenizedPair:
     """The pair's loss is multiplied by this."""
     rewards: tuple[float, float] = (math.nan, math.nan)
     """Of the chosen and of the rejected answer; NaN: the row has none."""
+    whole_prompt_ids: TokenIds | None = None
+    """The prompt before it was cut to a limit. None: `prompt_ids`."""
 
     @property
     def answers(self) -> tuple[tuple[TokenIds, LossMask | None], tuple[TokenIds, LossMask | None]]:
@@ -68,8 +70,8 @@ class Pairs(Sequence[TokenizedPair]):
     rows: Ints
     """int64 [N]: the number by which logs and evaluation files name each pair."""
     identities: Ints
-    """int64 [3N]: a hash of text k as it stands in `tokens`. Equal prompts have equal ones, and so have answers with the
-    same tokens and the same loss mask."""
+    """int64 [4N]: for each pair hashes of its three texts as they stand in `tokens`, and of its prompt before it was cut to a
+    limit. Equal prompts have equal ones, and so have answers with the same tokens and the same loss mask."""
     values: npt.NDArray[np.float64]
     """float64 [3N]: weight of pair 0, reward of its chosen and of its rejected answer (NaN: none), weight of pair 1, ..."""
 
@@ -101,7 +103,7 @@ class Pairs(Sequence[TokenizedPair]):
         raise NotImplementedError
 
     def text(self, number: int) -> TokenIds:
-        """Text `number`, counted as in `identities`, with its loss mask: a token outside the loss is ~id, which is negative."""
+        """Text `number`, 3 for each pair, with its loss mask: a token outside the loss is ~id, which is negative."""
         raise NotImplementedError
 
     def first_tokens(self, texts: Ints, count: int) -> TokenIds:
@@ -140,16 +142,16 @@ class FlatPairs(Pairs):
     @staticmethod
     def of(pairs: Sequence[TokenizedPair]) -> FlatPairs:
         """The same pairs, their arrays copied."""
-        texts = []
+        texts, hashes = [], []
         for pair in pairs:
-            chosen = _with_mask(pair.chosen_ids, pair.chosen_mask)
-            texts += [pair.prompt_ids, chosen, _with_mask(pair.rejected_ids, pair.rejected_mask)]
+            chosen, rejected = (_with_mask(*answer) for answer in pair.answers)
+            texts += [pair.prompt_ids, chosen, rejected]
+            hashes += [_hash(pair.prompt_ids), _hash(chosen), _hash(rejected)]
+            hashes.append(hashes[-3] if pair.whole_prompt_ids is None else _hash(pair.whole_prompt_ids))
         offsets = np.zeros(len(texts) + 1, dtype=np.int64)
         np.cumsum([len(ids) for ids in texts], out=offsets[1:])
         tokens = np.concatenate(texts) if texts else np.empty(0, dtype=np.int32)
-        identities = np.array([xxhash.xxh3_64_intdigest(ids.tobytes()) for ids in texts], dtype=np.uint64).view(
-            np.int64
-        )
+        identities = np.array(hashes, dtype=np.uint64).view(np.int64)
         rows = np.array([pair.index for pair in pairs], dtype=np.int64)
         values = np.array([(pair.weight, *pair.rewards) for pair in pairs], dtype=np.float64).ravel()
         return FlatPairs(tokens, offsets, rows, identities, values)
@@ -268,6 +270,10 @@ class PairDataset(FlatPairs, OpenedPairs):
 
     def source_of(self, row: int) -> str:
         return f"{self.report.path}:{self.lines[row]}"
+
+
+def _hash(ids: TokenIds) -> int:
+    return xxhash.xxh3_64_intdigest(ids.tobytes())
 
 
 def _with_mask(ids: TokenIds, mask: LossMask | None) -> TokenIds:

@@ -93,24 +93,18 @@ class GatedMLP(TensorLayout):
 
 class GroupedQKV(TensorLayout):
     """Query, key and value projection in one, KV group by KV group: [queries of group 0, key 0, value 0, queries of group 1,
-    ...]. Other sources likewise: each group has an equal part of each. Rank r has the r-th block of these rows. With more
-    ranks than KV heads a block is a part of a group (megatron-core: attention.py, get_query_key_value_tensors), so rows are
-    divided, not groups.
-    """
+    ...]. Other sources likewise: each group has an equal part of each. Rank r has the r-th block of groups."""
 
     sharded_dim = 0
 
     def rectangles(self, shapes: Sequence[Shape], groups: int, tp_rank: int, tp_size: int) -> list[Rectangle]:
-        shard = _share(self.full_shape(shapes)[0], tp_rank, tp_size)
-        rectangles, start = ([], 0)  # `start`: first of the present rows in the whole tensor
-        for group in range(groups):
+        mine = _share(groups, tp_rank, tp_size)
+        rectangles, start = ([], 0)
+        for group in range(mine.start, mine.stop):
             for source, shape in enumerate(shapes):
                 rows = _share(shape[0], group, groups)
                 stop = start + rows.stop - rows.start
-                first, last = max(start, shard.start), min(stop, shard.stop)
-                if first < last:
-                    index = slice(rows.start + first - start, rows.start + last - start)
-                    rectangles.append(Rectangle(source, (index,), (slice(first - shard.start, last - shard.start),)))
+                rectangles.append(Rectangle(source, (rows,), (slice(start, stop),)))
                 start = stop
         return rectangles
 

@@ -42,6 +42,14 @@ def write_then_rename(target: Path, *, durable: bool = True) -> Iterator[Path]:
         sync(target.parent)
 
 
+def move_aside(damaged: Path) -> Path:
+    """Renames a damaged file or folder to NAME.damaged, so that no run finds it; returns its new path. Raises OSError."""
+    names = (f"{damaged.name}.damaged{number}" for number in ["", *range(2, 1000)])
+    aside = next(path for name in names if not (path := damaged.parent / name).exists())
+    os.replace(damaged, aside)
+    return aside
+
+
 @contextlib.contextmanager
 def in_use(folder: Path) -> Iterator[None]:
     """While the block runs, `delete_left_over` of no process deletes `folder`. A killed process releases it."""

@@ -25,7 +25,7 @@ from megadpo.config.schema import Config
 from megadpo.config.schema_peft import PeftConfig
 from megadpo.lora.adapter import LinearAdapter
 from megadpo.lora.attach import load_a, load_b
-from megadpo.lora.targets import PEFT, Target, find_targets, hf_modules, linear_entries
+from megadpo.lora.targets import PEFT, Target, find_targets, hf_modules, linear_entries, unlike_experts
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -107,6 +107,9 @@ def read_peft(folder: str | Path, field: str, arch: Architecture) -> PeftFolder:
         alpha=float(config.get("lora_alpha", 8)),
         use_rslora=bool(config.get("use_rslora")),
     )
+    if (expected := unlike_experts(find_targets(peft, arch), linear_entries(arch))) is not None:
+        fix = "train an adapter for all of them, or merge this one into its base"
+        raise ConfigError(Problem(str(folder / WEIGHTS_FILE), f"adapters of {len(modules)} modules", expected, fix))
     return PeftFolder(folder, field, peft)
 
 

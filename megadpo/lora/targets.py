@@ -11,6 +11,7 @@ are joined in PEFT's format.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Iterator, Sequence
@@ -116,6 +117,20 @@ def find_targets(peft: PeftConfig, arch: Architecture) -> list[Target]:
     return found
 
 
+def unlike_experts(targets: Sequence[Target], entries: Sequence[WeightEntry]) -> str | None:
+    """What a config would have to name, if some experts of a layer have other adapters than the rest. (In checkpoints a layer's
+    experts are one tensor, which must be whole, and grouped experts are one layer.) entries: all of `linear_entries`."""
+    adapters = {megatron_module(target.entry): target.adapters for target in targets}
+    of_first: dict[str, tuple[tuple[int, ...], ...]] = {}
+    for entry in entries:
+        name = megatron_module(entry)
+        mine = adapters.get(name, ())
+        if of_first.setdefault(_EXPERT.sub("", name), mine) != mine:
+            expert = hf_modules(entry)[0].rpartition(".")[0]
+            return f"the same adapters on all experts of a layer, or none; {expert} has others than experts.0"
+    return None
+
+
 def lora_problems(cfg: Config, arch: Architecture) -> list[Problem]:
     """The errors in `policy.megatron_cfg.peft` for a model of this architecture."""
     peft = cfg.policy.megatron_cfg.peft
@@ -129,7 +144,7 @@ def lora_problems(cfg: Config, arch: Architecture) -> list[Problem]:
                 problems.append(_nothing(f"{PEFT}.{field}", name, entries))
     problems += _named_twice(peft, entries)
     targets = find_targets(peft, arch)
-    problems += _in_stacks(peft, targets)
+    problems += [*_in_stacks(peft, targets), *_unlike_experts(peft, targets, entries, arch)]
     if not targets and not problems:
         fix = "name fewer in exclude_modules, or more in target_modules"
         problems.append(Problem(f"{PEFT}.exclude_modules", list(peft.exclude_modules), "a layer that is left", fix))
@@ -190,6 +205,17 @@ def _in_stacks(peft: PeftConfig, targets: Sequence[Target]) -> Iterator[Problem]
         expected = "layers that are modules of the Hugging Face model; its experts are one tensor for all"
         fix = f"set {PEFT}.exclude_modules: [{', '.join(stacked)}]"
         yield Problem(f"{PEFT}.target_modules", list(peft.target_modules), expected, fix)
+
+
+def _unlike_experts(
+    peft: PeftConfig, targets: Sequence[Target], entries: Sequence[WeightEntry], arch: Architecture
+) -> Iterator[Problem]:
+    expected = unlike_experts(targets, entries)
+    if expected is not None:
+        whole = find_targets(dataclasses.replace(peft, exclude_modules=()), arch)
+        field = "target_modules" if unlike_experts(whole, entries) else "exclude_modules"
+        fix = "name layers without the number of an expert (such as experts.linear_fc1, experts.linear_fc2)"
+        yield Problem(f"{PEFT}.{field}", list(getattr(peft, field)), expected, fix)
 
 
 def _too_wide(peft: PeftConfig, targets: Sequence[Target]) -> Iterator[Problem]:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -157,31 +156,20 @@ class PackedAttention(torch.nn.Module):
 
 class GatedSelfAttention(SelfAttention):
     """megatron-core's, with an output gate beside each head's query, as the projection has them in a model's folder.
-    megatron-core's own order is all queries of a group and then all gates, and where there are more tensor-parallel ranks
-    than groups its ranks take each other's gates (0.16.1 cuts the queries and not the gates)."""
+    megatron-core's own order is all queries of a group and then all gates."""
 
     def get_query_key_value_tensors(
         self, hidden_states: torch.Tensor, *_: Any, output_gate: bool = False, split_qkv: bool = True, **__: Any
     ) -> tuple[torch.Tensor, ...]:
         """hidden_states [t, 1, h] -> query [T, 1, H, D], key and value [T, 1, G, D], gate [T, 1, H, D], heads local.
 
-        Collectives over the tensor-parallel group: those of `linear_qkv`; with more ranks than groups an all-gather of the
-        projected, and a reduce-scatter of its gradient."""
+        Collectives: those of `linear_qkv`."""
         assert output_gate and split_qkv
         mixed, _bias = self.linear_qkv(hidden_states)
-        group, width = self.pg_collection.tp, self.hidden_size_per_attention_head
-        groups = self.config.num_query_groups
-        per_group = self.config.num_attention_heads // groups
-        copies = max(1, group.size() // groups)  # ranks that have the same keys
-        if copies > 1:
-            mixed = all_gather_last_dim_from_tensor_parallel_region(mixed)
-            mixed = mixed.chunk(groups, dim=-1)[group.rank() // copies]
-        mixed = mixed.unflatten(-1, (-1, 2 * per_group + 2, width))
+        per_group = self.config.num_attention_heads // self.config.num_query_groups
+        mixed = mixed.unflatten(-1, (-1, 2 * per_group + 2, self.hidden_size_per_attention_head))
         queries, key, value = mixed.split((2 * per_group, 1, 1), dim=3)
-        queries = queries.unflatten(3, (per_group, 2)).flatten(2, 3)
-        if copies > 1:
-            queries = queries.chunk(copies, dim=2)[group.rank() % copies]
-        query, gate = queries.unbind(3)
+        query, gate = queries.unflatten(3, (per_group, 2)).flatten(2, 3).unbind(3)
         return self.q_layernorm(query), self.k_layernorm(key.squeeze(3)), value.squeeze(3), gate
 
     def _apply_output_gate(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:

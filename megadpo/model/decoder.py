@@ -83,6 +83,7 @@ def _layer_spec(
     mlp, before = layer.feed_forward, arch.norms.placement != "post"
     dense = isinstance(mlp, Mlp)
     joined = before and modules.norm_column is not None
+    joined_qkv = joined_qkv and isinstance(layer.attention, Attention) and layer.attention.turns_projection
     latent = isinstance(layer.attention, Attention) and layer.attention.latent is not None
     first = modules.norm_column if joined else modules.column
     names = {}
@@ -97,9 +98,7 @@ def _layer_spec(
         submodules=TransformerLayerSubmodules(
             # In latent attention two projections read the norm's output, so the norm is a module of its own.
             input_layernorm=modules.norm if before and (latent or not joined) else IdentityOp,
-            self_attention=_attention(
-                layer.attention, modules, first, joined=joined_qkv and _can_join(layer.attention, config)
-            ),
+            self_attention=_attention(layer.attention, modules, first, joined=joined_qkv),
             self_attn_bda=add,
             # The router reads the norm's output too, so before experts the norm is always a module of its own.
             pre_mlp_layernorm=modules.norm if before and not (joined and dense) else IdentityOp,
@@ -110,13 +109,6 @@ def _layer_spec(
             sharded_state_dict_keys_map=names,
         ),
     )
-
-
-def _can_join(kind: Attention | DeltaNet, config: TransformerConfig) -> bool:
-    """With fewer heads of keys than ranks, megatron-core gathers the projection before it is taken apart."""
-    if isinstance(kind, DeltaNet):
-        return False
-    return kind.turns_projection and kind.num_kv_heads >= config.tensor_model_parallel_size
 
 
 def _attention(kind: Attention | DeltaNet, modules: LayerModules, first: Any, *, joined: bool) -> Any:

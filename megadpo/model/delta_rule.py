@@ -198,7 +198,8 @@ class _Follow(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return _add_rows(grad.new_zeros(ctx.shape), *ctx.saved_tensors, grad), None
+        (origins,) = ctx.saved_tensors
+        return _add_rows(grad.new_zeros(ctx.shape), origins, grad), None
 
 
 def _add_rows(sums: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -81,9 +81,8 @@ def norm_of_all_heads(
     """RMSNorm over all heads of a token together: of its queries, and of its keys. The mean square is over all ranks' heads.
 
     query [T, H, D] and key [T, G, D] of this rank's heads; weights of all heads. Every rank has the whole weights and uses
-    its heads' part; megatron-core knows the weights by their names, and sums their gradients over the ranks. With more
-    ranks than key heads several ranks have the same head. Collectives: an all-reduce of [T, 2] over `group`, forward and
-    backward.
+    its heads' part; megatron-core knows the weights by their names, and sums their gradients over the ranks.
+    Collectives: an all-reduce of [T, 2] over `group`, forward and backward.
     """
     both, weights, ranks = (query, key), (query_weight, key_weight), group.size()
     wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in both]
@@ -92,10 +91,8 @@ def norm_of_all_heads(
         squares = copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(squares))
     normed = []
     for x, square, weight in zip(wide, squares.unbind(-1), weights, strict=True):
-        of_heads = weight.view(-1, *x.shape[1:])
-        copies = ranks // of_heads.shape[0]
-        scale = (square / (copies * weight.numel()) + eps).rsqrt()
-        normed.append(x * scale[:, None, None] * of_heads[group.rank() // copies])
+        scale = (square / weight.numel() + eps).rsqrt()
+        normed.append(x * scale[:, None, None] * weight.view(ranks, *x.shape[1:])[group.rank()])
     return normed[0].to(query.dtype), normed[1].to(key.dtype)
 
 

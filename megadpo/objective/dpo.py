@@ -116,7 +116,7 @@ def _pair_scores(
 
 def _preference_losses(scores: PairScores, cfg: DpoConfig, pair_weights: Tensor | None) -> Tensor | None:
     """[P] losses of `cfg.loss_type`, times the weights. None if the loss needs a reference and there is none; its weight must
-    then be 0."""
+    then be 0. With P = 0 the loss isn't called: without pairs the facts that it reads may be missing."""
     if cfg.loss.reads_reference and scores.reference_chosen_logps is None:
         if cfg.preference_loss_weight != 0:
             raise ValueError(
@@ -124,6 +124,8 @@ def _preference_losses(scores: PairScores, cfg: DpoConfig, pair_weights: Tensor 
                 "dpo.preference_loss_weight must be 0"
             )
         return None
+    if len(scores.policy_chosen_logps) == 0:
+        return scores.policy_chosen_logps
     loss: Loss = cfg.loss
     return _times(loss.pair_losses(scores, cfg.reference_policy_kl_penalty), pair_weights)
 

@@ -299,6 +299,9 @@ class PlackettLuce(Loss):
             yield Problem(
                 "data.train_data_path", ", ".join(cfg.data.train_paths), expected, "write a list of the paths"
             )
+        if cfg.data.on_too_long == "truncate":
+            expected = "refuse or drop: truncation gives each pair of a ranking another prompt"
+            yield Problem("data.on_too_long", cfg.data.on_too_long, expected, "set it to drop, or raise the limit")
         for where, value, needed in (
             ("data.group_prompts", cfg.data.group_prompts, True),
             ("policy.sequence_packing.enabled", packing.enabled, True),

@@ -14,20 +14,13 @@ from megadpo.config.problems import ConfigError, Problem
 from megadpo.parallel.cpu import enable_cpu
 
 
-def setup_device(requested: str, *, tensor_parallel: int = 1) -> torch.device:
+def setup_device(requested: str) -> torch.device:
     """The device for `policy.device` ('auto', 'cpu' or 'cuda'), made current; redirects megatron-core on a CPU.
 
-    tensor_parallel: ranks that will share a layer. With more than one CUDA_DEVICE_MAX_CONNECTIONS is set to 1, unless the
-    environment says something else.
     Raises ConfigError where 'cuda' is asked for and absent, where there are more processes than GPUs, where 'cpu' is
     asked for and CUDA is present (megatron-core then uses CUDA tensors of its own; hide the GPUs from the process
     instead), or where the environment chooses Transformer Engine's attention.
     """
-    # With 1, kernels start in the order of their calls. The backward pass needs that order to run a collective at the same
-    # time as a matrix product (megatron-core: tensor_parallel/layers.py:525-560; Transformer Engine: module/base.py:1080);
-    # without it both libraries warn that the two may run one after the other. CUDA reads the variable when it starts.
-    if tensor_parallel > 1:
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # megatron-core asserts this of every model it builds (language_module.py `_set_attention_backend`), and sets them
     chosen = [n for n in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN") if os.environ.get(n, "1") != "1"]
     if chosen:
@@ -53,7 +46,7 @@ def setup_device(requested: str, *, tensor_parallel: int = 1) -> torch.device:
     processes = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), number + 1)
     if processes > visible:  # every rank of the node must refuse, or the others would wait for this one
         expected = f"at most the {visible} GPUs that each process sees"
-        fix = f"torchrun --nproc-per-node {visible}, or show them all in CUDA_VISIBLE_DEVICES"
+        fix = f"--nproc-per-node {visible}, or show them all in CUDA_VISIBLE_DEVICES"
         raise ConfigError([Problem("processes on this node", processes, expected, fix)])
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)

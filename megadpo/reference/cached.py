@@ -7,6 +7,7 @@ the numbers differ by rounding.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from megadpo.config.problems import ConfigError, Problem
+from megadpo.config.problems import ConfigError, Problem, first_line
 from megadpo.data.batches.loader import GlobalBatchLoader
 from megadpo.data.batches.pack import PackedBatch
-from megadpo.files.atomic import write_then_rename
+from megadpo.files.atomic import move_aside, write_then_rename
 from megadpo.parallel import ParallelContext
 from megadpo.reference.resident import ResidentReference
 
@@ -34,23 +36,37 @@ SAVE_EVERY_BATCHES = 20
 
 @dataclass(frozen=True)
 class LogpsCache:
-    """The file for one data set and one reference. Only rank 0 reads and writes it."""
+    """The file for one data set and one reference, with a checksum: a flipped bit would be a wrong loss in every run that
+    reads it. Only rank 0 reads and writes it."""
 
     path: Path
 
     def read(self, num_answers: int) -> Table:
-        """[num_answers], NaN for answers that are not in the file. Raises ConfigError if the file has no such table."""
+        """[num_answers], NaN for answers that are not in the file. A damaged file counts as absent: it is renamed, and a
+        line on stderr says so. Raises ConfigError if it can't be read or renamed."""
         try:
-            if not self.path.exists():
-                return np.full(num_answers, np.nan, dtype=np.float32)
-            table: Table = load_file(self.path)["logps"]
-            fits = table.shape == (num_answers,) and table.dtype == np.float32
-            found = f"{table.dtype} {table.shape}"
-        except (OSError, SafetensorError, KeyError) as error:
-            fits, found = False, str(error)
-        if not fits:
-            expected = f"float32 ({num_answers},): the log-probabilities of these answers"
-            raise ConfigError([Problem(str(self.path), found, expected, "delete the file; it will be computed again")])
+            if self.path.exists():
+                try:
+                    return self._verified(num_answers)
+                except (SafetensorError, ValueError, KeyError, TypeError) as error:
+                    aside, reason = move_aside(self.path), first_line(error)
+                words = f"damaged ({reason}); it is now {aside.name}, and its numbers are computed again"
+                print(f"{self.path}: {words}", file=sys.stderr, flush=True)
+        except OSError as error:
+            expected = "a file that can be read, or renamed if it is damaged"
+            fix = "delete the file; it will be computed again"
+            raise ConfigError(Problem(str(self.path), str(error), expected, fix)) from error
+        return np.full(num_answers, np.nan, dtype=np.float32)
+
+    def _verified(self, num_answers: int) -> Table:
+        """Raises ValueError or safetensors' errors for another content than was written, and OSError."""
+        with safe_open(self.path, "numpy") as file:
+            table: Table = file.get_tensor("logps")
+            written = (file.metadata() or {}).get("xxh3")
+        if table.dtype != np.float32 or table.shape != (num_answers,):
+            raise ValueError(f"{table.dtype} {table.shape}, not float32 ({num_answers},)")
+        if written != _checksum(table):
+            raise ValueError("its checksum is not that of its content")
         return table
 
     def write(self, table: Table) -> None:
@@ -58,10 +74,14 @@ class LogpsCache:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with write_then_rename(self.path, durable=False) as partial:
-                save_file({"logps": table}, partial)
+                save_file({"logps": table}, partial, metadata={"xxh3": _checksum(table)})
         except (OSError, SafetensorError) as error:
             fix = "free some space, or set dpo.reference.cache_dir to another folder"
             raise ConfigError(Problem(str(self.path), str(error), "a file that can be written", fix)) from error
+
+
+def _checksum(table: Table) -> str:
+    return xxhash.xxh3_64_hexdigest(table.tobytes())
 
 
 def positions_by_use(loader: GlobalBatchLoader, steps: int | None) -> npt.NDArray[np.int64]:

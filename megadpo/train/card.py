@@ -57,7 +57,7 @@ one, is the card of the base model. Its scores are not those of this model.
 
 Save the config below as config.yaml. The base model and the data must be at the paths that it names.
 
-    torchrun {_processes(run.parallel.world_size)} launch/train.py config.yaml
+    megadpo train config.yaml {_processes(run.parallel.world_size)}
 
 <details><summary>config.yaml</summary>
 

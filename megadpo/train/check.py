@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 
 from megadpo.config.architecture import Architecture
@@ -25,8 +26,10 @@ def checked_config(
     weights: bool = True,
 ) -> Config:
     """The config, checked with the model's config.json and the number of ranks. weights: also download a hub model's weights.
-    Raises ConfigError with every problem."""
+    Raises ConfigError with every problem. For training under tensor parallelism it sets CUDA_DEVICE_MAX_CONNECTIONS."""
     cfg = load_config(path, overrides, purpose=purpose)  # first: it needs no torch, and most refusals come from it
+    if purpose == "train" and cfg.policy.megatron_cfg.tensor_model_parallel_size > 1:
+        _start_kernels_in_order()
     from megadpo.lora.checkpoint import LoraCheckpoint
     from megadpo.lora.peft_folder import folder_problems
     from megadpo.lora.targets import lora_problems
@@ -68,6 +71,16 @@ def _adapter_of_no_reference(cfg: Config) -> list[Problem]:
     expected = "null without dpo.reference.model_name: an evaluation then has no reference to add it to"
     fix = "set dpo.reference.model_name to the model that training started from, or remove the adapter"
     return [Problem("dpo.reference.adapter", reference.adapter, expected, fix)]
+
+
+def _start_kernels_in_order() -> None:
+    """With one queue, kernels start in the order of their calls. The backward pass needs that order to run a collective at the
+    same time as a matrix product (megatron-core: tensor_parallel/layers.py:525-560; Transformer Engine: module/base.py:1080);
+    without it both libraries warn that the two may run one after the other.
+
+    CUDA reads the variable when it starts, and the import of megatron-core starts it, by counting the GPUs
+    (dist_checkpointing/strategies/torch.py:64)."""
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def _slow_notes(cfg: Config, arch: Architecture) -> list[str]:

@@ -41,8 +41,7 @@ def run_training(cfg: Config, *, started_s: float) -> int:
     """Set up, train, tear down. Every rank. started_s: time.monotonic() when the command began, from which
     checkpointing.checkpoint_must_save_by counts."""
     end_with_launcher()
-    tensor_parallel = cfg.policy.megatron_cfg.tensor_model_parallel_size
-    device = before_groups(partial(_checked_device, cfg, tensor_parallel=tensor_parallel))
+    device = before_groups(partial(_checked_device, cfg))
     parallel = initialize(Grid.of(cfg), device)
     first = parallel.rank == 0
     try:
@@ -67,16 +66,16 @@ def run_training(cfg: Config, *, started_s: float) -> int:
             print_banner(rows)
             for note in logger.notes:
                 progress.message(note)
-        exit_code = train(run, logger, progress, stop)
+        exit_code = logger.exit_code = train(run, logger, progress, stop)
     if first and exit_code == 0:
         print("\n".join(closing_words(cfg, run.total_steps)), flush=True)
     destroy()
     return exit_code
 
 
-def _checked_device(cfg: Config, *, tensor_parallel: int = 1) -> torch.device:
+def _checked_device(cfg: Config) -> torch.device:
     """`setup_device`. Raises ConfigError also for what this machine can't do."""
-    device = setup_device(cfg.policy.device, tensor_parallel=tensor_parallel)
+    device = setup_device(cfg.policy.device)
     if problems := find_problems(Known(cfg=cfg, machine=machine(device))):
         raise ConfigError(problems)
     return device

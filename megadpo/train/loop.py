@@ -19,7 +19,7 @@ from megadpo.train.stop import StopWatcher
 
 
 def train(run: Run, logger: MetricsLogger, progress: ProgressLine, stop: StopWatcher) -> int:
-    """Trains to the end of the run. Returns the exit code: 0, or that of `stop` if it stopped early and saved a checkpoint.
+    """Trains to the end of the run. Returns the exit code: 0, or that of `stop` if it stopped early.
 
     All ranks call it. Raises NonFiniteLoss if the config asks for it, and SaveError; complete checkpoints stay.
     """

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megadpo.config.problems import ConfigError, Problem
+from megadpo.config.problems import ConfigError, Problem, first_line
 from megadpo.config.schema import LoggerConfig
 from megadpo.train.loggers.base import LoggedRun, Number, Sink
 from megadpo.train.loggers.jsonl import METRICS_FILE, JsonLines
@@ -26,8 +26,8 @@ class MetricsLogger:
     run_config: the resolved config, for wandb.
 
     Raises ConfigError on EVERY rank, before anything is written, if an enabled client is not installed; on the writing
-    rank also if log_dir can't be written or wandb refuses to start. `log` raises OSError if the disk fails, because a run
-    without its metrics should end.
+    rank also if log_dir can't be written or wandb refuses to start. `log` raises OSError if metrics.jsonl can't be written,
+    because a run without its metrics should end. No other logger ends a run that has started.
     """
 
     def __init__(
@@ -42,6 +42,8 @@ class MetricsLogger:
             raise ConfigError(problems)
         self.notes: list[str] = []
         """A line where the folder held the steps of an earlier run."""
+        self.exit_code = 0
+        """The run's, if the `with` block ends without an error: 75 or 143 after a stop. The loggers are closed with it."""
         self._sinks: list[Sink] = []
         self._last_step = resumed_step
         if not enabled:
@@ -66,13 +68,13 @@ class MetricsLogger:
             whose = f"later than step {resumed_step}, which are done again" if resumed_step else "of another run"
             self.notes.append(f"logger.log_dir held steps {whose}: they are in {lines.superseded} now")
         for logger in cfg.enabled:
-            self._sinks.append(logger.open(run))
+            self._sinks.append(_NeverFatal(logger.key, logger.open(run)))
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes the metrics of a step, by their full names. Values are Python or numpy numbers, 0-d tensors or None.
 
         A step has one line, so its validation metrics must be in the same call. Raises ValueError if steps go backwards,
-        TypeError for a value that isn't a number, OSError if the disk fails.
+        TypeError for a value that isn't a number, OSError if metrics.jsonl can't be written.
         """
         if not self._sinks:
             return
@@ -84,7 +86,8 @@ class MetricsLogger:
             sink.log(step, numbers)
 
     def close(self, exit_code: int = 0) -> None:
-        """Closes all loggers. For wandb a run with an exit code other than 0 has failed. A second call does nothing."""
+        """Closes all loggers. For wandb a run with an exit code other than 0 has failed. A second call does nothing. Raises
+        OSError if metrics.jsonl can't be closed."""
         sinks, self._sinks = self._sinks, []
         errors: list[Exception] = []
         for sink in sinks:
@@ -102,12 +105,36 @@ class MetricsLogger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self.close(exit_code=0 if error is None else 1)
+            self.close(self.exit_code if error is None else 1)
         except Exception as closing_error:
             if error is None:
                 raise
             # Show the error that ended the run; an error while closing often has the same cause (a full disk)
             LOG.warning("closing the metric files failed too: %s", closing_error)
+
+
+class _NeverFatal:
+    """A logger whose errors don't end the run. The first one in `log` is printed, and one in `close`."""
+
+    def __init__(self, key: str, sink: Sink) -> None:
+        self._key, self._sink = key, sink
+        self._has_failed = False
+
+    def log(self, step: int, metrics: Mapping[str, Number]) -> None:
+        try:
+            self._sink.log(step, metrics)
+        except Exception as error:
+            if not self._has_failed:
+                what = f"logger.{self._key} could not log step {step} ({first_line(error)})"
+                LOG.warning("%s. The run goes on; metrics.jsonl has every step. Later errors are not printed.", what)
+            self._has_failed = True
+
+    def close(self, exit_code: int) -> None:
+        try:
+            self._sink.close(exit_code)
+        except Exception as error:
+            what = f"logger.{self._key} could not be closed ({first_line(error)})"
+            LOG.warning("%s. It may lack steps; metrics.jsonl has every step.", what)
 
 
 def plain_number(name: str, value: Any) -> Number:

@@ -72,8 +72,7 @@ def profile_run(cfg: Config, *, warmup: int, steps: int, trace: Path | None) -> 
         dpo=dataclasses.replace(cfg.dpo, max_num_steps=warmup + steps, max_num_epochs=warmup + steps),
         data=dataclasses.replace(cfg.data, val_data_paths=None),
     )
-    tensor_parallel = cfg.policy.megatron_cfg.tensor_model_parallel_size
-    device = before_groups(partial(setup_device, cfg.policy.device, tensor_parallel=tensor_parallel))
+    device = before_groups(partial(setup_device, cfg.policy.device))
     run = prepare(cfg, initialize(Grid.of(cfg), device))
     batches = chain.from_iterable(map(run.inputs.train_loader.batches, count()))
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])

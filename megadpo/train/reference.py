@@ -29,8 +29,8 @@ from megadpo.reference.cached import Table
 from megadpo.train.inputs import TRAIN, RunInputs
 from megadpo.train.resume import from_first_rank, require_writable
 
-FORMAT = 2
-"""Increase it after a change by which the same model gives other log-probabilities, or another table of them."""
+FORMAT = 3
+"""Increase it after a change by which the same model gives other log-probabilities, or another file of them."""
 
 
 def build_reference(cfg: Config, inputs: RunInputs, parallel: ParallelContext) -> ResidentReference:

@@ -16,11 +16,12 @@ import torch.distributed as dist
 import yaml
 
 from megadpo.checkpoint import CheckpointInfo, damages_together
-from megadpo.checkpoint.folder import move_aside, require_info, step_folders
+from megadpo.checkpoint.folder import require_info, step_folders
 from megadpo.config.load import as_written
 from megadpo.config.problems import ConfigError, Problem, SaveError, UserError
 from megadpo.config.schema import Config
 from megadpo.data.pairs import OpenedPairs
+from megadpo.files.atomic import move_aside
 from megadpo.lora.checkpoint import BASE
 from megadpo.lora.peft_folder import adapter_fingerprint
 from megadpo.model.manifest import checkpoint_before, no_manifest
@@ -33,6 +34,7 @@ OWNER_FILE = ".run"
 SEEN_WITHIN_S = 30.0
 """The longest time in which a network file system shows a new file on another node."""
 REFERENCE = "dpo.reference"
+ORDER = "order of an epoch"
 _OF_ADAPTERS = ("target_modules", "exclude_modules", "dim", "alpha", "use_rslora", "lora_dtype")
 """The keys of `peft` that decide which adapters there are, and what their weights mean."""
 
@@ -64,6 +66,12 @@ def find_resume(
         elif field == BASE and settings[field] != before:
             expected = f"the model whose adapters are in {info.path}, with the weights that it had"
             problems.append(Problem(BASE, cfg.policy.model_name, expected, fix))
+        elif field == ORDER and settings[field] != before:
+            expected = (
+                f"{before}, as in {info.path}: in another order the epoch would repeat pairs and leave out others"
+            )
+            keys = "data.group_prompts, policy.sequence_packing and dpo.loss_type decide it"
+            problems.append(Problem(ORDER, settings[field], expected, f"{fix}; {keys}"))
         elif settings[field] != before:
             problems.append(Problem(field, settings[field], f"{before}, as in {info.path}", fix))
     if problems:
@@ -117,6 +125,7 @@ def data_settings(cfg: Config, inputs: RunInputs, parallel: ParallelContext) -> 
         "dpo.seed": cfg.dpo.seed,
         "data.shuffle": cfg.data.shuffle,
         "data.drop_last": cfg.data.drop_last,
+        ORDER: inputs.train_loader.order_unit,
         "data.train_data_path weights": None if cfg.data.train_shares is None else list(cfg.data.train_shares),
         "policy.train_global_batch_size": cfg.policy.train_global_batch_size,
         "policy.freeze": list(cfg.policy.freeze),

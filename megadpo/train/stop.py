@@ -11,9 +11,9 @@ from megadpo.parallel import ParallelContext
 from megadpo.parallel.lifetime import STOP_SIGNALS
 
 EXIT_INTERRUPTED = 143
-"""Exit code after SIGTERM or SIGINT: a checkpoint was saved, but the run is not finished."""
+"""Exit code after a stop signal: the run is not finished. Started again, it goes on from its newest checkpoint, if it has one."""
 EXIT_OUT_OF_TIME = 75
-"""Exit code after checkpointing.checkpoint_must_save_by (EX_TEMPFAIL): start the run again to continue."""
+"""Exit code after checkpointing.checkpoint_must_save_by (EX_TEMPFAIL), likewise."""
 
 SAME_SIGNAL_S = 10.0
 """Signals within this time are one request to stop: Slurm signals every process of a job, and torchrun also signals its

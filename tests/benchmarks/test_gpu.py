@@ -6,16 +6,29 @@ import dataclasses
 import json
 import math
 import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_contenders, gpu_head, gpu_inputs, gpu_machine, gpu_options, gpu_report, make_llama
+from benchmarks import (
+    gpu,
+    gpu_contenders,
+    gpu_head,
+    gpu_inputs,
+    gpu_machine,
+    gpu_options,
+    gpu_report,
+    gpu_worker,
+    make_llama,
+)
 from benchmarks.gpu_sides import OUT_OF_MEMORY, Outcome
+from megadpo import commands
 from megadpo.config.load import load_config
 from megadpo.data.tokens.tokenizer import load_tokenizer
 from megadpo.families import read_architecture
+from megadpo.train import reference, watch
 
 TINY = gpu_inputs.SHAPES["tiny"]
 
@@ -266,6 +279,33 @@ def test_a_file_of_results_is_whole_or_the_one_before(tmp_path):
     with pytest.raises(TypeError):
         gpu.save(path, {"runs": object()})
     assert json.loads(path.read_text()) == {"runs": 1}
+
+
+def test_ours_peak_is_the_largest_of_its_whole_life(monkeypatch, tmp_path):
+    """megadpo resets torch's peak after every step; after the last one only the state is left."""
+    peak = 0
+
+    def reset(device=None):
+        nonlocal peak
+        peak = 20
+
+    def three_steps(arguments):
+        nonlocal peak
+        for allocated in (30, 90, 50):
+            peak = allocated
+            watch._peak_bytes(torch.device("cuda", 0))
+        return 0
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: peak)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device=None: 2 * peak)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    monkeypatch.setattr(reference, "compute_missing", reference.compute_missing)
+    monkeypatch.setattr(commands, "main", three_steps)
+    monkeypatch.setattr(sys, "argv", ["gpu_worker.py", str(tmp_path / "result.json"), "config.yaml"])
+    assert gpu_worker.main() == 0
+    content = json.loads((tmp_path / "result.json").read_text())
+    assert (content["gpu_peak_allocated_bytes"], content["gpu_peak_reserved_bytes"]) == (90, 180)
 
 
 def test_a_smoke_run_ends_well_without_trl(tmp_path, capsys):

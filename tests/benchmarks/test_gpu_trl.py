@@ -135,7 +135,7 @@ def test_the_first_step_shows_other_work_that_losses_hide(other, what):
 
 
 def test_results_of_the_same_settings_are_continued(tmp_path):
-    path, machine = tmp_path / "r.json", {"gpu": "H200", "commit": "a", "versions": {"torch": "2"}, "environment": {}}
+    path, machine = tmp_path / "r.json", {"gpu": "H200", "code": "a", "versions": {"torch": "2"}, "environment": {}}
     options = dict.fromkeys(gpu_work.SAME, "1")
     ran, hung = (Outcome("ours", 60.0, [1.0], [0.7], 1, 1, error, "") for error in (None, "timed out"))
     large = dataclasses.replace(ran, name="trl-a", error=OUT_OF_MEMORY)
@@ -144,7 +144,7 @@ def test_results_of_the_same_settings_are_continued(tmp_path):
     path.write_text(json.dumps(content | {"options": options, "machine": machine}))
     assert gpu_work.continued(path, options, machine) == {"ours": [ran], "trl-a": [large]}
     assert gpu_work.continued(path, options | {"layers": "4"}, machine) == {}
-    assert gpu_work.continued(path, options, machine | {"commit": "b"}) == {}
+    assert gpu_work.continued(path, options, machine | {"code": "b"}) == {}
     assert gpu_work.continued(tmp_path / "none", options, machine) == {}
 
 

@@ -71,6 +71,13 @@ def test_defaults_are_those_of_a_config_that_leaves_everything_out(tmp_path: Pat
     assert written["all"] == written["least"]
 
 
+def test_readers_are_those_of_a_variants_option() -> None:
+    """TensorBoard's section has a log_dir of its own, which is another key than that of the section with all loggers."""
+    meanings = {key.path: key.meaning for section in sections() for key in section.keys}
+    assert "Read by" not in meanings["logger.log_dir"]
+    assert "Read by adam." in meanings["policy.megatron_cfg.optimizer.adam_beta1"]
+
+
 def test_keys_are_found_by_a_word(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["keys", "adam_beta1"]) == 0
     shown = capsys.readouterr().out

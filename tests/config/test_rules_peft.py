@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from megadpo.config import load_config
+
 PEFT = "policy.megatron_cfg.peft"
 ON = {"policy__megatron_cfg__peft__enabled": True}
 
@@ -14,6 +16,9 @@ def test_a_run_with_lora_switches_its_adapters_off_for_the_reference(config):
     assert config(**ON, dpo__reference__mode="cached").dpo.reference.mode == "cached"
     assert config(**ON, dpo__reference__model_name="other/model").dpo.reference.mode == "resident"
     assert config().dpo.reference.mode == "resident"
+    lora = [f"policy.megatron_cfg.peft.{one}" for one in ("enabled=true", "dim=32")]  # as docs/lora.md has it
+    assert load_config("dpo_megatron", lora).dpo.reference.mode == "adapter_off"
+    assert load_config("dpo_megatron").dpo.reference.mode == "resident"
 
 
 def test_the_scale(config):

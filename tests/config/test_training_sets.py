@@ -58,3 +58,5 @@ def test_rankings_have_no_weights(config, refusals):
     data = {"train_data_path": {"a": 1, "b": 2}}
     assert list(refusals(data=data, dpo={"loss_type": "plackett_luce"})) == ["data.train_data_path"]
     config(data={"train_data_path": ["a", "b"]}, dpo={"loss_type": "plackett_luce"})
+    cut = {"train_data_path": ["a", "b"], "on_too_long": "truncate"}
+    assert list(refusals(data=cut, dpo={"loss_type": "plackett_luce"})) == ["data.on_too_long"]

@@ -78,7 +78,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie4_5": ("ernie4_5", {**WIDER, "tie_word_embeddings": True}),
     "glm": ("glm", {**WIDER}),
     "glm4": ("glm4", {**WIDER}),
-    "olmo2": ("olmo2", {"num_key_value_heads": 1}),  # fewer than tensor-parallel ranks
+    "olmo2": ("olmo2", {}),
     "olmo3": (
         "olmo3",
         {"sliding_window": WINDOW,
@@ -147,10 +147,7 @@ CASES |= {
         "qwen3_5_text",
         {**DELTA_NET, **MROPE, "linear_conv_kernel_dim": 3, "linear_num_value_heads": 2},
     ),
-    "qwen3_5_moe": (  # fewer key-value heads than tensor-parallel ranks
-        "qwen3_5_moe_text",
-        {**DELTA_NET, **MROPE, **EXPERTS, **SHARED, "num_key_value_heads": 1},
-    ),
+    "qwen3_5_moe": ("qwen3_5_moe_text", {**DELTA_NET, **MROPE, **EXPERTS, **SHARED}),
 }
 
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}

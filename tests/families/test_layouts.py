@@ -53,7 +53,7 @@ def counting(shapes):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_shards_hold_every_number_once_and_go_back(name, tp_size):
     layout, shapes = LAYOUTS[name]
-    entry = entry_of(layout, shapes, 4)
+    entry = entry_of(layout, shapes, 8)
     sources = list(counting(shapes))
     shards = [torch.full(entry.local_shape(tp_size), -1) for _ in range(tp_size)]
     for rank, shard in enumerate(shards):

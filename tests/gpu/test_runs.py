@@ -28,13 +28,12 @@ MEG = "policy.megatron_cfg"
 OPT = f"{MEG}.optimizer"
 
 
-def launch(script, config, *overrides, code=0):
-    """torchrun with one process; returns what it printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    command += ["--nproc-per-node=1"]
-    command += [str(REPOSITORY / "launch" / script), str(config), *overrides]
+def launch(command, config, *arguments, code=0):
+    """`megadpo COMMAND` under torchrun with one process; returns what it printed."""
+    started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    started += ["--nproc-per-node=1", "-m", "megadpo", command, str(config), *arguments]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(started, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == code, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return done.stdout
 
@@ -71,7 +70,7 @@ def curves(tmp_path_factory):
         options = {name: options[name] for name in ("local", "transformer_engine")}
     for name, overrides in options.items():
         config = config_in(folder / name, model, 50)
-        printed = launch("train.py", config, f"{OPT}.lr=1e-4", *overrides)
+        printed = launch("train", config, f"{OPT}.lr=1e-4", *overrides)
         records = read_metrics(folder / name / "logs")
         found[name] = ([r["train/loss"] for r in records], printed, records)
     return found
@@ -121,11 +120,11 @@ def test_a_resumed_run_goes_on_where_it_stopped(distributed, tmp_path):
     model = make_gpu_model(tmp_path / "model")
     same = [f"{OPT}.use_distributed_optimizer={distributed}", f"{OPT}.lr=1e-4", "checkpointing.save_period=3"]
     whole, cut = config_in(tmp_path / "whole", model, 6), config_in(tmp_path / "cut", model, 6)
-    launch("train.py", whole, *same)
+    launch("train", whole, *same)
     on = "checkpointing.enabled=true"
-    launch("train.py", cut, *same, on, "dpo.max_num_steps=3")
+    launch("train", cut, *same, on, "dpo.max_num_steps=3")
     before = losses(tmp_path / "cut")
-    printed = launch("train.py", cut, *same, on)
+    printed = launch("train", cut, *same, on)
     assert "resuming after step 3" in printed
     want, got = losses(tmp_path / "whole"), losses(tmp_path / "cut")
     assert got[:3] == before and len(got) == 6
@@ -133,7 +132,7 @@ def test_a_resumed_run_goes_on_where_it_stopped(distributed, tmp_path):
     (tmp_path / "cut" / "logs" / "metrics.jsonl").unlink()
     for folder in (tmp_path / "cut" / "checkpoints").glob("step_6"):
         folder.rename(tmp_path / "aside")
-    launch("train.py", cut, *same, on)
+    launch("train", cut, *same, on)
     again = losses(tmp_path / "cut")
     assert again[0] == got[3], "the first step after a resume is the same bits each time"
     assert got == pytest.approx(want, abs=2e-3) and again == pytest.approx(got[3:], abs=1e-3)
@@ -146,7 +145,7 @@ def test_fused_adam_trains_as_torchs_adamw(tmp_path):
     found = {}
     for name in ("torch", "transformer_engine"):
         config = config_in(tmp_path / name, model, 5, precision="float32")
-        printed = launch("train.py", config, f"{OPT}.adam_impl={name}", f"{OPT}.use_distributed_optimizer=true")
+        printed = launch("train", config, f"{OPT}.adam_impl={name}", f"{OPT}.use_distributed_optimizer=true")
         assert ("FusedAdam" in printed) == (name == "transformer_engine")
         found[name] = losses(tmp_path / name)
     assert found["torch"] == pytest.approx(found["transformer_engine"], rel=1e-4)
@@ -155,7 +154,7 @@ def test_fused_adam_trains_as_torchs_adamw(tmp_path):
 def test_evaluation(tmp_path):
     model = make_gpu_model(tmp_path / "model")
     config = config_in(tmp_path / "run", model, 1)
-    launch("evaluate.py", config, f"dpo.reference.model_name={model}")
+    launch("evaluate", config, f"dpo.reference.model_name={model}")
     assert len((tmp_path / "run" / "logs" / "pairs-held_out.jsonl").read_text().splitlines()) == 11
 
 
@@ -205,8 +204,6 @@ def test_no_micro_batch_waits_for_the_gpu(kernel, implementation, tmp_path):
 def test_a_profile_names_the_three_largest_costs(tmp_path):
     config = config_in(tmp_path / "run", make_gpu_model(tmp_path / "model"), 10)
     picture = tmp_path / "profile.png"
-    command = [sys.executable, str(REPOSITORY / "tools" / "profile_run.py"), str(config), "--out", str(picture)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-6000:]
-    assert picture.stat().st_size > 10_000 and done.stdout.count("%") >= 3
-    print(done.stdout)
+    printed = launch("profile", config, "--out", str(picture))
+    assert picture.stat().st_size > 10_000 and printed.count("%") >= 3
+    print(printed)

@@ -11,6 +11,7 @@
 
 Processes, not threads: megatron-core keeps its groups in module globals, and its checkpoint writer forks. Ranks are
 forked from a server that has imported torch and megatron-core already: that import takes most of a short test's time.
+Where there is a GPU each rank imports them itself.
 """
 
 from __future__ import annotations
@@ -81,8 +82,13 @@ def run_distributed(
         return [pickle.loads((Path(folder) / f"result_{rank}.pkl").read_bytes()) for rank in range(world_size)]
 
 
-def fork_server() -> multiprocessing.context.ForkServerContext:
-    """Starts processes that have imported PRELOADED."""
+def processes() -> multiprocessing.context.ForkServerContext | multiprocessing.context.SpawnContext:
+    """Starts processes that have imported PRELOADED; where there is a GPU, processes that have imported nothing.
+    megatron-core asks torch for GPUs when it is imported, and torch then refuses them in every forked process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
@@ -108,7 +114,7 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 def start_rank(rank: int, world_size: int, port: int, folder: Path, extra: Mapping[str, str]) -> BaseProcess:
     """A rank that does the call in `folder` (call.pkl), where it leaves result_<rank>.pkl or error_<rank>.txt."""
     environment = {**rank_environment(rank, world_size, port), **extra}
-    process = fork_server().Process(target=be_rank, args=(folder, environment))
+    process = processes().Process(target=be_rank, args=(folder, environment))
     process.start()
     return process
 

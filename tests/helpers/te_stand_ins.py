@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from torch.nn.functional import linear
 
 from megadpo.model.decoder import LayerModules
 from megadpo.model.norm import RMSNorm, rms_norm
@@ -100,7 +101,7 @@ class StandInRow(_EmptyState, RowParallelLinear):
 
 
 class StandInGrouped(torch.nn.Module):
-    """weight0, weight1, ...: of tensor-parallel size 1."""
+    """weight0, weight1, ..., and bias0, bias1, ...: of tensor-parallel size 1."""
 
     def __init__(
         self,
@@ -118,15 +119,21 @@ class StandInGrouped(torch.nn.Module):
         name=None,
     ):
         super().__init__()
-        assert is_expert and not bias
-        self.num_gemms = num_gemms
-        for number in range(num_gemms):
-            weight = torch.nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
-            self.register_parameter(f"weight{number}", weight)
+        assert is_expert
+        self.num_gemms, self.use_bias, self.returns_bias = num_gemms, bias, bias and skip_bias_add
+        shapes = {"weight": (output_size, input_size)} | ({"bias": (output_size,)} if bias else {})
+        for name, shape in shapes.items():
+            for number in range(num_gemms):
+                value = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
+                self.register_parameter(f"{name}{number}", value)
 
     def forward(self, x, m_splits):
-        parts = x.split(m_splits)
-        return torch.cat([part @ getattr(self, f"weight{i}").t() for i, part in enumerate(parts)]), None
+        numbered = range(self.num_gemms)
+        biases = [getattr(self, f"bias{i}") for i in numbered] if self.use_bias else [None] * self.num_gemms
+        added = [None] * self.num_gemms if self.returns_bias else biases
+        weights = [getattr(self, f"weight{i}") for i in numbered]
+        parts = zip(x.split(m_splits), weights, added, strict=True)
+        return torch.cat([linear(*part) for part in parts]), biases if self.returns_bias else None
 
 
 def use_stand_ins(patch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -34,6 +35,27 @@ def test_a_set_of_the_hub_takes_the_place_of_a_files_data() -> None:
     data = load_config("dpo_megatron", shlex.split(words)).data
     assert data.train_data_path == "nvidia/HelpSteer3:preference@train" and data.val_data_paths is not None
     assert data.val_data_paths["default"] == "nvidia/HelpSteer3:preference@validation"
+
+
+def test_a_config_of_ones_own(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    file = tmp_path / "my_run.yaml"
+    file.write_text(text, encoding="utf-8")
+    cfg = load_config(file)
+    assert cfg.policy.tokenizer.name == cfg.policy.model_name == "Qwen/Qwen3-8B"
+    assert cfg.data.val_data_paths == {"default": "held_out.jsonl"} and cfg.notes == ()
+    assert cfg.checkpointing.checkpoint_dir != load_config("dpo_megatron").checkpointing.checkpoint_dir
+
+
+def test_one_file_of_pairs() -> None:
+    """The overrides of README.md and docs/data.md, and the file that docs/data.md has beside them, mean the same."""
+    (words,) = [line for line in LINES if line.strip().startswith("'~data.val_data_paths' data.holdout")]
+    given = load_config("dpo_megatron", ["data.train_data_path=pairs.jsonl", *shlex.split(words)])
+    page = (REPOSITORY / "docs/data.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    (command,) = [line for line in page.splitlines() if line.startswith("    megadpo train ")]
+    overrides = [word for word in shlex.split(command)[3:] if "=" in word or word.startswith("~")]
+    assert given == load_config("dpo_megatron", overrides)
+    assert given.data.val_names == ["holdout"] and given.notes == ()
 
 
 @pytest.mark.distributed

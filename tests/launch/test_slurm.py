@@ -30,12 +30,12 @@ esac
 @pytest.fixture
 def slurm(tmp_path: Path):
     """Starts the script as Slurm does, from a copy in its spool and the folder of sbatch. `srun` prints its arguments, one
-    a line, and exits with SRUN_CODE, SRUN_SECONDS later."""
+    a line, writes its SRUN_CPUS_PER_TASK to srun.cpus, and exits with SRUN_CODE, SRUN_SECONDS later."""
     spool, commands = tmp_path / "spool", tmp_path / "bin"
     spool.mkdir()
     commands.mkdir()
     script = Path(shutil.copy(REPOSITORY / "launch" / "slurm.sh", spool / "slurm_script"))
-    srun = 'printf "%s\\n" "$@"; sleep "${SRUN_SECONDS:-0}"; exit "${SRUN_CODE:-0}"'
+    srun = 'echo "${SRUN_CPUS_PER_TASK:-}" > srun.cpus; printf "%s\\n" "$@"; sleep "${SRUN_SECONDS:-0}"; exit "${SRUN_CODE:-0}"'
     for name, body in (("srun", srun), ("scontrol", SCONTROL)):
         (commands / name).write_text(f"#!/bin/sh\n{body}\n")
         (commands / name).chmod(0o755)
@@ -79,6 +79,14 @@ def test_one_launcher_a_node_meets_at_the_first(slurm):
         "--rdzv-endpoint": "node07:23456",
     }
     assert words[13:] == ["configs/a.yaml", "dpo.seed=1 2"]  # an argument stays one word
+
+
+def test_a_steps_cores_are_the_jobs(slurm, tmp_path):
+    """srun doesn't take sbatch's --cpus-per-task by itself."""
+    assert ended(slurm("c.yaml", **JOB, SLURM_CPUS_PER_TASK="96"))[0] == 0
+    assert (tmp_path / "srun.cpus").read_text() == "96\n"
+    assert ended(slurm("c.yaml", **JOB))[0] == 0
+    assert (tmp_path / "srun.cpus").read_text() == "\n"
 
 
 def test_prefix_and_command(slurm):

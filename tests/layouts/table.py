@@ -37,7 +37,7 @@ The number of pairs, the learning rate, the epoch and the number of tokens are e
 share prompts, which computes more of them). Timings are not compared, nor the accuracy of step 1, where every margin is 0 except
 for rounding.
 
-**R1** and so on: refused by the config check (`launch/train.py --check`, and every start before any process group is
+**R1** and so on: refused by the config check (`megadpo check`, and every start before any process group is
 made), for the reason with that number below. **{TWICE}**: the two are different values of one key. The diagonal is the
 option alone.
 """

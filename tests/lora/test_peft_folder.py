@@ -75,6 +75,9 @@ def test_experts(tmp_path):
     folder = write(tmp_path / "adapter", PeftConfig(enabled=True, dim=4, target_modules=("all-linear",)), QWEN2_MOE)
     assert tensor_name("model.layers.3.mlp.experts.2.up_proj", "B") in load_file(folder / WEIGHTS_FILE)
     assert len(find_targets(read_peft(folder, "x", QWEN2_MOE).peft, QWEN2_MOE)) == 12 * (2 + 2 * 3 + 2)
+    some = write(tmp_path / "some", PeftConfig(enabled=True, dim=4, target_modules=("experts.1.up_proj",)), QWEN2_MOE)
+    with pytest.raises(ConfigError, match=r"the same adapters on all experts of a layer, or none; model.layers.0.mlp"):
+        read_peft(some, "x", QWEN2_MOE)
 
 
 def test_the_fingerprint_is_of_both_files(tmp_path):

@@ -84,7 +84,7 @@ def test_experts_and_the_shared_one():
     assert {one.entry.expert for one in found(QWEN2_MOE, target_modules=("mlp.experts.linear_fc1",))} == {0, 1, 2}
     shared = found(QWEN2_MOE, target_modules=("shared_expert.gate_proj",))
     assert [one.modules[0] for one in shared[:1]] == ["model.layers.0.mlp.shared_expert.gate_proj"]
-    assert adapters(found(QWEN2_MOE, target_modules=("experts.1.down_proj",))) == ["down_proj"]
+    assert adapters(found(QWEN2_MOE, target_modules=("*.experts.*.down_proj",))) == ["down_proj"] * 3
 
 
 def test_what_a_layer_is():
@@ -124,6 +124,26 @@ def test_experts_that_are_one_tensor_are_refused():
     assert problem.fix.endswith("exclude_modules: [experts.linear_fc1, experts.linear_fc2]")
     peft = {"enabled": True, "exclude_modules": ["experts.linear_fc1", "experts.linear_fc2"]}
     assert lora_problems(build_config(tree_with(policy__megatron_cfg__peft=peft)), arch) == []
+
+
+@pytest.mark.parametrize(
+    ("peft", "field"),
+    [
+        ({"target_modules": ["experts.1.down_proj"]}, "target_modules"),
+        ({"target_modules": ["q_proj", "local_experts.0.linear_fc1"]}, "target_modules"),
+        ({"exclude_modules": ["experts.0.gate_proj"]}, "exclude_modules"),
+        ({"target_modules": ["*.layers.3.*.experts.?.up_proj"], "exclude_modules": ["experts.2.up_proj"]}, "exclude_modules"),
+        ({"target_modules": ["*.local_experts.1.linear_fc1", "*.experts.[02].*_proj"]}, "target_modules"),
+    ],
+)  # fmt: skip
+def test_adapters_on_some_experts_of_a_layer_are_refused(peft, field):
+    """No checkpoint could hold them; those on the experts of some layers are one tensor for each."""
+    cfg = build_config(tree_with(policy__megatron_cfg__peft={"enabled": True, **peft}))
+    [problem] = lora_problems(cfg, QWEN2_MOE)
+    assert problem.where == f"{PEFT}.{field}" and list(problem.value) == peft[field]
+    assert ".mlp.experts." in problem.expected and "than experts.0" in problem.expected
+    layers = {"enabled": True, "target_modules": ["*.layers.3.*.experts.?.up_proj", "experts.linear_fc2"]}
+    assert lora_problems(build_config(tree_with(policy__megatron_cfg__peft=layers)), QWEN2_MOE) == []
 
 
 def test_every_problem_at_once():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import itertools
-import time
 
 import pytest
 import torch
@@ -148,12 +148,15 @@ def bytes_kept_for_backward(folder, context, lengths):
     batch = context_part(whole, parallel.grid.cp_rank, context)
     plan = model.kernel.plan(batch.segments, parallel.device, torch.float32)
     model.kernel.plan = lambda *_: plan  # made beforehand: the masks of the CPU's kernels are no activations either
-    model(batch)  # once before: what is made at the first use is no activation
-    time.sleep(0.2)  # gloo's thread lets go of the last collective's tensor, and so of its graph, a little later
+    # Once before: what is made at the first use is no activation. Its graph is kept, because gloo's thread lets go of the last
+    # collective's tensor at some time later
+    first = model(batch)
+    gc.collect()
     before = bytes_in_use()
     logps = model(batch)
+    gc.collect()
     kept = bytes_in_use() - before
-    logps.sum().backward()
+    (first.sum() + logps.sum()).backward()
     return kept
 
 

@@ -171,6 +171,18 @@ def test_the_formula_written_out(
 
 
 @pytest.mark.parametrize(("name", "options", "_formula"), CASES)
+def test_no_pairs_have_no_loss(name: str, options: dict[str, Any], _formula: object) -> None:
+    """As on a rank whose pack is padding: such a pack has no rewards and no rankings."""
+    logps, tokens = inputs(0)
+    cfg = config(name, **options)
+    reference = logps[2:] if cfg.loss.reads_reference else [None, None]
+    found = dpo_loss(*logps[:2], *reference, *tokens, cfg)  # type: ignore[arg-type]
+    found.loss_sum.backward()  # type: ignore[no-untyped-call]
+    assert found.loss_sum.item() == 0 and float(found.metrics["preference_loss"][0]) == 0
+    assert logps[0].grad is not None and found.metrics.keys() == {*metric_names(cfg, has_reference=True)}
+
+
+@pytest.mark.parametrize(("name", "options", "_formula"), CASES)
 def test_gradcheck(name: str, options: dict[str, Any], _formula: object) -> None:
     cfg = config(name, **options)
     logps, tokens = inputs(5, seed=1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +13,10 @@ import torch
 from megadpo.config.problems import ConfigError
 from megadpo.parallel import machine, setup_device
 from megadpo.parallel.device import why_missing
+from megadpo.train.check import checked_config
+from tests.helpers.distributed import REPOSITORY
+from tests.helpers.overrides import MEG
+from tests.helpers.runs import make_config, make_model
 
 
 @pytest.fixture
@@ -48,17 +54,36 @@ def test_products_in_float32_are_not_in_tf32(two_gpus, monkeypatch):
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-@pytest.mark.parametrize(("tensor_parallel", "given", "want"), [(2, None, "1"), (2, "8", "8"), (1, None, None)])
-def test_under_tensor_parallelism_kernels_start_in_order(tensor_parallel, given, want, two_gpus, monkeypatch):
-    """Set before anything else asks for CUDA."""
-    name, seen = "CUDA_DEVICE_MAX_CONNECTIONS", []
-    monkeypatch.setenv(name, given or "")
+QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
+TRAIN = f"""
+import os, sys, torch
+seen = []
+torch.cuda.is_available = lambda: bool(seen.append(os.environ.get("{QUEUES}")))
+from megadpo.commands import main
+code = main(["train", *sys.argv[1:]])
+print(code, *seen[:1])
+"""
+
+
+def test_kernels_start_in_order_from_the_first_question_for_gpus_on(tmp_path):
+    """CUDA reads the variable when it is first asked, which is when megatron-core is imported."""
+    config = make_config(tmp_path, make_model(tmp_path / "model"))
+    overrides = [f"{MEG}.tensor_model_parallel_size=2", "policy.device=cuda"]
+    environment = {key: value for key, value in os.environ.items() if key != QUEUES}
+    environment |= {"WORLD_SIZE": "2", "RANK": "0", "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", TRAIN, str(config), *overrides]
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=120)
+    assert done.stdout.split() == ["2", "1"], done.stderr  # there is no GPU, so it refuses
+
+
+@pytest.mark.parametrize(("tensor_parallel", "given"), [(2, "8"), (1, None)])
+def test_the_environments_own_and_a_layer_on_one_gpu_stay_as_they_are(tensor_parallel, given, tmp_path, monkeypatch):
+    monkeypatch.setenv(QUEUES, given or "")
     if given is None:
-        monkeypatch.delenv(name)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: seen.append(os.environ.get(name)) or True)
-    setup_device("auto", tensor_parallel=tensor_parallel)
-    assert seen[0] == want
-    monkeypatch.setenv(name, "")  # whatever was set goes with the test
+        monkeypatch.delenv(QUEUES)
+    config = make_config(tmp_path, make_model(tmp_path / "model"))
+    checked_config(str(config), [f"{MEG}.tensor_model_parallel_size={tensor_parallel}"], tensor_parallel)
+    assert os.environ.get(QUEUES) == given
 
 
 def test_a_cpu_run_beside_gpus_is_refused(two_gpus):

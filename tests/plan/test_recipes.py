@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -241,6 +242,11 @@ ELSEWHERE = [
 WITHOUT_A_WORLD = {"demo.yaml", "demo_sft.yaml", "first_run.yaml"}  # make demo runs two of them
 
 
+def in_bytes(text: str) -> float:
+    number, unit = text.split()
+    return float(number) * {"GiB": 2**30, "TiB": 2**40}[unit]
+
+
 def write_model(folder: Path, model: dict[str, object]) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(model))
@@ -269,7 +275,15 @@ def test_recipe_passes_its_plan(name, tmp_path, capsys):
     entries = weight_table(arch).entries
     assert sum(math.prod(shape) for one in entries for shape in one.shapes) == parameters
     assert sum(stage["parameters"] for stage in plan["stages"]) == of_first_ranks(entries, grid) + adapters(name, arch)
-    assert (CONFIGS / name).read_text().count(f"--world-size {ranks}") == 1
+    text = (CONFIGS / name).read_text()
+    assert text.count(f"--world-size {ranks}") == 1
+    bytes_each = plan["checkpoint_bytes"]["with_optimizer"]
+    assert ("A checkpoint takes" in text) == (bytes_each > 200e9)
+    for one, several in re.findall(r"# A checkpoint takes ([\d.]+ .iB)\b.* take ([\d.]+ .iB)", text):
+        checkpointing = load_config(str(CONFIGS / name)).checkpointing
+        most = checkpointing.keep_top_k + (checkpointing.metric_name is not None) + 1  # the one being written
+        assert in_bytes(one) == pytest.approx(bytes_each, rel=0.03)
+        assert in_bytes(several) == pytest.approx(most * bytes_each, rel=0.03)
 
 
 @pytest.mark.parametrize(("name", "ranks", "gpu", "overrides"), ELSEWHERE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +21,7 @@ from megadpo.train.reference import cache_folder
 from tests.helpers.distributed import run_distributed
 from tests.helpers.equal_runs import assert_equal_runs, run
 from tests.helpers.overrides import CP2, PP2, SP, TP2, VPP2
-from tests.helpers.runs import make_config, make_model, read_metrics, train
-from tests.train.test_resume_changes import train_and_read
+from tests.helpers.runs import make_config, make_model, read_metrics, train, train_and_read
 
 CACHED = {"reference": {"mode": "cached"}}
 APART = {"group_prompts": False}
@@ -58,6 +58,8 @@ class Runs:
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder, self.model = folder, model
         self.count = 0
+        self.printed = ""
+        """By every rank of the last run."""
 
     def __call__(self, *, ranks: int = 1, overrides: tuple[str, ...] = (), **dpo: Any) -> list[dict[str, Any]]:
         """The logged steps, without times."""
@@ -66,8 +68,9 @@ class Runs:
         folder.mkdir()
         config = make_config(folder, self.model, pairs=27, dpo={"max_num_steps": 2, **CACHED, **dpo}, data=APART)
         cache = f"dpo.reference.cache_dir={self.folder / 'cache'}"
-        codes = run_distributed(train, ranks, str(config), [cache, *overrides], init_process_group=False)
-        assert codes == [0] * ranks
+        ended = run_distributed(train_and_read, ranks, str(config), [cache, *overrides], init_process_group=False)
+        assert [code for code, _ in ended] == [0] * ranks
+        self.printed = " ".join(printed for _, printed in ended)
         return [without_times(row) for row in read_metrics(folder / "logs")]
 
     def files(self, name: str = "train") -> list[Path]:
@@ -95,12 +98,12 @@ def test_a_later_run_reads_the_file_and_computes_what_it_lacks(model, tmp_path):
 
     marked = table.copy()
     marked[np.flatnonzero(used)[0]] += [100, 0]  # read, it shows; computed anew, it would not
-    save_file({"logps": marked.ravel()}, file)
+    LogpsCache(file).write(marked.ravel())
     shifted = runs()
     assert any(a["train/loss"] != b["train/loss"] for a, b in zip(first, shifted, strict=True))
 
     marked[used] = np.where(np.arange(16)[:, None] < 5, np.nan, table[used])
-    save_file({"logps": marked.ravel()}, file)
+    LogpsCache(file).write(marked.ravel())
     for again, before in zip(runs(ranks=2, overrides=(PP2,)), first, strict=True):
         assert again["train/loss"] == pytest.approx(before["train/loss"], rel=1e-5)
     np.testing.assert_allclose(table_in(file), table, rtol=1e-6)
@@ -135,13 +138,62 @@ def test_positions_are_those_of_the_steps_each_where_it_is_first_taken(data, pai
     assert positions_by_use(loader, steps).tolist() == list(dict.fromkeys(taken))
 
 
-@pytest.mark.parametrize("content", ["short", "torn"])
-def test_a_file_that_is_no_such_table_is_refused(content, tmp_path):
+@pytest.mark.distributed
+def test_a_damaged_file_is_computed_again(model, tmp_path):
+    runs = Runs(tmp_path, model)
+    first = runs()
+    (file,) = runs.files()
+    whole = file.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    zeroed = whole[:start] + bytes(64) + whole[start + 64 :]
+    for damaged, aside in ((zeroed, f"{file.name}.damaged"), (whole[:-100], f"{file.name}.damaged2")):
+        file.write_bytes(damaged)
+        assert runs() == first
+        assert runs.printed.count("damaged (") == 1 and f"it is now {aside}, " in runs.printed
+        assert file.with_name(aside).read_bytes() == damaged
+        assert file.read_bytes() == whole
+
+
+TABLE = np.linspace(-9, -1, 27, dtype=np.float32)
+
+
+def with_flipped_bit(path: Path, name: bytes, after: int = 0) -> None:
+    content = bytearray(path.read_bytes())
+    content[content.index(name) + after] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "short": lambda path: LogpsCache(path).write(TABLE[:5]),
+    "torn": lambda path: path.write_bytes(path.read_bytes()[:-7]),
+    "empty": lambda path: path.write_bytes(b""),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "a bit of a number": lambda path: with_flipped_bit(path, TABLE.tobytes(), after=50),
+    "a bit of the table's name": lambda path: with_flipped_bit(path, b"logps"),
+    "a bit of the checksum": lambda path: with_flipped_bit(path, b"xxh3", after=7),
+    "another type": lambda path: with_flipped_bit(path, b"F32", after=1),
+    "no checksum": lambda path: save_file({"logps": TABLE}, path),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_file_that_is_not_what_was_written_is_moved_aside(damage, tmp_path, capsys):
     cache = LogpsCache(tmp_path / "train-x.safetensors")
-    cache.write(np.zeros(5 if content == "short" else 27, dtype=np.float32))
-    if content == "torn":
-        cache.path.write_bytes(cache.path.read_bytes()[:-7])
-    with pytest.raises(ConfigError, match=r"train-x.safetensors.*float32 \(27,\).*delete the file"):
+    cache.write(TABLE)
+    assert cache.read(27).tobytes() == TABLE.tobytes()
+    damage(cache.path)
+    damaged = cache.path.read_bytes()
+    assert np.isnan(cache.read(27)).all()
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("train-x.safetensors.damaged", damaged)]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "train-x.safetensors: damaged (" in line and "it is now train-x.safetensors.damaged" in line
+
+
+def test_a_damaged_file_that_cannot_be_renamed_is_refused(tmp_path, monkeypatch):
+    cache = LogpsCache(tmp_path / "train-x.safetensors")
+    cache.path.write_bytes(b"torn")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with pytest.raises(ConfigError, match=r"train-x.safetensors.*Permission denied.*delete the file"):
         cache.read(27)
 
 
@@ -184,9 +236,9 @@ def train_until_the_second_write(config: str, overrides: list[str]) -> int:
     written, save = [], cached.save_file
     cached.SAVE_EVERY_BATCHES = 1
 
-    def save_file(tensors: Any, path: Path) -> None:
+    def save_file(tensors: Any, path: Path, **options: Any) -> None:
         written.append(path)
-        save(tensors, path)
+        save(tensors, path, **options)
         if len(written) == 2:
             raise OSError(28, "No space left on device")
 

@@ -145,7 +145,7 @@ def test_the_card_is_the_trained_models(model, tmp_path):
     metrics = json.loads((step / "megadpo.json").read_text())["position"]["metrics"]
     assert f"| validation-held_out/loss | {metrics['validation-held_out/loss']:.6g} |" in card
     assert f"megadpo {megadpo.__version__}, torch " in card and "megatron-core 0." in card
-    assert "torchrun --nproc-per-node 1 launch/train.py config.yaml" in card
+    assert "megadpo train config.yaml --nproc-per-node 1" in card
     assert (tmp_path / "exported/README.base.md").read_text() == BASE_CARD
     assert (tmp_path / "exported/LICENSE").read_text() == "do what you like"
     # the config in it is the run's

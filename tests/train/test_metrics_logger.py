@@ -59,10 +59,30 @@ def test_an_error_while_closing_does_not_hide_what_ended_the_run(tmp_path: Path)
     assert closed == [1]
 
     logger._sinks = [Broken(), Healthy()]
-    with pytest.raises(OSError, match="closing failed"):
-        logger.close()
-    assert closed == [1, 0]
+    with pytest.raises(OSError, match="closing failed"), logger:
+        logger.exit_code = 143
+    assert closed == [1, 143]
     logger.close()
+
+
+def test_a_logger_that_fails_does_not_end_the_run_and_is_named_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Away:
+        def log(self, step: int, metrics: object) -> None:
+            raise ConnectionError("no route to host\nand more")
+
+        def close(self, exit_code: int) -> None:
+            raise ConnectionError("still no route")
+
+    monkeypatch.setattr(TensorBoard, "open", lambda self, run: Away())
+    with MetricsLogger(logger_config(tmp_path, TensorBoard())) as logger:
+        for step in range(1, 4):
+            logger.log(step, {"train/loss": 0.5})
+    assert read_steps(tmp_path / "metrics.jsonl") == [1, 2, 3]
+    while_logging, at_the_end = caplog.messages
+    assert while_logging.startswith("logger.tensorboard could not log step 1 (no route to host). The run goes on")
+    assert at_the_end.startswith("logger.tensorboard could not be closed (still no route).")
 
 
 def test_a_log_dir_that_cannot_be_made_is_refused(tmp_path: Path) -> None:

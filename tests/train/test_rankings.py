@@ -12,6 +12,7 @@ from tests.helpers.distributed import run_distributed
 from tests.helpers.equal_runs import Outcome, assert_equal_runs, run
 from tests.helpers.overrides import CP2, DIST, PP2, TP2
 from tests.helpers.runs import make_config, make_model, make_pairs, ranked_pairs, train_and_read
+from tests.train.test_layouts import EMPTY_PACKS
 
 LOSS = "dpo.loss_type=plackett_luce"
 
@@ -73,6 +74,24 @@ def test_weights_and_rewards_of_rows(tmp_path: Path) -> None:
     p = 1 / (1 + math.exp(-3))
     assert found["sigmoid"] == pytest.approx(mean * math.log(2), rel=1e-6)
     assert found["rpo"] == pytest.approx(mean * (p * math.log(2 * p) + (1 - p) * math.log(2 - 2 * p)), rel=1e-6)
+
+
+@pytest.mark.distributed
+def test_rewards_with_ranks_without_a_pair(tmp_path: Path) -> None:
+    """In global batches of 4 pairs, and of 3 in the last one of the validation set."""
+    model, data = make_model(tmp_path / "model"), {}
+    for number, count in enumerate((40, 11)):
+        path = make_pairs(tmp_path / f"{count}.jsonl", count, seed=number)
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row, pair in enumerate(rows):
+            pair |= {"chosen_reward": row % 5 / 2, "rejected_reward": 0.25}
+        path.write_text("".join(json.dumps(pair) + "\n" for pair in rows))
+        data[count] = str(path)
+    sections = {"data": {"train_data_path": data[40], "val_data_paths": {"held_out": data[11]}}}
+    sections["dpo"] = {"val_global_batch_size": 4, "val_batches": 0}
+    rpo = ["dpo.loss_type=rpo", *EMPTY_PACKS]
+    one = run(tmp_path / "one", model, 1, rpo, **sections)
+    assert_equal_runs(run(tmp_path / "dp4", model, 4, rpo, **sections), one)
 
 
 def test_what_it_needs_is_refused_by_name(tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from megadpo.checkpoint.folder import complete_checkpoints, delete, finish_deletions, require_info, step_folders
 from megadpo.config.problems import ConfigError, SaveError
+from megadpo.model.manifest import write_manifest
 from megadpo.model.source import ModelSource, weights_fingerprint
 from megadpo.train.resume import claim, require_owner
 from tests.helpers.distributed import run_distributed
-from tests.helpers.runs import make_config, make_model, train_and_read
+from tests.helpers.runs import make_config, make_model, ranked_pairs, read_metrics, train_and_read
 
 
 def other_model(model: Path, folder: Path) -> Path:
@@ -52,6 +53,38 @@ def test_another_reference_is_refused_and_other_settings_are_said(tmp_path):
     code, printed = go(moved, "dpo.reference_policy_kl_penalty=0.2", "dpo.max_num_steps=1", "dpo.val_period=3")
     assert code == 0 and "dpo.reference_policy_kl_penalty 0.2, which was 0.1" in printed
     assert printed.count("changed since step_1") == 1 and "nothing to do" in printed
+
+
+@pytest.mark.distributed
+def test_an_epoch_goes_on_in_its_order(tmp_path):
+    """Of prompts with all of their pairs; without prompts in common that is the order of pairs."""
+    model = make_model(tmp_path / "model")
+    ranked = str(ranked_pairs(tmp_path / "ranked.jsonl", prompts=14, answers=3, seed=0))
+
+    def go(name: str, *overrides: str) -> tuple[int, str]:
+        saving = ["checkpointing.enabled=true", f"checkpointing.checkpoint_dir={tmp_path / name}"]
+        arguments = [*saving, f"logger.log_dir={tmp_path / name}", *overrides]
+        [outcome] = run_distributed(train_and_read, 1, str(config), arguments, init_process_group=False)
+        return outcome
+
+    config = make_config(tmp_path, model, data={"train_data_path": ranked})
+    assert go("grouped", "dpo.max_num_steps=2")[0] == 0
+    code, printed = go("grouped", "data.group_prompts=false")
+    assert code == 2 and "order of an epoch: got 'pairs'; expected prompts, as in" in printed, printed
+    checkpoint = tmp_path / "grouped/step_2"
+    record = json.loads((checkpoint / "megadpo.json").read_text())
+    del record["position"]["data_settings"]["order of an epoch"]
+    (checkpoint / "megadpo.json").write_text(json.dumps(record))  # as before there was such a setting
+    write_manifest(checkpoint)
+    code, printed = go("grouped", "data.group_prompts=false")
+    assert code == 0, printed
+
+    config = make_config(tmp_path, model)
+    assert go("whole")[0] == go("cut", "dpo.max_num_steps=2")[0] == 0
+    code, printed = go("cut", "data.group_prompts=false")
+    assert code == 0, printed
+    mine, theirs = (read_metrics(tmp_path / name)[-1] for name in ("cut", "whole"))
+    assert mine["step"] == 3 and mine["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-6)
 
 
 def test_fingerprints_tell_models_of_one_shape_apart(tmp_path):

@@ -6,10 +6,11 @@ import json
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from tests.helpers.distributed import fork_server, run_distributed
+from tests.helpers.distributed import processes, run_distributed
 from tests.helpers.runs import evaluate, make_config, make_model, read_metrics, train, train_and_read
 from tests.helpers.signals import exit_code_when_signalled_late
 
@@ -36,7 +37,7 @@ def signalled(first: int, last: int, window_s: float) -> None:
     ],
 )
 def test_only_a_later_ctrl_c_ends_the_process(first, last, window_s, code):
-    process = fork_server().Process(target=signalled, args=(int(first), int(last), window_s))
+    process = processes().Process(target=signalled, args=(int(first), int(last), window_s))
     process.start()
     process.join(120)
     assert process.exitcode == code
@@ -128,11 +129,15 @@ def test_the_time_to_save_by_counts_from_the_start_of_the_command(tmp_path, seco
     assert len(read_metrics(tmp_path / "logs")) == (1 if code else 3)
 
 
-def train_and_signal_in_validation(config: str, overrides: list[str], validations: int) -> int:
-    """Target for run_distributed: SIGTERM comes to the last rank at its `validations`-th global batch of validation."""
+def train_and_signal_in_validation(config: str, overrides: list[str], validations: int, closed: Path) -> int:
+    """Target for run_distributed: SIGTERM comes to the last rank at its `validations`-th global batch of validation.
+    closed: a file for the exit code that the loggers are closed with."""
     import torch.distributed as dist
 
+    from megadpo.train.loggers.jsonl import JsonLines
     from megadpo.train.step import Trainer
+
+    JsonLines.close = lambda self, exit_code: closed.write_text(str(exit_code))
 
     evaluate, seen = Trainer.evaluate, []
 
@@ -156,8 +161,9 @@ def test_a_signal_in_validation_breaks_it_off_and_saves(tmp_path):
         dpo={"max_num_steps": 4, "val_period": 2, "val_global_batch_size": 1, "val_batches": 0},
         checkpointing={"enabled": True, "save_period": 2},
     )
-    codes = run_distributed(train_and_signal_in_validation, 2, str(config), [], 3, init_process_group=False)
-    assert codes == [143, 143]
+    closed = tmp_path / "closed"
+    codes = run_distributed(train_and_signal_in_validation, 2, str(config), [], 3, closed, init_process_group=False)
+    assert codes == [143, 143] and closed.read_text() == "143"
     assert (tmp_path / "checkpoints/step_2/megadpo.json").is_file()
     assert [(r["step"], "validation-held_out/loss" in r) for r in read_metrics(tmp_path / "logs")] == [
         (1, False),
@@ -165,5 +171,6 @@ def test_a_signal_in_validation_breaks_it_off_and_saves(tmp_path):
     ]
 
     started = ["dpo.val_at_start=true", f"checkpointing.checkpoint_dir={tmp_path / 'new'}"]
-    codes = run_distributed(train_and_signal_in_validation, 2, str(config), started, 1, init_process_group=False)
+    of = (str(config), started, 1, closed)
+    codes = run_distributed(train_and_signal_in_validation, 2, *of, init_process_group=False)
     assert codes == [143, 143] and not list((tmp_path / "new").glob("step_*"))

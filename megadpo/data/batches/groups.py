@@ -43,11 +43,11 @@ class PairGroups:
     def of(cls, pairs: Pairs, *, share_answers: bool = True) -> PairGroups:
         """By the hashes of their texts; pack_pairs holds the texts themselves against each other. share_answers: false
         gives each answer of each pair a number of its own, and computes it whole."""
-        texts, identities = pairs.text_tokens(), pairs.identities.reshape(-1, 3)
+        texts, identities = pairs.text_tokens(), pairs.identities.reshape(-1, 4)
         prompts = _by_appearance(identities[:, 0])
         answers = np.arange(2 * len(prompts))
         if share_answers:
-            answers = _by_appearance(np.repeat(prompts, 2), identities[:, 1:].ravel())
+            answers = _by_appearance(np.repeat(prompts, 2), identities[:, 1:3].ravel())
         groups = cls.made(prompts, answers.reshape(-1, 2), texts[:, 0], texts[:, 1:])
         if not share_answers:
             return groups

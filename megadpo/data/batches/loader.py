@@ -210,7 +210,7 @@ class GlobalBatchLoader:
         grid: Grid = ONE_RANK,
     ) -> GlobalBatchLoader:
         options = BatchOptions.from_config(cfg, pad_token_id=pad_token_id, training=training)
-        if cfg.dpo.loss.reads_rewards and cfg.dpo.preference_loss_weight != 0:
+        if cfg.dpo.loss.reads_rewards and cfg.dpo.computes_preference_loss:
             refuse_no_rewards(dataset, cfg.dpo.loss_type)
         return cls(dataset, options, work_model=WorkModel.of(arch), grid=grid)
 
@@ -236,6 +236,15 @@ class GlobalBatchLoader:
         if self.options.by_rankings:
             return self.groups.members_of(prompts)
         return self.groups.order(prompts.tolist(), self.options.global_batch_size)
+
+    @property
+    def order_unit(self) -> str:
+        """What an epoch's order is an order of: it depends on nothing else but (seed, epoch), shares and batch size."""
+        if self.groups is None or not self.groups.prompts_in_common:
+            return "pairs"
+        if self.options.by_rankings:
+            return "rankings"
+        return "prompts" if self.options.shuffle else "pairs"
 
     @property
     def mixture(self) -> list[str]:

@@ -91,6 +91,7 @@ def truncate(pair: TokenizedPair, max_tokens: int, bos_token_id: int | None) -> 
     return dataclasses.replace(
         pair,
         prompt_ids=prompt,
+        whole_prompt_ids=pair.prompt_ids,
         chosen_ids=pair.chosen_ids[:end],
         rejected_ids=pair.rejected_ids[:end],
         chosen_mask=chosen_mask,

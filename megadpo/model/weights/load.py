@@ -16,7 +16,7 @@ from megadpo.families.weight_table import MEGATRON_LAYER, WeightEntry, weight_ta
 from megadpo.model.weights.hf_folder import HfWeights, Sliceable
 
 _LAYER_NAME = re.compile(re.escape(MEGATRON_LAYER).replace(r"\{i\}", r"(\d+)") + "(.*)")
-_EXPERT_NAME = re.compile(r"(mlp\.experts\.(?:local_experts\.|linear_fc[12]\.weight))(\d+)(.*)")
+_EXPERT_NAME = re.compile(r"(mlp\.experts\.(?:local_experts\.|linear_fc[12]\.(?:weight|bias)))(\d+)(.*)")
 """Matches the number of an expert, in megatron-core's sequential or Transformer Engine's grouped experts."""
 
 

@@ -16,13 +16,14 @@ Number = int | float | None
 
 
 class Sink(Protocol):
-    """An open logger. Both methods raise the errors of the disk or the client."""
+    """An open logger. Both methods raise the errors of the disk or the client. Those of metrics.jsonl end the run; of any
+    other logger they are printed."""
 
     def log(self, step: int, metrics: Mapping[str, Number]) -> None:
         """Writes the metrics of a step, with their full names. None: not known."""
 
     def close(self, exit_code: int) -> None:
-        """Closes the logger. exit_code: the run's."""
+        """Closes the logger. exit_code: the run's (docs/running.md); 1 after every error."""
 
 
 @dataclass(frozen=True)

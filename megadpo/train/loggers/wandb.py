@@ -38,7 +38,8 @@ class WandbRun:
     """A Weights & Biases run. `logger.wandb.mode`, or else the variable WANDB_MODE, decides if it is online.
 
     A resumed run uses the same id. wandb keeps the first value logged for a step, so repeated steps change nothing. The
-    client has a buffer: after SIGKILL its last rows are missing, but not in metrics.jsonl.
+    client's own process sends the rows: it keeps them while the server can't be reached. After SIGKILL its last rows are
+    missing, but not in metrics.jsonl.
     """
 
     def __init__(self, options: Wandb, run: LoggedRun) -> None:
@@ -55,7 +56,7 @@ class WandbRun:
                 config=None if run.config is None else dict(run.config),
                 **given,
             )
-        except wandb.errors.UsageError as error:  # no API key, or an invalid name
+        except wandb.errors.Error as error:  # no API key, an invalid name, a server that can't be reached
             raise ConfigError(
                 Problem(
                     "logger.wandb",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import combinations
 from typing import Any
 
@@ -165,6 +166,32 @@ def test_without_common_prompts_nothing_changes() -> None:
         assert a.pair_indices == b.pair_indices
         for x, y in zip(a.micro_batches, b.micro_batches, strict=True):
             assert torch.equal(x.tokens, y.tokens) and x.segments == y.segments
+
+
+@pytest.mark.parametrize(
+    ("answers", "changes", "unit"),
+    [
+        (3, {}, "prompts"),
+        (3, {"by_rankings": True}, "rankings"),
+        (3, {"shuffle": False}, "pairs"),
+        (3, {"budget_tokens": None, "pairs_per_micro_batch": 1}, "pairs"),
+        (2, {}, "pairs"),
+        (2, {"by_rankings": True}, "pairs"),
+    ],
+)
+def test_what_an_epochs_order_is_an_order_of(answers: int, changes: dict[str, Any], unit: str) -> None:
+    """Where it is the same, so is the order: here of pairs that begin alike, with prompts in common or without."""
+    pairs = [
+        dataclasses.replace(one, chosen_ids=np.append(one.rejected_ids, one.chosen_ids))
+        for one in grouped_pairs([2] * 30)
+    ]
+    made = dataset(pairs if answers == 2 else grouped_pairs([answers] * 10))
+    one, other = loader(made, **changes), loader(made, shuffle=changes.get("shuffle", True), group_prompts=False)
+    assert (one.order_unit, other.order_unit) == (unit, "pairs")
+    same = [batch.tolist() for batch in one.cut(one.order(1))] == [
+        batch.tolist() for batch in other.cut(other.order(1))
+    ]
+    assert same == (unit == "pairs")
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])

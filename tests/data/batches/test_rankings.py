@@ -5,18 +5,23 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
+from contextlib import nullcontext
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pytest
 
+from megadpo.config import build_config
 from megadpo.config.grid import Grid
 from megadpo.config.problems import DataError
 from megadpo.data.batches.loader import GlobalBatchLoader
 from megadpo.data.batches.rankings import refuse_no_rewards
 from megadpo.data.pairs import TokenizedPair
+from megadpo.families import parse_architecture
 from tests.data.batches.test_groups import dataset, grouped_pairs, loader
+from tests.data.batches.test_work import LLAMA_8B
+from tests.helpers.configs import tree_with
 
 SIZES = [2, 4, 3, 5, 2, 4, 3, 3]
 
@@ -133,6 +138,16 @@ def test_rows_without_rewards_are_named() -> None:
     refuse_no_rewards(dataset(rewarded), "rpo")
     with pytest.raises(DataError, match=r"made:3.*a pair without rewards.*1 of 3 pairs"):
         refuse_no_rewards(dataset([*rewarded, pairs[2]]), "rpo")
+
+
+def test_rewards_are_needed_where_the_loss_is_computed() -> None:
+    """Also to log it, with weight 0."""
+    pairs, arch = dataset(grouped_pairs([2, 2, 2])), parse_architecture(LLAMA_8B)
+    sft = {"loss_type": "rpo", "preference_loss_weight": 0, "sft_loss_weight": 1}
+    for reference, needed in (("resident", True), ("none", False)):
+        cfg = build_config(tree_with(dpo={**sft, "reference": {"mode": reference}}))
+        with pytest.raises(DataError, match="a pair without rewards") if needed else nullcontext():
+            GlobalBatchLoader.from_config(pairs, cfg, arch, pad_token_id=0, training=False)
 
 
 def test_weights_and_rewards_come_with_the_packs() -> None:

@@ -26,7 +26,7 @@ from megadpo.data.tokens.cache_key import cache_key
 from megadpo.data.tokens.dataset import open_dataset
 from megadpo.data.tokens.encode import DataSettings
 from tests.data.builders import equal_pairs, row, write_rows
-from tests.helpers.distributed import fork_server
+from tests.helpers.distributed import processes
 from tests.helpers.tiny_tokenizer import CHATML, tiny_tokenizer
 
 SETTINGS = DataSettings(max_total_sequence_length=200)
@@ -267,7 +267,7 @@ def _load_together(arguments: tuple[str, str, float]) -> tuple[str, int, int]:
 
 
 def in_processes(path: Path, folder: Path, count: int = 3) -> list[tuple[str, int, int]]:
-    with ProcessPoolExecutor(count, mp_context=fork_server()) as pool:
+    with ProcessPoolExecutor(count, mp_context=processes()) as pool:
         return list(pool.map(_load_together, [(str(path), str(folder), 0.5)] * count))
 
 

@@ -11,6 +11,7 @@ import pytest
 from megadpo.config.architecture import Architecture
 from megadpo.config.problems import DataError
 from megadpo.config.schema import Config
+from megadpo.data.chosen import hold_out
 from megadpo.data.pairs import PairDataset
 from megadpo.data.tokens.dataset import load_datasets, open_dataset
 from megadpo.data.tokens.encode import DataSettings
@@ -49,6 +50,22 @@ def test_the_report_counts_what_happened(tmp_path: Path) -> None:
     assert (report.rows, report.pairs) == (3, 2)
     for words in ("1 cut to the limit", "1 dropped because", "1 with the answer tokenised alone"):
         assert words in str(report)
+
+
+def test_a_cut_prompt_is_held_out_with_all_of_its_pairs(tmp_path: Path) -> None:
+    """Longer answers leave less of their prompt, and the shortest ones all of it."""
+    prompts, ends = ["the " * 60 + f"question {number}" for number in range(8)], [" yes", " sum" * 30, " sum" * 40]
+    rows = [{"prompt": prompt, "chosen": end + "!", "rejected": end + "?"} for prompt in prompts for end in ends]
+    settings = DataSettings(max_total_sequence_length=100, on_too_long="truncate")
+    pairs = open_dataset(write_rows(tmp_path / "p.jsonl", rows), tiny_tokenizer(), settings)
+    assert (
+        len(pairs) == 24
+        and len({pair.prompt_ids.tobytes() for pair in pairs}) == 3 * 8
+        and pairs.report.truncated == 16
+    )
+    rest, held = hold_out(pairs, 0.25)
+    held_prompts, left = ({pair.index // 3 for pair in one} for one in (held, rest))
+    assert (len(held_prompts), len(left)) == (2, 6) and not held_prompts & left
 
 
 def test_the_report_totals_tokens(tmp_path: Path) -> None:

@@ -45,8 +45,9 @@ def test_stand_ins_take_what_megatron_cores_wrappers_take(name):
     assert theirs == [argument for argument in ours if argument in theirs or argument not in NEWER]
 
 
-def both_implementations(folder, tensor, share_prompt):
-    """Parameter gradients by Hugging Face table entry, and logps, of the local layers and of the stand-ins."""
+def both_implementations(folder, sizes, share_prompt):
+    """Parameter gradients by Hugging Face table entry, and logps, of the local layers and of the stand-ins. sizes: by the
+    names of Grid."""
     from megadpo.config.grid import Grid
     from megadpo.data.batches.pack import pack_pairs
     from megadpo.families import read_architecture, weight_table
@@ -55,13 +56,16 @@ def both_implementations(folder, tensor, share_prompt):
     from megadpo.parallel import initialize, setup_device
     from megadpo.train.setup import seed_everything
 
-    parallel = initialize(Grid(tensor=tensor), setup_device("auto"))
+    parallel = initialize(Grid(**sizes), setup_device("auto"))
+    grid = parallel.grid
     seed_everything(1, parallel)
     arch = read_architecture(folder)
     table = weight_table(arch)
+    first_expert = table.num_experts // grid.expert * grid.ep_rank
     megatron = MegatronConfig(
-        tensor_model_parallel_size=tensor,
-        sequence_parallel=tensor > 1,
+        tensor_model_parallel_size=grid.tensor,
+        sequence_parallel=grid.tensor > 1,
+        expert_model_parallel_size=grid.expert,
         bias_activation_fusion=False,
         apply_rope_fusion=False,
     )
@@ -75,12 +79,12 @@ def both_implementations(folder, tensor, share_prompt):
             if stand_in:
                 te_stand_ins.use_stand_ins(patch)
             [model] = build_model(arch, policy, parallel, frozen=False)
-            load_hf_weights([model], arch, folder, parallel.grid)
+            load_hf_weights([model], arch, folder, grid)
             if model.balance is not None:
                 model.balance.start(num_tokens=batch.num_tokens, num_pairs=batch.num_pairs)
             logps = model(batch)
             (logps * torch.arange(1.0, logps.numel() + 1)).sum().backward()
-            gradients = {table.by_name[n].names[0]: p.grad for n, p in named_global_parameters(model)}
+            gradients = {table.by_name[n].names[0]: p.grad for n, p in named_global_parameters(model, first_expert)}
             results.append((logps.detach(), gradients))
     return results
 
@@ -97,13 +101,21 @@ def assert_same(results):
 @pytest.mark.parametrize("case", ["llama", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_5"])
 def test_hugging_face_weights_give_the_same_model(case, tmp_path):
     (make_case if case == "qwen3_5" else make_hf_folder)(tmp_path, case)
-    assert_same(run_distributed(both_implementations, 1, str(tmp_path), 1, True, init_process_group=False))
+    assert_same(run_distributed(both_implementations, 1, str(tmp_path), {}, True, init_process_group=False))
 
 
 @pytest.mark.distributed
 def test_the_same_under_tensor_and_sequence_parallelism(tmp_path):
     make_hf_folder(tmp_path, "qwen2")
-    assert_same(run_distributed(both_implementations, 2, str(tmp_path), 2, False, init_process_group=False))
+    sizes = {"tensor": 2}
+    assert_same(run_distributed(both_implementations, 2, str(tmp_path), sizes, False, init_process_group=False))
+
+
+@pytest.mark.distributed
+def test_each_rank_has_its_own_experts_and_their_biases(tmp_path):
+    make_case(tmp_path, "gpt_oss")
+    sizes = {"expert": 2}
+    assert_same(run_distributed(both_implementations, 2, str(tmp_path), sizes, True, init_process_group=False))
 
 
 def train_with(implementation, config, overrides):

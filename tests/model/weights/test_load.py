@@ -21,7 +21,7 @@ from tests.model.weights.hf_models import CASES, LAYERS, MOE_CASES, make_hf_fold
 from tests.model.weights.model_worker import load_in_every_layout
 from tests.model.weights.stub import Stub
 
-LAYOUTS = [(1, 1), (2, 1), (4, 1), (2, 2)]  # (tensor, pipeline); tp 4 has more ranks than there are KV heads
+LAYOUTS = [(1, 1), (2, 1), (2, 2)]  # (tensor, pipeline)
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +99,17 @@ def test_wrappers_are_looked_through():
     float16, ddp = torch.nn.Module(), torch.nn.Module()
     float16.module, ddp.module = Stub({"decoder.layers.0.x": torch.zeros(1)}, first_layer=3), float16
     assert [name for name, _ in named_global_parameters(ddp)] == ["decoder.layers.3.x"]
+
+
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_experts_are_numbered_over_the_whole_layer(part):
+    """In sequence (local_experts) and in groups (linear_fc1.weight0)."""
+    experts = "decoder.layers.0.mlp.experts."
+    names = [f"local_experts.1.linear_fc2.{part}", f"linear_fc1.{part}0", f"linear_fc2.{part}1"]
+    model = Stub({experts + name: torch.zeros(1) for name in names})
+    wanted = [f"local_experts.5.linear_fc2.{part}", f"linear_fc1.{part}4", f"linear_fc2.{part}5"]
+    found = [name for name, _ in named_global_parameters(model, first_expert=4)]
+    assert found == [experts + name for name in wanted]
 
 
 @pytest.mark.parametrize(

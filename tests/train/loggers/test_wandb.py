@@ -104,6 +104,19 @@ def test_settings_that_wandb_refuses_are_a_config_error(wandb_offline: Path) -> 
     assert "logger.wandb_enabled: false" in str(refusal.value)
 
 
+def test_a_server_of_wandb_that_does_not_answer_at_the_start_is_a_config_error(
+    wandb_offline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    def init(**given: Any) -> None:
+        raise wandb.errors.CommError("Run initialization has timed out after 90.0 sec.")
+
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.raises(ConfigError, match=r"logger.wandb_enabled: false \(Run initialization has timed out"):
+        MetricsLogger(logger_config(wandb_offline, Wandb(mode="online")))
+
+
 def test_a_folder_named_wandb_is_not_taken_for_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "wandb").mkdir()
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
