@@ -53,6 +53,6 @@ def parse(arguments: list[str] | None, description: str) -> argparse.Namespace:
     if set(options.ours) & set(FLOAT8) and "ours" not in options.ours:
         parser.error("float8 is held against bfloat16: name 'ours' in --ours as well")
     if options.lengths == "hh" and not options.data.exists():
-        parser.error(f"no such file: {options.data}; name hh_train.jsonl with --data or MEGADPO_DATA")
+        parser.error(f"no such file: {options.data}; name hh_train.jsonl with --data, or its folder with MEGADPO_DATA")
     options.pack_tokens = options.pack_tokens or PACK_TOKENS[options.model]
     return options

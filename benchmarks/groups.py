@@ -165,7 +165,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if not options.data.exists():
-        print(f"no such file: {options.data}; name one with --data or MEGADPO_DATA", file=sys.stderr)
+        print(f"no such file: {options.data}; name one with --data, or its folder with MEGADPO_DATA", file=sys.stderr)
         return 2
     about, results, wrong = vs_trl.machine(), [], False
     with tempfile.TemporaryDirectory(prefix="megadpo-groups-model-") as folder:

@@ -85,7 +85,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if not options.data.exists():
-        print(f"no such file: {options.data}; name one with --data or MEGADPO_DATA", file=sys.stderr)
+        print(f"no such file: {options.data}; name one with --data, or its folder with MEGADPO_DATA", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory(prefix="megadpo-lora-") as folder:
         model = Path(folder) / "model"

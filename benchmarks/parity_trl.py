@@ -304,7 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     case = CASES[options.case]
     if not case.made and not options.data.exists():
-        print(f"no such file: {options.data}; name one with --data or MEGADPO_DATA", file=sys.stderr)
+        print(f"no such file: {options.data}; name one with --data, or its folder with MEGADPO_DATA", file=sys.stderr)
         return 2
     try:
         good, written = run_case(options, case)

@@ -292,9 +292,8 @@ def end_tidily_when_terminated() -> None:
 
 
 def default_data() -> Path:
-    """$MEGADPO_DATA, else shared/data/hh_train.jsonl beside the repository."""
-    named = os.environ.get("MEGADPO_DATA")
-    return Path(named) if named else REPOSITORY.parent / "shared" / "data" / "hh_train.jsonl"
+    """hh_train.jsonl in the folder $MEGADPO_DATA, else in shared/data beside the repository."""
+    return Path(os.environ.get("MEGADPO_DATA") or REPOSITORY.parent / "shared" / "data") / "hh_train.jsonl"
 
 
 def sha256(path: Path) -> str:

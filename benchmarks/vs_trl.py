@@ -258,7 +258,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if not options.data.exists():
-        print(f"no such file: {options.data}; name one with --data or MEGADPO_DATA", file=sys.stderr)
+        print(f"no such file: {options.data}; name one with --data, or its folder with MEGADPO_DATA", file=sys.stderr)
         return 2
     steps = options.warmup_steps + options.steps
     about = machine()

@@ -18,7 +18,7 @@ from tests.helpers.runs import read_metrics, train
 
 HH_DATA = sides.default_data()
 NEEDS_HH = pytest.mark.skipif(
-    not HH_DATA.exists(), reason=f"{HH_DATA} is not here; MEGADPO_DATA may name another place"
+    not HH_DATA.exists(), reason=f"no {HH_DATA}: set MEGADPO_DATA to the folder that holds it"
 )
 
 
