@@ -70,7 +70,7 @@ def load_weights(
     keys = {part.key for part in nested_values(whole)}
     if not require_whole_weights(source.megatron, keys) and parallel.rank == 0:
         LOG.warning(no_manifest(source.megatron))
-    _load_chunks(model, _load({"weights": _wanted_weights(model)}, source.megatron)["weights"])
+    _load_chunks(model, _load({"weights": _wanted_weights(model)}, source.megatron))
 
 
 def _load_with_adapters(
@@ -84,7 +84,7 @@ def _load_with_adapters(
         adapter.requires_grad_(False)
     wanted = sharded_adapters(model, parallel.grid)
     require_whole_weights(lora.folder, {part.key for part in nested_values(wanted)})
-    _load_chunks(model, _load({"weights": wanted}, lora.folder)["weights"], adapters_only=True)
+    _load_chunks(model, _load({"weights": wanted}, lora.folder), adapters_only=True)
 
 
 def load_training_state(
@@ -113,7 +113,7 @@ def load_training_state(
         "scheduler": scheduler.state_dict(),
     }
     state = _load(wanted, info.path)
-    _load_chunks(model, state["weights"], adapters_only=lora)
+    _load_chunks(model, state, adapters_only=lora)
     load_sharded_state(optimizer, state["optimizer"])
     scheduler.num_steps = 0
     scheduler.step(increment=info.position.step)
@@ -138,9 +138,10 @@ def _wanted_weights(model: Sequence[MegatronModule], *, per_layer: bool = False)
     }
 
 
-def _load_chunks(model: Sequence[MegatronModule], weights: dict[str, Any], *, adapters_only: bool = False) -> None:
+def _load_chunks(model: Sequence[MegatronModule], loaded: dict[str, Any], *, adapters_only: bool = False) -> None:
+    weights = loaded.get("weights", {})  # megatron-core leaves out what is empty: the adapters of a chunk without any
     for number, chunk in enumerate(model):
-        left = chunk.load_state_dict(weights[f"model{number}"], strict=False)
+        left = chunk.load_state_dict(weights.get(f"model{number}", {}), strict=False)
         missing = [] if adapters_only else [name for name in left.missing_keys if EXTRA_STATE not in name]
         assert not missing and not left.unexpected_keys, (missing, left.unexpected_keys)
 

@@ -85,7 +85,7 @@ class Evaluator:
             chunk.gives_likeness = cfg.dpo.use_weighting
         self.policy, self.reference = ResidentReference(model, self.parallel), self._named_reference
         adapters = self._adapters(model, cfg)
-        if self.reference is None and cfg.dpo.reference.mode == "adapter_off" and adapters:
+        if self.reference is None and cfg.dpo.reference.mode == "adapter_off" and self._some(adapters):
             others = reference_adapters(model, inputs.arch, cfg, self.parallel)
             self.reference = SwitchedReference(model, self.parallel, adapters, others)
         self.has_preference_loss = self.reference is not None or not cfg.dpo.loss.reads_reference
@@ -96,11 +96,15 @@ class Evaluator:
         """The policy's: of a checkpoint of a run with LoRA, or those of `peft.init_from`."""
         peft = cfg.policy.megatron_cfg.peft
         found = [adapter for chunk in model for _, adapter in adapters_of(chunk)]
-        if found or not peft.enabled or peft.init_from is None:
+        if self._some(found) or not peft.enabled or peft.init_from is None:
             return found
         found = attach(model, self._arch, peft, self.parallel)
         read_peft(peft.init_from, f"{PEFT}.init_from", self._arch).load(found)
         return found
+
+    def _some(self, adapters: Sequence[LinearAdapter]) -> bool:
+        """Whether any rank has one: a pipeline stage may have none. Collectives: `ParallelContext.largest`."""
+        return self.parallel.largest(len(adapters)) > 0
 
     def _open(self, cfg: Config) -> RunInputs:
         whole = dataclasses.replace(cfg, dpo=dataclasses.replace(cfg.dpo, val_batches=0))  # 0: every pair

@@ -170,6 +170,23 @@ def test_a_run_goes_on_with_its_base_and_its_adapters_only(model, trained, tmp_p
 
 
 @pytest.mark.distributed
+def test_adapters_that_one_pipeline_stage_has(model, tmp_path):
+    """Trained, resumed and evaluated as on one process."""
+    peft, every_pair = {"target_modules": ["layers.0.self_attn.q_proj"]}, {"val_at_end": True, "val_batches": 0}
+    config, one = (lora_config(tmp_path / name, model, peft, dpo=every_pair) for name in ("run", "one"))
+    go(config, 2, [PP2], 2)
+    go(config, 2, [PP2], 3)
+    go(one, 1, [], 3)
+    for mine, theirs in zip(read_metrics(tmp_path / "run/logs"), read_metrics(tmp_path / "one/logs"), strict=True):
+        assert mine["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-5)
+    found = [f"policy.model_name={tmp_path}/run/checkpoints/step_3", f"logger.log_dir={tmp_path}/found", PP2]
+    assert run_distributed(evaluate, 2, str(config), found, init_process_group=False) == [0, 0]
+    margins = "validation-held_out/rewards/margins"
+    evaluated = json.loads((tmp_path / "found/evaluation.json").read_text())
+    assert evaluated[margins] == pytest.approx(read_metrics(tmp_path / "run/logs")[-1][margins], abs=1e-6)
+
+
+@pytest.mark.distributed
 def test_evaluating_checkpoints_of_a_run(trained, tmp_path):
     """Each of its own adapters, against the base; the last one's numbers are the run's own validation."""
     named = ["--checkpoint", str(trained / "checkpoints"), f"logger.log_dir={tmp_path}", TP2, SP]
