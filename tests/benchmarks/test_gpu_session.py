@@ -66,6 +66,7 @@ def run_tests(folder, *, fails=False, sleeps=0, enough=None, code="a"):
     ]
 
 
+@pytest.mark.slow
 def test_gpu_tests_write_what_they_have_when_time_is_up_and_go_on(tmp_path, capfd):
     found, left = run_tests(tmp_path, fails=True, sleeps=100, enough=2)
     assert {name: one["outcome"] for name, one in found.items()} == {"test_a": "passed", "test_ab": "failed"}
